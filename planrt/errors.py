@@ -1,0 +1,152 @@
+"""Every error that planrt raises on purpose, in one tree.
+
+    PlanrtError
+    ├── LocalError                 you misused this: says which call, and what to write instead
+    │   ├── TraceError             a function or module could not be recorded; names the source line
+    │   ├── PlanError              a plan that is not built, malformed or given the wrong arguments
+    │   │   ├── PlanFormatError        bytes or op lists that are not a valid plan
+    │   │   ├── PlanArgumentError      wrong number, shape or dtype of arguments (also a ValueError)
+    │   │   └── OpNotAllowedError      an op that is not in the fixed table
+    │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
+    │   ├── OptionError            an option or configuration value out of range (also a ValueError)
+    │   ├── DataError              a data set that is missing, incomplete or malformed
+    │   └── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
+    ├── RemoteError                the worker says: worker id, kind, op, plan line, remote traceback
+    │   ├── UnknownPlanError       the worker does not hold that plan (the client sends it again)
+    │   └── UnknownDatasetError    the worker has no data set under that key
+    └── TransportError             the pipe: address and what was tried
+        ├── ConnectError           nobody listens there, wrong address, refused, timed out
+        ├── HandshakeError         somebody answered, but not a worker that fits this client
+        ├── WireError              bytes that are not a valid planrt message
+        ├── MessageTooLargeError   a message over the configured limit
+        └── WorkerLostError        the connection to a worker ended while an answer was due
+
+None derives from TypeError: operators swallow that type to try the reflected operand.
+"""
+
+from __future__ import annotations
+
+
+class PlanrtError(Exception):
+    """Root of every error raised by planrt."""
+
+
+class LocalError(PlanrtError):
+    """The caller misused planrt; the message says which call and what to write instead."""
+
+
+class TraceError(LocalError):
+    """A function or module could not be recorded into a plan.
+
+    `line` is ``file:line`` of the user's code where recording broke, where known.
+    """
+
+    def __init__(self, message: str, *, line: str | None = None) -> None:
+        super().__init__(f"{message} (at {line})" if line else message)
+        self.line = line
+
+
+class PlanError(LocalError):
+    """A plan cannot be used in the way it was."""
+
+
+class PlanFormatError(PlanError):
+    """Bytes or an op list that are not a valid plan."""
+
+
+class PlanArgumentError(PlanError, ValueError):
+    """A plan was called with the wrong number, shape or dtype of arguments."""
+
+
+class OpNotAllowedError(PlanError):
+    """An op that is not in the fixed table of `planrt.plans.ops`."""
+
+
+class ExecutionError(LocalError):
+    """An op of a plan failed while running.
+
+    `op` is the op's name in the table, `index` its place in the plan, `line` the plan line as printed.
+    """
+
+    def __init__(self, message: str, *, op: str, index: int, line: str) -> None:
+        super().__init__(message)
+        self.op = op
+        self.index = index
+        self.line = line
+
+
+class OptionError(LocalError, ValueError):
+    """An option or configuration value that cannot be used."""
+
+
+class DataError(LocalError):
+    """A data set that is missing, incomplete or malformed."""
+
+
+class BlockingCallError(LocalError):
+    """A blocking call was made on planrt's own loop thread; use the `await` form it names."""
+
+
+class RemoteError(PlanrtError):
+    """A worker reports that it could not do what was asked.
+
+    `kind` names the class of the error on the worker, `op` and `line` the failing op and its plan line
+    (where the failure was inside a plan), `remote_traceback` the worker's traceback as text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        worker_id: str,
+        kind: str = "RemoteError",
+        op: str | None = None,
+        line: str | None = None,
+        remote_traceback: str = "",
+    ) -> None:
+        super().__init__(f"worker {worker_id!r}: {message}")
+        self.worker_id = worker_id
+        self.kind = kind
+        self.op = op
+        self.line = line
+        self.remote_traceback = remote_traceback
+
+
+class UnknownPlanError(RemoteError):
+    """The worker does not hold a plan with that hash."""
+
+
+class UnknownDatasetError(RemoteError):
+    """The worker has no data set under that key."""
+
+
+class TransportError(PlanrtError):
+    """A connection could not be made or broke; `address` says which."""
+
+    def __init__(self, message: str, *, address: str) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+class ConnectError(TransportError):
+    """Nobody listens at the address, it is malformed, refused the connection or did not answer in time."""
+
+
+class HandshakeError(TransportError):
+    """The other side answered, but is not a worker (or client) that fits this one."""
+
+
+class WireError(TransportError):
+    """Bytes that are not a valid planrt message."""
+
+
+class MessageTooLargeError(TransportError):
+    """A message announced more bytes than the configured limit."""
+
+
+class WorkerLostError(TransportError):
+    """The connection to a worker ended while an answer was due; `worker_id` names it."""
+
+    def __init__(self, message: str, *, address: str, worker_id: str) -> None:
+        super().__init__(message, address=address)
+        self.worker_id = worker_id
