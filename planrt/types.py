@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -50,3 +50,29 @@ class TensorSpec:
 
 Nested: TypeAlias = Any
 """A value built from tuples, lists and dicts (string keys) whose leaves are `Ref`s, tensors or constants."""
+
+
+def leaves(value: Nested) -> Iterator[Any]:
+    """The leaves of a nested value, in order (dicts in the order of their keys)."""
+    match value:
+        case list() | tuple():
+            for item in value:
+                yield from leaves(item)
+        case dict():
+            for item in value.values():
+                yield from leaves(item)
+        case _:
+            yield value
+
+
+def map_leaves(function: Callable[[Any], Any], value: Nested) -> Nested:
+    """`value` with every leaf replaced by ``function(leaf)``, in the order of `leaves`."""
+    match value:
+        case list():
+            return [map_leaves(function, item) for item in value]
+        case tuple():
+            return tuple(map_leaves(function, item) for item in value)
+        case dict():
+            return {key: map_leaves(function, item) for key, item in value.items()}
+        case _:
+            return function(value)

@@ -1,0 +1,41 @@
+# make run    the main job: a federated run over four websocket workers (all set-up included)
+# make test   the whole test suite and the static checks
+# make bench  the speed claims, measured
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ROUNDS ?= 40
+
+.PHONY: run test bench lint clean
+
+run: $(VENV)/.installed
+	$(BIN)/python -m planrt.fl.mnist_async --rounds $(ROUNDS) $(ARGS)
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "planrt needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	@echo "Installing planrt and PyTorch into $(VENV) (a few GB, some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
+	@echo "Installing planrt, PyTorch and the test tools into $(VENV) (a few GB, some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

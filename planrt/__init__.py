@@ -1,0 +1,58 @@
+"""planrt: PyTorch where the data lives.
+
+Functions and modules are traced into plans; plans go to workers that hold private data, and only what was
+asked for comes back. See README.md for a first program and ARCHITECTURE.md for the rooms.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from planrt.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from planrt import errors
+    from planrt.fl import TrainConfig, federated_avg
+    from planrt.plans import Plan, func2plan
+    from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+
+_HOMES = {
+    "errors": "planrt.errors",
+    "Plan": "planrt.plans",
+    "func2plan": "planrt.plans",
+    "BaseDataset": "planrt.workers",
+    "VirtualWorker": "planrt.workers",
+    "WebsocketClientWorker": "planrt.workers",
+    "WebsocketServerWorker": "planrt.workers",
+    "TrainConfig": "planrt.fl",
+    "federated_avg": "planrt.fl",
+}
+"""Public name -> the module that defines it, imported at first use (PEP 562): commands start before torch loads."""
+
+__all__ = [
+    "__version__",
+    "errors",
+    "Plan",
+    "func2plan",
+    "BaseDataset",
+    "VirtualWorker",
+    "WebsocketClientWorker",
+    "WebsocketServerWorker",
+    "TrainConfig",
+    "federated_avg",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'planrt' has no attribute {name!r}")
+    module = import_module(home)
+    value = module if name == "errors" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,128 @@
+"""Federated averaging: a streaming mean over models, in a fixed order.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017
+(arXiv:1602.05629), section 2, algorithm 1: the server's step. Plain (every model counts the same) or weighted
+(by the number of samples each model was trained on).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from planrt.errors import OptionError
+
+State = Mapping[str, torch.Tensor]
+Model = TypeVar("Model", nn.Module, State)
+
+
+class StreamingAverage:
+    """The mean of states that come one after the other; holds one state, whatever their number.
+
+    Floating-point (and complex) entries are averaged; half precision accumulates in float32. Integer and bool
+    entries, such as batch norm's ``num_batches_tracked``, are the first state's. `count` states were added.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._weight = 0.0
+        self.count = 0
+
+    def add(self, state: State, *, weight: float = 1.0, own: bool = False) -> None:
+        """Adds `state`, counting `weight` times. With `own`, its tensors may be overwritten.
+
+        Raises:
+            OptionError: a weight that is not positive and finite, or other names or shapes than before.
+        """
+        if not (math.isfinite(weight) and weight > 0):
+            raise OptionError(f"a weight in an average must be a positive number, not {weight}")
+        if not self.count:
+            self._dtypes = {name: value.dtype for name, value in state.items()}
+            self._sums = {name: _first_term(value.detach(), weight, own) for name, value in state.items()}
+        else:
+            self._check(state)
+            for name, total in self._sums.items():
+                if _averages(total):
+                    total.add_(state[name].detach(), alpha=weight)
+        self._weight += weight
+        self.count += 1
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The mean; the accumulator is used up.
+
+        Raises:
+            OptionError: nothing was added.
+        """
+        if not self.count:
+            raise OptionError("nothing to average: no model was added")
+        sums, self._sums = self._sums, {}
+        for total in sums.values():
+            if _averages(total):
+                total.div_(self._weight)
+        return {name: total.to(self._dtypes[name]) for name, total in sums.items()}
+
+    def _check(self, state: State) -> None:
+        if state.keys() != self._sums.keys():
+            odd = sorted(state.keys() ^ self._sums.keys())
+            raise OptionError(f"models to average must have the same entries; these differ: {', '.join(odd)}")
+        for name, total in self._sums.items():
+            if state[name].shape != total.shape or state[name].dtype != self._dtypes[name]:
+                raise OptionError(
+                    f"models to average must have the same shapes and dtypes; {name} is {state[name].dtype} "
+                    f"{tuple(state[name].shape)} in one and {self._dtypes[name]} {tuple(total.shape)} in another"
+                )
+
+
+def _averages(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _first_term(value: torch.Tensor, weight: float, own: bool) -> torch.Tensor:
+    if not _averages(value):
+        return value if own else value.clone()
+    wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    term = wide if own or wide is not value else wide.clone()
+    return term if weight == 1.0 else term.mul_(weight)
+
+
+def federated_avg(models: Mapping[str, Model], weights: Mapping[str, float] | None = None) -> Model:
+    """The average of `models` (worker id -> model), plain, or weighted by `weights` (worker id -> samples).
+
+    Models are nn.Modules, traced modules or state dicts; the result is a new one of the same kind, and the
+    given ones stay as they are. Models are added in the order of their ids, whatever order the mapping has,
+    so the result does not depend on who answered first.
+
+    Raises:
+        OptionError: no models, models that do not match, or a weight missing or not positive.
+    """
+    if not models:
+        raise OptionError("federated_avg needs at least one model")
+    if weights is not None and (missing := models.keys() - weights.keys()):
+        raise OptionError(f"no weight for {', '.join(sorted(missing))}: give one per model")
+    average = StreamingAverage()
+    for worker_id in sorted(models):
+        weight = 1.0 if weights is None else float(weights[worker_id])
+        average.add(state_of(models[worker_id]), weight=weight)
+    first = models[min(models)]
+    if not isinstance(first, nn.Module):
+        return average.result()
+    return with_state(first, average.result())
+
+
+def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:
+    """The parameters and persistent buffers of `model` by name, detached, sharing memory with it."""
+    entries = model.state_dict() if isinstance(model, nn.Module) else model
+    return {name: value.detach() for name, value in entries.items()}
+
+
+def with_state(model: nn.Module, state: State) -> nn.Module:
+    """A copy of `model` that holds `state`; `model` stays as it is."""
+    result = copy.deepcopy(model)
+    result.load_state_dict(dict(state))
+    return result

@@ -1,0 +1,105 @@
+"""What planrt's commands share: option types, one-line errors and exit codes.
+
+Exit codes: 0 done or stopped as asked, 1 failed, 2 wrong options, 130 interrupted (Ctrl-C), 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from planrt.errors import OptionError, PlanrtError
+
+FAILED, WRONG_OPTIONS, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text; it takes no abbreviations."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with exit code 2."""
+        self.exit(WRONG_OPTIONS, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def whole_number(*, at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
+    """An option type: an integer within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if not at_least <= value <= at_most:
+            bounds = f"at least {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
+        return value
+
+    return parse
+
+
+def positive_number(text: str) -> float:
+    """An option type: a finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:
+    """Runs `action` and turns its end into an exit code; errors meant for users become one line on stderr.
+
+    SIGTERM raises SystemExit in the main thread, so that `finally` blocks and context managers clean up as
+    they do on Ctrl-C. With `verbose` errors show their traceback too.
+    """
+
+    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        action()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (PlanrtError, OSError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        return WRONG_OPTIONS if isinstance(error, OptionError) else FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """The words of `error` on a single line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

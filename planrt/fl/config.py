@@ -1,0 +1,218 @@
+"""`TrainConfig`: what to train, and how, on a worker's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planrt.errors import LocalError, OptionError, UnknownDatasetError
+from planrt.plans.training import OPTIMIZERS, EvaluationResult, ModelPlans, trace_model
+from planrt.seeding import derive_seed
+from planrt.serde.dtypes import DTYPES
+from planrt.serde.frames import Allocate, in_memory
+from planrt.workers import messages as m
+from planrt.workers.clients import BaseWorker, expect
+from planrt.workers.loop import on_loop, run
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(prediction, target) -> 0-d loss, the mean over the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What a worker sent back: the trained entries of the state, by name, and how training went.
+
+    `loss` is the mean over the samples seen (nan if there were none).
+    """
+
+    worker_id: str
+    loss: float
+    samples: int
+    batches: int
+    changed: dict[str, torch.Tensor]
+
+
+class TrainConfig:
+    """A model, its loss and how to train it.
+
+    `model` is an nn.Module or a `torch.jit.trace`d module; `loss_fn` takes (prediction, target) and gives the
+    mean over the batch. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no bound) and `shuffle` say which
+    batches; `optimizer` names a class of torch.optim and `optimizer_args` its arguments. Each round starts a
+    fresh optimizer unless `keep_optimizer_state`, which keeps its state on the worker between rounds.
+
+    The plans are traced on `example`, a (data, target) batch, or else on zeros of the shapes that the worker
+    announces for its data set; `plans` are used as they are.
+
+    Raises:
+        OptionError: a number out of range or an unknown optimizer.
+        TraceError: with `example`, a model that cannot be recorded or whose output does not fit the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Loss,
+        *,
+        batch_size: int = 32,
+        epochs: int = 1,
+        optimizer: str = "SGD",
+        optimizer_args: Mapping[str, Any] | None = None,
+        max_nr_batches: int = -1,
+        shuffle: bool = True,
+        keep_optimizer_state: bool = False,
+        example: tuple[torch.Tensor, torch.Tensor] | None = None,
+        plans: ModelPlans | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("epochs", epochs, 1),
+            ("max_nr_batches", max_nr_batches, -1),
+        ):
+            if value < least:
+                raise OptionError(f"{name} must be at least {least}, not {value}")
+        if optimizer not in OPTIMIZERS:
+            raise OptionError(
+                f"unknown optimizer {optimizer!r}: choose one of {', '.join(sorted(OPTIMIZERS))}"
+            )
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.optimizer = optimizer
+        self.optimizer_args = dict(optimizer_args if optimizer_args is not None else {"lr": 0.1})
+        self.max_nr_batches = max_nr_batches
+        self.shuffle = shuffle
+        self.keep_optimizer_state = keep_optimizer_state
+        self._plans = plans
+        if plans is None and example is not None:
+            self._plans = trace_model(model, loss_fn, *example)
+
+    @property
+    def plans(self) -> ModelPlans:
+        """The training and the evaluation plan.
+
+        Raises:
+            LocalError: nothing was traced yet.
+        """
+        if self._plans is None:
+            raise LocalError("nothing is traced yet: give TrainConfig an example=(data, target) batch")
+        return self._plans
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and buffers when it was traced, by name."""
+        return dict(self.plans.state)
+
+    def trace_for(self, worker: BaseWorker, dataset_key: str) -> ModelPlans:
+        """The plans, traced if they are not yet, for the batches of a worker's data set.
+
+        Raises:
+            UnknownDatasetError: the worker has none under that key. TraceError: see the class.
+        """
+        info = worker.datasets.get(dataset_key)
+        if info is None:
+            keys = ", ".join(sorted(worker.datasets)) or "none"
+            raise UnknownDatasetError(
+                f"no data set under the key {dataset_key!r}; it has: {keys}",
+                worker_id=worker.id,
+                kind="UnknownDatasetError",
+            )
+        if self._plans is None:
+            self._plans = trace_model(self.model, self.loss_fn, *example_batch(info))
+        return self._plans
+
+    # ------------------------------------------------------------------------------- on a worker
+
+    @on_loop
+    async def async_send(self, worker: BaseWorker) -> None:
+        """Leaves this job with `worker`, for its `fit` and `evaluate`; sends the plans that are traced."""
+        if self._plans is not None:
+            await worker.put_plan(self._plans.training)
+        worker.train_job = self
+
+    def send(self, worker: BaseWorker) -> None:
+        """The blocking form of `async_send`."""
+        run(self.async_send(worker), instead="await config.async_send(worker)")
+
+    async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> FitResult:
+        """Trains the state as it was traced on `worker`'s data, once."""
+        self.trace_for(worker, dataset_key)
+        return await self.fit(
+            worker, self.state, dataset_key=dataset_key, seed=derive_seed(seed, 1, worker.id)
+        )
+
+    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, *, bins: int) -> EvaluationResult:
+        """Evaluates the state as it was traced on `worker`'s data."""
+        self.trace_for(worker, dataset_key)
+        return await self.evaluate(
+            worker, self.state, dataset_key=dataset_key, batch_size=self.batch_size, bins=bins
+        )
+
+    async def fit(
+        self,
+        worker: BaseWorker,
+        state: Mapping[str, torch.Tensor],
+        *,
+        dataset_key: str,
+        seed: int,
+        lr: float | None = None,
+        allocate: Allocate[m.Envelope] = in_memory,
+    ) -> FitResult:
+        """One request and one reply: `state` there, training, the trained entries back. On planrt's loop."""
+        plan = self.plans.training
+        await worker.put_plan(plan)
+        body = m.Fit(
+            plan=plan.hash,
+            dataset=dataset_key,
+            batch_size=self.batch_size,
+            epochs=self.epochs,
+            max_nr_batches=self.max_nr_batches,
+            shuffle=self.shuffle,
+            optimizer=self.optimizer,
+            optimizer_args=self.optimizer_args if lr is None else {**self.optimizer_args, "lr": lr},
+            keep_optimizer_state=self.keep_optimizer_state,
+            seed=seed,
+        )
+        tensors = [state[entry.name] for entry in plan.state]
+        reply = await worker.request(body, tensors, plan=plan, allocate=allocate)
+        fitted, values = expect(m.Fitted, reply, worker)
+        names = [plan.state[index].name for index in fitted.changed]
+        return FitResult(
+            worker.id, fitted.loss, fitted.samples, fitted.batches, dict(zip(names, values, strict=True))
+        )
+
+    async def evaluate(
+        self,
+        worker: BaseWorker,
+        state: Mapping[str, torch.Tensor],
+        *,
+        dataset_key: str,
+        batch_size: int,
+        bins: int,
+    ) -> EvaluationResult:
+        """One request and one reply: `state` there, the figures back. On planrt's loop."""
+        plan = self.plans.evaluation
+        await worker.put_plan(plan)
+        body = m.Evaluate(plan.hash, dataset_key, batch_size, bins)
+        reply = await worker.request(body, [state[entry.name] for entry in plan.state], plan=plan)
+        figures, _ = expect(m.Evaluated, reply, worker)
+        return EvaluationResult(
+            loss=figures.loss,
+            correct=figures.correct,
+            samples=figures.samples,
+            histogram=figures.histogram,
+            target_histogram=figures.target_histogram,
+        )
+
+
+def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of `size` zeros with the shapes and dtypes a worker announces: enough to trace on."""
+    data, target = (
+        torch.zeros([size if extent == -1 else extent for extent in shape], dtype=DTYPES[dtype])
+        for dtype, shape in (info.data, info.target)
+    )
+    return data, target

@@ -1,0 +1,142 @@
+"""What a run leaves behind: the report as JSON and a plot of accuracy and loss over rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FEDERATED = "federated"
+"""Name of the averaged model among the evaluations of a round."""
+
+
+@dataclass(frozen=True)
+class WorkerTraffic:
+    """One worker's part in one round: messages, bytes, mean loss of its batches, samples it trained on."""
+
+    requests: int
+    replies: int
+    bytes_sent: int
+    bytes_received: int
+    loss: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the test images: mean loss, share of right answers, predictions per digit."""
+
+    loss: float
+    accuracy: float
+    histogram: list[int]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round. `seconds` is training and averaging; `evaluation` (model name -> result) may be empty."""
+
+    round: int
+    seconds: float
+    workers: dict[str, WorkerTraffic]
+    evaluation_seconds: float = 0.0
+    evaluation: dict[str, Evaluation] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """A whole run. `options` and `versions` are what it takes to repeat it."""
+
+    dataset: str
+    seed: int
+    options: dict[str, Any]
+    versions: dict[str, str]
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def final_accuracy(self) -> float:
+        """Accuracy of the averaged model after the last evaluated round."""
+        return next(r.evaluation[FEDERATED].accuracy for r in reversed(self.rounds) if r.evaluation)
+
+    @property
+    def median_seconds(self) -> float:
+        """Median seconds of a round, evaluation not counted."""
+        return statistics.median(r.seconds for r in self.rounds)
+
+    @property
+    def median_bytes(self) -> int:
+        """Median bytes of a round and worker, both ways together."""
+        return round(
+            statistics.median(
+                w.bytes_sent + w.bytes_received for r in self.rounds for w in r.workers.values()
+            )
+        )
+
+    def to_json(self) -> str:
+        """The report as JSON. Numbers that are not finite (a run that diverged) become null."""
+        rounds = []
+        for entry in self.rounds:
+            fields = dataclasses.asdict(entry)
+            if not entry.evaluation:
+                del fields["evaluation"], fields["evaluation_seconds"]
+            rounds.append(fields)
+        content = {
+            "final_accuracy": self.final_accuracy,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "options": self.options,
+            "versions": self.versions,
+            "rounds": rounds,
+        }
+        return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draws accuracy and loss of the averaged and the workers' models on the test images, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    evaluated = [r for r in report.rounds if r.evaluation]
+    numbers = [r.round for r in evaluated]
+    names = [name for name in evaluated[0].evaluation if name != FEDERATED]
+    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in [*names, FEDERATED]:
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
+        if name == FEDERATED:
+            style = {"marker": "o", "markersize": 5, "linewidth": 2.5, "color": "black"}
+        label = "average of all" if name == FEDERATED else f"{name}'s model"
+        results = [r.evaluation[name] for r in evaluated]
+        accuracy.plot(numbers, [100 * result.accuracy for result in results], label=label, **style)
+        loss.plot(numbers, [result.loss for result in results], label=label, **style)
+    every = [r.round for r in report.rounds]
+    training = [statistics.fmean(w.loss for w in r.workers.values()) for r in report.rounds]
+    loss.plot(every, training, color="grey", linewidth=1, linestyle=":", label="training, mean of workers")
+    accuracy.set(ylabel="accuracy on test images (%)", ylim=(0, 101))
+    loss.set(ylabel="loss (mean negative log-likelihood)", yscale="log")
+    for axes in (accuracy, loss):
+        axes.set_xlabel("round")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracy.legend(frameon=False, loc="lower right")
+    loss.legend(frameon=False)
+    figure.suptitle(
+        f"{report.dataset}, seed {report.seed}: {100 * report.final_accuracy:.2f}% after {every[-1]} rounds"
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

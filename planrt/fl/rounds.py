@@ -1,0 +1,260 @@
+"""Federated rounds: the plan once, then per round and worker one request, one reply.
+
+`RoundScheduler.run_round` fires the requests at all workers at once and averages the replies as they come, in
+the order of the worker ids, so that neither result nor memory depends on who answers first: replies that come
+out of order are held, `hold` of them in memory and the rest in temporary files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from planrt.errors import OptionError
+from planrt.fl.averaging import StreamingAverage
+from planrt.fl.config import FitResult, TrainConfig
+from planrt.plans.training import EvaluationResult
+from planrt.seeding import derive_seed
+from planrt.serde.frames import MemoryStore, SpoolStore, Store
+from planrt.workers.clients import BaseWorker
+from planrt.workers.loop import on_loop
+
+_SMALL = 1 << 20
+"""Replies under this many bytes are not worth a temporary file."""
+
+_LARGE = 8 << 20
+"""Folding states over this many bytes leaves the loop thread, which has pings to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRound:
+    """One worker's part in a round: messages and bytes each way, the mean loss over its samples."""
+
+    requests: int
+    replies: int
+    bytes_sent: int
+    bytes_received: int
+    loss: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """A round: `seconds` of training and averaging, the averaged state, each worker's part.
+
+    `loss` is the mean over all samples; `worker_states` is filled only if asked for.
+    """
+
+    round: int
+    seconds: float
+    state: dict[str, torch.Tensor]
+    loss: float
+    workers: dict[str, WorkerRound]
+    worker_states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+class RoundScheduler:
+    """Runs rounds of `config` on `workers`, each on its data set `dataset_key`.
+
+    Every random choice of a worker derives from (`seed`, round, worker id): the same run gives the same bits on
+    virtual and on websocket workers with the same torch build and number of threads. `weighted` counts each
+    worker by the samples it trained on. `hold` replies that arrive out of order stay in memory.
+
+    Raises:
+        OptionError: no workers, two with the same id, a negative `hold`.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[BaseWorker],
+        config: TrainConfig,
+        *,
+        dataset_key: str,
+        seed: int,
+        hold: int = 2,
+        weighted: bool = False,
+    ) -> None:
+        self.workers = sorted(workers, key=lambda worker: worker.id)
+        ids = [worker.id for worker in self.workers]
+        if not ids:
+            raise OptionError("a round needs at least one worker")
+        if len(set(ids)) < len(ids):
+            raise OptionError(f"worker ids must differ, these do not: {', '.join(ids)}")
+        if hold < 0:
+            raise OptionError(f"hold must be 0 or more replies, not {hold}")
+        self.config = config
+        self.dataset_key = dataset_key
+        self.seed = seed
+        self._hold = hold
+        self._weighted = weighted
+
+    @on_loop
+    async def prepare(self) -> None:
+        """Traces the plan if it is not yet, and sends it to every worker, once.
+
+        Raises:
+            UnknownDatasetError, TraceError: see `TrainConfig`. OptionError: the workers' data differ in shape.
+        """
+        specs = set()
+        for worker in self.workers:
+            self.config.trace_for(worker, self.dataset_key)
+            info = worker.datasets[self.dataset_key]
+            specs.add(str((info.data, info.target)))
+        if len(specs) > 1:
+            raise OptionError(
+                f"the workers' data sets {self.dataset_key!r} have different shapes or dtypes: {'; '.join(specs)}"
+            )
+        await asyncio.gather(*(worker.put_plan(self.config.plans.training) for worker in self.workers))
+
+    @on_loop
+    async def run_round(
+        self,
+        round_number: int,
+        state: Mapping[str, torch.Tensor],
+        *,
+        lr: float | None = None,
+        keep_worker_states: bool = False,
+    ) -> RoundResult:
+        """Trains `state` on every worker, with learning rate `lr` if given, and averages what comes back.
+
+        `state` stays as it is. `keep_worker_states` keeps each worker's result as well (a model each).
+
+        Raises:
+            WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
+        """
+        started = time.perf_counter()
+        leases = _Leases(self._hold)
+        average = StreamingAverage()
+        parts: dict[str, WorkerRound] = {}
+        kept: dict[str, dict[str, torch.Tensor]] = {}
+        large = sum(value.nbytes for value in state.values()) > _LARGE
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = deque(
+                    group.create_task(
+                        self._fit(worker, round_number, state, lr, leases.lease(first=index == 0))
+                    )
+                    for index, worker in enumerate(self.workers)
+                )
+                for worker in self.workers:
+                    result, part, lease = await tasks.popleft()
+                    parts[worker.id] = part
+                    if keep_worker_states:
+                        kept[worker.id] = {**state, **result.changed}
+                    if part.samples or not self._weighted:
+                        weight = float(part.samples) if self._weighted else 1.0
+                        fold = partial(average.add, result.changed, weight=weight, own=not keep_worker_states)
+                        await asyncio.to_thread(fold) if large else fold()
+                        del fold
+                    del result
+                    lease.release()
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        samples = sum(part.samples for part in parts.values())
+        loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
+        return RoundResult(
+            round_number,
+            time.perf_counter() - started,
+            {**state, **(average.result() if average.count else {})},
+            loss / samples if samples else float("nan"),
+            parts,
+            kept,
+        )
+
+    async def _fit(
+        self,
+        worker: BaseWorker,
+        round_number: int,
+        state: Mapping[str, torch.Tensor],
+        lr: float | None,
+        lease: _Lease,
+    ) -> tuple[FitResult, WorkerRound, _Lease]:
+        before = worker.traffic.copy()
+        result = await self.config.fit(
+            worker,
+            state,
+            dataset_key=self.dataset_key,
+            seed=derive_seed(self.seed, round_number, worker.id),
+            lr=lr,
+            allocate=lease.allocate,
+        )
+        used = worker.traffic.since(before)
+        part = WorkerRound(
+            used.messages_sent,
+            used.messages_received,
+            used.bytes_sent,
+            used.bytes_received,
+            result.loss,
+            result.samples,
+        )
+        return result, part, lease
+
+
+class ModelEvaluator:
+    """Evaluates states of `config`'s model on one worker's data set.
+
+    `bins` is the number of classes to count predictions in (0 for outputs that are no class scores).
+    """
+
+    def __init__(
+        self, worker: BaseWorker, config: TrainConfig, *, dataset_key: str, batch_size: int, bins: int = 10
+    ) -> None:
+        if batch_size < 1:
+            raise OptionError(f"the test batch size must be at least 1, not {batch_size}")
+        self.worker = worker
+        self.config = config
+        self.dataset_key = dataset_key
+        self.batch_size = batch_size
+        self.bins = bins
+
+    @on_loop
+    async def prepare(self) -> None:
+        """Traces the plan if it is not yet, and sends it to the worker, once."""
+        await self.worker.put_plan(self.config.trace_for(self.worker, self.dataset_key).evaluation)
+
+    @on_loop
+    async def evaluate(self, state: Mapping[str, torch.Tensor]) -> EvaluationResult:
+        """The figures of `state`: one request, one reply."""
+        return await self.config.evaluate(
+            self.worker, state, dataset_key=self.dataset_key, batch_size=self.batch_size, bins=self.bins
+        )
+
+
+# ----------------------------------------------------------------------------- memory for the replies
+
+
+class _Leases:
+    """Bounds the replies of a round that are in memory: the accumulator, and `hold` more."""
+
+    def __init__(self, hold: int) -> None:
+        self.free = hold
+
+    def lease(self, *, first: bool) -> _Lease:
+        """The place of one worker's reply; the first in order becomes the accumulator."""
+        return _Lease(self, first)
+
+
+class _Lease:
+    def __init__(self, leases: _Leases, first: bool) -> None:
+        self._leases = leases
+        self._first = first
+        self._taken = False
+
+    def allocate(self, message: object, nbytes: int) -> Store:
+        if nbytes < _SMALL or self._first:
+            return MemoryStore(nbytes)
+        if not self._leases.free:
+            return SpoolStore(nbytes)
+        self._leases.free -= 1
+        self._taken = True
+        return MemoryStore(nbytes)
+
+    def release(self) -> None:
+        self._leases.free += self._taken
+        self._taken = False

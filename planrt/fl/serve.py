@@ -1,0 +1,187 @@
+"""One worker by hand: ``python -m planrt.fl.serve --id alice --port 8777``.
+
+Serves a partition of MNIST (or the digits), the test images, or the owner's own data set, until Ctrl-C or
+SIGTERM, which end it with exit code 0. Options and data are checked before torch is imported, so that
+mistakes show at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from planrt.errors import DataError, OptionError
+from planrt.fl import data
+from planrt.fl.command import Parser, one_line, run_command, whole_number
+
+STOP_GRACE = 5.0
+"""Seconds a worker whose parent is gone may take to stop in order."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A data set and how it is announced; `digits` counts images per digit where that makes sense."""
+
+    dataset: Any
+    key: str
+    tags: tuple[str, ...]
+    description: str
+    digits: dict[int, int]
+    notice: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    status = _supervised_status() if options.supervised else None
+    return run_command(f"worker {options.id}", lambda: serve(options, status), verbose=options.verbose)
+
+
+def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
+    """Loads the data and serves it until stopped.
+
+    With `status`, whoever started this process gets one JSON line there, ``{"port": ...}`` or
+    ``{"error": "..."}``, instead of the text meant for people.
+    """
+    try:
+        served = _served(options)
+
+        from planrt.logs import configure
+        from planrt.workers.server import WebsocketServerWorker
+
+        configure(verbose=options.verbose, json=options.json_logs)
+        worker = WebsocketServerWorker(
+            id=options.id,
+            host=options.host,
+            port=options.port,
+            threads=options.threads,
+            device=options.device,
+        )
+        worker.add_dataset(served.dataset, served.key, tags=list(served.tags), description=served.description)
+
+        def ready(port: int) -> None:
+            if status is not None:
+                report = {"port": port, "key": served.key, "description": served.description}
+                _send(status, report | {"images": len(served.dataset), "digits": served.digits})
+                return
+            if served.notice:
+                print(f"Notice: {served.notice}")
+            print(describe(options.id, served.key, served.description, len(served.dataset), served.digits))
+            print(f"Worker {options.id} serves at ws://{options.host}:{port}; Ctrl-C stops it", flush=True)
+
+        worker.start(ready=ready)
+    except Exception as error:
+        if status is not None:
+            _send(status, {"error": one_line(error)})
+            if not options.verbose:
+                raise SystemExit(1) from None  # the parent tells the user; one message is enough
+        raise
+
+
+def describe(worker_id: str, key: str, description: str, items: int, digits: dict[int, int]) -> str:
+    """The lines that tell an owner what a worker holds."""
+    lines = [f"{worker_id} holds {key!r}: {description}, {items:,} items"]
+    lines += [f"  {digit}: {count:>6,} images" for digit, count in digits.items()]
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="planrt.fl.serve", description="Serve one worker's data over a websocket.")
+    parser.add_argument("--id", required=True, help="the worker's name; alice, bob, charlie have partitions")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: all networks)")
+    parser.add_argument(
+        "--port",
+        type=whole_number(at_least=0, at_most=65535),
+        default=8777,
+        help="port to listen on, 0: a free one",
+    )
+    parser.add_argument("--testing", action="store_true", help="serve the test images")
+    parser.add_argument("--verbose", action="store_true", help="log what happens; show tracebacks")
+    parser.add_argument("--data", metavar="DIR", help="folder that holds MNIST/raw")
+    parser.add_argument("--dataset", default="auto", help="auto, mnist, digits, or package.module:factory")
+    parser.add_argument("--key", help="key of your own data set")
+    parser.add_argument(
+        "--tag", action="append", default=[], metavar="TAG", help="tag of the data set (repeatable)"
+    )
+    parser.add_argument("--threads", type=whole_number(at_least=1), help="torch threads (None: all cores)")
+    parser.add_argument("--device", default="cpu", help="device that computes")
+    parser.add_argument("--json-logs", action="store_true", help="log JSON lines")
+    # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.
+    parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _served(options: argparse.Namespace) -> Served:
+    if ":" in options.dataset:
+        return _own(options)
+    if options.key is not None:
+        raise OptionError("--key names your own data set: give it with --dataset package.module:factory")
+    testing = options.testing or options.id == data.TESTING
+    if not testing and options.id not in data.PARTITIONS:
+        raise DataError(data.no_partition(options.id))
+    loaded = data.load(options.dataset, options.data)
+    dataset = data.partition_for(options.id, loaded, testing=testing)
+    title = "MNIST" if loaded.name == "mnist" else "scikit-learn's digits"
+    digits = data.digit_counts(dataset.targets.numpy())
+    return Served(
+        dataset=dataset,
+        key=data.TEST_KEY if testing else data.TRAIN_KEY,
+        tags=(f"#{loaded.name}", *options.tag),
+        description=f"{title}, {'test' if testing else 'training'} images of {min(digits)}-{max(digits)}",
+        digits=digits,
+        notice=loaded.notice,
+    )
+
+
+def _own(options: argparse.Namespace) -> Served:
+    """The data set that the owner's factory makes. Their command line, their code: importing it is fine."""
+    if options.testing or options.data is not None:
+        raise OptionError("--testing and --data are for MNIST: leave them out with a data set of your own")
+    if options.key is None:
+        raise OptionError("your own data set needs a key that clients ask for it by: add --key KEY")
+    module_name, _, factory_name = options.dataset.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        dataset = getattr(importlib.import_module(module_name), factory_name)()
+    except Exception as error:  # whatever their code raises
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"--dataset {options.dataset} does not give a data set ({what})") from error
+    return Served(dataset, options.key, tuple(options.tag), options.dataset, {})
+
+
+def _send(status: TextIO, message: dict[str, Any]) -> None:
+    status.write(json.dumps(message) + "\n")
+    status.flush()
+
+
+def _supervised_status() -> TextIO:
+    """Ties this process to its parent, and gives the stream for the status line.
+
+    The parent holds the other end of our stdin and never writes: end of file means that it is gone, however
+    it went (SIGKILL included). Anything else printed to stdout goes to stderr, to keep the status line whole.
+    """
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    status = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return status
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_GRACE)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Runs plans. `run` is a generator that yields where an op needs a peer; `execute` drives it to the end.
+
+A plan is compiled once per device into a `Program`: values live in numbered slots, each step knows its
+callable and the slots of its arguments, and a slot is emptied after its last use, so that memory follows what
+the plan really needs. Constants sit in slots of their own, which makes the arguments of nearly every op one
+`operator.itemgetter` call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from planrt.errors import ExecutionError, PlanArgumentError, PlanError
+from planrt.plans import ops as table
+from planrt.plans.plan import Op, Plan, map_leaves, refs_in
+from planrt.serde.values import DEVICE
+from planrt.types import Nested, Ref, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRequest:
+    """What an op asks of another worker; the driver sends the op's result back into the generator."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_GRAD_SWITCH = "torch.set_grad_enabled"
+
+Execution = Generator[PeerRequest, Any, Nested]
+"""A running plan: yields what it needs from peers, returns its outputs."""
+
+
+def run(
+    plan: Plan,
+    inputs: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor],
+    *,
+    device: torch.device | str | None = None,
+) -> Execution:
+    """Run `plan` on `inputs` and `state`; tensors that are elsewhere are copied to `device`.
+
+    `device` is by default that of the first tensor given. The grad mode is the caller's: a plan may turn it
+    off for a while, never on, and it is restored. Ops that work in place change the tensors given here.
+
+    Raises:
+        PlanArgumentError: wrong number, shape or dtype of inputs or state; names which.
+        ExecutionError: an op failed; carries its name, place and line, and torch's error as cause.
+    """
+    check_arguments(plan, inputs, state)
+    given = [*inputs, *state]
+    where = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
+    if any(tensor.device != where for tensor in given):
+        inputs, state = ([tensor.to(where) for tensor in part] for part in (inputs, state))
+    return program(plan, where).run(inputs, state)
+
+
+def execute(
+    plan: Plan,
+    inputs: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Nested:
+    """Run `plan` to the end in this process and return its outputs; see `run`.
+
+    `state` defaults to the values the plan was traced with.
+    """
+    if state is None:
+        state = local_state(plan)
+    return drive(run(plan, inputs, state, device=device))
+
+
+def drive(execution: Execution) -> Nested:
+    """The outputs of an execution that needs no peers.
+
+    Raises:
+        PlanError: it does need one.
+    """
+    try:
+        request = next(execution)
+    except StopIteration as done:
+        return done.value
+    execution.close()
+    raise PlanError(f"{request.op} needs another worker: send the plan to workers instead of running it here")
+
+
+def local_state(plan: Plan) -> tuple[torch.Tensor, ...]:
+    """The state values that `plan` was traced with.
+
+    Raises:
+        PlanError: the plan came as bytes and has state, which then must be given.
+    """
+    if plan.state_values is not None:
+        return plan.state_values
+    if plan.state:
+        raise PlanError(
+            f"plan {plan.name!r} came without its {len(plan.state)} state tensors: pass state=..."
+        )
+    return ()
+
+
+def check_arguments(plan: Plan, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> None:
+    """Raise PlanArgumentError unless inputs and state fit the plan's specs."""
+    check_inputs(plan, inputs)
+    if len(state) != len(plan.state):
+        raise PlanArgumentError(f"plan {plan.name!r} has {len(plan.state)} state tensors, got {len(state)}")
+    for entry, tensor in zip(plan.state, state, strict=True):
+        if not entry.spec.accepts(tensor):
+            raise PlanArgumentError(f"state {entry.name!r}: wanted {entry.spec}, got {TensorSpec.of(tensor)}")
+
+
+def check_inputs(plan: Plan, inputs: Sequence[torch.Tensor]) -> None:
+    """Raise PlanArgumentError unless `inputs` fit the plan's specs."""
+    if len(inputs) != len(plan.inputs):
+        names = ", ".join(plan.input_name(index) for index in range(len(plan.inputs)))
+        raise PlanArgumentError(
+            f"plan {plan.name!r} takes {len(plan.inputs)} inputs ({names}), got {len(inputs)}"
+        )
+    for index, (spec, tensor) in enumerate(zip(plan.inputs, inputs, strict=True)):
+        if not isinstance(tensor, torch.Tensor):
+            raise PlanArgumentError(
+                f"{plan.input_name(index)} of plan {plan.name!r}: wanted a tensor {spec}, "
+                f"got {type(tensor).__name__}"
+            )
+        if not spec.accepts(tensor):
+            raise PlanArgumentError(
+                f"{plan.input_name(index)} of plan {plan.name!r}: wanted {spec}, got {TensorSpec.of(tensor)}"
+            )
+
+
+def program(plan: Plan, device: torch.device) -> Program:
+    """The compiled form of `plan` for `device`, made at the first call and kept with the plan."""
+    cache: dict[torch.device, Program] = plan.__dict__.setdefault("_programs", {})
+    found = cache.get(device)
+    if found is None:
+        found = cache[device] = Program(plan, device)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    function: Callable[..., Any]
+    arguments: Callable[[list[Any]], tuple[Any, ...]]
+    kwargs: dict[str, Any]
+    kwargs_refs: bool
+    results: Nested
+    result_slot: int
+    """The slot of a single result, -1 when `results` says where several go."""
+    free: tuple[int, ...]
+    kind: _Kind
+
+
+class _Kind(Enum):
+    """How a step runs: by a call, by a peer, or as the switch of the grad mode."""
+
+    CALL = 0
+    PEER = 1
+    GRAD_MODE = 2
+
+
+class Program:
+    """A plan compiled for one device. `functions` replaces callables of the table, by name."""
+
+    def __init__(
+        self, plan: Plan, device: torch.device, *, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._functions = {**table.TABLE, **(functions or {})}
+        self._size = len(plan.inputs) + len(plan.state)
+        self._constants: list[Any] = []
+        results = [len(list(refs_in(op.results))) for op in plan.ops]
+        self._slots = self._size + sum(results)  # constants follow the plan's own values
+        last_use = _last_uses(plan)
+        self._steps = [self._compile(op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
+        self._switches_grad = any(step.kind is _Kind.GRAD_MODE for step in self._steps)
+
+    def run(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Execution:
+        """Run on arguments that are known to fit; see `run` of the module."""
+        slots = [*inputs, *state, *([None] * (self._slots - self._size)), *self._constants]
+        grad_mode = torch.is_grad_enabled()
+        index = 0
+        try:
+            for index, step in enumerate(self._steps):  # the handler below names the step
+                kwargs = _filled(step.kwargs, slots) if step.kwargs_refs else step.kwargs
+                if step.kind is _Kind.CALL:
+                    result = step.function(*step.arguments(slots), **kwargs)
+                elif step.kind is _Kind.PEER:
+                    result = yield PeerRequest(self._plan.ops[index].name, step.arguments(slots), kwargs)
+                else:  # True is the end of a no_grad block: back to the caller's mode, which may be off
+                    result = step.function(step.arguments(slots)[0] and grad_mode)
+                if step.result_slot >= 0:
+                    slots[step.result_slot] = result
+                else:
+                    _store(step.results, result, slots)
+                for slot in step.free:
+                    slots[slot] = None
+        except Exception as error:
+            raise _failure(self._plan, index, error) from error
+        finally:
+            if self._switches_grad:
+                torch.set_grad_enabled(grad_mode)
+        return _filled(self._plan.outputs, slots)
+
+    def _compile(self, op: Op, free: tuple[int, ...]) -> _Step:
+        kwargs = {key: map_leaves(value, self._resolved) for key, value in op.kwargs.items()}
+        if op.name in table.FACTORIES and kwargs.get("device") is None and self._device.type != "cpu":
+            kwargs["device"] = self._device
+        return _Step(
+            function=self._functions[op.name],
+            arguments=self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
+            kwargs=kwargs,
+            kwargs_refs=any(True for _ in refs_in(kwargs)),
+            results=op.results,
+            result_slot=op.results.index if isinstance(op.results, Ref) else -1,
+            free=free,
+            kind=_kind(op.name),
+        )
+
+    def _resolved(self, leaf: Any) -> Any:
+        return self._device if leaf is DEVICE else leaf
+
+    def _arguments(self, args: list[Any]) -> Callable[[list[Any]], tuple[Any, ...]]:
+        if any(not isinstance(arg, Ref) and any(True for _ in refs_in(arg)) for arg in args):
+            return lambda slots: tuple([_filled(arg, slots) for arg in args])
+        if not args:
+            return lambda slots: ()
+        where = [arg.index if isinstance(arg, Ref) else self._constant(arg) for arg in args]
+        if len(where) == 1:
+            only = where[0]
+            return lambda slots: (slots[only],)
+        return itemgetter(*where)
+
+    def _constant(self, value: Any) -> int:
+        self._constants.append(value)
+        return self._slots + len(self._constants) - 1
+
+
+def _kind(name: str) -> _Kind:
+    if name in table.PEER_OPS:
+        return _Kind.PEER
+    return _Kind.GRAD_MODE if name == _GRAD_SWITCH else _Kind.CALL
+
+
+def _last_uses(plan: Plan) -> dict[int, tuple[int, ...]]:
+    """Op index -> the op results and inputs that nothing after it needs. State stays: its owner holds it."""
+    first_state = len(plan.inputs)
+    first_result = first_state + len(plan.state)
+    last: dict[int, int] = {}
+    for index, op in enumerate(plan.ops):
+        for ref in refs_in((op.args, op.kwargs, op.results)):
+            last[ref.index] = index
+    for ref in refs_in(plan.outputs):
+        last.pop(ref.index, None)
+    freed: dict[int, list[int]] = {}
+    for slot, index in last.items():
+        if slot < first_state or slot >= first_result:
+            freed.setdefault(index, []).append(slot)
+    return {index: tuple(slots) for index, slots in freed.items()}
+
+
+def _filled(value: Nested, slots: list[Any]) -> Nested:
+    return map_leaves(value, lambda leaf: slots[leaf.index] if isinstance(leaf, Ref) else leaf)
+
+
+def _store(results: Nested, value: Any, slots: list[Any]) -> None:
+    """Put the parts of `value` into the slots that `results` names."""
+    if results is None:
+        return
+    if isinstance(results, Ref):
+        slots[results.index] = value
+        return
+    if not isinstance(value, tuple | list) or len(value) != len(results):
+        count = len(value) if isinstance(value, tuple | list) else 1
+        raise ValueError(f"it gave {count} results where the plan expects {len(results)}")
+    for part, item in zip(results, value, strict=True):
+        _store(part, item, slots)
+
+
+def _failure(plan: Plan, index: int, error: Exception) -> ExecutionError:
+    op = plan.ops[index]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = str(op)
+    source = f" (traced at {plan.lines[index]})" if index < len(plan.lines) and plan.lines[index] else ""
+    return ExecutionError(
+        f"op {index} of plan {plan.name!r} failed: {line}{source}: {reason}",
+        op=op.name,
+        index=index,
+        line=line,
+    )

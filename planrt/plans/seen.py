@@ -1,0 +1,93 @@
+"""What the tracer does with torch calls that are not ops: metadata passes, sizes are remembered, the rest is
+refused with a reason. Fixed sets of torch's own function objects; nothing here runs on a worker.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_Tensor = torch.Tensor
+
+
+def _getters(*names: str) -> set[Any]:
+    found = (getattr(_Tensor, name, None) for name in names)
+    return {descriptor.__get__ for descriptor in found if descriptor is not None}
+
+
+def _functions(home: Any, *names: str) -> set[Any]:
+    return {getattr(home, name) for name in names if hasattr(home, name)}
+
+
+SHAPE_READS = frozenset(_getters("shape"))
+SIZE_READS = frozenset({_Tensor.size})
+COUNT_READS = frozenset({_Tensor.numel, _Tensor.nelement, torch.numel})
+TO_DEVICE = frozenset({_Tensor.cpu, _Tensor.cuda})
+
+METADATA = frozenset(
+    _getters(
+        "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr",
+        "is_quantized", "is_nested", "is_leaf", "requires_grad", "is_mkldnn", "is_mps", "is_xla", "is_xpu",
+        "is_ipu", "is_maia", "is_mtia", "is_vulkan", "itemsize", "nbytes", "output_nr", "names", "name",
+        "grad_fn", "_version", "retains_grad",
+    )
+    | _functions(
+        _Tensor, "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous",
+        "is_same_size", "is_conj", "is_neg", "is_inference", "element_size", "get_device", "stride",
+        "storage_offset", "__len__", "__repr__", "__format__", "is_pinned", "is_shared", "has_names",
+        "_is_view",
+    )
+    | _functions(
+        torch, "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_conj", "is_inference",
+        "result_type", "can_cast", "promote_types", "get_device",
+    )
+)  # fmt: skip
+"""Reads of dtype, layout and the like: their answers are constants of the plan. Numbers among them that
+follow a free size (`stride`, `nbytes`, `len`) differ between the tracer's two runs, which catches their use."""
+
+FROM_ARRAY = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
+"""Functions that turn arrays from outside into tensors, which then become state."""
+
+PYTHON_DTYPES: dict[type, torch.dtype] = {
+    float: torch.float64,
+    int: torch.int64,
+    bool: torch.bool,
+    complex: torch.complex128,
+}
+
+_VALUE_READS = frozenset(
+    ["item", "tolist", "numpy", "__bool__", "__nonzero__", "__float__", "__int__", "__long__", "__index__",
+     "__complex__", "__array__", "__contains__", "__dlpack__", "equal", "allclose", "is_nonzero", "_assert",
+     "data_ptr", "cpu_numpy"]
+)  # fmt: skip
+_GRADIENTS = frozenset(["backward", "grad", "_grad", "retain_grad", "register_hook"])
+
+
+def why_refused(func: Any, public_name: str | None) -> str:
+    """One line on why a torch call cannot go into a plan."""
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")
+    short = (
+        owner if getattr(func, "__name__", "") in ("__get__", "__set__") else getattr(func, "__name__", "")
+    )
+    name = public_name or short or repr(func)
+    if short in _VALUE_READS:
+        return (
+            f"{name} reads the value of a tensor: a plan has no values while it is recorded; compute with "
+            "tensors (torch.where instead of `if`) or pass the number as an argument"
+        )
+    if short in _GRADIENTS:
+        return f"{name}: gradients inside a plan cannot be recorded yet; record the forward pass and the loss"
+    return f"{name} is not on the table of ops that plans may use"
+
+
+def without_numpy(leaf: Any) -> Any:
+    """A Python number for a numpy scalar; anything else as it is."""
+    if type(leaf).__module__ == "numpy" and getattr(leaf, "shape", None) == () and hasattr(leaf, "item"):
+        return leaf.item()
+    return leaf
+
+
+def holds_array(args: tuple[Any, ...]) -> bool:
+    """Whether the data argument of a factory is a numpy array (or anything else torch reads like one)."""
+    return bool(args) and not isinstance(args[0], torch.Tensor) and hasattr(args[0], "__array_interface__")

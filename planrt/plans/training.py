@@ -1,0 +1,400 @@
+"""Training and evaluating a model from its plans: what a worker does with one request. No I/O in here.
+
+`trace_model` records a model together with its loss, once as it trains and once as it is evaluated. `train`
+and `evaluate` run those plans over batches, with the same numbers, bit for bit, as the plain PyTorch loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Final
+
+import torch
+
+from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
+from planrt.plans.interpreter import check_arguments, check_inputs, drive, program
+from planrt.plans.lifting import StateRegistry
+from planrt.plans.plan import Plan
+from planrt.plans.torchscript import as_traceable
+from planrt.plans.tracer import assemble, record
+from planrt.types import Ref, TensorSpec
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
+    name: getattr(torch.optim, name)
+    for name in (
+        "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam",
+        "RMSprop", "Rprop", "SGD", "SparseAdam",
+    )
+    if hasattr(torch.optim, name)
+}  # fmt: skip
+"""The optimizers that a request may name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlans:
+    """A model with its loss, as two plans over the same state.
+
+    Both take (data, target) and give (loss, prediction), with the batch dimension free. `state` maps the names
+    of the plans' state entries, in their order, to the model's own tensors, detached: they share memory with
+    the model, so clone what must not follow it.
+    """
+
+    training: Plan
+    evaluation: Plan
+    state: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What one call of `train` gave.
+
+    Attributes:
+        loss: mean over the samples of the loss of their batch, before that batch's step; 0.0 without samples.
+        samples: how many samples were seen.
+        batches: how many batches.
+        state: the state entries that training can change (trainable parameters and buffers), in plan order.
+        changed: their positions in the plan's state.
+        optimizer_state: what `train` takes as `optimizer_state` to go on from here; None without batches.
+    """
+
+    loss: float
+    samples: int
+    batches: int
+    state: list[torch.Tensor]
+    changed: tuple[int, ...]
+    optimizer_state: dict[Any, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """What one call of `evaluate` gave.
+
+    `loss` is the mean per sample (0.0 without samples). Where classes are counted, `correct` is how many
+    predictions were right, and the histograms say how often each class was predicted and was the target.
+    """
+
+    loss: float
+    samples: int
+    correct: int | None = None
+    histogram: list[int] | None = None
+    target_histogram: list[int] | None = None
+
+
+def trace_model(model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.Tensor) -> ModelPlans:
+    """Record ``loss_fn(model(data), target)`` in training and in evaluation mode.
+
+    Args:
+        model: an nn.Module, or a module from `torch.jit.trace`, whose mode stays as it was traced.
+        loss_fn: (prediction, target) -> a loss without dimensions; a function or an nn.Module.
+        data: an example batch, dimension 0 the batch; at least two samples if the model has batch norm.
+        target: its targets, dimension 0 the batch.
+
+    Raises:
+        TraceError: the model or loss cannot be recorded, or do not fit each other; the message names the line.
+    """
+    call, modules = as_traceable(model, (data,))
+    loss_modules = [loss_fn] if isinstance(loss_fn, torch.nn.Module) else []
+    registry = StateRegistry(modules, also_undo=loss_modules)
+
+    def step(data: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        prediction = call(data)
+        return _loss(loss_fn, prediction, target), prediction
+
+    free = [(0,) if example.dim() else () for example in (data, target)]
+    recordings = []
+    for training in (True, False):
+        with _mode([*modules, *loss_modules], training=training):
+            recordings.append(record(step, (data, target), registry=registry, free_dims=free))
+    name = type(model).__name__
+    plans = [
+        assemble(recording, registry, name=f"{name} ({mode})", input_names=("data", "target"))
+        for recording, mode in zip(recordings, ("training", "evaluation"), strict=True)
+    ]
+    return ModelPlans(*plans, state={entry.name: entry.tensor.detach() for entry in registry.entries})
+
+
+def _loss(loss_fn: Loss, prediction: Any, target: torch.Tensor) -> torch.Tensor:
+    try:
+        loss = loss_fn(prediction, target)
+    except TraceError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TraceError(
+            f"the model's output {_described(prediction)} does not fit the loss with the target "
+            f"{_described(target)}: {reason}"
+        ) from error
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        raise TraceError(f"the loss must be one number (a tensor without dimensions), not {_described(loss)}")
+    return loss
+
+
+def _described(value: Any) -> str:
+    return str(TensorSpec.of(value)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+@contextmanager
+def _mode(modules: Sequence[torch.nn.Module], *, training: bool) -> Iterator[None]:
+    """`modules` in training or evaluation mode; each submodule gets its own mode back."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
+
+
+def train(
+    plan: Plan,
+    state: Sequence[torch.Tensor],
+    batches: Iterable[Batch],
+    *,
+    optimizer: str,
+    optimizer_args: Mapping[str, Any] | None = None,
+    optimizer_state: dict[Any, Any] | None = None,
+    device: torch.device | str = "cpu",
+    seed: int,
+) -> TrainResult:
+    """Train `state` with one optimizer step per batch.
+
+    The tensors in `state` are owned by this call: those that training can change are changed in place where
+    they are on `device` (so they must be writable), and given back. Batches may be on any device.
+
+    Args:
+        plan: takes (data, target), gives (loss, prediction), as `trace_model` makes it.
+        state: one tensor per entry of ``plan.state``, in its order.
+        batches: pairs of (data, target); dimension 0 counts samples.
+        optimizer: a name in `OPTIMIZERS`.
+        optimizer_args: its keyword arguments: numbers, bools, None, short strings, short tuples of numbers.
+        optimizer_state: `TrainResult.optimizer_state` of an earlier call, which this one takes over; without
+            it the optimizer starts fresh.
+        device: where to compute.
+        seed: seeds torch's generators during the call (dropout); they are put back afterwards.
+
+    Raises:
+        OptionError: unknown optimizer, or arguments it does not take.
+        PlanArgumentError: state or a batch that does not fit the plan.
+        PlanError: a plan that does not give a loss to train on.
+        ExecutionError: an op failed.
+    """
+    changed = tuple(index for index, entry in enumerate(plan.state) if entry.can_change)
+    checked_args = check_optimizer(optimizer, optimizer_args)
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        return TrainResult(0.0, 0, 0, [state[index] for index in changed], changed, optimizer_state)
+    device = torch.device(device)
+    _check_loss_plan(plan)
+    check_arguments(plan, first, state)
+    values = [
+        tensor.detach().to(device).requires_grad_(entry.trainable)
+        for entry, tensor in zip(plan.state, state, strict=True)
+    ]
+    stepper = _optimizer(optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state)
+    compiled = program(plan, device)
+    losses: list[torch.Tensor] = []
+    sizes: list[int] = []
+    with _seeded(seed, device), torch.enable_grad():
+        for batch in chain([first], remaining):
+            check_inputs(plan, batch)
+            on_device = [tensor.to(device, non_blocking=True) for tensor in batch]
+
+            def closure(inputs: list[torch.Tensor] = on_device) -> torch.Tensor:
+                stepper.zero_grad()
+                loss: torch.Tensor = drive(compiled.run(inputs, values))[0]
+                if loss.dim() != 0 or not loss.requires_grad:
+                    raise PlanError(f"plan {plan.name!r} does not give a loss that depends on its parameters")
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss
+
+            losses.append(_stepped(stepper, closure).detach())
+            sizes.append(_sample_count(batch))
+    kept: dict[Any, Any] = stepper.state_dict()["state"]
+    return TrainResult(
+        loss=_weighted_mean(losses, sizes),
+        samples=sum(sizes),
+        batches=len(sizes),
+        state=[values[index].detach() for index in changed],
+        changed=changed,
+        optimizer_state=kept,
+    )
+
+
+def evaluate(
+    plan: Plan,
+    state: Sequence[torch.Tensor],
+    batches: Iterable[Batch],
+    *,
+    bins: int = 0,
+    device: torch.device | str = "cpu",
+) -> EvaluationResult:
+    """The loss of `state` over `batches`, and with `bins` > 0 what was predicted for how many classes.
+
+    The predicted class is the argmax over dimension 1 of the prediction; it is counted as correct where it
+    equals an integer target of the same shape. Classes outside ``range(bins)`` are left out of the histograms.
+
+    Raises:
+        OptionError: negative `bins`.
+        PlanArgumentError: state or a batch that does not fit, or no classes to count.
+        ExecutionError: an op failed.
+    """
+    if bins < 0:
+        raise OptionError(f"bins must be at least 0, not {bins}")
+    device = torch.device(device)
+    _check_loss_plan(plan)
+    compiled = program(plan, device)
+    values = [tensor.detach().to(device) for tensor in state]
+    # A buffer that the evaluation changes (a batch norm frozen in training mode) must not change the caller's.
+    written = [entry.kind == "buffer" for entry in plan.state]
+    values = [value.clone() if copy else value for value, copy in zip(values, written, strict=True)]
+    losses: list[torch.Tensor] = []
+    sizes: list[int] = []
+    counts = torch.zeros(2 * bins + 1, dtype=torch.int64, device=device)  # predicted, targets, correct
+    with torch.no_grad():
+        for batch in batches:
+            check_arguments(plan, batch, values) if not sizes else check_inputs(plan, batch)
+            inputs = [tensor.to(device, non_blocking=True) for tensor in batch]
+            loss, prediction = drive(compiled.run(inputs, values))
+            losses.append(loss)
+            sizes.append(_sample_count(batch))
+            if bins:
+                counts += _class_counts(prediction, inputs[1], bins)
+    result = EvaluationResult(_weighted_mean(losses, sizes), sum(sizes))
+    if not bins:
+        return result
+    figures = counts.tolist()
+    return EvaluationResult(
+        result.loss, result.samples, figures[-1], figures[:bins], figures[bins : 2 * bins]
+    )
+
+
+def _class_counts(prediction: Any, target: torch.Tensor, bins: int) -> torch.Tensor:
+    if not isinstance(prediction, torch.Tensor) or prediction.dim() < 2:
+        raise PlanArgumentError(f"no classes to count in a prediction {_described(prediction)}: pass bins=0")
+    predicted = prediction.argmax(dim=1)
+    if target.is_floating_point() or target.is_complex() or target.shape != predicted.shape:
+        raise PlanArgumentError(
+            f"no classes to count in a target {_described(target)} for a prediction {_described(prediction)}: "
+            "pass bins=0"
+        )
+    correct = (predicted == target).sum().reshape(1)
+    return torch.cat([_histogram(predicted, bins), _histogram(target, bins), correct])
+
+
+def _histogram(classes: torch.Tensor, bins: int) -> torch.Tensor:
+    inside = classes.reshape(-1).long()
+    inside = torch.where((inside >= 0) & (inside < bins), inside, bins)
+    return torch.bincount(inside, minlength=bins + 1)[:bins]
+
+
+def _check_loss_plan(plan: Plan) -> None:
+    outputs = plan.outputs
+    if len(plan.inputs) != 2 or not (
+        isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Ref)
+    ):
+        raise PlanArgumentError(
+            f"plan {plan.name!r} is not one of a model with its loss: it must take (data, target) and give "
+            "(loss, prediction), as trace_model records it"
+        )
+
+
+def _sample_count(batch: Batch) -> int:
+    return batch[0].shape[0] if batch[0].dim() else 1
+
+
+def _weighted_mean(losses: list[torch.Tensor], sizes: list[int]) -> float:
+    """Mean of `losses` weighted by `sizes`; the one point where a round waits for the device."""
+    samples = sum(sizes)
+    if not samples:
+        return 0.0
+    numbers = torch.stack(losses).tolist()
+    return float(sum(loss * size for loss, size in zip(numbers, sizes, strict=True)) / samples)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators seeded with `seed`, and as they were before afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+# Optimizers
+
+
+def check_optimizer(name: str, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keyword arguments for optimizer `name`, checked: names it takes, values that are plain data.
+
+    Raises:
+        OptionError: unknown optimizer, unknown keyword, or a value of another kind.
+    """
+    if name not in OPTIMIZERS:
+        raise OptionError(f"unknown optimizer {name!r}: choose one of {', '.join(sorted(OPTIMIZERS))}")
+    known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key not in ("self", "params")]
+    checked: dict[str, Any] = {}
+    for key, value in (args or {}).items():
+        if key not in known:
+            raise OptionError(f"optimizer {name} has no option {key!r}; it has: {', '.join(known)}")
+        checked[key] = _plain_option(name, key, value)
+    return checked
+
+
+def _plain_option(optimizer: str, key: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 32):
+        return value
+    if isinstance(value, tuple | list) and len(value) <= 8 and all(type(x) in (int, float, type(None)) for x in value):
+        return tuple(value)
+    raise OptionError(
+        f"option {key!r} of optimizer {optimizer} must be a number, a bool, None, a short string or a short "
+        f"tuple of numbers, not {type(value).__name__}"
+    )
+
+
+def _optimizer(
+    name: str, args: dict[str, Any], parameters: list[torch.Tensor], kept: dict[Any, Any] | None
+) -> torch.optim.Optimizer:
+    if not parameters:
+        raise PlanError("the plan has no trainable parameters: nothing for an optimizer to do")
+    factory: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[name]
+    try:
+        made = factory(parameters, **args)
+        if kept is not None:
+            made.load_state_dict({"state": kept, "param_groups": made.state_dict()["param_groups"]})
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise OptionError(f"optimizer {name} does not accept these options: {_first_line(error)}") from error
+    return made
+
+
+def _stepped(stepper: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The loss of ``stepper.step(closure)``; every optimizer calls the closure first, LBFGS several times."""
+    failed: list[Exception] = []
+
+    def guarded() -> torch.Tensor:
+        try:
+            return closure()
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    try:
+        loss: torch.Tensor = stepper.step(guarded)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        if failed:
+            raise  # the plan or its backward, not the optimizer
+        name = type(stepper).__name__
+        raise OptionError(f"optimizer {name} cannot train this plan: {_first_line(error)}") from error
+    return loss
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Protocols: plans chained across workers. The room is kept free for them; nothing lives here yet."""

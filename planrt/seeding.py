@@ -1,0 +1,25 @@
+"""Every random choice of a run derives from (run seed, round, worker): the same run gives the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A seed in [0, 2**63) from `seed` and `parts`: SHA-256 of their text, so that no two streams are related."""
+    text = "\x1f".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seeds torch's generators (the CPU's and `device`'s) for the block and puts them back after it."""
+    device = torch.device(device)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,287 @@
+"""Frames: one message and its tensors as bytes, and back; no sockets.
+
+Layout of a frame::
+
+    magic "PRT1" | header length, uint32 little-endian | header | payload
+
+    header   MessagePack: [message, [[dtype name, [sizes]], ...]], at most `max_header` bytes
+    payload  the tensors' elements, each tensor at a multiple of 64 bytes from the payload's start
+
+To send, call `encode` and write what `Frame.fragments` yields, in order. To receive, make a `FrameAssembler`,
+`feed` it whatever arrives, in pieces of any size, and call `finish` after the last one. The header is decoded
+and validated before memory for the payload is taken, and the payload is written once, to where its tensors
+then live.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Generic, Protocol, TypeVar, cast
+
+import msgpack
+import torch
+
+from planrt.errors import LocalError, MessageTooLargeError, WireError
+from planrt.serde.tensors import Layout, aligned, describe, parse_layouts, raw_bytes, tensors_in
+
+MAGIC = b"PRT1"
+_PRELUDE = struct.Struct("<4sI")
+
+FRAGMENT_BYTES = 1 << 20
+"""Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model."""
+
+HEADER_BYTES = 1 << 20
+"""Headers are small: longer ones are refused, unless a limit says otherwise."""
+
+_BIG = 1 << 20
+_PADDING = bytes(64)
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`, `patience`)."""
+
+    message: int = 4 << 30
+    header: int = HEADER_BYTES
+    keepalive: float = 20.0
+    """Seconds between keepalive pings on a connection."""
+    patience: float = 60.0
+    """Seconds without an answer to a ping after which a connection counts as lost."""
+
+
+# ------------------------------------------------------------------------------------------- sending
+
+
+class Frame:
+    """An encoded message: a header and views of the tensors' memory, which must stay unchanged until sent."""
+
+    __slots__ = ("_pieces", "nbytes")
+
+    def __init__(self, pieces: list[bytes | memoryview]) -> None:
+        self._pieces = pieces
+        self.nbytes = sum(len(piece) for piece in pieces)
+
+    def fragments(self, size: int = FRAGMENT_BYTES) -> Iterator[bytes | memoryview]:
+        """The frame's bytes in order, in fragments of at most `size` bytes.
+
+        Small pieces are gathered into one fragment; pieces of `size` and more are sliced, not copied.
+        """
+        gathered = bytearray()
+        for piece in self._pieces:
+            start = 0
+            while start < len(piece):
+                if not gathered and len(piece) - start >= size:
+                    yield memoryview(piece)[start : start + size]
+                    start += size
+                    continue
+                taken = min(size - len(gathered), len(piece) - start)
+                gathered += memoryview(piece)[start : start + taken]
+                start += taken
+                if len(gathered) == size:
+                    yield bytes(gathered)
+                    gathered.clear()
+        if gathered:
+            yield bytes(gathered)
+
+
+def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: int = HEADER_BYTES) -> Frame:
+    """Encodes `message` (MessagePack-able builtins) and `tensors` into a `Frame` that shares their memory.
+
+    Raises:
+        LocalError: a tensor that does not travel, or a header of more than `max_header` bytes.
+    """
+    views = [raw_bytes(tensor) for tensor in tensors]
+    header = msgpack.packb([message, describe(tensors)])
+    if len(header) > max_header:
+        raise LocalError(
+            f"the message's header takes {len(header):,} bytes, over the limit of {max_header:,}: "
+            "send fewer tensors or options in one message"
+        )
+    pieces: list[bytes | memoryview] = [_PRELUDE.pack(MAGIC, len(header)) + header]
+    position = 0
+    for view in views:
+        if padding := aligned(position) - position:
+            pieces.append(_PADDING[:padding])
+        pieces.append(view)
+        position = aligned(position) + len(view)
+    return Frame(pieces)
+
+
+# ----------------------------------------------------------------------------------------- receiving
+
+
+class Store(Protocol):
+    """Where a payload goes while it arrives."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends `data`."""
+
+    def buffer(self) -> Any:
+        """The whole payload as one writable buffer; called once, after the last `write`."""
+
+
+class MemoryStore:
+    """A payload of `nbytes` in memory. Large ones take fresh pages from the system and give them back."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer: mmap.mmap | bytearray
+        if nbytes >= _BIG:
+            self._buffer = mmap.mmap(-1, nbytes)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._buffer.madvise(mmap.MADV_HUGEPAGE)  # a page fault per 2 MiB instead of per 4 KiB
+        else:
+            self._buffer = bytearray(nbytes)
+        self._view = memoryview(self._buffer)
+        self._end = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends `data`."""
+        self._view[self._end : self._end + len(data)] = data
+        self._end += len(data)
+
+    def buffer(self) -> Any:
+        """The payload, writable."""
+        self._view.release()
+        return self._buffer
+
+
+class SpoolStore:
+    """A payload in an unnamed temporary file: for replies that must wait while memory is short."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        self._nbytes = nbytes
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends `data`."""
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def buffer(self) -> Any:
+        """The payload, mapped copy-on-write from the file, which goes away with the mapping."""
+        with self._file:
+            return mmap.mmap(self._file.fileno(), self._nbytes, access=mmap.ACCESS_COPY)
+
+    def __del__(self) -> None:
+        self._file.close()  # of a frame that never came to its end
+
+
+Allocate = Callable[[M, int], Store]
+"""(decoded message, payload size in bytes) -> where the payload goes."""
+
+
+def in_memory(message: object, nbytes: int) -> Store:
+    """The default `Allocate`: every payload in memory."""
+    return MemoryStore(nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Generic[M]):
+    """A decoded message, its tensors and the frame's size in bytes."""
+
+    message: M
+    tensors: list[torch.Tensor]
+    nbytes: int
+
+
+class FrameAssembler(Generic[M]):
+    """Builds one message from the pieces of its frame.
+
+    `decode` turns the header's builtins into a typed message and raises WireError for anything else;
+    `allocate` then says where the payload goes. `address` is for error messages.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[object], M],
+        *,
+        allocate: Allocate[M] = in_memory,
+        limits: Limits | None = None,
+        address: str = "",
+    ) -> None:
+        self._decode = decode
+        self._allocate = allocate
+        self._limits = limits or Limits()
+        self._address = address
+        self._head = bytearray()
+        self._head_size: int | None = None
+        self._message: M | None = None
+        self._layouts: list[Layout] = []
+        self._store: Store | None = None
+        self._missing = 0
+        self._nbytes = 0
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Takes the next piece of the frame.
+
+        Raises:
+            WireError: not a planrt frame, a malformed header, or more bytes than announced.
+            MessageTooLargeError: the header announces more than the limits allow.
+        """
+        self._nbytes += len(data)
+        if self._store is None:
+            self._head += data
+            rest = self._read_head()
+            if rest is None:
+                return
+            data = rest
+        self._missing -= len(data)
+        if self._missing < 0:
+            raise WireError("the frame is longer than its header announced", address=self._address)
+        if data and self._store is not None:
+            self._store.write(data)
+
+    def finish(self) -> Received[M]:
+        """The message, after the last piece.
+
+        Raises:
+            WireError: bytes are missing.
+        """
+        if self._store is None or self._missing:
+            raise WireError("the frame ended early", address=self._address)
+        tensors = tensors_in(self._store.buffer(), self._layouts, address=self._address) if self._layouts else []
+        return Received(cast(M, self._message), tensors, self._nbytes)
+
+    def _read_head(self) -> bytes | None:
+        """Reads prelude and header once they are complete; returns the payload bytes that came with them."""
+        if self._head_size is None:
+            if self._head[: len(MAGIC)] != MAGIC[: len(self._head)]:
+                raise WireError("not a planrt frame: wrong first bytes", address=self._address)
+            if len(self._head) < _PRELUDE.size:
+                return None
+            header_size = _PRELUDE.unpack_from(self._head)[1]
+            if header_size > self._limits.header:
+                raise MessageTooLargeError(
+                    f"a header of {header_size:,} bytes is over the limit of {self._limits.header:,}",
+                    address=self._address,
+                )
+            self._head_size = _PRELUDE.size + header_size
+        if len(self._head) < self._head_size:
+            return None
+        self._message, self._layouts, self._missing = self._parse(self._head[_PRELUDE.size : self._head_size])
+        self._store = self._allocate(self._message, self._missing)
+        rest = bytes(self._head[self._head_size :])
+        self._head.clear()
+        return rest
+
+    def _parse(self, header: bytearray) -> tuple[M, list[Layout], int]:
+        try:
+            unpacked = msgpack.unpackb(header)
+        except (ValueError, msgpack.UnpackException, RecursionError) as error:
+            raise WireError(f"malformed header: {error}", address=self._address) from error
+        if not isinstance(unpacked, list) or len(unpacked) != 2:
+            raise WireError("malformed header: not a message and its tensors", address=self._address)
+        layouts, payload = parse_layouts(unpacked[1], address=self._address)
+        if payload > self._limits.message:
+            raise MessageTooLargeError(
+                f"a message of {payload:,} bytes is over the limit of {self._limits.message:,}",
+                address=self._address,
+            )
+        return self._decode(unpacked[0]), layouts, payload

@@ -1,0 +1,116 @@
+"""Tensors <-> (dtype name, shape, raw bytes).
+
+A tensor on the wire is a `Layout` in the frame's header and its elements in row-major order, native
+(little-endian) byte order, in the frame's payload. Every tensor starts at a multiple of `ALIGNMENT` bytes,
+so that the receiver can use the payload in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.errors import LocalError, WireError
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+
+ALIGNMENT = 64
+"""Tensors start at multiples of this many bytes (a cache line, and what vectorised kernels like)."""
+
+MAX_DIMS = 64
+MAX_ELEMENTS = 1 << 48
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where one tensor lies in a payload: dtype, shape (elements), offset and size (bytes)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def aligned(position: int) -> int:
+    """The first multiple of `ALIGNMENT` at or after `position` (bytes)."""
+    return -(-position // ALIGNMENT) * ALIGNMENT
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of `tensor` as bytes: no copy for a contiguous CPU tensor, else one.
+
+    The view keeps the memory alive; the caller must not change the tensor while the view is in use.
+
+    Raises:
+        LocalError: a sparse, quantised or otherwise layout-less tensor, or a dtype that does not travel.
+    """
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise LocalError(
+            f"only dense tensors with data travel, not {tensor.layout} on {tensor.device}: "
+            "send tensor.to_dense(), or materialise it first"
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        raise LocalError(f"tensors of dtype {tensor.dtype} do not travel: convert to one of {sorted(DTYPES)}")
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if plain.numel() == 0:
+        return memoryview(b"")
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+
+
+def describe(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+    """The header entries ``[dtype name, [sizes]]`` of `tensors`."""
+    return [[DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for tensor in tensors]
+
+
+def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int]:
+    """Validates header entries and lays the tensors out; returns the layouts and the payload size in bytes.
+
+    Raises:
+        WireError: anything but a list of ``[known dtype name, [non-negative sizes]]``.
+    """
+    if not isinstance(described, list):
+        raise WireError("malformed header: the tensor list is not a list", address=address)
+    layouts: list[Layout] = []
+    position = 0
+    for entry in described:
+        match entry:
+            case [str(name), list(sizes)] if name in DTYPES and len(sizes) <= MAX_DIMS:
+                dtype = DTYPES[name]
+            case _:
+                raise WireError(f"malformed header: bad tensor entry {entry!r:.80}", address=address)
+        if not all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in sizes):
+            raise WireError(f"malformed header: bad tensor shape {sizes!r:.80}", address=address)
+        elements = math.prod(sizes)
+        if elements > MAX_ELEMENTS:
+            raise WireError(f"malformed header: tensor of {elements:.3g} elements", address=address)
+        nbytes = elements * dtype.itemsize
+        position = aligned(position)
+        layouts.append(Layout(dtype, tuple(sizes), position, nbytes))
+        position += nbytes
+    return layouts, position
+
+
+def tensors_in(payload: Any, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
+    """The tensors that lie in `payload` (a writable buffer), sharing its memory.
+
+    Raises:
+        WireError: a bool tensor with bytes other than 0 and 1 (undefined behaviour in torch).
+    """
+    tensors = []
+    for layout in layouts:
+        if layout.nbytes == 0:
+            tensors.append(torch.empty(layout.shape, dtype=layout.dtype))
+            continue
+        count = layout.nbytes // layout.dtype.itemsize
+        if layout.dtype == torch.bool:
+            raw = torch.frombuffer(payload, dtype=torch.uint8, count=count, offset=layout.offset)
+            if bool((raw > 1).any()):
+                raise WireError("malformed payload: a bool tensor holds bytes other than 0 and 1", address=address)
+            flat = raw.view(torch.bool)
+        else:
+            flat = torch.frombuffer(payload, dtype=layout.dtype, count=count, offset=layout.offset)
+        tensors.append(flat.view(layout.shape))
+    return tensors

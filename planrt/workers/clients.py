@@ -1,0 +1,301 @@
+"""Workers as their clients see them: `VirtualWorker` in this process, `WebsocketClientWorker` anywhere.
+
+Both do the same things over the same messages; only the pipe differs. Every method that waits has an
+``async_`` form to await from any event loop, and a blocking form for scripts and threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+
+from planrt.errors import LocalError, PlanArgumentError, UnknownPlanError, WireError
+from planrt.plans.plan import Plan
+from planrt.serde.frames import Allocate, Limits, in_memory
+from planrt.types import Ref, leaves, map_leaves
+from planrt.workers import messages as m
+from planrt.workers.connection import Connection, Reply
+from planrt.workers.host import WorkerHost, virtual_compute
+from planrt.workers.loop import on_loop, run
+from planrt.workers.pipes import Traffic, memory_pipes
+from planrt.workers.state import WorkerState
+from planrt.workers.websocket import dial
+
+B = TypeVar("B", bound=m.Message)
+
+DEFAULT_TIMEOUT = 10.0
+"""Seconds to wait for a connection and its handshake."""
+
+
+class TrainJob(Protocol):
+    """What `planrt.fl.TrainConfig.send` leaves with a worker, for `fit` and `evaluate`."""
+
+    async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> Any:
+        """One round of training on `worker`."""
+
+    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, *, bins: int) -> Any:
+        """The current state, evaluated on `worker`."""
+
+
+class BaseWorker:
+    """A worker at the other end of a connection. Use one of its subclasses."""
+
+    def __init__(self, id: str, connection: Connection) -> None:
+        self.id = id
+        self.train_job: TrainJob | None = None
+        self._connection = connection
+        self._plans: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} at {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """``ws://host:port`` or ``memory://id``."""
+        return self._connection.session.address
+
+    @property
+    def datasets(self) -> Mapping[str, m.DatasetInfo]:
+        """The data sets the worker announced in the handshake: lengths and specs, by key."""
+        return self._connection.session.datasets
+
+    @property
+    def versions(self) -> m.Versions:
+        """What the worker runs."""
+        versions = self._connection.session.versions
+        assert versions is not None, "the handshake sets them"
+        return versions
+
+    @property
+    def traffic(self) -> Traffic:
+        """Messages and bytes to and from this worker so far."""
+        return self._connection.traffic
+
+    # ------------------------------------------------------------------------------------- requests
+
+    async def request(
+        self,
+        body: m.Body,
+        tensors: Sequence[torch.Tensor] = (),
+        *,
+        plan: Plan | None = None,
+        allocate: Allocate[m.Envelope] = in_memory,
+    ) -> Reply:
+        """One request, one reply; runs on planrt's loop.
+
+        If the worker has lost `plan`, which `body` names, it is sent again, and then the request.
+
+        Raises:
+            RemoteError: the worker could not do it. WorkerLostError: it is gone.
+        """
+        try:
+            return await self._connection.request(body, tensors, allocate=allocate)
+        except UnknownPlanError:
+            if plan is None:
+                raise
+            self._plans.discard(plan.hash)
+            await self.put_plan(plan)
+            return await self._connection.request(body, tensors, allocate=allocate)
+
+    async def put_plan(self, plan: Plan) -> None:
+        """Sends `plan` unless this connection has sent it before; runs on planrt's loop."""
+        if plan.hash in self._plans:
+            return
+        canonical = torch.frombuffer(bytearray(plan.to_bytes()), dtype=torch.uint8)
+        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash), [canonical]), self)
+        self._plans.add(plan.hash)
+
+    @on_loop
+    async def async_run(self, plan: Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+        """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
+
+        Sends the plan at the first use, then one message each way. Random ops draw from `seed`.
+
+        Raises:
+            PlanArgumentError: wrong number, shape or dtype of arguments; nothing is sent.
+            RemoteError: an op failed on the worker.
+        """
+        if len(args) != len(plan.inputs):
+            raise PlanArgumentError(f"the plan {plan.name!r} takes {len(plan.inputs)} arguments, not {len(args)}")
+        await self.put_plan(plan)
+        state = [plan.state_values[spec.name] for spec in plan.state]
+        body = m.RunPlan(plan.hash, seed)
+        _, tensors = expect(m.Values, await self.request(body, [*args, *state], plan=plan), self)
+        wanted = sum(isinstance(leaf, Ref) for leaf in leaves(plan.outputs))
+        if len(tensors) != wanted:
+            raise WireError(
+                f"worker {self.id!r} returned {len(tensors)} values of {wanted}", address=self.address
+            )
+        values = iter(tensors)
+        return map_leaves(lambda leaf: next(values) if isinstance(leaf, Ref) else leaf, plan.outputs)
+
+    def run(self, plan: Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+        """The blocking form of `async_run`."""
+        return run(self.async_run(plan, *args, seed=seed), instead="await worker.async_run(...)")
+
+    @on_loop
+    async def async_fit(self, dataset_key: str, *, seed: int = 0) -> Any:
+        """Trains what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
+
+        Returns a `planrt.fl.FitResult`. `seed` decides the order of samples and every random op.
+
+        Raises:
+            LocalError: no TrainConfig was sent. UnknownDatasetError, RemoteError, WorkerLostError.
+        """
+        return await self._job("fit").fit_on(self, dataset_key, seed=seed)
+
+    def fit(self, dataset_key: str, *, seed: int = 0) -> Any:
+        """The blocking form of `async_fit`."""
+        return run(self.async_fit(dataset_key, seed=seed), instead="await worker.async_fit(...)")
+
+    @on_loop
+    async def async_evaluate(self, dataset_key: str, *, bins: int = 0) -> Any:
+        """Evaluates what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
+
+        Returns a `planrt.plans.training.EvaluationResult`; `bins` classes are counted (0: no classes).
+        """
+        return await self._job("evaluate").evaluate_on(self, dataset_key, bins=bins)
+
+    def evaluate(self, dataset_key: str, *, bins: int = 0) -> Any:
+        """The blocking form of `async_evaluate`."""
+        return run(self.async_evaluate(dataset_key, bins=bins), instead="await worker.async_evaluate(...)")
+
+    @on_loop
+    async def async_close(self) -> None:
+        """Closes the connection; the worker frees what it held for it."""
+        await self._close()
+
+    def close(self) -> None:
+        """The blocking form of `async_close`."""
+        run(self.async_close(), instead="await worker.async_close()")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _close(self) -> None:
+        await self._connection.close()
+
+    def _job(self, verb: str) -> TrainJob:
+        if self.train_job is None:
+            raise LocalError(f"nothing to {verb} on worker {self.id!r}: call TrainConfig(...).send(worker) first")
+        return self.train_job
+
+
+def expect(kind: type[B], reply: Reply, worker: BaseWorker) -> tuple[B, list[torch.Tensor]]:
+    """`reply`, if it is of the kind that was asked for.
+
+    Raises:
+        WireError: it is of another kind.
+    """
+    body, tensors = reply
+    if not isinstance(body, kind):
+        raise WireError(
+            f"worker {worker.id!r} answered with {type(body).__name__} instead of {kind.__name__}",
+            address=worker.address,
+        )
+    return body, tensors
+
+
+class WebsocketClientWorker(BaseWorker):
+    """A worker behind a websocket: ``WebsocketClientWorker("alice", "127.0.0.1", 8777)``.
+
+    Connects and shakes hands at once; `await WebsocketClientWorker.connect(...)` is the form for event loops.
+
+    Raises:
+        ConnectError: nobody answers there. HandshakeError: not a planrt worker called `id`.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        host: str = "127.0.0.1",
+        port: int = 8777,
+        *,
+        uri: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        limits: Limits | None = None,
+    ) -> None:
+        opening = _open_websocket(id, uri or f"ws://{host}:{port}", timeout, limits or Limits())
+        super().__init__(id, run(opening, instead="await WebsocketClientWorker.connect(id, uri)"))
+
+    @classmethod
+    async def connect(
+        cls, id: str, uri: str, *, timeout: float = DEFAULT_TIMEOUT, limits: Limits | None = None
+    ) -> Self:
+        """Connects to the worker `id` at `uri` within `timeout` seconds; awaitable from any loop."""
+        worker = cls.__new__(cls)
+        BaseWorker.__init__(worker, id, await _open_websocket(id, uri, timeout, limits or Limits()))
+        return worker
+
+
+@on_loop
+async def _open_websocket(id: str, uri: str, timeout: float, limits: Limits) -> Connection:
+    pipe = await dial(uri, timeout=timeout, limits=limits)
+    return await Connection.open(pipe, id, timeout=timeout, limits=limits)
+
+
+_virtual_turns: asyncio.Semaphore | None = None
+
+
+class VirtualWorker(BaseWorker):
+    """A worker inside this process: ``VirtualWorker("bob", datasets={"key": dataset})``.
+
+    It takes and gives the same bytes as one behind a socket. All virtual workers of a process compute one
+    after the other on one thread, with one torch thread.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        datasets: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        limits: Limits | None = None,
+    ) -> None:
+        state = WorkerState(id, device=device)
+        for key, dataset in (datasets or {}).items():
+            state.add_dataset(dataset, key)
+        self._host = WorkerHost(state, virtual_compute(), limits=limits)
+        opening = _open_memory(id, self._host, limits or Limits())
+        connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
+        super().__init__(id, connection)
+
+    def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
+        """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
+        info = self._host.state.add_dataset(dataset, key, tags=tags, description=description)
+        self._connection.session.datasets[key] = info
+
+    async def _close(self) -> None:
+        await super()._close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
+
+
+async def _open_memory(id: str, host: WorkerHost, limits: Limits) -> tuple[Connection, asyncio.Task[None]]:
+    global _virtual_turns
+    if _virtual_turns is None:
+        _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
+    near, far = memory_pipes(f"memory://{id}", limits)
+    serving = asyncio.create_task(host.serve(far))
+    connection = await Connection.open(near, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns)
+    return connection, serving
+
+
+def close_all(workers: Sequence[BaseWorker]) -> None:
+    """Closes the connections of all `workers`."""
+
+    async def close() -> None:
+        await asyncio.gather(*(worker.async_close() for worker in workers))
+
+    run(close(), instead="await worker.async_close() for each")
+

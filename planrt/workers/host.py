@@ -1,0 +1,143 @@
+"""Runs a `WorkerState`: serves pipes on the event loop and does the torch work on a compute thread.
+
+One compute thread per worker keeps requests in order, and keeps the loop free to answer pings while torch
+computes. Virtual workers of a process share one compute thread with one torch thread: their results then do
+not depend on how many there are, and equal those of websocket workers with one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from planrt.errors import LocalError, TransportError
+from planrt.logs import get_logger
+from planrt.serde.frames import Frame, Limits, encode
+from planrt.workers import messages as m
+from planrt.workers.pipes import Pipe
+from planrt.workers.state import (
+    Close,
+    Disconnected,
+    Event,
+    PeerFailed,
+    Received,
+    Reply,
+    ToPeer,
+    Wait,
+    WorkerState,
+    failure_of,
+)
+
+T = TypeVar("T")
+
+log = get_logger("planrt.worker")
+
+
+class ComputeThread:
+    """One thread for torch work, with `threads` torch threads (None: as many as torch takes by itself)."""
+
+    def __init__(self, name: str, *, threads: int | None = None) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        if threads is not None:
+            _limit_threads(self._executor, threads)
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Runs ``function(*args)`` on the thread, after everything asked for before."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    def close(self) -> None:
+        """Lets the thread go once what was asked for is done."""
+        self._executor.shutdown(wait=False)
+
+
+def _limit_threads(executor: ThreadPoolExecutor, threads: int) -> None:
+    """Sets the number of torch threads of the executor's thread, and of no other.
+
+    torch keeps the number per thread, but also remembers the last one set anywhere as the number for threads
+    it has not met yet: that one is put back.
+    """
+    mine = torch.get_num_threads()
+    executor.submit(torch.set_num_threads, threads).result()
+    torch.set_num_threads(mine)
+
+
+class WorkerHost:
+    """Serves one worker to any number of pipes, on one event loop."""
+
+    def __init__(self, state: WorkerState, compute: ComputeThread, *, limits: Limits | None = None) -> None:
+        self.state = state
+        self._compute = compute
+        self._limits = limits or Limits()
+        self._numbers = itertools.count(1)
+        self._pipes: dict[int, Pipe] = {}
+
+    async def serve(self, pipe: Pipe) -> None:
+        """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker."""
+        number = next(self._numbers)
+        self._pipes[number] = pipe
+        log.debug("connected", worker=self.state.id, client=pipe.address)
+        try:
+            while (received := await pipe.receive()) is not None:
+                event = Received(number, received.message, received.tensors)
+                del received  # neither request nor reply may outlive its turn: they can be as large as a model
+                await self._handle(event)
+                del event
+        except TransportError as error:
+            log.warning("bad_message", worker=self.state.id, client=pipe.address, error=str(error))
+            await self._complain(pipe, error)
+        except ConnectionError as error:
+            log.info("connection_lost", worker=self.state.id, client=pipe.address, error=str(error))
+        finally:
+            del self._pipes[number]
+            log.debug("disconnected", worker=self.state.id, client=pipe.address)
+            await self._handle(Disconnected(number))
+            await pipe.close()
+
+    async def _handle(self, event: Event) -> None:
+        for instruction in await self._compute.run(self.state.handle, event):
+            match instruction:
+                case Reply(connection, envelope, tensors):
+                    if pipe := self._pipes.get(connection):
+                        await pipe.send(self._encode(envelope, tensors))
+                case Close(connection):
+                    if pipe := self._pipes.get(connection):
+                        await pipe.close()
+                case Wait():
+                    pass  # the state machine remembers the request; PeerSent or PeerFailed wakes it
+                case ToPeer(worker, key):
+                    await self._handle(PeerFailed(key, f"worker {self.state.id!r} has no address of {worker!r}"))
+
+    def _encode(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
+        if isinstance(envelope.body, m.Failure):
+            log.info("refused", worker=self.state.id, kind=envelope.body.kind, why=envelope.body.message)
+        try:
+            return encode(m.to_wire(envelope), tensors, max_header=self._limits.header)
+        except LocalError as error:  # a result that does not travel: say so instead
+            return encode(m.to_wire(m.Envelope(envelope.id, failure_of(error))))
+
+    async def _complain(self, pipe: Pipe, error: TransportError) -> None:
+        """Tells the client what was wrong with its bytes, as far as the connection still carries it."""
+        envelope = m.Envelope(0, m.Failure(type(error).__name__, str(error)))
+        try:
+            await asyncio.wait_for(pipe.send(encode(m.to_wire(envelope))), timeout=2)
+        except (ConnectionError, TimeoutError):
+            log.debug("complaint_undelivered", worker=self.state.id, client=pipe.address)
+
+
+_virtual_lock = threading.Lock()
+_virtual_thread: ComputeThread | None = None
+
+
+def virtual_compute() -> ComputeThread:
+    """The compute thread that all virtual workers of this process share: one torch thread, whatever the machine."""
+    global _virtual_thread
+    with _virtual_lock:
+        if _virtual_thread is None:
+            _virtual_thread = ComputeThread("planrt-virtual", threads=1)
+        return _virtual_thread

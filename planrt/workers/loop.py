@@ -1,0 +1,95 @@
+"""The one background thread that does planrt's I/O, and the ways in from other threads and loops.
+
+Blocking calls go through `run`; `await` forms through `on_loop`, which works from any caller's event loop
+(a script's `asyncio.run`, a notebook's running loop) and from planrt's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
+
+from planrt.errors import BlockingCallError
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_thread: threading.Thread | None = None
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop where it is installed (not on Windows), else asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The loop of the background thread, started at the first call."""
+    global _loop, _thread
+    with _lock:
+        if _loop is None or _thread is None or not _thread.is_alive():
+            _loop = new_event_loop()
+            _thread = threading.Thread(target=_loop.run_forever, name="planrt-io", daemon=True)
+            _thread.start()
+        return _loop
+
+
+def run(coroutine: Coroutine[Any, Any, T], *, instead: str) -> T:
+    """Runs `coroutine` on the background loop and waits for its result.
+
+    `instead` is the `await` form to name when called on the background thread itself.
+
+    Raises:
+        BlockingCallError: called on the background thread, which would wait for itself for ever.
+    """
+    loop = background_loop()
+    if threading.current_thread() is _thread:
+        coroutine.close()
+        raise BlockingCallError(f"a blocking call on planrt's own loop thread: write `{instead}` there")
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C while waiting: the work must not go on unseen
+        future.cancel()
+        raise
+
+
+def on_loop(
+    function: Callable[P, Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Makes a coroutine function awaitable from any loop: its body always runs on the background loop."""
+
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        loop = background_loop()
+        if asyncio.get_running_loop() is loop:
+            return await function(*args, **kwargs)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(*args, **kwargs), loop))
+
+    call.__name__ = function.__name__
+    call.__qualname__ = function.__qualname__
+    call.__doc__ = function.__doc__
+    return call
+
+
+@atexit.register
+def _stop() -> None:
+    if _loop is not None and _thread is not None and _thread.is_alive():
+        asyncio.run_coroutine_threadsafe(_cancel_all(), _loop)
+        _thread.join(timeout=3)
+
+
+async def _cancel_all() -> None:
+    """Cancels what still runs, so that connections close properly, then stops the loop."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=2) if tasks else None
+    asyncio.get_running_loop().stop()

@@ -1,0 +1,114 @@
+"""`WebsocketServerWorker`: the process that holds the data and runs what clients send, behind a websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from planrt.errors import OptionError
+from planrt.serde.frames import Limits
+from planrt.workers.host import ComputeThread, WorkerHost
+from planrt.workers.loop import background_loop, new_event_loop
+from planrt.workers.messages import DatasetInfo
+from planrt.workers.state import WorkerState
+from planrt.workers.websocket import listen
+
+Ready = Callable[[int], None]
+"""Called with the port once the worker listens."""
+
+
+class WebsocketServerWorker:
+    """A worker served over websockets.
+
+    `port` 0 takes a free port. `threads` is the number of torch threads: None for as many as torch takes by
+    itself (all cores). Give workers that share a machine ``cores // workers`` each, at least 1, or they fight
+    over the cores. Results are bit-identical only between workers with the same number of threads.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        limits: Limits | None = None,
+    ) -> None:
+        if not 0 <= port <= 65_535:
+            raise OptionError(f"a port is a number from 0 (any free one) to 65535, not {port}")
+        if threads is not None and threads < 1:
+            raise OptionError(f"a worker needs at least 1 thread, not {threads}")
+        self.id = id
+        self.host = host
+        self.port = port
+        self._threads = threads
+        self._limits = limits or Limits()
+        self._state = WorkerState(id, device=device)
+
+    def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
+        """Serves a map-style data set of (data, target) pairs under `key`, found by `tags` as well.
+
+        Raises:
+            DataError: its items are no pairs of tensors or numbers. OptionError: the key is taken.
+        """
+        self._state.add_dataset(dataset, key, tags=tags, description=description)
+
+    @property
+    def datasets(self) -> Mapping[str, DatasetInfo]:
+        """key -> what clients are told about the data set."""
+        return self._state.datasets
+
+    async def serve(self, *, ready: Ready | None = None, stop: asyncio.Event | None = None) -> None:
+        """Serves clients until `stop` is set, or for ever.
+
+        Raises:
+            ConnectError: the port is taken, or the host is not this machine's.
+        """
+        compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
+        host = WorkerHost(self._state, compute, limits=self._limits)
+        try:
+            async with listen(self.host, self.port, limits=self._limits, serve_pipe=host.serve) as port:
+                self.port = port
+                if ready is not None:
+                    ready(port)
+                await (stop or asyncio.Event()).wait()
+        finally:
+            compute.close()
+
+    def start(self, *, ready: Ready | None = None) -> None:
+        """Serves clients until SIGINT or SIGTERM; blocks. For the main thread of a process of its own."""
+
+        async def until_signal() -> None:
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers on loops
+                    loop.add_signal_handler(number, stop.set)
+            await self.serve(ready=ready, stop=stop)
+
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(until_signal())
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        """Serves on planrt's background loop for the block; yields the address. For tests and notebooks."""
+        stop = asyncio.Event()
+        listening = threading.Event()
+        loop = background_loop()
+        serving = asyncio.run_coroutine_threadsafe(
+            self.serve(ready=lambda port: listening.set(), stop=stop), loop
+        )
+        serving.add_done_callback(lambda done: listening.set())
+        listening.wait()
+        try:
+            if serving.done():
+                serving.result()  # raises why it does not listen
+            yield f"ws://{self.host}:{self.port}"
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            serving.result()

@@ -1,0 +1,55 @@
+"""Starts the workers alice, bob, charlie and testing as processes of this machine, on ports 8777 to 8780.
+
+Each holds its part of MNIST (or of scikit-learn's digits). Runs until Ctrl-C, SIGTERM, or until one of them
+ends; none of them outlives this process. Exit codes: see `planrt.fl.command`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from planrt.fl import data
+from planrt.fl.children import WorkerProcesses, mnist_children
+from planrt.fl.command import Parser, run_command, whole_number
+from planrt.fl.serve import describe
+
+FIRST_PORT = 8777
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = Parser(
+        prog="start_websocket_servers", description="Start four workers with their parts of MNIST."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: all networks)")
+    parser.add_argument("--data", metavar="DIR", help="folder that holds MNIST/raw")
+    parser.add_argument("--dataset", choices=data.DATASETS, default="auto", help="which images to serve")
+    parser.add_argument(
+        "--threads", type=whole_number(at_least=1), help="torch threads of each (None: share)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
+    options = parser.parse_args(arguments)
+    return run_command(parser.prog, lambda: start(options), verbose=options.verbose)
+
+
+def start(options: argparse.Namespace) -> None:
+    """Starts the four, says what they hold and waits."""
+    source = data.find(options.dataset, options.data)  # found once, so that all four serve the same
+    if source.notice:
+        print(f"Notice: {source.notice}")
+    children = mnist_children(source, first_port=FIRST_PORT, threads=options.threads, verbose=options.verbose)
+    with WorkerProcesses(children, host=options.host) as workers:
+        for worker in workers.wait_ready().values():
+            print(describe(worker.id, worker.key, worker.description, worker.images, worker.digits))
+            print(f"  at {worker.uri}")
+        print("All four workers serve; Ctrl-C stops them", flush=True)
+        try:
+            workers.wait()
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM: how this command is meant to end
+            print("Stopping the workers", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def mnist_folder() -> Path:
+    """The folder that holds the real MNIST, from PLANRT_DATA.
+
+    Without it the test is skipped, or fails where PLANRT_REQUIRE_DATA=1 says that the data must be there.
+    """
+    folder = os.environ.get("PLANRT_DATA")
+    if folder and (Path(folder) / "MNIST" / "raw").is_dir():
+        return Path(folder).resolve()
+    reason = "needs the real MNIST: set PLANRT_DATA to the folder that holds MNIST/raw"
+    if os.environ.get("PLANRT_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["memory", "websocket"])
+def transport(request) -> str:
+    """Every behaviour test runs once per transport."""
+    return request.param
+
+
+@pytest.fixture
+def make_worker(transport):
+    """``make_worker("bob", {"key": dataset})`` -> a connected worker of the test's transport, closed at the end.
+
+    The websocket server runs in this process with one torch thread, as virtual workers have, but behind a real
+    socket.
+    """
+    from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+
+    with contextlib.ExitStack() as stack:
+
+        def make(id, datasets=None):
+            if transport == "memory":
+                return stack.enter_context(VirtualWorker(id, datasets=datasets))
+            server = WebsocketServerWorker(id, threads=1)
+            for key, dataset in (datasets or {}).items():
+                server.add_dataset(dataset, key)
+            uri = stack.enter_context(server.running())
+            return stack.enter_context(WebsocketClientWorker(id, uri=uri))
+
+        yield make

@@ -1,0 +1,167 @@
+"""Frames: what goes in comes out, in pieces of any size, and nothing malformed gets through."""
+
+import struct
+
+import msgpack
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planrt.errors import LocalError, MessageTooLargeError, TransportError, WireError
+from planrt.serde.dtypes import DTYPES
+from planrt.serde.frames import FrameAssembler, Limits, MemoryStore, SpoolStore, encode
+
+
+def receive(data: bytes, *, step: int | None = None, **options):
+    assembler = FrameAssembler(lambda header: header, **options)
+    step = step or max(1, len(data))
+    for start in range(0, len(data), step):
+        assembler.feed(data[start : start + step])
+    return assembler.finish()
+
+
+def to_bytes(message, tensors=()) -> bytes:
+    return b"".join(encode(message, tensors).fragments())
+
+
+def sample(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return (torch.rand(shape, dtype=torch.float64) * 3 - 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3, 4)])
+def test_every_dtype_and_shape_survives(dtype, shape):
+    tensor = sample(dtype, shape)
+    received = receive(to_bytes({"a": 1}, [tensor, tensor + tensor if dtype != torch.bool else ~tensor]))
+    assert received.message == {"a": 1}
+    assert received.tensors[0].dtype == dtype
+    assert received.tensors[0].shape == tensor.shape
+    assert torch.equal(received.tensors[0], tensor)
+    assert not torch.equal(received.tensors[1], tensor) or tensor.numel() == 0 or not tensor.any()
+
+
+def test_views_conjugates_and_expanded_tensors_arrive_as_plain_values():
+    base = torch.arange(24.0).reshape(4, 6)
+    odd = [base.T, base[:, ::2], base[1:2].expand(3, 6), torch.view_as_complex(base.view(4, 3, 2)).conj()]
+    for sent, got in zip(odd, receive(to_bytes(None, odd)).tensors, strict=True):
+        assert torch.equal(sent.resolve_conj(), got)
+        assert got.is_contiguous()
+
+
+def test_received_tensors_are_writable_aligned_and_apart():
+    one, two = receive(to_bytes(None, [torch.ones(3), torch.ones(5)])).tensors
+    one += 1
+    assert torch.equal(two, torch.ones(5))
+    assert (two.data_ptr() - one.data_ptr()) % 64 == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    step=st.integers(1, 300),
+    sizes=st.lists(st.integers(0, 200), max_size=5),
+    fragment=st.integers(16, 4096),
+)
+def test_pieces_of_any_size_give_the_same_frame(step, sizes, fragment):
+    tensors = [torch.arange(size, dtype=torch.int32) for size in sizes]
+    frame = encode(["message", 7], tensors)
+    data = b"".join(frame.fragments(fragment))
+    assert all(len(piece) <= fragment for piece in frame.fragments(fragment))
+    assert len(data) == frame.nbytes
+    received = receive(data, step=step)
+    assert received.message == ["message", 7]
+    assert received.nbytes == len(data)
+    assert all(torch.equal(a, b) for a, b in zip(received.tensors, tensors, strict=True))
+
+
+def test_overhead_stays_under_one_percent_for_a_small_network():
+    tensors = [torch.zeros(20, 1, 5, 5), torch.zeros(20), torch.zeros(50, 20, 5, 5), torch.zeros(50)]
+    tensors += [torch.zeros(500, 800), torch.zeros(500), torch.zeros(10, 500), torch.zeros(10)]
+    assert encode({}, tensors).nbytes <= 1.01 * sum(tensor.nbytes for tensor in tensors)
+
+
+def test_a_spooled_payload_is_the_same_and_writable():
+    tensor = torch.arange(500_000, dtype=torch.float32)
+    received = receive(to_bytes(None, [tensor]), step=70_000, allocate=lambda message, nbytes: SpoolStore(nbytes))
+    assert torch.equal(received.tensors[0], tensor)
+    received.tensors[0].add_(1)
+    assert received.tensors[0][0] == 1
+
+
+def test_the_header_is_read_before_memory_is_taken():
+    asked = []
+
+    def allocate(message, nbytes):
+        asked.append((message, nbytes))
+        return MemoryStore(nbytes)
+
+    data = to_bytes("hello", [torch.zeros(1000)])
+    assembler = FrameAssembler(lambda header: header, allocate=allocate)
+    assembler.feed(data[:6])
+    assert asked == []
+    assembler.feed(data[6:60])
+    assert asked == [("hello", 4000)]
+
+
+def header(value: object) -> bytes:
+    packed = msgpack.packb(value)
+    return struct.pack("<4sI", b"PRT1", len(packed)) + packed
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"GET / HTTP/1.1\r\n", "not a planrt frame"),
+        (b"PR", "ended early"),
+        (struct.pack("<4sI", b"PRT1", 50), "ended early"),
+        (struct.pack("<4sI", b"PRT1", 3) + b"\xc1\xc1\xc1", "malformed header"),
+        (header([1]), "not a message and its tensors"),
+        (header([1, [["float32", [-1]]]]), "bad tensor shape"),
+        (header([1, [["float32", [2.0]]]]), "bad tensor shape"),
+        (header([1, [["float32", [True]]]]), "bad tensor shape"),
+        (header([1, [["object", [2]]]]), "bad tensor entry"),
+        (header([1, [["float32", [1 << 40, 1 << 40]]]]), "elements"),
+        (header([1, "no list"]), "not a list"),
+        (header([1, [["float32", [2]]]]) + bytes(7), "ended early"),
+        (header([1, [["float32", [2]]]]) + bytes(9), "longer than its header"),
+        (header([1, [["bool", [2]]]]) + b"\x01\x07", "bool tensor"),
+    ],
+)
+def test_malformed_frames_are_wire_errors(data, says):
+    with pytest.raises(WireError, match=says):
+        receive(data)
+
+
+def test_announcements_over_the_limits_are_refused_before_they_arrive():
+    limits = Limits(message=1000, header=100)
+    with pytest.raises(MessageTooLargeError, match="1,004"):
+        receive(header([1, [["float32", [251]]]]), limits=limits)
+    with pytest.raises(MessageTooLargeError, match="header"):
+        receive(struct.pack("<4sI", b"PRT1", 101), limits=limits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_frames_never_raise_anything_but_transport_errors(data):
+    whole = bytearray(to_bytes({"type": "fit", "n": [1, 2]}, [torch.ones(3), torch.tensor([True, False])]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        receive(bytes(whole[: data.draw(st.integers(0, len(whole)))]), limits=Limits(message=1 << 20))
+    except TransportError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, 2).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(2, dtype=torch.uint16)],
+    ids=["sparse", "meta", "dtype"],
+)
+def test_tensors_that_cannot_travel_say_what_to_do(tensor):
+    with pytest.raises(LocalError, match="travel"):
+        encode(None, [tensor])
+
+
+def test_a_header_over_the_limit_is_refused_on_the_way_out():
+    with pytest.raises(LocalError, match="header takes"):
+        encode("x" * 200, max_header=100)

@@ -1,0 +1,261 @@
+"""Data sets in batches: anything map-style in, (data, target) tensors out, in an order the seed decides."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, TensorDataset
+
+from planrt.errors import DataError, OptionError
+from planrt.types import FREE, TensorSpec
+from planrt.workers.datasets import BaseDataset, as_batches, iterate, sample_specs
+
+
+def numbered(count: int) -> BaseDataset:
+    """Items that say which they are: data [i, i], target i."""
+    return BaseDataset(torch.arange(count).repeat(2, 1).T.contiguous(), torch.arange(count))
+
+
+def targets_of(batches) -> list[list[int]]:
+    return [target.tolist() for _, target in batches]
+
+
+class Items(Dataset):
+    """A map-style data set over a list of items that counts what is read."""
+
+    def __init__(self, items):
+        self.items = items
+        self.reads = []
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return self.items[index]
+
+
+class ManyItems(Items):
+    def __getitems__(self, indices):
+        self.reads.append(list(indices))
+        return [self.items[index] for index in indices]
+
+
+class Counting:
+    """A batch source that counts its fetches."""
+
+    def __init__(self, count):
+        self.inner = numbered(count)
+        self.fetched = 0
+
+    def __len__(self):
+        return len(self.inner)
+
+    def fetch(self, indices):
+        self.fetched += 1
+        return self.inner.fetch(indices)
+
+
+# ------------------------------------------------------------------------------------------ BaseDataset
+
+
+def test_base_dataset_keeps_the_dtype_and_transforms_whole_batches():
+    seen = []
+
+    def transform(batch):
+        seen.append(tuple(batch.shape))
+        return batch.float() / 255
+
+    images = torch.arange(5 * 4, dtype=torch.uint8).view(5, 2, 2)
+    dataset = BaseDataset(images, torch.arange(5), transform)
+    data, target = dataset.fetch(torch.tensor([3, 1]))
+    assert dataset.data.dtype == torch.uint8
+    assert seen == [(2, 2, 2)]
+    assert torch.equal(data, images[[3, 1]].float() / 255)
+    assert target.tolist() == [3, 1]
+
+
+def test_base_dataset_is_map_style():
+    dataset = BaseDataset(torch.arange(6).view(3, 2), torch.tensor([7, 8, 9]), lambda batch: batch * 10)
+    assert len(dataset) == 3
+    data, target = dataset[-1]
+    assert data.tolist() == [40, 50]
+    assert target.item() == 9
+    assert [int(target) for _, target in dataset] == [7, 8, 9]  # ends by IndexError, as sequences do
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+@pytest.mark.parametrize(
+    ("data", "targets", "message"),
+    [
+        (torch.zeros(3, 2), torch.zeros(4), "3 items of data but 4 targets"),
+        ([1, 2], torch.zeros(2), "data must be a tensor"),
+        (torch.zeros(2), torch.tensor(1), "targets must be a tensor"),
+    ],
+)
+def test_base_dataset_refuses_what_does_not_fit(data, targets, message):
+    with pytest.raises(DataError, match=message):
+        BaseDataset(data, targets)
+
+
+# ------------------------------------------------------------------------------------------- as_batches
+
+
+def test_tensor_dataset_is_fetched_by_tensor_indexing():
+    x, y = torch.randn(7, 3), torch.arange(7)
+    data, target = as_batches(TensorDataset(x, y)).fetch(torch.tensor([6, 0]))
+    assert torch.equal(data, x[[6, 0]])
+    assert target.tolist() == [6, 0]
+
+
+@pytest.mark.parametrize("kind", [Items, ManyItems])
+def test_other_datasets_are_collated(kind):
+    dataset = kind([(np.full((2,), i, dtype=np.float32), i) for i in range(4)])
+    data, target = as_batches(dataset).fetch(torch.tensor([2, 0]))
+    assert data.dtype == torch.float32
+    assert data.tolist() == [[2, 2], [0, 0]]
+    assert target.tolist() == [2, 0]
+    assert dataset.reads == ([2, 0] if kind is Items else [[2, 0]])
+
+
+def test_a_source_of_batches_is_taken_as_it_is():
+    source = Counting(3)
+    assert as_batches(source) is source
+
+
+@pytest.mark.parametrize(
+    ("dataset", "what"),
+    [
+        (TensorDataset(torch.zeros(2)), "TensorDataset of 1 tensors"),
+        (TensorDataset(torch.zeros(2), torch.zeros(2), torch.zeros(2)), "TensorDataset of 3 tensors"),
+        (iter([1, 2]), "map-style"),
+        (Items([(torch.zeros(1), 1, 2)]), "tuple of 3"),
+        (Items([torch.zeros(2)]), "type Tensor"),
+        (Items([("text", 1)]), "data must be a tensor or a number, but is a tuple of 1"),
+        (
+            Items([(torch.zeros(1), {"a": 1})]),
+            "target must be a tensor or a number, but is a value of type dict",
+        ),
+        (Items([(torch.zeros(1), object())]), "cannot be put into one batch"),
+        (Items([]), "empty"),
+    ],
+)
+def test_what_is_no_pair_of_tensors_is_refused_by_key(dataset, what):
+    with pytest.raises(DataError, match=what) as caught:
+        sample_specs(as_batches(dataset, key="pets"), key="pets")
+    assert "'pets'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_items_of_different_shapes_are_refused():
+    source = as_batches(Items([(torch.zeros(1), 0), (torch.zeros(2), 0)]), key="pets")
+    with pytest.raises(DataError, match=r"'pets'.*cannot be put into one batch"):
+        source.fetch(torch.tensor([0, 1]))
+
+
+def test_an_error_never_shows_private_values():
+    with pytest.raises(DataError) as caught:
+        sample_specs(as_batches(Items([("secret diagnosis", "secret name")]), key="patients"))
+    assert "secret" not in str(caught.value)
+
+
+def test_specs_leave_the_batch_dimension_free_and_read_one_item():
+    dataset = Items([(torch.zeros(3, 2), 1.5), (torch.zeros(3, 2), 2.5)])
+    data, target = sample_specs(as_batches(dataset))
+    assert data == TensorSpec((FREE, 3, 2), torch.float32)
+    assert target == TensorSpec((FREE,), torch.float64)
+    assert dataset.reads == [0]
+
+
+def test_a_transform_that_loses_the_batch_is_refused():
+    with pytest.raises(DataError, match=r"data of a batch of 1 item has shape \[3\]"):
+        sample_specs(BaseDataset(torch.zeros(2, 3), torch.zeros(2), lambda batch: batch.sum(0)))
+
+
+# ---------------------------------------------------------------------------------------------- iterate
+
+
+def test_without_shuffle_items_come_in_order_and_the_last_batch_is_short():
+    batches = iterate(numbered(7), batch_size=3, shuffle=False, seed=0)
+    assert targets_of(batches) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_data_and_targets_stay_together_when_shuffled():
+    for data, target in iterate(numbered(50), batch_size=8, shuffle=True, seed=3):
+        assert torch.equal(data[:, 0], target)
+
+
+def test_each_epoch_is_another_permutation_and_the_seed_decides_it():
+    first = targets_of(iterate(numbered(20), batch_size=20, epochs=3, shuffle=True, seed=5))
+    again = targets_of(iterate(numbered(20), batch_size=20, epochs=3, shuffle=True, seed=5))
+    other = targets_of(iterate(numbered(20), batch_size=20, epochs=3, shuffle=True, seed=6))
+    assert first == again
+    assert first != other
+    assert all(sorted(epoch) == list(range(20)) for epoch in first)
+    assert len({tuple(epoch) for epoch in first}) == 3
+
+
+def test_order_does_not_depend_on_torchs_global_generator():
+    torch.manual_seed(1)
+    first = targets_of(iterate(numbered(20), batch_size=20, shuffle=True, seed=5))
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert targets_of(iterate(numbered(20), batch_size=20, shuffle=True, seed=5)) == first
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@given(
+    count=st.integers(1, 30),
+    batch_size=st.integers(1, 40),
+    epochs=st.integers(1, 3),
+    bound=st.integers(-1, 40),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_every_item_comes_once_an_epoch_up_to_the_bound(count, batch_size, epochs, bound, seed):
+    everything = targets_of(
+        iterate(numbered(count), batch_size=batch_size, epochs=epochs, shuffle=True, seed=seed)
+    )
+    per_epoch = -(-count // batch_size)
+    assert len(everything) == per_epoch * epochs
+    for epoch in range(epochs):
+        items = chain.from_iterable(everything[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert sorted(items) == list(range(count))
+    bounded = iterate(
+        numbered(count), batch_size=batch_size, epochs=epochs, max_nr_batches=bound, shuffle=True, seed=seed
+    )
+    assert targets_of(bounded) == (everything if bound == -1 else everything[:bound])
+
+
+def test_zero_batches_fetch_nothing():
+    source = Counting(1000)
+    assert list(iterate(source, batch_size=10, max_nr_batches=0, shuffle=True, seed=0)) == []
+    assert source.fetched == 0
+
+
+def test_batches_are_fetched_when_asked_for():
+    source = Counting(1000)
+    assert len(list(islice(iterate(source, batch_size=10, shuffle=True, seed=0), 2))) == 2
+    assert source.fetched == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": True},
+        {"batch_size": 2.5},
+        {"max_nr_batches": -2},
+        {"epochs": 0},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
+)
+def test_options_out_of_range_are_refused_at_the_call(options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        iterate(numbered(3), **{"batch_size": 1, "shuffle": True, "seed": 0} | options)
