@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from planrt.version import VERSION as __version__
+from planrt.version import VERSION
 
 if TYPE_CHECKING:
     from planrt import errors
@@ -29,6 +29,8 @@ _HOMES = {
     "federated_avg": "planrt.fl",
 }
 """Public name -> the module that defines it, imported at first use (PEP 562): commands start before torch loads."""
+
+__version__ = VERSION
 
 __all__ = [
     "__version__",

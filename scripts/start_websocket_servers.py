@@ -1,4 +1,5 @@
-"""Starts the workers alice, bob, charlie and testing as processes of this machine, on ports 8777 to 8780.
+"""Starts the workers alice, bob, charlie and testing as processes of this machine, on ports 8777 to 8780
+(or from another one on).
 
 Each holds its part of MNIST (or of scikit-learn's digits). Runs until Ctrl-C, SIGTERM, or until one of them
 ends; none of them outlives this process. Exit codes: see `planrt.fl.command`.
@@ -15,21 +16,20 @@ from planrt.fl.children import WorkerProcesses, mnist_children
 from planrt.fl.command import Parser, run_command, whole_number
 from planrt.fl.serve import describe
 
-FIRST_PORT = 8777
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = Parser(
         prog="start_websocket_servers", description="Start four workers with their parts of MNIST."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: all networks)")
-    parser.add_argument("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    parser.add_argument("--dataset", choices=data.DATASETS, default="auto", help="which images to serve")
-    parser.add_argument(
-        "--threads", type=whole_number(at_least=1), help="torch threads of each (None: share)"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show the workers' logs")
+    port, threads = whole_number(at_least=1, at_most=65532), whole_number(at_least=1)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all networks")
+    add("--port", type=port, default=8777, help="port of alice (%(default)s); the next three are the others'")
+    add("--data", metavar="DIR", help="folder that holds MNIST/raw")
+    add("--dataset", choices=data.DATASETS, default="auto", help="which images to serve (%(default)s)")
+    add("--threads", type=threads, help="torch threads of each worker (the cores are shared out)")
+    add("--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors")
     options = parser.parse_args(arguments)
     return run_command(parser.prog, lambda: start(options), verbose=options.verbose)
 
@@ -39,7 +39,9 @@ def start(options: argparse.Namespace) -> None:
     source = data.find(options.dataset, options.data)  # found once, so that all four serve the same
     if source.notice:
         print(f"Notice: {source.notice}")
-    children = mnist_children(source, first_port=FIRST_PORT, threads=options.threads, verbose=options.verbose)
+    children = mnist_children(
+        source, first_port=options.port, threads=options.threads, verbose=options.verbose
+    )
     with WorkerProcesses(children, host=options.host) as workers:
         for worker in workers.wait_ready().values():
             print(describe(worker.id, worker.key, worker.description, worker.images, worker.digits))

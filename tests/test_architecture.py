@@ -73,7 +73,9 @@ def test_nothing_executes_what_a_peer_sent(path):
 
 
 def test_torch_jit_lives_in_one_module():
-    users = {path.name for path in modules() if "torch.jit." in _code_of(path) or "torch._C._jit" in _code_of(path)}
+    users = {
+        path.name for path in modules() if "torch.jit." in _code_of(path) or "torch._C._jit" in _code_of(path)
+    }
     assert users <= {"torchscript.py"}
 
 

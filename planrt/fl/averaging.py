@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -110,9 +110,8 @@ def federated_avg(models: Mapping[str, Model], weights: Mapping[str, float] | No
         weight = 1.0 if weights is None else float(weights[worker_id])
         average.add(state_of(models[worker_id]), weight=weight)
     first = models[min(models)]
-    if not isinstance(first, nn.Module):
-        return average.result()
-    return with_state(first, average.result())
+    result = with_state(first, average.result()) if isinstance(first, nn.Module) else average.result()
+    return cast(Model, result)
 
 
 def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:

@@ -29,7 +29,6 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -96,6 +95,11 @@ def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:
 def one_line(error: BaseException) -> str:
     """The words of `error` on a single line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says: torch's errors go on for many."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def available_cores() -> int:

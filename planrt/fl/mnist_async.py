@@ -48,39 +48,38 @@ def parser() -> Parser:
     """The command's options."""
     parser = Parser(prog="mnist_async", description="Train the MNIST network on federated workers.")
     count = whole_number(at_least=1)
-    parser.add_argument("--rounds", type=count, default=40, help="rounds of training and averaging")
-    parser.add_argument("--batch-size", type=count, default=32, help="training images per batch")
-    parser.add_argument(
-        "--federate-after-n-batches", type=count, default=10, help="batches per worker and round"
+    seed = whole_number(at_least=0)
+    add = parser.add_argument
+    add("--rounds", type=count, default=40, help="rounds of training and averaging (%(default)s)")
+    add("--batch-size", type=count, default=32, help="training images per batch (%(default)s)")
+    add(
+        "--federate-after-n-batches",
+        type=count,
+        default=10,
+        help="batches per worker and round (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--lr",
         type=positive_number,
         default=0.1,
-        help="learning rate of the first round; 2%% less each round",
+        help="learning rate at first (%(default)s); 2%% less each round",
     )
-    parser.add_argument("--test-batch-size", type=count, default=128, help="test images per batch")
-    parser.add_argument(
-        "--seed", type=whole_number(at_least=0), default=1, help="what every random choice derives from"
-    )
-    parser.add_argument("--device", default="cpu", help="where the workers started here compute")
-    parser.add_argument(
-        "--save-model", metavar="PATH", help="also save the model there: .safetensors, .pt or .pth"
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors"
-    )
-    parser.add_argument("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    parser.add_argument("--dataset", choices=data.DATASETS, default="auto", help="which images to train on")
-    parser.add_argument(
+    add("--test-batch-size", type=count, default=128, help="test images per batch (%(default)s)")
+    add("--seed", type=seed, default=1, help="what every random choice derives from (%(default)s)")
+    add("--device", default="cpu", help="where the workers started here compute (%(default)s)")
+    add("--save-model", metavar="PATH", help="save the model there too: .safetensors, .pt or .pth")
+    add("--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors")
+    add("--data", metavar="DIR", help="folder that holds MNIST/raw")
+    add("--dataset", choices=data.DATASETS, default="auto", help="which images to train on (%(default)s)")
+    add(
         "--worker",
         action="append",
         type=named_address,
         metavar="NAME=URI",
         help="use this worker (repeatable)",
     )
-    parser.add_argument("--report", metavar="PATH", help="where report.json goes instead of the run folder")
-    parser.add_argument("--run-dir", metavar="DIR", help="run folder (None: runs/<time>-seed<seed>)")
+    add("--report", metavar="PATH", help="where report.json goes instead of the run folder")
+    add("--run-dir", metavar="DIR", help="run folder (runs/<time>-seed<seed>)")
     return parser
 
 
@@ -98,10 +97,13 @@ def run(options: argparse.Namespace) -> None:
                     "Notice: --data and --device do nothing here: the workers that run hold data and device"
                 )
             # Only now, so that this process imports torch at the same time as its children.
+            import torch
+
             from planrt.fl.networks import seeded_net
             from planrt.logs import configure
 
             configure(verbose=options.verbose)
+            torch.set_num_threads(1)  # averaging is light, and the workers on this machine need the cores
             network = seeded_net(options.seed)
             if children is not None:
                 addresses = {worker.id: worker.uri for worker in children.wait_ready().values()}
@@ -194,16 +196,16 @@ def _say(text: str) -> None:
 def _evaluated(name: str, result: EvaluationResult) -> Evaluation:
     """Prints a model's evaluation and keeps what the report needs."""
     title = "Federated model" if name == FEDERATED else f"Model update {name}"
-    histogram = [int(count) for count in result.histogram]
+    histogram, correct = result.histogram or [], result.correct or 0
     shares = [
         f"{first}-{last}: {100 * sum(histogram[first : last + 1]) / max(1, result.samples):.0f}%"
         for first, last in DIGIT_GROUPS
     ]
-    accuracy = result.correct / max(1, result.samples)
+    accuracy = correct / max(1, result.samples)
     _say(f"  {title}: Percentage numbers {', '.join(shares)}")
     _say(
         f"  {title}: Average loss: {result.loss:.4f}, "
-        f"Accuracy: {result.correct}/{result.samples} ({100 * accuracy:.2f}%)"
+        f"Accuracy: {correct}/{result.samples} ({100 * accuracy:.2f}%)"
     )
     return Evaluation(result.loss, accuracy, histogram)
 
@@ -262,12 +264,13 @@ def _write(
     options: argparse.Namespace, folder: Path, report: Report, state: Mapping[str, torch.Tensor]
 ) -> None:
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "model.safetensors")
+    content = save(tensors)
+    (folder / "model.safetensors").write_bytes(content)
     if options.save_model and options.save_model.endswith(".safetensors"):
-        save_file(tensors, options.save_model)
+        Path(options.save_model).write_bytes(content)
     elif options.save_model:
         torch.save(tensors, options.save_model)
     Path(options.report or folder / "report.json").write_text(report.to_json(), encoding="utf-8")

@@ -104,7 +104,7 @@ def plot(report: Report, path: Path) -> None:
     evaluated = [r for r in report.rounds if r.evaluation]
     numbers = [r.round for r in evaluated]
     names = [name for name in evaluated[0].evaluation if name != FEDERATED]
-    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name in [*names, FEDERATED]:
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
         if name == FEDERATED:
@@ -115,7 +115,7 @@ def plot(report: Report, path: Path) -> None:
         loss.plot(numbers, [result.loss for result in results], label=label, **style)
     every = [r.round for r in report.rounds]
     training = [statistics.fmean(w.loss for w in r.workers.values()) for r in report.rounds]
-    loss.plot(every, training, color="grey", linewidth=1, linestyle=":", label="training, mean of workers")
+    loss.plot(every, training, color="grey", linewidth=1, linestyle=":", label="training loss")
     accuracy.set(ylabel="accuracy on test images (%)", ylim=(0, 101))
     loss.set(ylabel="loss (mean negative log-likelihood)", yscale="log")
     for axes in (accuracy, loss):
@@ -123,8 +123,7 @@ def plot(report: Report, path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(frameon=False, loc="lower right")
-    loss.legend(frameon=False)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.suptitle(
         f"{report.dataset}, seed {report.seed}: {100 * report.final_accuracy:.2f}% after {every[-1]} rounds"
     )

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from planrt.errors import DataError, OptionError
 from planrt.fl import data
-from planrt.fl.command import Parser, one_line, run_command, whole_number
+from planrt.fl.command import Parser, first_line, one_line, run_command, whole_number
 
 STOP_GRACE = 5.0
 """Seconds a worker whose parent is gone may take to stop in order."""
@@ -58,6 +58,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         from planrt.logs import configure
         from planrt.workers.server import WebsocketServerWorker
 
+        _check_device(options.device)
         configure(verbose=options.verbose, json=options.json_logs)
         worker = WebsocketServerWorker(
             id=options.id,
@@ -96,27 +97,22 @@ def describe(worker_id: str, key: str, description: str, items: int, digits: dic
 
 def _parser() -> Parser:
     parser = Parser(prog="planrt.fl.serve", description="Serve one worker's data over a websocket.")
-    parser.add_argument("--id", required=True, help="the worker's name; alice, bob, charlie have partitions")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: all networks)")
-    parser.add_argument(
-        "--port",
-        type=whole_number(at_least=0, at_most=65535),
-        default=8777,
-        help="port to listen on, 0: a free one",
-    )
-    parser.add_argument("--testing", action="store_true", help="serve the test images")
-    parser.add_argument("--verbose", action="store_true", help="log what happens; show tracebacks")
-    parser.add_argument("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    parser.add_argument("--dataset", default="auto", help="auto, mnist, digits, or package.module:factory")
-    parser.add_argument("--key", help="key of your own data set")
-    parser.add_argument(
-        "--tag", action="append", default=[], metavar="TAG", help="tag of the data set (repeatable)"
-    )
-    parser.add_argument("--threads", type=whole_number(at_least=1), help="torch threads (None: all cores)")
-    parser.add_argument("--device", default="cpu", help="device that computes")
-    parser.add_argument("--json-logs", action="store_true", help="log JSON lines")
+    port = whole_number(at_least=0, at_most=65535)
+    add = parser.add_argument
+    add("--id", required=True, help="the worker's name; alice, bob and charlie have their partitions")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all networks")
+    add("--port", type=port, default=8777, help="port to listen on (%(default)s); 0 for a free one")
+    add("--testing", action="store_true", help="serve the test images")
+    add("--verbose", action="store_true", help="log what happens, and show tracebacks of errors")
+    add("--data", metavar="DIR", help="folder that holds MNIST/raw")
+    add("--dataset", default="auto", help="auto, mnist, digits, or package.module:factory for your own")
+    add("--key", help="key that clients ask for your own data set by")
+    add("--tag", action="append", default=[], help="tag of the data set (repeatable)")
+    add("--threads", type=whole_number(at_least=1), help="torch threads (as many as cores)")
+    add("--device", default="cpu", help="device that computes (%(default)s)")
+    add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.
-    parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    add("--supervised", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -125,6 +121,10 @@ def _served(options: argparse.Namespace) -> Served:
         return _own(options)
     if options.key is not None:
         raise OptionError("--key names your own data set: give it with --dataset package.module:factory")
+    if options.dataset not in data.DATASETS:
+        raise OptionError(
+            f"--dataset {options.dataset}: use {', '.join(data.DATASETS)}, or package.module:factory"
+        )
     testing = options.testing or options.id == data.TESTING
     if not testing and options.id not in data.PARTITIONS:
         raise DataError(data.no_partition(options.id))
@@ -156,6 +156,15 @@ def _own(options: argparse.Namespace) -> Served:
         what = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"--dataset {options.dataset} does not give a data set ({what})") from error
     return Served(dataset, options.key, tuple(options.tag), options.dataset, {})
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise OptionError(f"--device {device} cannot be used here: {first_line(error)}") from error
 
 
 def _send(status: TextIO, message: dict[str, Any]) -> None:

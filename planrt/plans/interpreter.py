@@ -110,6 +110,11 @@ def local_state(plan: Plan) -> tuple[torch.Tensor, ...]:
 def check_arguments(plan: Plan, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> None:
     """Raise PlanArgumentError unless inputs and state fit the plan's specs."""
     check_inputs(plan, inputs)
+    check_state(plan, state)
+
+
+def check_state(plan: Plan, state: Sequence[torch.Tensor]) -> None:
+    """Raise PlanArgumentError unless `state` fits the plan's specs."""
     if len(state) != len(plan.state):
         raise PlanArgumentError(f"plan {plan.name!r} has {len(plan.state)} state tensors, got {len(state)}")
     for entry, tensor in zip(plan.state, state, strict=True):

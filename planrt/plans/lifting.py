@@ -61,7 +61,9 @@ class StateRegistry:
         self, modules: Sequence[torch.nn.Module] = (), *, also_undo: Sequence[torch.nn.Module] = ()
     ) -> None:
         self.entries: list[StateEntry] = []
-        self.modules = list(dict.fromkeys(part for module in (*modules, *also_undo) for part in module.modules()))
+        self.modules = list(
+            dict.fromkeys(part for module in (*modules, *also_undo) for part in module.modules())
+        )
         self._index: dict[int, int] = {}
         self._bound: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
         for root in modules:

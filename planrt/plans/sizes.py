@@ -103,4 +103,3 @@ class TracedShape(tuple[int, ...]):
 
     def __radd__(self, other: Any) -> Any:
         return TracedShape((*other, *self)) if isinstance(other, tuple) else NotImplemented
-

@@ -7,6 +7,7 @@ and `evaluate` run those plans over batches, with the same numbers, bit for bit,
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
-from planrt.plans.interpreter import check_arguments, check_inputs, drive, program
+from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry
 from planrt.plans.plan import Plan
 from planrt.plans.torchscript import as_traceable
-from planrt.plans.tracer import assemble, record
+from planrt.plans.tracer import Recording, assemble, record
+from planrt.seeding import seeded
 from planrt.types import Ref, TensorSpec
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -29,8 +31,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     name: getattr(torch.optim, name)
     for name in (
-        "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam",
-        "RMSprop", "Rprop", "SGD", "SparseAdam",
+        "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon", "NAdam",
+        "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam",
     )
     if hasattr(torch.optim, name)
 }  # fmt: skip
@@ -41,9 +43,9 @@ OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
 class ModelPlans:
     """A model with its loss, as two plans over the same state.
 
-    Both take (data, target) and give (loss, prediction), with the batch dimension free. `state` maps the names
-    of the plans' state entries, in their order, to the model's own tensors, detached: they share memory with
-    the model, so clone what must not follow it.
+    Both take (data, target) and give (loss, prediction), with the batch dimension free. `state` maps the
+    names of the plans' state entries, in their order, to the model's own tensors, detached: they share memory
+    with the model, so clone what must not follow it.
     """
 
     training: Plan
@@ -56,7 +58,7 @@ class TrainResult:
     """What one call of `train` gave.
 
     Attributes:
-        loss: mean over the samples of the loss of their batch, before that batch's step; 0.0 without samples.
+        loss: mean over the samples of the loss of their batch, before that batch's step; nan without samples.
         samples: how many samples were seen.
         batches: how many batches.
         state: the state entries that training can change (trainable parameters and buffers), in plan order.
@@ -76,7 +78,7 @@ class TrainResult:
 class EvaluationResult:
     """What one call of `evaluate` gave.
 
-    `loss` is the mean per sample (0.0 without samples). Where classes are counted, `correct` is how many
+    `loss` is the mean per sample (nan without samples). Where classes are counted, `correct` is how many
     predictions were right, and the histograms say how often each class was predicted and was the target.
     """
 
@@ -87,7 +89,9 @@ class EvaluationResult:
     target_histogram: list[int] | None = None
 
 
-def trace_model(model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.Tensor) -> ModelPlans:
+def trace_model(
+    model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.Tensor
+) -> ModelPlans:
     """Record ``loss_fn(model(data), target)`` in training and in evaluation mode.
 
     Args:
@@ -97,7 +101,7 @@ def trace_model(model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, targe
         target: its targets, dimension 0 the batch.
 
     Raises:
-        TraceError: the model or loss cannot be recorded, or do not fit each other; the message names the line.
+        TraceError: the model or loss cannot be recorded, or do not fit; the message names the line.
     """
     call, modules = as_traceable(model, (data,))
     loss_modules = [loss_fn] if isinstance(loss_fn, torch.nn.Module) else []
@@ -108,16 +112,21 @@ def trace_model(model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, targe
         return _loss(loss_fn, prediction, target), prediction
 
     free = [(0,) if example.dim() else () for example in (data, target)]
-    recordings = []
+    recordings = {}
     for training in (True, False):
         with _mode([*modules, *loss_modules], training=training):
-            recordings.append(record(step, (data, target), registry=registry, free_dims=free))
-    name = type(model).__name__
-    plans = [
-        assemble(recording, registry, name=f"{name} ({mode})", input_names=("data", "target"))
-        for recording, mode in zip(recordings, ("training", "evaluation"), strict=True)
-    ]
-    return ModelPlans(*plans, state={entry.name: entry.tensor.detach() for entry in registry.entries})
+            recordings[training] = record(step, (data, target), registry=registry, free_dims=free)
+
+    def plan(mode: str, recording: Recording) -> Plan:
+        name = f"{type(model).__name__} ({mode})"
+        return assemble(recording, registry, name=name, input_names=("data", "target"))
+
+    # Both recordings stand before either plan does: what only one of them captured is state of both.
+    return ModelPlans(
+        training=plan("training", recordings[True]),
+        evaluation=plan("evaluation", recordings[False]),
+        state={entry.name: entry.tensor.detach() for entry in registry.entries},
+    )
 
 
 def _loss(loss_fn: Loss, prediction: Any, target: torch.Tensor) -> torch.Tensor:
@@ -188,22 +197,22 @@ def train(
     """
     changed = tuple(index for index, entry in enumerate(plan.state) if entry.can_change)
     checked_args = check_optimizer(optimizer, optimizer_args)
-    remaining = iter(batches)
-    first = next(remaining, None)
-    if first is None:
-        return TrainResult(0.0, 0, 0, [state[index] for index in changed], changed, optimizer_state)
     device = torch.device(device)
     _check_loss_plan(plan)
-    check_arguments(plan, first, state)
-    values = [
-        tensor.detach().to(device).requires_grad_(entry.trainable)
-        for entry, tensor in zip(plan.state, state, strict=True)
-    ]
-    stepper = _optimizer(optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state)
-    compiled = program(plan, device)
+    check_state(plan, state)
     losses: list[torch.Tensor] = []
     sizes: list[int] = []
-    with _seeded(seed, device), torch.enable_grad():
+    with seeded(seed, device), torch.enable_grad():  # batches are drawn in here too: data sets may be random
+        remaining = iter(batches)
+        first = next(remaining, None)
+        if first is None:
+            return TrainResult(math.nan, 0, 0, [state[index] for index in changed], changed, optimizer_state)
+        values = [
+            tensor.detach().to(device).requires_grad_(entry.trainable)
+            for entry, tensor in zip(plan.state, state, strict=True)
+        ]
+        stepper = _optimizer(optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state)
+        compiled = program(plan, device)
         for batch in chain([first], remaining):
             check_inputs(plan, batch)
             on_device = [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -240,7 +249,7 @@ def evaluate(
     """The loss of `state` over `batches`, and with `bins` > 0 what was predicted for how many classes.
 
     The predicted class is the argmax over dimension 1 of the prediction; it is counted as correct where it
-    equals an integer target of the same shape. Classes outside ``range(bins)`` are left out of the histograms.
+    equals an integer target of the same shape. Classes outside ``range(bins)`` are in no histogram.
 
     Raises:
         OptionError: negative `bins`.
@@ -251,9 +260,10 @@ def evaluate(
         raise OptionError(f"bins must be at least 0, not {bins}")
     device = torch.device(device)
     _check_loss_plan(plan)
+    check_state(plan, state)
     compiled = program(plan, device)
     values = [tensor.detach().to(device) for tensor in state]
-    # A buffer that the evaluation changes (a batch norm frozen in training mode) must not change the caller's.
+    # A buffer that the evaluation changes (batch norm traced in training mode) must not change the caller's.
     written = [entry.kind == "buffer" for entry in plan.state]
     values = [value.clone() if copy else value for value, copy in zip(values, written, strict=True)]
     losses: list[torch.Tensor] = []
@@ -261,7 +271,7 @@ def evaluate(
     counts = torch.zeros(2 * bins + 1, dtype=torch.int64, device=device)  # predicted, targets, correct
     with torch.no_grad():
         for batch in batches:
-            check_arguments(plan, batch, values) if not sizes else check_inputs(plan, batch)
+            check_inputs(plan, batch)
             inputs = [tensor.to(device, non_blocking=True) for tensor in batch]
             loss, prediction = drive(compiled.run(inputs, values))
             losses.append(loss)
@@ -283,8 +293,8 @@ def _class_counts(prediction: Any, target: torch.Tensor, bins: int) -> torch.Ten
     predicted = prediction.argmax(dim=1)
     if target.is_floating_point() or target.is_complex() or target.shape != predicted.shape:
         raise PlanArgumentError(
-            f"no classes to count in a target {_described(target)} for a prediction {_described(prediction)}: "
-            "pass bins=0"
+            f"no classes to count in a target {_described(target)} for a prediction "
+            f"{_described(prediction)}: pass bins=0"
         )
     correct = (predicted == target).sum().reshape(1)
     return torch.cat([_histogram(predicted, bins), _histogram(target, bins), correct])
@@ -315,18 +325,9 @@ def _weighted_mean(losses: list[torch.Tensor], sizes: list[int]) -> float:
     """Mean of `losses` weighted by `sizes`; the one point where a round waits for the device."""
     samples = sum(sizes)
     if not samples:
-        return 0.0
+        return math.nan
     numbers = torch.stack(losses).tolist()
     return float(sum(loss * size for loss, size in zip(numbers, sizes, strict=True)) / samples)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators seeded with `seed`, and as they were before afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 # Optimizers
@@ -350,9 +351,17 @@ def check_optimizer(name: str, args: Mapping[str, Any] | None = None) -> dict[st
 
 
 def _plain_option(optimizer: str, key: str, value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 32):
+    if (
+        value is None
+        or isinstance(value, bool | int | float)
+        or (isinstance(value, str) and len(value) <= 32)
+    ):
         return value
-    if isinstance(value, tuple | list) and len(value) <= 8 and all(type(x) in (int, float, type(None)) for x in value):
+    if (
+        isinstance(value, tuple | list)
+        and len(value) <= 8
+        and all(type(x) in (int, float, type(None)) for x in value)
+    ):
         return tuple(value)
     raise OptionError(
         f"option {key!r} of optimizer {optimizer} must be a number, a bool, None, a short string or a short "
@@ -387,7 +396,7 @@ def _stepped(stepper: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]
             raise
 
     try:
-        loss: torch.Tensor = stepper.step(guarded)  # type: ignore[arg-type]
+        loss: torch.Tensor = stepper.step(guarded)  # type: ignore[arg-type,assignment]
     except (RuntimeError, ValueError) as error:
         if failed:
             raise  # the plan or its backward, not the optimizer

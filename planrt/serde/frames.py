@@ -122,22 +122,25 @@ class Store(Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data`."""
 
-    def buffer(self) -> Any:
-        """The whole payload as one writable buffer; called once, after the last `write`."""
+    def payload(self) -> torch.Tensor:
+        """The whole payload, uint8, writable, at a multiple of 64 bytes; called once, after the last `write`."""
 
 
 class MemoryStore:
-    """A payload of `nbytes` in memory. Large ones take fresh pages from the system and give them back."""
+    """A payload of `nbytes` in memory. Large ones take fresh pages from the system and give them back.
+
+    Aligned as torch's own tensors are: the last bits of a matrix product can depend on where its operands lie.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        self._buffer: mmap.mmap | bytearray
         if nbytes >= _BIG:
-            self._buffer = mmap.mmap(-1, nbytes)
+            pages = mmap.mmap(-1, nbytes)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._buffer.madvise(mmap.MADV_HUGEPAGE)  # a page fault per 2 MiB instead of per 4 KiB
+                pages.madvise(mmap.MADV_HUGEPAGE)  # a page fault per 2 MiB instead of per 4 KiB
+            self._payload = torch.frombuffer(pages, dtype=torch.uint8)
         else:
-            self._buffer = bytearray(nbytes)
-        self._view = memoryview(self._buffer)
+            self._payload = torch.empty(nbytes, dtype=torch.uint8)
+        self._view = memoryview(self._payload.numpy())  # type: ignore[arg-type]
         self._end = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -145,17 +148,16 @@ class MemoryStore:
         self._view[self._end : self._end + len(data)] = data
         self._end += len(data)
 
-    def buffer(self) -> Any:
-        """The payload, writable."""
-        self._view.release()
-        return self._buffer
+    def payload(self) -> torch.Tensor:
+        """The payload."""
+        return self._payload
 
 
 class SpoolStore:
     """A payload in an unnamed temporary file: for replies that must wait while memory is short."""
 
     def __init__(self, nbytes: int) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with the mapping
         self._nbytes = nbytes
 
     def write(self, data: bytes | memoryview) -> None:
@@ -164,10 +166,11 @@ class SpoolStore:
         while view:
             view = view[self._file.write(view) :]
 
-    def buffer(self) -> Any:
+    def payload(self) -> torch.Tensor:
         """The payload, mapped copy-on-write from the file, which goes away with the mapping."""
         with self._file:
-            return mmap.mmap(self._file.fileno(), self._nbytes, access=mmap.ACCESS_COPY)
+            pages = mmap.mmap(self._file.fileno(), self._nbytes, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(pages, dtype=torch.uint8)
 
     def __del__(self) -> None:
         self._file.close()  # of a frame that never came to its end
@@ -246,7 +249,9 @@ class FrameAssembler(Generic[M]):
         """
         if self._store is None or self._missing:
             raise WireError("the frame ended early", address=self._address)
-        tensors = tensors_in(self._store.buffer(), self._layouts, address=self._address) if self._layouts else []
+        tensors = (
+            tensors_in(self._store.payload(), self._layouts, address=self._address) if self._layouts else []
+        )
         return Received(cast(M, self._message), tensors, self._nbytes)
 
     def _read_head(self) -> bytes | None:

@@ -57,7 +57,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if plain.numel() == 0:
         return memoryview(b"")
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def describe(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
@@ -93,8 +93,8 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
     return layouts, position
 
 
-def tensors_in(payload: Any, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
-    """The tensors that lie in `payload` (a writable buffer), sharing its memory.
+def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
+    """The tensors that lie in `payload` (uint8), sharing its memory.
 
     Raises:
         WireError: a bool tensor with bytes other than 0 and 1 (undefined behaviour in torch).
@@ -104,13 +104,8 @@ def tensors_in(payload: Any, layouts: Sequence[Layout], *, address: str) -> list
         if layout.nbytes == 0:
             tensors.append(torch.empty(layout.shape, dtype=layout.dtype))
             continue
-        count = layout.nbytes // layout.dtype.itemsize
-        if layout.dtype == torch.bool:
-            raw = torch.frombuffer(payload, dtype=torch.uint8, count=count, offset=layout.offset)
-            if bool((raw > 1).any()):
-                raise WireError("malformed payload: a bool tensor holds bytes other than 0 and 1", address=address)
-            flat = raw.view(torch.bool)
-        else:
-            flat = torch.frombuffer(payload, dtype=layout.dtype, count=count, offset=layout.offset)
-        tensors.append(flat.view(layout.shape))
+        raw = payload[layout.offset : layout.offset + layout.nbytes]
+        if layout.dtype == torch.bool and bool((raw > 1).any()):
+            raise WireError("malformed payload: a bool tensor holds bytes other than 0 and 1", address=address)
+        tensors.append(raw.view(layout.dtype).view(layout.shape))
     return tensors

@@ -14,7 +14,9 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from planrt.errors import LocalError, PlanArgumentError, UnknownPlanError, WireError
+from planrt.errors import LocalError, UnknownPlanError, WireError
+from planrt.plans.func2plan import FunctionPlan
+from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan
 from planrt.serde.frames import Allocate, Limits, in_memory
 from planrt.types import Ref, leaves, map_leaves
@@ -67,9 +69,7 @@ class BaseWorker:
     @property
     def versions(self) -> m.Versions:
         """What the worker runs."""
-        versions = self._connection.session.versions
-        assert versions is not None, "the handshake sets them"
-        return versions
+        return self._connection.session.versions
 
     @property
     def traffic(self) -> Traffic:
@@ -111,19 +111,20 @@ class BaseWorker:
         self._plans.add(plan.hash)
 
     @on_loop
-    async def async_run(self, plan: Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+    async def async_run(self, plan: Plan | FunctionPlan, *args: torch.Tensor, seed: int = 0) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
 
         Sends the plan at the first use, then one message each way. Random ops draw from `seed`.
 
         Raises:
             PlanArgumentError: wrong number, shape or dtype of arguments; nothing is sent.
+            PlanError: the plan is not built.
             RemoteError: an op failed on the worker.
         """
-        if len(args) != len(plan.inputs):
-            raise PlanArgumentError(f"the plan {plan.name!r} takes {len(plan.inputs)} arguments, not {len(args)}")
+        plan = plan.plan if isinstance(plan, FunctionPlan) else plan
+        check_inputs(plan, args)
+        state = local_state(plan)
         await self.put_plan(plan)
-        state = [plan.state_values[spec.name] for spec in plan.state]
         body = m.RunPlan(plan.hash, seed)
         _, tensors = expect(m.Values, await self.request(body, [*args, *state], plan=plan), self)
         wanted = sum(isinstance(leaf, Ref) for leaf in leaves(plan.outputs))
@@ -134,7 +135,7 @@ class BaseWorker:
         values = iter(tensors)
         return map_leaves(lambda leaf: next(values) if isinstance(leaf, Ref) else leaf, plan.outputs)
 
-    def run(self, plan: Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+    def run(self, plan: Plan | FunctionPlan, *args: torch.Tensor, seed: int = 0) -> Any:
         """The blocking form of `async_run`."""
         return run(self.async_run(plan, *args, seed=seed), instead="await worker.async_run(...)")
 
@@ -187,7 +188,9 @@ class BaseWorker:
 
     def _job(self, verb: str) -> TrainJob:
         if self.train_job is None:
-            raise LocalError(f"nothing to {verb} on worker {self.id!r}: call TrainConfig(...).send(worker) first")
+            raise LocalError(
+                f"nothing to {verb} on worker {self.id!r}: call TrainConfig(...).send(worker) first"
+            )
         return self.train_job
 
 
@@ -298,4 +301,3 @@ def close_all(workers: Sequence[BaseWorker]) -> None:
         await asyncio.gather(*(worker.async_close() for worker in workers))
 
     run(close(), instead="await worker.async_close() for each")
-

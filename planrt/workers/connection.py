@@ -64,7 +64,9 @@ class Connection:
                 await pipe.send(encode(m.to_wire(session.hello())))
                 received = await pipe.receive()
             if received is None:
-                raise HandshakeError(f"{pipe.address} closed the connection in the handshake", address=pipe.address)
+                raise HandshakeError(
+                    f"{pipe.address} closed the connection in the handshake", address=pipe.address
+                )
             session.welcome(received.message)
         except (TimeoutError, ConnectionError) as error:
             await pipe.close()

@@ -39,32 +39,36 @@ T = TypeVar("T")
 log = get_logger("planrt.worker")
 
 
+_computing = threading.Lock()
+"""Held while a worker computes. torch's random generators and its number of threads belong to the process (MKL
+knows one number only), so the workers of a process compute one at a time, or they would change each other's bits."""
+
+
 class ComputeThread:
     """One thread for torch work, with `threads` torch threads (None: as many as torch takes by itself)."""
 
     def __init__(self, name: str, *, threads: int | None = None) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        if threads is not None:
-            _limit_threads(self._executor, threads)
+        self._threads = threads
+        self._threads_elsewhere = torch.get_num_threads()
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Runs ``function(*args)`` on the thread, after everything asked for before."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, function, *args)
+
+    def _compute(self, function: Callable[..., T], *args: object) -> T:
+        with _computing:
+            if self._threads is None:
+                return function(*args)
+            torch.set_num_threads(self._threads)
+            try:
+                return function(*args)
+            finally:
+                torch.set_num_threads(self._threads_elsewhere)
 
     def close(self) -> None:
         """Lets the thread go once what was asked for is done."""
         self._executor.shutdown(wait=False)
-
-
-def _limit_threads(executor: ThreadPoolExecutor, threads: int) -> None:
-    """Sets the number of torch threads of the executor's thread, and of no other.
-
-    torch keeps the number per thread, but also remembers the last one set anywhere as the number for threads
-    it has not met yet: that one is put back.
-    """
-    mine = torch.get_num_threads()
-    executor.submit(torch.set_num_threads, threads).result()
-    torch.set_num_threads(mine)
 
 
 class WorkerHost:
@@ -85,7 +89,9 @@ class WorkerHost:
         try:
             while (received := await pipe.receive()) is not None:
                 event = Received(number, received.message, received.tensors)
-                del received  # neither request nor reply may outlive its turn: they can be as large as a model
+                del (
+                    received
+                )  # neither request nor reply may outlive its turn: they can be as large as a model
                 await self._handle(event)
                 del event
         except TransportError as error:
@@ -111,7 +117,9 @@ class WorkerHost:
                 case Wait():
                     pass  # the state machine remembers the request; PeerSent or PeerFailed wakes it
                 case ToPeer(worker, key):
-                    await self._handle(PeerFailed(key, f"worker {self.state.id!r} has no address of {worker!r}"))
+                    await self._handle(
+                        PeerFailed(key, f"worker {self.state.id!r} has no address of {worker!r}")
+                    )
 
     def _encode(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
         if isinstance(envelope.body, m.Failure):

@@ -125,7 +125,9 @@ class MemoryPipe:
             while not end._incoming.empty():
                 item = end._incoming.get_nowait()
                 if item is not None and not item[1].done():
-                    item[1].set_exception(ConnectionResetError(f"the connection to {self.address} was closed"))
+                    item[1].set_exception(
+                        ConnectionResetError(f"the connection to {self.address} was closed")
+                    )
             end._incoming.put_nowait(None)
 
 

@@ -35,7 +35,7 @@ class ClientSession:
         self.worker_id = worker_id
         self.address = address
         self.id = secrets.token_hex(16)
-        self.versions: m.Versions | None = None
+        self.versions = own_versions()  # the worker's, once the handshake has told
         self.datasets: dict[str, m.DatasetInfo] = {}
         self._last = 0
         self._pending: set[int] = set()

@@ -32,7 +32,7 @@ import torch
 from planrt.errors import ExecutionError, LocalError, OptionError, PlanError
 from planrt.plans import interpreter, ops, training
 from planrt.plans.plan import Plan
-from planrt.seeding import seeded
+from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec, leaves
 from planrt.version import VERSION
@@ -184,8 +184,8 @@ class WorkerState:
         """
         if key in self._datasets:
             raise OptionError(f"worker {self.id!r} already has a data set under the key {key!r}")
-        source = as_batches(dataset)
-        data, target = (_spec_to_wire(spec) for spec in sample_specs(source))
+        source = as_batches(dataset, key=key)
+        data, target = (_spec_to_wire(spec) for spec in sample_specs(source, key=key))
         info = m.DatasetInfo(len(source), data, target, list(tags), description)
         self._datasets[key] = _Dataset(source, info)
         return info
@@ -212,11 +212,15 @@ class WorkerState:
                 return self._advance(request, PeerError(reason)) if request else []
             case Disconnected(connection):
                 self._sessions.pop(connection, None)
-                for key in [key for key, request in self._waiting.items() if request.connection == connection]:
+                for key in [
+                    key for key, request in self._waiting.items() if request.connection == connection
+                ]:
                     self._waiting.pop(key).steps.close()
                 return []
 
-    def _received(self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]) -> list[Instruction]:
+    def _received(
+        self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]
+    ) -> list[Instruction]:
         session = self._sessions.get(connection)
         if isinstance(envelope.body, m.Hello):
             return self._open(connection, envelope, envelope.body)
@@ -263,9 +267,10 @@ class WorkerState:
     # ----------------------------------------------------------------------------------- the requests
 
     def _steps(self, session: _Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
+        yield from ()  # no op needs a peer yet; those that will come yield ToPeer and Wait here
         match body:
             case m.RunPlan():
-                return (yield from self._run_plan(body, tensors))
+                return self._run_plan(body, tensors)
             case m.PutPlan():
                 return self._put_plan(body, tensors)
             case m.Fit():
@@ -287,12 +292,11 @@ class WorkerState:
             self._plans.popitem(last=False)
         return m.Done(), ()
 
-    def _run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Steps:
+    def _run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
         plan = self._plan(body.plan)
         inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
-        # The seed covers the run up to its first wait for a peer: a waiting request must not hold the generator.
         with seeded(body.seed, self.device):
-            outputs = yield from interpreter.run(plan, inputs, state, device=self.device)
+            outputs = interpreter.execute(plan, inputs, state, device=self.device)
         return m.Values(), [leaf.detach() for leaf in leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
     def _fit(self, session: _Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
@@ -303,7 +307,7 @@ class WorkerState:
             max_nr_batches=body.max_nr_batches,
             epochs=body.epochs,
             shuffle=body.shuffle,
-            seed=body.seed,
+            seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
         )
         kept = (body.plan, body.dataset, body.optimizer)
         result = training.train(

@@ -6,7 +6,6 @@ them; compression is off (parameters do not compress, and deflate is many times 
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -128,13 +127,17 @@ async def listen(
 
     async def handler(connection: Connection) -> None:
         peer = connection.remote_address
-        await serve_pipe(WebsocketPipe(connection, f"client {peer[0]}:{peer[1]}" if peer else "client", limits))
+        await serve_pipe(
+            WebsocketPipe(connection, f"client {peer[0]}:{peer[1]}" if peer else "client", limits)
+        )
 
     address = f"ws://{host}:{port}"
     try:
         server = await serve(handler, host, port, **_options(limits))
     except socket.gaierror as error:
-        raise ConnectError(f"cannot listen on {address}: the host {host!r} is not known", address=address) from error
+        raise ConnectError(
+            f"cannot listen on {address}: the host {host!r} is not known", address=address
+        ) from error
     except (OSError, OverflowError) as error:
         raise ConnectError(
             f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}. "
@@ -144,5 +147,3 @@ async def listen(
     async with server:
         bound = next(iter(server.sockets)).getsockname()[1]
         yield int(bound)
-
-

@@ -82,7 +82,9 @@ def test_overhead_stays_under_one_percent_for_a_small_network():
 
 def test_a_spooled_payload_is_the_same_and_writable():
     tensor = torch.arange(500_000, dtype=torch.float32)
-    received = receive(to_bytes(None, [tensor]), step=70_000, allocate=lambda message, nbytes: SpoolStore(nbytes))
+    received = receive(
+        to_bytes(None, [tensor]), step=70_000, allocate=lambda message, nbytes: SpoolStore(nbytes)
+    )
     assert torch.equal(received.tensors[0], tensor)
     received.tensors[0].add_(1)
     assert received.tensors[0][0] == 1

@@ -44,7 +44,9 @@ def test_failures_become_errors_that_carry_everything(session):
 
 def test_an_unknown_plan_has_an_error_of_its_own(session):
     request = session.request(m.Done())
-    assert isinstance(session.reply(m.Envelope(request.id, m.Failure("UnknownPlanError", "no"))).result, UnknownPlanError)
+    assert isinstance(
+        session.reply(m.Envelope(request.id, m.Failure("UnknownPlanError", "no"))).result, UnknownPlanError
+    )
 
 
 def test_an_answer_to_nothing_is_an_error(session):

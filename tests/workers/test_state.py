@@ -49,9 +49,9 @@ def put(state, plan):
     return ask(state, m.PutPlan(plan.hash), [canonical])[0]
 
 
-def fit(plan, **changes):
+def fit(training, **changes):
     fields = {
-        "plan": plan.hash, "dataset": "flowers", "batch_size": 8, "epochs": 1, "max_nr_batches": 3, "shuffle": True,
+        "plan": training.hash, "dataset": "flowers", "batch_size": 8, "epochs": 1, "max_nr_batches": 3, "shuffle": True,
         "optimizer": "SGD", "optimizer_args": {"lr": 0.1}, "keep_optimizer_state": False, "seed": 4,
     }  # fmt: skip
     return m.Fit(**{**fields, **changes})
@@ -101,9 +101,7 @@ def test_training_answers_with_what_changed(state, plans):
 
 def test_training_is_a_function_of_state_and_seed(state, plans):
     put(state, plans.training)
-    one, two, other = (
-        ask(state, fit(plans.training, seed=seed), values(plans))[1][0] for seed in (4, 4, 5)
-    )
+    one, two, other = (ask(state, fit(plans.training, seed=seed), values(plans))[1][0] for seed in (4, 4, 5))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
@@ -156,7 +154,11 @@ def test_a_state_that_does_not_fit_the_plan_is_refused(state, plans):
 
 def test_bytes_that_are_no_plan_or_another_one_are_refused(state, plans):
     good = plans.training.to_bytes()
-    for hash, data in [(plans.evaluation.hash, good), (plans.training.hash, good[:-3]), (plans.training.hash, b"")]:
+    for hash, data in [
+        (plans.evaluation.hash, good),
+        (plans.training.hash, good[:-3]),
+        (plans.training.hash, b""),
+    ]:
         tensor = torch.tensor(list(data), dtype=torch.uint8)
         failure, _ = ask(state, m.PutPlan(hash), [tensor])
         assert failure.kind in ("PlanError", "PlanFormatError")

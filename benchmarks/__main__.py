@@ -1,0 +1,86 @@
+"""``python -m benchmarks``: measures every speed and memory claim and prints ours, the floor and the goal.
+
+Ends with exit code 0 whether goals are met or not: it is a measurement, not a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import memory, plans, rounds, startup, throughput, virtual
+from benchmarks.measure import Row, table
+from benchmarks.workloads import Size
+from planrt.fl.command import available_cores
+
+GROUPS: dict[str, Callable[[Size], list[Row]]] = {
+    "rounds": rounds.measure,
+    "throughput": throughput.measure,
+    "memory": memory.measure,
+    "virtual": virtual.measure,
+    "startup": startup.measure,
+    "plans": plans.measure,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmarks; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    size = Size(repeats=1 if options.quick else options.repeats, quick=options.quick)
+    results: dict[str, list[Row]] = {}
+    for name in options.only or GROUPS:
+        began = time.perf_counter()
+        results[name] = GROUPS[name](size)
+        print(f"\n{name} ({time.perf_counter() - began:.0f} s)\n{table(results[name])}", flush=True)
+    rows = [row for group in results.values() for row in group]
+    judged = [row for row in rows if row.goal]
+    missed = [row.name for row in judged if not row.met]
+    print(f"\n{len(judged) - len(missed)} of {len(judged)} goals met", end="")
+    print(f"; missed: {', '.join(missed)}" if missed else "")
+    if options.quick:
+        print("--quick: these figures mean nothing")
+    options.json.write_text(json.dumps(_report(results, size), indent=1) + "\n", encoding="utf-8")
+    print(f"Written to {options.json}")
+    return 0
+
+
+def _report(results: dict[str, list[Row]], size: Size) -> dict[str, object]:
+    return {
+        "quick": size.quick,
+        "repeats": size.repeats,
+        "machine": {
+            "cores": available_cores(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+        "groups": {name: [row.as_json() for row in rows] for name, rows in results.items()},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks",
+        description="Measure planrt against its floors.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, once: does everything run?")
+    parser.add_argument(
+        "--only", action="append", choices=list(GROUPS), metavar="NAME", help=f"one group of {', '.join(GROUPS)}"
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="measurements of each figure")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", default=Path(__file__).with_name("results.json"), help="results file"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The floor of a round: the same batches and arithmetic in plain PyTorch, in one process and without messages.
+
+As a child process (``python -m benchmarks.plain``) it trains on the digits of the workers it is told, one after
+the other or in threads, each time it gets a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import child
+from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED
+from planrt.fl import data
+from planrt.fl.networks import seeded_net
+from planrt.seeding import derive_seed
+from planrt.workers.datasets import BaseDataset
+
+State = dict[str, torch.Tensor]
+
+
+def train_batches(model: nn.Module, dataset: BaseDataset, seed: int, batches: int = BATCHES) -> None:
+    """Trains `model` in place on the batches that a worker draws from `seed`, with a fresh SGD."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
+    order = torch.randperm(len(dataset), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for number in range(batches):
+        chosen = order[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
+        images = data.normalize(dataset.data.index_select(0, chosen))
+        optimizer.zero_grad()
+        F.nll_loss(model(images), dataset.targets.index_select(0, chosen)).backward()
+        optimizer.step()
+
+
+class PlainWorkers:
+    """One model per data set, trained from the same state each round."""
+
+    def __init__(self, datasets: Mapping[str, BaseDataset], *, batches: int = BATCHES) -> None:
+        self._datasets = dict(datasets)
+        self._models = {name: seeded_net(SEED) for name in self._datasets}
+        self._batches = batches
+
+    def train(self, name: str, state: State, round_number: int = 1) -> None:
+        """One worker's part of a round."""
+        model = self._models[name]
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                value.copy_(state[key])
+        train_batches(model, self._datasets[name], derive_seed(SEED, round_number, name), self._batches)
+
+    def average(self) -> State:
+        """The mean of the models as they are."""
+        return average([model.state_dict() for model in self._models.values()])
+
+    def round(
+        self, state: State, round_number: int = 1, *, map_over: Callable[..., object] = map
+    ) -> State:
+        """All workers' parts, through `map_over`, and the average."""
+        list(map_over(lambda name: self.train(name, state, round_number), self._datasets))  # type: ignore[call-overload]
+        return self.average()
+
+
+def average(states: list[State]) -> State:
+    """The mean of `states`, summed in their order."""
+    total = {name: value.clone() for name, value in states[0].items()}
+    for state in states[1:]:
+        for name, value in total.items():
+            value.add_(state[name])
+    return {name: value.div_(len(states)) for name, value in total.items()}
+
+
+def mnist_parts(dataset: str, folder: str | None) -> dict[str, BaseDataset]:
+    """The three training partitions by worker id."""
+    loaded = data.load(dataset, folder)
+    return {name: data.partition_for(name, loaded) for name in data.PARTITIONS}
+
+
+def main() -> None:
+    """``dataset folder threads batches NAME...``; "threaded" as threads: a thread each, with one torch thread."""
+    dataset, folder, threads, batches, *names = sys.argv[1:]
+    parts = mnist_parts(dataset, folder or None)
+    workers = PlainWorkers({name: parts[name] for name in names}, batches=int(batches))
+    state = {key: value.clone() for key, value in seeded_net(SEED).state_dict().items()}
+    run: Callable[[object], object]
+    if threads == "threaded":
+        pool = ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(1,))
+        run = lambda _: workers.round(state, map_over=pool.map) and None  # noqa: E731
+    else:
+        torch.set_num_threads(int(threads))
+        if len(names) == 1:  # one of several processes: who started them averages
+            run = lambda _: workers.train(names[0], state)  # noqa: E731
+        else:
+            run = lambda _: workers.round(state) and None  # noqa: E731
+    child.answer_with(run)
+
+
+if __name__ == "__main__":
+    main()

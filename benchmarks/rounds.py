@@ -1,0 +1,170 @@
+"""Rounds on three websocket worker processes: time, overhead alone, bytes and messages."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.child import Child
+from benchmarks.measure import Goal, Row, Sample, in_turns
+from benchmarks.plain import average
+from benchmarks.sockets import Echoes
+from benchmarks.workloads import BATCHES, MODEL_BYTES, SEED, Size, mnist_config
+from planrt.fl import data
+from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
+from planrt.fl.command import available_cores
+from planrt.fl.config import TrainConfig
+from planrt.fl.rounds import RoundResult, RoundScheduler
+from planrt.workers.clients import WebsocketClientWorker, close_all
+from planrt.workers.loop import new_event_loop
+
+
+class Rounds:
+    """Rounds of one configuration, from a caller's event loop as a script has it."""
+
+    def __init__(
+        self, runner: asyncio.Runner, workers: list[WebsocketClientWorker], config: TrainConfig, **options: Any
+    ) -> None:
+        self._runner = runner
+        options = {"dataset_key": data.TRAIN_KEY, "seed": SEED, **options}
+        self._scheduler = RoundScheduler(workers, config, **options)
+        runner.run(self._scheduler.prepare())
+        self.state = config.state
+
+    def run(self, number: int = 1) -> RoundResult:
+        """One round from the initial state."""
+        return self._runner.run(self._scheduler.run_round(number, self.state))
+
+
+@contextmanager
+def websocket_workers(children: list[ChildOptions]) -> Iterator[tuple[asyncio.Runner, list[WebsocketClientWorker]]]:
+    """Worker processes, connections to them, and an event loop to use them from."""
+    with ExitStack() as stack:
+        processes = stack.enter_context(WorkerProcesses(children))
+        runner = stack.enter_context(asyncio.Runner(loop_factory=new_event_loop))
+        workers = [
+            WebsocketClientWorker(worker.id, uri=worker.uri) for worker in processes.wait_ready().values()
+        ]
+        stack.callback(close_all, workers)
+        yield runner, workers
+
+
+def measure(size: Size) -> list[Row]:
+    """The rows of this group."""
+    source = data.find()
+    # As mnist_async starts them, less the one that evaluates.
+    children = [child for child in mnist_children(source) if child.id in data.PARTITIONS]
+    batches = 1 if size.quick else BATCHES
+    with ExitStack() as stack:
+        runner, workers = stack.enter_context(websocket_workers(children))
+        trained = Rounds(runner, workers, mnist_config(batches))
+        empty = Rounds(runner, workers, mnist_config(0))
+        echoes = stack.enter_context(Echoes(len(workers)))
+        payload = bytes(MODEL_BYTES)
+        floors = {
+            name: stack.enter_context(layout)
+            for name, layout in _layouts(source, batches, trained.state).items()
+        }
+        times = in_turns(
+            {"ours": trained.run, **{name: floor.run for name, floor in floors.items()}},
+            repeats=size.repeats,
+        )
+        overheads = in_turns(
+            {"ours": empty.run, "echo": lambda: echoes.round_trip(payload)}, repeats=3 * size.repeats
+        )
+        traffic = trained.run()
+    milliseconds = {name: sample.map(lambda seconds: 1000 * seconds) for name, sample in times.items()}
+    layouts = {name: milliseconds[name] for name in floors}
+    best = min(layouts, key=lambda name: layouts[name].median)
+    rows = [
+        Row(
+            "round time",
+            "ms",
+            milliseconds["ours"],
+            layouts[name],
+            name,
+            Goal(at_most=1.15) if name == best else None,
+            f"{source.name}, {len(workers)} workers, {batches} batches of 32" if name == best else "",
+        )
+        for name in sorted(layouts, key=lambda name: name != best)
+    ]
+    rows.append(
+        Row(
+            "overhead of a round",
+            "ms",
+            overheads["ours"].map(lambda seconds: 1000 * seconds),
+            overheads["echo"].map(lambda seconds: 1000 * seconds),
+            "websockets echo",
+            Goal(at_most=15.0, absolute=True),
+            "zero batches, 431,080 parameters there and back, three workers",
+        )
+    )
+    return rows + _traffic_rows(traffic)
+
+
+def _traffic_rows(result: RoundResult) -> list[Row]:
+    parts = result.workers.values()
+    moved = Sample(tuple(float(part.bytes_sent + part.bytes_received) for part in parts))
+    messages = Sample(tuple(float(part.requests + part.replies) for part in parts))
+    return [
+        Row(
+            "bytes a round and worker",
+            "bytes",
+            moved,
+            Sample((2.0 * MODEL_BYTES,)),
+            "parameters down + up",
+            Goal(at_most=1.01),
+        ),
+        Row(
+            "messages a round and worker",
+            "messages",
+            messages,
+            goal=Goal(at_most=2.0, at_least=2.0, absolute=True),
+            note="one request, one reply",
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------------------------ the floor
+
+
+class _Layout:
+    """The plain round in one or several processes; where there are several, this one averages."""
+
+    def __init__(self, *calls: tuple[object, ...], state: dict[str, torch.Tensor]) -> None:
+        self._calls = calls
+        self._states = [state] * len(calls)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Layout:
+        self._children = [self._stack.enter_context(Child("plain", *call)) for call in self._calls]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def run(self) -> None:
+        """One round."""
+        for child in self._children:
+            child.send()
+        for child in self._children:
+            child.receive()
+        if len(self._states) > 1:
+            average(self._states)
+
+
+def _layouts(source: data.DataSource, batches: int, state: dict[str, torch.Tensor]) -> dict[str, _Layout]:
+    def call(threads: object, *names: str) -> tuple[object, ...]:
+        return (source.name, source.folder or "", threads, batches, *names)
+
+    names = tuple(data.PARTITIONS)
+    cores = available_cores()
+    return {
+        f"one process, {cores} threads": _Layout(call(cores, *names), state=state),
+        "three processes": _Layout(*(call(1, name) for name in names), state=state),
+        "three threads": _Layout(call("threaded", *names), state=state),
+    }

@@ -1,0 +1,320 @@
+"""TorchScript in and out: the only file that touches `torch.jit`, so that it can go when torch.jit goes.
+
+Out: a plan as a `ScriptModule`, for people and devices that want one. In: a module from `torch.jit.trace`,
+translated from its ATen graph to ops of the one table. Neither form ever crosses the wire: workers run plans.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from planrt.errors import PlanError, PlanFormatError, TraceError
+from planrt.plans.aten import call_for
+from planrt.plans.interpreter import Program, drive, local_state
+from planrt.plans.lifting import check_plain
+from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
+from planrt.plans.plan import Op, Plan, StateSpec, map_leaves
+from planrt.serde.dtypes import DTYPES
+from planrt.types import FREE, Nested, Ref, TensorSpec
+
+_jit_trace: Callable[..., Any] = torch.jit.trace
+_TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that torch.jit is deprecated, and about every size that tracing sees; both are known."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# Out
+
+
+def to_torchscript(plan: Plan, *examples: torch.Tensor) -> torch.jit.ScriptModule:
+    """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
+
+    Args:
+        plan: with its state values (as traced, not as read from bytes).
+        examples: inputs to trace with; by default zeros, free dimensions of size 2.
+
+    Raises:
+        PlanError: no TorchScript can be made of it; the message says why.
+    """
+    if any(op.name == "torch.set_grad_enabled" for op in plan.ops):
+        raise PlanError(f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose")
+    if not examples:
+        examples = tuple(_zeros(spec) for spec in plan.inputs)
+    originals = local_state(plan)
+    copies = [
+        tensor.detach().clone().requires_grad_(tensor.requires_grad or entry.trainable)
+        for entry, tensor in zip(plan.state, originals, strict=True)
+    ]
+    compiled = Program(plan, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+
+    def forward(*inputs: torch.Tensor) -> Nested:
+        return drive(compiled.run(inputs, copies))
+
+    module = _Holder(dict(zip((entry.name for entry in plan.state), copies, strict=True)), forward)
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            traced = _jit_trace(module, examples, check_trace=False, strict=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PlanError(f"plan {plan.name!r} cannot be made TorchScript: {reason}") from error
+    with torch.no_grad():  # tracing ran the plan once: batch norm has counted a batch that never was
+        for copy, original in zip(copies, originals, strict=True):
+            copy.copy_(original)
+    assert isinstance(traced, torch.jit.ScriptModule)  # noqa: S101 - tracing a module gives one
+    return traced
+
+
+def _zeros(spec: TensorSpec) -> torch.Tensor:
+    return torch.zeros([2 if size == FREE else size for size in spec.shape], dtype=spec.dtype)
+
+
+class _Holder(torch.nn.Module):
+    """Tensors under their dotted names, and a function that uses them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._function = function
+        for path, tensor in tensors.items():
+            *parents, name = path.split(".")
+            module: torch.nn.Module = self
+            for parent in parents:
+                child = module._modules.get(parent)
+                if child is None:
+                    child = module._modules[parent] = torch.nn.Module()
+                module = child
+            if isinstance(tensor, torch.nn.Parameter):
+                module._parameters[name] = tensor
+            elif tensor.requires_grad:
+                module._parameters[name] = tensor  # type: ignore[assignment]  # a parameter but for its class
+            else:
+                module._buffers[name] = tensor
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self._function(*inputs)
+
+
+# In
+
+
+def as_traceable(
+    model: torch.nn.Module | Callable[..., Any], examples: Sequence[torch.Tensor]
+) -> tuple[Callable[..., Any], list[torch.nn.Module]]:
+    """(what to call, the modules with its state): a traced module is translated, others are as they are."""
+    if not isinstance(model, _TRACED):
+        return model, [model] if isinstance(model, torch.nn.Module) else []
+    plan = from_torchscript(model, examples)
+    state = local_state(plan)
+    compiled = Program(plan, examples[0].device, functions=SIZE_ARITHMETIC)
+    holder = _Holder(
+        dict(zip((entry.name for entry in plan.state), state, strict=True)),
+        lambda *inputs: drive(compiled.run(inputs, state)),
+    )
+    return holder, [holder]
+
+
+def from_torchscript(
+    traced: Any,
+    examples: Sequence[torch.Tensor] | None = None,
+) -> Plan:
+    """The plan of a `ScriptModule` (or function) from `torch.jit.trace`, in the mode it was traced in.
+
+    Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or from the graph
+    where `torch.jit.trace` left them there. State values are the module's own tensors.
+
+    Raises:
+        TraceError: a scripted module, an operator without a place in the table, or unknown input shapes.
+    """
+    with _quiet():
+        graph = traced.inlined_graph
+        tensors = _state_of(traced)
+        return _Translation(graph, tensors, examples, _name_of(traced)).plan()
+
+
+def _name_of(traced: Any) -> str:
+    return str(getattr(traced, "original_name", None) or getattr(traced, "name", "torchscript"))
+
+
+def _state_of(traced: Any) -> dict[str, tuple[torch.Tensor, str]]:
+    if not isinstance(traced, torch.jit.ScriptModule):
+        return {}
+    found: dict[str, tuple[torch.Tensor, str]] = {}
+    for path, module in traced.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found[prefix + name] = (parameter, "parameter")
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            found[prefix + name] = (buffer, "buffer")
+    return found
+
+
+class _Translation:
+    """One pass over the nodes of an inlined graph."""
+
+    def __init__(
+        self,
+        graph: Any,
+        tensors: dict[str, tuple[torch.Tensor, str]],
+        examples: Sequence[torch.Tensor] | None,
+        name: str,
+    ) -> None:
+        self._graph = graph
+        self._name = name
+        self._ops: list[Op] = []
+        self._values: dict[str, Any] = {}  # debug name -> Ref, constant, container of those, or _Path
+        self._numbers: set[int] = set()  # results that are sizes, not tensors
+        graph_inputs = list(graph.inputs())
+        if graph_inputs and isinstance(graph_inputs[0].type(), torch._C.ClassType):
+            self._values[graph_inputs.pop(0).debugName()] = _Path("")
+        self._inputs = _input_specs(graph_inputs, examples)
+        for index, value in enumerate(graph_inputs):
+            self._values[value.debugName()] = Ref(index)
+
+        self._state: list[StateSpec] = []
+        self._state_values: list[torch.Tensor] = []
+        self._paths: dict[str, Ref] = {}
+        for path, (tensor, kind) in tensors.items():
+            self._paths[path] = self._known(tensor) or self._add_state(path, tensor, kind)
+        self._constants = [
+            node.output().toIValue() for node in graph.nodes() if node.kind() == "prim::Constant"
+        ]
+        for constant in self._constants:  # all state must be known before results get their numbers
+            if isinstance(constant, torch.Tensor) and constant.dim():
+                self._add_state(f"constant.{len(self._state)}", constant, "constant")
+        self._next = len(self._inputs) + len(self._state)
+
+    def _add_state(self, name: str, tensor: torch.Tensor, kind: Any) -> Ref:
+        check_plain(tensor, f"{kind} {name!r}")
+        trains = kind == "parameter" and tensor.requires_grad
+        self._state.append(StateSpec(name, TensorSpec.of(tensor), kind, trains))
+        self._state_values.append(tensor)
+        return Ref(len(self._inputs) + len(self._state) - 1)
+
+    def _known(self, tensor: torch.Tensor) -> Ref | None:
+        for index, other in enumerate(self._state_values):
+            same_memory = tensor.data_ptr() == other.data_ptr() and tensor.numel() > 0
+            if tensor is other or (same_memory and TensorSpec.of(tensor) == TensorSpec.of(other)):
+                return Ref(len(self._inputs) + index)
+        return None
+
+    def plan(self) -> Plan:
+        for node in self._graph.nodes():
+            self._node(node)
+        outputs = [self._argument(self._value(value)) for value in self._graph.outputs()]
+        try:
+            return Plan(
+                inputs=self._inputs,
+                state=tuple(self._state),
+                ops=tuple(self._ops),
+                outputs=outputs[0] if len(outputs) == 1 else tuple(outputs),
+                name=self._name,
+                state_values=tuple(self._state_values),
+            )
+        except PlanFormatError as error:
+            raise TraceError(f"the traced module is no plan: {error}") from error
+
+    def _value(self, value: Any) -> Any:
+        return self._values[value.debugName()]
+
+    def _argument(self, value: Any) -> Any:
+        """`value` as an op takes it: tensors as their number."""
+
+        def leaf(part: Any) -> Any:
+            if isinstance(part, torch.Tensor):
+                known = self._known(part)
+                return known if known is not None else part.item()  # a number written as a 0-d tensor
+            return part
+
+        return map_leaves(value, leaf)
+
+    def _node(self, node: Any) -> None:
+        kind: str = node.kind()
+        outputs = [value.debugName() for value in node.outputs()]
+        values = [self._value(value) for value in node.inputs()]
+        if kind == "prim::GetAttr":
+            path = values[0].joined(node.s("name"))
+            ref = self._paths.get(str(path))
+            self._values[outputs[0]] = path if ref is None else ref
+        elif kind == "prim::Constant":
+            self._values[outputs[0]] = node.output().toIValue()
+        elif kind == "prim::ListConstruct":
+            self._values[outputs[0]] = list(values)
+        elif kind == "prim::TupleConstruct":
+            self._values[outputs[0]] = tuple(values)
+        elif kind in ("prim::TupleUnpack", "prim::ListUnpack"):
+            self._values.update(zip(outputs, values[0], strict=True))
+        elif kind in ("prim::NumToTensor", "aten::Int", "aten::ScalarImplicit", "aten::Float"):
+            if isinstance(values[0], Ref) and values[0].index not in self._numbers:
+                raise TraceError("the traced module reads the value of a tensor: a plan cannot")
+            self._values[outputs[0]] = values[0]
+        elif kind in ("prim::If", "prim::Loop"):
+            raise TraceError(
+                "a scripted module, or one with scripted parts (control flow), cannot be translated: pass "
+                "the nn.Module itself"
+            )
+        elif kind.startswith("aten::"):
+            self._operator(node, kind.removeprefix("aten::"), values, outputs)
+        else:
+            raise TraceError(f"{kind} in a traced module cannot be translated: pass the nn.Module itself")
+
+    def _operator(self, node: Any, kind: str, values: list[Any], outputs: list[str]) -> None:
+        schema = torch._C.parse_schema(node.schema())
+        on_sizes = bool(values) and all(
+            type(value) in (int, float) or (isinstance(value, Ref) and value.index in self._numbers)
+            or (isinstance(value, torch.Tensor) and value.dim() == 0) or isinstance(value, str)
+            for value in values
+        ) and any(isinstance(value, Ref) for value in values)  # fmt: skip
+        named = [
+            (argument, self._argument(value))
+            for argument, value in zip(schema.arguments, values, strict=True)
+        ]
+        name, args, kwargs = call_for(kind, named, on_sizes=on_sizes)
+        count = len(outputs)
+        results: Nested
+        if count == 1:
+            unpacked = [use.user for use in node.output().uses() if use.user.kind() == "prim::ListUnpack"]
+            size = len(list(unpacked[0].outputs())) if unpacked else 0
+            results = self._refs(size) if unpacked else self._refs(1)[0]
+            self._values[outputs[0]] = results
+        else:
+            results = self._refs(count)
+            self._values.update(zip(outputs, results, strict=True))
+        if name in SIZE_OPS and isinstance(results, Ref):
+            self._numbers.add(results.index)
+        self._ops.append(Op(name, args, kwargs, results))
+
+    def _refs(self, count: int) -> tuple[Ref, ...]:
+        self._next += count
+        return tuple(Ref(index) for index in range(self._next - count, self._next))
+
+
+class _Path(str):
+    """Where in the module tree a value stands."""
+
+    def joined(self, name: str) -> _Path:
+        return _Path(f"{self}.{name}" if self else name)
+
+
+def _input_specs(values: Sequence[Any], examples: Sequence[torch.Tensor] | None) -> tuple[TensorSpec, ...]:
+    if examples is not None:
+        if len(examples) != len(values):
+            raise TraceError(f"the traced module takes {len(values)} inputs, got {len(examples)} examples")
+        return tuple(TensorSpec.of(example, free_dims=(0,)) for example in examples)
+    specs = []
+    for index, value in enumerate(values):
+        kind = value.type()
+        sizes = kind.sizes() if isinstance(kind, torch._C.TensorType) else None
+        if sizes is None or None in sizes or kind.dtype() not in DTYPES.values():
+            raise TraceError(f"the traced module does not say the shape of input {index}: pass examples=...")
+        specs.append(TensorSpec((FREE, *sizes[1:]) if sizes else (), kind.dtype()))
+    return tuple(specs)
