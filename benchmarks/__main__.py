@@ -73,11 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="smallest sizes, once: does everything run?")
     parser.add_argument(
-        "--only", action="append", choices=list(GROUPS), metavar="NAME", help=f"one group of {', '.join(GROUPS)}"
+        "--only",
+        action="append",
+        choices=list(GROUPS),
+        metavar="NAME",
+        help=f"one group of {', '.join(GROUPS)}",
     )
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each figure")
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", default=Path(__file__).with_name("results.json"), help="results file"
+        "--json",
+        type=Path,
+        metavar="PATH",
+        default=Path(__file__).with_name("results.json"),
+        help="results file",
     )
     return parser
 

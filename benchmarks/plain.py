@@ -7,7 +7,7 @@ the other or in threads, each time it gets a line.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -24,16 +24,24 @@ from planrt.workers.datasets import BaseDataset
 State = dict[str, torch.Tensor]
 
 
-def train_batches(model: nn.Module, dataset: BaseDataset, seed: int, batches: int = BATCHES) -> None:
-    """Trains `model` in place on the batches that a worker draws from `seed`, with a fresh SGD."""
+def batches_of(dataset: BaseDataset, seed: int, batches: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches that a worker draws from `seed`."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
     order = torch.randperm(len(dataset), generator=generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for number in range(batches):
         chosen = order[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
-        images = data.normalize(dataset.data.index_select(0, chosen))
+        yield data.normalize(dataset.data.index_select(0, chosen)), dataset.targets.index_select(0, chosen)
+
+
+def train(model: nn.Module, state: State, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Trains `model` from `state` on `batches` with a fresh SGD."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(state[name])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for images, targets in batches:
         optimizer.zero_grad()
-        F.nll_loss(model(images), dataset.targets.index_select(0, chosen)).backward()
+        F.nll_loss(model(images), targets).backward()
         optimizer.step()
 
 
@@ -47,22 +55,36 @@ class PlainWorkers:
 
     def train(self, name: str, state: State, round_number: int = 1) -> None:
         """One worker's part of a round."""
-        model = self._models[name]
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                value.copy_(state[key])
-        train_batches(model, self._datasets[name], derive_seed(SEED, round_number, name), self._batches)
+        seed = derive_seed(SEED, round_number, name)
+        train(self._models[name], state, batches_of(self._datasets[name], seed, self._batches))
 
     def average(self) -> State:
         """The mean of the models as they are."""
         return average([model.state_dict() for model in self._models.values()])
 
-    def round(
-        self, state: State, round_number: int = 1, *, map_over: Callable[..., object] = map
-    ) -> State:
+    def round(self, state: State, round_number: int = 1, *, map_over: Callable[..., object] = map) -> State:
         """All workers' parts, through `map_over`, and the average."""
         list(map_over(lambda name: self.train(name, state, round_number), self._datasets))  # type: ignore[call-overload]
         return self.average()
+
+
+class PlainLoop:
+    """Any number of workers one after the other, with one model and a running sum."""
+
+    def __init__(self, datasets: Mapping[str, BaseDataset], *, batches: int) -> None:
+        self._datasets = dict(datasets)
+        self._model = seeded_net(SEED)
+        self._batches = batches
+
+    def round(self, state: State, round_number: int = 1) -> State:
+        """One round: each worker trained from `state`, the average."""
+        total: State = {}
+        for name, dataset in self._datasets.items():
+            seed = derive_seed(SEED, round_number, name)
+            train(self._model, state, batches_of(dataset, seed, self._batches))
+            for key, value in self._model.state_dict().items():
+                total[key] = value.clone() if key not in total else total[key].add_(value)
+        return {key: value.div_(len(self._datasets)) for key, value in total.items()}
 
 
 def average(states: list[State]) -> State:

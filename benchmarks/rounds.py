@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.command import available_cores
 from planrt.fl.config import TrainConfig
 from planrt.fl.rounds import RoundResult, RoundScheduler
-from planrt.workers.clients import WebsocketClientWorker, close_all
+from planrt.workers.clients import BaseWorker, WebsocketClientWorker, close_all
 from planrt.workers.loop import new_event_loop
 
 
@@ -27,7 +27,7 @@ class Rounds:
     """Rounds of one configuration, from a caller's event loop as a script has it."""
 
     def __init__(
-        self, runner: asyncio.Runner, workers: list[WebsocketClientWorker], config: TrainConfig, **options: Any
+        self, runner: asyncio.Runner, workers: Sequence[BaseWorker], config: TrainConfig, **options: Any
     ) -> None:
         self._runner = runner
         options = {"dataset_key": data.TRAIN_KEY, "seed": SEED, **options}
@@ -41,7 +41,9 @@ class Rounds:
 
 
 @contextmanager
-def websocket_workers(children: list[ChildOptions]) -> Iterator[tuple[asyncio.Runner, list[WebsocketClientWorker]]]:
+def websocket_workers(
+    children: list[ChildOptions],
+) -> Iterator[tuple[asyncio.Runner, list[WebsocketClientWorker]]]:
     """Worker processes, connections to them, and an event loop to use them from."""
     with ExitStack() as stack:
         processes = stack.enter_context(WorkerProcesses(children))
@@ -53,14 +55,20 @@ def websocket_workers(children: list[ChildOptions]) -> Iterator[tuple[asyncio.Ru
         yield runner, workers
 
 
+@contextmanager
+def mnist_workers() -> Iterator[tuple[asyncio.Runner, list[WebsocketClientWorker]]]:
+    """Three workers with their digits, as mnist_async starts them, less the one that evaluates."""
+    children = [child for child in mnist_children(data.find()) if child.id in data.PARTITIONS]
+    with websocket_workers(children) as started:
+        yield started
+
+
 def measure(size: Size) -> list[Row]:
     """The rows of this group."""
     source = data.find()
-    # As mnist_async starts them, less the one that evaluates.
-    children = [child for child in mnist_children(source) if child.id in data.PARTITIONS]
     batches = 1 if size.quick else BATCHES
     with ExitStack() as stack:
-        runner, workers = stack.enter_context(websocket_workers(children))
+        runner, workers = stack.enter_context(mnist_workers())
         trained = Rounds(runner, workers, mnist_config(batches))
         empty = Rounds(runner, workers, mnist_config(0))
         echoes = stack.enter_context(Echoes(len(workers)))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from planrt.fl.children import ChildOptions
 from planrt.fl.config import TrainConfig
 from planrt.fl.networks import seeded_net
 from planrt.workers.datasets import BaseDataset, Batch
@@ -79,6 +80,23 @@ def slow_wide_data() -> BaseDataset:
     """As `wide_data`, but every batch takes seconds: the worker that has it answers last."""
     data = wide_data()
     return _SlowData(data.data, data.targets)
+
+
+def wide_children(count: int, *, first_slow: bool = False) -> list[ChildOptions]:
+    """Worker processes that serve `wide_data`; with `first_slow` the first in order answers last."""
+    factories = ["slow_wide_data" if first_slow and number == 0 else "wide_data" for number in range(count)]
+    return [
+        ChildOptions(
+            f"worker{number}",
+            options=("--dataset", f"benchmarks.workloads:{factory}", "--key", "wide", "--threads", "1"),
+        )
+        for number, factory in enumerate(factories)
+    ]
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of its parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def wide_config(model: nn.Module, *, batches: int = 0) -> TrainConfig:

@@ -1,8 +1,7 @@
-"""Starts the workers alice, bob, charlie and testing as processes of this machine, on ports 8777 to 8780
-(or from another one on).
+"""Starts the workers alice, bob, charlie and testing as processes of this machine.
 
-Each holds its part of MNIST (or of scikit-learn's digits). Runs until Ctrl-C, SIGTERM, or until one of them
-ends; none of them outlives this process. Exit codes: see `planrt.fl.command`.
+They listen on ports 8777 to 8780, each with its part of MNIST (or of scikit-learn's digits), until Ctrl-C,
+SIGTERM, or until one of them ends. None outlives this process. Exit codes: see `planrt.fl.command`.
 """
 
 from __future__ import annotations

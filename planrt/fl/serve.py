@@ -80,6 +80,9 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             print(f"Worker {options.id} serves at ws://{options.host}:{port}; Ctrl-C stops it", flush=True)
 
         worker.start(ready=ready)
+        if worker.computing:  # nobody waits for the result, and Python would wait for the thread
+            sys.stdout.flush()
+            os._exit(0)
     except Exception as error:
         if status is not None:
             _send(status, {"error": one_line(error)})

@@ -227,6 +227,10 @@ def _to(values: dict[str, Any]) -> Call:
     return "Tensor.to", (values["self"], *target), kwargs
 
 
+def _spread(operator: str) -> Callable[[dict[str, Any]], Call]:
+    return lambda values: (f"torch.{operator}", tuple(values["tensors"]), {})
+
+
 def _elu(values: dict[str, Any]) -> Call:
     if values["scale"] != 1 or values["input_scale"] != 1:
         raise TraceError("aten::elu with scales in a traced module cannot be translated: pass the nn.Module")
@@ -262,5 +266,6 @@ _ADAPTERS: dict[str, Callable[[dict[str, Any]], Call]] = {
     "index": _index,
     "to": _to,
     "elu": _elu,
+    **{operator: _spread(operator) for operator in ("broadcast_tensors", "cartesian_prod", "block_diag")},
     "adaptive_max_pool2d": _adaptive_max_pool,
 }

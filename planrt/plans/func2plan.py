@@ -12,7 +12,8 @@ import torch
 from planrt.errors import PlanArgumentError, PlanError
 from planrt.plans.interpreter import execute
 from planrt.plans.plan import Plan
-from planrt.plans.tracer import SizesFixedError, trace
+from planrt.plans.recorder import SizesFixedError
+from planrt.plans.tracer import trace
 from planrt.types import FREE, Nested
 
 _EXAMPLE_SIZE = 2  # what a free size is while recording; the tracer doubles it

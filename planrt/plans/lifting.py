@@ -15,6 +15,8 @@ from planrt.plans.plan import StateKind, StateSpec
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec
 
+LOST_BACKWARD = "a custom autograd.Function cannot be recorded: the plan would lose its backward"
+
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -91,9 +93,7 @@ class StateRegistry:
     def capture(self, tensor: torch.Tensor, line: str | None) -> int:
         """Take in a tensor from outside the traced function."""
         if isinstance(tensor.grad_fn, BackwardCFunction):
-            raise TraceError(
-                "a custom autograd.Function cannot be recorded: the plan would lose its backward", line=line
-            )
+            raise TraceError(LOST_BACKWARD, line=line)
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise TraceError("torch.func transforms (vmap, grad) cannot be recorded", line=line)
         if tensor.grad_fn is not None:

@@ -46,7 +46,7 @@ METADATA = frozenset(
 """Reads of dtype, layout and the like: their answers are constants of the plan. Numbers among them that
 follow a free size (`stride`, `nbytes`, `len`) differ between the tracer's two runs, which catches them."""
 
-FROM_ARRAY = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy})
+FROM_ARRAY = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 """Functions that turn arrays from outside into tensors, which then become state."""
 
 PYTHON_DTYPES: dict[type, torch.dtype] = {

@@ -13,7 +13,6 @@ import torch
 _PLANRT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
-_AUTOGRAD_FUNCTION = os.path.join(_TORCH, "autograd", "function.py")
 
 
 @lru_cache(maxsize=4096)
@@ -23,21 +22,17 @@ def _is_users(filename: str) -> bool:
     return not filename.startswith(_STDLIB) or "site-packages" in filename
 
 
-def user_line() -> tuple[str | None, bool]:
-    """(``file:line`` of the innermost frame outside torch and planrt, whether an autograd.Function runs)."""
-    line: str | None = None
-    in_function = False
+def user_line() -> str | None:
+    """``file:line`` of the innermost frame outside torch and planrt, below the tracer."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename == _AUTOGRAD_FUNCTION and code.co_name == "apply":
-            in_function = True
-        elif line is None and _is_users(code.co_filename):
-            line = f"{code.co_filename}:{frame.f_lineno}"
-        elif code.co_name == "_run_once" and code.co_filename.startswith(_PLANRT):
+        if _is_users(code.co_filename):
+            return f"{code.co_filename}:{frame.f_lineno}"
+        if code.co_name == "run_once" and code.co_filename.startswith(_PLANRT):
             break  # what called the tracer is not part of what is traced
         frame = frame.f_back
-    return line, in_function
+    return None
 
 
 def line_of_error(error: BaseException) -> str | None:

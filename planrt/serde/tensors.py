@@ -106,6 +106,8 @@ def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str
             continue
         raw = payload[layout.offset : layout.offset + layout.nbytes]
         if layout.dtype == torch.bool and bool((raw > 1).any()):
-            raise WireError("malformed payload: a bool tensor holds bytes other than 0 and 1", address=address)
+            raise WireError(
+                "malformed payload: a bool tensor holds bytes other than 0 and 1", address=address
+            )
         tensors.append(raw.view(layout.dtype).view(layout.shape))
     return tensors

@@ -109,7 +109,9 @@ class Connection:
             try:
                 async with self._sending:
                     # A frame cut short would end the connection: who gives up waiting does not stop the sending.
-                    await asyncio.shield(asyncio.ensure_future(self._pipe.send(frame)))
+                    sending = asyncio.ensure_future(self._pipe.send(frame))
+                    sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+                    await asyncio.shield(sending)
                 del frame
                 return await pending.reply
             except ConnectionError as error:

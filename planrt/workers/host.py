@@ -12,7 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,24 +51,30 @@ class ComputeThread:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._threads = threads
         self._threads_elsewhere = torch.get_num_threads()
+        self.busy = False
+        """Whether the thread is at work."""
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Runs ``function(*args)`` on the thread, after everything asked for before."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, self._compute, function, *args
+        )
 
     def _compute(self, function: Callable[..., T], *args: object) -> T:
         with _computing:
-            if self._threads is None:
-                return function(*args)
-            torch.set_num_threads(self._threads)
+            self.busy = True
             try:
+                if self._threads is not None:
+                    torch.set_num_threads(self._threads)
                 return function(*args)
             finally:
-                torch.set_num_threads(self._threads_elsewhere)
+                if self._threads is not None:
+                    torch.set_num_threads(self._threads_elsewhere)
+                self.busy = False
 
     def close(self) -> None:
-        """Lets the thread go once what was asked for is done."""
-        self._executor.shutdown(wait=False)
+        """Lets the thread go once what runs is done; what waits is dropped."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class WorkerHost:
@@ -80,9 +86,30 @@ class WorkerHost:
         self._limits = limits or Limits()
         self._numbers = itertools.count(1)
         self._pipes: dict[int, Pipe] = {}
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Stops serving every connection, without waiting for what is being computed."""
+        self._stopping = True
+        for task in self._serving:
+            task.cancel()
 
     async def serve(self, pipe: Pipe) -> None:
         """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker."""
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"  # noqa: S101 - for the type checker
+        self._serving.add(task)
+        try:
+            await self._serve(pipe)
+        except asyncio.CancelledError:
+            await pipe.close()
+            if not self._stopping:
+                raise
+        finally:
+            self._serving.discard(task)
+
+    async def _serve(self, pipe: Pipe) -> None:
         number = next(self._numbers)
         self._pipes[number] = pipe
         log.debug("connected", worker=self.state.id, client=pipe.address)
@@ -102,8 +129,8 @@ class WorkerHost:
         finally:
             del self._pipes[number]
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
-            await self._handle(Disconnected(number))
-            await pipe.close()
+        await self._handle(Disconnected(number))
+        await pipe.close()
 
     async def _handle(self, event: Event) -> None:
         for instruction in await self._compute.run(self.state.handle, event):

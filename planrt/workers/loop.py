@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from planrt.errors import BlockingCallError
 
 T = TypeVar("T")
@@ -39,7 +41,23 @@ def background_loop() -> asyncio.AbstractEventLoop:
             _loop = new_event_loop()
             _thread = threading.Thread(target=_loop.run_forever, name="planrt-io", daemon=True)
             _thread.start()
+            _use_one_torch_thread(_loop)
         return _loop
+
+
+def _use_one_torch_thread(loop: asyncio.AbstractEventLoop) -> None:
+    """Averages are added up on the loop thread, while workers may need the cores: no helpers for it there.
+
+    torch keeps the number of OpenMP threads per thread, but everything else about threads per process: that is
+    put back.
+    """
+    elsewhere = torch.get_num_threads()
+
+    async def limit() -> None:
+        torch.set_num_threads(1)
+
+    asyncio.run_coroutine_threadsafe(limit(), loop).result()
+    torch.set_num_threads(elsewhere)
 
 
 def run(coroutine: Coroutine[Any, Any, T], *, instead: str) -> T:

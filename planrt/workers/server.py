@@ -49,6 +49,8 @@ class WebsocketServerWorker:
         self._threads = threads
         self._limits = limits or Limits()
         self._state = WorkerState(id, device=device)
+        self.computing = False
+        """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
 
     def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
         """Serves a map-style data set of (data, target) pairs under `key`, found by `tags` as well.
@@ -77,8 +79,10 @@ class WebsocketServerWorker:
                 if ready is not None:
                     ready(port)
                 await (stop or asyncio.Event()).wait()
+                host.stop()
         finally:
             compute.close()
+            self.computing = compute.busy
 
     def start(self, *, ready: Ready | None = None) -> None:
         """Serves clients until SIGINT or SIGTERM; blocks. For the main thread of a process of its own."""

@@ -18,31 +18,13 @@ import torch
 
 from planrt.errors import DataError, OptionError
 from planrt.fl import data
-
-NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = struct.pack(f">{1 + array.ndim}I", 0x0800 | array.ndim, *array.shape)
-    return header + array.astype(np.uint8).tobytes()
+from tests.processes import MNIST_FILES as NAMES
+from tests.processes import idx, write_small_mnist
 
 
 @pytest.fixture
 def small_mnist(tmp_path: Path) -> Path:
-    """A folder with 40 training and 20 test images in MNIST's format, labels 0-9 in turn."""
-    raw = tmp_path / "small" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for prefix, count in (("train", 40), ("t10k", 20)):
-        images = random.integers(0, 256, (count, 28, 28))
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))
-    return tmp_path / "small"
+    return write_small_mnist(tmp_path / "small")
 
 
 @pytest.fixture

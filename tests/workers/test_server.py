@@ -5,6 +5,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 
 import msgpack
 import pytest
@@ -261,4 +262,37 @@ def test_the_server_stops_with_clients_connected(server):
         worker = WebsocketClientWorker("bob", uri=uri)
     with pytest.raises(WorkerLostError, match="'bob'"):
         worker.run(double, torch.ones(2))
+    worker.close()
+
+
+def test_the_server_stops_at_once_while_it_computes(server):
+    """The computation takes many seconds; stopping does not wait for it, and the client is told."""
+
+    @func2plan(args_shape=[(-1, -1)])
+    def endless(x):
+        for _ in range(3000):
+            x = torch.tanh(x @ x)
+        return x
+
+    async def main(worker):
+        return await worker.async_run(endless, torch.full((300, 300), 1e-3))
+
+    failures = []
+
+    def work():
+        try:
+            asyncio.run(main(worker))
+        except WorkerLostError as error:
+            failures.append(error)
+
+    with server.running() as uri:
+        worker = WebsocketClientWorker("bob", uri=uri)
+        thread = threading.Thread(target=work)
+        thread.start()
+        while worker.traffic.messages_sent < 3:  # hello, plan, request
+            time.sleep(0.01)
+        time.sleep(0.1)
+    thread.join()
+    assert len(failures) == 1
+    assert server.computing
     worker.close()

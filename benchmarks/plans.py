@@ -1,0 +1,86 @@
+"""Plans: a training step from a plan against eager PyTorch, and how long tracing takes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import Goal, Row, in_turns
+from benchmarks.plain import PlainWorkers, batches_of
+from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED, Size
+from planrt.fl import data
+from planrt.fl.networks import seeded_net
+from planrt.plans.training import trace_model, train
+from planrt.workers.datasets import BaseDataset
+
+
+def measure(size: Size) -> list[Row]:
+    """The rows of this group."""
+    # A thread of its own, so that torch's number of threads stays as it is for the others.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.submit(_measure, size).result()
+
+
+def _measure(size: Size) -> list[Row]:
+    batches = 2 if size.quick else 2 * BATCHES
+    images = torch.randint(0, 256, (batches * BATCH_SIZE, 28, 28), dtype=torch.uint8)
+    dataset = BaseDataset(images, torch.randint(0, 10, (len(images),)), data.normalize)
+    plain = PlainWorkers({"worker": dataset}, batches=batches)
+    network = seeded_net(SEED)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    plan = trace_model(
+        network, F.nll_loss, torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
+    ).training
+
+    def from_plan() -> None:
+        values = [state[entry.name].clone() for entry in plan.state]
+        train(
+            plan,
+            values,
+            batches_of(dataset, SEED, batches),
+            optimizer="SGD",
+            optimizer_args={"lr": LR},
+            seed=SEED,
+        )
+
+    times = in_turns(
+        {"plan": from_plan, "eager": lambda: plain.train("worker", state)}, repeats=2 * size.repeats
+    )
+    steps = {name: sample.map(lambda seconds: 1000 * seconds / batches) for name, sample in times.items()}
+    return [
+        Row(
+            "training step",
+            "ms",
+            steps["plan"],
+            steps["eager"],
+            "eager PyTorch",
+            Goal(at_most=1.1),
+            f"MNIST network, batch of 32, SGD, one thread, {batches} steps",
+        ),
+        _tracing_row(size),
+    ]
+
+
+def _tracing_row(size: Size) -> Row:
+    from torchvision.models import resnet18
+
+    model = resnet18(weights=None)
+    example = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)
+
+    def eager() -> None:
+        for training in (True, False):
+            F.cross_entropy(model.train(training)(example[0]), example[1])
+
+    times = in_turns(
+        {"trace": lambda: trace_model(model, F.cross_entropy, *example), "eager": eager}, repeats=size.repeats
+    )
+    return Row(
+        "tracing ResNet-18",
+        "s",
+        times["trace"],
+        times["eager"],
+        "eager forward, twice",
+        note="training and evaluation plan, with the loss, 64x64 images",
+    )

@@ -1,0 +1,307 @@
+"""One run of a traced function: every torch call that it makes, written down as a step.
+
+The tracer runs a function twice, each time under a `Recorder`, and makes a plan of what both runs agree on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from planrt.errors import PlanFormatError, PlanrtError, TraceError
+from planrt.plans import seen
+from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
+from planrt.plans.ops import SIZE_ARITHMETIC, name_of
+from planrt.plans.plan import Op, map_leaves
+from planrt.plans.sizes import TracedNumber, TracedShape, traced
+from planrt.plans.source import line_of_error, user_line
+from planrt.serde.values import DEVICE, encode, pack
+from planrt.types import FREE, Nested, Ref, TensorSpec
+
+# While recording, values are numbered in three ranges: inputs from 0, state and results from these. The final
+# numbers are known when the state is complete.
+FIRST_STATE: Final = 1 << 24
+FIRST_RESULT: Final = 1 << 25
+
+
+class SizesFixedError(TraceError):
+    """The function could be recorded for the sizes of the examples only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One recorded op. `value` is the number that a size op gave in this run."""
+
+    op: Op
+    line: str | None
+    packed: bytes
+    value: int | float | None = None
+
+
+class MadeUnseenError(TraceError):
+    """A tensor appeared that no recorded op made."""
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down every torch call made under it. One recorder sees one run.
+
+    `values` are the constants by value (arrays turned into tensors) of the first run, for a second one.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor],
+        specs: Sequence[TensorSpec],
+        registry: StateRegistry,
+        values: list[torch.Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self.failure: TraceError | None = None
+        self.values: list[torch.Tensor] = []
+        self._first_values = values
+        self._specs = specs
+        self._registry = registry
+        self._alive: list[torch.Tensor] = [*inputs]  # ids below stay unique while these live
+        self._refs = {id(tensor): Ref(index) for index, tensor in enumerate(inputs)}
+        self._results = 0
+        self._grad_mode = True
+        self._closed = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in place of `func`; torch calls made in here are not seen."""
+        try:
+            return self._call(func, args, kwargs or {})
+        except TraceError as error:
+            self.failure = self.failure or error  # user code may swallow it
+            raise
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
+            return self._size(func, args, kwargs)
+        if func in seen.METADATA or isinstance(func, type):
+            return func(*args, **kwargs)
+        name = name_of(func)
+        if func in seen.TO_DEVICE:
+            result = func(*args, **kwargs)
+            return self._emit("Tensor.to", (args[0], torch.device("cpu")), {}, result)
+        if func is torch.Tensor.type:
+            result = func(*args, **kwargs)
+            if isinstance(result, str):
+                return result
+            return self._emit("Tensor.to", (args[0], result.dtype), {}, result)
+        if func is torch._assert and not isinstance(args[0], torch.Tensor):
+            return func(*args, **kwargs)
+        if name is None:
+            raise TraceError(seen.why_refused(func, resolve_name(func)), line=user_line())
+        if func in seen.FROM_ARRAY and seen.holds_array(args):
+            return self._constant(func(*args, **kwargs), user_line())
+        self._check_modes()
+        recorded_args, recorded_kwargs = self._recorded(
+            name, args, kwargs
+        )  # before the call: it may change them
+        result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
+        if name == "torch.set_grad_enabled":
+            self._grad_mode = torch.is_grad_enabled()
+        return self._write(name, recorded_args, recorded_kwargs, result)
+
+    def _check_modes(self) -> None:
+        """Modes that change what ops do, and that come about without a call that could be recorded."""
+        if torch.is_inference_mode_enabled():
+            raise TraceError("inference_mode cannot be recorded: use torch.no_grad()", line=user_line())
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise TraceError("torch.autocast cannot be recorded: use .to(dtype)", line=user_line())
+        if torch.is_grad_enabled() != self._grad_mode:  # its forward runs without, and nobody said no_grad
+            raise TraceError(LOST_BACKWARD, line=user_line())
+
+    def _emit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        return self._write(name, *self._recorded(name, args, kwargs), result)
+
+    def _recorded(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if name == "Tensor.to" and len(args) > 1 and isinstance(args[1], str | int):
+            args = (args[0], torch.device("cpu"), *args[2:])  # x.to("cuda"), x.to(0)
+        recorded: dict[str, Any] = map_leaves(kwargs, self._leaf)
+        if recorded.get("device") is not None:
+            recorded["device"] = DEVICE
+        return map_leaves(args, self._leaf), recorded
+
+    def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        line = user_line()
+        results = self._named(result, line)
+        try:
+            packed = pack([name, encode(args), encode(kwargs), encode(results)])
+        except PlanFormatError as error:
+            raise TraceError(f"{name}: {error}", line=line) from None
+        self.steps.append(Step(Op(name, args, kwargs, results), line, packed))
+        return result
+
+    def _named(self, result: Any, line: str | None) -> Nested:
+        if result is None:
+            return None
+        if isinstance(result, torch.Tensor):
+            check_plain(result, "a result", line=line)
+            self._refs[id(result)] = ref = self._new_ref()
+            self._alive.append(result)
+            return ref
+        if isinstance(result, tuple | list):
+            return tuple([self._named(item, line) for item in result])
+        if isinstance(result, bool):  # the previous mode, from set_grad_enabled
+            return None
+        raise TraceError(f"an op gave a {type(result).__name__}, which a plan cannot hold", line=line)
+
+    def _new_ref(self) -> Ref:
+        self._results += 1
+        return Ref(FIRST_RESULT + self._results - 1)
+
+    def _leaf(self, leaf: Any) -> Any:
+        """What stands in the plan for one argument."""
+        if isinstance(leaf, torch.Tensor):
+            return self._tensor_ref(leaf)
+        if isinstance(leaf, TracedNumber):
+            return leaf.ref if leaf.recorder is self else _plain(leaf)
+        if isinstance(leaf, torch.device):
+            return DEVICE
+        if isinstance(leaf, type) and leaf in seen.PYTHON_DTYPES:
+            return seen.PYTHON_DTYPES[leaf]
+        return seen.without_numpy(leaf)
+
+    def _tensor_ref(self, tensor: torch.Tensor) -> Ref:
+        ref = self._refs.get(id(tensor))
+        if ref is not None:
+            return ref
+        index = self._registry.find(tensor)
+        if index is None:
+            line = user_line()
+            if self._first_values is not None:
+                raise MadeUnseenError(
+                    "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a "
+                    "custom autograd.Function, or by a library that works behind torch's public functions",
+                    line=line,
+                )
+            index = self._registry.capture(tensor, line)
+        return Ref(FIRST_STATE + index)
+
+    def _constant(self, tensor: torch.Tensor, line: str | None) -> torch.Tensor:
+        """A tensor made from an array outside: state, if both runs make the same one."""
+        position = len(self.values)
+        if self._first_values is None:
+            index = self._registry.capture(tensor, line)
+        else:
+            first = self._first_values[position] if position < len(self._first_values) else None
+            if first is None or first.shape != tensor.shape or not torch.equal(first, tensor):
+                raise SizesFixedError("an array turned into a tensor depends on the sizes", line=line)
+            index = self._registry.find(first) or 0
+        self.values.append(tensor)
+        self._alive.append(tensor)
+        self._refs[id(tensor)] = Ref(FIRST_STATE + index)
+        return tensor
+
+    # Sizes
+
+    def _size(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = args[0]
+        if func in seen.COUNT_READS:
+            return self._number("Tensor.numel", (self._tensor_ref(tensor),), func(*args, **kwargs))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if func in seen.SHAPE_READS or dim is None:
+            return TracedShape([self._dim(tensor, index) for index in range(tensor.dim())])
+        size = tensor.size(dim)  # raises torch's own error for a bad dim
+        return self._dim(tensor, dim % tensor.dim()) if isinstance(dim, int) else size
+
+    def _dim(self, tensor: torch.Tensor, dim: int) -> Any:
+        size, ref = tensor.size(dim), self._tensor_ref(tensor)
+        is_input = ref.index < len(self._specs)
+        if FIRST_STATE <= ref.index < FIRST_RESULT or (
+            is_input and self._specs[ref.index].shape[dim] != FREE
+        ):
+            return size
+        return self._number("Tensor.size", (ref, dim), size)
+
+    def record_arithmetic(self, name: str, *operands: int | float) -> Any:
+        """Called by `SizeInt` and `SizeFloat` for their operators."""
+        value = SIZE_ARITHMETIC[f"operator.{name}"](*(_plain(operand) for operand in operands))
+        if self._closed or any(o.recorder is not self for o in operands if isinstance(o, TracedNumber)):
+            return value
+        return self._number(f"operator.{name}", tuple(self._leaf(operand) for operand in operands), value)
+
+    def _number(self, name: str, args: tuple[Any, ...], value: Any) -> Any:
+        ref = self._new_ref()
+        packed = pack([name, encode(args), encode(ref)])
+        self.steps.append(Step(Op(name, args, {}, ref), user_line(), packed, value))
+        return traced(value, ref, self)
+
+    # The end of a run
+
+    def finish(self, outputs: Any) -> tuple[Nested, Any]:
+        """The outputs with every tensor replaced by its number, plain and encoded; closes the recorder."""
+        self._write_back_buffers()
+        named = map_leaves(outputs, self._leaf)
+        self._closed = True
+        try:
+            return named, encode(named)
+        except PlanFormatError as error:
+            raise TraceError(f"the function returns something that a plan cannot: {error}") from None
+
+    def _write_back_buffers(self) -> None:
+        """``self.n = self.n + 1`` binds a new tensor to a buffer: copy it into the old one instead."""
+        for name, old, new in self._registry.rebound():
+            if not isinstance(new, torch.Tensor) or TensorSpec.of(new) != TensorSpec.of(old):
+                raise TraceError(f"the module gives its state {name!r} another shape or dtype: a plan cannot")
+            source = self._tensor_ref(new)
+            self._write("Tensor.copy_", (self._tensor_ref(old), self._detached(source)), {}, None)
+
+    def _detached(self, source: Ref) -> Ref:
+        ref = self._new_ref()
+        op = Op("Tensor.detach", (source,), {}, ref)
+        self.steps.append(Step(op, None, pack([op.name, encode(op.args), encode(ref)])))
+        return ref
+
+
+def _plain(leaf: Any) -> Any:
+    if isinstance(leaf, TracedNumber):
+        return int(leaf) if isinstance(leaf, int) else float(leaf)  # type: ignore[arg-type]
+    return leaf
+
+
+def run_once(
+    function: Callable[..., Any],
+    examples: Sequence[torch.Tensor],
+    specs: Sequence[TensorSpec],
+    registry: StateRegistry,
+    values: list[torch.Tensor] | None = None,
+) -> tuple[Recorder, tuple[Nested, Any]]:
+    """Run `function` on copies of `examples` under a recorder.
+
+    Returns the closed recorder, and the outputs as `Recorder.finish` gives them. `values` are those of the
+    first run, in a second one.
+
+    Raises:
+        TraceError: whatever went wrong, with the user's line.
+    """
+    inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
+    recorder = Recorder(inputs, specs, registry, values)
+    try:
+        with torch.enable_grad(), recorder:
+            outputs = function(*inputs)
+        if recorder.failure is not None:
+            raise recorder.failure
+        return recorder, recorder.finish(outputs)
+    except PlanrtError:
+        raise recorder.failure or sys.exc_info()[1] from None  # type: ignore[misc]
+    except Exception as error:
+        if recorder.failure is not None:
+            raise recorder.failure from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise TraceError(
+            f"the function failed on its example arguments: {type(error).__name__}: {reason}",
+            line=line_of_error(error),
+        ) from error

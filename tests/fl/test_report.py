@@ -1,0 +1,90 @@
+"""The report: its JSON has the form that readers rely on, and the plot is a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from planrt.fl.report import FEDERATED, Evaluation, Report, Round, WorkerTraffic, plot
+
+
+def traffic(sent: int = 10, received: int = 20, loss: float = 0.5) -> WorkerTraffic:
+    return WorkerTraffic(
+        requests=1, replies=1, bytes_sent=sent, bytes_received=received, loss=loss, samples=320
+    )
+
+
+def evaluation(accuracy: float, loss: float = 1.0) -> Evaluation:
+    return Evaluation(loss=loss, accuracy=accuracy, histogram=[1] * 10)
+
+
+def report(*, loss: float = 1.0) -> Report:
+    names = ("alice", "bob")
+    both = {"alice": traffic(), "bob": traffic(30, 40)}
+    first = {name: evaluation(0.2) for name in names} | {FEDERATED: evaluation(0.5, loss)}
+    last = {name: evaluation(0.4) for name in names} | {FEDERATED: evaluation(0.9, loss)}
+    return Report(
+        dataset="mnist",
+        seed=1,
+        options={"rounds": 3, "data": None},
+        versions={"planrt": "0"},
+        rounds=[
+            Round(1, 0.5, both, evaluation_seconds=2.0, evaluation=first),
+            Round(2, 0.1, both),
+            Round(3, 0.3, both, evaluation_seconds=1.0, evaluation=last),
+        ],
+    )
+
+
+def test_the_json_has_the_promised_form():
+    content = json.loads(report().to_json())
+    assert list(content) == ["final_accuracy", "dataset", "seed", "options", "versions", "rounds"]
+    assert content["final_accuracy"] == 0.9
+    first = content["rounds"][0]
+    assert first["round"] == 1
+    assert first["seconds"] == 0.5
+    assert first["evaluation_seconds"] == 2.0
+    assert first["workers"]["alice"] == {
+        "requests": 1,
+        "replies": 1,
+        "bytes_sent": 10,
+        "bytes_received": 20,
+        "loss": 0.5,
+        "samples": 320,
+    }
+    assert first["evaluation"]["federated"] == {"loss": 1.0, "accuracy": 0.5, "histogram": [1] * 10}
+
+
+def test_evaluation_stands_on_evaluated_rounds_only():
+    rounds = json.loads(report().to_json())["rounds"]
+    assert ["evaluation" in entry for entry in rounds] == [True, False, True]
+    assert ["evaluation_seconds" in entry for entry in rounds] == [True, False, True]
+
+
+def test_figures_of_the_summary():
+    assert report().median_seconds == 0.3
+    assert report().median_bytes == 50
+    assert report().final_accuracy == 0.9
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_run_that_diverged_is_still_valid_json(loss):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads(report(loss=loss).to_json(), parse_constant=refuse)
+    assert content["rounds"][0]["evaluation"]["federated"]["loss"] is None
+
+
+@pytest.mark.parametrize("loss", [1.0, 0.0, math.nan])
+def test_the_plot_is_a_png_of_some_size(tmp_path, loss):
+    from matplotlib import image
+
+    path = tmp_path / "plot.png"
+    plot(report(loss=loss), path)
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 400
+    assert pixels.shape[1] > 1000
+    assert pixels.std() > 0.01  # something is drawn

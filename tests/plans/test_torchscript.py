@@ -1,0 +1,147 @@
+"""TorchScript from plans and plans from TorchScript."""
+
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import make
+from torch import nn
+
+from planrt.errors import PlanError, TraceError
+from planrt.plans import Plan, func2plan, trace
+from planrt.plans.interpreter import execute
+from planrt.plans.torchscript import from_torchscript, to_torchscript
+
+X = torch.randn(4, 6)
+
+
+def quiet(call, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["mnist", "resnet18", "unet", "embedding", "lstm", "tied", "transformer"])
+def test_a_plan_as_torchscript_gives_the_same_result(name):
+    net, _, batches = make(name)
+    net.eval()
+    plan = trace(net, [batches[0][0]], modules=[net], free_dims=[[0]])
+    script = to_torchscript(plan, batches[0][0])
+    assert isinstance(script, torch.jit.ScriptModule)
+    for data, _ in batches:
+        torch.testing.assert_close(quiet(script, data), execute(plan, [data]), rtol=0, atol=1e-6)
+    assert {path for path, _ in script.named_parameters()} == {path for path, _ in net.named_parameters()}
+
+
+def test_torchscript_has_its_own_state_as_it_was_traced():
+    net, _, batches = make("resnet18")
+    plan = trace(net, [batches[0][0]], modules=[net], free_dims=[[0]])
+    before = net.bn1.running_mean.clone()
+    generator = torch.get_rng_state()
+    script = to_torchscript(plan)
+    assert torch.equal(script.bn1.running_mean, before)
+    assert torch.equal(net.bn1.running_mean, before)
+    assert torch.equal(torch.get_rng_state(), generator)
+    net.conv1.weight.data.zero_()
+    assert script.conv1.weight.any()
+
+
+def test_torchscript_of_a_function_saves_and_loads():
+    @func2plan(args_shape=[(-1, 6)])
+    def f(x):
+        return x.view(x.shape[0] * 2, 3).relu()
+
+    archive = io.BytesIO()
+    quiet(torch.jit.save, f.torchscript, archive)
+    archive.seek(0)
+    script = quiet(torch.jit.load, archive)
+    assert torch.equal(script(X), f(X))
+
+
+def test_plans_that_cannot_be_torchscript_say_why():
+    def f(x):
+        with torch.no_grad():
+            return x + 1
+
+    with pytest.raises(PlanError, match="no_grad regions"):
+        to_torchscript(trace(f, [X]))
+    with pytest.raises(PlanError, match="came without its 1 state"):
+        to_torchscript(Plan.from_bytes(trace(lambda x: x + torch.eye(1).relu() + X[0], [X]).to_bytes()))
+    with pytest.raises(PlanError, match="cannot be made TorchScript"):
+        to_torchscript(trace(lambda x: (x, "text"), [X]))
+
+
+def traced(f, *examples):
+    return quiet(torch.jit.trace, f, examples, check_trace=False)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.view(x.shape[0], 2, 3).permute(0, 2, 1).reshape(x.size(0) * 2, -1),
+        lambda x: x[1:, ::2] + x[-1, :3] - 1.5,
+        lambda x: x[:, torch.tensor([0, 2])],
+        lambda x: torch.cat([x, x * 2], 1).chunk(2, dim=1)[1],
+        lambda x: torch.stack(x.split([2, 4], dim=1)[0].unbind(1)),
+        lambda x: x / x.shape[0] + (x.shape[0] - 1) // 2 + (x.shape[0] % 3),
+        lambda x: (x.max(1), x.sum(0, keepdim=True), x.mean(dtype=torch.float64)),
+        lambda x: x.to(torch.float64).type_as(x).long().float().to("cpu"),
+        lambda x: torch.zeros(x.shape[0], 2, dtype=torch.int32) + torch.arange(2),
+        lambda x: F.hardtanh(F.elu(x), -1, 0.5) + F.silu(x.clone(), inplace=True) + F.leaky_relu(x, 0.3),
+        lambda x: F.interpolate(x[:, None, None], scale_factor=(2, 2), mode="nearest"),
+        lambda x: F.interpolate(x[:, None, None], size=(4, 5), mode="bilinear", align_corners=True),
+        lambda x: F.adaptive_max_pool2d(x[:, None, None], (1, 2)) + F.max_pool2d(x[:, None, None], (1, 3)),
+        lambda x: F.mse_loss(x, x * 2) + F.cross_entropy(x, x.argmax(1), label_smoothing=0.1),
+        lambda x: F.scaled_dot_product_attention(x, x, x) + torch.linalg.vector_norm(x),
+        lambda x: 2 - x.add(x, alpha=3).sub(1, alpha=2) + (1 - x).masked_fill(x > 0, 0.0),
+        lambda x: torch.einsum("ij,kj->ik", x, x).softmax(1).contiguous() @ x,
+        lambda x: x.clone().add_(1).clamp_(0, 1).expand(2, -1, -1).transpose(1, 2).flatten(1),
+    ],
+)
+def test_traced_functions_translate(f):
+    plan = Plan.from_bytes(from_torchscript(traced(f, X)).to_bytes())
+    torch.testing.assert_close(execute(plan, [X], state_of(f)), f(X), rtol=0, atol=0)
+
+
+def state_of(f):
+    return from_torchscript(traced(f, X)).state_values
+
+
+def test_batch_sizes_stay_free():
+    script = traced(lambda x: x.view(x.shape[0] * 3, 2).sum(1), X)
+    plan = from_torchscript(script)
+    other = torch.randn(9, 6)
+    assert torch.equal(execute(plan, [other]), other.view(27, 2).sum(1))
+
+
+def test_names_and_kinds_of_state_are_those_of_the_module():
+    net, _, batches = make("embedding")
+    plan = from_torchscript(traced(net.eval(), batches[0][0]))
+    assert [(entry.name, entry.kind) for entry in plan.state] == [
+        ("embed.weight", "parameter"), ("norm.weight", "parameter"), ("norm.bias", "parameter"),
+        ("norm.running_mean", "buffer"), ("norm.running_var", "buffer"), ("norm.num_batches_tracked", "buffer"),
+        ("head.weight", "parameter"), ("head.bias", "parameter"),
+    ]  # fmt: skip
+
+
+def test_scripted_code_is_refused():
+    class Branching(nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:
+                return x
+            return -x
+
+    script = quiet(torch.jit.script, Branching())
+    with pytest.raises(TraceError, match=r"pass the nn\.Module itself"):
+        from_torchscript(script, [X])
+    with pytest.raises(TraceError, match=r"does not say the shape of input 0: pass examples"):
+        from_torchscript(script)
+
+
+def test_operators_off_the_table_and_reads_are_refused():
+    with pytest.raises(TraceError, match=r"aten::as_strided .* not on the table"):
+        from_torchscript(traced(lambda x: x.as_strided((2, 2), (1, 1)), X))
+    with pytest.raises(TraceError, match="takes 1 inputs, got 2 examples"):
+        from_torchscript(traced(lambda x: x + 1, X), [X, X])
