@@ -20,6 +20,7 @@ class Child:
     """``python -m benchmarks.NAME ARGUMENTS``; use in a `with` block, which stops it."""
 
     def __init__(self, name: str, *arguments: object) -> None:
+        self._name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -56,7 +57,7 @@ class Child:
         """
         line = self._from.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended before it answered")
+            raise RuntimeError(f"benchmarks.{self._name} ended before it answered")
         return json.loads(line)
 
     def ask(self, message: Any = None) -> Any:

@@ -76,17 +76,12 @@ def _peak_row(title: str, size: Size, *, workers: int, slow: bool) -> Row:
 def peak(request: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of rounds that only carry parameters, in bytes above what there was before the model."""
     batches = 1 if request["slow"] else 0  # a slow worker takes its time over a batch
-    with websocket_workers(wide_children(request["workers"], first_slow=request["slow"])) as (
-        runner,
-        workers,
-    ):
+    with websocket_workers(wide_children(request["workers"], first_slow=request["slow"])) as workers:
         gc.collect()
         before = resident_bytes()
         model = wide_model()
         with PeakMemory() as preparing:
-            rounds = Rounds(
-                runner, workers, wide_config(model, batches=batches), dataset_key="wide", hold=HOLD
-            )
+            rounds = Rounds(workers, wide_config(model, batches=batches), dataset_key="wide", hold=HOLD)
         peaks = []
         for number in range(1, request["rounds"] + 1):
             with PeakMemory() as watched:
@@ -98,8 +93,8 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
 def growth(rounds_in_all: int) -> dict[str, Any]:
     """Resident memory after `SETTLED` rounds and after all."""
     settled = 0
-    with mnist_workers() as (runner, workers):
-        rounds = Rounds(runner, workers, mnist_config(batches=1))
+    with mnist_workers() as workers:
+        rounds = Rounds(workers, mnist_config(batches=1))
         for number in range(1, rounds_in_all + 1):
             rounds.state = rounds.run(number).state
             if number == SETTLED:
@@ -110,4 +105,4 @@ def growth(rounds_in_all: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer_with({"peak": peak, "growth": growth}[sys.argv[1]])
+    answer_with(peak if sys.argv[1] == "peak" else growth)

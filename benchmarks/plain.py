@@ -41,7 +41,7 @@ def train(model: nn.Module, state: State, batches: Iterable[tuple[torch.Tensor, 
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for images, targets in batches:
         optimizer.zero_grad()
-        F.nll_loss(model(images), targets).backward()
+        F.nll_loss(model(images), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
@@ -61,11 +61,6 @@ class PlainWorkers:
     def average(self) -> State:
         """The mean of the models as they are."""
         return average([model.state_dict() for model in self._models.values()])
-
-    def round(self, state: State, round_number: int = 1, *, map_over: Callable[..., object] = map) -> State:
-        """All workers' parts, through `map_over`, and the average."""
-        list(map_over(lambda name: self.train(name, state, round_number), self._datasets))  # type: ignore[call-overload]
-        return self.average()
 
 
 class PlainLoop:
@@ -103,21 +98,26 @@ def mnist_parts(dataset: str, folder: str | None) -> dict[str, BaseDataset]:
 
 
 def main() -> None:
-    """``dataset folder threads batches NAME...``; "threaded" as threads: a thread each, with one torch thread."""
+    """``dataset folder threads batches NAME...``; "threaded" as threads: a thread each, with one torch thread.
+
+    Of several processes with one worker each, the one that started them averages.
+    """
     dataset, folder, threads, batches, *names = sys.argv[1:]
     parts = mnist_parts(dataset, folder or None)
     workers = PlainWorkers({name: parts[name] for name in names}, batches=int(batches))
     state = {key: value.clone() for key, value in seeded_net(SEED).state_dict().items()}
-    run: Callable[[object], object]
+    map_over: Callable[..., Iterable[None]] = map
     if threads == "threaded":
-        pool = ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(1,))
-        run = lambda _: workers.round(state, map_over=pool.map) and None  # noqa: E731
+        map_over = ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(1,)).map
     else:
         torch.set_num_threads(int(threads))
-        if len(names) == 1:  # one of several processes: who started them averages
-            run = lambda _: workers.train(names[0], state)  # noqa: E731
-        else:
-            run = lambda _: workers.round(state) and None  # noqa: E731
+
+    def run(_: object) -> None:
+        for _done in map_over(lambda name: workers.train(name, state), names):
+            pass
+        if len(names) > 1:
+            workers.average()
+
     child.answer_with(run)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,44 +18,46 @@ from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.command import available_cores
 from planrt.fl.config import TrainConfig
 from planrt.fl.rounds import RoundResult, RoundScheduler
+from planrt.workers import loop
 from planrt.workers.clients import BaseWorker, WebsocketClientWorker, close_all
-from planrt.workers.loop import new_event_loop
+
+T = TypeVar("T")
 
 
 class Rounds:
-    """Rounds of one configuration, from a caller's event loop as a script has it."""
+    """Rounds of one configuration, called as a script does: from outside planrt's loop."""
 
-    def __init__(
-        self, runner: asyncio.Runner, workers: Sequence[BaseWorker], config: TrainConfig, **options: Any
-    ) -> None:
-        self._runner = runner
+    def __init__(self, workers: Sequence[BaseWorker], config: TrainConfig, **options: Any) -> None:
         options = {"dataset_key": data.TRAIN_KEY, "seed": SEED, **options}
         self._scheduler = RoundScheduler(workers, config, **options)
-        runner.run(self._scheduler.prepare())
+        self._run(self._scheduler.prepare())
         self.state = config.state
 
     def run(self, number: int = 1) -> RoundResult:
-        """One round from the initial state."""
-        return self._runner.run(self._scheduler.run_round(number, self.state))
+        """One round, from the state as it is here."""
+        return self._run(self._scheduler.run_round(number, self.state))
+
+    @staticmethod
+    def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+        return loop.run(coroutine, instead="a thread of its own")
 
 
 @contextmanager
 def websocket_workers(
     children: list[ChildOptions],
-) -> Iterator[tuple[asyncio.Runner, list[WebsocketClientWorker]]]:
-    """Worker processes, connections to them, and an event loop to use them from."""
+) -> Iterator[list[WebsocketClientWorker]]:
+    """Worker processes, connections to them."""
     with ExitStack() as stack:
         processes = stack.enter_context(WorkerProcesses(children))
-        runner = stack.enter_context(asyncio.Runner(loop_factory=new_event_loop))
         workers = [
             WebsocketClientWorker(worker.id, uri=worker.uri) for worker in processes.wait_ready().values()
         ]
         stack.callback(close_all, workers)
-        yield runner, workers
+        yield workers
 
 
 @contextmanager
-def mnist_workers() -> Iterator[tuple[asyncio.Runner, list[WebsocketClientWorker]]]:
+def mnist_workers() -> Iterator[list[WebsocketClientWorker]]:
     """Three workers with their digits, as mnist_async starts them, less the one that evaluates."""
     children = [child for child in mnist_children(data.find()) if child.id in data.PARTITIONS]
     with websocket_workers(children) as started:
@@ -68,9 +69,9 @@ def measure(size: Size) -> list[Row]:
     source = data.find()
     batches = 1 if size.quick else BATCHES
     with ExitStack() as stack:
-        runner, workers = stack.enter_context(mnist_workers())
-        trained = Rounds(runner, workers, mnist_config(batches))
-        empty = Rounds(runner, workers, mnist_config(0))
+        workers = stack.enter_context(mnist_workers())
+        trained = Rounds(workers, mnist_config(batches))
+        empty = Rounds(workers, mnist_config(0))
         echoes = stack.enter_context(Echoes(len(workers)))
         payload = bytes(MODEL_BYTES)
         floors = {

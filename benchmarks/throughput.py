@@ -17,10 +17,10 @@ def measure(size: Size) -> list[Row]:
     """The rows of this group."""
     set_width(100 if size.quick else WIDTH)
     with ExitStack() as stack:
-        runner, workers = stack.enter_context(websocket_workers(wide_children(WORKERS)))
+        workers = stack.enter_context(websocket_workers(wide_children(WORKERS)))
         model = wide_model()
         nbytes = model_bytes(model)
-        rounds = Rounds(runner, workers, wide_config(model), dataset_key="wide")
+        rounds = Rounds(workers, wide_config(model), dataset_key="wide")
         sockets = stack.enter_context(BareSockets(WORKERS))
         seconds = in_turns(
             {

@@ -7,20 +7,18 @@ torch to have one thread.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Any
 
 import torch
 
-from benchmarks.child import Child, answer_with
+from benchmarks import child
 from benchmarks.measure import Goal, PeakMemory, Row, Sample, in_turns, resident_bytes
 from benchmarks.plain import PlainLoop
 from benchmarks.rounds import Rounds
 from benchmarks.workloads import MODEL_BYTES, Size, mnist_config
 from planrt.fl import data
 from planrt.workers import BaseDataset, VirtualWorker
-from planrt.workers.loop import new_event_loop
 
 MANY, FEW = 1000, 100
 
@@ -28,12 +26,12 @@ MANY, FEW = 1000, 100
 def measure(size: Size) -> list[Row]:
     """The rows of this group."""
     many, few = (40, 20) if size.quick else (MANY, FEW)
-    with Child("virtual", many) as child:
-        seconds = child.ask({"time": max(1, size.repeats // 2)})
+    with child.Child("virtual", many) as worker:
+        seconds = worker.ask({"time": max(1, size.repeats // 2)})
     peaks = {}
     for count in (few, many):
-        with Child("virtual", count) as child:
-            peaks[count] = child.ask({"rounds": 2})
+        with child.Child("virtual", count) as worker:
+            peaks[count] = worker.ask({"rounds": 2})
     return [
         Row(
             f"{many:,} virtual workers",
@@ -74,26 +72,23 @@ def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
     parts = shares(int(sys.argv[1]))
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
 
-        def answer(request: dict[str, int]) -> dict[str, Any]:
-            before = resident_bytes()
-            workers = [VirtualWorker(name, datasets={data.TRAIN_KEY: part}) for name, part in parts.items()]
-            rounds = Rounds(runner, workers, mnist_config(1))
-            if repeats := request.get("time"):
-                plain = PlainLoop(parts, batches=1)
-                times = in_turns(
-                    {"ours": rounds.run, "plain": lambda: plain.round(rounds.state)},
-                    repeats=repeats,
-                    warmup=1,
-                )
-                return {name: sample.values for name, sample in times.items()}
-            with PeakMemory() as watched:
-                for number in range(request["rounds"]):
-                    rounds.state = rounds.run(number).state
-            return {"peak": watched.bytes, "above": watched.bytes - before}
+    def answer(request: dict[str, int]) -> dict[str, Any]:
+        before = resident_bytes()
+        workers = [VirtualWorker(name, datasets={data.TRAIN_KEY: part}) for name, part in parts.items()]
+        rounds = Rounds(workers, mnist_config(1))
+        if repeats := request.get("time"):
+            plain = PlainLoop(parts, batches=1)
+            times = in_turns(
+                {"ours": rounds.run, "plain": lambda: plain.round(rounds.state)}, repeats=repeats, warmup=1
+            )
+            return {name: sample.values for name, sample in times.items()}
+        with PeakMemory() as watched:
+            for number in range(request["rounds"]):
+                rounds.state = rounds.run(number).state
+        return {"peak": watched.bytes, "above": watched.bytes - before}
 
-        answer_with(answer)
+    child.answer_with(answer)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,9 @@ def federated_avg(models: Mapping[str, Model], weights: Mapping[str, float] | No
     for worker_id in sorted(models):
         weight = 1.0 if weights is None else float(weights[worker_id])
         average.add(state_of(models[worker_id]), weight=weight)
-    first = models[min(models)]
-    result = with_state(first, average.result()) if isinstance(first, nn.Module) else average.result()
-    return cast(Model, result)
+    first: nn.Module | State = models[min(models)]
+    state = average.result()
+    return cast(Model, with_state(first, state) if isinstance(first, nn.Module) else state)
 
 
 def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from planrt.errors import DataError, OptionError
 from planrt.fl import data
-from planrt.fl.command import Parser, first_line, one_line, run_command, whole_number
+from planrt.fl.command import Parser, first_line, leave, one_line, run_command, whole_number
 
 STOP_GRACE = 5.0
 """Seconds a worker whose parent is gone may take to stop in order."""
@@ -80,9 +80,6 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             print(f"Worker {options.id} serves at ws://{options.host}:{port}; Ctrl-C stops it", flush=True)
 
         worker.start(ready=ready)
-        if worker.computing:  # nobody waits for the result, and Python would wait for the thread
-            sys.stdout.flush()
-            os._exit(0)
     except Exception as error:
         if status is not None:
             _send(status, {"error": one_line(error)})
@@ -196,4 +193,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -215,7 +215,7 @@ def train(
         compiled = program(plan, device)
         for batch in chain([first], remaining):
             check_inputs(plan, batch)
-            on_device = [tensor.to(device, non_blocking=True) for tensor in batch]
+            on_device = _own(batch, device)
 
             def closure(inputs: list[torch.Tensor] = on_device) -> torch.Tensor:
                 stepper.zero_grad()
@@ -272,7 +272,7 @@ def evaluate(
     with torch.no_grad():
         for batch in batches:
             check_inputs(plan, batch)
-            inputs = [tensor.to(device, non_blocking=True) for tensor in batch]
+            inputs = _own(batch, device)
             loss, prediction = drive(compiled.run(inputs, values))
             losses.append(loss)
             sizes.append(_sample_count(batch))
@@ -315,6 +315,11 @@ def _check_loss_plan(plan: Plan) -> None:
             f"plan {plan.name!r} is not one of a model with its loss: it must take (data, target) and give "
             "(loss, prediction), as trace_model records it"
         )
+
+
+def _own(batch: Batch, device: torch.device) -> list[torch.Tensor]:
+    """The batch on `device`, copied: a plan with in-place ops must not change the data owner's tensors."""
+    return [tensor.detach().to(device, non_blocking=True, copy=True) for tensor in batch]
 
 
 def _sample_count(batch: Batch) -> int:

@@ -381,6 +381,16 @@ def test_classes_outside_the_bins_are_in_no_histogram():
     assert sum(result.histogram) < 64
 
 
+def test_the_data_is_never_changed():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3))
+    data, target = torch.randn(4, 8), torch.randint(0, 3, (4,))
+    plans = trace_model(net, F.cross_entropy, data.clone(), target)
+    before = data.clone()
+    train(plans.training, fresh(plans), [(data, target)] * 2, optimizer="SGD", seed=0)
+    evaluate(plans.evaluation, fresh(plans), [(data, target)], bins=3)
+    assert torch.equal(data, before)
+
+
 def test_evaluation_leaves_the_state_alone():
     net, loss_fn, batches = make("resnet18")
     plans = trace_model(net, loss_fn, *batches[0])

@@ -217,18 +217,17 @@ def plain_tcp(answer: bytes):
 
 
 def test_something_else_listens_there():
-    with plain_tcp(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as port:
-        with pytest.raises(HandshakeError, match="does not speak websocket"):
-            WebsocketClientWorker("bob", "127.0.0.1", port)
-    with plain_tcp(b"220 mail ready\r\n") as port:
-        with pytest.raises(HandshakeError, match="does not speak websocket"):
-            WebsocketClientWorker("bob", "127.0.0.1", port)
+    refused = pytest.raises(HandshakeError, match="does not speak websocket")
+    with plain_tcp(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as port, refused:
+        WebsocketClientWorker("bob", "127.0.0.1", port)
+    with plain_tcp(b"220 mail ready\r\n") as port, refused:
+        WebsocketClientWorker("bob", "127.0.0.1", port)
 
 
 def test_a_server_that_never_answers():
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(ConnectError, match=r"no answer.*within 0\.3 s"):
-            WebsocketClientWorker("bob", "127.0.0.1", silent.getsockname()[1], timeout=0.3)
+    refused = pytest.raises(ConnectError, match=r"no answer.*within 0\.3 s")
+    with socket.create_server(("127.0.0.1", 0)) as silent, refused:
+        WebsocketClientWorker("bob", "127.0.0.1", silent.getsockname()[1], timeout=0.3)
 
 
 def test_another_worker_answers(server):

@@ -1,0 +1,80 @@
+"""The benchmarks' harness: what it compares is the same work, and it writes what it measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.measure import Goal, Row, Sample, in_turns, table
+from benchmarks.plain import PlainLoop, PlainWorkers
+from benchmarks.rounds import Rounds
+from benchmarks.workloads import mnist_config
+from planrt.fl import data
+from planrt.workers import BaseDataset, VirtualWorker
+
+
+def test_the_floor_does_the_arithmetic_of_a_round_bit_for_bit():
+    """A floor that computes less than a round would make a ratio meaningless."""
+    generator = torch.Generator().manual_seed(3)
+    parts = {
+        name: BaseDataset(
+            torch.randint(0, 256, (90, 28, 28), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 10, (90,), generator=generator),
+            data.normalize,
+        )
+        for name in data.PARTITIONS
+    }
+    workers = [VirtualWorker(name, datasets={data.TRAIN_KEY: part}) for name, part in parts.items()]
+    rounds = Rounds(workers, mnist_config(2))
+    ours = rounds.run(5).state
+    for worker in workers:
+        worker.close()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as virtual workers have
+    try:
+        plain = PlainWorkers(parts, batches=2)
+        for name in parts:
+            plain.train(name, rounds.state, 5)
+        averages = [plain.average(), PlainLoop(parts, batches=2).round(rounds.state, 5)]
+    finally:
+        torch.set_num_threads(before)
+    for average in averages:
+        assert all(torch.equal(ours[name], average[name]) for name in ours)
+
+
+def test_it_runs_and_writes_its_results(tmp_path, capsys):
+    results = tmp_path / "results.json"
+    assert main(["--quick", "--only", "plans", "--json", str(results)]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(results.read_text())["groups"]["plans"]
+    assert [row["name"] for row in rows] == ["training step", "tracing ResNet-18"]
+    for row in rows:
+        assert row["name"] in printed
+        assert row["ours"]["median"] > 0
+        assert row["ratio"]["median"] > 0
+    assert isinstance(rows[0]["met"], bool)
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"),
+    [
+        (Goal(at_most=2.0), True),
+        (Goal(at_most=1.9), False),
+        (Goal(at_least=2.1), False),
+        (Goal(at_most=5.9, absolute=True), False),
+        (Goal(at_least=6.0, at_most=6.0, absolute=True), True),
+    ],
+)
+def test_goals_and_ratios(goal, met):
+    row = Row("rounds", "ms", Sample((6.0, 4.0, 12.0)), Sample((3.0, 2.0, 1.0)), "plain", goal)
+    assert row.ratio.values == (2.0, 2.0, 12.0)
+    assert row.met is met
+    assert ("MISSED" in table([row])) is not met
+
+
+def test_candidates_take_turns():
+    calls = []
+    samples = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warmup=1)
+    assert calls == ["a", "b", "a", "b", "b", "a"]
+    assert [len(sample.values) for sample in samples.values()] == [2, 2]
