@@ -170,12 +170,14 @@ def in_turns(
 
 
 def resident_bytes() -> int:
-    """This process's resident memory, without pages of files (which the system takes back when it likes)."""
+    """This process's resident memory, without pages of files (which the system takes back when it likes).
+
+    Anonymous shared mappings, which `mmap.mmap(-1, n)` makes, count: they are memory like any other.
+    """
     status = Path("/proc/self/status")
     if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        lines = (line.split() for line in status.read_text().splitlines())
+        return sum(int(line[1]) * 1024 for line in lines if line and line[0] in ("RssAnon:", "RssShmem:"))
     import psutil  # type: ignore[import-untyped]
 
     return int(psutil.Process().memory_info().rss)

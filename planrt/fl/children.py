@@ -8,6 +8,7 @@ sessions of their own, so that Ctrl-C in the terminal reaches the parent alone, 
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -111,8 +112,15 @@ class WorkerProcesses:
     def _start_one(self, child: ChildOptions) -> None:
         command = [sys.executable, "-m", "planrt.fl.serve", "--supervised", "--id", child.id]
         command += ["--host", self._host, "--port", str(child.port), *child.options]
+        # OpenMP threads that wait must not burn the cores that other workers compute on.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self._processes[child.id] = process
         # A thread each, because pipes of several processes cannot be waited for together on every platform.

@@ -148,7 +148,9 @@ async def _train(
         state: Mapping[str, torch.Tensor] = config.state
         lr = options.lr
         # The bar shows on terminals only; what is printed goes above it.
-        with tqdm(total=options.rounds, unit="round", disable=not sys.stderr.isatty(), leave=False) as bar:
+        with tqdm(
+            total=options.rounds, unit="round", mininterval=0, disable=not sys.stderr.isatty(), leave=False
+        ) as bar:
             for number in range(1, options.rounds + 1):
                 evaluating = number % EVALUATE_EVERY == 1 or number == options.rounds
                 result = await scheduler.run_round(number, state, lr=lr, keep_worker_states=evaluating)

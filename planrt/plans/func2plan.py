@@ -89,7 +89,7 @@ class FunctionPlan:
                     f"{self.name}.build: argument {name} must be a tensor, not {type(example).__name__}"
                 )
         if free_dims is not None:
-            self._plan = self._trace(examples, self._checked_dims(examples, free_dims))
+            self._plan = self._trace(examples, free_dims)
             return self
         try:
             self._plan = self._trace(examples, [(0,) if example.dim() else () for example in examples])
@@ -139,19 +139,6 @@ class FunctionPlan:
                 f"{self.name} takes {len(self._names)} arguments ({', '.join(self._names)}), "
                 f"got {given} {what}"
             )
-
-    def _checked_dims(
-        self, examples: Sequence[torch.Tensor], free_dims: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        self._check_count(len(free_dims), "entries in free_dims")
-        checked = []
-        for example, dims in zip(examples, free_dims, strict=True):
-            if any(not -example.dim() <= dim < example.dim() for dim in dims):
-                raise PlanArgumentError(
-                    f"{self.name}: free_dims {tuple(dims)} of a {example.dim()}-d example"
-                )
-            checked.append([dim % example.dim() for dim in dims])
-        return checked
 
     def __str__(self) -> str:
         return str(self._plan) if self._plan is not None else repr(self)

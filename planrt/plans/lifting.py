@@ -20,12 +20,18 @@ LOST_BACKWARD = "a custom autograd.Function cannot be recorded: the plan would l
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
-def check_plain(tensor: torch.Tensor, what: str, *, line: str | None = None) -> torch.Tensor:
+def check_plain(tensor: Any, what: str, *, line: str | None = None) -> torch.Tensor:
     """`tensor`, if it is one that plans can hold: strided, of an ordinary dtype.
 
     Raises:
-        TraceError: sparse, quantised, nested or exotic tensors.
+        TraceError: sparse, quantised, nested, uninitialised or exotic tensors, and what is no tensor.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TraceError(f"{what} must be a tensor, not {type(tensor).__name__}", line=line)
+    if torch.nn.parameter.is_lazy(tensor):
+        raise TraceError(
+            f"{what} has no shape yet: run the lazy module once before it is recorded", line=line
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise TraceError(
             f"{what} is a sparse, quantised or nested tensor: plans hold ordinary dense ones", line=line

@@ -78,10 +78,9 @@ def record(
     free_dims: Sequence[Sequence[int]] | None = None,
 ) -> Recording:
     """Run `function` twice and return what both runs have in common; see `trace`."""
-    free = tuple(tuple(dims) for dims in free_dims) if free_dims is not None else ((),) * len(examples)
+    free = _checked_free_dims(examples, free_dims)
     specs = tuple(
-        TensorSpec.of(check_plain(example, "an example argument"), free_dims=dims)
-        for example, dims in zip(examples, free, strict=True)
+        TensorSpec.of(example, free_dims=dims) for example, dims in zip(examples, free, strict=True)
     )
     with Undo(registry) as undo:
         first, outputs = run_once(function, examples, specs, registry)
@@ -142,6 +141,28 @@ def assemble(
         lines=tuple(step.line for step in recording.steps),
         doc=doc,
     )
+
+
+def _checked_free_dims(
+    examples: Sequence[torch.Tensor], free_dims: Sequence[Sequence[int]] | None
+) -> list[tuple[int, ...]]:
+    """The free dimensions of each example, counted from 0; none by default."""
+    for index, example in enumerate(examples):
+        check_plain(example, f"example argument {index}")
+    if free_dims is None:
+        return [()] * len(examples)
+    if len(free_dims) != len(examples):
+        raise TraceError(f"free_dims has {len(free_dims)} entries for {len(examples)} example arguments")
+    checked = []
+    for index, (example, dims) in enumerate(zip(examples, free_dims, strict=True)):
+        if not all(-example.dim() <= dim < example.dim() for dim in dims):
+            raise TraceError(
+                f"free_dims {tuple(dims)} of example argument {index}, which is {example.dim()}-d"
+            )
+        if not all(example.shape[dim] for dim in dims):  # nothing to repeat for the second run
+            raise TraceError(f"example argument {index} is empty on a free dimension: give it some entries")
+        checked.append(tuple(sorted({dim % example.dim() for dim in dims})))
+    return checked
 
 
 def _extended(example: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:

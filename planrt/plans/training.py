@@ -18,7 +18,7 @@ import torch
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
-from planrt.plans.lifting import StateRegistry
+from planrt.plans.lifting import StateRegistry, check_plain
 from planrt.plans.plan import Plan
 from planrt.plans.torchscript import as_traceable
 from planrt.plans.tracer import Recording, assemble, record
@@ -103,6 +103,8 @@ def trace_model(
     Raises:
         TraceError: the model or loss cannot be recorded, or do not fit; the message names the line.
     """
+    for name, example in (("data", data), ("target", target)):
+        check_plain(example, f"the example {name}")
     call, modules = as_traceable(model, (data,))
     loss_modules = [loss_fn] if isinstance(loss_fn, torch.nn.Module) else []
     registry = StateRegistry(modules, also_undo=loss_modules)

@@ -6,6 +6,7 @@ them; compression is off (parameters do not compress, and deflate is many times 
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -115,6 +116,17 @@ async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
     return WebsocketPipe(connection, uri, limits)
 
 
+def _why_not_listening(error: OSError, host: str, port: int) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"the host {host!r} is not known"
+    reasons = {
+        errno.EADDRINUSE: f"port {port} is taken, maybe by another worker: choose another one",
+        errno.EADDRNOTAVAIL: f"{host} is no address of this machine",
+        errno.EACCES: f"this user may not listen on port {port}: choose one from 1024 on",
+    }
+    return reasons.get(error.errno or 0, str(error.strerror or error))
+
+
 @asynccontextmanager
 async def listen(
     host: str, port: int, *, limits: Limits, serve_pipe: Callable[[WebsocketPipe], Awaitable[None]]
@@ -134,15 +146,9 @@ async def listen(
     address = f"ws://{host}:{port}"
     try:
         server = await serve(handler, host, port, **_options(limits))
-    except socket.gaierror as error:
+    except OSError as error:
         raise ConnectError(
-            f"cannot listen on {address}: the host {host!r} is not known", address=address
-        ) from error
-    except (OSError, OverflowError) as error:
-        raise ConnectError(
-            f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}. "
-            "Is the port taken by another worker? Choose another with --port",
-            address=address,
+            f"cannot listen on {address}: {_why_not_listening(error, host, port)}", address=address
         ) from error
     async with server:
         bound = next(iter(server.sockets)).getsockname()[1]

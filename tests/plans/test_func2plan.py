@@ -127,9 +127,9 @@ def test_examples_that_are_wrong():
         f.build(torch.ones(1))
     with pytest.raises(PlanArgumentError, match="argument y must be a tensor, not float"):
         f.build(torch.ones(1), 2.0)
-    with pytest.raises(PlanArgumentError, match="free_dims"):
+    with pytest.raises(TraceError, match=r"free_dims \(1,\) of example argument 1, which is 1-d"):
         f.build(torch.ones(1), torch.ones(1), free_dims=[[0], [1]])
-    with pytest.raises(PlanArgumentError, match="got 1 entries in free_dims"):
+    with pytest.raises(TraceError, match="free_dims has 1 entries for 2"):
         f.build(torch.ones(1), torch.ones(1), free_dims=[[0]])
     assert not f.is_built
 

@@ -402,6 +402,13 @@ def test_frozen_sizes_are_fine_where_sizes_are_fixed():
     same(lambda x: x / math.sqrt(x.shape[1]), [X], OTHER_SIZES, **FREE)
 
 
+def test_examples_and_state_that_have_no_shape():
+    refused(lambda x: x + x.shape[0], torch.ones(0, 2), match="is empty on a free dimension", **FREE)
+    refused(lambda x: x, 3.0, match="example argument 0 must be a tensor, not float")
+    lazy = nn.LazyLinear(2)
+    refused(lambda x: lazy(x), X, modules=[lazy], match="'weight' has no shape yet: run the lazy module once")
+
+
 def test_state_that_changes_its_shape():
     class Growing(nn.Module):
         def __init__(self):

@@ -287,6 +287,8 @@ def test_output_and_loss_that_do_not_fit():
         trace_model(nn.Linear(8, 3), lambda p, t: F.cross_entropy(p, t, reduction="none"), data, target)
     with pytest.raises(TraceError, match="the function failed on its example arguments"):
         trace_model(nn.Linear(9, 3), F.cross_entropy, data, target)
+    with pytest.raises(TraceError, match="the example data must be a tensor, not list"):
+        trace_model(nn.Linear(8, 3), F.cross_entropy, [data], target)
 
 
 def toy():

@@ -238,13 +238,13 @@ def test_another_worker_answers(server):
 def test_a_taken_port(server):
     with server.running():
         other = WebsocketServerWorker("alice", port=server.port)
-        with pytest.raises(ConnectError, match=f"{server.port}.*port taken"), other.running():
+        with pytest.raises(ConnectError, match=f"port {server.port} is taken"), other.running():
             pass
 
 
 def test_a_host_that_is_not_this_machine():
     with (
-        pytest.raises(ConnectError, match="cannot listen"),
+        pytest.raises(ConnectError, match="no address of this machine"),
         WebsocketServerWorker("bob", "203.0.113.1").running(),
     ):
         pass
