@@ -49,11 +49,12 @@ def _use_one_torch_thread(loop: asyncio.AbstractEventLoop) -> None:
     """Averages are added up on the loop thread, while workers may need the cores: no helpers for it there.
 
     torch keeps the number of OpenMP threads per thread, but everything else about threads per process: that is
-    put back.
+    put back. A thread's first question for its number sets it to the process's, so it is asked before.
     """
     elsewhere = torch.get_num_threads()
 
     async def limit() -> None:
+        torch.get_num_threads()
         torch.set_num_threads(1)
 
     asyncio.run_coroutine_threadsafe(limit(), loop).result()

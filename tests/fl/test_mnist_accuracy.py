@@ -64,7 +64,9 @@ def test_without_charlie_nobody_ever_says_7_8_or_9(addresses):
 def test_virtual_workers_give_the_same_bits_as_processes(addresses, mnist_folder):
     remote, _ = asyncio.run(over_websockets(addresses, TRAINERS, 3, seed=5))
     loaded = data.load("mnist", str(mnist_folder))
-    virtual = [VirtualWorker(id, datasets={data.TRAIN_KEY: data.partition_for(id, loaded)}) for id in TRAINERS]
+    virtual = [
+        VirtualWorker(id, datasets={data.TRAIN_KEY: data.partition_for(id, loaded)}) for id in TRAINERS
+    ]
     _, local = asyncio.run(train(virtual, 3, seed=5))
     for worker in virtual:
         worker.close()

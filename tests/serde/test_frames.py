@@ -167,3 +167,13 @@ def test_tensors_that_cannot_travel_say_what_to_do(tensor):
 def test_a_header_over_the_limit_is_refused_on_the_way_out():
     with pytest.raises(LocalError, match="header takes"):
         encode("x" * 200, max_header=100)
+
+
+def test_large_payloads_in_use_are_left_alone_by_those_that_follow():
+    """Blocks of large payloads are used again, but only when nothing looks at them any more."""
+    elements = 9_000_000  # 36 MB
+    kept = receive(to_bytes(None, [torch.full((elements,), 1.0)])).tensors[0][-10:]
+    for value in (2.0, 3.0, 4.0):
+        tensor = receive(to_bytes(None, [torch.full((elements,), value)])).tensors[0]
+        assert torch.equal(tensor, torch.full((elements,), value))
+    assert torch.equal(kept, torch.full((10,), 1.0))
