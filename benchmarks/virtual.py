@@ -27,7 +27,7 @@ def measure(size: Size) -> list[Row]:
     """The rows of this group."""
     many, few = (40, 20) if size.quick else (MANY, FEW)
     with child.Child("virtual", many) as worker:
-        seconds = worker.ask({"time": max(1, size.repeats // 2)})
+        seconds = worker.ask({"time": min(size.repeats, 3)})
     peaks = {}
     for count in (few, many):
         with child.Child("virtual", count) as worker:

@@ -53,26 +53,26 @@ Nested: TypeAlias = Any
 
 
 def leaves(value: Nested) -> Iterator[Any]:
-    """The leaves of a nested value, in order (dicts in the order of their keys)."""
-    match value:
-        case list() | tuple():
-            for item in value:
-                yield from leaves(item)
-        case dict():
-            for item in value.values():
-                yield from leaves(item)
-        case _:
-            yield value
+    """Everything in a nested value that is no container, left to right. Slices are containers of three."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+    elif isinstance(value, slice):
+        yield from leaves((value.start, value.stop, value.step))
+    else:
+        yield value
 
 
-def map_leaves(function: Callable[[Any], Any], value: Nested) -> Nested:
-    """`value` with every leaf replaced by ``function(leaf)``, in the order of `leaves`."""
-    match value:
-        case list():
-            return [map_leaves(function, item) for item in value]
-        case tuple():
-            return tuple(map_leaves(function, item) for item in value)
-        case dict():
-            return {key: map_leaves(function, item) for key, item in value.items()}
-        case _:
-            return function(value)
+def map_leaves(value: Nested, change: Callable[[Any], Any]) -> Nested:
+    """A copy of a nested value with `change` applied to each of its `leaves`, in their order."""
+    if isinstance(value, tuple):
+        return tuple([map_leaves(item, change) for item in value])
+    if isinstance(value, list):
+        return [map_leaves(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: map_leaves(item, change) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(map_leaves(part, change) for part in (value.start, value.stop, value.step)))
+    return change(value)

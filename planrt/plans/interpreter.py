@@ -18,9 +18,9 @@ import torch
 
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError
 from planrt.plans import ops as table
-from planrt.plans.plan import Op, Plan, map_leaves, refs_in
+from planrt.plans.plan import Op, Plan, refs_in
 from planrt.serde.values import DEVICE
-from planrt.types import Nested, Ref, TensorSpec
+from planrt.types import Nested, Ref, TensorSpec, map_leaves
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Literal, get_args
@@ -21,7 +21,7 @@ from planrt.errors import OpNotAllowedError, PlanFormatError
 from planrt.plans import ops as table
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode, encode, pack, unpack
-from planrt.types import FREE, Nested, Ref, TensorSpec
+from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
 
 FORMAT_VERSION: Final = 1
 MAX_OPS: Final = 100_000
@@ -208,28 +208,7 @@ class Plan:
 
 def refs_in(value: Nested) -> Iterator[Ref]:
     """Every `Ref` in a nested value, left to right."""
-    if isinstance(value, Ref):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from refs_in(item)
-    elif isinstance(value, dict):
-        yield from refs_in(list(value.values()))
-    elif isinstance(value, slice):
-        yield from refs_in((value.start, value.stop, value.step))
-
-
-def map_leaves(value: Nested, change: Callable[[Any], Any]) -> Nested:
-    """A copy of a nested value with `change` applied to everything that is not a container."""
-    if isinstance(value, tuple):
-        return tuple([map_leaves(item, change) for item in value])
-    if isinstance(value, list):
-        return [map_leaves(item, change) for item in value]
-    if isinstance(value, dict):
-        return {key: map_leaves(item, change) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(map_leaves(part, change) for part in (value.start, value.stop, value.step)))
-    return change(value)
+    return (leaf for leaf in leaves(value) if isinstance(leaf, Ref))
 
 
 def show(value: Nested) -> str:

@@ -17,11 +17,11 @@ from planrt.errors import PlanFormatError, PlanrtError, TraceError
 from planrt.plans import seen
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, name_of
-from planrt.plans.plan import Op, map_leaves
+from planrt.plans.plan import Op
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
 from planrt.plans.source import line_of_error, user_line
 from planrt.serde.values import DEVICE, encode, pack
-from planrt.types import FREE, Nested, Ref, TensorSpec
+from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
 # While recording, values are numbered in three ranges: inputs from 0, state and results from these. The final
 # numbers are known when the state is complete.

@@ -18,9 +18,9 @@ from planrt.plans.aten import call_for
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
-from planrt.plans.plan import Op, Plan, StateSpec, map_leaves
+from planrt.plans.plan import Op, Plan, StateSpec
 from planrt.serde.dtypes import DTYPES
-from planrt.types import FREE, Nested, Ref, TensorSpec
+from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
 _jit_trace: Callable[..., Any] = torch.jit.trace
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)

@@ -17,9 +17,9 @@ import torch
 from planrt.errors import LocalError, UnknownPlanError, WireError
 from planrt.plans.func2plan import FunctionPlan
 from planrt.plans.interpreter import check_inputs, local_state
-from planrt.plans.plan import Plan
+from planrt.plans.plan import Plan, refs_in
 from planrt.serde.frames import Allocate, Limits, in_memory
-from planrt.types import Ref, leaves, map_leaves
+from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Reply
 from planrt.workers.host import WorkerHost, virtual_compute
@@ -126,14 +126,15 @@ class BaseWorker:
         state = local_state(plan)
         await self.put_plan(plan)
         body = m.RunPlan(plan.hash, seed)
-        _, tensors = expect(m.Values, await self.request(body, [*args, *state], plan=plan), self)
-        wanted = sum(isinstance(leaf, Ref) for leaf in leaves(plan.outputs))
-        if len(tensors) != wanted:
+        answer, tensors = expect(m.Values, await self.request(body, [*args, *state], plan=plan), self)
+        wanted = sum(1 for _ in refs_in(plan.outputs))
+        if len(answer.numbers) != wanted or answer.numbers.count(None) != len(tensors):
             raise WireError(
-                f"worker {self.id!r} returned {len(tensors)} values of {wanted}", address=self.address
+                f"worker {self.id!r} returned {len(answer.numbers)} values of {wanted}", address=self.address
             )
-        values = iter(tensors)
-        return map_leaves(lambda leaf: next(values) if isinstance(leaf, Ref) else leaf, plan.outputs)
+        rest = iter(tensors)
+        values = iter([next(rest) if number is None else number for number in answer.numbers])
+        return map_leaves(plan.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
     def run(self, plan: Plan | FunctionPlan, *args: torch.Tensor, seed: int = 0) -> Any:
         """The blocking form of `async_run`."""

@@ -115,7 +115,9 @@ class Done(Message, frozen=True, tag="done"):
 
 
 class Values(Message, frozen=True, tag="values"):
-    """The tensors of a plan's outputs, in the order they stand in `Plan.outputs`."""
+    """What a plan's outputs refer to, in their order: a number for a size, None for the next tensor."""
+
+    numbers: list[int | float | None]
 
 
 class Fitted(Message, frozen=True, tag="fitted"):

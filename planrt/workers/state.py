@@ -34,7 +34,7 @@ from planrt.plans import interpreter, ops, training
 from planrt.plans.plan import Plan
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES
-from planrt.types import TensorSpec, leaves
+from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs
@@ -297,7 +297,10 @@ class WorkerState:
         inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
         with seeded(body.seed, self.device):
             outputs = interpreter.execute(plan, inputs, state, device=self.device)
-        return m.Values(), [leaf.detach() for leaf in leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        wanted = leaves(plan.outputs)
+        values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
+        numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
+        return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
 
     def _fit(self, session: _Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
         plan = self._plan(body.plan)

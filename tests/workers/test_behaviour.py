@@ -57,6 +57,20 @@ def test_a_plan_runs_on_the_worker_in_one_message_each_way(bob):
     assert (used.messages_sent, used.messages_received) == (1, 1)
 
 
+def test_outputs_keep_their_structure_sizes_and_constants(bob):
+    @func2plan(args_shape=[(-1, 3)])
+    def many(x):
+        return {"sum": x.sum(), "rows": x.shape[0], "half": x.shape[0] / 2, "parts": [x[:1], (2, None, x)]}
+
+    x = torch.randn(5, 3)
+    result = bob.run(many, x)
+    assert (result["rows"], result["half"]) == (5, 2.5)
+    assert torch.equal(result["sum"], x.sum())
+    assert torch.equal(result["parts"][0], x[:1])
+    assert result["parts"][1][:2] == (2, None)
+    assert torch.equal(result["parts"][1][2], x)
+
+
 def test_wrong_arguments_are_refused_here(bob):
     before = bob.traffic.copy()
     with pytest.raises(PlanArgumentError, match="takes 2 inputs"):

@@ -182,7 +182,7 @@ class Meeting(WorkerState):
     def _steps(self, session, body, tensors):
         yield ToPeer("alice", "key", tensors)
         sent = yield Wait("key")
-        return m.Values(), [tensors[0] + sent[0]]
+        return m.Values([None]), [tensors[0] + sent[0]]
 
 
 @pytest.fixture
