@@ -24,12 +24,11 @@ from planrt.fl import data
 from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.command import Parser, positive_number, run_command, whole_number
 from planrt.fl.discovery import connect, dataset_of, given_addresses, named_address, running_addresses
-from planrt.fl.report import FEDERATED, Evaluation, Report, Round, WorkerTraffic, plot
+from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
 
 if TYPE_CHECKING:
     import torch
 
-    from planrt.fl.rounds import WorkerRound
     from planrt.plans.training import EvaluationResult
 
 EVALUATE_EVERY = 10
@@ -167,7 +166,7 @@ async def _train(
                     Round(
                         number,
                         result.seconds,
-                        {worker_id: _traffic(worker) for worker_id, worker in result.workers.items()},
+                        result.workers,
                         time.perf_counter() - started,
                         evaluations,
                     )
@@ -210,17 +209,6 @@ def _evaluated(name: str, result: EvaluationResult) -> Evaluation:
         f"Accuracy: {correct}/{result.samples} ({100 * accuracy:.2f}%)"
     )
     return Evaluation(result.loss, accuracy, histogram)
-
-
-def _traffic(worker: WorkerRound) -> WorkerTraffic:
-    return WorkerTraffic(
-        requests=worker.requests,
-        replies=worker.replies,
-        bytes_sent=worker.bytes_sent,
-        bytes_received=worker.bytes_received,
-        loss=worker.loss,
-        samples=worker.samples,
-    )
 
 
 @contextlib.contextmanager

@@ -8,22 +8,13 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it imports torch, which the commands do later
+    from planrt.fl.rounds import WorkerRound
 
 FEDERATED = "federated"
 """Name of the averaged model among the evaluations of a round."""
-
-
-@dataclass(frozen=True)
-class WorkerTraffic:
-    """One worker's part in one round: messages, bytes, mean loss of its batches, samples it trained on."""
-
-    requests: int
-    replies: int
-    bytes_sent: int
-    bytes_received: int
-    loss: float
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class Round:
 
     round: int
     seconds: float
-    workers: dict[str, WorkerTraffic]
+    workers: dict[str, WorkerRound]
     evaluation_seconds: float = 0.0
     evaluation: dict[str, Evaluation] = field(default_factory=dict)
 

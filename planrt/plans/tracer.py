@@ -21,7 +21,7 @@ from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.plan import Op, Plan, refs_in, show
 from planrt.plans.recorder import FIRST_RESULT, FIRST_STATE, MadeUnseenError, SizesFixedError, Step, run_once
 from planrt.serde.values import encode, pack
-from planrt.types import Nested, Ref, TensorSpec, map_leaves
+from planrt.types import Nested, Ref, TensorSpec, leaves
 
 # Ops whose result shapes depend on the data: repeated data can give equal sizes, which prove nothing then.
 _DATA_SHAPED = frozenset(
@@ -184,7 +184,7 @@ def _compare(first: list[Step], second: list[Step]) -> None:
             )
         differing = [
             (a, b)
-            for a, b in zip(_leaves((one.op.args, one.op.kwargs)), _leaves((other.op.args, other.op.kwargs)),
+            for a, b in zip(leaves((one.op.args, one.op.kwargs)), leaves((other.op.args, other.op.kwargs)),
                             strict=False)
             if pack(encode(a)) != pack(encode(b))
         ]  # fmt: skip
@@ -202,12 +202,6 @@ def _compare(first: list[Step], second: list[Step]) -> None:
             "the free sizes decide how many ops run: a plan has one path",
             line=longer[min(len(first), len(second))].line,
         )
-
-
-def _leaves(value: Nested) -> list[Any]:
-    leaves: list[Any] = []
-    map_leaves(value, leaves.append)
-    return leaves
 
 
 def _folded(steps: list[Step], same: list[bool], outputs: Nested) -> tuple[tuple[Step, ...], Nested]:

@@ -7,11 +7,12 @@ import math
 
 import pytest
 
-from planrt.fl.report import FEDERATED, Evaluation, Report, Round, WorkerTraffic, plot
+from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
+from planrt.fl.rounds import WorkerRound
 
 
-def traffic(sent: int = 10, received: int = 20, loss: float = 0.5) -> WorkerTraffic:
-    return WorkerTraffic(
+def traffic(sent: int = 10, received: int = 20, loss: float = 0.5) -> WorkerRound:
+    return WorkerRound(
         requests=1, replies=1, bytes_sent=sent, bytes_received=received, loss=loss, samples=320
     )
 
