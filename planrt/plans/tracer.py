@@ -21,7 +21,7 @@ from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.plan import Op, Plan, refs_in, show
 from planrt.plans.recorder import FIRST_RESULT, FIRST_STATE, MadeUnseenError, SizesFixedError, Step, run_once
 from planrt.serde.values import encode, pack
-from planrt.types import Nested, Ref, TensorSpec, leaves
+from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
 # Ops whose result shapes depend on the data: repeated data can give equal sizes, which prove nothing then.
 _DATA_SHAPED = frozenset(
