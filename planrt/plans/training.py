@@ -131,6 +131,11 @@ def trace_model(
     )
 
 
+def warm_up() -> None:
+    """Makes torch load what it puts off until the first optimizer is made: more than a second of imports."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
 def _loss(loss_fn: Loss, prediction: Any, target: torch.Tensor) -> torch.Tensor:
     try:
         loss = loss_fn(prediction, target)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from planrt.errors import HandshakeError, PlanrtError, RemoteError, TransportError, WorkerLostError
-from planrt.serde.frames import Allocate, Limits, Store, encode, in_memory
+from planrt.serde.frames import Allocate, Limits, Received, Store, encode, in_memory
 from planrt.workers import messages as m
 from planrt.workers.pipes import Pipe, Traffic
 from planrt.workers.session import ClientSession
@@ -131,13 +131,8 @@ class Connection:
         ended: PlanrtError
         try:
             while (received := await self._pipe.receive(self._allocate)) is not None:
-                answered = self.session.reply(received.message)
-                if answered and (pending := self._pending.get(answered.id)) and not pending.reply.done():
-                    if isinstance(answered.result, RemoteError):
-                        pending.reply.set_exception(answered.result)
-                    else:
-                        pending.reply.set_result((answered.result, received.tensors))
-                del received
+                self._deliver(received)
+                del received  # a reply belongs to who asked, not to a loop that waits for the next one
             ended = PlanrtError("the worker closed the connection")
         except PlanrtError as error:
             ended = error
@@ -148,6 +143,16 @@ class Connection:
         for pending in self._pending.values():
             if not pending.reply.done():
                 pending.reply.set_exception(ConnectionResetError(str(self._ended)))
+
+    def _deliver(self, received: Received[m.Envelope]) -> None:
+        answered = self.session.reply(received.message)
+        pending = self._pending.get(answered.id) if answered else None
+        if answered is None or pending is None or pending.reply.done():
+            return
+        if isinstance(answered.result, RemoteError):
+            pending.reply.set_exception(answered.result)
+        else:
+            pending.reply.set_result((answered.result, received.tensors))
 
     def _allocate(self, envelope: m.Envelope, nbytes: int) -> Store:
         pending = self._pending.get(envelope.id)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from planrt.errors import OptionError
+from planrt.plans import training
 from planrt.serde.frames import Limits
 from planrt.workers.host import ComputeThread, WorkerHost
 from planrt.workers.loop import background_loop, new_event_loop
@@ -76,10 +77,12 @@ class WebsocketServerWorker:
         try:
             async with listen(self.host, self.port, limits=self._limits, serve_pipe=host.serve) as port:
                 self.port = port
+                warming_up = asyncio.ensure_future(compute.run(training.warm_up))  # while nobody asks yet
                 if ready is not None:
                     ready(port)
                 await (stop or asyncio.Event()).wait()
                 host.stop()
+                warming_up.cancel()
         finally:
             compute.close()
             self.computing = compute.busy

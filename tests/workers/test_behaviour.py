@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -252,3 +254,14 @@ def test_the_callers_random_numbers_and_threads_are_left_alone(bob):
     bob.fit("flowers")
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads
+
+
+def test_a_result_is_held_by_who_asked_and_nobody_else(bob):
+    result = bob.run(project, torch.ones(5, 3), torch.ones(3, 2))
+    held = [weakref.ref(tensor) for tensor in result.values()]
+    assert all(reference() is not None for reference in held)
+    del result
+    deadline = time.monotonic() + 10
+    while any(reference() is not None for reference in held) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(reference() is None for reference in held)
