@@ -85,7 +85,7 @@ def peak(request: dict[str, Any]) -> dict[str, Any]:
         peaks = []
         for number in range(1, request["rounds"] + 1):
             with PeakMemory() as watched:
-                rounds.state = rounds.run(number).state
+                rounds.run(number, in_place=True)
             peaks.append(watched.bytes - before)
     return {"model": model_bytes(model), "preparing": preparing.bytes - before, "peaks": peaks}
 

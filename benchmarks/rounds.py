@@ -33,9 +33,9 @@ class Rounds:
         self._run(self._scheduler.prepare())
         self.state = config.state
 
-    def run(self, number: int = 1) -> RoundResult:
+    def run(self, number: int = 1, *, in_place: bool = False) -> RoundResult:
         """One round, from the state as it is here."""
-        return self._run(self._scheduler.run_round(number, self.state))
+        return self._run(self._scheduler.run_round(number, self.state, in_place=in_place))
 
     @staticmethod
     def _run(coroutine: Coroutine[Any, Any, T]) -> T:

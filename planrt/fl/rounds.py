@@ -120,10 +120,13 @@ class RoundScheduler:
         *,
         lr: float | None = None,
         keep_worker_states: bool = False,
+        in_place: bool = False,
     ) -> RoundResult:
         """Trains `state` on every worker, with learning rate `lr` if given, and averages what comes back.
 
-        `state` stays as it is. `keep_worker_states` keeps each worker's result as well (a model each).
+        `state` stays as it is, unless `in_place`: then a round that succeeds ends by writing the average into its
+        tensors, which saves the memory of a second model. `keep_worker_states` keeps each worker's result as well
+        (a model each).
 
         Raises:
             WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
@@ -158,10 +161,14 @@ class RoundScheduler:
             raise group_error.exceptions[0] from None
         samples = sum(part.samples for part in parts.values())
         loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
+        averaged = average.result() if average.count else {}
+        if in_place:
+            for name in list(averaged):
+                state[name].detach().copy_(averaged.pop(name))
         return RoundResult(
             round_number,
             time.perf_counter() - started,
-            {**state, **(average.result() if average.count else {})},
+            {**state, **averaged},
             loss / samples if samples else float("nan"),
             parts,
             kept,

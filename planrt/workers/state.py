@@ -21,7 +21,9 @@ opposite order cannot lock each other out. Every request gets exactly one reply,
 
 from __future__ import annotations
 
+import hashlib
 import traceback
+import weakref
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -283,7 +285,7 @@ class WorkerState:
     def _put_plan(self, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
         if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
             raise PlanError("a plan travels as one uint8 tensor: its canonical bytes")
-        plan = Plan.from_bytes(tensors[0].numpy().tobytes())
+        plan = _decoded(tensors[0].numpy().tobytes())
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         self._plans[plan.hash] = plan
@@ -348,6 +350,18 @@ class WorkerState:
         except KeyError:
             keys = ", ".join(sorted(self._datasets)) or "none"
             raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
+
+
+_plans_by_hash: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
+"""Plans that some worker of this process holds. Plans are immutable: a thousand virtual workers share one."""
+
+
+def _decoded(data: bytes) -> Plan:
+    key = hashlib.sha256(data).hexdigest()
+    plan = _plans_by_hash.get(key)
+    if plan is None:
+        plan = _plans_by_hash[key] = Plan.from_bytes(data)
+    return plan
 
 
 def own_versions() -> m.Versions:

@@ -77,7 +77,7 @@ def _options(limits: Limits) -> dict[str, Any]:
     return {
         "compression": None,
         "max_size": (limits.message + limits.header + FRAGMENT_BYTES, FRAGMENT_BYTES),
-        "max_queue": 16,
+        "max_queue": 3,  # fragments that wait to be taken; each is memory on top of the payload's
         "write_limit": FRAGMENT_BYTES,
         "ping_interval": limits.keepalive,
         "ping_timeout": limits.patience,

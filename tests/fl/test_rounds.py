@@ -157,6 +157,21 @@ def test_the_given_state_stays_as_it_is_and_workers_states_can_be_kept(workers):
     assert same(federated_avg(result.worker_states), result.state)
 
 
+def test_in_place_rounds_write_the_average_into_the_given_state(workers):
+    job = config(example=(torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64)))
+    expected = run(workers, job, 1, seed=1)[0].state
+
+    async def main():
+        scheduler = RoundScheduler(workers, job, dataset_key="d", seed=1)
+        await scheduler.prepare()
+        return await scheduler.run_round(1, job.state, in_place=True)
+
+    result = asyncio.run(main())
+    assert same(result.state, expected)
+    assert same(job.state, expected)
+    assert same({name: job.model.state_dict()[name] for name in expected}, expected)
+
+
 class Frozen(nn.Module):
     """A large frozen part and a small trained one, so that what comes back is told from what went."""
 
