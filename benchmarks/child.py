@@ -13,6 +13,9 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
 
+STOP_GRACE = 10.0
+"""Seconds a child may take to end once its pipe is closed."""
+
 Answer = Callable[[Any], Any]
 
 
@@ -39,9 +42,11 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._to.close()
-        if kind is not None:
-            self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(0 if kind is not None else STOP_GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._from.close()
 
     def send(self, message: Any = None) -> None:

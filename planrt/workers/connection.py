@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from planrt.errors import HandshakeError, PlanrtError, RemoteError, TransportError, WorkerLostError
+from planrt.logs import get_logger
 from planrt.serde.frames import Allocate, Limits, Received, Store, encode, in_memory
 from planrt.workers import messages as m
 from planrt.workers.pipes import Pipe, Traffic
 from planrt.workers.session import ClientSession
+
+log = get_logger("planrt.client")
 
 Reply = tuple[m.Body, list[torch.Tensor]]
 
@@ -77,6 +80,8 @@ class Connection:
         except TransportError:
             await pipe.close()
             raise
+        for what, here, there in session.differences():
+            log.warning("versions_differ", worker=worker_id, what=what, here=here, there=there)
         return cls(pipe, session, limits=limits, turns=turns)
 
     @property

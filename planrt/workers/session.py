@@ -67,6 +67,13 @@ class ClientSession:
                     f"{self.address} answered the handshake with {type(other).__name__}", address=self.address
                 )
 
+    def differences(self) -> list[tuple[str, str, str]]:
+        """(what, here, there) where the worker runs something else: a plan may then be refused, or bits differ."""
+        mine = own_versions()
+        fields = ("planrt", "torch", "ops")
+        pairs = [(name, getattr(mine, name), getattr(self.versions, name)) for name in fields]
+        return [(name, here, there) for name, here, there in pairs if here != there]
+
     def request(self, body: m.Body) -> m.Envelope:
         """`body` under the next request number."""
         self._last += 1

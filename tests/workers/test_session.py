@@ -22,6 +22,13 @@ def test_sessions_have_ids_nobody_can_guess():
     assert all(len(id) >= 32 for id in ids)
 
 
+def test_versions_that_differ_are_listed(session):
+    assert session.differences() == []
+    mine = own_versions()
+    session.versions = m.Versions(mine.protocol, mine.planrt, "2.0.0", "0" * 64)
+    assert session.differences() == [("torch", mine.torch, "2.0.0"), ("ops", mine.ops, "0" * 64)]
+
+
 def test_replies_are_matched_in_any_order(session):
     one, two = session.request(m.Done()), session.request(m.Done())
     assert one.id != two.id
