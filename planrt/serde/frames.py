@@ -34,13 +34,17 @@ from planrt.serde.tensors import Layout, aligned, describe, parse_layouts, raw_b
 MAGIC = b"PRT1"
 _PRELUDE = struct.Struct("<4sI")
 
-FRAGMENT_BYTES = 1 << 20
-"""Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model."""
+FRAGMENT_BYTES = 1 << 18
+"""Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model, and a few
+pieces per connection are all the memory that sending and receiving take on top of the payload."""
+
+MAX_FRAGMENT_BYTES = 1 << 20
+"""Longer pieces are refused."""
 
 HEADER_BYTES = 1 << 20
 """Headers are small: longer ones are refused, unless a limit says otherwise."""
 
-_OWN_FRAGMENT = 1 << 18
+_OWN_FRAGMENT = 1 << 17
 """Pieces of at least this many bytes leave without being copied together with their neighbours."""
 
 _LARGE = 32 << 20

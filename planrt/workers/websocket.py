@@ -1,7 +1,8 @@
 """Frames over websockets (RFC 6455), both ends: `dial` a worker, or `listen` for clients.
 
-One frame is one binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between
-them; compression is off (parameters do not compress, and deflate is many times slower than a socket).
+One frame is one binary message, in fragments of 256 KiB (1 MiB is the most that is taken), so that keepalive
+pings are answered between them; compression is off (parameters do not compress, and deflate is many times slower
+than a socket).
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from planrt.errors import ConnectError, HandshakeError, MessageTooLargeError
-from planrt.serde.frames import FRAGMENT_BYTES, Allocate, Frame, Limits, Received, in_memory
+from planrt.serde.frames import (
+    FRAGMENT_BYTES,
+    MAX_FRAGMENT_BYTES,
+    Allocate,
+    Frame,
+    Limits,
+    Received,
+    in_memory,
+)
 from planrt.workers.messages import Envelope
 from planrt.workers.pipes import Traffic, assembler
 
@@ -76,7 +85,7 @@ def _why_closed(error: ConnectionClosed) -> str:
 def _options(limits: Limits) -> dict[str, Any]:
     return {
         "compression": None,
-        "max_size": (limits.message + limits.header + FRAGMENT_BYTES, FRAGMENT_BYTES),
+        "max_size": (limits.message + limits.header + MAX_FRAGMENT_BYTES, MAX_FRAGMENT_BYTES),
         "max_queue": 3,  # fragments that wait to be taken; each is memory on top of the payload's
         "write_limit": FRAGMENT_BYTES,
         "ping_interval": limits.keepalive,
