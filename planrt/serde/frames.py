@@ -34,12 +34,12 @@ from planrt.serde.tensors import Layout, aligned, describe, parse_layouts, raw_b
 MAGIC = b"PRT1"
 _PRELUDE = struct.Struct("<4sI")
 
-FRAGMENT_BYTES = 1 << 18
-"""Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model, and a few
-pieces per connection are all the memory that sending and receiving take on top of the payload."""
+FRAGMENT_BYTES = 1 << 20
+"""Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model. Longer
+pieces are refused."""
 
-MAX_FRAGMENT_BYTES = 1 << 20
-"""Longer pieces are refused."""
+LARGE_FRAME_FRAGMENT_BYTES = 1 << 18
+"""The same for large frames, where memory counts: a few pieces per connection are in hand besides the payload."""
 
 HEADER_BYTES = 1 << 20
 """Headers are small: longer ones are refused, unless a limit says otherwise."""
@@ -79,11 +79,13 @@ class Frame:
         self._pieces = pieces
         self.nbytes = sum(len(piece) for piece in pieces)
 
-    def fragments(self, size: int = FRAGMENT_BYTES) -> Iterator[bytes | memoryview]:
-        """The frame's bytes in order, in fragments of at most `size` bytes.
+    def fragments(self, size: int | None = None) -> Iterator[bytes | memoryview]:
+        """The frame's bytes in order, in fragments of at most `size` bytes (by default what suits the frame).
 
         Small pieces are gathered into one fragment; large ones are sliced, not copied.
         """
+        if size is None:
+            size = LARGE_FRAME_FRAGMENT_BYTES if self.nbytes >= _LARGE else FRAGMENT_BYTES
         gathered: list[bytes | memoryview] = []
         room = size
         for piece in self._pieces:

@@ -1,7 +1,6 @@
 """Frames over websockets (RFC 6455), both ends: `dial` a worker, or `listen` for clients.
 
-One frame is one binary message, in fragments of 256 KiB (1 MiB is the most that is taken), so that keepalive
-pings are answered between them; compression is off (parameters do not compress, and deflate is many times slower
+One frame is one binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between them; compression is off (parameters do not compress, and deflate is many times slower
 than a socket).
 """
 
@@ -22,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from planrt.errors import ConnectError, HandshakeError, MessageTooLargeError
 from planrt.serde.frames import (
     FRAGMENT_BYTES,
-    MAX_FRAGMENT_BYTES,
+    FRAGMENT_BYTES,
     Allocate,
     Frame,
     Limits,
@@ -85,7 +84,7 @@ def _why_closed(error: ConnectionClosed) -> str:
 def _options(limits: Limits) -> dict[str, Any]:
     return {
         "compression": None,
-        "max_size": (limits.message + limits.header + MAX_FRAGMENT_BYTES, MAX_FRAGMENT_BYTES),
+        "max_size": (limits.message + limits.header + FRAGMENT_BYTES, FRAGMENT_BYTES),
         "max_queue": 3,  # fragments that wait to be taken; each is memory on top of the payload's
         "write_limit": FRAGMENT_BYTES,
         "ping_interval": limits.keepalive,
