@@ -1,7 +1,7 @@
 """Frames over websockets (RFC 6455), both ends: `dial` a worker, or `listen` for clients.
 
-One frame is one binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between them; compression is off (parameters do not compress, and deflate is many times slower
-than a socket).
+One frame is one binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between
+them; compression is off (parameters do not compress, and deflate is many times slower than a socket).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 
 from planrt.errors import ConnectError, HandshakeError, MessageTooLargeError
 from planrt.serde.frames import (
-    FRAGMENT_BYTES,
     FRAGMENT_BYTES,
     Allocate,
     Frame,
