@@ -30,6 +30,8 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            # As planrt starts its workers: Linux shares the cores out by session where many want them.
+            start_new_session=True,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
