@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from planrt import errors
     from planrt.fl import TrainConfig, federated_avg
     from planrt.plans import Plan, func2plan
+    from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+    from planrt.workers.multipointer import MultiPointerTensor
+    from planrt.workers.pointers import PointerTensor
+
+    hook: TorchHook
+    local_worker: VirtualWorker
 
 _HOMES = {
     "errors": "planrt.errors",
@@ -25,6 +31,9 @@ _HOMES = {
     "VirtualWorker": "planrt.workers",
     "WebsocketClientWorker": "planrt.workers",
     "WebsocketServerWorker": "planrt.workers",
+    "TorchHook": "planrt.torch_hook",
+    "PointerTensor": "planrt.workers.pointers",
+    "MultiPointerTensor": "planrt.workers.multipointer",
     "TrainConfig": "planrt.fl",
     "federated_avg": "planrt.fl",
 }
@@ -41,12 +50,20 @@ __all__ = [
     "VirtualWorker",
     "WebsocketClientWorker",
     "WebsocketServerWorker",
+    "TorchHook",
+    "PointerTensor",
+    "MultiPointerTensor",
+    "hook",
+    "local_worker",
     "TrainConfig",
     "federated_avg",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("hook", "local_worker"):
+        made = import_module("planrt.torch_hook").current_hook()
+        return made if name == "hook" else made.local_worker
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'planrt' has no attribute {name!r}")

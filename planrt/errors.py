@@ -10,10 +10,19 @@
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
-    │   └── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
+    │   ├── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
+    │   └── PointerError           a pointer was used in a way that pointers cannot be
+    │       ├── RemoteValueError       its value was read here: write `.get()` first
+    │       ├── MixedLocationsError    operands of one op in different places; names the places
+    │       ├── GonePointerError       used after `get`, `move` or the end of its worker's connection
+    │       ├── RemoteOpError          a torch function that cannot run on a remote tensor; says why
+    │       ├── DuplicateIdError       an object id that the worker already uses
+    │       └── UnsupportedTensorError a tensor that cannot travel: sparse, quantised, nested, unknown dtype
     ├── RemoteError                the worker says: worker id, kind, op, plan line, remote traceback
     │   ├── UnknownPlanError       the worker does not hold that plan (the client sends it again)
-    │   └── UnknownDatasetError    the worker has no data set under that key
+    │   ├── UnknownDatasetError    the worker has no data set under that key
+    │   ├── UnknownObjectError     the worker holds no object under that id for this session
+    │   └── GetNotPermittedError   private data, or what is computed from it, was asked for by someone not allowed
     └── TransportError             the pipe: address and what was tried
         ├── ConnectError           nobody listens there, wrong address, refused, timed out
         ├── HandshakeError         somebody answered, but not a worker that fits this client
@@ -87,6 +96,34 @@ class BlockingCallError(LocalError):
     """A blocking call was made on planrt's own loop thread; use the `await` form it names."""
 
 
+class PointerError(LocalError):
+    """A pointer was used in a way that pointers cannot be."""
+
+
+class RemoteValueError(PointerError):
+    """The value of a remote tensor was read here; `.get()` brings it back first."""
+
+
+class MixedLocationsError(PointerError):
+    """The operands of one operation are in different places."""
+
+
+class GonePointerError(PointerError):
+    """The pointer points at nothing any more."""
+
+
+class RemoteOpError(PointerError):
+    """A torch function that cannot run on a remote tensor."""
+
+
+class DuplicateIdError(PointerError):
+    """The worker already holds an object under that id."""
+
+
+class UnsupportedTensorError(PointerError):
+    """A tensor of a kind that cannot travel."""
+
+
 class RemoteError(PlanrtError):
     """A worker reports that it could not do what was asked.
 
@@ -105,6 +142,7 @@ class RemoteError(PlanrtError):
         remote_traceback: str = "",
     ) -> None:
         super().__init__(f"worker {worker_id!r}: {message}")
+        self.reason = message
         self.worker_id = worker_id
         self.kind = kind
         self.op = op
@@ -118,6 +156,14 @@ class UnknownPlanError(RemoteError):
 
 class UnknownDatasetError(RemoteError):
     """The worker has no data set under that key."""
+
+
+class UnknownObjectError(RemoteError):
+    """The worker holds no object under that id for this session."""
+
+
+class GetNotPermittedError(RemoteError):
+    """Private data, or something computed from it, was asked for by a user who may not see it."""
 
 
 class TransportError(PlanrtError):

@@ -270,7 +270,25 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
 
 TABLE, _NAMES = _build_table()
 
-TABLE_HASH: Final = hashlib.sha256("\n".join(sorted(TABLE)).encode()).hexdigest()
+
+def _set_from_tensor(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`Tensor.set_` from a tensor; its other forms reach raw memory."""
+    if not isinstance(source, torch.Tensor):
+        raise ValueError("Tensor.set_ takes a tensor")
+    return tensor.set_(source)  # type: ignore[call-overload, no-any-return]
+
+
+EAGER: Final[dict[str, Callable[..., Any]]] = {
+    "Tensor.grad": lambda tensor: tensor.grad,
+    "Tensor.grad.__set__": lambda tensor, grad: setattr(tensor, "grad", grad),
+    "Tensor.data.__set__": lambda tensor, data: setattr(tensor, "data", data),
+    "Tensor.retain_grad": torch.Tensor.retain_grad,
+    "Tensor.set_": _set_from_tensor,
+    "autograd.grad": torch.autograd.grad,
+}
+"""What pointers can do besides, and plans cannot: gradients, and giving a tensor other memory."""
+
+TABLE_HASH: Final = hashlib.sha256("\n".join(sorted({*TABLE, *EAGER})).encode()).hexdigest()
 """SHA-256 (hex) over the sorted names: equal on two sides exactly when they know the same ops."""
 
 FACTORIES: Final = frozenset(
@@ -279,6 +297,37 @@ FACTORIES: Final = frozenset(
     | {"torch.empty", "torch.empty_strided", "torch.empty_permuted"}
 ) - {"torch.as_tensor", "torch.asarray"}
 """Ops that make a tensor from nothing: the interpreter puts what they make on the plan's device."""
+
+_RANDOM_TORCH = """
+    alpha_dropout alpha_dropout_ bernoulli binomial dropout dropout_ feature_alpha_dropout
+    feature_alpha_dropout_ feature_dropout feature_dropout_ gru lstm multinomial normal poisson rand rand_like
+    randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu rrelu_
+"""
+_RANDOM_METHODS = """
+    bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_ random_ uniform_
+"""
+_RANDOM_FUNCTIONAL = """
+    alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout fractional_max_pool2d
+    fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gumbel_softmax
+    multi_head_attention_forward rrelu rrelu_ scaled_dot_product_attention
+"""
+
+RANDOM: Final = frozenset(
+    [f"torch.{word}" for word in _RANDOM_TORCH.split()]
+    + [f"Tensor.{word}" for word in _RANDOM_METHODS.split()]
+    + [f"nn.functional.{word}" for word in _RANDOM_FUNCTIONAL.split()]
+)
+"""Ops that draw random numbers. A pointer's op of these carries a seed, drawn from torch's generator where the
+pointer is: the same `torch.manual_seed` there gives the same numbers, whatever else the worker does."""
+
+RESULTS_FOLLOW_FLOATS: Final = FACTORIES | {
+    "nn.functional.interpolate",
+    "nn.functional.fractional_max_pool2d",
+    "nn.functional.fractional_max_pool2d_with_indices",
+    "nn.functional.fractional_max_pool3d",
+    "nn.functional.fractional_max_pool3d_with_indices",
+}
+"""Ops where a float among the arguments can change the results' shape."""
 
 SIZE_OPS: Final = frozenset({"Tensor.size", "Tensor.numel", *SIZE_ARITHMETIC})
 """Ops whose results are numbers (sizes and what is computed from them), not tensors."""
@@ -297,6 +346,18 @@ def lookup(name: str) -> Callable[..., Any]:
         return TABLE[name]
     except KeyError:
         raise OpNotAllowedError(f"op {name[:80]!r} is not on the table of ops that plans may use") from None
+
+
+def lookup_eager(name: str) -> Callable[..., Any]:
+    """The callable behind `name`, for an op that a pointer posted.
+
+    Raises:
+        OpNotAllowedError: `name` is neither on the table nor in `EAGER`.
+    """
+    function = TABLE.get(name) or EAGER.get(name)
+    if function is None:
+        raise OpNotAllowedError(f"op {name[:80]!r} is not on the table of ops that workers run")
+    return function
 
 
 def name_of(function: Any) -> str | None:

@@ -64,6 +64,13 @@ _VALUE_READS = frozenset(
 _GRADIENTS = frozenset(["backward", "grad", "_grad", "retain_grad", "register_hook"])
 
 
+def reads_values(func: Any) -> bool:
+    """Whether `func` brings a tensor's values into Python."""
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")
+    name = getattr(func, "__name__", "")
+    return (owner if name in ("__get__", "__set__") else name) in _VALUE_READS
+
+
 def why_refused(func: Any, public_name: str | None) -> str:
     """One line on why a torch call cannot go into a plan."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")

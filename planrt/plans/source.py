@@ -16,7 +16,8 @@ _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 @lru_cache(maxsize=4096)
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """Whether that file is the user's: not torch's, Python's or planrt's."""
     if filename.startswith((_PLANRT, _TORCH, "<frozen")):
         return False
     return not filename.startswith(_STDLIB) or "site-packages" in filename
@@ -27,7 +28,7 @@ def user_line() -> str | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if _is_users(code.co_filename):
+        if is_users(code.co_filename):
             return f"{code.co_filename}:{frame.f_lineno}"
         if code.co_name == "run_once" and code.co_filename.startswith(_PLANRT):
             break  # what called the tracer is not part of what is traced
@@ -40,7 +41,7 @@ def line_of_error(error: BaseException) -> str | None:
     line: str | None = None
     trace = error.__traceback__
     while trace is not None:
-        if _is_users(trace.tb_frame.f_code.co_filename):
+        if is_users(trace.tb_frame.f_code.co_filename):
             line = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
     return line

@@ -168,8 +168,8 @@ def _named(parts: list[Any], table: dict[str, Any], what: str) -> Any:
 
 def _ref(parts: list[Any]) -> Ref:
     (index,) = _exactly(parts, 1, "reference")
-    if type(index) is not int or not 0 <= index < 2**31:
-        raise PlanFormatError("malformed reference: its number is not a small integer")
+    if type(index) is not int or not 0 <= index <= _INT_MAX:
+        raise PlanFormatError("malformed reference: its number is not a 63-bit integer")
     return Ref(index)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from planrt.errors import LocalError, UnknownPlanError, WireError
+from planrt.errors import LocalError, OptionError, UnknownPlanError, WireError
 from planrt.plans.func2plan import FunctionPlan
 from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan, refs_in
@@ -23,8 +23,11 @@ from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Reply
 from planrt.workers.host import WorkerHost, virtual_compute
+from planrt.workers.links import register_virtual
 from planrt.workers.loop import on_loop, run
+from planrt.workers.objects import RemoteObjects, check_travels
 from planrt.workers.pipes import Traffic, memory_pipes
+from planrt.workers.pointers import pointer_id
 from planrt.workers.state import WorkerState
 from planrt.workers.websocket import dial
 
@@ -44,7 +47,7 @@ class TrainJob(Protocol):
         """The current state, evaluated on `worker`."""
 
 
-class BaseWorker:
+class BaseWorker(RemoteObjects):
     """A worker at the other end of a connection. Use one of its subclasses."""
 
     def __init__(self, id: str, connection: Connection) -> None:
@@ -52,6 +55,7 @@ class BaseWorker:
         self.train_job: TrainJob | None = None
         self._connection = connection
         self._plans: set[str] = set()
+        self._init_objects()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} at {self.address}>"
@@ -94,13 +98,13 @@ class BaseWorker:
             RemoteError: the worker could not do it. WorkerLostError: it is gone.
         """
         try:
-            return await self._connection.request(body, tensors, allocate=allocate)
+            return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
         except UnknownPlanError:
             if plan is None:
                 raise
             self._plans.discard(plan.hash)
             await self.put_plan(plan)
-            return await self._connection.request(body, tensors, allocate=allocate)
+            return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
 
     async def put_plan(self, plan: Plan) -> None:
         """Sends `plan` unless this connection has sent it before; runs on planrt's loop."""
@@ -214,9 +218,11 @@ class WebsocketClientWorker(BaseWorker):
     """A worker behind a websocket: ``WebsocketClientWorker("alice", "127.0.0.1", 8777)``.
 
     Connects and shakes hands at once; `await WebsocketClientWorker.connect(...)` is the form for event loops.
+    `token` tells the worker which of its users this is. `hook` and `verbose` are taken as the tutorials give
+    them, and do nothing.
 
     Raises:
-        ConnectError: nobody answers there. HandshakeError: not a planrt worker called `id`.
+        ConnectError: nobody answers there. HandshakeError: not a planrt worker called `id`, or an unknown token.
     """
 
     def __init__(
@@ -226,53 +232,99 @@ class WebsocketClientWorker(BaseWorker):
         port: int = 8777,
         *,
         uri: str | None = None,
+        token: str = "",
         timeout: float = DEFAULT_TIMEOUT,
         limits: Limits | None = None,
+        hook: object = None,
+        verbose: bool = False,
     ) -> None:
-        opening = _open_websocket(id, uri or f"ws://{host}:{port}", timeout, limits or Limits())
+        opening = _open_websocket(id, uri or f"ws://{host}:{port}", timeout, limits or Limits(), token)
         super().__init__(id, run(opening, instead="await WebsocketClientWorker.connect(id, uri)"))
 
     @classmethod
     async def connect(
-        cls, id: str, uri: str, *, timeout: float = DEFAULT_TIMEOUT, limits: Limits | None = None
+        cls,
+        id: str,
+        uri: str,
+        *,
+        token: str = "",
+        timeout: float = DEFAULT_TIMEOUT,
+        limits: Limits | None = None,
     ) -> Self:
         """Connects to the worker `id` at `uri` within `timeout` seconds; awaitable from any loop."""
         worker = cls.__new__(cls)
-        BaseWorker.__init__(worker, id, await _open_websocket(id, uri, timeout, limits or Limits()))
+        BaseWorker.__init__(worker, id, await _open_websocket(id, uri, timeout, limits or Limits(), token))
         return worker
 
 
 @on_loop
-async def _open_websocket(id: str, uri: str, timeout: float, limits: Limits) -> Connection:
+async def _open_websocket(id: str, uri: str, timeout: float, limits: Limits, token: str) -> Connection:
     pipe = await dial(uri, timeout=timeout, limits=limits)
-    return await Connection.open(pipe, id, timeout=timeout, limits=limits)
+    return await Connection.open(pipe, id, timeout=timeout, limits=limits, token=token)
 
 
 _virtual_turns: asyncio.Semaphore | None = None
 
 
 class VirtualWorker(BaseWorker):
-    """A worker inside this process: ``VirtualWorker("bob", datasets={"key": dataset})``.
+    """A worker inside this process: ``VirtualWorker(hook, id="bob")``, or ``VirtualWorker("bob")``.
 
     It takes and gives the same bytes as one behind a socket. All virtual workers of a process compute one
     after the other on one thread, with one torch thread.
+
+    Args:
+        hook: the `TorchHook`, as the tutorials pass it, or the id.
+        id: the worker's name.
+        data: tensors that it holds from the start, with their tags and descriptions; `search` finds them.
+        datasets: key -> map-style data set of (data, target) pairs to train on.
+        users: user name -> token; private data names the users who may see it.
+        token: which of these users this client is.
+        device, limits: where it computes; the sizes of messages it takes.
     """
 
     def __init__(
         self,
-        id: str,
+        hook: object = None,
+        id: str | None = None,
+        data: Sequence[torch.Tensor] = (),
         *,
         datasets: Mapping[str, Any] | None = None,
+        users: Mapping[str, str] | None = None,
+        token: str = "",
         device: str | torch.device = "cpu",
         limits: Limits | None = None,
+        is_client_worker: bool = False,
     ) -> None:
-        state = WorkerState(id, device=device)
+        id = hook if id is None and isinstance(hook, str) else id
+        if not isinstance(id, str):
+            raise OptionError('a worker needs an id: VirtualWorker(hook, id="bob")')
+        self.is_client_worker = is_client_worker
+        state = WorkerState(id, device=device, users=users)
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)
+        for tensor in data:
+            check_travels(tensor)
+            state.own(pointer_id(tensor), tensor)
         self._host = WorkerHost(state, virtual_compute(), limits=limits)
-        opening = _open_memory(id, self._host, limits or Limits())
+        self._link_address = register_virtual(id, self._host)
+        opening = _open_memory(id, self._host, limits or Limits(), token)
         connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
         super().__init__(id, connection)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} id:{self.id} #objects:{len(self._host.state.store.objects)}>"
+
+    @property
+    def link_address(self) -> str:
+        """Where other workers of this process reach this one."""
+        return self._link_address
+
+    @property
+    def _objects(self) -> dict[int, Any]:
+        """What the worker holds, by id: tensors, and pointers to objects on other workers."""
+        if not self._connection.closed:
+            self.objects_count()  # everything posted has been done then
+        return {id: stored.value for id, stored in self._host.state.store.objects.items()}
 
     def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
         """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
@@ -285,13 +337,17 @@ class VirtualWorker(BaseWorker):
             await self._serving
 
 
-async def _open_memory(id: str, host: WorkerHost, limits: Limits) -> tuple[Connection, asyncio.Task[None]]:
+async def _open_memory(
+    id: str, host: WorkerHost, limits: Limits, token: str
+) -> tuple[Connection, asyncio.Task[None]]:
     global _virtual_turns
     if _virtual_turns is None:
         _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
     near, far = memory_pipes(f"memory://{id}", limits)
     serving = asyncio.create_task(host.serve(far))
-    connection = await Connection.open(near, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns)
+    connection = await Connection.open(
+        near, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns, token=token
+    )
     return connection, serving
 
 

@@ -1,11 +1,19 @@
-"""A client's connection to one worker: a pipe, a session and the requests under way. Lives on planrt's loop."""
+"""A client's connection to one worker: a pipe, a session, what is to be sent and what is awaited.
+
+Everything leaves through one queue, in the order in which it was handed over. Ops are *posted* from any thread
+and leave together, as many as have gathered while the message before them was being sent; requests are made on
+planrt's loop and wait for their replies.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import CodeType
 
 import torch
 
@@ -19,32 +27,61 @@ from planrt.workers.session import ClientSession
 log = get_logger("planrt.client")
 
 Reply = tuple[m.Body, list[torch.Tensor]]
+Line = tuple[CodeType, int]
+"""Where in the user's code an op was made."""
+
+OPS_PER_MESSAGE = 1024
+_BYTES_PER_MESSAGE = 1 << 19
+"""Packed ops that leave in one message, so that it fits into a header."""
+
+MAX_WAITING = 20_000
+"""Posted ops that may wait to be sent; who posts more waits until fewer do."""
+
+_LINES_KEPT = 50_000
+_DROPS_WAITING = 512
+"""Freed pointers that may wait for an op to travel with before they get a message of their own."""
 
 
-@dataclass(slots=True)
-class _Pending:
-    reply: asyncio.Future[Reply]
-    allocate: Allocate[m.Envelope]
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A message to be sent: a request if somebody waits for a `reply`."""
+
+    body: m.Body
+    tensors: Sequence[torch.Tensor]
+    reply: asyncio.Future[Reply] | None
+    sent: asyncio.Future[None] | None
+    allocate: Allocate[m.Envelope] = in_memory
+    id: int = 0
+    given_up: bool = False
 
 
 class Connection:
-    """Sends requests to one worker and matches its replies.
+    """Sends posts and requests to one worker and matches its replies.
 
-    `turns` bounds how many requests are under way over all connections that share it: virtual workers compute
-    one after the other, so that more would only fill memory with copies of parameters.
+    `turns` bounds how many computing requests are under way over all connections that share it: virtual workers
+    compute one after the other, so that more would only fill memory with copies of parameters.
     """
 
     def __init__(
         self, pipe: Pipe, session: ClientSession, *, limits: Limits, turns: asyncio.Semaphore | None = None
     ) -> None:
         self.session = session
+        self.loop = asyncio.get_running_loop()
         self._pipe = pipe
         self._limits = limits
         self._turns = turns
-        self._sending = asyncio.Lock()
-        self._pending: dict[int, _Pending] = {}
+        self._outbox: deque[bytes | Outgoing] = deque()
+        self._posting = threading.Lock()
+        self._woken = False
+        self._posted = 0
+        self._lines: dict[int, Line | None] = {}
+        self._drops: deque[int] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._drained: asyncio.Event = asyncio.Event()
+        self._pending: dict[int, Outgoing] = {}
         self._ended: PlanrtError | None = None
         self._reader = asyncio.create_task(self._read())
+        session.line_of = self.line
 
     @classmethod
     async def open(
@@ -55,16 +92,18 @@ class Connection:
         timeout: float,
         limits: Limits,
         turns: asyncio.Semaphore | None = None,
+        token: str = "",
     ) -> Connection:
         """Shakes hands with the worker at the other end of `pipe` within `timeout` seconds.
 
         Raises:
-            HandshakeError: it does not answer as worker `worker_id` of a planrt that fits this one.
+            HandshakeError: it does not answer as worker `worker_id` of a planrt that fits this one, or does not
+                know `token`.
         """
         session = ClientSession(worker_id, address=pipe.address)
         try:
             async with asyncio.timeout(timeout):
-                await pipe.send(encode(m.to_wire(session.hello())))
+                await pipe.send(encode(m.to_wire(session.hello(token))))
                 received = await pipe.receive()
             if received is None:
                 raise HandshakeError(
@@ -89,48 +128,239 @@ class Connection:
         """What went through the connection so far."""
         return self._pipe.traffic
 
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._ended is not None
+
+    # --------------------------------------------------------------------------- from any thread
+
+    def post_op(self, packed: bytes, line: Line | None = None) -> bool:
+        """Hands over a packed op; `line` made it. False: too many wait, call `drained` before the next one.
+
+        Raises:
+            WorkerLostError: the connection has ended.
+        """
+        if self._ended is not None:
+            raise self._lost("a posted op") from self._ended
+        with self._posting:
+            self._lines[self._posted] = line
+            self._posted += 1
+            self._outbox.append(packed)
+        if len(self._lines) > _LINES_KEPT:
+            self._forget_lines()
+        self._wake_soon()
+        return len(self._outbox) < MAX_WAITING
+
+    def post(self, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> None:
+        """Hands over a message that is not answered; its tensors must not change from here on.
+
+        Raises:
+            WorkerLostError: the connection has ended.
+        """
+        if self._ended is not None:
+            raise self._lost(type(body).__name__) from self._ended
+        self._outbox.append(Outgoing(body, tensors, None, None))
+        self._wake_soon()
+
+    def enqueue(
+        self,
+        body: m.Body,
+        tensors: Sequence[torch.Tensor] = (),
+        *,
+        allocate: Allocate[m.Envelope] = in_memory,
+        drops: bool = False,
+    ) -> Outgoing:
+        """Queues a request; `finish` waits for its reply. With `drops`, what nobody points at is freed first.
+
+        Raises:
+            WorkerLostError: the connection has ended.
+        """
+        if self._ended is not None:
+            raise self._lost(type(body).__name__) from self._ended
+        while drops and self._drops:
+            self._outbox.append(Outgoing(m.Post([], list(self.take_drops())), (), None, None))
+        reply: asyncio.Future[Reply] = asyncio.Future(loop=self.loop)
+        reply.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # it may be read never, or late
+        outgoing = Outgoing(body, tensors, reply, None, allocate)
+        self._outbox.append(outgoing)
+        self._wake_soon()
+        return outgoing
+
+    def drop(self, id: int) -> None:
+        """Nobody points at object `id` any more. Called by finalizers: in any thread, at any time."""
+        self._drops.append(id)
+        if len(self._drops) > _DROPS_WAITING and self._ended is None:
+            self._wake_soon()
+
+    def take_drops(self) -> tuple[int, ...]:
+        """Objects to free before the next op, which takes them along."""
+        if not self._drops:
+            return ()
+        taken: list[int] = []
+        with contextlib.suppress(IndexError):
+            while len(taken) < OPS_PER_MESSAGE:
+                taken.append(self._drops.popleft())
+        return tuple(taken)
+
+    def line(self, number: int | None) -> str | None:
+        """``file:line`` that made the posted op of that number, where it is still known."""
+        found = self._lines.get(number) if number is not None else None
+        return f"{found[0].co_filename}:{found[1]}" if found else None
+
+    def _wake_soon(self) -> None:
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
+                self.loop.call_soon_threadsafe(self._wake)
+
+    def _forget_lines(self) -> None:
+        with self._posting:
+            for number in list(self._lines)[: _LINES_KEPT // 2]:
+                del self._lines[number]
+
+    # ------------------------------------------------------------------------------- on the loop
+
     async def request(
         self,
         body: m.Body,
         tensors: Sequence[torch.Tensor] = (),
         *,
         allocate: Allocate[m.Envelope] = in_memory,
+        in_turn: bool = False,
     ) -> Reply:
-        """Sends `body` and waits for its reply; `allocate` says where the reply's tensors go.
+        """Sends `body` after everything posted before, and waits for its reply.
 
-        The tensors must not change before the request has left.
+        `allocate` says where the reply's tensors go. The tensors must not change before the request has left.
+        `in_turn` is for requests that compute much.
 
         Raises:
             RemoteError: the worker could not do it.
             WorkerLostError: the connection ended first.
         """
-        async with self._turns or contextlib.nullcontext():
-            if self._ended is not None:
-                raise self._lost(body) from self._ended
-            envelope = self.session.request(body)
-            frame = encode(m.to_wire(envelope), tensors, max_header=self._limits.header)
-            pending = _Pending(asyncio.get_running_loop().create_future(), allocate)
-            self._pending[envelope.id] = pending
-            try:
-                async with self._sending:
-                    # A frame cut short would end the connection: who gives up waiting does not stop the sending.
-                    sending = asyncio.ensure_future(self._pipe.send(frame))
-                    sending.add_done_callback(lambda done: done.cancelled() or done.exception())
-                    await asyncio.shield(sending)
-                del frame
-                return await pending.reply
-            except ConnectionError as error:
-                raise self._lost(body) from error
-            finally:
-                del self._pending[envelope.id]
-                self.session.forget(envelope.id)
+        async with self._turns if in_turn and self._turns else contextlib.nullcontext():
+            outgoing = self.enqueue(body, tensors, allocate=allocate)
+            del tensors
+            return await self.finish(outgoing)
+
+    async def finish(self, outgoing: Outgoing) -> Reply:
+        """The reply to a request that was queued.
+
+        Raises:
+            RemoteError: the worker could not do it. WorkerLostError: the connection ended first.
+        """
+        try:
+            assert outgoing.reply is not None  # noqa: S101 - it is a request, and nobody finished it before
+            return await outgoing.reply
+        except ConnectionError as error:
+            raise self._lost(type(outgoing.body).__name__) from error
+        finally:
+            outgoing.given_up = True
+            outgoing.reply = None
+            self._pending.pop(outgoing.id, None)
+            self.session.forget(outgoing.id)
+
+    async def send(self, body: m.Body, tensors: Sequence[torch.Tensor]) -> None:
+        """Posts a message and waits until it has left: the tensors may change then.
+
+        Raises:
+            WorkerLostError: the connection ended first. LocalError: the message cannot be sent.
+        """
+        if self._ended is not None:
+            raise self._lost(type(body).__name__) from self._ended
+        outgoing = Outgoing(body, tensors, None, self.loop.create_future())
+        self._outbox.append(outgoing)
+        self._wake()
+        try:
+            await asyncio.shield(outgoing.sent)  # type: ignore[arg-type]
+        except ConnectionError as error:
+            raise self._lost(type(body).__name__) from error
+
+    async def drained(self) -> None:
+        """Returns when few posted ops wait to be sent."""
+        while len(self._outbox) > MAX_WAITING // 2 and self._ended is None:
+            self._drained.clear()
+            await self._drained.wait()
 
     async def close(self) -> None:
-        """Closes the connection; requests under way fail. Closing twice is fine."""
+        """Closes the connection once what was posted has left; requests under way fail. Closing twice is fine."""
+        if self._sender is not None and self._ended is None:
+            with contextlib.suppress(TimeoutError, PlanrtError, ConnectionError):
+                await asyncio.wait_for(asyncio.shield(self._sender), timeout=2)
         self._ended = self._ended or PlanrtError("closed by this side")
         await self._pipe.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
+
+    def _wake(self) -> None:
+        self._woken = False
+        if self._sender is None and self._ended is None:
+            self._sender = asyncio.create_task(self._send_all())
+
+    async def _send_all(self) -> None:
+        """Sends what waits, until nothing does."""
+        outgoing: Outgoing | None = None
+        try:
+            while self._outbox or len(self._drops) > _DROPS_WAITING:
+                outgoing = None
+                if not self._outbox or isinstance(self._outbox[0], bytes):
+                    await self._pipe.send(encode(m.to_wire(m.Envelope(0, self._gathered()))))
+                else:
+                    first = self._outbox.popleft()
+                    assert isinstance(first, Outgoing)  # noqa: S101 - bytes were handled above
+                    outgoing = first
+                    del first
+                    await self._send_one(outgoing)
+                self._drained.set()
+        except (ConnectionError, OSError) as error:
+            await asyncio.wait([self._reader], timeout=2)  # the worker may have said why it hung up
+            self._end(PlanrtError(str(error)))
+            if outgoing is not None:
+                _fail(outgoing, ConnectionResetError(str(self._ended)))
+        finally:
+            self._sender = None
+            self._drained.set()
+
+    def _gathered(self) -> m.Post:
+        """A message of the ops at the head of the queue; when none are left, with what nobody points at."""
+        drops = list(self._drops)  # before the ops: whatever uses these is in the queue by now
+        ops: list[bytes] = []
+        room = _BYTES_PER_MESSAGE
+        while self._outbox and len(ops) < OPS_PER_MESSAGE:
+            head = self._outbox[0]
+            if not isinstance(head, bytes) or (ops and len(head) > room):
+                break
+            ops.append(head)
+            room -= len(head) + 5
+            self._outbox.popleft()
+        if self._outbox or len(drops) > 20_000:
+            return m.Post(ops)
+        with contextlib.suppress(IndexError):
+            return m.Post(ops, [self._drops.popleft() for _ in drops])
+        return m.Post(ops)
+
+    async def _send_one(self, outgoing: Outgoing) -> None:
+        if outgoing.given_up:
+            return
+        try:
+            if outgoing.reply is not None:
+                envelope = self.session.request(outgoing.body)
+                outgoing.id = envelope.id
+                self._pending[envelope.id] = outgoing
+            else:
+                envelope = m.Envelope(0, outgoing.body)
+            frame = encode(m.to_wire(envelope), outgoing.tensors, max_header=self._limits.header)
+        except PlanrtError as error:
+            self._pending.pop(outgoing.id, None)
+            self.session.forget(outgoing.id)
+            _fail(outgoing, error)
+            return
+        await self._pipe.send(frame)
+        outgoing.tensors = ()
+        if outgoing.sent is not None and not outgoing.sent.done():
+            outgoing.sent.set_result(None)
 
     async def _read(self) -> None:
         ended: PlanrtError
@@ -144,15 +374,22 @@ class Connection:
             await self._pipe.close()
         except (ConnectionError, OSError) as error:
             ended = PlanrtError(str(error))
-        self._ended = self._ended or ended
-        for pending in self._pending.values():
-            if not pending.reply.done():
-                pending.reply.set_exception(ConnectionResetError(str(self._ended)))
+        self._end(ended)
+
+    def _end(self, why: PlanrtError) -> None:
+        """The connection has ended: whoever waits for it hears so."""
+        self._ended = self._ended or why
+        error = ConnectionResetError(str(self._ended))
+        for outgoing in [*self._pending.values(), *self._outbox]:
+            if isinstance(outgoing, Outgoing):
+                _fail(outgoing, error)
+        self._outbox.clear()
+        self._drained.set()
 
     def _deliver(self, received: Received[m.Envelope]) -> None:
         answered = self.session.reply(received.message)
         pending = self._pending.get(answered.id) if answered else None
-        if answered is None or pending is None or pending.reply.done():
+        if answered is None or pending is None or pending.reply is None or pending.reply.done():
             return
         if isinstance(answered.result, RemoteError):
             pending.reply.set_exception(answered.result)
@@ -163,10 +400,16 @@ class Connection:
         pending = self._pending.get(envelope.id)
         return (pending.allocate if pending else in_memory)(envelope, nbytes)
 
-    def _lost(self, body: m.Body) -> WorkerLostError:
+    def _lost(self, what: str) -> WorkerLostError:
         return WorkerLostError(
             f"worker {self.session.worker_id!r} at {self._pipe.address} is gone "
-            f"({self._ended or 'connection lost'}): no answer to {type(body).__name__}",
+            f"({self._ended or 'connection lost'}): no answer to {what}",
             address=self._pipe.address,
             worker_id=self.session.worker_id,
         )
+
+
+def _fail(outgoing: Outgoing, error: Exception) -> None:
+    for future in (outgoing.reply, outgoing.sent):
+        if future is not None and not future.done():
+            future.set_exception(error)

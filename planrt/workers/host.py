@@ -20,19 +20,10 @@ from planrt.errors import LocalError, TransportError
 from planrt.logs import get_logger
 from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers import messages as m
+from planrt.workers.events import Close, Disconnected, Event, Received, Reply, ToPeer, Wait
+from planrt.workers.links import Links
 from planrt.workers.pipes import Pipe
-from planrt.workers.state import (
-    Close,
-    Disconnected,
-    Event,
-    PeerFailed,
-    Received,
-    Reply,
-    ToPeer,
-    Wait,
-    WorkerState,
-    failure_of,
-)
+from planrt.workers.state import WorkerState, failure_of
 
 T = TypeVar("T")
 
@@ -87,6 +78,7 @@ class WorkerHost:
         self._numbers = itertools.count(1)
         self._pipes: dict[int, Pipe] = {}
         self._serving: set[asyncio.Task[Any]] = set()
+        self._links = Links(state.id, self._handle, self._limits)
         self._stopping = False
 
     def stop(self) -> None:
@@ -94,6 +86,7 @@ class WorkerHost:
         self._stopping = True
         for task in self._serving:
             task.cancel()
+        self._links.close()
 
     async def serve(self, pipe: Pipe) -> None:
         """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker."""
@@ -142,11 +135,9 @@ class WorkerHost:
                     if pipe := self._pipes.get(connection):
                         await pipe.close()
                 case Wait():
-                    pass  # the state machine remembers the request; PeerSent or PeerFailed wakes it
-                case ToPeer(worker, key):
-                    await self._handle(
-                        PeerFailed(key, f"worker {self.state.id!r} has no address of {worker!r}")
-                    )
+                    pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
+                case ToPeer():
+                    self._links.send(instruction)
 
     def _encode(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
         if isinstance(envelope.body, m.Failure):

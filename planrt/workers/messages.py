@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from planrt.errors import WireError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -24,6 +24,11 @@ CountOrAll = Annotated[int, Meta(ge=-1)]
 Number = bool | int | float | None
 Options = dict[Annotated[str, Meta(max_length=64)], Number | Annotated[list[Number], Meta(max_length=8)]]
 """Keyword arguments of an optimizer."""
+ObjectId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""The number of an object on a worker, chosen at random by whoever makes it."""
+Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=64)]
+Users = Annotated[list[Id], Meta(max_length=1000)]
+Token = Annotated[str, Meta(max_length=200)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +56,46 @@ class DatasetInfo(msgspec.Struct, frozen=True):
     description: Text = ""
 
 
+class ObjectSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is known of an object without its values."""
+
+    shape: Annotated[list[Count], Meta(max_length=64)]
+    stride: Annotated[list[Count], Meta(max_length=64)]
+    dtype: Id
+    requires_grad: bool = False
+    leaf: bool = True
+
+
+class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Another worker, as its id and an address that can be dialled."""
+
+    worker: Id
+    address: Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class PutItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One object of a `Put`: what goes with its tensor."""
+
+    id: ObjectId
+    requires_grad: bool = False
+    has_grad: bool = False
+    """Whether the next tensor is its gradient."""
+    tags: Tags = []
+    description: Text = ""
+    allowed: Users | None = None
+    """Users who may read it or what is computed from it; None for everyone, empty for nobody."""
+
+
+class FoundItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One object that a search found."""
+
+    id: ObjectId
+    spec: ObjectSpec
+    tags: list[str]
+    description: str
+    private: bool
+
+
 # ------------------------------------------------------------------------------- client -> worker
 
 
@@ -59,6 +104,8 @@ class Hello(Message, frozen=True, tag="hello"):
 
     session: Id
     versions: Versions
+    token: Token = ""
+    """What tells the worker which user this is; without one the session is nobody's."""
 
 
 class PutPlan(Message, frozen=True, tag="put_plan"):
@@ -97,6 +144,102 @@ class Evaluate(Message, frozen=True, tag="evaluate"):
     batch_size: Annotated[int, Meta(ge=1)]
     bins: Annotated[int, Meta(ge=0, le=100_000)]
     """Number of classes to count predictions in; 0 for outputs that are no class scores."""
+
+
+class Post(Message, frozen=True, tag="post"):
+    """Ops to run, in order. Never answered: a failure goes to the results, and shows when one is fetched.
+
+    Each op is MessagePack of [drop, name, args, kwargs, results, grad mode, seed] (`planrt.workers.posted`).
+    """
+
+    ops: Annotated[list[bytes], Meta(max_length=100_000)]
+    drop: list[ObjectId] = []
+    """Objects that nobody points at any more, once the ops have run."""
+
+
+class Call(Message, frozen=True, tag="call"):
+    """Runs one op whose results cannot be told beforehand. Answered by Made."""
+
+    op: bytes
+
+
+class Put(Message, frozen=True, tag="put"):
+    """Stores tensors: for each item its value, and its gradient where it has one. Answered by Done if numbered."""
+
+    items: list[PutItem]
+    handover: Token = ""
+    """If not empty: whoever shows this token in a Claim becomes the objects' owner."""
+
+
+class PutPointer(Message, frozen=True, tag="put_pointer"):
+    """Stores a pointer to an object on another worker, which `token` lets this worker claim. Not answered."""
+
+    id: ObjectId
+    peer: PeerAddress
+    object: ObjectId
+    token: Token
+
+
+class Fetch(Message, frozen=True, tag="fetch"):
+    """Brings an object back, and removes it if `delete`. Answered by Fetched or FetchedPointer."""
+
+    id: ObjectId
+    delete: bool
+
+
+class Backward(Message, frozen=True, tag="backward"):
+    """`torch.autograd.backward` from `roots`. Answered by Gradients."""
+
+    roots: list[ObjectId]
+    gradients: list[ObjectId | None]
+    retain_graph: bool
+    create_graph: bool
+    inputs: list[ObjectId] | None = None
+
+
+class Describe(Message, frozen=True, tag="describe"):
+    """Gives an object tags and a description; a tagged object is published. Not answered."""
+
+    id: ObjectId
+    tags: Tags
+    description: Text
+
+
+class Search(Message, frozen=True, tag="search"):
+    """Looks for published objects, and for the session's own, that match every term. Answered by Found."""
+
+    query: Annotated[list[Annotated[str, Meta(max_length=1000)]], Meta(max_length=64)]
+
+
+class Move(Message, frozen=True, tag="move"):
+    """Hands an object over to another worker, under the number `target`. Answered by Done."""
+
+    id: ObjectId
+    peer: PeerAddress
+    target: ObjectId
+    token: Token
+
+
+class HandOver(Message, frozen=True, tag="hand_over"):
+    """Lets whoever shows `token` claim these objects. Answered by Done if numbered."""
+
+    ids: list[ObjectId]
+    token: Token
+
+
+class Claim(Message, frozen=True, tag="claim"):
+    """Takes over objects that were handed over under `token`. Not answered."""
+
+    ids: list[ObjectId]
+    token: Token
+
+
+class Clear(Message, frozen=True, tag="clear"):
+    """Removes every object of the session, published ones too. Answered by Done."""
+
+
+class CountObjects(Message, frozen=True, tag="count_objects"):
+    """Asks how many objects the worker holds for this session. Answered by Counted."""
 
 
 # ------------------------------------------------------------------------------- worker -> client
@@ -148,15 +291,63 @@ class Failure(Message, frozen=True, tag="failure"):
     op: Text | None = None
     line: Text | None = None
     traceback: Text = ""
+    number: Count | None = None
+    """Which of the session's posted ops it was, counted from 0: the client knows the line that posted it."""
+
+
+class Made(Message, frozen=True, tag="made"):
+    """The results of a Call: nested, each tensor a reference into `objects`. No tensors."""
+
+    results: Any
+    objects: list[tuple[ObjectId, ObjectSpec]]
+
+
+class Fetched(Message, frozen=True, tag="fetched"):
+    """An object: its tensor, and its gradient where it has one."""
+
+    requires_grad: bool
+    has_grad: bool
+    tags: list[str] = []
+    description: str = ""
+
+
+class FetchedPointer(Message, frozen=True, tag="fetched_pointer"):
+    """What was fetched points to an object on another worker, which `token` lets the client claim. No tensors."""
+
+    peer: PeerAddress
+    object: ObjectId
+    token: Token
+
+
+class Gradients(Message, frozen=True, tag="gradients"):
+    """Which of the session's objects have a gradient now, and what it looks like. No tensors."""
+
+    objects: list[tuple[ObjectId, ObjectSpec]]
+
+
+class Found(Message, frozen=True, tag="found"):
+    """What a search found. No tensors."""
+
+    objects: list[FoundItem]
+
+
+class Counted(Message, frozen=True, tag="counted"):
+    """How many objects the worker holds for the session. No tensors."""
+
+    objects: Count
 
 
 Body = (
-    Hello | PutPlan | RunPlan | Fit | Evaluate | Welcome | Done | Values | Fitted | Evaluated | Failure
+    Hello | PutPlan | RunPlan | Fit | Evaluate
+    | Post | Call | Put | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver | Claim | Clear
+    | CountObjects
+    | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPointer | Gradients | Found | Counted
+    | Failure
 )  # fmt: skip
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A message and the number that ties a reply to its request (0: to none)."""
+    """A message and the number that ties a reply to its request (0: posted, to be answered by nothing)."""
 
     id: Count
     body: Body

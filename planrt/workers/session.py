@@ -7,15 +7,26 @@ each message to send, and ``reply`` for each one that arrives: it says which req
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from planrt.errors import HandshakeError, RemoteError, UnknownDatasetError, UnknownPlanError, WireError
+from planrt.errors import (
+    GetNotPermittedError,
+    HandshakeError,
+    RemoteError,
+    UnknownDatasetError,
+    UnknownObjectError,
+    UnknownPlanError,
+    WireError,
+)
 from planrt.workers import messages as m
 from planrt.workers.state import own_versions
 
 _ERRORS: dict[str, type[RemoteError]] = {
     "UnknownPlanError": UnknownPlanError,
     "UnknownDatasetError": UnknownDatasetError,
+    "UnknownObjectError": UnknownObjectError,
+    "GetNotPermittedError": GetNotPermittedError,
 }
 """The kinds of remote failure that have a class of their own; every other is a plain RemoteError."""
 
@@ -37,13 +48,15 @@ class ClientSession:
         self.id = secrets.token_hex(16)
         self.versions = own_versions()  # the worker's, once the handshake has told
         self.datasets: dict[str, m.DatasetInfo] = {}
+        self.line_of: Callable[[int | None], str | None] = lambda number: None
+        """``file:line`` of a posted op by its number; the connection knows."""
         self._last = 0
         self._pending: set[int] = set()
         self._abandoned: set[int] = set()
 
-    def hello(self) -> m.Envelope:
-        """The first message of a connection."""
-        return self.request(m.Hello(self.id, own_versions()))
+    def hello(self, token: str = "") -> m.Envelope:
+        """The first message of a connection; `token` proves to the worker which of its users this is."""
+        return self.request(m.Hello(self.id, own_versions(), token))
 
     def welcome(self, envelope: m.Envelope) -> None:
         """Takes the answer to `hello`.
@@ -108,11 +121,14 @@ class ClientSession:
 
     def _error(self, failure: m.Failure) -> RemoteError:
         where = f" [{failure.line}]" if failure.line and failure.line not in failure.message else ""
+        made_at = self.line_of(failure.number)
+        if made_at is not None:
+            where = f" (at {made_at})"
         return _ERRORS.get(failure.kind, RemoteError)(
             failure.message + where,
             worker_id=self.worker_id,
             kind=failure.kind,
             op=failure.op,
-            line=failure.line,
+            line=failure.line or made_at,
             remote_traceback=failure.traceback,
         )

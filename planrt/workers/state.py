@@ -4,30 +4,32 @@ The host (`planrt.workers.host`) turns what happens into events and calls ``hand
 
     Received(connection, envelope, tensors)    a message arrived
     Disconnected(connection)                   a connection ended
-    PeerSent(key, tensors)                     another worker sent something for a waiting request
+    PeerAnswered(key, body, tensors)           another worker answered a waiting request
     PeerFailed(key, reason)                    it never will
 
 and carries out, in order, the instructions it returns::
 
     Reply(connection, envelope, tensors)       send this to the client
-    ToPeer(worker, key, tensors)               send this to another worker
-    Wait(key)                                  nothing to do until PeerSent with that key
+    ToPeer(peer, body, tensors, key)           send this to another worker
+    Wait(key)                                  nothing to do until PeerAnswered with that key
     Close(connection)                          close the connection (after the replies before it)
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
 its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
-opposite order cannot lock each other out. Every request gets exactly one reply, a `Failure` if it raised.
+opposite order cannot lock each other out. Every request gets exactly one reply, a `Failure` if it raised; a
+message under the number 0 is posted and gets none.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import traceback
 import weakref
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,84 +42,22 @@ from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs
-
-# -------------------------------------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message arrived on a connection."""
-
-    connection: int
-    envelope: m.Envelope
-    tensors: list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """A connection ended, for whatever reason."""
-
-    connection: int
-
-
-@dataclass(frozen=True, slots=True)
-class PeerSent:
-    """Another worker sent tensors under a key that both computed."""
-
-    key: str
-    tensors: list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class PeerFailed:
-    """The exchange with another worker under that key has failed."""
-
-    key: str
-    reason: str
-
-
-Event: TypeAlias = Received | Disconnected | PeerSent | PeerFailed
-
-# -------------------------------------------------------------------------------------- instructions
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Send `envelope` and `tensors` on `connection`."""
-
-    connection: int
-    envelope: m.Envelope
-    tensors: Sequence[torch.Tensor] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ToPeer:
-    """Send `tensors` to the worker `worker`, who waits for `key`."""
-
-    worker: str
-    key: str
-    tensors: Sequence[torch.Tensor] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """The request goes on when a peer has sent something under `key`."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Close `connection`."""
-
-    connection: int
-
-
-Instruction: TypeAlias = Reply | ToPeer | Wait | Close
-
-Answer: TypeAlias = tuple[m.Body, Sequence[torch.Tensor]]
-Steps: TypeAlias = Generator[ToPeer | Wait, list[torch.Tensor] | None, Answer]
-"""A request being handled: yields what it needs of peers (a `Wait` gives it what they sent)."""
+from planrt.workers.eager import EagerOps, OpFailedError, Session
+from planrt.workers.events import (
+    Answer,
+    Close,
+    Disconnected,
+    Event,
+    Instruction,
+    PeerAnswered,
+    PeerFailed,
+    Received,
+    Reply,
+    Steps,
+    ToPeer,
+    Wait,
+)
+from planrt.workers.store import ObjectStore, StoredObject
 
 # ------------------------------------------------------------------------------------------- machine
 
@@ -144,12 +84,6 @@ class _Dataset:
 
 
 @dataclass(slots=True)
-class _Session:
-    id: str
-    optimizer_states: dict[tuple[str, str, str], Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class _Request:
     connection: int
     id: int
@@ -157,21 +91,30 @@ class _Request:
 
 
 class WorkerState:
-    """One worker: its data sets, the plans it was sent, its sessions and the requests that wait for peers.
+    """One worker: its data sets and objects, the plans it was sent, its sessions, and requests that wait for peers.
 
-    `id` names the worker; `device` is where its torch work runs.
+    `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
+    token that proves it: private objects name the users who may see them.
     """
 
-    def __init__(self, id: str, *, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, id: str, *, device: str | torch.device = "cpu", users: Mapping[str, str] | None = None
+    ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
         self.id = id
         self.device = torch.device(device)
         self._datasets: dict[str, _Dataset] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
-        self._sessions: dict[int, _Session] = {}
+        self.store = ObjectStore()
+        self._users = dict(users or {})
+        if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
+            self._users
+        ):
+            raise OptionError("every user needs a token of its own, and not an empty one")
+        self._eager = EagerOps(id, self.store, self.device)
+        self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
-        self._mailbox: dict[str, list[torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------ the owner's side
 
@@ -192,6 +135,17 @@ class WorkerState:
         self._datasets[key] = _Dataset(source, info)
         return info
 
+    def own(self, id: int, tensor: torch.Tensor) -> None:
+        """Holds `tensor` as the worker's own; clients find it by its tags.
+
+        Raises:
+            DuplicateIdError: the id is taken.
+        """
+        tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
+        with torch.no_grad():
+            value = tensor.detach().to(self.device).requires_grad_(tensor.requires_grad)
+        self.store.add(id, StoredObject(value, "", tags=tuple(tags), description=description))
+
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
         """key -> what clients are told about the data set."""
@@ -204,21 +158,19 @@ class WorkerState:
         match event:
             case Received(connection, envelope, tensors):
                 return self._received(connection, envelope, tensors)
-            case PeerSent(key, tensors):
-                if request := self._waiting.pop(key, None):
-                    return self._advance(request, tensors)
-                self._mailbox[key] = tensors
-                return []
+            case PeerAnswered(key):
+                request = self._waiting.pop(key, None)
+                return self._advance(request, event) if request else []
             case PeerFailed(key, reason):
                 request = self._waiting.pop(key, None)
                 return self._advance(request, PeerError(reason)) if request else []
             case Disconnected(connection):
-                self._sessions.pop(connection, None)
+                session = self._sessions.pop(connection, None)
                 for key in [
                     key for key, request in self._waiting.items() if request.connection == connection
                 ]:
                     self._waiting.pop(key).steps.close()
-                return []
+                return list(self._eager.end(session)) if session else []
 
     def _received(
         self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]
@@ -229,8 +181,32 @@ class WorkerState:
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        if envelope.id == 0:
+            return list(self._posted(session, envelope.body, tensors))
         steps = self._steps(session, envelope.body, tensors)
         return self._advance(_Request(connection, envelope.id, steps), None)
+
+    def _posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
+        """A message that is not answered; what it could not do shows at the session's next request."""
+        try:
+            match body:
+                case m.Post():
+                    return self._eager.post(session, body)
+                case m.Put():
+                    self._eager.put(session, body, tensors)
+                case m.PutPointer():
+                    return self._eager.put_pointer(session, body)
+                case m.Describe():
+                    self._eager.describe(session, body)
+                case m.Claim():
+                    self._eager.claim(session, body)
+                case m.HandOver():
+                    self._eager.hand_over(session, body)
+                case _:
+                    raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
+        except Exception as error:  # as in _advance
+            session.failure = session.failure or failure_of(error)
+        return ()
 
     def _open(self, connection: int, envelope: m.Envelope, hello: m.Hello) -> list[Instruction]:
         mine = own_versions()
@@ -241,11 +217,25 @@ class WorkerState:
                 f"worker's {mine.protocol} (planrt {mine.planrt}): install the same planrt on both sides",
             )
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
-        self._sessions[connection] = _Session(hello.session)
+        if hello.token and self._user(hello.token) is None:
+            failure = m.Failure("HandshakeError", "the token is none of this worker's users': check it")
+            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        if any(session.id == hello.session for session in self._sessions.values()):
+            failure = m.Failure("HandshakeError", "a session of that id is open: choose another id")
+            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        self._sessions[connection] = Session(hello.session, self._user(hello.token))
         welcome = m.Welcome(self.id, mine, dict(self.datasets))
         return [Reply(connection, m.Envelope(envelope.id, welcome))]
 
-    def _advance(self, request: _Request, sent: list[torch.Tensor] | PeerError | None) -> list[Instruction]:
+    def _user(self, token: str) -> str | None:
+        """Whose token that is. Every token is compared, so that the time taken tells nothing."""
+        found = None
+        for user, known in self._users.items():
+            if hmac.compare_digest(known.encode(), token.encode()):
+                found = user
+        return found
+
+    def _advance(self, request: _Request, sent: PeerAnswered | PeerError | None) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
         instructions: list[Instruction] = []
         try:
@@ -254,11 +244,8 @@ class WorkerState:
                 sent = None
                 instructions.append(step)
                 if isinstance(step, Wait):
-                    sent = self._mailbox.pop(step.key, None)
-                    if sent is None:
-                        self._waiting[step.key] = request
-                        return instructions
-                    instructions.pop()
+                    self._waiting[step.key] = request
+                    return instructions
         except StopIteration as stop:
             body, tensors = stop.value
         except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
@@ -268,9 +255,28 @@ class WorkerState:
 
     # ----------------------------------------------------------------------------------- the requests
 
-    def _steps(self, session: _Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
-        yield from ()  # no op needs a peer yet; those that will come yield ToPeer and Wait here
+    def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
+        self._eager.raise_unseen(session)
         match body:
+            case m.Fetch():
+                return (yield from self._eager.fetch(session, body))
+            case m.Backward():
+                return (yield from self._eager.backward(session, body))
+            case m.Call():
+                return (yield from self._eager.call(session, body))
+            case m.Put():
+                return self._eager.put(session, body, tensors)
+            case m.Search():
+                return self._eager.search(session, body)
+            case m.Move():
+                return (yield from self._eager.move(session, body))
+            case m.HandOver():
+                return self._eager.hand_over(session, body)
+            case m.Clear():
+                yield from self._eager.clear(session)
+                return m.Done(), ()
+            case m.CountObjects():
+                return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():
                 return self._run_plan(body, tensors)
             case m.PutPlan():
@@ -304,7 +310,7 @@ class WorkerState:
         numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
         return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
 
-    def _fit(self, session: _Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
+    def _fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
         plan = self._plan(body.plan)
         batches = iterate(
             self._dataset(body.dataset),
@@ -371,6 +377,8 @@ def own_versions() -> m.Versions:
 
 def failure_of(error: Exception) -> m.Failure:
     """`error` as the client is told of it."""
+    if isinstance(error, OpFailedError):
+        return error.failure
     kind = type(error).__name__.removeprefix("_")
     text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
     op, line = (error.op, error.line) if isinstance(error, ExecutionError) else (None, None)

@@ -104,7 +104,7 @@ def test_lone_surrogates_have_no_byte_form():
 @pytest.mark.parametrize(
     "encoded",
     [
-        [], [1], ["z"], ["r"], ["r", True], ["r", 2**31], ["r", 1.0], ["r", 1, 2], ["s", 1, 2], ["e", 1],
+        [], [1], ["z"], ["r"], ["r", True], ["r", 2**63], ["r", 1.0], ["r", 1, 2], ["s", 1, 2], ["e", 1],
         ["v", "cuda:0"], ["c", 1, 2], ["c", 1.0], ["y", "float31"], ["y", 3], ["m", "strided"], ["o", "x"],
         ["d", "a"], ["d", 1, 2], ["d", "a", 1, "a", 2], 2**63, b"x", {"a": 1}, ["t", [None]],
     ],

@@ -45,7 +45,6 @@ def test_the_worker_says_what_it_has(bob):
     assert bob.datasets["flowers"].length == 60
     assert bob.id == "bob"
     assert "bob" in repr(bob)
-    assert bob.address in repr(bob)
 
 
 def test_a_plan_runs_on_the_worker_in_one_message_each_way(bob):

@@ -6,18 +6,17 @@ import torch.nn.functional as F
 
 from planrt.plans.training import trace_model
 from planrt.workers import messages as m
-from planrt.workers.state import (
+from planrt.workers.events import (
     Close,
     Disconnected,
+    PeerAnswered,
     PeerFailed,
-    PeerSent,
     Received,
     Reply,
     ToPeer,
     Wait,
-    WorkerState,
-    own_versions,
 )
+from planrt.workers.state import WorkerState, own_versions
 from tests.models import classification_data, seeded_classifier
 
 HELLO = m.Hello("s" * 32, own_versions())
@@ -180,9 +179,9 @@ class Meeting(WorkerState):
     """A worker whose `Done` requests exchange a tensor with a peer: what multi-party ops will do."""
 
     def _steps(self, session, body, tensors):
-        yield ToPeer("alice", "key", tensors)
-        sent = yield Wait("key")
-        return m.Values([None]), [tensors[0] + sent[0]]
+        yield ToPeer(m.PeerAddress("alice", "ws://alice"), m.Values([None]), tensors, "key")
+        answer = yield Wait("key")
+        return m.Values([None]), [tensors[0] + answer.tensors[0]]
 
 
 @pytest.fixture
@@ -195,17 +194,15 @@ def meeting():
 def test_a_request_waits_for_its_peer_and_the_machine_goes_on(meeting):
     asked = meeting.handle(Received(1, m.Envelope(2, m.Done()), [torch.ones(2)]))
     assert [type(step) for step in asked] == [ToPeer, Wait]
-    assert meeting.handle(Received(2, m.Envelope(1, HELLO), []))[0].envelope.body.worker == "bob"
-    (reply,) = meeting.handle(PeerSent("key", [torch.ones(2)]))
+    other = m.Hello("t" * 32, own_versions())
+    assert meeting.handle(Received(2, m.Envelope(1, other), []))[0].envelope.body.worker == "bob"
+    (reply,) = meeting.handle(PeerAnswered("key", m.Values([None]), [torch.ones(2)]))
     assert (reply.connection, reply.envelope.id) == (1, 2)
     assert torch.equal(reply.tensors[0], torch.full((2,), 2.0))
 
 
-def test_a_peer_may_be_early(meeting):
-    assert meeting.handle(PeerSent("key", [torch.ones(2)])) == []
-    sent, reply = meeting.handle(Received(1, m.Envelope(2, m.Done()), [torch.ones(2)]))
-    assert isinstance(sent, ToPeer)
-    assert torch.equal(reply.tensors[0], torch.full((2,), 2.0))
+def test_an_answer_that_nobody_waits_for_changes_nothing(meeting):
+    assert meeting.handle(PeerAnswered("key", m.Values([None]), [torch.ones(2)])) == []
 
 
 def test_a_peer_that_cannot_be_reached_fails_the_request_alone(meeting):

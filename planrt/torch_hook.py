@@ -1,0 +1,197 @@
+"""`TorchHook`: gives `torch.Tensor` and `torch.nn.Module` their remote methods, and this process a worker.
+
+These methods are all that planrt adds to torch; none of its functions is replaced.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+from planrt.errors import LocalError, PointerError
+from planrt.workers import modules
+from planrt.workers.clients import BaseWorker, VirtualWorker
+from planrt.workers.loop import on_loop
+from planrt.workers.multipointer import MultiPointerTensor
+from planrt.workers.objects import allowed_users, contiguous
+from planrt.workers.optimizers import before_step
+from planrt.workers.pointers import PointerTensor, become_pointer, make_pointer, pointer_id
+
+_lock = threading.Lock()
+_hook: TorchHook | None = None
+
+
+def current_hook() -> TorchHook:
+    """The hook of this process, made at the first call."""
+    return TorchHook(torch)
+
+
+class TorchHook:
+    """``hook = planrt.TorchHook(torch)``. Making it again gives the same one.
+
+    Attributes:
+        local_worker: the worker ``me``, for this process; it can hold objects too.
+        is_client_worker: as the tutorials set it; planrt frees objects by their pointers either way.
+
+    Raises:
+        LocalError: given anything but `torch`.
+    """
+
+    local_worker: VirtualWorker
+    is_client_worker: bool
+
+    def __new__(cls, module: Any = torch, **options: Any) -> TorchHook:
+        """The one hook of this process."""
+        global _hook
+        if module is not torch:
+            raise LocalError(f"TorchHook hooks torch: write TorchHook(torch), not TorchHook({module!r})")
+        with _lock:
+            if _hook is None:
+                made = super().__new__(cls)
+                made.local_worker = VirtualWorker("me")
+                made.is_client_worker = True
+                _add_methods()
+                torch_optimizer.register_optimizer_step_pre_hook(before_step)
+                _hook = made
+        return _hook
+
+    def __init__(self, module: Any = torch, *, is_client: bool = True, verbose: bool = False) -> None:
+        self.is_client_worker = is_client
+
+    def __repr__(self) -> str:
+        return "<TorchHook of this process>"
+
+
+# ------------------------------------------------------------------------------------------------------- tensors
+
+
+def send(
+    self: torch.Tensor,
+    *workers: BaseWorker,
+    private: bool = False,
+    allowed_users: Sequence[str] | None = None,
+    garbage_collection: bool = True,
+) -> PointerTensor | MultiPointerTensor:
+    """Sends the tensor, with `requires_grad`, `.grad`, tags and description; gives a pointer, at once.
+
+    To several workers it gives one pointer that stands for all. `private`: nobody may read it or what is
+    computed from it. `allowed_users`: only these may. With ``garbage_collection=False`` the object stays when
+    its last pointer goes.
+
+    Raises:
+        UnsupportedTensorError: sparse, quantised, nested, or of a dtype that does not travel.
+        WorkerLostError: the worker's connection has ended.
+    """
+    allowed = _allowed(private, allowed_users)
+    _check_workers(workers)
+    pointers = []
+    for worker in workers:
+        (handle,) = worker.put([self], allowed=allowed)
+        handle.owned = garbage_collection
+        pointers.append(_pointer_to(self, handle))
+    return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
+
+
+async def async_send(
+    self: torch.Tensor,
+    *workers: BaseWorker,
+    private: bool = False,
+    allowed_users: Sequence[str] | None = None,
+) -> PointerTensor | MultiPointerTensor:
+    """`send`, to be awaited on any loop."""
+    allowed = _allowed(private, allowed_users)
+    _check_workers(workers)
+    pointers = [_pointer_to(self, await _put_one(worker, self, allowed)) for worker in workers]
+    return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
+
+
+@on_loop
+async def _put_one(worker: BaseWorker, tensor: torch.Tensor, allowed: list[str] | None) -> Any:
+    (handle,) = await worker.put_async([tensor], allowed=allowed)
+    return handle
+
+
+def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tensor:
+    """`send` in place: this object becomes the pointer, and ``get_()`` turns it back."""
+    _check_workers([worker])
+    allowed = allowed_users(options.pop("private", False), options.pop("allowed_users", None))
+    if options:
+        raise LocalError(f"send_ takes private and allowed_users, not {', '.join(options)}")
+    (handle,) = worker.put([self], allowed=allowed)
+    become_pointer(self, handle, contiguous(self))
+    return self
+
+
+def tag(self: torch.Tensor, *tags: str) -> torch.Tensor:
+    """Tags the tensor; the tags travel with it, and publish it where it is sent."""
+    if not all(isinstance(one, str) and 0 < len(one) <= 200 for one in tags):
+        raise LocalError("tags are strings of 1 to 200 characters")
+    self.__dict__["_tags"] = (*self.__dict__.get("_tags", ()), *tags)
+    return self
+
+
+def describe(self: torch.Tensor, description: str) -> torch.Tensor:
+    """Gives the tensor a description, whose words `search` finds."""
+    self.__dict__["_description"] = str(description)
+    return self
+
+
+def _pointer_to(tensor: torch.Tensor, handle: Any) -> PointerTensor:
+    pointer = make_pointer(handle, contiguous(tensor))
+    for name in ("_tags", "_description"):
+        if name in tensor.__dict__:
+            pointer.__dict__[name] = tensor.__dict__[name]
+    return pointer
+
+
+def _check_workers(workers: Sequence[Any]) -> None:
+    if not workers:
+        raise LocalError("send to whom? write x.send(worker)")
+    for worker in workers:
+        if not isinstance(worker, BaseWorker):
+            raise LocalError(
+                f"send takes workers, not {type(worker).__name__}: make one with VirtualWorker(hook, id=...)"
+            )
+
+
+def _allowed(private: bool, users: Sequence[str] | None) -> list[str] | None:
+    return allowed_users(private, users)
+
+
+def _not_remote(name: str) -> Any:
+    def refuse(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise PointerError(f"{name}() is for pointers, and this tensor is here: send() it first")
+
+    refuse.__name__ = name
+    refuse.__doc__ = f"For pointers only: see `PointerTensor.{name}`."
+    return refuse
+
+
+def _owner(self: torch.Tensor) -> VirtualWorker:
+    """The worker that stands for this process."""
+    return current_hook().local_worker
+
+
+def _add_methods() -> None:
+    """The methods that planrt adds to torch's two classes."""
+    additions: dict[str, Any] = {
+        "send": send, "async_send": async_send, "send_": send_, "tag": tag, "describe": describe,
+        "get": _not_remote("get"), "get_": _not_remote("get_"), "move": _not_remote("move"),
+        "id": property(pointer_id, doc="A number of this tensor in this process."),
+        "owner": property(_owner),
+        "tags": property(lambda self: set(self.__dict__.get("_tags", ()))),
+        "description": property(lambda self: self.__dict__.get("_description", "")),
+        "copy": torch.Tensor.clone,
+    }  # fmt: skip
+    for name, value in additions.items():
+        setattr(torch.Tensor, name, value)
+    for name, value in {
+        "send": modules.send_module, "get": modules.get_module, "move": modules.move_module,
+        "copy": modules.copy_module, "location": property(modules.location_of),
+    }.items():  # fmt: skip
+        setattr(nn.Module, name, value)

@@ -1,0 +1,237 @@
+"""Modules on workers: every parameter and buffer becomes a pointer, in place, and the module goes on as before.
+
+A parameter stays the same object, so an optimizer made before `send` goes on stepping. While the module's forward
+runs, factories such as `torch.zeros` (as in `nn.LSTM`) make their tensors on the module's worker.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from planrt.errors import LocalError, MixedLocationsError
+from planrt.plans import ops
+from planrt.serde.values import DEVICE
+from planrt.types import Ref, map_leaves
+from planrt.workers.clients import BaseWorker
+from planrt.workers.dispatch import place_of
+from planrt.workers.inference import spec_of
+from planrt.workers.objects import contiguous
+from planrt.workers.pointers import (
+    Handle,
+    PointerParameter,
+    PointerTensor,
+    become_pointer,
+    become_tensor,
+    make_pointer,
+    new_id,
+)
+from planrt.workers.posted import PostedOp
+
+
+def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    return list(dict.fromkeys(itertools.chain(module.parameters(), module.buffers())))
+
+
+def location_of(module: nn.Module) -> BaseWorker | None:
+    """The worker that holds the module; None while it is here.
+
+    Raises:
+        MixedLocationsError: its tensors are in several places.
+    """
+    places = {place_of(tensor): tensor for tensor in tensors_of(module)}
+    if len(places) > 1:
+        raise MixedLocationsError(f"the module's tensors are in {' and '.join(sorted(places))}")
+    for tensor in places.values():
+        return tensor._handle.worker if isinstance(tensor, PointerTensor) else None
+    return None
+
+
+def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
+    """Sends every parameter and buffer to `worker` in one message; returns the module itself."""
+    local = _local(module)
+    if local:
+        _become_remote(module, local, worker, worker.put(local))
+    return module
+
+
+async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
+    """`send_module`, on planrt's loop."""
+    local = _local(module)
+    if local:
+        _become_remote(module, local, worker, await worker.put_async(local))
+    return module
+
+
+def _local(module: nn.Module) -> list[torch.Tensor]:
+    tensors = tensors_of(module)
+    for tensor in tensors:
+        if isinstance(tensor, PointerTensor):
+            raise LocalError(f"the module is on {place_of(tensor)} already: get() or move() it")
+    return tensors
+
+
+def _become_remote(
+    module: nn.Module, tensors: list[torch.Tensor], worker: BaseWorker, handles: list[Handle]
+) -> None:
+    for tensor, handle in zip(tensors, handles, strict=True):
+        become_pointer(tensor, handle, contiguous(tensor))
+    _add_hooks(module, worker)
+
+
+def get_module(module: nn.Module) -> nn.Module:
+    """Brings every parameter and buffer back, in place."""
+    pointers = _remote(module)
+    asked = [pointer._handle.worker.begin_fetch(pointer) for pointer in pointers]
+    for pointer, one in zip(pointers, asked, strict=True):
+        become_tensor(pointer, pointer._handle.worker.end_fetch(pointer, one))
+    _remove_hooks(module)
+    return module
+
+
+def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
+    """Moves every parameter and buffer to `worker`, straight from where they are."""
+    for pointer in _remote(module):
+        moved = pointer.move(worker)
+        handle, moved._handle = moved._handle, Handle(worker, 0, owned=False)
+        become_pointer(pointer, handle, moved._spec)
+    _remove_hooks(module)
+    _add_hooks(module, worker)
+    return module
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A module of the same kind with copies of parameters and buffers on the same worker (or here)."""
+    if location_of(module) is None:
+        return copy.deepcopy(module)
+    copies: dict[int, Any] = {}
+    for tensor in tensors_of(module):
+        cloned = tensor.detach().clone()
+        handle, cloned._handle = cloned._handle, Handle(cloned._handle.worker, 0, owned=False)  # type: ignore[attr-defined]
+        like = cloned._spec  # type: ignore[attr-defined]
+        if isinstance(tensor, PointerParameter):
+            blank: torch.Tensor = nn.Parameter(torch.empty(0, dtype=like.dtype), requires_grad=False)
+        else:
+            blank = torch.empty(0, dtype=like.dtype)
+        become_pointer(blank, handle, like)
+        if tensor.requires_grad:
+            blank.requires_grad_()
+        copies[id(tensor)] = blank
+    worker = location_of(module)
+    copied = copy.deepcopy(_without_hooks(module), copies)
+    assert worker is not None  # noqa: S101 - asked above
+    _add_hooks(module, worker)
+    _add_hooks(copied, worker)
+    return copied
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    _remove_hooks(module)
+    return module
+
+
+def _remote(module: nn.Module) -> list[PointerTensor]:
+    tensors = tensors_of(module)
+    for tensor in tensors:
+        if not isinstance(tensor, PointerTensor):
+            raise LocalError("the module is not on a worker: send() it first")
+    return [tensor for tensor in tensors if isinstance(tensor, PointerTensor)]
+
+
+# ---------------------------------------------------------------------------------- factories in a module's forward
+
+
+class RemoteFactories(TorchFunctionMode):
+    """While active, torch's factories make their tensors on `worker`."""
+
+    def __init__(self, worker: BaseWorker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in place of `func`."""
+        kwargs = kwargs or {}
+        name = ops.name_of(func)
+        if name is None or name not in ops.FACTORIES:
+            return func(*args, **kwargs)
+        return make_remote(self._worker, name, func, args, kwargs)
+
+
+def make_remote(
+    worker: BaseWorker, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Makes a tensor on `worker` by the factory `name`."""
+    like = func(*args, **{**kwargs, "device": "meta"})
+    handle = Handle(worker, new_id())
+    wire = map_leaves(kwargs, lambda leaf: DEVICE if isinstance(leaf, torch.device) else leaf)
+    wire.pop("device", None)
+    seed = worker.draw_seed() if name in ops.RANDOM else None
+    op = PostedOp(name, args, wire, Ref(handle.id), torch.is_grad_enabled(), seed, worker.take_drops())
+    worker.post_op(op.pack())
+    return make_pointer(handle, spec_of(like))
+
+
+class _Hooks:
+    """The forward hooks of one module that is on a worker."""
+
+    def __init__(self, module: nn.Module, worker: BaseWorker) -> None:
+        self._worker = worker
+        self._active: list[RemoteFactories] = []
+        self._handles = [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        mode = RemoteFactories(self._worker)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        self._active.append(mode)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active:
+            self._active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+_HOOKS = "_planrt_hooks"
+
+
+def _hooked(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward makes tensors from nothing, as torch's recurrent ones and many of users' own do."""
+    for part in module.modules():
+        if type(part).forward not in _PLAIN_FORWARDS:
+            yield part
+
+
+_PLAIN_FORWARDS = frozenset(
+    kind.forward
+    for kind in (
+        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Sequential, nn.Dropout, nn.MaxPool2d, nn.BatchNorm1d,
+        nn.BatchNorm2d, nn.Embedding, nn.LayerNorm, nn.Identity, nn.Flatten, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Softmax,
+    )
+)  # fmt: skip
+
+
+def _add_hooks(module: nn.Module, worker: BaseWorker) -> None:
+    for part in _hooked(module):
+        if _HOOKS not in part.__dict__:
+            part.__dict__[_HOOKS] = _Hooks(part, worker)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for part in module.modules():
+        hooks = part.__dict__.pop(_HOOKS, None)
+        if hooks is not None:
+            hooks.remove()

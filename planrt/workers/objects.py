@@ -1,0 +1,378 @@
+"""A worker's objects as its clients see them: sending, posting, fetching, searching. `BaseWorker` inherits this."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+
+from planrt.errors import LocalError, OptionError, UnsupportedTensorError, WireError
+from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.serde.values import decode
+from planrt.types import Ref, map_leaves
+from planrt.workers import messages as m
+from planrt.workers.connection import Connection, Line, Outgoing, Reply
+from planrt.workers.inference import Spec, spec, spec_from_wire, spec_of
+from planrt.workers.loop import on_loop, run
+from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
+
+COPIED_BYTES = 1 << 16
+"""Tensors up to this size are copied and posted; for larger ones `send` waits until their bytes have left."""
+
+
+class GradientTable:
+    """Which objects on a worker have gradients. Kept by the answers to backward passes, which nobody awaits until
+    somebody wants to know."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        """Grows when the gradients there may be other tensors than before."""
+        self._specs: dict[int, Spec] = {}
+        self._pending: list[Callable[[], Reply]] = []
+
+    def expect(self, answer: Callable[[], Reply]) -> None:
+        """A backward pass is under way; `answer` waits for its end."""
+        self.epoch += 1
+        self._pending.append(answer)
+
+    def settle(self) -> None:
+        """Waits for backward passes under way.
+
+        Raises:
+            RemoteError: one of them failed.
+        """
+        while self._pending:
+            body, _ = self._pending.pop(0)()
+            if isinstance(body, m.Gradients):
+                self._specs = {id: spec_from_wire(wire) for id, wire in body.objects}
+
+    def spec_of(self, handle: Handle) -> Spec | None:
+        """What the gradient of an object looks like; None where it has none. May wait for a backward pass."""
+        self.settle()
+        return self._specs.get(handle.id)
+
+    def set(self, id: int, like: Spec | None) -> None:
+        """The client itself set or removed a gradient."""
+        self.settle()
+        self.epoch += 1
+        if like is None:
+            self._specs.pop(id, None)
+        else:
+            self._specs[id] = like
+
+    def forget(self, id: int) -> None:
+        """The object is gone."""
+        self._specs.pop(id, None)
+
+
+class RemoteObjects:
+    """The part of a worker's client that pointers use."""
+
+    id: str
+    _connection: Connection
+
+    def _init_objects(self) -> None:
+        self.gradients = GradientTable()
+
+    @property
+    def link_address(self) -> str:
+        """Where other workers reach this one."""
+        return self._connection.session.address
+
+    # ------------------------------------------------------------------------------- used by pointers
+
+    def post_op(self, packed: bytes, line: Line | None = None) -> None:
+        """Posts a packed op; waits only if very many are waiting to be sent."""
+        if not self._connection.post_op(packed, line):
+            run(self._connection.drained(), instead="await something between so many operations")
+
+    def take_drops(self) -> tuple[int, ...]:
+        """Objects that the next op takes along to be freed."""
+        return self._connection.take_drops()
+
+    def draw_seed(self) -> int:
+        """A seed for an op that draws random numbers, from torch's generator here."""
+        return int(torch.randint(2**63 - 1, ()).item())
+
+    def forget(self, id: int) -> None:
+        """Nobody points at object `id` any more."""
+        self.gradients.forget(id)
+        self._connection.drop(id)
+
+    def call(self, packed: bytes, *, via: tuple[Any, ...] = ()) -> Any:
+        """Runs a packed op whose results only the worker can tell."""
+        body, _ = self._wait(self._ask(m.Call(packed)), instead="an op whose result's size is known")
+        if not isinstance(body, m.Made):
+            raise self._unexpected(body)
+        try:
+            made = [
+                make_pointer(Handle(self, id, via), spec_from_wire(like))  # type: ignore[arg-type]
+                for id, like in body.objects
+            ]
+            return map_leaves(
+                decode(body.results), lambda leaf: made[leaf.index] if isinstance(leaf, Ref) else leaf
+            )
+        except (LocalError, KeyError, IndexError) as error:
+            raise self._unexpected(body) from error
+
+    def backward(
+        self,
+        roots: list[int],
+        given: list[int | None],
+        retain_graph: bool,
+        create_graph: bool,
+        inputs: list[int] | None,
+    ) -> None:
+        """A backward pass there; who asks for a gradient afterwards waits for it."""
+        asked = self._ask(m.Backward(roots, given, retain_graph, create_graph, inputs))
+        self.gradients.expect(
+            lambda: run(
+                self._connection.finish(asked), instead="await pointer.async_get() before reading .grad"
+            )
+        )
+
+    def _ask(self, body: m.Body, tensors: Sequence[torch.Tensor] = (), *, drops: bool = False) -> Outgoing:
+        """Queues a request, from any thread, after everything posted before."""
+        return self._connection.enqueue(body, tensors, drops=drops)
+
+    def _wait(self, asked: Outgoing, *, instead: str) -> Reply:
+        self.gradients.settle()
+        return run(self._connection.finish(asked), instead=instead)
+
+    def _unexpected(self, body: object) -> WireError:
+        return WireError(
+            f"worker {self.id!r} answered with an unexpected {type(body).__name__}", address=self.link_address
+        )
+
+    # ------------------------------------------------------------------------------------------ values
+
+    def put(self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None) -> list[Handle]:
+        """Sends tensors, with their gradients, tags and descriptions, in one message.
+
+        They may change once this returns. `allowed`: the users who may read them, None for everyone.
+
+        Raises:
+            UnsupportedTensorError: one that cannot travel. WorkerLostError: the worker is gone.
+        """
+        body, payload, handles = self._put_message(tensors, allowed)
+        if sum(tensor.nbytes for tensor in payload) <= COPIED_BYTES:
+            self._connection.post(body, [tensor.clone() for tensor in payload])
+        else:
+            run(self._connection.send(body, payload), instead="await tensor.async_send(worker)")
+        return handles
+
+    async def put_async(
+        self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None
+    ) -> list[Handle]:
+        """`put`, on planrt's loop."""
+        body, payload, handles = self._put_message(tensors, allowed)
+        await self._connection.send(body, payload)
+        return handles
+
+    def _put_message(
+        self, tensors: Sequence[torch.Tensor], allowed: list[str] | None
+    ) -> tuple[m.Put, list[torch.Tensor], list[Handle]]:
+        items, payload, handles = [], [], []
+        for tensor in tensors:
+            check_travels(tensor)
+            grad = tensor.grad if tensor.is_leaf else None
+            handle = Handle(self, new_id())  # type: ignore[arg-type]
+            handles.append(handle)
+            items.append(
+                m.PutItem(
+                    handle.id, tensor.requires_grad, grad is not None, list(tensor.__dict__.get("_tags", ())),
+                    tensor.__dict__.get("_description", ""), allowed,
+                )
+            )  # fmt: skip
+            payload.append(tensor.detach())
+            if grad is not None:
+                check_travels(grad)
+                payload.append(grad.detach())
+                self.gradients.set(handle.id, contiguous(grad))
+        return m.Put(items), payload, handles
+
+    def fetch(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
+        """The value behind a pointer, or what it points to."""
+        asked = self._ask(m.Fetch(alive(pointer).id, delete))
+        body, tensors = self._wait(asked, instead="await pointer.async_get()")
+        return self._fetched(pointer, body, tensors, delete=delete)
+
+    def begin_fetch(self, pointer: PointerTensor) -> Outgoing:
+        """Asks for a value without waiting for it, so that many can be on their way; `end_fetch` waits."""
+        return self._ask(m.Fetch(alive(pointer).id, True))
+
+    def end_fetch(self, pointer: PointerTensor, asked: Outgoing) -> Any:
+        """The value that `begin_fetch` asked for."""
+        body, tensors = self._wait(asked, instead="await pointer.async_get()")
+        return self._fetched(pointer, body, tensors, delete=True)
+
+    @on_loop
+    async def fetch_async(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
+        """`fetch`, to be awaited on any loop."""
+        asked = self._ask(m.Fetch(alive(pointer).id, delete))
+        body, tensors = await self._connection.finish(asked)
+        return self._fetched(pointer, body, tensors, delete=delete)
+
+    def _fetched(
+        self, pointer: PointerTensor, body: m.Body, tensors: list[torch.Tensor], *, delete: bool
+    ) -> Any:
+        handle = pointer._handle
+        if isinstance(body, m.FetchedPointer):
+            there = handle.via[0]
+            if delete:
+                handle.alive = False
+            there._connection.post(m.Claim([body.object], body.token))
+            return make_pointer(Handle(there, body.object, handle.via[1:]), pointer._spec)
+        if not isinstance(body, m.Fetched) or len(tensors) != 1 + body.has_grad:
+            raise self._unexpected(body)
+        if delete:
+            handle.alive = False
+            self.gradients.forget(handle.id)
+        value = tensors[0]
+        if body.requires_grad:
+            value.requires_grad_()
+        if body.has_grad:
+            value.grad = tensors[1]
+        if body.tags or body.description:
+            value.__dict__["_tags"], value.__dict__["_description"] = tuple(body.tags), body.description
+        return value
+
+    # --------------------------------------------------------------------------- from worker to worker
+
+    def hand_pointer(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
+        """Makes worker `to` hold a pointer to the object here; gives a pointer to that."""
+        handle, token = alive(pointer), secrets.token_hex(16)
+        self._wait(self._ask(m.HandOver([handle.id], token)), instead="sending pointers from another thread")
+        handle.alive = False
+        id = new_id()
+        peer = m.PeerAddress(self.id, self.link_address)
+        to._connection.post(m.PutPointer(id, peer, handle.id, token))
+        return make_pointer(Handle(to, id, (self, *handle.via)), pointer._spec)  # type: ignore[arg-type]
+
+    @on_loop
+    async def move_async(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
+        """Moves an object from this worker to `to`, directly where this one can reach it."""
+        handle = alive(pointer)
+        if handle.via:
+            raise LocalError("a pointer to a pointer cannot be moved: get() it, and move what it points to")
+        if to is self:
+            return pointer
+        s = pointer._spec
+        after = spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
+        if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
+            # No other process can reach a virtual worker of this one: through here, then.
+            value = await self.fetch_async(pointer)
+            (moved,) = await to.put_async([value])
+            return make_pointer(moved, after)
+        id, token = new_id(), secrets.token_hex(16)
+        grad = self.gradients._specs.get(handle.id)
+        asked = self._ask(m.Move(handle.id, m.PeerAddress(to.id, to.link_address), id, token))
+        body, _ = await self._connection.finish(asked)
+        if not isinstance(body, m.Done):
+            raise self._unexpected(body)
+        handle.alive = False
+        self.gradients.forget(handle.id)
+        to._connection.post(m.Claim([id], token))
+        if grad is not None:
+            to.gradients._specs[id] = grad
+        return make_pointer(Handle(to, id), after)  # type: ignore[arg-type]
+
+    def move(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
+        """The blocking form of `move_async`."""
+        self.gradients.settle()
+        return run(self.move_async(pointer, to), instead="await pointer.async_move(worker)")
+
+    # ------------------------------------------------------------------------------------------- finding
+
+    @on_loop
+    async def async_search(self, query: str | Sequence[str], *more: str) -> list[PointerTensor]:
+        """Pointers to this session's objects and to published ones that match every term of `query` exactly: a tag,
+        an id, or a word of the description.
+        """
+        terms = [str(query)] if isinstance(query, str | int) else [str(term) for term in query]
+        body, _ = await self._connection.finish(self._ask(m.Search([*terms, *more])))
+        if not isinstance(body, m.Found):
+            raise self._unexpected(body)
+        found = []
+        for item in body.objects:
+            pointer = make_pointer(Handle(self, item.id, owned=False), spec_from_wire(item.spec))  # type: ignore[arg-type]
+            pointer.__dict__["_tags"], pointer.__dict__["_description"] = tuple(item.tags), item.description
+            found.append(pointer)
+        return found
+
+    def search(self, query: str | Sequence[str], *more: str) -> list[PointerTensor]:
+        """The blocking form of `async_search`."""
+        return run(self.async_search(query, *more), instead="await worker.async_search(...)")
+
+    def request_search(
+        self, query: str | Sequence[str], *more: str, location: RemoteObjects
+    ) -> list[PointerTensor]:
+        """What `location` has: ``me.request_search(["#boston"], location=bob)``."""
+        return location.search(query, *more)
+
+    def describe_object(self, pointer: PointerTensor, tags: Sequence[str], description: str) -> None:
+        """Gives an object tags and a description; tagged ones are published."""
+        self._connection.post(m.Describe(alive(pointer).id, list(tags), description))
+
+    def objects_count(self) -> int:
+        """How many objects the worker holds for this client."""
+        body, _ = self._wait(self._ask(m.CountObjects(), drops=True), instead="counting from another thread")
+        if not isinstance(body, m.Counted):
+            raise self._unexpected(body)
+        return body.objects
+
+    def clear_objects(self) -> Self:
+        """Removes every object that this client has there, published ones too."""
+        self._wait(self._ask(m.Clear(), drops=True), instead="clearing from another thread")
+        return self
+
+
+def check_travels(tensor: torch.Tensor) -> None:
+    """Raises UnsupportedTensorError for a tensor that cannot go to a worker, with what to do instead."""
+    kind = ""
+    if tensor.is_quantized:
+        kind, instead = "a quantised tensor", "dequantize()"
+    elif tensor.layout != torch.strided:
+        kind, instead = f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}", "to_dense()"
+    elif tensor.is_nested:
+        kind, instead = "a nested tensor", "to_padded_tensor()"
+    elif tensor.is_meta:
+        kind, instead = "a meta tensor, which has no values", "to_empty()"
+    elif tensor.dtype not in DTYPE_NAMES:
+        kind, instead = (
+            f"a tensor of {tensor.dtype}",
+            f".to(one of {', '.join(sorted(DTYPE_NAMES.values()))})",
+        )
+    if kind:
+        raise UnsupportedTensorError(f"{kind} cannot go to a worker: convert it first, with {instead}")
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The stride of a contiguous tensor of that shape."""
+    stride = []
+    step = 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def contiguous(tensor: torch.Tensor) -> Spec:
+    """The spec that `tensor` has once it has travelled: contiguous, and a leaf."""
+    s = spec_of(tensor)
+    return spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
+
+
+def allowed_users(private: bool, users: Sequence[str] | None) -> list[str] | None:
+    """Who may read what is sent with these options; None for everyone.
+
+    Raises:
+        OptionError: `users` is a single string.
+    """
+    if isinstance(users, str):
+        raise OptionError(f"allowed_users is a list of user names: write [{users!r}]")
+    if users is not None:
+        return list(users)
+    return [] if private else None

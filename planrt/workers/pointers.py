@@ -1,0 +1,260 @@
+"""`PointerTensor`: a tensor that lives on a worker, used like any other.
+
+Every torch call on a pointer becomes one posted op (`planrt.workers.dispatch`); the result is a pointer at once,
+with shape and dtype, and the values stay where they are until `get`. A pointer sits above autograd
+(``__torch_function__``): gradients are computed by the worker that owns the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from types import CodeType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from planrt.errors import GonePointerError, RemoteOpError
+from planrt.workers.inference import Spec
+
+if TYPE_CHECKING:
+    from planrt.workers.clients import BaseWorker
+
+Line = tuple[CodeType, int]
+
+_ids = itertools.count(secrets.randbits(40) << 10)
+
+
+def new_id() -> int:
+    """An object id, in [0, 2**63), that no other process will choose either."""
+    return next(_ids)
+
+
+class Handle:
+    """What a pointer holds on to: the object `id` on `worker`. Going, it lets the worker free the object."""
+
+    __slots__ = ("alive", "id", "owned", "via", "worker")
+
+    def __init__(
+        self, worker: BaseWorker, id: int, via: tuple[BaseWorker, ...] = (), *, owned: bool = True
+    ) -> None:
+        self.worker = worker
+        self.id = id
+        self.via = via
+        """The workers that the object itself points through, in order; empty for a tensor."""
+        self.owned = owned
+        self.alive = True
+
+    def __del__(self) -> None:
+        if self.owned and self.alive:
+            self.worker.forget(self.id)
+
+
+class PointerTensor(torch.Tensor):
+    """A tensor on a worker.
+
+    Attributes (besides those of `torch.Tensor`, which answer without asking the worker):
+        location: the worker. id_at_location: the object's id there. id: the pointer's own id, here.
+        owner: the worker that stands for this process. tags, description: as the object was given them.
+    """
+
+    _handle: Handle
+    _spec: Spec
+    _id: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from planrt.workers.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+        """Reached only by code that goes around ``__torch_function__``: there is no data here to compute on."""
+        raise RemoteOpError(
+            f"{func} was called below torch's Python functions (by TorchScript or a C++ extension, say): pointers "
+            "have no values here; get() them first"
+        )
+
+    __hash__ = object.__hash__
+
+    @property
+    def location(self) -> BaseWorker:
+        """The worker that holds the object."""
+        return self._handle.worker
+
+    @property
+    def id_at_location(self) -> int:
+        """The object's id on its worker."""
+        return self._handle.id
+
+    @property
+    def garbage_collection(self) -> bool:
+        """Whether the object goes when the last pointer to it does."""
+        return self._handle.owned
+
+    @garbage_collection.setter
+    def garbage_collection(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    def get(self) -> Any:
+        """The value, with `requires_grad` and `.grad` as they stand there; the worker forgets the object.
+
+        A pointer to a pointer gives the pointer it points to.
+
+        Raises:
+            RemoteError: the op that made it, or one before it, failed; names the op, its line and the worker.
+            GetNotPermittedError: it is private. GonePointerError: it was used up before. WorkerLostError.
+        """
+        return alive(self).worker.fetch(self)
+
+    async def async_get(self) -> Any:
+        """`get`, to be awaited on any loop."""
+        return await alive(self).worker.fetch_async(self)
+
+    def get_(self) -> PointerTensor:
+        """`get` in place: this object, made a pointer by ``send_``, becomes a tensor again."""
+        become_tensor(self, alive(self).worker.fetch(self))
+        return self
+
+    def copy(self) -> PointerTensor:
+        """A pointer to a copy on the same worker."""
+        return self.clone()  # type: ignore[return-value]
+
+    def move(self, worker: BaseWorker) -> PointerTensor:
+        """Moves the object to `worker`, straight from its own; this pointer is used up, the new one returned.
+
+        Raises:
+            RemoteError: one of the workers could not. GetNotPermittedError: it is private.
+        """
+        return alive(self).worker.move(self, worker)
+
+    async def async_move(self, worker: BaseWorker) -> PointerTensor:
+        """`move`, to be awaited on any loop."""
+        return await alive(self).worker.move_async(self, worker)
+
+    def send(self, worker: BaseWorker) -> PointerTensor:
+        """Gives `worker` this pointer: the result points to it there. `get` brings it back."""
+        return alive(self).worker.hand_pointer(self, worker)
+
+    def tag(self, *tags: str) -> PointerTensor:
+        """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
+        self.__dict__["_tags"] = (*self.__dict__.get("_tags", ()), *tags)
+        self._handle.worker.describe_object(
+            self, self.__dict__["_tags"], self.__dict__.get("_description", "")
+        )
+        return self
+
+    def describe(self, description: str) -> PointerTensor:
+        """Gives the object a description, whose words `search` finds."""
+        self.__dict__["_description"] = description
+        self._handle.worker.describe_object(self, self.__dict__.get("_tags", ()), description)
+        return self
+
+
+_base: Any = torch.Tensor._make_wrapper_subclass
+_no_function = torch._C.DisableTorchFunctionSubclass
+
+
+def make_pointer(handle: Handle, spec: Spec) -> PointerTensor:
+    """A new pointer to what `handle` holds."""
+    pointer: PointerTensor = _base(PointerTensor, spec.shape, strides=spec.stride, dtype=spec.dtype)
+    pointer._handle = handle
+    pointer._spec = spec
+    return pointer
+
+
+class PointerParameter(PointerTensor, torch.nn.Parameter):
+    """What a module's parameter becomes while its module is on a worker: the same object, of another class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PointerParameter:
+        """Never made like this: `become_pointer` turns parameters into these."""
+        raise RemoteOpError("send a module to get remote parameters: module.send(worker)")
+
+
+def become_pointer(tensor: torch.Tensor, handle: Handle, spec: Spec) -> None:
+    """Turns `tensor`, in place, into a pointer: whoever refers to it goes on doing so (as torch's own
+    `UninitializedParameter` does). Its memory here is freed.
+    """
+    with _no_function():
+        if isinstance(tensor, PointerTensor):
+            pass
+        elif isinstance(tensor, torch.nn.Parameter):
+            tensor.grad = None
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+            tensor.__class__ = PointerParameter
+        else:
+            tensor.grad = None
+            if tensor.grad_fn is not None:
+                tensor.detach_()
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+            tensor.__class__ = PointerTensor
+    tensor._handle = handle  # type: ignore[attr-defined]
+    tensor._spec = spec  # type: ignore[attr-defined]
+
+
+def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
+    """Turns a pointer that `become_pointer` made back into the tensor it was, with `value`'s data and gradient."""
+    with _no_function():
+        if not _is_swapped(pointer):
+            raise RemoteOpError("get_() needs a pointer made by send_(): write x = x.get()")
+        is_parameter = isinstance(pointer, PointerParameter)
+        del pointer._handle, pointer._spec
+        pointer.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor  # type: ignore[assignment]
+        pointer.requires_grad_(False)
+        pointer.data = value.detach()
+        pointer.requires_grad_(value.requires_grad)
+        pointer.grad = value.grad
+
+
+def _is_swapped(pointer: PointerTensor) -> bool:
+    """Whether it has memory of its own: `make_pointer`'s have none."""
+    return not torch._C._dispatch_keys(pointer).has(torch._C.DispatchKey.Python)
+
+
+def alive(pointer: PointerTensor) -> Handle:
+    """The handle of a pointer that still points somewhere.
+
+    Raises:
+        GonePointerError: after `get` or `move`.
+    """
+    handle = pointer._handle
+    if not handle.alive:
+        raise GonePointerError(
+            f"this pointer to {handle.id} on worker {handle.worker.id!r} was used up by get() or move(): use what that "
+            "returned"
+        )
+    return handle
+
+
+# How a pointer prints: nothing of it comes from the worker.
+
+
+def describe(pointer: PointerTensor) -> str:
+    """``(Wrapper)>[PointerTensor | me:ID -> bob:ID]`` and what tags, description and shape are known."""
+    handle = pointer._handle
+    gone = "" if handle.alive else " (used up)"
+    chain = "".join(f" -> {worker.id}" for worker in handle.via)
+    suffix = "::grad" if pointer.__dict__.get("_is_grad") else ""
+    text = (
+        f"[PointerTensor | me:{pointer_id(pointer)} -> {handle.worker.id}:{handle.id}{chain}]{suffix}{gone}"
+    )
+    tags = pointer.__dict__.get("_tags", ())
+    description = pointer.__dict__.get("_description", "")
+    if tags or description:
+        text += f"\n\tTags: {' '.join(tags)}\n\tShape: {list(pointer._spec.shape)}"
+        if description:
+            text += f"\n\tDescription: {description.strip().splitlines()[0][:100]}..."
+    if isinstance(pointer, PointerParameter):
+        return f"Parameter containing:\n(Wrapper)>{text}"
+    return f"(Wrapper)>{text}"
+
+
+def pointer_id(tensor: torch.Tensor) -> int:
+    """The id of a tensor or pointer in this process, given at the first question."""
+    found = tensor.__dict__.get("_id")
+    if found is None:
+        found = tensor.__dict__["_id"] = new_id()
+    return int(found)

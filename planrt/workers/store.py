@@ -1,0 +1,200 @@
+"""The objects a worker holds for its clients: tensors, and pointers to objects on other workers. No I/O.
+
+Every object belongs to the session that made it, which alone can use it by its id, and is freed with it. A
+tagged object is published: it outlives its session, and others find it by `search`. They get a snapshot that
+shares the owner's memory until somebody writes (`torch._lazy_clone`), so nobody can change what another
+published.
+
+An object's *label* says who may read it: None for everyone, else a set of users. What is computed from several
+objects may be read by those who may read all of them. Labels follow memory: objects that share storage share
+the strictest of their labels.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from planrt.errors import DuplicateIdError, LocalError
+from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.workers import messages as m
+
+Label = frozenset[str] | None
+
+MAX_OBJECTS = 1_000_000
+"""Objects that a worker keeps for all its sessions."""
+
+
+class UnknownObjectError(LocalError):
+    """Reported to the client under the kind "UnknownObjectError"."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRef:
+    """A pointer to an object on another worker."""
+
+    peer: m.PeerAddress
+    id: int
+
+
+@dataclass(slots=True, eq=False)
+class StoredObject:
+    """One object of a worker."""
+
+    value: torch.Tensor | PeerRef | None
+    """None when the op that should have made it failed."""
+    owner: str
+    """The session's id; empty for the worker's own."""
+    label: Label = None
+    grad_label: Label = None
+    failure: m.Failure | None = None
+    """Why there is no value, or why the last change in place did not happen."""
+    tags: tuple[str, ...] = ()
+    description: str = ""
+    handover: str = ""
+    """The token that makes its bearer the owner."""
+
+
+def both(first: Label, second: Label) -> Label:
+    """Who may read what was computed from two objects."""
+    if first is None:
+        return second
+    return first if second is None else first & second
+
+
+def spec_of(tensor: torch.Tensor) -> m.ObjectSpec:
+    """What may be known of `tensor` without its values."""
+    return m.ObjectSpec(
+        list(tensor.shape),
+        list(tensor.stride()),
+        DTYPE_NAMES[tensor.dtype],
+        tensor.requires_grad,
+        tensor.is_leaf,
+    )
+
+
+def new_id() -> int:
+    """An object id that nobody else will choose, in [0, 2**63)."""
+    return secrets.randbits(52)
+
+
+@dataclass(slots=True)
+class ObjectStore:
+    """id -> object, with the sessions' rights to them."""
+
+    limit: int = MAX_OBJECTS
+    objects: dict[int, StoredObject] = field(default_factory=dict)
+    _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
+
+    def add(self, id: int, stored: StoredObject) -> None:
+        """Takes `stored` under `id`.
+
+        Raises:
+            DuplicateIdError: the id is in use. LocalError: the worker holds as many objects as it may.
+        """
+        if id in self.objects:
+            raise DuplicateIdError(f"an object with the id {id} is already there: choose another id")
+        if len(self.objects) >= self.limit:
+            raise LocalError(f"the worker holds {self.limit:,} objects, its limit: drop some pointers")
+        self.objects[id] = stored
+        self._of_session.setdefault(stored.owner, {})[id] = None
+
+    def find(self, session: str, id: int) -> StoredObject:
+        """The session's object `id`.
+
+        Raises:
+            UnknownObjectError: it holds none under that id: never made, taken back, or another session's.
+        """
+        stored = self.objects.get(id)
+        if stored is None or stored.owner != session:
+            raise UnknownObjectError(
+                f"no object {id} here for this session: was it taken back by get() or dropped?"
+            )
+        return stored
+
+    def drop(self, session: str, id: int) -> StoredObject | None:
+        """Forgets the session's object `id`, unless it is published; unknown ids are none of our business."""
+        stored = self.objects.get(id)
+        if stored is None or stored.owner != session or stored.tags:
+            return None
+        return self.remove(id)
+
+    def remove(self, id: int) -> StoredObject:
+        """Forgets an object, published or not."""
+        stored = self.objects.pop(id)
+        self._of_session[stored.owner].pop(id)
+        return stored
+
+    def change_owner(self, id: int, session: str) -> None:
+        """Makes object `id` belong to `session`."""
+        stored = self.remove(id)
+        stored.owner = session
+        self.objects[id] = stored
+        self._of_session.setdefault(session, {})[id] = None
+
+    def of(self, session: str) -> Iterator[tuple[int, StoredObject]]:
+        """The objects of a session, oldest first."""
+        for id in list(self._of_session.get(session, ())):
+            yield id, self.objects[id]
+
+    def count(self, session: str) -> int:
+        """How many objects belong to `session`."""
+        return len(self._of_session.get(session, ()))
+
+    def end(self, session: str) -> list[StoredObject]:
+        """Frees what belongs to a session that has ended; what it published becomes the worker's own."""
+        gone = []
+        for id, stored in list(self.of(session)):
+            if stored.tags and isinstance(stored.value, torch.Tensor):
+                self.change_owner(id, "")
+            else:
+                gone.append(self.remove(id))
+        self._of_session.pop(session, None)
+        return gone
+
+    def clear(self, session: str) -> list[StoredObject]:
+        """Removes everything that belongs to `session`, published or not."""
+        return [self.remove(id) for id, _ in list(self.of(session))]
+
+    def search(self, session: str, query: Iterable[str]) -> list[tuple[int, StoredObject]]:
+        """Objects that match every term: a tag, the id, or a word of the description, exactly.
+
+        The session's own are found as they are. Of others' published ones it gets snapshots of its own.
+        """
+        terms = list(query)
+        hits = [
+            (id, stored)
+            for id, stored in list(self.objects.items())
+            if (stored.owner in (session, "") or stored.tags)
+            and isinstance(stored.value, torch.Tensor)
+            and all(_matches(term, id, stored) for term in terms)
+        ]
+        return [hit if hit[1].owner == session else self._snapshot(session, hit[1]) for hit in hits]
+
+    def share_label(self, tensor: torch.Tensor, label: Label) -> None:
+        """Gives `label` to every object that shares memory with `tensor` and is not as strict yet."""
+        if label is None:
+            return
+        memory = tensor.untyped_storage()._cdata
+        for stored in self.objects.values():
+            value = stored.value
+            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == memory:
+                stored.label = both(stored.label, label)
+
+    def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
+        value = stored.value
+        if not isinstance(value, torch.Tensor):
+            raise LocalError("only tensors can be shared")
+        with torch.no_grad():
+            own = torch._lazy_clone(value).requires_grad_(value.requires_grad)
+        id = new_id()
+        copy = StoredObject(own, session, stored.label, description=stored.description)
+        self.add(id, copy)
+        return id, StoredObject(own, session, stored.label, tags=stored.tags, description=stored.description)
+
+
+def _matches(term: str, id: int, stored: StoredObject) -> bool:
+    return term in stored.tags or term == str(id) or term in stored.description.split()
