@@ -220,10 +220,12 @@ class WorkerState:
         if hello.token and self._user(hello.token) is None:
             failure = m.Failure("HandshakeError", "the token is none of this worker's users': check it")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
-        if any(session.id == hello.session for session in self._sessions.values()):
-            failure = m.Failure("HandshakeError", "a session of that id is open: choose another id")
+        if connection in self._sessions:
+            failure = m.Failure("HandshakeError", "this connection has a session already")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
-        self._sessions[connection] = Session(hello.session, self._user(hello.token))
+        # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
+        own_name = f"{connection}:{hello.session}"
+        self._sessions[connection] = Session(own_name, self._user(hello.token))
         welcome = m.Welcome(self.id, mine, dict(self.datasets))
         return [Reply(connection, m.Envelope(envelope.id, welcome))]
 
