@@ -24,7 +24,7 @@ from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Reply
 from planrt.workers.host import WorkerHost, virtual_compute
 from planrt.workers.links import register_virtual
-from planrt.workers.loop import on_loop, run
+from planrt.workers.loop import on_loop, on_loop_thread, run
 from planrt.workers.objects import RemoteObjects, check_travels
 from planrt.workers.pipes import Traffic, memory_pipes
 from planrt.workers.pointers import pointer_id
@@ -312,7 +312,7 @@ class VirtualWorker(BaseWorker):
         super().__init__(id, connection)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} id:{self.id} #objects:{len(self._host.state.store.objects)}>"
+        return f"<{type(self).__name__} id:{self.id} #objects:{len(self._objects)}>"
 
     @property
     def link_address(self) -> str:
@@ -322,7 +322,7 @@ class VirtualWorker(BaseWorker):
     @property
     def _objects(self) -> dict[int, Any]:
         """What the worker holds, by id: tensors, and pointers to objects on other workers."""
-        if not self._connection.closed:
+        if not self._connection.closed and not on_loop_thread():
             self.objects_count()  # everything posted has been done then
         return {id: stored.value for id, stored in self._host.state.store.objects.items()}
 

@@ -61,6 +61,17 @@ def _use_one_torch_thread(loop: asyncio.AbstractEventLoop) -> None:
     torch.set_num_threads(elsewhere)
 
 
+def on_loop_thread() -> bool:
+    """Whether the caller is on planrt's own loop thread, where nothing may block."""
+    return threading.current_thread() is _thread
+
+
+def refuse_to_block(instead: str) -> None:
+    """Raises BlockingCallError on planrt's own loop thread, before a blocking call has done anything."""
+    if on_loop_thread():
+        raise BlockingCallError(f"a blocking call on planrt's own loop thread: write `{instead}` there")
+
+
 def run(coroutine: Coroutine[Any, Any, T], *, instead: str) -> T:
     """Runs `coroutine` on the background loop and waits for its result.
 
@@ -70,9 +81,9 @@ def run(coroutine: Coroutine[Any, Any, T], *, instead: str) -> T:
         BlockingCallError: called on the background thread, which would wait for itself for ever.
     """
     loop = background_loop()
-    if threading.current_thread() is _thread:
+    if on_loop_thread():
         coroutine.close()
-        raise BlockingCallError(f"a blocking call on planrt's own loop thread: write `{instead}` there")
+        refuse_to_block(instead)
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
         return future.result()

@@ -15,7 +15,7 @@ from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Line, Outgoing, Reply
 from planrt.workers.inference import Spec, spec, spec_from_wire, spec_of
-from planrt.workers.loop import on_loop, run
+from planrt.workers.loop import on_loop, refuse_to_block, run
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 
 COPIED_BYTES = 1 << 16
@@ -103,7 +103,7 @@ class RemoteObjects:
 
     def call(self, packed: bytes, *, via: tuple[Any, ...] = ()) -> Any:
         """Runs a packed op whose results only the worker can tell."""
-        body, _ = self._wait(self._ask(m.Call(packed)), instead="an op whose result's size is known")
+        body, _ = self._request(m.Call(packed), instead="ops whose results' sizes do not depend on values")
         if not isinstance(body, m.Made):
             raise self._unexpected(body)
         try:
@@ -136,6 +136,11 @@ class RemoteObjects:
     def _ask(self, body: m.Body, tensors: Sequence[torch.Tensor] = (), *, drops: bool = False) -> Outgoing:
         """Queues a request, from any thread, after everything posted before."""
         return self._connection.enqueue(body, tensors, drops=drops)
+
+    def _request(self, body: m.Body, *, instead: str, drops: bool = False) -> Reply:
+        """A request, from any thread but planrt's own."""
+        refuse_to_block(instead)
+        return self._wait(self._ask(body, drops=drops), instead=instead)
 
     def _wait(self, asked: Outgoing, *, instead: str) -> Reply:
         self.gradients.settle()
@@ -195,12 +200,12 @@ class RemoteObjects:
 
     def fetch(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
         """The value behind a pointer, or what it points to."""
-        asked = self._ask(m.Fetch(alive(pointer).id, delete))
-        body, tensors = self._wait(asked, instead="await pointer.async_get()")
+        body, tensors = self._request(m.Fetch(alive(pointer).id, delete), instead="await pointer.async_get()")
         return self._fetched(pointer, body, tensors, delete=delete)
 
     def begin_fetch(self, pointer: PointerTensor) -> Outgoing:
         """Asks for a value without waiting for it, so that many can be on their way; `end_fetch` waits."""
+        refuse_to_block("await pointer.async_get()")
         return self._ask(m.Fetch(alive(pointer).id, True))
 
     def end_fetch(self, pointer: PointerTensor, asked: Outgoing) -> Any:
@@ -244,7 +249,7 @@ class RemoteObjects:
     def hand_pointer(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
         """Makes worker `to` hold a pointer to the object here; gives a pointer to that."""
         handle, token = alive(pointer), secrets.token_hex(16)
-        self._wait(self._ask(m.HandOver([handle.id], token)), instead="sending pointers from another thread")
+        self._request(m.HandOver([handle.id], token), instead="sending pointers from another thread")
         handle.alive = False
         id = new_id()
         peer = m.PeerAddress(self.id, self.link_address)
@@ -318,14 +323,14 @@ class RemoteObjects:
 
     def objects_count(self) -> int:
         """How many objects the worker holds for this client."""
-        body, _ = self._wait(self._ask(m.CountObjects(), drops=True), instead="counting from another thread")
+        body, _ = self._request(m.CountObjects(), instead="counting from another thread", drops=True)
         if not isinstance(body, m.Counted):
             raise self._unexpected(body)
         return body.objects
 
     def clear_objects(self) -> Self:
         """Removes every object that this client has there, published ones too."""
-        self._wait(self._ask(m.Clear(), drops=True), instead="clearing from another thread")
+        self._request(m.Clear(), instead="clearing from another thread", drops=True)
         return self
 
 
