@@ -77,7 +77,7 @@ def _hashable(func: Any) -> bool:
 def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Posts the op `name` to the worker of its operands; gives what `function` would, in pointers."""
     if kwargs.get("out") is not None:
-        raise RemoteOpError(f"{name}: out= is not for pointers: assign the result instead")
+        return _into(name, function, args, dict(kwargs))
     if name == "Tensor.to":
         args = _on_one_device(args)
     operands: list[PointerTensor] = []
@@ -125,6 +125,16 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     for number, after in inferred.changed:
         set_spec(operands[number], after)
     return _made(inferred, operands, handles)
+
+
+def _into(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``out=``: the op, and its result copied there."""
+    out = kwargs.pop("out")
+    result = apply(name, function, args, kwargs)
+    if not isinstance(out, PointerTensor) or not isinstance(result, PointerTensor) or out.shape != result.shape:
+        raise RemoteOpError(f"{name}: out= takes one pointer, of the result's shape: assign the result instead")
+    with torch.no_grad():
+        return apply("Tensor.copy_", _Tensor.copy_, (out, result), {})
 
 
 def _packed(name: str, op: PostedOp) -> bytes:
@@ -267,13 +277,6 @@ def _value_read(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def _copied(*args: Any, **kwargs: Any) -> NoReturn:
-    raise RemoteOpError(
-        "a pointer cannot be pickled or deep-copied, it would point to an object that nobody keeps: copy() the object "
-        "on its worker, or get() it"
-    )
-
-
 # ------------------------------------------------------------------------------------------------- special calls
 
 
@@ -338,11 +341,14 @@ def _set_data(pointer: PointerTensor, data: Any) -> None:
     set_spec(pointer, spec(new.shape, new.stride, new.dtype, old.requires_grad, old.leaf))
 
 
-def _set_(pointer: PointerTensor, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
+def set_memory(pointer: PointerTensor, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
+    """`Tensor.set_` from another remote tensor."""
     if args or kwargs or not isinstance(source, PointerTensor):
         if isinstance(source, _Tensor) and not isinstance(source, PointerTensor) and not args and not kwargs:
             _mixed("Tensor.set_", (pointer, source), {})
         raise RemoteOpError("Tensor.set_ takes a remote tensor: its other forms reach raw memory")
+    if torch.is_grad_enabled() and pointer._spec.requires_grad and pointer._spec.leaf:
+        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     _assign("Tensor.set_", pointer, source)
     old, new = pointer._spec, source._spec
     set_spec(pointer, spec(new.shape, new.stride, new.dtype, old.requires_grad, old.leaf))
@@ -516,7 +522,6 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _getter("_grad"): _get_grad,
     _setter("_grad"): _set_grad,
     _setter("data"): _set_data,
-    _Tensor.set_: _set_,
     _Tensor.retain_grad: _retain_grad,
     _Tensor.backward: _backward,
     torch.autograd.backward: _backward_all,
@@ -528,8 +533,6 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _Tensor.__reversed__: _reversed,
     _Tensor.__repr__: lambda pointer, **kwargs: describe(pointer),
     _Tensor.__format__: _format,
-    _Tensor.__deepcopy__: _copied,
-    _Tensor.__reduce_ex__: _copied,
     torch._assert: _assert,
     **{getattr(_Tensor, name): _value_read(f"Tensor.{name}") for name in (
         "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "__array__", "item", "tolist",

@@ -65,7 +65,9 @@ class MultiPointerTensor(torch.Tensor):
         """Reached only by code that goes around ``__torch_function__``."""
         raise RemoteOpError(f"{func} was called below torch's Python functions: pointers have no values here")
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        """As `torch.Tensor` has it."""
+        return id(self)
 
     def get(self, sum_results: bool = False) -> Any:
         """The values, as a list in the order of the workers; with `sum_results`, their sum."""

@@ -140,11 +140,8 @@ class RemoteObjects:
     def _request(self, body: m.Body, *, instead: str, drops: bool = False) -> Reply:
         """A request, from any thread but planrt's own."""
         refuse_to_block(instead)
-        return self._wait(self._ask(body, drops=drops), instead=instead)
-
-    def _wait(self, asked: Outgoing, *, instead: str) -> Reply:
-        self.gradients.settle()
-        return run(self._connection.finish(asked), instead=instead)
+        self.gradients.settle()  # before anything is asked: what a failed backward pass interrupts must not be lost
+        return run(self._connection.finish(self._ask(body, drops=drops)), instead=instead)
 
     def _unexpected(self, body: object) -> WireError:
         return WireError(
@@ -206,11 +203,12 @@ class RemoteObjects:
     def begin_fetch(self, pointer: PointerTensor) -> Outgoing:
         """Asks for a value without waiting for it, so that many can be on their way; `end_fetch` waits."""
         refuse_to_block("await pointer.async_get()")
+        self.gradients.settle()
         return self._ask(m.Fetch(alive(pointer).id, True))
 
     def end_fetch(self, pointer: PointerTensor, asked: Outgoing) -> Any:
         """The value that `begin_fetch` asked for."""
-        body, tensors = self._wait(asked, instead="await pointer.async_get()")
+        body, tensors = run(self._connection.finish(asked), instead="await pointer.async_get()")
         return self._fetched(pointer, body, tensors, delete=True)
 
     @on_loop

@@ -78,7 +78,15 @@ class PointerTensor(torch.Tensor):
             "have no values here; get() them first"
         )
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        """As `torch.Tensor` has it: dictionaries find a parameter again after it was sent."""
+        return id(self)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        _not_copied()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _not_copied()
 
     @property
     def location(self) -> BaseWorker:
@@ -119,6 +127,12 @@ class PointerTensor(torch.Tensor):
         become_tensor(self, alive(self).worker.fetch(self))
         return self
 
+    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:  # type: ignore[override]
+        """Takes the memory of another remote tensor. (torch does not let `Tensor.set_` be overridden elsewhere.)"""
+        from planrt.workers.dispatch import set_memory
+
+        return set_memory(self, source, *args, **kwargs)
+
     def copy(self) -> PointerTensor:
         """A pointer to a copy on the same worker."""
         return self.clone()  # type: ignore[return-value]
@@ -152,6 +166,13 @@ class PointerTensor(torch.Tensor):
         self.__dict__["_description"] = description
         self._handle.worker.describe_object(self, self.__dict__.get("_tags", ()), description)
         return self
+
+
+def _not_copied() -> NoReturn:
+    raise RemoteOpError(
+        "a pointer cannot be pickled or deep-copied, it would point to an object that nobody keeps: copy() the object "
+        "on its worker, or get() it"
+    )
 
 
 _base: Any = torch.Tensor._make_wrapper_subclass
@@ -247,8 +268,6 @@ def describe(pointer: PointerTensor) -> str:
         text += f"\n\tTags: {' '.join(tags)}\n\tShape: {list(pointer._spec.shape)}"
         if description:
             text += f"\n\tDescription: {description.strip().splitlines()[0][:100]}..."
-    if isinstance(pointer, PointerParameter):
-        return f"Parameter containing:\n(Wrapper)>{text}"
     return f"(Wrapper)>{text}"
 
 

@@ -330,9 +330,15 @@ def test_functions_off_the_table_say_why(bob):
     ):  # fmt: skip
         with pytest.raises(PointerError, match="remote tensor|on a worker"):
             refused()
-    with pytest.raises(RemoteOpError, match="out="):
-        torch.add(x, x, out=x)
     assert x.get().tolist() == [1, 1]
+
+
+def test_results_go_where_out_says(bob):
+    x, y = torch.ones(2).send(bob), torch.zeros(2).send(bob)
+    assert torch.add(x, x, out=y) is y
+    assert y.get().tolist() == [2, 2]
+    with pytest.raises(RemoteOpError, match="out="):
+        torch.add(x, x, out=torch.zeros(3).send(bob))
 
 
 def test_send_used_wrongly(bob):
