@@ -326,6 +326,20 @@ class VirtualWorker(BaseWorker):
             self.objects_count()  # everything posted has been done then
         return {id: stored.value for id, stored in self._host.state.store.objects.items()}
 
+    def connect_as(self, token: str = "") -> VirtualWorker:
+        """Another client of this worker, with a session of its own: as the user whose `token` it shows, or nobody.
+
+        Raises:
+            HandshakeError: the token is none of the worker's users'.
+        """
+        other = type(self).__new__(type(self))
+        other.is_client_worker, other._host = self.is_client_worker, self._host
+        other._link_address = self._link_address
+        opening = _open_memory(self.id, self._host, self._connection.limits, token)
+        connection, other._serving = run(opening, instead="a thread of its own: connect_as(...) blocks")
+        BaseWorker.__init__(other, self.id, connection)
+        return other
+
     def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
         """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
         info = self._host.state.add_dataset(dataset, key, tags=tags, description=description)

@@ -68,7 +68,7 @@ class Connection:
         self.session = session
         self.loop = asyncio.get_running_loop()
         self._pipe = pipe
-        self._limits = limits
+        self.limits = limits
         self._turns = turns
         self._outbox: deque[bytes | Outgoing] = deque()
         self._posting = threading.Lock()
@@ -351,7 +351,7 @@ class Connection:
                 self._pending[envelope.id] = outgoing
             else:
                 envelope = m.Envelope(0, outgoing.body)
-            frame = encode(m.to_wire(envelope), outgoing.tensors, max_header=self._limits.header)
+            frame = encode(m.to_wire(envelope), outgoing.tensors, max_header=self.limits.header)
         except PlanrtError as error:
             self._pending.pop(outgoing.id, None)
             self.session.forget(outgoing.id)

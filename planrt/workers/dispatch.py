@@ -32,7 +32,7 @@ def reason_for(name: str) -> str | None:
 from planrt.plans.source import is_users
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers.inference import Inferred, Same, Spec, UnforeseeableError, infer, rebuild, spec
+from planrt.workers.inference import Inferred, Same, Spec, infer, rebuild, spec
 from planrt.workers.pointers import (
     Handle,
     Line,
@@ -105,9 +105,8 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     worker, via = first.worker, first.via
     seed = worker.draw_seed() if name in ops.RANDOM else None
     line = _line()
-    try:
-        inferred = infer(name, function, args, kwargs, PointerTensor)
-    except UnforeseeableError:
+    inferred = infer(name, function, args, kwargs, PointerTensor)
+    if inferred is None:
         op = PostedOp(name, wire_args, wire_kwargs, None, torch.is_grad_enabled(), seed, worker.take_drops())
         return worker.call(_packed(name, op), via=via)
     handles: list[Handle] = []

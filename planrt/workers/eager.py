@@ -43,6 +43,7 @@ _OWN_MEMORY_BYTES = 1 << 20
 
 _GRAD_READS = ("Tensor.grad",)
 _GRAD_WRITES = ("Tensor.grad.__set__",)
+_MEMORY_WRITES = ("Tensor.data.__set__", "Tensor.set_")
 _UNMARKED_WRITES = {
     "torch.batch_norm": (3, 4),
     "nn.functional.batch_norm": (1, 2),
@@ -160,7 +161,9 @@ class EagerOps:
                 result = function(*args, **kwargs)
         if label is not None:
             self._label_what_changed(op, used, before, label)
-        if op.name in _GRAD_WRITES:
+        if op.name in _MEMORY_WRITES:
+            used[0].label = both(used[0].label, label)
+        elif op.name in _GRAD_WRITES:
             used[0].grad_label = used[1].label if len(used) > 1 else None
         elif op.name == "Tensor.retain_grad" or op.name == "Tensor.requires_grad_":
             session.leaves[_ids(op.args[0])[0]] = None
@@ -326,7 +329,7 @@ class EagerOps:
             del function_args
             used.clear()
             result, label = self._run(session, op, used, outgoing)
-        except OpFailedError:
+        except (OpFailedError, GetNotPermittedError):
             raise
         except Exception as error:
             raise OpFailedError(_failure(error, op, None, used)) from error

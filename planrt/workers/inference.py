@@ -104,7 +104,7 @@ class Inferred:
     """Operands whose own shape, dtype or flags change in place."""
 
 
-class UnforeseeableError(Exception):
+class _UnforeseeableError(Exception):
     """The results cannot be told without values: the worker must be asked."""
 
 
@@ -118,13 +118,14 @@ def infer(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     operand_type: type,
-) -> Inferred:
+) -> Inferred | None:
     """What `function` gives for arguments whose tensors are of `operand_type` and carry a `_spec`.
 
-    Operands are numbered in the order of `planrt.types.leaves`, args before kwargs.
+    None where only the worker can tell. Operands are numbered in the order of `planrt.types.leaves`, args before
+    kwargs.
 
     Raises:
-        UnforeseeableError: only the worker can tell. Whatever torch raises for arguments that do not fit.
+        Whatever torch raises for arguments that do not fit.
     """
     floats = name in RESULTS_FOLLOW_FLOATS
     try:
@@ -138,7 +139,10 @@ def infer(
     except TypeError:  # an argument without a hash: not cached
         key, found = (), None
     if found is None:
-        found = _infer(function, args, kwargs, operand_type)
+        try:
+            found = _infer(function, args, kwargs, operand_type)
+        except _UnforeseeableError:
+            return None
         if key:
             if len(_cache) >= _CACHE_SIZE:
                 _cache.clear()
@@ -189,10 +193,10 @@ def _infer(
     try:
         result = function(*twin_args, **twin_kwargs)
     except NotImplementedError as error:
-        raise UnforeseeableError from error
+        raise _UnforeseeableError from error
     except Exception as error:
         if "meta" in str(error).lower() or type(error).__module__.startswith("torch."):
-            raise UnforeseeableError from error
+            raise _UnforeseeableError from error
         raise
 
     def seen(leaf: Any) -> Any:
@@ -202,7 +206,7 @@ def _infer(
             if leaf is twin:
                 return Same(number)
         if leaf.device.type != "meta":
-            raise UnforeseeableError
+            raise _UnforeseeableError
         return spec_of(leaf)
 
     results = _map_results(result, seen)

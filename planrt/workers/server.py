@@ -28,6 +28,9 @@ class WebsocketServerWorker:
     `port` 0 takes a free port. `threads` is the number of torch threads: None for as many as torch takes by
     itself (all cores). Give workers that share a machine ``cores // workers`` each, at least 1, or they fight
     over the cores. Results are bit-identical only between workers with the same number of threads.
+
+    `users` maps user names to the tokens that prove them: private data names the users who may see it. `hook` and
+    `verbose` are taken as the tutorials give them, and do nothing.
     """
 
     def __init__(
@@ -39,6 +42,9 @@ class WebsocketServerWorker:
         threads: int | None = None,
         device: str = "cpu",
         limits: Limits | None = None,
+        users: Mapping[str, str] | None = None,
+        hook: object = None,
+        verbose: bool = False,
     ) -> None:
         if not 0 <= port <= 65_535:
             raise OptionError(f"a port is a number from 0 (any free one) to 65535, not {port}")
@@ -49,7 +55,7 @@ class WebsocketServerWorker:
         self.port = port
         self._threads = threads
         self._limits = limits or Limits()
-        self._state = WorkerState(id, device=device)
+        self._state = WorkerState(id, device=device, users=users)
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
 

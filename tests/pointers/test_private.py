@@ -1,0 +1,249 @@
+"""Private data: what users may not see leaves by no door, on either transport."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from planrt.errors import GetNotPermittedError, HandshakeError, RemoteError
+from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+
+USERS = {"ann": "token of ann", "ben": "token of ben"}
+
+
+@pytest.fixture
+def clinic(transport):
+    """``clinic(token)`` -> a client of the worker "clinic", which knows ann and ben."""
+    with contextlib.ExitStack() as stack:
+        if transport == "memory":
+            first = None
+
+            def connect(token=""):
+                nonlocal first
+                if first is None:
+                    first = stack.enter_context(VirtualWorker("clinic", users=USERS, token=token))
+                    return first
+                return stack.enter_context(first.connect_as(token))
+
+        else:
+            server = WebsocketServerWorker("clinic", threads=1, users=USERS)
+            uri = stack.enter_context(server.running())
+
+            def connect(token=""):
+                return stack.enter_context(WebsocketClientWorker("clinic", uri=uri, token=token))
+
+        yield connect
+
+
+def refused(action):
+    with pytest.raises(GetNotPermittedError, match="private") as caught:
+        action()
+    return str(caught.value)
+
+
+def test_private_data_is_not_fetched(clinic):
+    worker = clinic()
+    x = torch.tensor([123.25, 2.0]).send(worker, private=True)
+    assert x.shape == (2,)
+    message = refused(x.get)
+    assert str(x.id_at_location) in message
+    assert "nobody" in message
+    assert "123" not in repr(x) + message
+
+
+def test_allowed_users_may(clinic):
+    ann, ben, anyone = clinic(USERS["ann"]), clinic(USERS["ben"]), clinic()
+    torch.tensor([1.0, 2.0]).tag("#scores").send(ann, allowed_users=["ann"])
+    assert "ann" in refused(ben.search("#scores")[0].get)
+    refused(anyone.search("#scores")[0].get)
+    (x,) = ann.search("#scores")
+    assert (x * 2).get().tolist() == [2, 4]
+    (y,) = ben.search("#scores")
+    refused((y * 2).get)
+    assert x.get().tolist() == [1, 2]
+
+
+def test_a_token_that_nobody_has_opens_nothing(clinic):
+    clinic(USERS["ann"])
+    with pytest.raises(HandshakeError, match="token"):
+        clinic("token of ann ")
+    with pytest.raises(HandshakeError, match="token"):
+        clinic("ann")
+
+
+def derived_values(x, public):
+    """Values that would tell something of `x`, each by another door."""
+    yield "function", lambda: x.sum()
+    yield "mixed with public data", lambda: x + public
+    yield "comparison", lambda: (x > 1).any()
+    yield "shape only", lambda: torch.zeros_like(x) + 0 * x
+    yield "view", lambda: x[:1]
+    yield "detached", lambda: x.detach()
+    yield "several results", lambda: x.sort()[1]
+    yield "index", lambda: public[(x > 1).long()]
+    yield "size from values", lambda: x.repeat_interleave(2)
+    yield "copied", lambda: x.clone()
+    yield "as a mask", lambda: torch.where(x > 1, public, -public)
+
+    def written_in_place():
+        target = torch.zeros(2).send(x.location)
+        target.copy_(x)
+        return target
+
+    def written_to_a_view():
+        target = torch.zeros(2).send(x.location)
+        target[0:1].add_(x[0:1])
+        return target
+
+    def assigned():
+        target = torch.zeros(2).send(x.location)
+        target[0] = x[0]
+        return target
+
+    def data_set():
+        target = torch.zeros(2).send(x.location)
+        target.data = x
+        return target
+
+    def memory_set():
+        target = torch.zeros(2).send(x.location)
+        target.set_(x)
+        return target
+
+    def gradient():
+        weight = torch.ones(2, requires_grad=True).send(x.location)
+        (weight * x).sum().backward()
+        return weight.grad
+
+    def gradient_inside_its_tensor():
+        weight = torch.ones(2, requires_grad=True).send(x.location)
+        (weight * x).sum().backward()
+        return weight
+
+    def gradient_by_grad():
+        weight = torch.ones(2, requires_grad=True).send(x.location)
+        return torch.autograd.grad((weight * x).sum(), weight)[0]
+
+    def gradient_given():
+        weight = torch.ones(2, requires_grad=True).send(x.location)
+        (weight * 1).backward(x)
+        return weight.grad
+
+    def gradient_assigned():
+        weight = torch.ones(2, requires_grad=True).send(x.location)
+        weight.grad = x
+        return weight.grad
+
+    def stepped():
+        model = nn.Linear(2, 1).send(x.location)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(x.view(1, 2)).sum().backward()
+        optimizer.step()
+        return model.weight
+
+    def running_statistics():
+        norm = nn.BatchNorm1d(1).send(x.location)
+        norm(x.view(2, 1))
+        return norm.running_mean
+
+    def running_statistics_by_keyword():
+        mean, var = torch.zeros(1).send(x.location), torch.ones(1).send(x.location)
+        F.batch_norm(x.view(2, 1), running_mean=mean, running_var=var, training=True)
+        return var
+
+    for action in (
+        written_in_place, written_to_a_view, assigned, data_set, memory_set, gradient, gradient_inside_its_tensor,
+        gradient_by_grad, gradient_given, gradient_assigned, stepped, running_statistics, running_statistics_by_keyword,
+    ):  # fmt: skip
+        yield action.__name__, action
+
+
+NAMES = [name for name, _ in derived_values(None, None)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_derived_leaves(clinic, name):
+    worker = clinic()
+    x, public = torch.tensor([3.0, 0.5]).send(worker, private=True), torch.tensor([1.0, 2.0]).send(worker)
+    action = dict(derived_values(x, public))[name]
+    refused(lambda: action().get())
+    assert public.get().tolist() == [1, 2]
+
+
+def test_sizes_that_depend_on_private_values_are_not_told(clinic):
+    worker = clinic()
+    x = torch.tensor([3.0, 0.0]).send(worker, private=True)
+    for ask in (lambda: x[x > 1], x.nonzero, lambda: torch.unique(x), lambda: x.masked_select(x > 1)):
+        assert "depends on the values" in refused(ask)
+
+
+def test_errors_of_private_operands_tell_nothing(clinic):
+    worker = clinic()
+    x = torch.zeros(2, 2).send(worker, private=True)
+    failed, worked = torch.linalg.inv(x), torch.linalg.inv(x + torch.eye(2).send(worker))
+    texts = {refused(pointer.get).replace(str(pointer.id_at_location), "") for pointer in (failed, worked)}
+    assert len(texts) == 1
+    bad = torch.ones(3).send(worker)
+    bad.index_add_(0, (x[0] + 7).long(), torch.ones(2).send(worker))
+    with pytest.raises(RemoteError) as caught:
+        bad.get()
+    assert "private" in str(caught.value)
+    assert "range" not in str(caught.value)
+    assert caught.value.remote_traceback == ""
+
+
+def test_private_data_is_not_moved(clinic, make_worker):
+    worker, other = clinic(), make_worker("other")
+    x = torch.ones(2).send(worker, private=True)
+    refused(lambda: x.move(other))
+    assert other.objects_count() == 0
+
+
+def test_privacy_moves_with_the_data(clinic, make_worker):
+    ann, other = clinic(USERS["ann"]), make_worker("other")
+    x = torch.ones(2).send(ann, allowed_users=["ann"])
+    moved = x.move(other)
+    refused(moved.get)  # there nobody is ann
+
+
+def test_private_data_behind_a_pointer_to_a_pointer(clinic, make_worker):
+    worker, other = clinic(), make_worker("other")
+    x = torch.ones(2).send(worker, private=True).send(other)
+    y = (x * 2).get()
+    refused(y.get)
+
+
+def test_objects_of_another_session_are_not_there(clinic):
+    one, other = clinic(), clinic()
+    x = torch.ones(2).send(one)
+    assert other.search(str(x.id_at_location)) == []
+    forged = torch.ones(2).send(other)
+    forged._handle.id = x.id_at_location
+    with pytest.raises(RemoteError, match="no object"):
+        (forged + 1).get()
+    assert (x + 1).get().tolist() == [2, 2]
+
+
+def test_nobody_changes_what_another_published(clinic):
+    one, other = clinic(), clinic()
+    x = torch.ones(3).tag("#published").send(one)
+    one.objects_count()
+    (found,) = other.search("#published")
+    found[1:].zero_()
+    found.add_(5)
+    assert found.get().tolist() == [6, 5, 5]
+    assert x.get().tolist() == [1, 1, 1]
+
+
+def test_untagged_objects_go_with_their_session_and_tagged_ones_stay(clinic):
+    one, other = clinic(), clinic()
+    kept = torch.ones(2).tag("#kept").send(one)
+    dropped = torch.ones(2).send(one)
+    one.objects_count()
+    one.close()
+    (found,) = other.search("#kept")
+    assert found.get().tolist() == [1, 1]
+    assert other.search(str(dropped.id_at_location)) == []
+    assert kept.shape == dropped.shape
