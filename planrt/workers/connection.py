@@ -195,6 +195,11 @@ class Connection:
         if len(self._drops) > _DROPS_WAITING and self._ended is None:
             self._wake_soon()
 
+    def check_open(self) -> None:
+        """Raises WorkerLostError if the connection has ended."""
+        if self._ended is not None:
+            raise self._lost("what comes next") from self._ended
+
     def take_drops(self) -> tuple[int, ...]:
         """Objects to free before the next op, which takes them along."""
         if not self._drops:

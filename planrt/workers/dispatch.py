@@ -130,8 +130,14 @@ def _into(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     """``out=``: the op, and its result copied there."""
     out = kwargs.pop("out")
     result = apply(name, function, args, kwargs)
-    if not isinstance(out, PointerTensor) or not isinstance(result, PointerTensor) or out.shape != result.shape:
-        raise RemoteOpError(f"{name}: out= takes one pointer, of the result's shape: assign the result instead")
+    if (
+        not isinstance(out, PointerTensor)
+        or not isinstance(result, PointerTensor)
+        or out.shape != result.shape
+    ):
+        raise RemoteOpError(
+            f"{name}: out= takes one pointer, of the result's shape: assign the result instead"
+        )
     with torch.no_grad():
         return apply("Tensor.copy_", _Tensor.copy_, (out, result), {})
 

@@ -221,6 +221,10 @@ class EagerOps:
         if any(leaf is None for leaf in leaves(op.results)):
             if used:
                 used[0].failure = used[0].failure or failure
+                if isinstance(used[0].value, torch.Tensor):
+                    self.store.share_label(
+                        used[0].value, label
+                    )  # it may have been written to before it failed
             else:
                 session.failure = session.failure or failure
 
@@ -471,6 +475,7 @@ class EagerOps:
                 continue
             if label is not None and before.get(id) != _grad_version(value):
                 stored.grad_label = both(stored.grad_label, label)
+                self.store.share_label(value.grad, label)  # pointers to the gradient that exist already
             found.append((id, spec_of(value.grad)))
         return m.Gradients(found), ()
 

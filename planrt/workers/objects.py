@@ -133,6 +133,10 @@ class RemoteObjects:
             )
         )
 
+    def check_open(self) -> None:
+        """Raises WorkerLostError if the connection has ended."""
+        self._connection.check_open()
+
     def _ask(self, body: m.Body, tensors: Sequence[torch.Tensor] = (), *, drops: bool = False) -> Outgoing:
         """Queues a request, from any thread, after everything posted before."""
         return self._connection.enqueue(body, tensors, drops=drops)
@@ -247,6 +251,7 @@ class RemoteObjects:
     def hand_pointer(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
         """Makes worker `to` hold a pointer to the object here; gives a pointer to that."""
         handle, token = alive(pointer), secrets.token_hex(16)
+        to.check_open()
         self._request(m.HandOver([handle.id], token), instead="sending pointers from another thread")
         handle.alive = False
         id = new_id()
@@ -262,6 +267,7 @@ class RemoteObjects:
             raise LocalError("a pointer to a pointer cannot be moved: get() it, and move what it points to")
         if to is self:
             return pointer
+        to.check_open()
         s = pointer._spec
         after = spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
         if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):

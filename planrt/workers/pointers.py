@@ -127,7 +127,7 @@ class PointerTensor(torch.Tensor):
         become_tensor(self, alive(self).worker.fetch(self))
         return self
 
-    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:  # type: ignore[override]
+    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
         """Takes the memory of another remote tensor. (torch does not let `Tensor.set_` be overridden elsewhere.)"""
         from planrt.workers.dispatch import set_memory
 

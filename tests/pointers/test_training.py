@@ -313,7 +313,9 @@ def test_optimizers_step_as_they_do_here(bob, name, options):
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(16, 4, generator=generator), torch.randint(0, 3, (16,), generator=generator)
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False), nn.LogSoftmax(dim=1))
+    model = nn.Sequential(
+        nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False), nn.LogSoftmax(dim=1)
+    )
     local = copy.deepcopy(model)
     optimizer = getattr(torch.optim, name)(model.parameters(), **options)
     reference = getattr(torch.optim, name)(local.parameters(), **options)
@@ -372,7 +374,6 @@ def test_a_thousand_steps_leave_nothing_behind(bob):
 
     start = steps(5)
     assert steps(1000) == start
-    del optimizer
     model.get()
 
 
