@@ -195,3 +195,6 @@ def _add_methods() -> None:
         "copy": modules.copy_module, "location": property(modules.location_of),
     }.items():  # fmt: skip
         setattr(nn.Module, name, value)
+    # TorchScript compiles every property that it is not told to leave alone.
+    unused = getattr(nn.Module, "__jit_unused_properties__", [])
+    setattr(nn.Module, "__jit_unused_properties__", [*unused, "location"])  # noqa: B010 - torch declares no such name

@@ -3,7 +3,7 @@
 Names are spelled as users know them: `torch.add`, `Tensor.view`, `Tensor.T` (a property),
 `nn.functional.relu`, `linalg.inv`. The lists are checked in, so that the table cannot widen when torch grows;
 a name that the installed torch does not have is simply absent, and `TABLE_HASH` tells two sides whether their
-tables agree.
+tables agree. What torch has and the table has not stands in `planrt.plans.left_out`, with the reasons.
 
 The callables are torch's own, with three exceptions: `torch.empty` and its kin give zeros, because
 uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes,
@@ -28,48 +28,53 @@ from planrt.errors import OpNotAllowedError
 # (a data owner cannot follow them), and anything with files, storages, threads, callables or global settings.
 _TORCH = """
     _weight_norm abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv
-    addcmul addmm addmv addr adjoint affine_grid_generator all alpha_dropout amax amin aminmax angle any
-    arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan
-    atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d baddbmm batch_norm bernoulli bilinear
-    binary_cross_entropy_with_logits bincount binomial bitwise_and bitwise_left_shift bitwise_not
+    addcmul addmm addmv addr adjoint affine_grid_generator alias_copy all alpha_dropout amax amin aminmax
+    angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin
+    asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d baddbmm batch_norm bernoulli
+    bilinear binary_cross_entropy_with_logits bincount binomial bitwise_and bitwise_left_shift bitwise_not
     bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_tensors broadcast_to bucketize
     cartesian_prod cat cdist ceil celu channel_shuffle cholesky cholesky_inverse cholesky_solve chunk
     clamp clamp_max clamp_min clip clone column_stack combinations complex concat concatenate conj
-    conj_physical constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-    convolution copysign corrcoef cos cosh cosine_embedding_loss cosine_similarity count_nonzero cov cross
-    ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det detach diag diag_embed diagflat
-    diagonal diagonal_scatter diff digamma dist div divide dot dropout dsplit dstack einsum embedding
-    embedding_bag empty_like eq erf erfc erfinv exp exp2 expm1 feature_alpha_dropout feature_dropout fill
-    fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp full_like
-    gather gcd ge ger gradient greater greater_equal grid_sampler grid_sampler_2d grid_sampler_3d
-    group_norm gru gru_cell gt hardshrink heaviside hinge_embedding_loss histc histogram hsplit hstack
-    hypot i0 igamma igammac imag index_add index_copy index_fill index_put index_reduce index_select inner
-    instance_norm inverse isclose isfinite isin isinf isnan isneginf isposinf isreal istft kl_div kron
-    kthvalue layer_norm lcm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax
-    logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit
-    logsumexp lstm lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter
-    masked_select matmul matrix_exp matrix_power max max_pool1d max_pool2d max_pool3d maximum mean median
-    meshgrid min minimum mm mode moveaxis movedim mul multinomial multiply mv mvlgamma nan_to_num nanmean
-    nanmedian nanquantile nansum narrow ne neg negative nextafter nonzero norm norm_except_dim not_equal
-    ones_like outer pairwise_distance pdist permute pinverse pixel_shuffle pixel_unshuffle poisson
-    poisson_nll_loss polar polygamma positive pow prelu prod put quantile rad2deg ravel real reciprocal
-    relu remainder renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm rnn_relu
-    rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu rsqrt rsub scatter scatter_add
-    scatter_reduce searchsorted select select_scatter selu sgn sigmoid sign signbit sin sinc sinh
-    slice_scatter slogdet softmax sort split split_with_sizes sqrt square squeeze stack std std_mean stft
-    sub subtract sum svd swapaxes swapdims t take take_along_dim tan tanh tensor_split tensordot threshold
-    tile topk trace transpose trapezoid trapz tril triplet_margin_loss triu true_divide trunc unbind
-    unflatten unique unique_consecutive unravel_index unsqueeze vander var var_mean vdot view_as_complex
-    view_as_real vsplit vstack where xlogy zeros_like
+    conj_physical constant_pad_nd conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d
+    conv_transpose3d convolution copysign corrcoef cos cosh cosine_embedding_loss cosine_similarity
+    count_nonzero cov cross ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det detach
+    detach_copy diag diag_embed diagflat diagonal diagonal_copy diagonal_scatter diff digamma dist div
+    divide dot dropout dsplit dstack einsum embedding embedding_bag empty_like eq erf erfc erfinv exp exp2
+    expand_copy expm1 feature_alpha_dropout feature_dropout fill fix flatten flip fliplr flipud
+    float_power floor floor_divide fmax fmin fmod frac frexp full_like gather gcd ge geqrf ger gradient
+    greater greater_equal grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt
+    hardshrink heaviside hinge_embedding_loss histc histogram histogramdd hsplit hstack hypot i0 igamma
+    igammac imag index_add index_copy index_fill index_put index_reduce index_select inner instance_norm
+    inverse isclose isfinite isin isinf isnan isneginf isposinf isreal istft kl_div kron kthvalue
+    layer_norm lcm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp
+    logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm
+    lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter masked_select matmul
+    matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d maximum mean
+    median meshgrid min minimum mm mode moveaxis movedim msort mul multinomial multiply mv mvlgamma
+    nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy ne neg negative nextafter nonzero
+    nonzero_static norm norm_except_dim not_equal ones_like orgqr ormqr outer pairwise_distance
+    pca_lowrank pdist permute permute_copy pinverse pixel_shuffle pixel_unshuffle poisson poisson_nll_loss
+    polar polygamma positive pow prelu prod put quantile rad2deg ravel real reciprocal relu remainder
+    renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh
+    rnn_tanh_cell roll rot90 round row_stack rrelu rsqrt rsub scatter scatter_add scatter_reduce
+    searchsorted select select_copy select_scatter selu sgn sigmoid sign signbit sin sinc sinh slice_copy
+    slice_scatter slogdet softmax sort split split_copy split_with_sizes split_with_sizes_copy sqrt square
+    squeeze squeeze_copy stack std std_mean stft sub subtract sum svd svd_lowrank swapaxes swapdims t
+    t_copy take take_along_dim tan tanh tensor_split tensordot threshold tile topk trace transpose
+    transpose_copy trapezoid trapz tril triplet_margin_loss triu true_divide trunc unbind unbind_copy
+    unflatten unfold_copy unique unique_consecutive unravel_index unsqueeze unsqueeze_copy vander var
+    var_mean vdot view_as_complex view_as_complex_copy view_as_real view_as_real_copy view_copy vsplit
+    vstack where xlogy zeros_like
 """
 
 # The same, changing their first argument in place.
 _TORCH_IN_PLACE = """
-    abs_ acos_ acosh_ addmv_ alpha_dropout_ asin_ asinh_ atan_ atanh_ ceil_ celu_ clamp_ clamp_max_
-    clamp_min_ clip_ cos_ cosh_ deg2rad_ detach_ dropout_ erf_ erfc_ exp2_ exp_ expm1_
-    feature_alpha_dropout_ feature_dropout_ fill_ fix_ floor_ frac_ i0_ index_put_ log10_ log1p_ log2_
-    log_ logit_ nan_to_num_ neg_ negative_ rad2deg_ reciprocal_ relu_ round_ rrelu_ rsqrt_ selu_ sigmoid_
-    sin_ sinc_ sinh_ sqrt_ square_ tan_ tanh_ threshold_ trunc_ xlogy_ zero_
+    abs_ acos_ acosh_ addmv_ alpha_dropout_ arccos_ arccosh_ arcsin_ arcsinh_ arctan_ arctanh_ asin_
+    asinh_ atan_ atanh_ ceil_ celu_ clamp_ clamp_max_ clamp_min_ clip_ conj_physical_ cos_ cosh_ deg2rad_
+    detach_ dropout_ erf_ erfc_ exp2_ exp_ expm1_ feature_alpha_dropout_ feature_dropout_ fill_ fix_
+    floor_ frac_ gcd_ i0_ index_put_ lcm_ ldexp_ log10_ log1p_ log2_ log_ logit_ nan_to_num_ neg_
+    negative_ rad2deg_ reciprocal_ relu_ round_ rrelu_ rsqrt_ selu_ sigmoid_ sin_ sinc_ sinh_ sqrt_
+    square_ tan_ tanh_ threshold_ trunc_ xlogy_ zero_
 """
 
 # Factories with their own device argument; `torch.empty` and its kin stand below.
@@ -99,10 +104,10 @@ _METHODS = """
     clamp_min_ clip clip_ clone conj conj_physical conj_physical_ contiguous copy_ copysign copysign_
     corrcoef cos cos_ cosh cosh_ count_nonzero cov cross cummax cummin cumprod cumprod_ cumsum cumsum_
     deg2rad deg2rad_ det detach detach_ diag diag_embed diagflat diagonal diagonal_scatter diff digamma
-    digamma_ dist div div_ divide divide_ dot double dsplit eq erf erf_ erfc erfc_ erfinv erfinv_ exp exp2
-    exp2_ exp_ expand expand_as expm1 expm1_ exponential_ fill_ fill_diagonal_ fix fix_ flatten flip
+    digamma_ dist div div_ divide divide_ dot double dsplit eq eq_ erf erf_ erfc erfc_ erfinv erfinv_ exp
+    exp2 exp2_ exp_ expand expand_as expm1 expm1_ exponential_ fill_ fill_diagonal_ fix fix_ flatten flip
     fliplr flipud float float_power float_power_ floor floor_ floor_divide floor_divide_ fmax fmin fmod
-    fmod_ frac frac_ frexp gather gcd gcd_ ge ge_ geometric_ ger greater greater_ greater_equal
+    fmod_ frac frac_ frexp gather gcd gcd_ ge ge_ geometric_ geqrf ger greater greater_ greater_equal
     greater_equal_ gt gt_ half hardshrink heaviside heaviside_ histc histogram hsplit hypot hypot_ i0 i0_
     igamma igamma_ igammac igammac_ index_add index_add_ index_copy index_copy_ index_fill index_fill_
     index_put index_put_ index_reduce index_reduce_ index_select inner int inverse isclose isfinite isinf
@@ -111,32 +116,35 @@ _METHODS = """
     log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_and_ logical_not logical_not_
     logical_or logical_or_ logical_xor logical_xor_ logit logit_ logsumexp long lt lt_ lu_solve
     masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select matmul matrix_exp matrix_power
-    max maximum mean median min minimum mm mode moveaxis movedim mul mul_ multinomial multiply multiply_
-    mv mvlgamma mvlgamma_ nan_to_num nan_to_num_ nanmean nanmedian nanquantile nansum narrow ne ne_ neg
-    neg_ negative negative_ nextafter nextafter_ nonzero norm normal_ not_equal not_equal_ outer permute
-    pinverse polygamma polygamma_ positive pow pow_ prelu prod put put_ quantile rad2deg rad2deg_ random_
-    ravel reciprocal reciprocal_ relu relu_ remainder remainder_ renorm renorm_ repeat repeat_interleave
-    requires_grad_ reshape reshape_as resolve_conj resolve_neg roll rot90 round round_ rsqrt rsqrt_
-    scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ select select_scatter sgn
-    sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh sinh_ slice_scatter slogdet
-    softmax sort split split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std stft sub sub_
-    subtract subtract_ sum sum_to_size svd swapaxes swapaxes_ swapdims swapdims_ t t_ take take_along_dim
-    tan tan_ tanh tanh_ tensor_split tile to topk trace transpose transpose_ tril tril_ triu triu_
-    true_divide true_divide_ trunc trunc_ type_as unbind unflatten unfold uniform_ unique
-    unique_consecutive unsqueeze unsqueeze_ var vdot view view_as vsplit where xlogy xlogy_ zero_
+    max maximum mean median min minimum mm mode moveaxis movedim msort mul mul_ multinomial multiply
+    multiply_ mv mvlgamma mvlgamma_ nan_to_num nan_to_num_ nanmean nanmedian nanquantile nansum narrow
+    narrow_copy ne ne_ neg neg_ negative negative_ nextafter nextafter_ nonzero nonzero_static norm
+    normal_ not_equal not_equal_ orgqr ormqr outer permute pinverse polygamma polygamma_ positive pow pow_
+    prelu prod put put_ quantile rad2deg rad2deg_ random_ ravel reciprocal reciprocal_ relu relu_
+    remainder remainder_ renorm renorm_ repeat repeat_interleave requires_grad_ reshape reshape_as
+    resolve_conj resolve_neg roll rot90 round round_ rsqrt rsqrt_ scatter scatter_ scatter_add
+    scatter_add_ scatter_reduce scatter_reduce_ select select_scatter sgn sgn_ short sigmoid sigmoid_ sign
+    sign_ signbit sin sin_ sinc sinc_ sinh sinh_ slice_scatter slogdet softmax sort split split_with_sizes
+    sqrt sqrt_ square square_ squeeze squeeze_ std stft sub sub_ subtract subtract_ sum sum_to_size svd
+    swapaxes swapaxes_ swapdims swapdims_ t t_ take take_along_dim tan tan_ tanh tanh_ tensor_split tile
+    to topk trace transpose transpose_ tril tril_ triu triu_ true_divide true_divide_ trunc trunc_ type_as
+    unbind unflatten unfold uniform_ unique unique_consecutive unsqueeze unsqueeze_ var vdot view view_as
+    vsplit where xlogy xlogy_ zero_
 """
 
 _NEW = """
     new_full new_ones new_tensor new_zeros
 """
 
-# Operators that Python writes for the user; `x + 1` itself arrives as `Tensor.add`.
+# Operators that Python writes for the user; `x + 1` itself arrives as `Tensor.add`. The last three are older
+# names of a division; standing last, they leave it the name that `name_of` gives.
 _DUNDERS = """
     __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __ifloordiv__ __ilshift__
     __imod__ __imul__ __invert__ __ior__ __ipow__ __irshift__ __isub__ __itruediv__ __ixor__ __le__
     __lshift__ __lt__ __matmul__ __mod__ __ne__ __or__ __pow__ __radd__ __rand__ __reversed__
     __rfloordiv__ __rlshift__ __rmatmul__ __rmod__ __rmul__ __ror__ __rpow__ __rrshift__ __rshift__
     __rsub__ __rtruediv__ __rxor__ __setitem__ __xor__ __add__ __sub__ __mul__ __truediv__
+    __div__ __idiv__ __rdiv__
 """
 
 _PROPERTIES = "H T data imag mH mT real"
@@ -148,7 +156,7 @@ _FUNCTIONAL = """
     adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices
     adaptive_max_pool3d adaptive_max_pool3d_with_indices affine_grid alpha_dropout avg_pool1d avg_pool2d
     avg_pool3d batch_norm bilinear binary_cross_entropy binary_cross_entropy_with_logits celu celu_
-    channel_shuffle conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    channel_shuffle conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d
     cosine_embedding_loss cosine_similarity cross_entropy ctc_loss dropout dropout1d dropout2d dropout3d
     elu elu_ embedding embedding_bag feature_alpha_dropout fold fractional_max_pool2d
     fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices
@@ -163,6 +171,9 @@ _FUNCTIONAL = """
     scaled_dot_product_attention selu selu_ silu smooth_l1_loss soft_margin_loss softmax softmin softplus
     softshrink softsign tanhshrink threshold threshold_ triplet_margin_loss unfold
 """
+
+# Initialisers that arrive whole; the others of `torch.nn.init` are made of ops on the table.
+_INIT = "constant_ kaiming_uniform_ normal_ uniform_"
 
 _LINALG = """
     cholesky cholesky_ex cond cross det diagonal eig eigh eigvals eigvalsh householder_product inv inv_ex
@@ -251,6 +262,7 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     add("torch", torch, " ".join((_TORCH, _TORCH_IN_PLACE, _FACTORIES, _FACTORIES_LIKE)))
     add("Tensor", torch.Tensor, " ".join((_METHODS, _NEW, _DUNDERS, "size numel")))
     add("nn.functional", F, _FUNCTIONAL)
+    add("nn.init", torch.nn.init, _INIT)
     add("linalg", torch.linalg, _LINALG)
     add("fft", torch.fft, f"{_FFT} {_FFT_FACTORIES}")
     add("special", torch.special, _SPECIAL)
@@ -263,6 +275,8 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
         names[factory] = name
     for name, function in SIZE_ARITHMETIC.items():
         table[name] = _on_sizes(function)
+    # What torch.meshgrid calls itself by the time anybody can look.
+    names.setdefault(torch._C._VariableFunctions.meshgrid, "torch.meshgrid")  # type: ignore[attr-defined]
     table["torch.set_grad_enabled"] = torch._C._set_grad_enabled
     names[torch._C._set_grad_enabled] = "torch.set_grad_enabled"
     return table, names
@@ -300,8 +314,9 @@ FACTORIES: Final = frozenset(
 
 _RANDOM_TORCH = """
     alpha_dropout alpha_dropout_ bernoulli binomial dropout dropout_ feature_alpha_dropout
-    feature_alpha_dropout_ feature_dropout feature_dropout_ gru lstm multinomial normal poisson rand rand_like
-    randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu rrelu_
+    feature_alpha_dropout_ feature_dropout feature_dropout_ gru lstm multinomial normal pca_lowrank
+    poisson rand rand_like randint randint_like randn randn_like randperm rnn_relu rnn_tanh rrelu rrelu_
+    svd_lowrank
 """
 _RANDOM_METHODS = """
     bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_ random_ uniform_
@@ -311,11 +326,13 @@ _RANDOM_FUNCTIONAL = """
     fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gumbel_softmax
     multi_head_attention_forward rrelu rrelu_ scaled_dot_product_attention
 """
+_RANDOM_INIT = "kaiming_uniform_ normal_ uniform_"
 
 RANDOM: Final = frozenset(
     [f"torch.{word}" for word in _RANDOM_TORCH.split()]
     + [f"Tensor.{word}" for word in _RANDOM_METHODS.split()]
     + [f"nn.functional.{word}" for word in _RANDOM_FUNCTIONAL.split()]
+    + [f"nn.init.{word}" for word in _RANDOM_INIT.split()]
 )
 """Ops that draw random numbers. A pointer's op of these carries a seed, drawn from torch's generator where the
 pointer is: the same `torch.manual_seed` there gives the same numbers, whatever else the worker does."""

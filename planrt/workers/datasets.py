@@ -2,18 +2,26 @@
 
 A worker calls `as_batches` once when its owner adds a data set, `sample_specs` once to tell clients what a
 batch looks like, and `iterate` for each training or evaluation request. Order depends on the seed alone.
+
+A client's `BaseDataset` may itself lie on a worker: its tensors are pointers then, and so are its batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from planrt.errors import DataError, OptionError
+from planrt.errors import DataError, LocalError, MixedLocationsError, OptionError
 from planrt.types import TensorSpec
+from planrt.workers.loop import on_loop
+from planrt.workers.pointers import Handle, PointerTensor, make_pointer
+
+if TYPE_CHECKING:
+    from planrt.workers.clients import BaseWorker
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Data and targets of the same items: dimension 0 of both is the batch."""
@@ -30,16 +38,20 @@ class BatchSource(Protocol):
         """The items at `indices` (int64, one dimension) as one batch, in that order."""
 
 
-class BaseDataset:
-    """Tensors with an optional batch transform.
+class BaseDataset(Dataset[Batch]):
+    """Tensors with an optional batch transform, here or on a worker.
+
+    `send` gives a data set of pointers; pointers that a search found make one just as well. Its batches are
+    pointers too: they are put together on the worker, and the transform's torch calls run there.
 
     Args:
         data: any dtype, items along dimension 0. Kept as it is: uint8 images stay uint8 until fetched.
-        targets: as many items as `data`.
+        targets: as many items as `data`, in the same place.
         transform: maps a whole batch of `data` (not one item) to what the model gets, dimension 0 unchanged.
 
     Raises:
         DataError: `data` and `targets` are not tensors with the same number of items.
+        MixedLocationsError: they are in different places.
     """
 
     def __init__(
@@ -53,6 +65,11 @@ class BaseDataset:
                 raise DataError(f"BaseDataset: {name} must be a tensor with items along dimension 0")
         if len(data) != len(targets):
             raise DataError(f"BaseDataset: {len(data)} items of data but {len(targets)} targets")
+        if _location(data) is not _location(targets):
+            raise MixedLocationsError(
+                f"BaseDataset: its data is {_place(data)} and its targets are {_place(targets)}: bring them together "
+                "with move() or get()"
+            )
         self.data = data
         self.targets = targets
         self.transform = transform
@@ -68,13 +85,137 @@ class BaseDataset:
         return data[0], target[0]
 
     def fetch(self, indices: torch.Tensor) -> Batch:
-        """The items at `indices` (int64, one dimension): selected first, transformed as one batch."""
+        """The items at `indices` (int64, one dimension): selected first, transformed as one batch.
+
+        Of a data set on a worker only the indices travel, and the call does not wait.
+        """
+        worker = self.location
+        if worker is not None:
+            (indices,) = _pointers([indices], worker.put([indices]))
         data = self.data.index_select(0, indices)
         return (self.transform(data) if self.transform else data), self.targets.index_select(0, indices)
 
+    @property
+    def location(self) -> BaseWorker | None:
+        """The worker that holds data and targets; None while they are here."""
+        return _location(self.data)
+
+    def send(
+        self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
+    ) -> BaseDataset:
+        """Sends data and targets in one message; this data set stays as it is.
+
+        Args:
+            worker: where to.
+            private: nobody may read what arrives, or what is computed from it.
+            allowed_users: only these users may.
+
+        Returns:
+            A data set of pointers, with the same transform.
+
+        Raises:
+            LocalError: it is on a worker already. WorkerLostError: the worker's connection has ended.
+        """
+        allowed = self._allowed(worker, private, allowed_users)
+        return self._with(_pointers(self._tensors(), worker.put(self._tensors(), allowed=allowed)))
+
+    async def async_send(
+        self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
+    ) -> BaseDataset:
+        """`send`, to be awaited on any loop."""
+        allowed = self._allowed(worker, private, allowed_users)
+        return self._with(_pointers(self._tensors(), await _put(worker, self._tensors(), allowed)))
+
+    def get(self) -> BaseDataset:
+        """Brings data and targets back; the pointers are used up.
+
+        Raises:
+            LocalError: they are here. GetNotPermittedError: they are private.
+        """
+        pointers = self._remote()
+        asked = [pointer.location.begin_fetch(pointer) for pointer in pointers]
+        return self._with(
+            [pointer.location.end_fetch(pointer, one) for pointer, one in zip(pointers, asked, strict=True)]
+        )
+
+    async def async_get(self) -> BaseDataset:
+        """`get`, to be awaited on any loop."""
+        return self._with(await asyncio.gather(*(pointer.async_get() for pointer in self._remote())))
+
+    def tag(self, *tags: str) -> Self:
+        """Tags data and targets alike: on a worker that publishes them, else the tags travel with `send`."""
+        if not all(isinstance(one, str) and 0 < len(one) <= 200 for one in tags):
+            raise LocalError("tags are strings of 1 to 200 characters")
+        for value in (self.data, self.targets):
+            if isinstance(value, PointerTensor):
+                value.tag(*tags)
+            else:
+                value.__dict__["_tags"] = (*value.__dict__.get("_tags", ()), *tags)
+        return self
+
+    def describe(self, description: str) -> Self:
+        """Gives data and targets a description, whose words `search` finds."""
+        for value in (self.data, self.targets):
+            if isinstance(value, PointerTensor):
+                value.describe(description)
+            else:
+                value.__dict__["_description"] = str(description)
+        return self
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.data, self.targets]
+
+    def _allowed(self, worker: Any, private: bool, users: Sequence[str] | None) -> list[str] | None:
+        if self.location is not None:
+            raise LocalError(
+                f"the data set is {_place(self.data)} already: get() it before you send it elsewhere"
+            )
+        from planrt.workers import objects  # imports this module, by way of the worker's state
+
+        if not isinstance(worker, objects.RemoteObjects):
+            raise LocalError(f"send takes a worker, not {_describe(worker)}")
+        return objects.allowed_users(private, users)
+
+    def _remote(self) -> list[PointerTensor]:
+        if not isinstance(self.data, PointerTensor) or not isinstance(self.targets, PointerTensor):
+            raise LocalError("the data set is here: get() is for what send() returned")
+        return [self.data, self.targets]
+
+    def _with(self, tensors: Sequence[torch.Tensor]) -> BaseDataset:
+        return BaseDataset(tensors[0], tensors[1], self.transform)
+
     def __repr__(self) -> str:
         data, targets = TensorSpec.of(self.data), TensorSpec.of(self.targets)
-        return f"BaseDataset(data={data}, targets={targets})"
+        where = f", {_place(self.data)}" if self.location is not None else ""
+        return f"BaseDataset(data={data}, targets={targets}{where})"
+
+
+def _location(tensor: torch.Tensor) -> BaseWorker | None:
+    return tensor.location if isinstance(tensor, PointerTensor) else None
+
+
+def _place(tensor: torch.Tensor) -> str:
+    worker = _location(tensor)
+    return "here" if worker is None else f"on worker {worker.id!r}"
+
+
+def _pointers(tensors: Sequence[torch.Tensor], handles: Sequence[Handle]) -> list[PointerTensor]:
+    """Pointers to what `tensors` became when they were put on a worker; they know its tags and description."""
+    from planrt.workers.objects import contiguous
+
+    made = []
+    for tensor, handle in zip(tensors, handles, strict=True):
+        pointer = make_pointer(handle, contiguous(tensor))
+        for name in ("_tags", "_description"):
+            if name in tensor.__dict__:
+                pointer.__dict__[name] = tensor.__dict__[name]
+        made.append(pointer)
+    return made
+
+
+@on_loop
+async def _put(worker: BaseWorker, tensors: list[torch.Tensor], allowed: list[str] | None) -> list[Handle]:
+    return await worker.put_async(tensors, allowed=allowed)
 
 
 class _MapStyle:
@@ -116,15 +257,17 @@ def as_batches(dataset: Any, *, key: str = "") -> BatchSource:
     `__getitems__`) and `torch.utils.data.default_collate`. `key` names the data set in errors.
 
     Raises:
-        DataError: `dataset` is not map-style, or a `TensorDataset` of other than two tensors.
+        DataError: `dataset` is not map-style, a `TensorDataset` of other than two tensors, or on a worker.
     """
-    if isinstance(dataset, TensorDataset):
+    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
         if len(dataset.tensors) != 2:
             raise DataError(
                 f"{_name(key)} must give (data, target) pairs, but is a TensorDataset of "
                 f"{len(dataset.tensors)} tensors: keep two"
             )
-        return BaseDataset(*dataset.tensors)
+        dataset = BaseDataset(*dataset.tensors)
+    if isinstance(dataset, BaseDataset) and dataset.location is not None:
+        raise DataError(f"{_name(key)} is {_place(dataset.data)}: get() it first")
     if isinstance(dataset, BatchSource):
         return dataset
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

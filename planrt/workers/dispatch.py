@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.overrides import resolve_name
@@ -23,12 +23,7 @@ from planrt.errors import (
     UnsupportedTensorError,
 )
 from planrt.plans import ops, seen
-
-
-def reason_for(name: str) -> str | None:
-    return None
-
-
+from planrt.plans.left_out import reason_for
 from planrt.plans.source import is_users
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
@@ -43,6 +38,9 @@ from planrt.workers.pointers import (
     new_id,
 )
 from planrt.workers.posted import PostedOp
+
+if TYPE_CHECKING:
+    from planrt.workers.clients import BaseWorker
 
 _Tensor = torch.Tensor
 
@@ -108,7 +106,7 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     inferred = infer(name, function, args, kwargs, PointerTensor)
     if inferred is None:
         op = PostedOp(name, wire_args, wire_kwargs, None, torch.is_grad_enabled(), seed, worker.take_drops())
-        return worker.call(_packed(name, op), via=via)
+        return worker.call(_packed(name, op, worker), via=via)
     handles: list[Handle] = []
 
     def named(leaf: Any) -> Any:
@@ -120,7 +118,7 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
 
     results = _wire_results(inferred.results, named)
     op = PostedOp(name, wire_args, wire_kwargs, results, torch.is_grad_enabled(), seed, worker.take_drops())
-    worker.post_op(_packed(name, op), line)
+    worker.post_op(_packed(name, op, worker), line)
     for number, after in inferred.changed:
         set_spec(operands[number], after)
     return _made(inferred, operands, handles)
@@ -142,10 +140,12 @@ def _into(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         return apply("Tensor.copy_", _Tensor.copy_, (out, result), {})
 
 
-def _packed(name: str, op: PostedOp) -> bytes:
+def _packed(name: str, op: PostedOp, worker: BaseWorker) -> bytes:
     try:
         return op.pack()
     except PlanFormatError as error:
+        for id in op.drop:  # it was to take these along
+            worker.forget(id)
         raise RemoteOpError(f"{name}: {error}") from None
 
 

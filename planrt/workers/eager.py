@@ -317,6 +317,8 @@ class EagerOps:
         op = PostedOp.unpack(body.op)
         used: list[StoredObject] = []
         outgoing: dict[m.PeerAddress, _Outgoing] = {}
+        self._drop(session, op.drop, outgoing)
+        yield from [ToPeer(peer, m.Post([], out.drop)) for peer, out in outgoing.items()]
         grad_mode = torch.is_grad_enabled()
         try:
             function_args = self._operands(session, op, used)

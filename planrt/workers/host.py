@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from planrt.errors import LocalError, TransportError
+from planrt.errors import LocalError, TransportError, WireError
 from planrt.logs import get_logger
 from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers import messages as m
@@ -119,6 +119,9 @@ class WorkerHost:
             await self._complain(pipe, error)
         except ConnectionError as error:
             log.info("connection_lost", worker=self.state.id, client=pipe.address, error=str(error))
+        except Exception as error:  # a mistake of ours: this client is told, the others go on
+            log.exception("serving_failed", worker=self.state.id, client=pipe.address)
+            await self._complain(pipe, WireError(f"the worker failed: {error}", address=pipe.address))
         finally:
             del self._pipes[number]
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
@@ -144,7 +147,7 @@ class WorkerHost:
             log.info("refused", worker=self.state.id, kind=envelope.body.kind, why=envelope.body.message)
         try:
             return encode(m.to_wire(envelope), tensors, max_header=self._limits.header)
-        except LocalError as error:  # a result that does not travel: say so instead
+        except (LocalError, RuntimeError) as error:  # a result that does not travel: say so instead
             return encode(m.to_wire(m.Envelope(envelope.id, failure_of(error))))
 
     async def _complain(self, pipe: Pipe, error: TransportError) -> None:

@@ -145,6 +145,7 @@ def test_what_is_not_contiguous_travels(bob):
     x = torch.arange(6).view(2, 3).T
     assert torch.equal(x.send(bob).get(), x)
     assert torch.equal(torch.ones(1).expand(4).send(bob).get(), torch.ones(4))
+    assert torch.equal(torch.tensor(2.0).expand(1, 1).send(bob).get(), torch.tensor([[2.0]]))
 
 
 def test_a_tensor_may_change_once_it_is_sent(bob):
