@@ -8,28 +8,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planrt.fl.averaging import federated_avg
     from planrt.fl.config import FitResult, TrainConfig
+    from planrt.fl.federated import FederatedDataLoader, FederatedDataset
+    from planrt.fl.optims import Optims
     from planrt.fl.rounds import ModelEvaluator, RoundResult, RoundScheduler
+    from planrt.fl.splitting import federate
     from planrt.fl.utils import evaluate_model_on_worker, fit_model_on_worker
 
 _HOMES = {
     "federated_avg": "planrt.fl.averaging",
     "FitResult": "planrt.fl.config",
     "TrainConfig": "planrt.fl.config",
+    "FederatedDataLoader": "planrt.fl.federated",
+    "FederatedDataset": "planrt.fl.federated",
+    "Optims": "planrt.fl.optims",
     "ModelEvaluator": "planrt.fl.rounds",
     "RoundResult": "planrt.fl.rounds",
     "RoundScheduler": "planrt.fl.rounds",
+    "federate": "planrt.fl.splitting",
     "evaluate_model_on_worker": "planrt.fl.utils",
     "fit_model_on_worker": "planrt.fl.utils",
 }
 """Public name -> module, imported at first use, so that the commands can parse options before torch loads."""
 
 __all__ = [
+    "FederatedDataLoader",
+    "FederatedDataset",
     "FitResult",
     "ModelEvaluator",
+    "Optims",
     "RoundResult",
     "RoundScheduler",
     "TrainConfig",
     "evaluate_model_on_worker",
+    "federate",
     "federated_avg",
     "fit_model_on_worker",
 ]

@@ -29,7 +29,7 @@ STOP_GRACE = 5.0
 
 @dataclass(frozen=True)
 class Served:
-    """A data set and how it is announced; `digits` counts images per digit where that makes sense."""
+    """A data set, or None, and how it is announced; `digits` counts images per digit where that makes sense."""
 
     dataset: Any
     key: str
@@ -53,7 +53,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
     ``{"error": "..."}``, instead of the text meant for people.
     """
     try:
-        served = _served(options)
+        served = _served(options) if not options.empty else _nothing(options)
 
         from planrt.logs import configure
         from planrt.workers.server import WebsocketServerWorker
@@ -67,16 +67,23 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             threads=options.threads,
             device=options.device,
         )
-        worker.add_dataset(served.dataset, served.key, tags=list(served.tags), description=served.description)
+        if served.dataset is not None:
+            worker.add_dataset(
+                served.dataset, served.key, tags=list(served.tags), description=served.description
+            )
 
         def ready(port: int) -> None:
+            items = 0 if served.dataset is None else len(served.dataset)
             if status is not None:
                 report = {"port": port, "key": served.key, "description": served.description}
-                _send(status, report | {"images": len(served.dataset), "digits": served.digits})
+                _send(status, report | {"images": items, "digits": served.digits})
                 return
             if served.notice:
                 print(f"Notice: {served.notice}")
-            print(describe(options.id, served.key, served.description, len(served.dataset), served.digits))
+            if served.dataset is None:
+                print(f"{options.id} holds no data set: clients send it what it needs")
+            else:
+                print(describe(options.id, served.key, served.description, items, served.digits))
             print(f"Worker {options.id} serves at ws://{options.host}:{port}; Ctrl-C stops it", flush=True)
 
         worker.start(ready=ready)
@@ -103,6 +110,7 @@ def _parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all networks")
     add("--port", type=port, default=8777, help="port to listen on (%(default)s); 0 for a free one")
     add("--testing", action="store_true", help="serve the test images")
+    add("--empty", action="store_true", help="serve no data set: clients send what the worker is to hold")
     add("--verbose", action="store_true", help="log what happens, and show tracebacks of errors")
     add("--data", metavar="DIR", help="folder that holds MNIST/raw")
     add("--dataset", default="auto", help="auto, mnist, digits, or package.module:factory for your own")
@@ -140,6 +148,15 @@ def _served(options: argparse.Namespace) -> Served:
         digits=digits,
         notice=loaded.notice,
     )
+
+
+def _nothing(options: argparse.Namespace) -> Served:
+    """No data set, for a worker that gets its data from clients."""
+    if options.testing or options.data is not None or options.key is not None or options.tag:
+        raise OptionError("--empty serves no data set: leave out --testing, --data, --key and --tag")
+    if options.dataset != "auto":
+        raise OptionError("--empty serves no data set: leave out --dataset")
+    return Served(None, "", (), "", {})
 
 
 def _own(options: argparse.Namespace) -> Served:

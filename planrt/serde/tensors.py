@@ -57,7 +57,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if plain.numel() == 0:
         return memoryview(b"")
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of size 1 can be anything
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def describe(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:

@@ -32,7 +32,7 @@ FACTORIES = {
 RANDOM_DRAWS = {name.split(".")[-1].rstrip("_") for name in RANDOM} | {"normal", "uniform"}
 """Another generator draws there: same shape and dtype, other numbers."""
 
-UNINITIALISED = {"empty_like", "new_empty", "new_empty_strided", "empty_like"}
+UNINITIALISED = {"empty_like", "new_empty", "new_empty_strided"}
 
 READS_VALUES = {"item", "allclose", "equal"}
 

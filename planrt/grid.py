@@ -1,0 +1,68 @@
+"""`PrivateGridNetwork`: several workers, searched as one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from planrt.errors import OptionError
+from planrt.workers.clients import BaseWorker
+from planrt.workers.loop import run
+from planrt.workers.pointers import PointerTensor
+
+
+class PrivateGridNetwork:
+    """A group of known workers: ``PrivateGridNetwork(bob, alice).search("#boston", "#data")``.
+
+    Attributes:
+        workers: the workers, in the order given.
+
+    Raises:
+        OptionError: no workers, two with the same id, or something that is no worker.
+    """
+
+    def __init__(self, *workers: BaseWorker) -> None:
+        if not workers:
+            raise OptionError("PrivateGridNetwork: no workers: write PrivateGridNetwork(bob, alice)")
+        seen: set[str] = set()
+        worker: Any
+        for worker in workers:
+            if not isinstance(worker, BaseWorker):
+                hint = ": write PrivateGridNetwork(*workers)" if isinstance(worker, list | tuple) else ""
+                raise OptionError(f"PrivateGridNetwork takes workers, not {type(worker).__name__}{hint}")
+            if worker.id in seen:
+                raise OptionError(
+                    f"PrivateGridNetwork: two workers are called {worker.id!r}: results are told apart by id"
+                )
+            seen.add(worker.id)
+        self.workers = list(workers)
+
+    def search(self, *query: str) -> dict[str, list[PointerTensor]]:
+        """What the workers hold that matches every term of `query`; all are asked at the same time.
+
+        Args:
+            query: tags, ids, or words of descriptions, exactly as they are there.
+
+        Returns:
+            Worker id -> pointers, for the workers that have some, in the workers' order.
+
+        Raises:
+            OptionError: no terms. RemoteError, WorkerLostError: one of the workers could not answer.
+        """
+        return run(self.async_search(*query), instead="await grid.async_search(...)")
+
+    async def async_search(self, *query: str) -> dict[str, list[PointerTensor]]:
+        """`search`, to be awaited on any loop."""
+        terms = _terms(query)
+        answers = await asyncio.gather(*(worker.async_search(terms) for worker in self.workers))
+        return {worker.id: found for worker, found in zip(self.workers, answers, strict=True) if found}
+
+    def __repr__(self) -> str:
+        return f"<PrivateGridNetwork of {', '.join(worker.id for worker in self.workers)}>"
+
+
+def _terms(query: tuple[Any, ...]) -> list[str]:
+    terms = list(query[0]) if len(query) == 1 and isinstance(query[0], list | tuple) else list(query)
+    if not terms or not all(isinstance(term, str) and term for term in terms):
+        raise OptionError('search takes the tags or words to look for: write grid.search("#boston", "#data")')
+    return terms

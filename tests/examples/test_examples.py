@@ -1,0 +1,193 @@
+"""The examples as their readers run them: in this process's workers, and in worker processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from planrt.fl import boston
+from tests.processes import PATIENCE, eventually, marked, write_small_mnist
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+
+
+@dataclass
+class Ended:
+    """An example that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def number(self, pattern: str) -> float:
+        """What `pattern`'s group matches last in the output."""
+        found = re.findall(pattern, self.out)
+        assert found, self.out + self.err
+        return float(found[-1])
+
+
+@dataclass
+class Examples:
+    """Starts examples in a folder without data, and marks them and all their children."""
+
+    folder: Path
+    token: str
+
+    def start(self, name: str, *options: str, data: Path | None = None) -> subprocess.Popen[str]:
+        env = {**os.environ, "PLANRT_TEST_TOKEN": self.token, "XDG_CACHE_HOME": str(self.folder)}
+        env |= {"PLANRT_DATA": str(data or self.folder)}
+        return subprocess.Popen(
+            [sys.executable, str(EXAMPLES / f"{name}.py"), *options],
+            cwd=self.folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, *processes: subprocess.Popen[str]) -> list[Ended]:
+        """Waits for the ends, which must leave no process behind."""
+        spoken = [process.communicate(timeout=4 * PATIENCE) for process in processes]
+        assert eventually(lambda: not marked(self.token)), "processes left behind"
+        return [Ended(process.returncode, *said) for process, said in zip(processes, spoken, strict=True)]
+
+    def run(self, name: str, *options: str, data: Path | None = None) -> Ended:
+        return self._succeeded(self.finish(self.start(name, *options, data=data)))[0]
+
+    def run_both_ways(self, name: str, *options: str, data: Path | None = None) -> list[Ended]:
+        """On virtual workers, and on worker processes, at the same time."""
+        ways = [self.start(name, *options, *way, data=data) for way in ([], ["--websocket"])]
+        return self._succeeded(self.finish(*ways))
+
+    @staticmethod
+    def _succeeded(ended: list[Ended]) -> list[Ended]:
+        for one in ended:
+            assert (one.code, one.err) == (0, ""), one  # no warnings either
+        return ended
+
+
+@pytest.fixture
+def examples(tmp_path) -> Iterator[Examples]:
+    examples = Examples(tmp_path, uuid.uuid4().hex)
+    yield examples
+    for pid in marked(examples.token):  # only after a test that failed half-way
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def boston_folder() -> Path:
+    """The folder that holds the real Boston Housing file, from PLANRT_DATA; as `mnist_folder` does for MNIST."""
+    folder = os.environ.get("PLANRT_DATA")
+    if folder and (Path(folder) / boston.FILE).is_file():
+        return Path(folder).resolve()
+    reason = f"needs {boston.FILE}: set PLANRT_DATA to the folder that holds it"
+    if os.environ.get("PLANRT_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+# -------------------------------------------------------------------------------------------------- the toy
+
+
+def test_the_toy_learns_from_both_workers_of_either_kind_alike(examples):
+    virtual, websocket = examples.run_both_ways("toy_in_turn")
+    assert len(re.findall(r"Pass \d+: bob [\d.]+, alice [\d.]+\n", virtual.out)) == 10
+    assert virtual.number(r"Final loss ([\d.]+)") < 0.03
+    assert virtual.out.splitlines() == websocket.out.splitlines()[1:]  # the first line names the processes
+
+
+def test_averaging_through_a_third_worker_learns_from_both(examples):
+    for ended in examples.run_both_ways("model_averaging"):
+        losses = [float(loss) for loss in re.findall(r"Round \d+: loss ([\d.]+)", ended.out)]
+        assert len(losses) == 10
+        assert losses[0] > losses[4] > losses[9]
+        assert ended.number(r"Final loss ([\d.]+)") < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------- MNIST
+
+
+def test_the_cnn_trains_on_both_halves(examples, tmp_path):
+    small = write_small_mnist(tmp_path / "small")
+    for ended in examples.run_both_ways("cnn_mnist", "--epochs", "2", "--batch-size", "8", data=small):
+        assert "40 items (bob: 20, alice: 20)" in ended.out
+        assert ended.number(r"Epoch 2: .*accuracy (\d+)/20") <= 20
+
+
+def test_the_cnn_learns_mnist(examples, mnist_folder):
+    ended = examples.run("cnn_mnist", "--train-items", "2000", "--epochs", "1", data=mnist_folder)
+    assert "(bob: 1,000, alice: 1,000)" in ended.out
+    assert ended.number(r"accuracy (\d+)/10000") > 6000
+
+
+# --------------------------------------------------------------------------------------------------- Boston
+
+
+def test_two_workers_learn_the_prices(examples, boston_folder):
+    for ended in examples.run_both_ways("boston_two_workers", "--epochs", "20", "--data", str(boston_folder)):
+        assert "404 items (bob: 202, alice: 202)" in ended.out
+        assert ended.number(r"Final test MSE ([\d.]+)") < 25
+
+
+def test_prices_without_the_file_are_one_line(examples):
+    (ended,) = examples.finish(examples.start("boston_two_workers"))
+    assert ended.code == 1
+    assert ended.err.count("\n") == 1
+    assert f"no {boston.FILE} in {examples.folder}" in ended.err
+    assert "--data" in ended.err
+
+
+# ------------------------------------------------------------------------------------------------- the sandbox
+
+
+def test_the_sandbox_finds_and_trains(examples, boston_folder):
+    ended = examples.run("sandbox_search", "--epochs", "8", data=boston_folder)
+    assert "#boston is on bob, theo, jason, alice, andy, jon" in ended.out
+    assert ended.number(r"Epoch 8: mean loss ([\d.]+)") < 80
+
+
+def test_the_sandbox_on_worker_processes_and_without_boston(examples):
+    ended = examples.run("sandbox_search", "--epochs", "2", "--websocket")
+    losses = [float(loss) for loss in re.findall(r"mean loss ([\d.]+)", ended.out)]
+    assert ended.out.count("ws://127.0.0.1:") == 6
+    assert "Boston Housing: left out" in ended.out
+    assert "#diabetes is on bob" in ended.out
+    assert losses[1] < losses[0]
+
+
+# ------------------------------------------------------------------------------------------- misuse, interruption
+
+
+def test_every_example_is_tested_here():
+    tested = Path(__file__).read_text()
+    assert SCRIPTS
+    assert [name for name in SCRIPTS if f'"{name}"' not in tested] == []
+
+
+def test_wrong_options_are_one_line(examples):
+    started = [examples.start(name, "--epochs", "0") for name in SCRIPTS]
+    for ended in examples.finish(*started):
+        assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
+        assert "must be at least 1, got 0" in ended.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_example_takes_its_worker_processes_along(examples, number, code):
+    process = examples.start("toy_in_turn", "--websocket", "--epochs", "1000000")
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("Worker processes") for line in lines)
+    os.kill(process.pid, number)
+    (ended,) = examples.finish(process)
+    assert ended.code == code
+    assert "Traceback" not in ended.err

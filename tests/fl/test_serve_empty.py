@@ -1,0 +1,53 @@
+"""A worker that serves no data set: ``python -m planrt.fl.serve --id bob --empty``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import planrt
+from planrt.fl import serve
+from planrt.fl.children import ChildOptions, WorkerProcesses
+from planrt.workers import WebsocketClientWorker
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--testing"], "leave out --testing, --data, --key and --tag"),
+        (["--data", "."], "leave out --testing"),
+        (["--key", "k"], "leave out --testing"),
+        (["--tag", "#x"], "leave out --testing"),
+        (["--dataset", "digits"], "leave out --dataset"),
+        (["--dataset", "package:factory"], "leave out --dataset"),
+    ],
+)
+def test_options_about_data_are_refused(options, message, capsys):
+    assert serve.main(["--id", "bob", "--empty", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "--empty serves no data set" in printed.err
+    assert message in printed.err
+
+
+def test_any_id_will_do_and_clients_send_what_it_holds(capfd):
+    planrt.TorchHook(torch)
+    with WorkerProcesses([ChildOptions("dora", options=("--empty", "--threads", "1"))]) as processes:
+        ready = processes.wait_ready()["dora"]
+        assert (ready.key, ready.images, ready.digits) == ("", 0, {})
+        with WebsocketClientWorker("dora", uri=ready.uri) as dora:
+            assert dict(dora.datasets) == {}
+            assert (torch.ones(3).send(dora) + 1).get().tolist() == [2, 2, 2]
+    assert capfd.readouterr().err == ""
+
+
+def test_by_hand_it_says_what_it_holds(monkeypatch, capsys):
+    from planrt.workers import server
+
+    monkeypatch.setattr(server.WebsocketServerWorker, "start", lambda self, *, ready: ready(1234))
+    assert serve.main(["--id", "dora", "--empty"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "dora holds no data set: clients send it what it needs",
+        "Worker dora serves at ws://127.0.0.1:1234; Ctrl-C stops it",
+    ]
