@@ -13,8 +13,10 @@ from planrt.version import VERSION
 
 if TYPE_CHECKING:
     from planrt import errors
-    from planrt.fl import TrainConfig, federated_avg
+    from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
+    from planrt.grid import PrivateGridNetwork
     from planrt.plans import Plan, func2plan
+    from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
     from planrt.workers.multipointer import MultiPointerTensor
@@ -34,6 +36,11 @@ _HOMES = {
     "TorchHook": "planrt.torch_hook",
     "PointerTensor": "planrt.workers.pointers",
     "MultiPointerTensor": "planrt.workers.multipointer",
+    "FederatedDataLoader": "planrt.fl",
+    "FederatedDataset": "planrt.fl",
+    "Optims": "planrt.fl",
+    "PrivateGridNetwork": "planrt.grid",
+    "create_sandbox": "planrt.sandbox",
     "TrainConfig": "planrt.fl",
     "federated_avg": "planrt.fl",
 }
@@ -55,6 +62,11 @@ __all__ = [
     "MultiPointerTensor",
     "hook",
     "local_worker",
+    "FederatedDataset",
+    "FederatedDataLoader",
+    "Optims",
+    "PrivateGridNetwork",
+    "create_sandbox",
     "TrainConfig",
     "federated_avg",
 ]

@@ -1,4 +1,5 @@
-"""`TorchHook`: gives `torch.Tensor` and `torch.nn.Module` their remote methods, and this process a worker.
+"""`TorchHook`: gives `torch.Tensor`, `torch.nn.Module` and `torch.utils.data.Dataset` their remote methods, and
+this process a worker.
 
 These methods are all that planrt adds to torch; none of its functions is replaced.
 """
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from planrt.errors import LocalError, PointerError
+from planrt.fl import splitting
 from planrt.workers import modules
 from planrt.workers.clients import BaseWorker, VirtualWorker
 from planrt.workers.loop import on_loop
@@ -178,7 +180,8 @@ def _owner(self: torch.Tensor) -> VirtualWorker:
 
 
 def _add_methods() -> None:
-    """The methods that planrt adds to torch's two classes."""
+    """The methods that planrt adds to torch's classes."""
+    splitting.install()
     additions: dict[str, Any] = {
         "send": send, "async_send": async_send, "send_": send_, "tag": tag, "describe": describe,
         "get": _not_remote("get"), "get_": _not_remote("get_"), "move": _not_remote("move"),

@@ -101,14 +101,8 @@ def compare(op, there, here):
     torch.testing.assert_close(there, here, equal_nan=True)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("transport", "dtype"),
-    [*[("memory", dtype) for dtype in SAMPLES], ("websocket", torch.float32)],
-    indirect=["transport"],
-    ids=str,
-)
-def test_every_op_gives_what_it_gives_here(bob, dtype):
+def walk(bob, dtype):
+    """Runs every op's samples there and here: how many agree, and what does not."""
     done, wrong = collections.Counter(), []
     torch.manual_seed(0)
     for op in op_db:
@@ -142,9 +136,20 @@ def test_every_op_gives_what_it_gives_here(bob, dtype):
                     done["same"] += 1
                 except Exception as error:
                     wrong.append(f"{op.name} ({form}): {type(error).__name__}: {str(error)[:200]}")
+    return done, wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("transport", "dtype"),
+    [*[("memory", dtype) for dtype in SAMPLES], ("websocket", torch.float32)],
+    indirect=["transport"],
+    ids=str,
+)
+def test_every_op_gives_what_it_gives_here(bob, dtype):
+    done, wrong = walk(bob, dtype)
     assert not wrong, "\n".join(wrong)
-    assert done["same"] > 0, done
-    del args, kwargs, result, here, there
+    assert done["same"] > (1000 if dtype == torch.float32 else 250), done
     gc.collect()
     assert bob.objects_count() == 0
 

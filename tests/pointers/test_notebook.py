@@ -13,7 +13,8 @@ CELLS = [
     # and await forms, on that loop:
     "y = await torch.ones(2).async_send(bob); print((await (y * 3).async_get()).tolist())",
     "server = sy.WebsocketServerWorker('alice', threads=1); serving = server.running(); uri = serving.__enter__()",
-    "alice = await sy.WebsocketClientWorker.connect('alice', uri); z = torch.ones(2).send(alice); print(z.get().tolist())",
+    "alice = await sy.WebsocketClientWorker.connect('alice', uri)",
+    "z = torch.ones(2).send(alice); print(z.get().tolist())",
     "print((await (y + 1).async_move(alice)).get().tolist())",
     "x",
     "alice.close(); serving.__exit__(None, None, None); bob.close()",
