@@ -169,25 +169,26 @@ def in_turns(
     return {name: Sample(tuple(values)) for name, values in seconds.items()}
 
 
-def resident_bytes() -> int:
-    """This process's resident memory, without pages of files (which the system takes back when it likes).
+def resident_bytes(pid: int | None = None) -> int:
+    """Resident memory of a process, this one by default, without pages of files (which the system takes back).
 
     Anonymous shared mappings, which `mmap.mmap(-1, n)` makes, count: they are memory like any other.
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         lines = (line.split() for line in status.read_text().splitlines())
         return sum(int(line[1]) * 1024 for line in lines if line and line[0] in ("RssAnon:", "RssShmem:"))
     import psutil  # type: ignore[import-untyped]
 
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process(pid).memory_info().rss)
 
 
 class PeakMemory:
     """Samples `resident_bytes` in a thread while its `with` block runs; `bytes` is the highest seen."""
 
-    def __init__(self, *, interval: float = 0.002) -> None:
-        self.bytes = resident_bytes()
+    def __init__(self, *, interval: float = 0.002, pid: int | None = None) -> None:
+        self._pid = pid
+        self.bytes = resident_bytes(pid)
         self._interval = interval
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -204,4 +205,4 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(self._interval):
-            self.bytes = max(self.bytes, resident_bytes())
+            self.bytes = max(self.bytes, resident_bytes(self._pid))
