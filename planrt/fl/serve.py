@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from planrt.errors import DataError, OptionError
@@ -66,6 +67,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             port=options.port,
             threads=options.threads,
             device=options.device,
+            users=_users(options.users),
         )
         if served.dataset is not None:
             worker.add_dataset(
@@ -118,6 +120,7 @@ def _parser() -> Parser:
     add("--tag", action="append", default=[], help="tag of the data set (repeatable)")
     add("--threads", type=whole_number(at_least=1), help="torch threads (as many as cores)")
     add("--device", default="cpu", help="device that computes (%(default)s)")
+    add("--users", metavar="FILE", help="users and their tokens, a line `name: token` each, for private data")
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)
@@ -173,6 +176,25 @@ def _own(options: argparse.Namespace) -> Served:
         what = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"--dataset {options.dataset} does not give a data set ({what})") from error
     return Served(dataset, options.key, tuple(options.tag), options.dataset, {})
+
+
+def _users(path: str | None) -> dict[str, str]:
+    """The users in a file of ``name: token`` lines. A file, as command lines can be seen by others."""
+    if path is None:
+        return {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--users {path} cannot be read: {first_line(error)}") from error
+    users: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, colon, token = (part.strip() for part in line.partition(":"))
+        if not colon or not name or not token or name in users:
+            raise OptionError(f"--users {path}, line {number}: write `name: token`, each name once")
+        users[name] = token
+    return users
 
 
 def _check_device(device: str) -> None:

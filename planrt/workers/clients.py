@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -349,6 +350,26 @@ class VirtualWorker(BaseWorker):
         await super()._close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._serving
+
+    def __del__(self) -> None:
+        """A worker that nobody refers to any more, without having been closed: its tasks must end all the same."""
+        connection = self.__dict__.get("_connection")
+        if connection is not None and not connection.closed and not sys.is_finalizing():
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                connection.loop.call_soon_threadsafe(_close_soon, connection, self._serving)
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close_soon(connection: Connection, serving: asyncio.Task[None]) -> None:
+    async def close() -> None:
+        await connection.close()
+        await asyncio.wait([serving])
+
+    task = asyncio.create_task(close())
+    _closing.add(task)  # a loop keeps weak references only
+    task.add_done_callback(_closing.discard)
 
 
 async def _open_memory(

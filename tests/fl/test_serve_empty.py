@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import planrt
+from planrt.errors import GetNotPermittedError, HandshakeError
 from planrt.fl import serve
 from planrt.fl.children import ChildOptions, WorkerProcesses
 from planrt.workers import WebsocketClientWorker
@@ -51,3 +52,34 @@ def test_by_hand_it_says_what_it_holds(monkeypatch, capsys):
         "dora holds no data set: clients send it what it needs",
         "Worker dora serves at ws://127.0.0.1:1234; Ctrl-C stops it",
     ]
+
+
+def test_users_come_from_a_file(tmp_path):
+    planrt.TorchHook(torch)
+    users = tmp_path / "users"
+    users.write_text("# who may see private data\nann: token of ann\n\nben:token of ben\n")
+    child = ChildOptions("dora", options=("--empty", "--threads", "1", "--users", str(users)))
+    with WorkerProcesses([child]) as processes:
+        uri = processes.wait_ready()["dora"].uri
+        with (
+            WebsocketClientWorker("dora", uri=uri, token="token of ann") as ann,
+            WebsocketClientWorker("dora", uri=uri, token="token of ben") as ben,
+        ):
+            x = torch.ones(2).tag("#private").send(ann, allowed_users=["ann"])
+            ann.objects_count()
+            (found,) = ben.search("#private")
+            with pytest.raises(GetNotPermittedError, match="ann may get it"):
+                (found * 2).get()
+            assert (x * 2).get().tolist() == [2, 2]
+        with pytest.raises(HandshakeError, match="token"):
+            WebsocketClientWorker("dora", uri=uri, token="guess")
+
+
+@pytest.mark.parametrize("text", ["ann", "ann:", ":token", "ann: a\nann: b", "ann: a\nben: a"])
+def test_malformed_users_are_refused(tmp_path, capsys, text):
+    users = tmp_path / "users"
+    users.write_text(text)
+    assert serve.main(["--id", "bob", "--empty", "--port", "0", "--users", str(users)]) == 2
+    assert "token" in capsys.readouterr().err
+    assert serve.main(["--id", "bob", "--empty", "--port", "0", "--users", str(tmp_path / "none")]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -4,6 +4,8 @@ import asyncio
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -542,3 +544,26 @@ def test_virtual_workers_show_what_they_hold():
         assert len(dan.search("#kept")) == 1
     with pytest.raises(ValueError, match="needs an id"):
         planrt.VirtualWorker(planrt.hook)
+
+
+def test_a_virtual_worker_that_is_forgotten_ends_quietly():
+    code = (
+        "import gc, time, planrt\n"
+        "for _ in range(3):\n"
+        "    bob = planrt.VirtualWorker('bob')\n"
+        "gc.collect(); time.sleep(0.3); print(len(bob._objects))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_names_have_the_homes_that_scripts_know():
+    from planrt.fl import Optims
+    from planrt.fl.utils import federated_avg
+    from planrt.workers.websocket_client import WebsocketClientWorker
+    from planrt.workers.websocket_server import WebsocketServerWorker
+
+    assert planrt.WebsocketClientWorker is WebsocketClientWorker
+    assert planrt.WebsocketServerWorker is WebsocketServerWorker
+    assert (planrt.Optims, planrt.federated_avg) == (Optims, federated_avg)
+    assert all(getattr(planrt, name) is not None for name in planrt.__all__)
