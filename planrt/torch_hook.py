@@ -18,7 +18,6 @@ from planrt.errors import LocalError, PointerError
 from planrt.fl import splitting
 from planrt.workers import modules
 from planrt.workers.clients import BaseWorker, VirtualWorker
-from planrt.workers.loop import on_loop
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.objects import allowed_users, contiguous
 from planrt.workers.optimizers import before_step
@@ -108,14 +107,8 @@ async def async_send(
     """`send`, to be awaited on any loop."""
     allowed = _allowed(private, allowed_users)
     _check_workers(workers)
-    pointers = [_pointer_to(self, await _put_one(worker, self, allowed)) for worker in workers]
+    pointers = [_pointer_to(self, (await worker.put_async([self], allowed=allowed))[0]) for worker in workers]
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
-
-
-@on_loop
-async def _put_one(worker: BaseWorker, tensor: torch.Tensor, allowed: list[str] | None) -> Any:
-    (handle,) = await worker.put_async([tensor], allowed=allowed)
-    return handle
 
 
 def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tensor:
@@ -195,7 +188,8 @@ def _add_methods() -> None:
         setattr(torch.Tensor, name, value)
     for name, value in {
         "send": modules.send_module, "get": modules.get_module, "move": modules.move_module,
-        "copy": modules.copy_module, "location": property(modules.location_of),
+        "async_send": modules.send_module_async, "async_get": modules.get_module_async,
+        "async_move": modules.move_module_async, "copy": modules.copy_module, "location": property(modules.location_of),
     }.items():  # fmt: skip
         setattr(nn.Module, name, value)
     # TorchScript compiles every property that it is not told to leave alone.

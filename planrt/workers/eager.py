@@ -518,7 +518,8 @@ class EagerOps:
         """Published objects that match."""
         found = [
             m.FoundItem(
-                id, spec_of(stored.value), list(stored.tags), stored.description, stored.label is not None
+                id, spec_of(stored.value), list(stored.tags), stored.description, stored.label is not None,
+                self.store.objects[id] is not stored,
             )
             for id, stored in self.store.search(session.id, body.query)
             if isinstance(stored.value, torch.Tensor)

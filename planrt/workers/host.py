@@ -46,10 +46,17 @@ class ComputeThread:
         """Whether the thread is at work."""
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Runs ``function(*args)`` on the thread, after everything asked for before."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, self._compute, function, *args
-        )
+        """Runs ``function(*args)`` on the thread, after everything asked for before.
+
+        Raises:
+            asyncio.CancelledError: the thread takes nothing more: it was closed, or this process ends.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            running = loop.run_in_executor(self._executor, self._compute, function, *args)
+        except RuntimeError:  # Python closes every executor at its end, before it lets go of our loop
+            raise asyncio.CancelledError from None
+        return await running
 
     def _compute(self, function: Callable[..., T], *args: object) -> T:
         with _computing:

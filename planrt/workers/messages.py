@@ -94,6 +94,8 @@ class FoundItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     tags: list[str]
     description: str
     private: bool
+    snapshot: bool
+    """Whether it is a copy, made for this session: it goes with its last pointer."""
 
 
 # ------------------------------------------------------------------------------- client -> worker

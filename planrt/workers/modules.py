@@ -63,7 +63,7 @@ def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
 
 
 async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
-    """`send_module`, on planrt's loop."""
+    """`send_module`, to be awaited on any loop."""
     local = _local(module)
     if local:
         _become_remote(module, local, worker, await worker.put_async(local))
@@ -96,12 +96,34 @@ def get_module(module: nn.Module) -> nn.Module:
     return module
 
 
+async def get_module_async(module: nn.Module) -> nn.Module:
+    """`get_module`, to be awaited on any loop."""
+    for pointer in _remote(module):
+        become_tensor(pointer, await pointer.async_get())
+    _remove_hooks(module)
+    return module
+
+
+async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
+    """`move_module`, to be awaited on any loop."""
+    for pointer in _remote(module):
+        _point_to(pointer, await pointer.async_move(worker), worker)
+    _remove_hooks(module)
+    _add_hooks(module, worker)
+    return module
+
+
+def _point_to(pointer: PointerTensor, moved: PointerTensor, worker: BaseWorker) -> None:
+    if moved is pointer:
+        return
+    handle, moved._handle = moved._handle, Handle(worker, 0, owned=False)
+    become_pointer(pointer, handle, moved._spec)
+
+
 def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """Moves every parameter and buffer to `worker`, straight from where they are."""
     for pointer in _remote(module):
-        moved = pointer.move(worker)
-        handle, moved._handle = moved._handle, Handle(worker, 0, owned=False)
-        become_pointer(pointer, handle, moved._spec)
+        _point_to(pointer, pointer.move(worker), worker)
     _remove_hooks(module)
     _add_hooks(module, worker)
     return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -30,12 +30,12 @@ class GradientTable:
         self.epoch = 0
         """Grows when the gradients there may be other tensors than before."""
         self._specs: dict[int, Spec] = {}
-        self._pending: list[Callable[[], Reply]] = []
+        self._pending: list[tuple[Connection, Outgoing]] = []
 
-    def expect(self, answer: Callable[[], Reply]) -> None:
-        """A backward pass is under way; `answer` waits for its end."""
+    def expect(self, connection: Connection, asked: Outgoing) -> None:
+        """A backward pass is under way."""
         self.epoch += 1
-        self._pending.append(answer)
+        self._pending.append((connection, asked))
 
     def settle(self) -> None:
         """Waits for backward passes under way.
@@ -43,10 +43,16 @@ class GradientTable:
         Raises:
             RemoteError: one of them failed.
         """
+        if self._pending:
+            run(self.settle_async(), instead="await pointer.async_grad()")
+
+    async def settle_async(self) -> None:
+        """`settle`, on planrt's loop."""
         while self._pending:
-            body, _ = self._pending.pop(0)()
-            if isinstance(body, m.Gradients):
-                self._specs = {id: spec_from_wire(wire) for id, wire in body.objects}
+            connection, asked = self._pending.pop(0)
+            body, _ = await connection.finish(asked)
+            if isinstance(body, m.Gradients):  # a backward pass only adds gradients
+                self._specs.update({id: spec_from_wire(wire) for id, wire in body.objects})
 
     def spec_of(self, handle: Handle) -> Spec | None:
         """What the gradient of an object looks like; None where it has none. May wait for a backward pass."""
@@ -61,6 +67,14 @@ class GradientTable:
             self._specs.pop(id, None)
         else:
             self._specs[id] = like
+
+    def note(self, id: int, like: Spec) -> None:
+        """A new object came with a gradient."""
+        self._specs[id] = like
+
+    def known(self, id: int) -> Spec | None:
+        """As `spec_of`, without waiting."""
+        return self._specs.get(id)
 
     def forget(self, id: int) -> None:
         """The object is gone."""
@@ -127,11 +141,7 @@ class RemoteObjects:
     ) -> None:
         """A backward pass there; who asks for a gradient afterwards waits for it."""
         asked = self._ask(m.Backward(roots, given, retain_graph, create_graph, inputs))
-        self.gradients.expect(
-            lambda: run(
-                self._connection.finish(asked), instead="await pointer.async_get() before reading .grad"
-            )
-        )
+        self.gradients.expect(self._connection, asked)
 
     def check_open(self) -> None:
         """Raises WorkerLostError if the connection has ended."""
@@ -141,11 +151,11 @@ class RemoteObjects:
         """Queues a request, from any thread, after everything posted before."""
         return self._connection.enqueue(body, tensors, drops=drops)
 
-    def _request(self, body: m.Body, *, instead: str, drops: bool = False) -> Reply:
+    def _request(self, body: m.Body, *, instead: str) -> Reply:
         """A request, from any thread but planrt's own."""
         refuse_to_block(instead)
         self.gradients.settle()  # before anything is asked: what a failed backward pass interrupts must not be lost
-        return run(self._connection.finish(self._ask(body, drops=drops)), instead=instead)
+        return run(self._connection.finish(self._ask(body)), instead=instead)
 
     def _unexpected(self, body: object) -> WireError:
         return WireError(
@@ -169,10 +179,11 @@ class RemoteObjects:
             run(self._connection.send(body, payload), instead="await tensor.async_send(worker)")
         return handles
 
+    @on_loop
     async def put_async(
         self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None
     ) -> list[Handle]:
-        """`put`, on planrt's loop."""
+        """`put`, to be awaited on any loop."""
         body, payload, handles = self._put_message(tensors, allowed)
         await self._connection.send(body, payload)
         return handles
@@ -196,7 +207,7 @@ class RemoteObjects:
             if grad is not None:
                 check_travels(grad)
                 payload.append(grad.detach())
-                self.gradients.set(handle.id, contiguous(grad))
+                self.gradients.note(handle.id, contiguous(grad))
         return m.Put(items), payload, handles
 
     def fetch(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
@@ -218,6 +229,7 @@ class RemoteObjects:
     @on_loop
     async def fetch_async(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
         """`fetch`, to be awaited on any loop."""
+        await self.gradients.settle_async()
         asked = self._ask(m.Fetch(alive(pointer).id, delete))
         body, tensors = await self._connection.finish(asked)
         return self._fetched(pointer, body, tensors, delete=delete)
@@ -249,10 +261,16 @@ class RemoteObjects:
     # --------------------------------------------------------------------------- from worker to worker
 
     def hand_pointer(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
+        """The blocking form of `hand_pointer_async`."""
+        return run(self.hand_pointer_async(pointer, to), instead="await pointer.async_send(worker)")
+
+    @on_loop
+    async def hand_pointer_async(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
         """Makes worker `to` hold a pointer to the object here; gives a pointer to that."""
         handle, token = alive(pointer), secrets.token_hex(16)
         to.check_open()
-        self._request(m.HandOver([handle.id], token), instead="sending pointers from another thread")
+        await self.gradients.settle_async()
+        await self._connection.finish(self._ask(m.HandOver([handle.id], token)))
         handle.alive = False
         id = new_id()
         peer = m.PeerAddress(self.id, self.link_address)
@@ -268,6 +286,7 @@ class RemoteObjects:
         if to is self:
             return pointer
         to.check_open()
+        await self.gradients.settle_async()
         s = pointer._spec
         after = spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
         if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
@@ -276,7 +295,7 @@ class RemoteObjects:
             (moved,) = await to.put_async([value])
             return make_pointer(moved, after)
         id, token = new_id(), secrets.token_hex(16)
-        grad = self.gradients._specs.get(handle.id)
+        grad = self.gradients.known(handle.id)
         asked = self._ask(m.Move(handle.id, m.PeerAddress(to.id, to.link_address), id, token))
         body, _ = await self._connection.finish(asked)
         if not isinstance(body, m.Done):
@@ -285,12 +304,11 @@ class RemoteObjects:
         self.gradients.forget(handle.id)
         to._connection.post(m.Claim([id], token))
         if grad is not None:
-            to.gradients._specs[id] = grad
+            to.gradients.note(id, grad)
         return make_pointer(Handle(to, id), after)  # type: ignore[arg-type]
 
     def move(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
         """The blocking form of `move_async`."""
-        self.gradients.settle()
         return run(self.move_async(pointer, to), instead="await pointer.async_move(worker)")
 
     # ------------------------------------------------------------------------------------------- finding
@@ -306,7 +324,7 @@ class RemoteObjects:
             raise self._unexpected(body)
         found = []
         for item in body.objects:
-            pointer = make_pointer(Handle(self, item.id, owned=False), spec_from_wire(item.spec))  # type: ignore[arg-type]
+            pointer = make_pointer(Handle(self, item.id, owned=item.snapshot), spec_from_wire(item.spec))  # type: ignore[arg-type]
             pointer.__dict__["_tags"], pointer.__dict__["_description"] = tuple(item.tags), item.description
             found.append(pointer)
         return found
@@ -325,17 +343,35 @@ class RemoteObjects:
         """Gives an object tags and a description; tagged ones are published."""
         self._connection.post(m.Describe(alive(pointer).id, list(tags), description))
 
-    def objects_count(self) -> int:
+    @on_loop
+    async def async_gradient(self, pointer: PointerTensor) -> PointerTensor | None:
+        """``pointer.grad``, without blocking while a backward pass is under way."""
+        await self.gradients.settle_async()
+        return pointer.grad  # type: ignore[return-value]
+
+    @on_loop
+    async def async_objects_count(self) -> int:
         """How many objects the worker holds for this client."""
-        body, _ = self._request(m.CountObjects(), instead="counting from another thread", drops=True)
+        await self.gradients.settle_async()
+        body, _ = await self._connection.finish(self._ask(m.CountObjects(), drops=True))
         if not isinstance(body, m.Counted):
             raise self._unexpected(body)
         return body.objects
 
-    def clear_objects(self) -> Self:
+    def objects_count(self) -> int:
+        """The blocking form of `async_objects_count`."""
+        return run(self.async_objects_count(), instead="await worker.async_objects_count()")
+
+    @on_loop
+    async def async_clear_objects(self) -> Self:
         """Removes every object that this client has there, published ones too."""
-        self._request(m.Clear(), instead="clearing from another thread", drops=True)
+        await self.gradients.settle_async()
+        await self._connection.finish(self._ask(m.Clear(), drops=True))
         return self
+
+    def clear_objects(self) -> Self:
+        """The blocking form of `async_clear_objects`."""
+        return run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
 
 
 def check_travels(tensor: torch.Tensor) -> None:

@@ -153,6 +153,20 @@ class PointerTensor(torch.Tensor):
         """Gives `worker` this pointer: the result points to it there. `get` brings it back."""
         return alive(self).worker.hand_pointer(self, worker)
 
+    async def async_send(self, worker: BaseWorker) -> PointerTensor:
+        """`send`, to be awaited on any loop."""
+        return await alive(self).worker.hand_pointer_async(self, worker)
+
+    def send_(self, worker: BaseWorker, **options: Any) -> NoReturn:
+        """Not for pointers: `send` gives a new one."""
+        raise RemoteOpError(
+            "this is a pointer already: send() makes a pointer to it, move() moves what it points to"
+        )
+
+    async def async_grad(self) -> PointerTensor | None:
+        """`grad`, to be awaited on any loop: it may have to wait for a backward pass."""
+        return await alive(self).worker.async_gradient(self)
+
     def tag(self, *tags: str) -> PointerTensor:
         """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
         self.__dict__["_tags"] = (*self.__dict__.get("_tags", ()), *tags)

@@ -493,6 +493,41 @@ def test_await_forms_from_any_loop(bob, alice):
     assert (found, x.tolist(), y.tolist()) == ([], [1, 2], [4, 6])
 
 
+def test_await_forms_of_training(bob, alice):
+    async def go():
+        model = torch.nn.Linear(2, 1, bias=False)
+        weight = model.weight.detach().clone()
+        await model.async_send(bob)
+        x = await torch.ones(1, 2).async_send(bob)
+        model(x).sum().backward()
+        grad = await model.weight.async_grad()
+        counted = await bob.async_objects_count()
+        await model.async_move(alice)
+        assert model.location is alice
+        assert model.weight.grad is not None
+        await model.async_get()
+        chain = await x.async_send(alice)
+        back = await (await chain.async_get()).async_get()
+        await bob.async_clear_objects()
+        return model, weight, grad, counted, back
+
+    model, weight, grad, counted, back = asyncio.run(go())
+    assert torch.equal(model.weight, weight)
+    assert model.weight.grad.tolist() == [[1, 1]]
+    assert (grad.shape, counted > 1, back.tolist()) == ((1, 2), True, [[1, 1]])
+    assert bob.objects_count() == 0
+
+
+def test_what_search_found_goes_with_its_pointer(bob):
+    kept = torch.ones(2).tag("#kept").send(bob)
+    for _ in range(5):
+        (found,) = bob.search("#kept")
+        assert found.sum().get().item() == 2
+    del found
+    assert bob.objects_count() == 1
+    assert kept.get().tolist() == [1, 1]
+
+
 def test_threads_use_pointers_at_once(bob):
     results = {}
 

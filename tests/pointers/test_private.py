@@ -241,6 +241,18 @@ def test_nobody_changes_what_another_published(clinic):
     assert x.get().tolist() == [1, 1, 1]
 
 
+def test_snapshots_go_with_their_pointers(clinic):
+    one, other = clinic(), clinic()
+    x = torch.ones(3).tag("#published").send(one)
+    one.objects_count()
+    for _ in range(5):
+        (found,) = other.search("#published")
+    assert other.objects_count() == 1
+    del found
+    assert other.objects_count() == 0
+    assert x.get().tolist() == [1, 1, 1]
+
+
 def test_untagged_objects_go_with_their_session_and_tagged_ones_stay(clinic):
     one, other = clinic(), clinic()
     kept = torch.ones(2).tag("#kept").send(one)
