@@ -7,7 +7,7 @@ computes on tensors, numbers and dtypes alone, and gives the same for the same. 
 releases of torch have may stand here too.
 
 The reasons end up in error messages: "Tensor.item cannot run on a remote tensor: <reason>; get() the tensor ...".
-``out=`` is a form, not a name: pointers refuse it whatever the op.
+``out=`` is a form, not a name: pointers do it as the op and a copy, where it gives one tensor.
 """
 
 from __future__ import annotations

@@ -346,6 +346,38 @@ RESULTS_FOLLOW_FLOATS: Final = FACTORIES | {
 }
 """Ops where a float among the arguments can change the results' shape."""
 
+_STATISTICS = {
+    "torch.batch_norm": ((3, "running_mean"), (4, "running_var")),
+    "torch.instance_norm": ((3, "running_mean"), (4, "running_var")),
+    "nn.functional.batch_norm": ((1, "running_mean"), (2, "running_var")),
+    "nn.functional.instance_norm": ((1, "running_mean"), (2, "running_var")),
+}
+MEMORY_WRITES: Final = ("Tensor.data.__set__", "Tensor.set_")
+"""Ops that give a tensor other memory."""
+
+_RENORMING = ("nn.functional.embedding", "nn.functional.embedding_bag")
+
+
+def written_operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Those of an op's arguments that it may write to, whether it succeeds or fails on the way."""
+    word = name.rpartition(".")[2]
+    in_place = word.endswith("_") and not word.endswith("__")
+    in_place = in_place or (word.startswith("__i") and word != "__invert__") or word == "__setitem__"
+    written = []
+    if in_place or name in MEMORY_WRITES or kwargs.get("inplace"):
+        written.append(args[0] if args else next(iter(kwargs.values()), None))
+    for position, keyword in _STATISTICS.get(name, ()):
+        written.append(args[position] if position < len(args) else kwargs.get(keyword))
+    if name in _RENORMING and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+        written.append(args[1] if len(args) > 1 else kwargs.get("weight"))
+    return written
+
+
+def writes_unseen(name: str) -> bool:
+    """Whether an op changes operands without counting that in their versions, by which autograd sees writes."""
+    return name in _STATISTICS or name in MEMORY_WRITES
+
+
 SIZE_OPS: Final = frozenset({"Tensor.size", "Tensor.numel", *SIZE_ARITHMETIC})
 """Ops whose results are numbers (sizes and what is computed from them), not tensors."""
 

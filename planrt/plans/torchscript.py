@@ -34,6 +34,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def is_torchscript(model: object) -> bool:
+    """Whether `model` is a module or function that runs in TorchScript."""
+    return isinstance(model, _TRACED)
+
+
 # Out
 
 
@@ -111,7 +116,7 @@ def as_traceable(
     model: torch.nn.Module | Callable[..., Any], examples: Sequence[torch.Tensor]
 ) -> tuple[Callable[..., Any], list[torch.nn.Module]]:
     """(what to call, the modules with its state): a traced module is translated, others are as they are."""
-    if not isinstance(model, _TRACED):
+    if not is_torchscript(model):
         return model, [model] if isinstance(model, torch.nn.Module) else []
     plan = from_torchscript(model, examples)
     state = local_state(plan)

@@ -136,6 +136,10 @@ def _into(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         raise RemoteOpError(
             f"{name}: out= takes one pointer, of the result's shape: assign the result instead"
         )
+    if not torch.can_cast(result.dtype, out.dtype):
+        raise RuntimeError(
+            f"{name}: a result of dtype {result.dtype} can't be cast to that of out=, {out.dtype}"
+        )
     with torch.no_grad():
         return apply("Tensor.copy_", _Tensor.copy_, (out, result), {})
 
@@ -304,7 +308,7 @@ def _device(pointer: PointerTensor) -> torch.device:
 
 def _get_grad(pointer: PointerTensor) -> PointerTensor | None:
     handle = alive(pointer)
-    like = handle.worker.gradients.spec_of(handle)
+    like = handle.worker.gradients.spec_of(pointer)
     if like is None:
         return None
     known = pointer.__dict__.get("_grad_pointer")
@@ -325,7 +329,7 @@ def _get_grad(pointer: PointerTensor) -> PointerTensor | None:
 def _set_grad(pointer: PointerTensor, grad: Any) -> None:
     handle = alive(pointer)
     gradients = handle.worker.gradients
-    if grad is None and gradients.spec_of(handle) is None:
+    if grad is None and gradients.spec_of(pointer) is None:
         return
     if grad is not None and not isinstance(grad, PointerTensor):
         _mixed("Tensor.grad", (pointer, grad), {})

@@ -4,6 +4,9 @@ A posted op is not answered. If it fails, its results are kept as failures, so i
 first of them that is fetched tells why. Operands that a failed op was to change stay as they were; the failure
 shows at their next fetch. A failure with no result at all shows at the session's next request.
 
+Of values that a session may not read, it must not learn even whether an op failed on them: zeros then stand in
+for the results.
+
 Where operands are pointers to objects on another worker, the op is passed on to that worker, and the results
 are pointers again: a chain of any length works alike.
 """
@@ -13,11 +16,12 @@ from __future__ import annotations
 import hmac
 import secrets
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from planrt.errors import LocalError
 from planrt.plans import ops
@@ -26,14 +30,14 @@ from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, leaves, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.events import Answer, Steps, ToPeer, Wait
+from planrt.workers.labels import Label, both
 from planrt.workers.posted import PostedOp
+from planrt.workers.private import GetNotPermittedError, Graphs, foresee, leaf_tensors, stand_in
 from planrt.workers.store import (
-    Label,
     ObjectStore,
     PeerRef,
     StoredObject,
     UnknownObjectError,
-    both,
     new_id,
     spec_of,
 )
@@ -41,19 +45,8 @@ from planrt.workers.store import (
 _OWN_MEMORY_BYTES = 1 << 20
 """Tensors that arrived together share one block of memory; up to this size they get memory of their own."""
 
-_GRAD_READS = ("Tensor.grad",)
-_GRAD_WRITES = ("Tensor.grad.__set__",)
-_MEMORY_WRITES = ("Tensor.data.__set__", "Tensor.set_")
-_UNMARKED_WRITES = {
-    "torch.batch_norm": (3, 4),
-    "nn.functional.batch_norm": (1, 2),
-    "nn.functional.instance_norm": (1, 2),
-}
-"""Ops that change operands in place without saying so in their version counters: running statistics."""
-
-
-class GetNotPermittedError(LocalError):
-    """Reported to the client under this kind."""
+_NEW_VERSION_COUNTERS = (*ops.MEMORY_WRITES, "Tensor.data", "torch.as_tensor", "torch.asarray")
+"""Ops after which two tensors share memory, but not the version counter by which autograd sees writes."""
 
 
 class OpFailedError(LocalError):
@@ -64,7 +57,7 @@ class OpFailedError(LocalError):
         self.failure = failure
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
     """One client's session on this worker. `user` is None for a client that showed no token."""
 
@@ -77,6 +70,21 @@ class Session:
     leaves: dict[int, None] = field(default_factory=dict)
     """Objects that a backward pass may give a gradient to."""
     optimizer_states: dict[tuple[str, str, str], Any] = field(default_factory=dict)
+    graphs: Graphs[Session] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.graphs = Graphs([self])
+
+    def share_graphs(self, other: Session) -> None:
+        """An object went from one session to the other, and with it the graphs that have kept it."""
+        mine, theirs = self.graphs, other.graphs
+        if mine is theirs:
+            return
+        mine.members += theirs.members
+        mine.unseen_writes |= theirs.unseen_writes
+        mine.label = both(mine.label, theirs.label)
+        for member in theirs.members:
+            member.graphs = mine
 
     def may_read(self, label: Label) -> bool:
         """Whether this session's user may read what has that label."""
@@ -91,6 +99,15 @@ class _Outgoing:
     drop: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What an op gave; where it or an op before it is `lost`, a value that stands in."""
+
+    value: Any
+    label: Label
+    lost: m.Failure | None
+
+
 class EagerOps:
     """The objects of one worker, and what sessions may do with them."""
 
@@ -98,6 +115,8 @@ class EagerOps:
         self._worker_id = worker_id
         self.store = store
         self._device = device
+        self._retaining = WeakTensorKeyDictionary()
+        """Tensors on which `retain_grad` was called, with ids here or without."""
 
     # ----------------------------------------------------------------------------------- posted ops
 
@@ -124,11 +143,11 @@ class EagerOps:
         self._drop(session, op.drop, outgoing)
         used: list[StoredObject] = []
         try:
-            result, label = self._run(session, op, used, outgoing)
-            if result is not None:
-                self._keep(session, op.results, result, label)
+            made = self._run(session, op, used, outgoing)
+            if made is not None:
+                self._keep(session, op.results, made.value, made)
         except Exception as error:  # whatever an op raises is its client's to hear, never the worker's end
-            self._poison(session, op, used, _failure(error, op, number, used))
+            self._poison(session, op, used, self._failure(error, op, number, used))
 
     def _run(
         self,
@@ -136,38 +155,93 @@ class EagerOps:
         op: PostedOp,
         used: list[StoredObject],
         outgoing: dict[m.PeerAddress, _Outgoing],
-    ) -> tuple[Any, Label]:
-        """The op's result and its label; (None, None) if it was passed on. `used` gets the operands."""
+    ) -> _Result | None:
+        """What the op gave; None if it was passed on to another worker. `used` gets the operands."""
         function = ops.lookup_eager(op.name)
         args, kwargs = self._operands(session, op, used)
         label: Label = None
         passed_on = False
+        lost: m.Failure | None = None
         for stored in used:
-            if stored.failure is not None:
-                raise OpFailedError(stored.failure)
-            label = both(label, stored.label)
+            self._check_failure(session, stored)
+            lost = lost or stored.lost
+            label = both(label, self.store.label_of(stored))
             passed_on = passed_on or isinstance(stored.value, PeerRef)
         if passed_on:
             self._pass_on(session, op, used, outgoing)
-            return None, None
-        if op.name in _GRAD_READS:
-            label = used[0].grad_label
+            return None
+        if op.name == "Tensor.grad":
+            label = lost = None  # of its own: its memory has a label
+        elif op.name == "autograd.grad":
+            label = both(label, session.graphs.label)
+        elif op.name in _NEW_VERSION_COUNTERS:
+            session.graphs.unseen_writes = True
+        if op.kwargs.get("out") is not None:
+            raise LocalError("workers take no out=: use the result")
+        if op.name in ops.RANDOM and op.seed is None:
+            raise LocalError("an op that draws random numbers needs a seed")
         torch.set_grad_enabled(op.grad)
+        retained = self._retained_gradients() if op.name == "autograd.grad" else {}
+        foreseen = None if session.may_read(label) else foresee(op, function, [one.value for one in used])
         before = [] if label is None else [_version(stored.value) for stored in used]
-        if op.seed is None:
-            result = function(*args, **kwargs)
-        else:
-            with seeded(op.seed, self._device):
-                result = function(*args, **kwargs)
-        if label is not None:
-            self._label_what_changed(op, used, before, label)
-        if op.name in _MEMORY_WRITES:
-            used[0].label = both(used[0].label, label)
-        elif op.name in _GRAD_WRITES:
-            used[0].grad_label = used[1].label if len(used) > 1 else None
+        try:
+            result = self._compute(op, function, args, kwargs)
+        except Exception as error:
+            if foreseen is None:
+                raise
+            lost = lost or self._failure(error, op, None, used)
+            result = stand_in(op, foreseen, [one.value for one in used], before, self._device)
+        finally:  # a failed op may have written some of its values before
+            if label is not None:
+                self._label_what_changed(session, op, used, before, label)
+            if op.name == "autograd.grad":
+                self._label_retained(retained, label)
+        if op.name == "Tensor.grad.__set__" and len(used) > 1:
+            self.store.memory.add(_tensor(used[1]), label)
         elif op.name == "Tensor.retain_grad" or op.name == "Tensor.requires_grad_":
             session.leaves[_ids(op.args[0])[0]] = None
-        return result, label
+            if op.name == "Tensor.retain_grad":
+                self._retaining[_tensor(used[0])] = None
+        if lost is not None:
+            for operand in ops.written_operands(op.name, op.args, op.kwargs):
+                if isinstance(operand, Ref):
+                    written = self.store.objects[operand.index]
+                    written.lost = written.lost or lost
+        return _Result(result, label, lost)
+
+    def _compute(
+        self, op: PostedOp, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if op.seed is None:
+            return function(*args, **kwargs)
+        with seeded(op.seed, self._device):
+            return function(*args, **kwargs)
+
+    def _check_failure(self, session: Session, stored: StoredObject) -> None:
+        """Raises why there is no value, unless that tells somebody about values that are not for them."""
+        if stored.failure is not None:
+            raise OpFailedError(stored.failure)
+        if stored.lost is not None and session.may_read(self.store.label_of(stored)):
+            raise OpFailedError(stored.lost)
+
+    def _retained_gradients(self) -> dict[int, tuple[torch.Tensor | None, Label]]:
+        return {
+            id(tensor): (tensor.grad, self._grad_label(tensor))
+            for tensor in self._retaining
+            if tensor.retains_grad
+        }
+
+    def _label_retained(self, before: dict[int, tuple[torch.Tensor | None, Label]], label: Label) -> None:
+        """Labels the gradients that a pass left at inner tensors, which retain theirs."""
+        for tensor in list(self._retaining):
+            grad = tensor.grad if tensor.retains_grad else None
+            old, old_label = before.get(id(tensor), (None, None))
+            if grad is not None and grad is not old:
+                self.store.memory.add(grad, both(label, old_label))
+
+    def _grad_label(self, tensor: torch.Tensor) -> Label:
+        grad = _grad_of(tensor)
+        return None if grad is None else self.store.memory.of(grad)
 
     def _operands(
         self, session: Session, op: PostedOp, used: list[StoredObject]
@@ -185,14 +259,17 @@ class EagerOps:
             kwargs["device"] = self._device
         return args, kwargs
 
-    def _keep(self, session: Session, results: Nested, value: Any, label: Label) -> None:
-        """Stores the parts of `value` under the ids that `results` gives them."""
+    def _keep(self, session: Session, results: Nested, value: Any, of: _Result) -> None:
+        """Stores the parts of `value`, of a result, under the ids that `results` gives them."""
         if results is None:
             return
         if isinstance(results, Ref):
             if not isinstance(value, torch.Tensor):
                 raise LocalError(f"the op gave a {type(value).__name__}, not a tensor")
-            self.store.add(results.index, StoredObject(value, session.id, label))
+            self.store.add(
+                results.index,
+                StoredObject(value, session.id, of.label, lost=of.lost),
+            )
             if value.requires_grad and value.is_leaf:
                 session.leaves[results.index] = None
             return
@@ -204,46 +281,48 @@ class EagerOps:
             count = len(value) if isinstance(value, tuple | list) else 1
             raise LocalError(f"the op gave {count} results, not as many as were expected")
         for part, item in zip(results, value, strict=True):
-            self._keep(session, part, item, label)
+            self._keep(session, part, item, of)
 
     def _poison(
         self, session: Session, op: PostedOp, used: Sequence[StoredObject], failure: m.Failure
     ) -> None:
         label: Label = None
         for stored in used:
-            label = both(label, stored.label)
-        ids = _ids(op.results)
-        for id in ids:
-            if id in self.store.objects:
-                session.failure = session.failure or failure
-            else:
+            label = both(label, self.store.label_of(stored))
+        for id in _ids(op.results):
+            try:
                 self.store.add(id, StoredObject(None, session.id, label, failure=failure))
+            except LocalError:  # the id is in use, or the worker is full
+                session.failure = session.failure or failure
         if any(leaf is None for leaf in leaves(op.results)):
             if used:
                 used[0].failure = used[0].failure or failure
-                if isinstance(used[0].value, torch.Tensor):
-                    self.store.share_label(
-                        used[0].value, label
-                    )  # it may have been written to before it failed
             else:
                 session.failure = session.failure or failure
 
     def _label_what_changed(
-        self, op: PostedOp, used: Sequence[StoredObject], before: Sequence[int], label: Label
+        self,
+        session: Session,
+        op: PostedOp,
+        used: Sequence[StoredObject],
+        before: Sequence[int],
+        label: Label,
     ) -> None:
-        for stored, version in zip(used, before, strict=True):
-            if isinstance(stored.value, torch.Tensor) and _version(stored.value) != version:
-                self.store.share_label(stored.value, label)
-        for position in _UNMARKED_WRITES.get(op.name, ()):
-            if position < len(op.args) and isinstance(op.args[position], Ref):
-                value = self.store.objects[op.args[position].index].value
-                if isinstance(value, torch.Tensor):
-                    self.store.share_label(value, label)
-        for name in ("running_mean", "running_var"):
-            if isinstance(op.kwargs.get(name), Ref):
-                value = self.store.objects[op.kwargs[name].index].value
-                if isinstance(value, torch.Tensor):
-                    self.store.share_label(value, label)
+        """Gives the op's label to the memory that it wrote to, or may have: also where it failed, since whether it
+        failed can depend on private values."""
+        written = [
+            stored.value
+            for stored, version in zip(used, before, strict=True)
+            if isinstance(stored.value, torch.Tensor) and _version(stored.value) != version
+        ]
+        seen = not ops.writes_unseen(op.name)
+        for operand in ops.written_operands(op.name, op.args, op.kwargs):
+            if isinstance(operand, Ref):
+                written.append(_tensor(self.store.objects[operand.index]))
+        for tensor in written:
+            self.store.memory.add(tensor, label)
+        if written and (session.graphs.unseen_writes or not seen):
+            session.graphs.label = both(session.graphs.label, label)
 
     # ---------------------------------------------------------------------------- pointers to pointers
 
@@ -291,8 +370,10 @@ class EagerOps:
     def _drop(self, session: Session, ids: Sequence[int], outgoing: dict[m.PeerAddress, _Outgoing]) -> None:
         for id in ids:
             stored = self.store.drop(session.id, id)
+            if stored is None:
+                continue
             session.leaves.pop(id, None)
-            if stored is not None and isinstance(stored.value, PeerRef):
+            if isinstance(stored.value, PeerRef):
                 outgoing.setdefault(stored.value.peer, _Outgoing()).drop.append(stored.value.id)
 
     def end(self, session: Session) -> list[ToPeer]:
@@ -324,7 +405,7 @@ class EagerOps:
             function_args = self._operands(session, op, used)
             label: Label = None
             for stored in used:
-                label = both(label, stored.label)
+                label = both(label, self.store.label_of(stored))
             if not session.may_read(label):
                 raise GetNotPermittedError(
                     f"{op.name} on private data: what its results look like depends on the values, and those may be "
@@ -334,25 +415,26 @@ class EagerOps:
                 return (yield from self._call_peer(session, op, used))
             del function_args
             used.clear()
-            result, label = self._run(session, op, used, outgoing)
+            made = self._run(session, op, used, outgoing)
+            assert made is not None  # noqa: S101 - passed on above
         except (OpFailedError, GetNotPermittedError):
             raise
         except Exception as error:
-            raise OpFailedError(_failure(error, op, None, used)) from error
+            raise OpFailedError(self._failure(error, op, None, used)) from error
         finally:
             torch.set_grad_enabled(grad_mode)
-        made: list[tuple[int, m.ObjectSpec]] = []
+        objects: list[tuple[int, m.ObjectSpec]] = []
 
         def numbered(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             id = new_id()
-            self._keep(session, Ref(id), leaf, label)
-            made.append((id, spec_of(leaf)))
-            return Ref(len(made) - 1)
+            self._keep(session, Ref(id), leaf, made)
+            objects.append((id, spec_of(leaf)))
+            return Ref(len(objects) - 1)
 
-        named = map_leaves(_plain(result), numbered)
-        return m.Made(encode(named), made), ()
+        named = map_leaves(_plain(made.value), numbered)
+        return m.Made(encode(named), objects), ()
 
     def _call_peer(self, session: Session, op: PostedOp, used: Sequence[StoredObject]) -> Steps:
         peer = self._common_peer(used)
@@ -384,8 +466,9 @@ class EagerOps:
             label = None if item.allowed is None else frozenset(item.allowed)
             if item.has_grad:
                 value.grad = self._own(next(rest), alone=alone)
+                self.store.memory.add(value.grad, label)
             stored = StoredObject(
-                value, session.id, label, label, tags=tuple(item.tags), description=item.description
+                value, session.id, label, tags=tuple(item.tags), description=item.description
             )
             stored.handover = body.handover
             self.store.add(item.id, stored)
@@ -406,36 +489,38 @@ class EagerOps:
     def fetch(self, session: Session, body: m.Fetch) -> Steps:
         """A value, or a pointer's target."""
         stored = self.store.find(session.id, body.id)
-        if not session.may_read(stored.label):
+        label = self.store.label_of(stored)
+        if not session.may_read(label):
             raise GetNotPermittedError(
-                f"object {body.id} is private, or was computed from private data: {_users(stored.label)} may get it"
+                f"object {body.id} is private, or was computed from private data: {_users(label)} may get it"
             )
-        if stored.failure is not None:
-            failure = stored.failure
+        try:
+            self._check_failure(session, stored)
+        finally:
             if (
                 stored.value is not None
             ):  # a change in place that did not happen: told now, the value is as it was
                 stored.failure = None
-            raise OpFailedError(failure)
         value = stored.value
         if isinstance(value, PeerRef):
             token = secrets.token_hex(16)
             yield from ask(value.peer, m.HandOver([value.id], token))
             if body.delete:
-                self.store.remove(body.id)
+                self.store.discard(session.id, body.id)
             return m.FetchedPointer(value.peer, value.id, token), ()
         assert value is not None  # noqa: S101 - an object without a value has a failure
         tensors = [value.detach()]
         grad = _grad_of(value)
         if grad is not None:
-            if not session.may_read(stored.grad_label):
+            label = self.store.memory.of(grad)
+            if not session.may_read(label):
                 raise GetNotPermittedError(
-                    f"the gradient of object {body.id} was computed from private data: {_users(stored.grad_label)} may "
-                    "get it; set .grad = None to fetch the value alone"
+                    f"the gradient of object {body.id} was computed from private data: {_users(label)} may get it; "
+                    "set .grad = None to fetch the value alone"
                 )
             tensors.append(grad.detach())
         if body.delete:
-            self.store.remove(body.id)
+            self.store.discard(session.id, body.id)
             session.leaves.pop(body.id, None)
         return m.Fetched(
             value.requires_grad, len(tensors) > 1, list(stored.tags), stored.description
@@ -443,20 +528,25 @@ class EagerOps:
 
     def backward(self, session: Session, body: m.Backward) -> Steps:
         """A backward pass; says which objects have gradients then."""
+        if not body.roots:
+            raise LocalError("a backward pass starts somewhere: no tensors were given")
+        if len(body.roots) != len(body.gradients):
+            raise LocalError(
+                f"{len(body.roots)} tensors and {len(body.gradients)} gradients for them do not fit"
+            )
         roots = [self._ready(session, id) for id in body.roots]
         given = [None if id is None else self._ready(session, id) for id in body.gradients]
         inputs = None if body.inputs is None else [self._ready(session, id) for id in body.inputs]
         everything = [*roots, *(one for one in given if one is not None), *(inputs or [])]
         if any(isinstance(stored.value, PeerRef) for stored in everything):
             return (yield from self._backward_there(session, body, everything))
-        label: Label = None
+        label = session.graphs.label
         for stored in everything:
-            label = both(label, stored.label)
-        before = (
-            {}
-            if label is None
-            else {id: _grad_version(self.store.objects[id].value) for id in session.leaves}
-        )
+            label = both(label, self.store.label_of(stored))
+        labelled = label is not None or bool(self.store.memory)
+        reached = leaf_tensors([_tensor(stored) for stored in inputs or roots]) if labelled else []
+        labels = [both(label, self._grad_label(tensor)) for tensor in reached]
+        retained = self._retained_gradients() if labelled else {}
         with torch.enable_grad():
             try:
                 torch.autograd.backward(
@@ -468,18 +558,21 @@ class EagerOps:
                 )
             except Exception as error:
                 op = PostedOp("Tensor.backward", (), {}, None, True)
-                raise OpFailedError(_failure(error, op, None, everything)) from error
-        found = []
-        for id in session.leaves:
-            stored = self.store.objects[id]
-            value = stored.value
-            if not isinstance(value, torch.Tensor) or value.grad is None:
-                continue
-            if label is not None and before.get(id) != _grad_version(value):
-                stored.grad_label = both(stored.grad_label, label)
-                self.store.share_label(value.grad, label)  # pointers to the gradient that exist already
-            found.append((id, spec_of(value.grad)))
-        return m.Gradients(found), ()
+                raise OpFailedError(self._failure(error, op, None, everything)) from error
+            finally:  # a pass that fails may have left gradients before
+                for tensor, its_label in zip(reached, labels, strict=True):
+                    if tensor.grad is not None:  # the old one and what was added to it
+                        self.store.memory.add(tensor.grad, its_label)
+                self._label_retained(retained, label)
+        return m.Gradients(list(self._gradients(session))), ()
+
+    def _gradients(self, session: Session) -> Iterator[tuple[int, m.ObjectSpec]]:
+        for id in list(session.leaves):
+            stored = self.store.objects.get(id)
+            if stored is None or stored.owner != session.id:
+                del session.leaves[id]  # handed over
+            elif isinstance(stored.value, torch.Tensor) and (grad := _grad_of(stored.value)) is not None:
+                yield id, spec_of(grad)
 
     def _backward_there(
         self, session: Session, body: m.Backward, everything: Sequence[StoredObject]
@@ -503,10 +596,29 @@ class EagerOps:
         found = [(here.get(PeerRef(peer, id)), spec) for id, spec in answer.objects]
         return m.Gradients([(id, spec) for id, spec in found if id is not None]), ()
 
+    def _failure(
+        self, error: Exception, op: PostedOp, number: int | None, used: Sequence[StoredObject]
+    ) -> m.Failure:
+        """`error` as the client is told of it; of private operands nothing is told."""
+        if isinstance(error, OpFailedError):
+            return error.failure
+        kind = type(error).__name__
+        if isinstance(error, GetNotPermittedError):
+            return m.Failure(kind, str(error), op.name, None, "", number)
+        if any(self.store.label_of(stored) is not None for stored in used):
+            return m.Failure(
+                "ExecutionError", f"op {op.name} failed; its operands are private, so the worker does not say why",
+                op.name, None, "", number,
+            )  # fmt: skip
+        reason = (str(error).strip().splitlines() or [kind])[0]
+        text = reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}"
+        trace = "".join(traceback.format_exception(error))
+        kind = kind if isinstance(error, LocalError) else "ExecutionError"
+        return m.Failure(kind, text[:60_000], op.name, None, trace[-60_000:], number)
+
     def _ready(self, session: Session, id: int) -> StoredObject:
         stored = self.store.find(session.id, id)
-        if stored.failure is not None:
-            raise OpFailedError(stored.failure)
+        self._check_failure(session, stored)
         return stored
 
     def describe(self, session: Session, body: m.Describe) -> None:
@@ -516,37 +628,40 @@ class EagerOps:
 
     def search(self, session: Session, body: m.Search) -> Answer:
         """Published objects that match."""
-        found = [
-            m.FoundItem(
-                id, spec_of(stored.value), list(stored.tags), stored.description, stored.label is not None,
-                self.store.objects[id] is not stored,
+        found = []
+        for id, stored in self.store.search(session.id, body.query):
+            value, private = _tensor(stored), self.store.label_of(stored) is not None
+            snapshot = self.store.objects[id] is not stored
+            found.append(
+                m.FoundItem(id, spec_of(value), list(stored.tags), stored.description, private, snapshot)
             )
-            for id, stored in self.store.search(session.id, body.query)
-            if isinstance(stored.value, torch.Tensor)
-        ]
+            if value.requires_grad and value.is_leaf:
+                session.leaves[id] = None
         return m.Found(found), ()
 
     def move(self, session: Session, body: m.Move) -> Steps:
         """Sends an object to another worker, and forgets it."""
-        stored = self._ready(session, body.id)
-        value = stored.value
+        stored = self.store.find(session.id, body.id)
+        grad = _grad_of(stored.value) if isinstance(stored.value, torch.Tensor) else None
+        label = self.store.label_of(stored)
+        if grad is not None:
+            label = both(label, self.store.memory.of(grad))
+        if not session.may_read(label):
+            raise GetNotPermittedError(
+                f"object {body.id} is private, or was computed from private data: {_users(label)} may move it"
+            )
+        value = self._ready(session, body.id).value
         if not isinstance(value, torch.Tensor):
             raise LocalError(
                 "a pointer to another worker cannot be moved: get() it, and move what it points to"
             )
-        if not (session.may_read(stored.label) and session.may_read(stored.grad_label)):
-            raise GetNotPermittedError(
-                f"object {body.id} is private, or was computed from private data: {_users(stored.label)} may move it"
-            )
-        grad = _grad_of(value)
-        label = both(stored.label, None if grad is None else stored.grad_label)
         item = m.PutItem(
             body.target, value.requires_grad, grad is not None, list(stored.tags), stored.description,
             None if label is None else sorted(label),
         )  # fmt: skip
         tensors = [value.detach(), *([] if grad is None else [grad.detach()])]
         yield from ask(body.peer, m.Put([item], body.token), tensors)
-        self.store.remove(body.id)
+        self.store.discard(session.id, body.id)
         session.leaves.pop(body.id, None)
         return m.Done(), ()
 
@@ -556,13 +671,20 @@ class EagerOps:
             self.store.find(session.id, id).handover = body.token
         return m.Done(), ()
 
-    def claim(self, session: Session, body: m.Claim) -> None:
-        """Becomes the owner of what was handed over."""
+    def claim(self, session: Session, body: m.Claim, sessions: Mapping[str, Session]) -> None:
+        """Becomes the owner of what was handed over; `sessions` are those of the worker, by their ids."""
         for id in body.ids:
             stored = self.store.objects.get(id)
-            if stored is None or not stored.handover or not hmac.compare_digest(stored.handover, body.token):
+            if (
+                stored is None
+                or not stored.handover
+                or not hmac.compare_digest(stored.handover.encode(), body.token.encode())
+            ):
                 raise UnknownObjectError(f"no object {id} was handed over to this session")
             stored.handover = ""
+            if giver := sessions.get(stored.owner):
+                giver.leaves.pop(id, None)
+                session.share_graphs(giver)
             self.store.change_owner(id, session.id)
             if isinstance(stored.value, torch.Tensor) and stored.value.requires_grad and stored.value.is_leaf:
                 session.leaves[id] = None
@@ -589,23 +711,6 @@ def replace_message(failure: m.Failure, message: str) -> m.Failure:
     return m.Failure(failure.kind, message[:60_000], failure.op, failure.line, failure.traceback, None)
 
 
-def _failure(error: Exception, op: PostedOp, number: int | None, used: Sequence[StoredObject]) -> m.Failure:
-    """`error` as the client is told of it; of private operands nothing is told."""
-    if isinstance(error, OpFailedError):
-        return error.failure
-    kind = type(error).__name__
-    if any(stored.label is not None for stored in used):
-        return m.Failure(
-            "ExecutionError", f"op {op.name} failed; its operands are private, so the worker does not say why",
-            op.name, None, "", number,
-        )  # fmt: skip
-    reason = (str(error).strip().splitlines() or [kind])[0]
-    text = reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}"
-    trace = "".join(traceback.format_exception(error))
-    kind = kind if isinstance(error, LocalError) else "ExecutionError"
-    return m.Failure(kind, text[:60_000], op.name, None, trace[-60_000:], number)
-
-
 def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:
     by_peer: dict[m.PeerAddress, list[int]] = {}
     for stored in gone:
@@ -620,12 +725,6 @@ def _ids(nested: Nested) -> list[int]:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) else 0
-
-
-def _grad_version(value: Any) -> tuple[int, int] | None:
-    if not isinstance(value, torch.Tensor) or value.grad is None:
-        return None
-    return id(value.grad), value.grad._version
 
 
 def _tensor(stored: StoredObject) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from planrt.errors import LocalError, MixedLocationsError
+from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
+from planrt.plans.torchscript import is_torchscript
 from planrt.plans import ops
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
@@ -71,6 +72,11 @@ async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
 
 
 def _local(module: nn.Module) -> list[torch.Tensor]:
+    if any(is_torchscript(part) for part in module.modules()):
+        raise UnsupportedTensorError(
+            "TorchScript runs below torch's Python functions, where pointers have no values: send the module it was "
+            "made from, or a plan"
+        )
     tensors = tensors_of(module)
     for tensor in tensors:
         if isinstance(tensor, PointerTensor):

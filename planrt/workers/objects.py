@@ -54,10 +54,10 @@ class GradientTable:
             if isinstance(body, m.Gradients):  # a backward pass only adds gradients
                 self._specs.update({id: spec_from_wire(wire) for id, wire in body.objects})
 
-    def spec_of(self, handle: Handle) -> Spec | None:
+    def spec_of(self, pointer: PointerTensor) -> Spec | None:
         """What the gradient of an object looks like; None where it has none. May wait for a backward pass."""
         self.settle()
-        return self._specs.get(handle.id)
+        return self.known(pointer)
 
     def set(self, id: int, like: Spec | None) -> None:
         """The client itself set or removed a gradient."""
@@ -72,9 +72,9 @@ class GradientTable:
         """A new object came with a gradient."""
         self._specs[id] = like
 
-    def known(self, id: int) -> Spec | None:
+    def known(self, pointer: PointerTensor) -> Spec | None:
         """As `spec_of`, without waiting."""
-        return self._specs.get(id)
+        return self._specs.get(alive(pointer).id)
 
     def forget(self, id: int) -> None:
         """The object is gone."""
@@ -295,7 +295,7 @@ class RemoteObjects:
             (moved,) = await to.put_async([value])
             return make_pointer(moved, after)
         id, token = new_id(), secrets.token_hex(16)
-        grad = self.gradients.known(handle.id)
+        grad = self.gradients.known(pointer)
         asked = self._ask(m.Move(handle.id, m.PeerAddress(to.id, to.link_address), id, token))
         body, _ = await self._connection.finish(asked)
         if not isinstance(body, m.Done):

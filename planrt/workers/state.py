@@ -199,7 +199,7 @@ class WorkerState:
                 case m.Describe():
                     self._eager.describe(session, body)
                 case m.Claim():
-                    self._eager.claim(session, body)
+                    self._eager.claim(session, body, {one.id: one for one in self._sessions.values()})
                 case m.HandOver():
                     self._eager.hand_over(session, body)
                 case _:

@@ -4,10 +4,6 @@ Every object belongs to the session that made it, which alone can use it by its 
 tagged object is published: it outlives its session, and others find it by `search`. They get a snapshot that
 shares the owner's memory until somebody writes (`torch._lazy_clone`), so nobody can change what another
 published.
-
-An object's *label* says who may read it: None for everyone, else a set of users. What is computed from several
-objects may be read by those who may read all of them. Labels follow memory: objects that share storage share
-the strictest of their labels.
 """
 
 from __future__ import annotations
@@ -21,8 +17,7 @@ import torch
 from planrt.errors import DuplicateIdError, LocalError
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.workers import messages as m
-
-Label = frozenset[str] | None
+from planrt.workers.labels import Label, MemoryLabels, both
 
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
@@ -49,20 +44,15 @@ class StoredObject:
     owner: str
     """The session's id; empty for the worker's own."""
     label: Label = None
-    grad_label: Label = None
+    """Of the operation that made it; `ObjectStore.label_of` knows what was written to its memory since."""
     failure: m.Failure | None = None
     """Why there is no value, or why the last change in place did not happen."""
+    lost: m.Failure | None = None
+    """Why the value only stands in for another: an op failed on private values. For those who may read these."""
     tags: tuple[str, ...] = ()
     description: str = ""
     handover: str = ""
     """The token that makes its bearer the owner."""
-
-
-def both(first: Label, second: Label) -> Label:
-    """Who may read what was computed from two objects."""
-    if first is None:
-        return second
-    return first if second is None else first & second
 
 
 def spec_of(tensor: torch.Tensor) -> m.ObjectSpec:
@@ -87,6 +77,7 @@ class ObjectStore:
 
     limit: int = MAX_OBJECTS
     objects: dict[int, StoredObject] = field(default_factory=dict)
+    memory: MemoryLabels = field(default_factory=MemoryLabels)
     _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
 
     def add(self, id: int, stored: StoredObject) -> None:
@@ -127,6 +118,11 @@ class ObjectStore:
         stored = self.objects.pop(id)
         self._of_session[stored.owner].pop(id)
         return stored
+
+    def discard(self, session: str, id: int) -> None:
+        """Forgets the session's object `id`, published or not, if it is still there."""
+        if (stored := self.objects.get(id)) is not None and stored.owner == session:
+            self.remove(id)
 
     def change_owner(self, id: int, session: str) -> None:
         """Makes object `id` belong to `session`."""
@@ -169,20 +165,16 @@ class ObjectStore:
             (id, stored)
             for id, stored in list(self.objects.items())
             if (stored.owner in (session, "") or stored.tags)
-            and isinstance(stored.value, torch.Tensor)
+            and _can_be_shown(stored.value)
             and all(_matches(term, id, stored) for term in terms)
         ]
         return [hit if hit[1].owner == session else self._snapshot(session, hit[1]) for hit in hits]
 
-    def share_label(self, tensor: torch.Tensor, label: Label) -> None:
-        """Gives `label` to every object that shares memory with `tensor` and is not as strict yet."""
-        if label is None:
-            return
-        memory = tensor.untyped_storage()._cdata
-        for stored in self.objects.values():
-            value = stored.value
-            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == memory:
-                stored.label = both(stored.label, label)
+    def label_of(self, stored: StoredObject) -> Label:
+        """Who may read the value of `stored`."""
+        if isinstance(stored.value, torch.Tensor):
+            return both(stored.label, self.memory.of(stored.value))
+        return stored.label
 
     def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
         value = stored.value
@@ -190,10 +182,17 @@ class ObjectStore:
             raise LocalError("only tensors can be shared")
         with torch.no_grad():
             own = torch._lazy_clone(value).requires_grad_(value.requires_grad)
-        id = new_id()
-        copy = StoredObject(own, session, stored.label, description=stored.description)
+        id, label = new_id(), self.label_of(stored)
+        copy = StoredObject(own, session, label, description=stored.description)
         self.add(id, copy)
-        return id, StoredObject(own, session, stored.label, tags=stored.tags, description=stored.description)
+        return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
+
+
+def _can_be_shown(value: torch.Tensor | PeerRef | None) -> bool:
+    try:
+        return isinstance(value, torch.Tensor) and value.is_leaf in (True, False)
+    except RuntimeError:  # a view whose base was changed in a way that leaves autograd at a loss
+        return False
 
 
 def _matches(term: str, id: int, stored: StoredObject) -> bool:

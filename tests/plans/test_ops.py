@@ -1,19 +1,28 @@
 """The table: what is on it, what never is, and that the tracer and the interpreter agree on it."""
 
+import contextlib
 import hashlib
 import inspect
 import itertools
 import re
+import warnings
 
 import pytest
 import torch
-from torch.overrides import get_ignored_functions, get_overridable_functions, get_testing_overrides
+from torch.overrides import (
+    TorchFunctionMode,
+    get_ignored_functions,
+    get_overridable_functions,
+    get_testing_overrides,
+)
+from torch.testing._internal.common_methods_invocations import op_db
 
 from planrt.errors import OpNotAllowedError
 from planrt.plans import ops, seen
 from planrt.plans.interpreter import execute
 from planrt.plans.left_out import LEFT_OUT, reason_for
 from planrt.plans.tracer import trace
+from planrt.types import leaves, map_leaves
 
 NEVER = [
     "item", "tolist", "numpy", "data_ptr", "as_strided", "as_strided_", "set_", "apply_", "map_", "map2_",
@@ -249,3 +258,55 @@ def test_initialisers_are_ops_like_any_other():
     plan = trace(initialised, [torch.ones(2, 3)])
     assert "nn.init.constant_" in [op.name for op in plan.ops]
     assert torch.equal(execute(plan, [torch.full((2, 3), 3.0)]), torch.full((2, 3), 6.0))
+
+
+class Writes(TorchFunctionMode):
+    """Notes ops that changed an argument which `written_operands` does not name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.unnamed, self.unversioned = set(), set(), set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, ops.name_of(func)
+        operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        before = [(operand, operand.detach().clone(), operand._version) for operand in operands]
+        try:
+            return func(*args, **kwargs)
+        finally:
+            named = {id(one) for one in ops.written_operands(name, args, kwargs)} if name else set()
+            for operand, value, version in before:
+                same = value.shape == operand.shape and torch.equal(
+                    value.nan_to_num(7), operand.detach().nan_to_num(7)
+                )
+                if name and not same:
+                    self.seen.add(name)
+                    if id(operand) not in named:
+                        self.unnamed.add(name)
+                    if operand._version == version and not ops.writes_unseen(name):
+                        self.unversioned.add(name)
+
+
+def test_ops_that_write_are_known():
+    noted = Writes()
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op in op_db:
+            if not op.supports_dtype(torch.float32, "cpu") or op.name.startswith(("signal.", "_refs.")):
+                continue
+            forms = [form for form in (op.op, op.get_method(), op.get_inplace()) if form is not None]
+            for sample in itertools.islice(op.sample_inputs("cpu", torch.float32), 6):
+                for form in forms:
+                    args, kwargs = map_leaves(
+                        ((sample.input, *sample.args), sample.kwargs),
+                        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf,
+                    )
+                    with noted, contextlib.suppress(Exception):  # not every form takes every sample
+                        form(*args, **kwargs)
+        with noted:
+            mean = torch.zeros(3)
+            torch.instance_norm(torch.rand(2, 3, 4), None, None, mean, mean.clone(), True, 0.1, 1e-5, False)
+            torch.nn.functional.embedding(torch.tensor([0]), torch.ones(2, 4), max_norm=1.0)
+    assert len(noted.seen) > 100
+    assert (noted.unnamed, noted.unversioned) == (set(), set())

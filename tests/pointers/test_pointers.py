@@ -353,6 +353,10 @@ def test_results_go_where_out_says(bob):
     assert y.get().tolist() == [2, 2]
     with pytest.raises(RemoteOpError, match="out="):
         torch.add(x, x, out=torch.zeros(3).send(bob))
+    whole = torch.zeros(2, dtype=torch.int64).send(bob)
+    with pytest.raises(RuntimeError, match=r"float32 can't be cast .* torch\.int64"):
+        torch.add(x, x, out=whole)
+    assert whole.get().tolist() == [0, 0]
 
 
 def test_send_used_wrongly(bob):

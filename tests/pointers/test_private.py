@@ -263,3 +263,38 @@ def test_untagged_objects_go_with_their_session_and_tagged_ones_stay(clinic):
     assert found.get().tolist() == [1, 1]
     assert other.search(str(dropped.id_at_location)) == []
     assert kept.shape == dropped.shape
+
+
+def test_private_values_are_not_found_by_bisection(clinic):
+    """An index that is out of range or not, depending on a private value: whoever may read hears of it."""
+    ann, anyone = clinic(USERS["ann"]), clinic()
+    torch.tensor([7.25, 1.0]).tag("#scores").send(ann, allowed_users=["ann"])
+    (hers,), (x,) = ann.search("#scores"), anyone.search("#scores")
+    for limit in (5.0, 9.0):
+        w = torch.ones(1, requires_grad=True).send(anyone)
+        picked = w[(x[:1] > limit).long()]
+        picked.sum().backward()
+        assert w.grad.shape == (1,)
+        refused(picked.get)
+        refused(w.grad.get)
+        assert anyone.objects_count() > 0  # where a failure that no result carries would show
+    w = torch.ones(1, requires_grad=True).send(ann)
+    with pytest.raises(RemoteError, match="op Tensor.__getitem__ failed"):
+        w[(hers[:1] > 5).long()].get()
+
+
+def test_training_goes_on_where_an_op_on_private_values_failed(clinic):
+    ann, anyone = clinic(USERS["ann"]), clinic()
+    torch.tensor([0, 9]).tag("#labels").send(ann, allowed_users=["ann"])  # one is no class of three
+    (target,) = anyone.search("#labels")
+    data = torch.ones(2, 4).send(anyone)
+    model = nn.Linear(4, 3).send(anyone)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(data), target)
+        loss.backward()
+        optimizer.step()
+    refused(loss.get)
+    refused(model.get)
+    assert data.get().sum() == 8

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from planrt.errors import LocalError, MixedLocationsError, RemoteError, RemoteOpError
+from planrt.errors import (
+    LocalError,
+    MixedLocationsError,
+    RemoteError,
+    RemoteOpError,
+    UnsupportedTensorError,
+)
 
 # ------------------------------------------------------------------------------------------------ autograd
 
@@ -264,6 +270,14 @@ def test_modules_are_copied_and_moved(bob, alice):
     assert model.get()[0].weight.tolist() == [[1, 1], [1, 1]]
     here = model.copy()
     assert here[0].weight is not model[0].weight
+
+
+def test_torchscript_modules_are_refused_whole(bob):
+    model = nn.Sequential(nn.Linear(3, 1), torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)))
+    with pytest.raises(UnsupportedTensorError, match="TorchScript"):
+        model.send(bob)
+    assert model(torch.ones(1, 3)).shape == (1, 1)
+    assert bob.objects_count() == 0
 
 
 def test_modules_used_wrongly(bob):

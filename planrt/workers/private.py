@@ -1,0 +1,141 @@
+"""Ops on values that their client may not read: what it must not learn from how they go. No I/O.
+
+Results keep their labels (`planrt.workers.labels`). Beyond that, a client must not see
+
+* what results look like, where that depends on the values (`foresee` refuses such ops);
+* whether an op failed, where that depends on the values: an index out of range, for one, would tell about one
+  private value per op. Zeros stand in for the results (`stand_in`);
+* gradients that a graph computes later, from private values that were written past autograd (`Graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.autograd.graph import get_gradient_edge, increment_version
+
+from planrt.errors import LocalError
+from planrt.plans import ops
+from planrt.types import Ref, leaves, map_leaves
+from planrt.workers import inference
+from planrt.workers.inference import Inferred, Same, Spec
+from planrt.workers.labels import Label
+from planrt.workers.posted import PostedOp
+
+S = TypeVar("S")
+
+
+class GetNotPermittedError(LocalError):
+    """Reported to the client under this kind."""
+
+
+@dataclass(slots=True, eq=False)
+class Graphs(Generic[S]):
+    """What is known of the autograd graphs of sessions that handed objects to one another.
+
+    A label says who may read what an op computed from the values of its time. A graph computes once more, later,
+    with tensors that it has kept. Autograd refuses where it sees that one of them was written to meanwhile, but
+    writes past its version counters it does not see: from such a write of private values on, gradients count as
+    computed from them.
+    """
+
+    members: list[S] = field(default_factory=list)
+    unseen_writes: bool = False
+    """Whether there may be tensors that share memory without sharing a version counter."""
+    label: Label = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Operand:
+    """An operand as `planrt.workers.inference` takes it."""
+
+    _spec: Spec
+
+
+def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any]) -> Inferred | None:
+    """What the results of `op` will be like, from what its operands are like. None: gradients and other memory,
+    whose ops fail or not whatever the values.
+
+    Raises:
+        GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
+    """
+    if op.name not in ops.TABLE:
+        return None
+    rest = iter(operands)
+    twins: dict[int, _Operand] = {}
+
+    def twin(leaf: Any) -> Any:
+        if type(leaf) is not Ref:
+            return leaf
+        value = next(rest)
+        return twins.setdefault(id(value), _Operand(inference.spec_of(value)))
+
+    args, kwargs = map_leaves(op.args, twin), map_leaves(op.kwargs, twin)
+    foreseen = inference.infer(op.name, function, args, kwargs, _Operand)
+    if foreseen is None:
+        raise GetNotPermittedError(
+            f"{op.name} on private data: what its results look like depends on the values"
+        )
+    return foreseen
+
+
+def stand_in(
+    op: PostedOp, foreseen: Inferred, operands: Sequence[Any], versions: Sequence[int], device: torch.device
+) -> Any:
+    """Zeros for the results of an op that failed, in the autograd graph that the results would have had.
+
+    `versions` are those of the operands before the op. Operands that it should have changed in place count as
+    changed. (The graph is that of a linear op: gradients of gradients may tell the difference.)
+    """
+    sources = [one for one in operands if isinstance(one, torch.Tensor) and one.requires_grad]
+
+    def zeros(like: Spec) -> torch.Tensor:
+        made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).zero_()
+        if like.requires_grad and not like.leaf:
+            for source in sources:
+                made = made + (source * 0).sum().to(like.dtype)
+        return made
+
+    def result(leaf: Any) -> Any:
+        if isinstance(leaf, Same):
+            return operands[leaf.operand]
+        return zeros(leaf) if isinstance(leaf, Spec) else leaf
+
+    results = inference.rebuild(foreseen.results, result)
+    refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
+    written = ops.written_operands(op.name, op.args, op.kwargs)
+    changed = dict(foreseen.changed)
+    same = {
+        leaf.operand
+        for leaf in leaves(inference.rebuild(foreseen.results, lambda leaf: leaf))
+        if isinstance(leaf, Same)
+    }
+    for number, (operand, version) in enumerate(zip(operands, versions, strict=True)):
+        if refs[number] not in written:
+            continue
+        like = changed.get(number) or inference.spec_of(operand)
+        joins = number in changed or number in same  # others are changed behind autograd's back
+        if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():
+            operand.add_(zeros(like))
+        elif operand._version == version and not ops.writes_unseen(op.name):
+            increment_version(operand)
+    return results
+
+
+def leaf_tensors(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors at which a backward pass from `roots` accumulates gradients, with ids here or without."""
+    nodes = [get_gradient_edge(root).node for root in roots if root.requires_grad]
+    met = set(nodes)
+    found = []
+    while nodes:
+        node = nodes.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:  # an AccumulateGrad
+            found.append(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in met:
+                met.add(following)
+                nodes.append(following)
+    return found
