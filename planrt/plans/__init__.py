@@ -1,7 +1,7 @@
 """Plans: PyTorch programs as lists of named ops. `ops` is the vocabulary, `interpreter` runs it."""
 
-from planrt.plans.func2plan import FunctionPlan, func2plan
-from planrt.plans.plan import Op, Plan, StateSpec
+from planrt.plans.graph import Graph, Op, StateSpec
+from planrt.plans.plan import Plan, func2plan
 from planrt.plans.tracer import trace
 
-__all__ = ["FunctionPlan", "Op", "Plan", "StateSpec", "func2plan", "trace"]
+__all__ = ["Plan", "Op", "Graph", "StateSpec", "func2plan", "trace"]

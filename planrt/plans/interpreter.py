@@ -18,7 +18,7 @@ import torch
 
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError
 from planrt.plans import ops as table
-from planrt.plans.plan import Op, Plan, refs_in
+from planrt.plans.graph import Graph, Op, refs_in
 from planrt.serde.values import DEVICE
 from planrt.types import Nested, Ref, TensorSpec, map_leaves
 
@@ -39,7 +39,7 @@ Execution = Generator[PeerRequest, Any, Nested]
 
 
 def run(
-    plan: Plan,
+    plan: Graph,
     inputs: Sequence[torch.Tensor],
     state: Sequence[torch.Tensor],
     *,
@@ -63,7 +63,7 @@ def run(
 
 
 def execute(
-    plan: Plan,
+    plan: Graph,
     inputs: Sequence[torch.Tensor],
     state: Sequence[torch.Tensor] | None = None,
     *,
@@ -92,7 +92,7 @@ def drive(execution: Execution) -> Nested:
     raise PlanError(f"{request.op} needs another worker: send the plan to workers instead of running it here")
 
 
-def local_state(plan: Plan) -> tuple[torch.Tensor, ...]:
+def local_state(plan: Graph) -> tuple[torch.Tensor, ...]:
     """The state values that `plan` was traced with.
 
     Raises:
@@ -107,13 +107,13 @@ def local_state(plan: Plan) -> tuple[torch.Tensor, ...]:
     return ()
 
 
-def check_arguments(plan: Plan, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> None:
+def check_arguments(plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> None:
     """Raise PlanArgumentError unless inputs and state fit the plan's specs."""
     check_inputs(plan, inputs)
     check_state(plan, state)
 
 
-def check_state(plan: Plan, state: Sequence[torch.Tensor]) -> None:
+def check_state(plan: Graph, state: Sequence[torch.Tensor]) -> None:
     """Raise PlanArgumentError unless `state` fits the plan's specs."""
     if len(state) != len(plan.state):
         raise PlanArgumentError(f"plan {plan.name!r} has {len(plan.state)} state tensors, got {len(state)}")
@@ -122,7 +122,7 @@ def check_state(plan: Plan, state: Sequence[torch.Tensor]) -> None:
             raise PlanArgumentError(f"state {entry.name!r}: wanted {entry.spec}, got {TensorSpec.of(tensor)}")
 
 
-def check_inputs(plan: Plan, inputs: Sequence[torch.Tensor]) -> None:
+def check_inputs(plan: Graph, inputs: Sequence[torch.Tensor]) -> None:
     """Raise PlanArgumentError unless `inputs` fit the plan's specs."""
     if len(inputs) != len(plan.inputs):
         names = ", ".join(plan.input_name(index) for index in range(len(plan.inputs)))
@@ -141,7 +141,7 @@ def check_inputs(plan: Plan, inputs: Sequence[torch.Tensor]) -> None:
             )
 
 
-def program(plan: Plan, device: torch.device) -> Program:
+def program(plan: Graph, device: torch.device) -> Program:
     """The compiled form of `plan` for `device`, made at the first call and kept with the plan."""
     cache: dict[torch.device, Program] = plan.__dict__.setdefault("_programs", {})
     found = cache.get(device)
@@ -175,7 +175,7 @@ class Program:
     """A plan compiled for one device. `functions` replaces callables of the table, by name."""
 
     def __init__(
-        self, plan: Plan, device: torch.device, *, functions: Mapping[str, Callable[..., Any]] | None = None
+        self, plan: Graph, device: torch.device, *, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:
         self._plan = plan
         self._device = device
@@ -255,7 +255,7 @@ def _kind(name: str) -> _Kind:
     return _Kind.GRAD_MODE if name == _GRAD_SWITCH else _Kind.CALL
 
 
-def _last_uses(plan: Plan) -> dict[int, tuple[int, ...]]:
+def _last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
     """Op index -> the op results and inputs that nothing after it needs. State stays: its owner holds it."""
     first_state = len(plan.inputs)
     first_result = first_state + len(plan.state)
@@ -290,7 +290,7 @@ def _store(results: Nested, value: Any, slots: list[Any]) -> None:
         _store(part, item, slots)
 
 
-def _failure(plan: Plan, index: int, error: Exception) -> ExecutionError:
+def _failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
     op = plan.ops[index]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = str(op)

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from planrt.errors import TraceError
-from planrt.plans.plan import StateKind, StateSpec
+from planrt.plans.graph import StateKind, StateSpec
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec
 

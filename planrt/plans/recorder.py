@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from planrt.errors import PlanFormatError, PlanrtError, TraceError
 from planrt.plans import seen
+from planrt.plans.graph import Op
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, name_of
-from planrt.plans.plan import Op
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
 from planrt.plans.source import line_of_error, user_line
 from planrt.serde.values import DEVICE, encode, pack

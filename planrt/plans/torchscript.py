@@ -15,10 +15,10 @@ import torch
 
 from planrt.errors import PlanError, PlanFormatError, TraceError
 from planrt.plans.aten import call_for
+from planrt.plans.graph import Graph, Op, StateSpec
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
-from planrt.plans.plan import Op, Plan, StateSpec
 from planrt.serde.dtypes import DTYPES
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
@@ -42,7 +42,7 @@ def is_torchscript(model: object) -> bool:
 # Out
 
 
-def to_torchscript(plan: Plan, *examples: torch.Tensor) -> torch.jit.ScriptModule:
+def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
 
     Args:
@@ -131,7 +131,7 @@ def as_traceable(
 def from_torchscript(
     traced: Any,
     examples: Sequence[torch.Tensor] | None = None,
-) -> Plan:
+) -> Graph:
     """The plan of a `ScriptModule` (or function) from `torch.jit.trace`, in the mode it was traced in.
 
     Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or from the graph
@@ -212,12 +212,12 @@ class _Translation:
                 return Ref(len(self._inputs) + index)
         return None
 
-    def plan(self) -> Plan:
+    def plan(self) -> Graph:
         for node in self._graph.nodes():
             self._node(node)
         outputs = [self._argument(self._value(value)) for value in self._graph.outputs()]
         try:
-            return Plan(
+            return Graph(
                 inputs=self._inputs,
                 state=tuple(self._state),
                 ops=tuple(self._ops),

@@ -1,4 +1,4 @@
-"""Records a PyTorch function into a `Plan` by running it on example arguments.
+"""Records a PyTorch function into a `Graph` by running it on example arguments.
 
 A `TorchFunctionMode` sees every public torch call and writes one op each, with the arguments as written. The
 function runs twice, the second time with the free dimensions doubled. What is equal in both runs is a
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from planrt.errors import TraceError
+from planrt.plans.graph import Graph, Op, refs_in, show
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
-from planrt.plans.plan import Op, Plan, refs_in, show
 from planrt.plans.recorder import FIRST_RESULT, FIRST_STATE, MadeUnseenError, SizesFixedError, Step, run_once
 from planrt.serde.values import encode, pack
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
@@ -50,7 +50,7 @@ def trace(
     name: str = "plan",
     input_names: Sequence[str] = (),
     doc: str = "",
-) -> Plan:
+) -> Graph:
     """Record ``function(*examples)`` into a plan.
 
     Args:
@@ -110,7 +110,7 @@ def assemble(
     name: str = "plan",
     input_names: Sequence[str] = (),
     doc: str = "",
-) -> Plan:
+) -> Graph:
     """The plan of a recording, with everything in `registry` as its state."""
     count = len(recording.inputs)
     results = [ref.index for step in recording.steps for ref in refs_in(step.op.results)]
@@ -122,7 +122,7 @@ def assemble(
             return leaf
         return Ref(count + leaf.index - FIRST_STATE) if leaf.index < FIRST_RESULT else number[leaf.index]
 
-    return Plan(
+    return Graph(
         inputs=recording.inputs,
         state=tuple(entry.spec() for entry in registry.entries),
         ops=tuple(

@@ -17,9 +17,9 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
+from planrt.plans.graph import Graph
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
-from planrt.plans.plan import Plan
 from planrt.plans.torchscript import as_traceable
 from planrt.plans.tracer import Recording, assemble, record
 from planrt.seeding import seeded
@@ -48,8 +48,8 @@ class ModelPlans:
     with the model, so clone what must not follow it.
     """
 
-    training: Plan
-    evaluation: Plan
+    training: Graph
+    evaluation: Graph
     state: dict[str, torch.Tensor]
 
 
@@ -119,7 +119,7 @@ def trace_model(
         with _mode([*modules, *loss_modules], training=training):
             recordings[training] = record(step, (data, target), registry=registry, free_dims=free)
 
-    def plan(mode: str, recording: Recording) -> Plan:
+    def plan(mode: str, recording: Recording) -> Graph:
         name = f"{type(model).__name__} ({mode})"
         return assemble(recording, registry, name=name, input_names=("data", "target"))
 
@@ -170,7 +170,7 @@ def _mode(modules: Sequence[torch.nn.Module], *, training: bool) -> Iterator[Non
 
 
 def train(
-    plan: Plan,
+    plan: Graph,
     state: Sequence[torch.Tensor],
     batches: Iterable[Batch],
     *,
@@ -246,7 +246,7 @@ def train(
 
 
 def evaluate(
-    plan: Plan,
+    plan: Graph,
     state: Sequence[torch.Tensor],
     batches: Iterable[Batch],
     *,
@@ -313,7 +313,7 @@ def _histogram(classes: torch.Tensor, bins: int) -> torch.Tensor:
     return torch.bincount(inside, minlength=bins + 1)[:bins]
 
 
-def _check_loss_plan(plan: Plan) -> None:
+def _check_loss_plan(plan: Graph) -> None:
     outputs = plan.outputs
     if len(plan.inputs) != 2 or not (
         isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], Ref)

@@ -16,9 +16,9 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 
 from planrt.errors import LocalError, OptionError, UnknownPlanError, WireError
-from planrt.plans.func2plan import FunctionPlan
+from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
-from planrt.plans.plan import Plan, refs_in
+from planrt.plans.plan import Plan
 from planrt.serde.frames import Allocate, Limits, in_memory
 from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
@@ -88,7 +88,7 @@ class BaseWorker(RemoteObjects):
         body: m.Body,
         tensors: Sequence[torch.Tensor] = (),
         *,
-        plan: Plan | None = None,
+        plan: Graph | None = None,
         allocate: Allocate[m.Envelope] = in_memory,
     ) -> Reply:
         """One request, one reply; runs on planrt's loop.
@@ -107,7 +107,7 @@ class BaseWorker(RemoteObjects):
             await self.put_plan(plan)
             return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
 
-    async def put_plan(self, plan: Plan) -> None:
+    async def put_plan(self, plan: Graph) -> None:
         """Sends `plan` unless this connection has sent it before; runs on planrt's loop."""
         if plan.hash in self._plans:
             return
@@ -116,7 +116,7 @@ class BaseWorker(RemoteObjects):
         self._plans.add(plan.hash)
 
     @on_loop
-    async def async_run(self, plan: Plan | FunctionPlan, *args: torch.Tensor, seed: int = 0) -> Any:
+    async def async_run(self, plan: Graph | Plan, *args: torch.Tensor, seed: int = 0) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
 
         Sends the plan at the first use, then one message each way. Random ops draw from `seed`.
@@ -126,7 +126,7 @@ class BaseWorker(RemoteObjects):
             PlanError: the plan is not built.
             RemoteError: an op failed on the worker.
         """
-        plan = plan.plan if isinstance(plan, FunctionPlan) else plan
+        plan = plan.graph if isinstance(plan, Plan) else plan
         check_inputs(plan, args)
         state = local_state(plan)
         await self.put_plan(plan)
@@ -141,7 +141,7 @@ class BaseWorker(RemoteObjects):
         values = iter([next(rest) if number is None else number for number in answer.numbers])
         return map_leaves(plan.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
-    def run(self, plan: Plan | FunctionPlan, *args: torch.Tensor, seed: int = 0) -> Any:
+    def run(self, plan: Graph | Plan, *args: torch.Tensor, seed: int = 0) -> Any:
         """The blocking form of `async_run`."""
         return run(self.async_run(plan, *args, seed=seed), instead="await worker.async_run(...)")
 

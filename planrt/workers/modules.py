@@ -16,8 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
-from planrt.plans.torchscript import is_torchscript
 from planrt.plans import ops
+from planrt.plans.torchscript import is_torchscript
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker

@@ -35,7 +35,7 @@ import torch
 
 from planrt.errors import ExecutionError, LocalError, OptionError, PlanError
 from planrt.plans import interpreter, ops, training
-from planrt.plans.plan import Plan
+from planrt.plans.graph import Graph
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import Ref, TensorSpec, leaves
@@ -105,7 +105,7 @@ class WorkerState:
         self.id = id
         self.device = torch.device(device)
         self._datasets: dict[str, _Dataset] = {}
-        self._plans: OrderedDict[str, Plan] = OrderedDict()
+        self._plans: OrderedDict[str, Graph] = OrderedDict()
         self.store = ObjectStore()
         self._users = dict(users or {})
         if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
@@ -345,7 +345,7 @@ class WorkerState:
             result.loss, result.samples, result.correct, result.histogram, result.target_histogram
         ), ()
 
-    def _plan(self, hash: str) -> Plan:
+    def _plan(self, hash: str) -> Graph:
         try:
             self._plans.move_to_end(hash)
             return self._plans[hash]
@@ -360,15 +360,15 @@ class WorkerState:
             raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
 
 
-_plans_by_hash: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
+_plans_by_hash: weakref.WeakValueDictionary[str, Graph] = weakref.WeakValueDictionary()
 """Plans that some worker of this process holds. Plans are immutable: a thousand virtual workers share one."""
 
 
-def _decoded(data: bytes) -> Plan:
+def _decoded(data: bytes) -> Graph:
     key = hashlib.sha256(data).hexdigest()
     plan = _plans_by_hash.get(key)
     if plan is None:
-        plan = _plans_by_hash[key] = Plan.from_bytes(data)
+        plan = _plans_by_hash[key] = Graph.from_bytes(data)
     return plan
 
 

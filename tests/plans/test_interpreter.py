@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError
-from planrt.plans import Op, Plan, ops, trace
+from planrt.plans import Graph, Op, ops, trace
 from planrt.plans.interpreter import PeerRequest, execute, run
 from planrt.types import Ref, TensorSpec
 
@@ -16,7 +16,7 @@ X = torch.randn(2, 3)
 
 def plan_of(*steps, outputs, inputs=1):
     spec = TensorSpec((-1, 3), torch.float32)
-    return Plan((spec,) * inputs, (), tuple(steps), outputs, input_names=("x", "y")[:inputs], name="p")
+    return Graph((spec,) * inputs, (), tuple(steps), outputs, input_names=("x", "y")[:inputs], name="p")
 
 
 def test_run_is_a_generator_that_returns_the_outputs():
@@ -108,7 +108,7 @@ def test_arguments_that_do_not_fit(inputs, message):
 
 def test_state_that_is_missing():
     weight = torch.randn(3)
-    plan = Plan.from_bytes(trace(lambda x: x * weight, [X]).to_bytes())
+    plan = Graph.from_bytes(trace(lambda x: x * weight, [X]).to_bytes())
     with pytest.raises(PlanError, match="came without its 1 state tensors"):
         execute(plan, [X])
     with pytest.raises(PlanArgumentError, match="has 1 state tensors, got 0"):

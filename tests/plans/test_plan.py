@@ -1,259 +1,145 @@
-"""Canonical bytes: they round-trip, identify a plan, and are safe to read from anyone."""
+"""`@func2plan`: building, calling and printing functions as plans."""
 
-import msgpack
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from nets import MnistNet, make
 from torch import nn
 
-from planrt.errors import OpNotAllowedError, PlanError, PlanFormatError
-from planrt.plans import Op, Plan, StateSpec, trace
+from planrt.errors import ExecutionError, PlanArgumentError, PlanError, TraceError
+from planrt.plans import Graph, Plan, func2plan
 from planrt.plans.interpreter import execute
-from planrt.plans.training import trace_model
-from planrt.types import Ref, TensorSpec
 
 
-def simple():
+@func2plan(args_shape=[(-1, 1)])
+def add_two(x):
+    """Adds two."""
+    return x + 1 + 1
+
+
+def test_built_at_once_from_shapes_with_free_sizes():
+    assert add_two.is_built
+    for size in (1, 2, 7):
+        x = torch.randn(size, 1)
+        assert torch.equal(add_two(x), x + 1 + 1)
+    with pytest.raises(
+        PlanArgumentError, match=r"x of plan 'add_two': wanted float32\[\*, 1\], got float32\[1, 2\]"
+    ):
+        add_two(torch.ones(1, 2))
+
+
+def test_not_built_until_build_is_called():
+    @func2plan()
     def f(x, y):
-        total = torch.cat([x, y]).sum(0)
-        return {"sum": total, "both": [x, (y[1:, None], x.shape[0] * 2)]}
+        return x @ y.T
 
-    return trace(f, [torch.randn(4, 3), torch.randn(2, 3)], free_dims=[[0], [0]], input_names=("x", "y"))
+    assert not f.is_built
+    assert str(f) == "<Plan f not built: call f.build(...)>"
+    for use in (
+        lambda: f(torch.ones(1)),
+        lambda: f.hash,
+        lambda: f.code,
+        lambda: f.graph,
+        lambda: f.torchscript,
+    ):
+        with pytest.raises(PlanError, match=r"plan 'f' is not built: call f\.build\(\.\.\.\)"):
+            use()
+    assert f.build(torch.ones(2, 3), torch.ones(4, 3)) is f
+    assert f.is_built
+    x, y = torch.randn(5, 3), torch.randn(2, 3)
+    assert torch.equal(f(x, y), x @ y.T)
 
 
-PLAN = simple()
-DATA = PLAN.to_bytes()
-
-
-@pytest.mark.parametrize("name", ["resnet18", "transformer", "frozen"])
-def test_bytes_round_trip(name):
-    net, loss_fn, batches = make(name)
-    plan = trace_model(net, loss_fn, *batches[0]).training
-    again = Plan.from_bytes(plan.to_bytes())
-    assert again == plan
-    assert again.hash == plan.hash
-    assert hash(again) == hash(plan)
-    assert again.inputs == plan.inputs
-    assert again.ops == plan.ops
-    assert again.outputs == plan.outputs
-    assert [(s.spec, s.kind, s.requires_grad) for s in again.state] == [
-        (s.spec, s.kind, s.requires_grad) for s in plan.state
+def test_printing_a_built_plan():
+    assert str(add_two).splitlines() == [
+        f"<Plan add_two {add_two.hash[:12]} built: 2 ops>",
+        "  _0: input x float32[*, 1]",
+        "  _1 = _0.add(1)",
+        "  _2 = _1.add(1)",
+        "  return _2",
     ]
-    assert again.state_values is None
+    assert add_two.code == "_1 = _0.add(1)\n_2 = _1.add(1)\nreturn _2"
+    assert (add_two.name, add_two.__doc__) == ("add_two", "Adds two.")
+    assert add_two.graph.doc == "Adds two."
 
 
-def test_tracing_again_gives_the_same_hash_whatever_the_names_and_values():
-    def g(first, second):
-        total = torch.cat([first, second]).sum(0)
-        return {"sum": total, "both": [first, (second[1:, None], first.shape[0] * 2)]}
-
-    assert trace(g, [torch.ones(6, 3), torch.ones(1, 3)], free_dims=[[0], [0]], name="g").hash == PLAN.hash
-    hashes = set()
-    for _ in range(2):
-        net = MnistNet()
-        batch = (torch.randn(3, 1, 28, 28), torch.randint(0, 10, (3,)))
-        hashes.add(trace_model(net, F.nll_loss, *batch).training.hash)
-    assert len(hashes) == 1
+def test_sizes_are_those_of_the_examples_where_the_function_needs_them():
+    f = func2plan()(lambda x, w: x @ w)
+    f.build(torch.ones(2, 3), torch.ones(3, 4))
+    with pytest.raises(PlanArgumentError):
+        f(torch.ones(5, 3), torch.ones(3, 4))
+    f.build(torch.ones(2, 3), torch.ones(3, 4), free_dims=[[0], [-1]])
+    assert f(torch.ones(5, 3), torch.ones(3, 9)).shape == (5, 9)
 
 
-def test_what_decides_the_result_decides_the_hash():
-    x = torch.randn(2, 3)
-    plans = [
-        trace(lambda x: x + 1, [x]),
-        trace(lambda x: x + 2, [x]),
-        trace(lambda x: x + 1.0, [x]),
-        trace(lambda x: x - 1, [x]),
-        trace(lambda x: [x + 1], [x]),
-        trace(lambda x: (x + 1,), [x]),
-        trace(lambda x: x + 1, [x], free_dims=[[0]]),
-        trace(lambda x: x + 1, [x.double()]),
-        trace(lambda x: x + True, [x]),
-        trace(lambda x: x + 0.0, [x]),
-        trace(lambda x: x + -0.0, [x]),
-    ]
-    assert len({plan.hash for plan in plans}) == len(plans)
+def test_scalars_and_results_of_any_nesting():
+    f = func2plan()(lambda x, scale: {"a": (x * scale, [scale])}).build(torch.ones(2), torch.tensor(3.0))
+    assert f(torch.ones(5), torch.tensor(2.0))["a"][0].tolist() == [2.0] * 5
 
 
-def test_printing_shows_the_signature_and_one_line_per_op():
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
-    net[0].bias.requires_grad_(False)
-    plan = trace(
-        net, [torch.randn(2, 1, 5, 5)], modules=[net], free_dims=[[0]], name="net", input_names=["x"]
-    )
-    assert str(plan).splitlines() == [
-        f"<Plan net {plan.hash[:12]} built: 2 ops>",
-        "  _0: input x float32[*, 1, 5, 5]",
-        "  _1: parameter 0.weight float32[2, 1, 3, 3]",
-        "  _2: parameter 0.bias float32[2] frozen",
-        "  _3 = torch.conv2d(_0, _1, _2, (1, 1), (0, 0), (1, 1), 1)",
-        "  _4 = torch.nn.functional.relu(_3, inplace=False)",
-        "  return _4",
-    ]
-    assert PLAN.code.splitlines() == [
-        "_2 = torch.cat([_0, _1])",
-        "_3 = _2.sum(0)",
-        "_4 = _1.__getitem__((slice(1, None, None), None))",
-        "_5 = _0.size(0)",
-        "_6 = operator.mul(_5, 2)",
-        "return {'sum': _3, 'both': [_0, (_4, _6)]}",
-    ]
-    assert trace(lambda x: x.T, [torch.ones(2, 2)]).code.splitlines()[0] == "_1 = _0.T"
+def test_as_a_plain_call_and_on_a_module():
+    net = nn.Linear(3, 2)
+    f = func2plan(args_shape=[(-1, 3)])(net)
+    x = torch.randn(4, 3)
+    assert torch.equal(f(x), net(x))
+    assert [entry.name for entry in f.graph.state] == ["weight", "bias"]
+    assert isinstance(f, Plan)
 
 
-def altered(position, value):
-    parts = msgpack.unpackb(DATA)
-    where = parts
-    for step in position[:-1]:
-        where = where[step]
-    where[position[-1]] = value
-    return msgpack.packb(parts)
+def test_the_plan_travels_as_bytes():
+    plan = Graph.from_bytes(add_two.graph.to_bytes())
+    assert plan.hash == add_two.hash
+    assert execute(plan, [torch.zeros(3, 1)]).tolist() == [[2.0]] * 3
 
 
 @pytest.mark.parametrize(
-    ("position", "value", "error", "message"),
+    ("shapes", "message"),
     [
-        ((0,), "something", PlanFormatError, "not a plan"),
-        ((1,), 2, PlanFormatError, "newer than 1: update planrt"),
-        ((1,), "1", PlanFormatError, "no version"),
-        ((2, 0, 0), "float31", PlanFormatError, "unknown dtype 'float31'"),
-        ((2, 0, 1, 0), -2, PlanFormatError, "malformed shape"),
-        ((2, 0, 1), [2**40, 2**40], PlanFormatError, "more than 2"),
-        ((2, 0, 1), [1] * 65, PlanFormatError, "65 dimensions"),
-        ((2, 0), [], PlanFormatError, "malformed input"),
-        ((3,), [["float32", [-1], "parameter", True]], PlanFormatError, "free dimension"),
-        ((3,), [["float32", [1], "weight", True]], PlanFormatError, "malformed state entry 0"),
-        ((4, 0, 0), "Tensor.item", OpNotAllowedError, "op 0 .*'Tensor.item', is not on the table"),
-        ((4, 0, 0), "os.system", OpNotAllowedError, "'os.system'"),
-        ((4, 0, 0), 7, PlanFormatError, "name is not a string"),
-        ((4, 0, 1), ["l"], PlanFormatError, "not a tuple and a dict"),
-        ((4, 1, 1, 1), ["r", 9], PlanFormatError, r"op 1 \(Tensor.sum\) refers to _9, which no earlier"),
-        ((4, 1, 1, 1), ["r", 3], PlanFormatError, "refers to _3, which no earlier"),
-        ((4, 1, 1, 1), ["r", -1], PlanFormatError, "malformed reference"),
-        ((4, 1, 1, 1), ["x", 1], PlanFormatError, "unknown tag 'x'"),
-        ((4, 1, 3), ["r", 2], PlanFormatError, "the number 2, not 3"),
-        ((4, 1, 3), ["l", ["r", 3]], PlanFormatError, "malformed result"),
-        ((5,), ["r", 99], PlanFormatError, "output refers to _99"),
-        ((4, 0), [], PlanFormatError, "malformed op"),
-        ((4,), 3, PlanFormatError, "ops is not an array"),
+        ([], r"f takes 2 arguments \(x, y\), got 0 shapes"),
+        ([(1,), (1,), (1,)], "got 3 shapes"),
+        ([(1,), (-2,)], r"\(-2,\) is not a shape for argument y"),
+        ([(1.5,), (1,)], "is not a shape for argument x"),
+        ([(True,), (1,)], "is not a shape for argument x"),
     ],
 )
-def test_altered_plans_are_refused_with_a_reason(position, value, error, message):
-    with pytest.raises(error, match=message):
-        Plan.from_bytes(altered(position, value))
+def test_shapes_that_are_wrong(shapes, message):
+    with pytest.raises(PlanArgumentError, match=message):
+        func2plan(args_shape=shapes)(_f)
+    with pytest.raises(ValueError, match=message):
+        func2plan(args_shape=shapes)(_f)
 
 
-def test_bytes_that_are_no_plan():
-    for data in (b"", b"\xc1", b"\x93", DATA[:-1], DATA + b"\x00", b"\x81\x01\x02", msgpack.packb([1])):
-        with pytest.raises(PlanFormatError):
-            Plan.from_bytes(data)
-    with pytest.raises(PlanFormatError, match="sections"):
-        Plan.from_bytes(msgpack.packb(["planrt-plan", 1]))
+def _f(x, y):
+    return x + y
 
 
-def test_a_second_spelling_of_the_same_plan_is_refused():
-    longer = DATA.replace(b"\xabplanrt-plan", b"\xd9\x0bplanrt-plan", 1)
-    assert msgpack.unpackb(longer) == msgpack.unpackb(DATA)
-    with pytest.raises(PlanFormatError, match="canonical"):
-        Plan.from_bytes(longer)
+_f.__name__ = "f"
 
 
-def test_deep_nesting_is_refused_not_recursed_into():
-    value = ["r", 0]
-    for _ in range(100):
-        value = ["l", value]
-    with pytest.raises(PlanFormatError, match="levels deep"):
-        Plan.from_bytes(altered((5,), value))
-    with pytest.raises(PlanFormatError):
-        Plan.from_bytes(b"\x91" * 100_000)
+def test_shapes_that_the_function_cannot_take():
+    with pytest.raises(TraceError, match="failed on its example arguments"):
+        func2plan(args_shape=[(2, 3), (4, 5)])(_f)
+    with pytest.raises(TraceError, match="free sizes"):
+        func2plan(args_shape=[(-1, 3), (2, 3)])(_f)
 
 
-def test_limits(monkeypatch):
-    monkeypatch.setattr("planrt.plans.plan.MAX_OPS", 4)
-    with pytest.raises(PlanFormatError, match="5 ops is longer than the limit of 4"):
-        Plan.from_bytes(DATA)
-    monkeypatch.setattr("planrt.plans.plan.MAX_BYTES", 10)
-    with pytest.raises(PlanFormatError, match="longer than the limit of 10"):
-        Plan.from_bytes(DATA)
+def test_examples_that_are_wrong():
+    f = func2plan()(_f)
+    with pytest.raises(PlanArgumentError, match="got 1 example tensors"):
+        f.build(torch.ones(1))
+    with pytest.raises(PlanArgumentError, match="argument y must be a tensor, not float"):
+        f.build(torch.ones(1), 2.0)
+    with pytest.raises(TraceError, match=r"free_dims \(1,\) of example argument 1, which is 1-d"):
+        f.build(torch.ones(1), torch.ones(1), free_dims=[[0], [1]])
+    with pytest.raises(TraceError, match="free_dims has 1 entries for 2"):
+        f.build(torch.ones(1), torch.ones(1), free_dims=[[0]])
+    assert not f.is_built
 
 
-def test_plans_made_by_hand_are_checked_like_those_from_bytes():
-    spec = TensorSpec((2,), torch.float32)
-    with pytest.raises(OpNotAllowedError):
-        Plan((spec,), (), (Op("Tensor.tolist", (Ref(0),), {}, Ref(1)),), Ref(1))
-    with pytest.raises(PlanFormatError):
-        Plan((spec,), (), (Op("Tensor.neg", (Ref(1),), {}, Ref(1)),), Ref(1))
-    with pytest.raises(PlanFormatError, match="float8"):
-        Plan((TensorSpec((2,), torch.float8_e5m2),), (), (), Ref(0))
-    state = StateSpec("w", TensorSpec((2, -1), torch.float32), "buffer", False)
-    with pytest.raises(PlanFormatError, match="free dimension"):
-        Plan((spec,), (state,), (), Ref(0))
+def test_a_function_of_any_number_of_arguments():
+    f = func2plan()(lambda *xs: torch.stack(xs).sum(0)).build(torch.ones(2), torch.ones(2))
+    assert f(torch.ones(4), torch.ones(4)).tolist() == [2.0] * 4
 
 
-# Whatever bytes arrive: a plan or a PlanError, never another exception.
-
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def read(data):
-    try:
-        plan = Plan.from_bytes(data)
-    except PlanError:
-        return
-    assert plan.to_bytes() == data
-    str(plan)
-
-
-@FUZZ
-@given(flips=st.lists(st.tuples(st.integers(0, len(DATA) - 1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_flipped_bytes(flips):
-    data = bytearray(DATA)
-    for position, value in flips:
-        data[position] = value
-    read(bytes(data))
-
-
-@FUZZ
-@given(start=st.integers(0, len(DATA)), stop=st.integers(0, len(DATA)))
-def test_cut_out_bytes(start, stop):
-    read(DATA[:start] + DATA[stop:])
-
-
-@FUZZ
-@given(st.binary(max_size=64))
-def test_random_bytes(data):
-    read(data)
-
-
-MSGPACK = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=4)
-    | st.binary(max_size=4) | st.sampled_from(["t", "l", "d", "r", "s", "y", "Tensor.add", "float32"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
-    max_leaves=12,
-)  # fmt: skip
-
-
-@FUZZ
-@given(section=st.integers(2, 5), value=MSGPACK)
-def test_sections_replaced_by_other_values(section, value):
-    parts = msgpack.unpackb(DATA)
-    parts[section] = value
-    read(msgpack.packb(parts))
-
-
-@FUZZ
-@given(op=st.integers(0, 4), part=st.integers(0, 3), value=MSGPACK)
-def test_parts_of_ops_replaced_by_other_values(op, part, value):
-    parts = msgpack.unpackb(DATA)
-    parts[4][op][part] = value
-    read(msgpack.packb(parts))
-
-
-def test_a_plan_from_bytes_computes_the_same():
-    x, y = torch.randn(5, 3), torch.randn(1, 3)
-    result = execute(Plan.from_bytes(DATA), [x, y])
-    assert torch.equal(result["sum"], torch.cat([x, y]).sum(0))
-    assert result["both"][0] is x
-    assert result["both"][1][1] == 10
+def test_errors_while_running_say_where():
+    f = func2plan()(lambda x, index: x[index]).build(torch.ones(3), torch.tensor([0]))
+    with pytest.raises(ExecutionError, match="traced at"):
+        f(torch.ones(3), torch.tensor([7]))

@@ -10,7 +10,7 @@ from nets import make
 from torch import nn
 
 from planrt.errors import PlanError, TraceError
-from planrt.plans import Plan, func2plan, trace
+from planrt.plans import Graph, func2plan, trace
 from planrt.plans.interpreter import execute
 from planrt.plans.torchscript import from_torchscript, to_torchscript
 
@@ -68,7 +68,7 @@ def test_plans_that_cannot_be_torchscript_say_why():
     with pytest.raises(PlanError, match="no_grad regions"):
         to_torchscript(trace(f, [X]))
     with pytest.raises(PlanError, match="came without its 1 state"):
-        to_torchscript(Plan.from_bytes(trace(lambda x: x + torch.eye(1).relu() + X[0], [X]).to_bytes()))
+        to_torchscript(Graph.from_bytes(trace(lambda x: x + torch.eye(1).relu() + X[0], [X]).to_bytes()))
     with pytest.raises(PlanError, match="cannot be made TorchScript"):
         to_torchscript(trace(lambda x: (x, "text"), [X]))
 
@@ -101,7 +101,7 @@ def traced(f, *examples):
     ],
 )
 def test_traced_functions_translate(f):
-    plan = Plan.from_bytes(from_torchscript(traced(f, X)).to_bytes())
+    plan = Graph.from_bytes(from_torchscript(traced(f, X)).to_bytes())
     torch.testing.assert_close(execute(plan, [X], state_of(f)), f(X), rtol=0, atol=0)
 
 

@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from planrt.errors import PlanrtError, TraceError
-from planrt.plans import Plan, trace
+from planrt.plans import Graph, trace
 from planrt.plans.interpreter import execute
 from planrt.plans.recorder import SizesFixedError
 
@@ -21,7 +21,7 @@ def same(f, example, others, **options):
     """`f` traced on `example`, sent through bytes, equals `f` on `others`."""
     plan = trace(f, example, **options)
     state = plan.state_values
-    received = Plan.from_bytes(plan.to_bytes())
+    received = Graph.from_bytes(plan.to_bytes())
     for inputs in (example, *others):
         wanted = f(*[x.clone() for x in inputs])
         got = execute(received, [x.clone() for x in inputs], state)
@@ -111,7 +111,7 @@ def test_in_place_ops_and_inputs_handed_back():
 
 def test_constants_among_the_results():
     plan = trace(lambda x: (None, "text", {"a": [x, True]}), [X])
-    assert execute(Plan.from_bytes(plan.to_bytes()), [X]) == (None, "text", {"a": [X, True]})
+    assert execute(Graph.from_bytes(plan.to_bytes()), [X]) == (None, "text", {"a": [X, True]})
 
 
 def test_an_input_that_the_function_returns_is_the_input():

@@ -11,14 +11,14 @@ from nets import NETS, make
 from torch import nn
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
-from planrt.plans import Plan
+from planrt.plans import Graph
 from planrt.plans.training import OPTIMIZERS, check_optimizer, evaluate, trace_model, train
 
 SEED = 11
 
 
 def through_bytes(plan):
-    return Plan.from_bytes(plan.to_bytes())
+    return Graph.from_bytes(plan.to_bytes())
 
 
 def plain_loop(net, loss_fn, batches, optimizer):

@@ -1,0 +1,332 @@
+"""`Graph`: a PyTorch program as data. A list of named ops, the specs of what goes in, and what comes out.
+
+Every value of a plan has a number: first the inputs, then the state (parameters, buffers and constants), then
+the results of the ops in order. An op refers to earlier values by `Ref`. The canonical bytes hold exactly
+what decides the result: specs, ops and outputs. Names, source lines and state values stay local. The SHA-256
+of those bytes is the plan's identity wherever plans are cached, sent or approved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final, Literal, get_args
+
+import torch
+
+from planrt.errors import OpNotAllowedError, PlanFormatError
+from planrt.plans import ops as table
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.serde.values import decode, encode, pack, unpack
+from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
+
+FORMAT_VERSION: Final = 1
+MAX_OPS: Final = 100_000
+MAX_BYTES: Final = 64 * 2**20
+"""Longest canonical form, in bytes, that `Graph.from_bytes` reads."""
+_MAGIC = "planrt-plan"
+_MAX_DIMS = 64  # torch's own limit
+
+StateKind = Literal["parameter", "buffer", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One step: the name of an op in the table, its arguments, and the numbers of its results.
+
+    `results` is a `Ref`, None (nothing is kept), or a tuple of those for ops that return several values.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: Nested
+
+    def __str__(self) -> str:
+        home, _, short = self.name.rpartition(".")
+        positional = [show(arg) for arg in self.args]
+        if home == "Tensor" and positional:
+            subject, *positional = positional
+            short = f"{subject}.{short}"
+        elif home not in ("torch", "operator"):
+            short = f"torch.{self.name}"
+        else:
+            short = self.name
+        if self.name in _PROPERTIES:
+            return f"{_assigned(self.results)}{short}"
+        call = ", ".join(positional + [f"{key}={show(value)}" for key, value in self.kwargs.items()])
+        return f"{_assigned(self.results)}{short}({call})"
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """A tensor that belongs to the plan: a parameter, a buffer, or a constant it captured."""
+
+    name: str
+    spec: TensorSpec
+    kind: StateKind
+    requires_grad: bool
+
+    @property
+    def trainable(self) -> bool:
+        """Whether an optimizer may change it."""
+        return self.kind == "parameter" and self.requires_grad
+
+    @property
+    def can_change(self) -> bool:
+        """Whether a training round may change it: trainable parameters and buffers."""
+        return self.trainable or self.kind == "buffer"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A checked list of ops with its signature. Immutable; equal where the canonical bytes are equal.
+
+    `inputs`, `state`, `ops` and `outputs` are the plan itself; the keyword-only rest is local. `state_values`
+    are the tensors that `state` had when the plan was traced (None for a plan read from bytes).
+
+    Raises:
+        PlanFormatError: references to values that do not exist yet, malformed specs, too many ops.
+        OpNotAllowedError: an op that is not on the table.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    state: tuple[StateSpec, ...]
+    ops: tuple[Op, ...]
+    outputs: Nested
+    name: str = field(default="plan", kw_only=True)
+    input_names: tuple[str, ...] = field(default=(), kw_only=True)
+    state_values: tuple[torch.Tensor, ...] | None = field(default=None, kw_only=True)
+    lines: tuple[str | None, ...] = field(default=(), kw_only=True)
+    doc: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    # The canonical form
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes: equal plans give equal bytes on every machine."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return pack(
+            [
+                _MAGIC,
+                FORMAT_VERSION,
+                [_encode_spec(spec) for spec in self.inputs],
+                [[*_encode_spec(entry.spec), entry.kind, entry.requires_grad] for entry in self.state],
+                [[op.name, encode(op.args), encode(op.kwargs), encode(op.results)] for op in self.ops],
+                encode(self.outputs),
+            ]
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical bytes, as 64 hex digits."""
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Graph:
+        """The plan behind canonical bytes, every part of it checked; safe on bytes from anyone.
+
+        Raises:
+            PlanFormatError: bytes that are truncated, altered, of another version, or not canonical.
+            OpNotAllowedError: an op that is not on the table.
+        """
+        if len(data) > MAX_BYTES:
+            raise PlanFormatError(f"a plan of {len(data)} bytes is longer than the limit of {MAX_BYTES}")
+        parts = unpack(bytes(data))
+        if not isinstance(parts, list) or len(parts) < 2 or parts[0] != _MAGIC:
+            raise PlanFormatError("these bytes are not a plan")
+        version = parts[1]
+        if type(version) is not int or version < 1:
+            raise PlanFormatError("malformed plan: no version number")
+        if version > FORMAT_VERSION:
+            raise PlanFormatError(
+                f"the plan has format {version}, newer than {FORMAT_VERSION}: update planrt on this side"
+            )
+        if len(parts) != 6:
+            raise PlanFormatError(f"malformed plan: {len(parts)} sections instead of 6")
+        plan = cls(
+            inputs=tuple(_decode_spec(*_fields(item, 2, "input")) for item in _items(parts[2], "inputs")),
+            state=tuple(
+                _decode_state(index, *_fields(item, 4, "state entry"))
+                for index, item in enumerate(_items(parts[3], "state"))
+            ),
+            ops=tuple(_decode_op(*_fields(item, 4, "op")) for item in _items(parts[4], "ops")),
+            outputs=decode(parts[5]),
+        )
+        if plan._bytes != data:  # a second spelling of the same plan would have a second hash
+            raise PlanFormatError("these bytes are not the canonical form of a plan")
+        return plan
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Graph) and self._bytes == other._bytes
+
+    def __hash__(self) -> int:
+        return hash(self._bytes)
+
+    # For people
+
+    def input_name(self, index: int) -> str:
+        """The name of an input, or ``argument N`` where the plan came without names."""
+        return self.input_names[index] if index < len(self.input_names) else f"argument {index}"
+
+    @property
+    def code(self) -> str:
+        """The ops, one per line, in the form ``_2 = _1.add(1)``, and what is returned."""
+        return "\n".join([*(str(op) for op in self.ops), f"return {show(self.outputs)}"])
+
+    def __str__(self) -> str:
+        first_state = len(self.inputs)
+        lines = [f"<Plan {self.name} {self.hash[:12]} built: {len(self.ops)} ops>"]
+        for index, spec in enumerate(self.inputs):
+            lines.append(f"  _{index}: input {self.input_name(index)} {spec}")
+        for index, entry in enumerate(self.state):
+            frozen = " frozen" if entry.kind == "parameter" and not entry.requires_grad else ""
+            lines.append(f"  _{first_state + index}: {entry.kind} {entry.name} {entry.spec}{frozen}")
+        return "\n".join([*lines, *(f"  {line}" for line in self.code.splitlines())])
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.name} {self.hash[:12]}: {len(self.inputs)} inputs, {len(self.ops)} ops>"
+
+    @property
+    def torchscript(self) -> torch.nn.Module:
+        """This plan as TorchScript; see `planrt.plans.torchscript.to_torchscript`."""
+        from planrt.plans.torchscript import to_torchscript  # it imports this module
+
+        return to_torchscript(self)
+
+
+# References inside nested values
+
+
+def refs_in(value: Nested) -> Iterator[Ref]:
+    """Every `Ref` in a nested value, left to right."""
+    return (leaf for leaf in leaves(value) if isinstance(leaf, Ref))
+
+
+def show(value: Nested) -> str:
+    """A nested value as a line of source would have it."""
+    if isinstance(value, slice):
+        return f"slice({show(value.start)}, {show(value.stop)}, {show(value.step)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(show(item) for item in value)}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(show(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {show(item)}' for key, item in value.items())}}}"
+    return "..." if value is Ellipsis else repr(value)
+
+
+_PROPERTIES = frozenset({"Tensor.H", "Tensor.T", "Tensor.data", "Tensor.imag", "Tensor.mH", "Tensor.mT"}) | {
+    "Tensor.real"
+}
+
+
+def _assigned(results: Nested) -> str:
+    if results is None:
+        return ""
+    names = (
+        [show(item) if item is not None else "_" for item in results] if isinstance(results, tuple) else []
+    )
+    return f"{', '.join(names) if names else show(results)} = "
+
+
+# Checks, shared by plans from the tracer and plans from bytes
+
+
+def _check(plan: Graph) -> None:
+    if len(plan.ops) > MAX_OPS:
+        raise PlanFormatError(f"a plan of {len(plan.ops)} ops is longer than the limit of {MAX_OPS}")
+    for spec in plan.inputs:
+        _check_spec(spec)
+    for entry in plan.state:
+        _check_spec(entry.spec)
+        if FREE in entry.spec.shape:
+            raise PlanFormatError("malformed plan: state with a free dimension")
+    known = len(plan.inputs) + len(plan.state)
+    for index, op in enumerate(plan.ops):
+        if op.name not in table.TABLE:
+            raise OpNotAllowedError(f"op {index} of the plan, {op.name[:80]!r}, is not on the table of ops")
+        _check_refs(op.args, known, f"op {index} ({op.name})")
+        _check_refs(op.kwargs, known, f"op {index} ({op.name})")
+        for ref in _result_refs(op.results, index):
+            if ref.index != known:
+                raise PlanFormatError(
+                    f"op {index} ({op.name}) gives its result the number {ref.index}, not {known}"
+                )
+            known += 1
+    _check_refs(plan.outputs, known, "the plan's output")
+
+
+def _check_refs(value: Nested, known: int, where: str) -> None:
+    for ref in refs_in(value):
+        if not 0 <= ref.index < known:
+            raise PlanFormatError(f"{where} refers to {ref}, which no earlier step makes")
+
+
+def _result_refs(results: Nested, index: int) -> Iterable[Ref]:
+    if results is None:
+        return ()
+    if isinstance(results, Ref):
+        return (results,)
+    if isinstance(results, tuple):
+        return [ref for item in results for ref in _result_refs(item, index)]
+    raise PlanFormatError(f"op {index} has a malformed result: {type(results).__name__}")
+
+
+def _check_spec(spec: TensorSpec) -> None:
+    if spec.dtype not in DTYPE_NAMES:
+        raise PlanFormatError(f"tensors of {spec.dtype} cannot go into a plan")
+    if len(spec.shape) > _MAX_DIMS:
+        raise PlanFormatError(f"a tensor of {len(spec.shape)} dimensions; torch knows at most {_MAX_DIMS}")
+    if any(type(size) is not int or size < FREE for size in spec.shape):
+        raise PlanFormatError("malformed shape: sizes are integers from 0, or -1 for a free one")
+    if math.prod(size for size in spec.shape if size > 0) >= 2**48:
+        raise PlanFormatError("a tensor with more than 2**48 elements")
+
+
+# From unpacked parts
+
+
+def _items(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise PlanFormatError(f"malformed plan: {what} is not an array")
+    return value
+
+
+def _fields(value: Any, count: int, what: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) != count:
+        raise PlanFormatError(f"malformed {what}: expected an array of {count}")
+    return value
+
+
+def _encode_spec(spec: TensorSpec) -> list[Any]:
+    return [DTYPE_NAMES[spec.dtype], list(spec.shape)]
+
+
+def _decode_spec(dtype: Any, shape: Any) -> TensorSpec:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise PlanFormatError(f"unknown dtype {str(dtype)[:40]!r}")
+    return TensorSpec(tuple(_items(shape, "a shape")), DTYPES[dtype])
+
+
+def _decode_state(index: int, dtype: Any, shape: Any, kind: Any, requires_grad: Any) -> StateSpec:
+    if kind not in get_args(StateKind) or not isinstance(requires_grad, bool):
+        raise PlanFormatError(f"malformed state entry {index}")
+    return StateSpec(f"state {index}", _decode_spec(dtype, shape), kind, requires_grad)
+
+
+def _decode_op(name: Any, args: Any, kwargs: Any, results: Any) -> Op:
+    if not isinstance(name, str):
+        raise PlanFormatError("malformed op: its name is not a string")
+    args, kwargs = decode(args), decode(kwargs)
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise PlanFormatError(f"malformed op {name[:80]!r}: arguments are not a tuple and a dict")
+    return Op(name, args, kwargs, decode(results))
