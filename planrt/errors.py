@@ -127,8 +127,9 @@ class UnsupportedTensorError(PointerError):
 class RemoteError(PlanrtError):
     """A worker reports that it could not do what was asked.
 
-    `kind` names the class of the error on the worker, `op` and `line` the failing op and its plan line
-    (where the failure was inside a plan), `remote_traceback` the worker's traceback as text.
+    `kind` names the class of the error on the worker. Where the failure was inside a plan, `op`, `index` and
+    `line` are the failing op, its place in the plan and its plan line. `cause` is what torch said, and
+    `remote_traceback` the worker's traceback, both as text.
     """
 
     def __init__(
@@ -140,6 +141,8 @@ class RemoteError(PlanrtError):
         op: str | None = None,
         line: str | None = None,
         remote_traceback: str = "",
+        index: int | None = None,
+        cause: str = "",
     ) -> None:
         super().__init__(f"worker {worker_id!r}: {message}")
         self.reason = message
@@ -148,6 +151,8 @@ class RemoteError(PlanrtError):
         self.op = op
         self.line = line
         self.remote_traceback = remote_traceback
+        self.index = index
+        self.cause = cause
 
 
 class UnknownPlanError(RemoteError):

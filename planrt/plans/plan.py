@@ -1,62 +1,385 @@
-"""`@func2plan()`: a Python function that becomes a plan, by its example shapes or by a call of `build`."""
+"""`Plan`: a function or module that is recorded once and runs anywhere. `func2plan` makes one of a function.
+
+A plan is an `nn.Module`. Before `build` it runs its Python code, like any function or module. `build` records
+it (`planrt.plans.tracer`), and from then on the op list runs: here when it is called, and on workers when it
+was sent. Its parameters and buffers are the state of the plan; so are tensors that the function uses but was
+not given.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 
-from planrt.errors import PlanArgumentError, PlanError
+from planrt.errors import LocalError, PlanArgumentError, PlanError, TraceError
 from planrt.plans.graph import Graph
+from planrt.plans.holding import hold
 from planrt.plans.interpreter import execute
+from planrt.plans.lifting import StateRegistry
+from planrt.plans.record import PlanRecord, state_hash
 from planrt.plans.recorder import SizesFixedError
-from planrt.plans.tracer import trace
-from planrt.types import FREE, Nested
+from planrt.plans.signature import Signature, recorded_signature
+from planrt.plans.tracer import assemble, record
+from planrt.types import FREE
 
 _EXAMPLE_SIZE = 2  # what a free size is while recording; the tracer doubles it
 
 
-class Plan:
-    """A function with its plan, once it is built. Call it like the function; `plan` is what travels.
+class PlanState(torch.nn.Module):
+    """Tensors that a function plan keeps: ``func2plan(state=(t,))``. The function gets it as its last argument."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                raise PlanArgumentError(f"state holds tensors, not {type(tensor).__name__} (item {index})")
+            if tensor.requires_grad and tensor.is_leaf:
+                self._parameters[str(index)] = tensor  # type: ignore[assignment]  # a parameter but for its class
+            else:
+                self._buffers[str(index)] = tensor.detach()
+
+    def read(self) -> list[torch.Tensor]:
+        """The tensors, in the order in which they were given."""
+        held: dict[str, Any] = {**self._parameters, **self._buffers}
+        return [held[key] for key in sorted(held, key=int)]
+
+
+class Plan(torch.nn.Module):
+    """A PyTorch program that is recorded once and runs on workers with one message.
+
+    Made by `func2plan`, or by deriving from it, as from `nn.Module`, with a `forward`::
+
+        class Net(planrt.Plan):
+            def __init__(self):
+                super().__init__()
+                self.fc = torch.nn.Linear(2, 3)
+
+            def forward(self, x):
+                return self.fc(x).relu()
+
+        net = Net()
+        net.build(torch.zeros(4, 2))
+        pointer = net.send(bob)(x_on_bob)
 
     Attributes:
-        function: the function as written.
-        name: its name.
-        plan: the recorded plan; PlanError until it is built.
+        name: what it is called when printed. id: its number in this process.
+        tags, description: what `search` finds it by, once it is sent.
+
+    Args:
+        function: what the plan does; leave it out in classes with a `forward`.
+        name: by default the function's or the class's.
+        state: tensors that the function gets as a `PlanState`, after its other arguments.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self.function = function
-        self.name: str = getattr(function, "__name__", type(function).__name__)
-        self._names = _argument_names(function)
-        self._graph: Graph | None = None
+    _function: Callable[..., Any] | None
+
+    def __init__(
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        state: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        # Not as a submodule: a module that is the function gives its state under its own names.
+        self.__dict__["_function"] = function
+        self.name: str = name or str(getattr(function, "__name__", type(function or self).__name__))
+        self.id: int = secrets.randbits(40)
+        self._record: PlanRecord | None = None
+        self._captured: dict[str, torch.Tensor] = {}
+        self._tags: tuple[str, ...] = ()
+        self._description = ""
+        self.state: PlanState | None = None if state is None else PlanState(state)
+        if function is not None:
+            functools.update_wrapper(self, function, updated=())
+            del self.__wrapped__  # `inspect.signature` would show the function's, state and all
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The Python code; classes of your own define it."""
+        if self._function is None:
+            raise PlanError(f"plan {self.name!r} has no forward: define one, or give a function")
+        if self.state is not None:
+            return self._function(*args, **kwargs, **{self._state_name(): self.state})
+        return self._function(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------ recording
 
     @property
     def is_built(self) -> bool:
-        """Whether the function has been recorded."""
-        return self._graph is not None
+        """Whether the plan has been recorded."""
+        return self._record is not None
 
     @property
-    def graph(self) -> Graph:
-        """The recorded plan.
+    def record(self) -> PlanRecord:
+        """All of the plan but the values of its state.
 
         Raises:
             PlanError: not built yet.
         """
-        if self._graph is None:
+        if self._record is None:
             raise PlanError(
                 f"plan {self.name!r} is not built: call {self.name}.build(...) with example tensors"
             )
-        return self._graph
+        return self._record
+
+    @property
+    def graph(self) -> Graph:
+        """The recorded ops, in the form for the mode the plan is in (`train`, `eval`).
+
+        Raises:
+            PlanError: not built yet, or not in that mode.
+        """
+        return self.record.graph(training=self.training)
+
+    def build(
+        self, *examples: Any, free_dims: Sequence[Sequence[int]] | None = None, **keywords: Any
+    ) -> Self:
+        """Record the plan on example arguments, and return it. Building again replaces what was recorded.
+
+        Arguments are as the function takes them: tensors, modules (their parameters and buffers become inputs),
+        and tuples, lists and dicts of these. Anything else becomes a constant.
+
+        Args:
+            examples, keywords: the arguments.
+            free_dims: per input tensor, the dimensions that may differ at run time. By default dimension 0 is
+                free as far as the function takes that: of every tensor, else of those that share the size of the
+                first one's, else of the first one, else of none. Modules' tensors have fixed sizes.
+
+        Raises:
+            PlanArgumentError: arguments that do not fit the function, or that no plan can take.
+            TraceError: the function cannot be recorded; names the line.
+        """
+        signature, tensors, modules = recorded_signature(self._signature(), self.name, examples, keywords)
+        if free_dims is not None:
+            return self._built(signature, tensors, modules, free_dims)
+        of_modules = {
+            index
+            for index, path in enumerate(signature.input_names)
+            if any(path.startswith(f"{one}.") for one in modules)
+        }
+        batched = [index for index, one in enumerate(tensors) if one.dim() and index not in of_modules]
+        for chosen in _leading(tensors, batched):
+            try:
+                return self._built(
+                    signature, tensors, modules, [(0,) if i in chosen else () for i in range(len(tensors))]
+                )
+            except SizesFixedError:
+                continue
+        return self._built(signature, tensors, modules, [()] * len(tensors))
+
+    def build_from_shapes(self, shapes: Sequence[Sequence[int]]) -> Self:
+        """Record the plan on float32 tensors of these shapes, one per argument, -1 for a size that stays free.
+
+        Raises:
+            PlanArgumentError: a wrong number of shapes, or shapes that are none or do not fit the function.
+        """
+        required = [
+            one.name for one in self._signature().parameters.values()
+            if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) and one.default is one.empty
+        ]  # fmt: skip
+        takes_more = len(self._signature().parameters) > len(required)
+        if len(shapes) < len(required) or (len(shapes) > len(required) and not takes_more):
+            raise PlanArgumentError(
+                f"{self.name} takes {len(required)} arguments ({', '.join(required)}), got {len(shapes)} shapes in "
+                "args_shape: check that there is one shape for each, and none for numbers, which need a default"
+            )
+        names = [*required, *map(str, range(len(required), len(shapes)))]
+        for name, shape in zip(names, shapes, strict=True):
+            if not isinstance(shape, tuple | list | torch.Size) or any(
+                isinstance(size, bool) or not isinstance(size, int) or size < FREE for size in shape
+            ):
+                raise PlanArgumentError(
+                    f"{self.name}: {shape!r} is not a shape for argument {name}: sizes are whole numbers from 0, or "
+                    "-1 for any size"
+                )
+        examples = [
+            torch.zeros([_EXAMPLE_SIZE if size == FREE else size for size in shape]) for shape in shapes
+        ]
+        free = [[dim for dim, size in enumerate(shape) if size == FREE] for shape in shapes]
+        try:
+            return self.build(*examples, free_dims=free)
+        except TraceError as error:
+            if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, TraceError):
+                raise PlanArgumentError(
+                    f"{self.name} could not be built with args_shape {list(shapes)}: {error}; check the shapes, and "
+                    "that arguments that are no float32 tensors are given to build() instead"
+                ) from error
+            raise
+
+    def _built(
+        self,
+        signature: Signature,
+        tensors: Sequence[torch.Tensor],
+        modules: Mapping[str, torch.nn.Module],
+        free_dims: Sequence[Sequence[int]],
+    ) -> Self:
+        inner = [self._function] if isinstance(self._function, torch.nn.Module) else []
+        registry = StateRegistry([self, *inner], also_undo=list(modules.values()))
+
+        def flat(*inputs: torch.Tensor) -> Any:
+            with _holding(modules, dict(zip(signature.input_names, inputs, strict=True))):
+                return signature.call(self.forward, inputs, modules)
+
+        mode = self.training
+        recordings = {mode: record(flat, tensors, registry=registry, free_dims=free_dims)}
+        if inner or any(part not in (self, self.state) for part in self.modules()):
+            try:
+                with _switched([self, *inner]):
+                    recordings[not mode] = record(flat, tensors, registry=registry, free_dims=free_dims)
+            except TraceError:
+                pass  # the other mode asks for other examples; `PlanRecord.graph` says so when it is wanted
+        else:
+            recordings[not mode] = recordings[mode]
+
+        def graph(training: bool) -> Graph | None:
+            if training not in recordings:
+                return None
+            return assemble(
+                recordings[training],
+                registry,
+                name=self.name,
+                input_names=signature.input_names,
+                doc=inspect.getdoc(self if self._function is not None else type(self)) or "",
+            )
+
+        evaluation, training = graph(False), graph(True)
+        if evaluation is not None and evaluation == training:
+            training = evaluation
+        first = evaluation or training
+        assert first is not None  # noqa: S101 - one mode was recorded, or record raised
+        own = dict(self._own_tensors())
+        self._captured = {
+            entry.name: entry.tensor for entry in registry.entries if own.get(entry.name) is not entry.tensor
+        }
+        self._record = PlanRecord(self.name, first.doc, signature, evaluation, training)
+        return self
+
+    def _signature(self) -> inspect.Signature:
+        """The parameters of a call: those of `forward` or of the function, without the state."""
+        if self._function is None:
+            return inspect.signature(self.forward)
+        target = self._function
+        found = inspect.signature(target.forward if isinstance(target, torch.nn.Module) else target)
+        if self.state is None:
+            return found
+        parameters = [one for one in found.parameters.values() if one.name != self._state_name()]
+        return found.replace(parameters=parameters)
+
+    def _state_name(self) -> str:
+        """Which parameter of the function takes the state: the one called ``state``, or the last."""
+        assert self._function is not None  # noqa: S101 - only function plans have such a state
+        names = list(inspect.signature(self._function).parameters)
+        if not names:
+            raise PlanArgumentError(f"{self.name} has state, and no argument to take it")
+        return "state" if "state" in names else names[-1]
+
+    # -------------------------------------------------------------------------------------- running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the plan: the recorded ops on its own state, or before `build` its Python code.
+
+        Given pointers, it is sent to their worker and runs there.
+
+        Raises:
+            PlanArgumentError: arguments that do not fit. ExecutionError: an op failed.
+        """
+        if self._record is None:
+            return super().__call__(*args, **kwargs)
+        inputs = self._record.signature.bind(self.name, args, kwargs)
+        for tensor in inputs:
+            location = getattr(tensor, "location", None)
+            if location is not None:
+                return location.send_plan(self)(*args, **kwargs)
+        return execute(self.graph, inputs, self.state_tensors())
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """The tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
+        held = {**dict(self._own_tensors()), **self._captured}
+        return [held[entry.name] for entry in self.record.state]
+
+    def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in (self, self._function):
+            if isinstance(module, torch.nn.Module):
+                yield from module.named_parameters(remove_duplicate=False)
+                yield from module.named_buffers(remove_duplicate=False)
 
     @property
     def hash(self) -> str:
-        """The plan's identity; see `Graph.hash`."""
+        """The identity of what runs in the current mode; see `Graph.hash`."""
         return self.graph.hash
+
+    @property
+    def state_hash(self) -> str:
+        """SHA-256 over the values of the state, as 64 hex digits."""
+        return state_hash(self.state_tensors())
+
+    # ------------------------------------------------------------------------------------ travelling
+
+    def send(self, *workers: Any, **options: Any) -> Any:
+        """Sends the plan with its state to workers; gives a pointer to call there, or one that stands for several.
+
+        What a worker has already is not sent again. `private` and `allowed_users` are as for tensors: who may
+        get the state back.
+
+        Raises:
+            PlanError: not built yet. WorkerLostError: a worker's connection has ended.
+        """
+        self.record  # noqa: B018 - raises if there is none
+        if not workers:
+            raise LocalError("send to whom? write plan.send(worker)")
+        for worker in workers:
+            if not hasattr(worker, "send_plan"):
+                raise LocalError(f"send takes workers, not {type(worker).__name__}")
+        pointers = [worker.send_plan(self, **options) for worker in workers]
+        return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
+
+    async def async_send(self, *workers: Any, **options: Any) -> Any:
+        """`send`, to be awaited on any loop."""
+        self.record  # noqa: B018 - raises if there is none
+        pointers = [await worker.async_send_plan(self, **options) for worker in workers]
+        return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
+
+    def get(self) -> Any:
+        """Not for plans that are here: see `PointerPlan.get`."""
+        raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
+
+    def copy(self) -> Self:
+        """A plan of its own, with a copy of the state: neither changes the other."""
+        made = copy.deepcopy(self)
+        made.id = secrets.randbits(40)
+        return made
+
+    def tag(self, *tags: str) -> Self:
+        """Tags the plan; the tags travel with it, and publish it where it is sent."""
+        if not all(isinstance(one, str) and 0 < len(one) <= 200 for one in tags):
+            raise LocalError("tags are strings of 1 to 200 characters")
+        self._tags = (*self._tags, *tags)
+        return self
+
+    def describe(self, description: str) -> Self:
+        """Gives the plan a description, whose words `search` finds."""
+        self._description = str(description)
+        return self
+
+    @property
+    def tags(self) -> set[str]:
+        """Its tags."""
+        return set(self._tags)
+
+    @property
+    def description(self) -> str:
+        """Its description."""
+        return self._description
+
+    # ------------------------------------------------------------------------------------- for people
 
     @property
     def code(self) -> str:
@@ -66,110 +389,110 @@ class Plan:
     @property
     def torchscript(self) -> torch.nn.Module:
         """The plan as TorchScript; see `planrt.plans.torchscript.to_torchscript`."""
-        return self.graph.torchscript
+        from planrt.plans.torchscript import to_torchscript  # it imports much that plans do not need
 
-    def build(self, *examples: torch.Tensor, free_dims: Sequence[Sequence[int]] | None = None) -> Plan:
-        """Record the function on example tensors, and return self. Building again replaces the plan.
-
-        Args:
-            examples: one tensor per argument.
-            free_dims: per argument, the dimensions that may differ at run time. By default dimension 0 of
-                every argument is free if the function takes that, else all sizes are those of the examples.
-
-        Raises:
-            PlanArgumentError: wrong number of examples, or something that is no tensor.
-            TraceError: the function cannot be recorded.
-        """
-        self._check_count(len(examples), "example tensors")
-        for name, example in zip(self._names or map(str, range(len(examples))), examples, strict=False):
-            if not isinstance(example, torch.Tensor):
-                raise PlanArgumentError(
-                    f"{self.name}.build: argument {name} must be a tensor, not {type(example).__name__}"
-                )
-        if free_dims is not None:
-            self._graph = self._trace(examples, free_dims)
-            return self
-        try:
-            self._graph = self._trace(examples, [(0,) if example.dim() else () for example in examples])
-        except SizesFixedError:
-            self._graph = self._trace(examples, [()] * len(examples))
-        return self
-
-    def build_from_shapes(self, shapes: Sequence[Sequence[int]]) -> Plan:
-        """Record the function on float32 tensors of these shapes, -1 for a size that stays free."""
-        self._check_count(len(shapes), "shapes in args_shape")
-        for name, shape in zip(self._names or map(str, range(len(shapes))), shapes, strict=False):
-            if any(isinstance(size, bool) or not isinstance(size, int) or size < FREE for size in shape):
-                raise PlanArgumentError(
-                    f"{self.name}: {tuple(shape)} is not a shape for argument {name}: sizes are whole "
-                    "numbers from 0, or -1 for any size"
-                )
-        examples = [
-            torch.zeros([_EXAMPLE_SIZE if size == FREE else size for size in shape]) for shape in shapes
-        ]
-        free = [[dim for dim, size in enumerate(shape) if size == FREE] for shape in shapes]
-        self._graph = self._trace(examples, free)
-        return self
-
-    def __call__(self, *inputs: torch.Tensor) -> Nested:
-        """Run the plan here, on its own state.
-
-        Raises:
-            PlanError: not built. PlanArgumentError: arguments that do not fit. ExecutionError: an op failed.
-        """
-        return execute(self.graph, inputs)
-
-    def _trace(self, examples: Sequence[torch.Tensor], free_dims: Sequence[Sequence[int]]) -> Graph:
-        modules = [self.function] if isinstance(self.function, torch.nn.Module) else []
-        return trace(
-            self.function,
-            examples,
-            modules=modules,
-            free_dims=free_dims,
-            name=self.name,
-            input_names=self._names or (),
-            doc=inspect.getdoc(self.function) or "",
-        )
-
-    def _check_count(self, given: int, what: str) -> None:
-        if self._names is not None and given != len(self._names):
-            raise PlanArgumentError(
-                f"{self.name} takes {len(self._names)} arguments ({', '.join(self._names)}), "
-                f"got {given} {what}"
-            )
+        return to_torchscript(replace(self.graph, state_values=tuple(self.state_tensors())))
 
     def __str__(self) -> str:
-        return str(self._graph) if self._graph is not None else repr(self)
+        if self._record is None:
+            return f"<Plan {self.name} id:{self.id} owner:me not built: call {self.name}.build(...)>"
+        return f"<Plan {self.name} id:{self.id} owner:me built>\n{self.graph}"
 
     def __repr__(self) -> str:
-        if self._graph is None:
-            return f"<Plan {self.name} not built: call {self.name}.build(...)>"
-        return repr(self._graph)
+        if self._record is None:
+            return str(self)
+        graph = self._record.graphs[-1]
+        return f"<Plan {self.name} id:{self.id} owner:me built: {len(graph.inputs)} inputs, {len(graph.ops)} ops>"
+
+    @classmethod
+    def from_record(cls, record: PlanRecord, state: Sequence[torch.Tensor], *, training: bool = True) -> Plan:
+        """The plan that a record and its state describe: it has no Python code, and runs its ops."""
+        made = Plan(name=record.name)
+        made.__doc__ = record.doc
+        made._record = record
+        made.training = training
+        tensors: dict[str, torch.Tensor] = {}
+        for entry, tensor in zip(record.state, state, strict=True):
+            value = tensor.detach()
+            is_parameter = entry.kind == "parameter"
+            tensors[entry.name] = torch.nn.Parameter(value, entry.requires_grad) if is_parameter else value
+        hold(made, tensors)
+        return made
 
 
-def func2plan(*, args_shape: Sequence[Sequence[int]] | None = None) -> Callable[[Callable[..., Any]], Plan]:
-    """Decorator that turns a function of tensors into a `Plan`.
+def func2plan(
+    function: Callable[..., Any] | None = None,
+    *,
+    args_shape: Sequence[Sequence[int]] | None = None,
+    state: Sequence[torch.Tensor] | None = None,
+) -> Any:
+    """Turns a function of tensors into a `Plan`: ``@func2plan()``, or ``func2plan(function, args_shape=[(-1, 3)])``.
 
     With `args_shape`, one shape per argument (-1 for a size that stays free), it is built at once, on float32
-    tensors; without, by the first call of ``build``.
+    tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or as
+    the one called ``state``), which callers do not pass.
 
     Raises:
-        PlanArgumentError: wrong number of shapes, or an impossible one.
+        PlanArgumentError: wrong number of shapes, or impossible ones.
         TraceError: the function cannot be recorded.
     """
 
     def decorate(function: Callable[..., Any]) -> Plan:
-        made = Plan(function)
+        if not callable(function):
+            raise PlanArgumentError(f"func2plan makes a plan of a function, not of {type(function).__name__}")
+        made = Plan(function, state=state)
         return made if args_shape is None else made.build_from_shapes(args_shape)
 
-    return decorate
+    return decorate if function is None else decorate(function)
 
 
-def _argument_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Names of the positional arguments without defaults; None where the function takes any number."""
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    parameters = inspect.signature(target).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in parameters if p.kind in positional and p.default is p.empty)
+def _leading(tensors: Sequence[torch.Tensor], batched: Sequence[int]) -> list[list[int]]:
+    """Which tensors may have a free dimension 0, to be tried in this order."""
+    if not batched:
+        return []
+    first = batched[0]
+    alike = [index for index in batched if tensors[index].shape[0] == tensors[first].shape[0]]
+    tried: list[list[int]] = []
+    for chosen in (list(batched), alike, [first]):
+        if chosen not in tried:
+            tried.append(chosen)
+    return tried
+
+
+@contextmanager
+def _holding(modules: Mapping[str, torch.nn.Module], inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """`modules` with the tensors of `inputs` in place of their own; `lifting.Undo` puts these back."""
+    placed: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
+    for path, module in modules.items():
+        new = {
+            id(tensor): inputs[f"{path}.{name}"]
+            for tensors in (module.named_parameters(), module.named_buffers())
+            for name, tensor in tensors
+        }
+        for where, part in module.named_modules():
+            for registered in (part._parameters, part._buffers):
+                for name, tensor in registered.items():
+                    if tensor is not None:
+                        registered[name] = new[id(tensor)]
+                        placed.append((registered, name, f"{path}.{where}.{name}", new[id(tensor)]))
+    yield
+    for registered, name, full, tensor in placed:
+        if registered.get(name) is not tensor:
+            raise TraceError(
+                f"the function binds another tensor to {full.replace('..', '.')} of a module that was passed to it: "
+                "change it in place (copy_), so that the plan can"
+            )
+
+
+@contextmanager
+def _switched(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """`modules` in the other mode than the first one is in; each submodule gets its own back."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    training = not modules[0].training
+    for part, _ in before:
+        part.training = training
+    try:
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode

@@ -16,6 +16,7 @@ import torch
 from planrt.errors import PlanError, PlanFormatError, TraceError
 from planrt.plans.aten import call_for
 from planrt.plans.graph import Graph, Op, StateSpec
+from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
@@ -90,20 +91,7 @@ class _Holder(torch.nn.Module):
     def __init__(self, tensors: Mapping[str, torch.Tensor], function: Callable[..., Any]) -> None:
         super().__init__()
         self._function = function
-        for path, tensor in tensors.items():
-            *parents, name = path.split(".")
-            module: torch.nn.Module = self
-            for parent in parents:
-                child = module._modules.get(parent)
-                if child is None:
-                    child = module._modules[parent] = torch.nn.Module()
-                module = child
-            if isinstance(tensor, torch.nn.Parameter):
-                module._parameters[name] = tensor
-            elif tensor.requires_grad:
-                module._parameters[name] = tensor  # type: ignore[assignment]  # a parameter but for its class
-            else:
-                module._buffers[name] = tensor
+        hold(self, tensors)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         return self._function(*inputs)

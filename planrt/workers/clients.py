@@ -26,9 +26,10 @@ from planrt.workers.connection import Connection, Reply
 from planrt.workers.host import WorkerHost, virtual_compute
 from planrt.workers.links import register_virtual
 from planrt.workers.loop import on_loop, on_loop_thread, run
-from planrt.workers.objects import RemoteObjects, check_travels
+from planrt.workers.objects import check_travels
 from planrt.workers.pipes import Traffic, memory_pipes
 from planrt.workers.pointers import pointer_id
+from planrt.workers.remote_plans import RemotePlans
 from planrt.workers.state import WorkerState
 from planrt.workers.websocket import dial
 
@@ -48,7 +49,7 @@ class TrainJob(Protocol):
         """The current state, evaluated on `worker`."""
 
 
-class BaseWorker(RemoteObjects):
+class BaseWorker(RemotePlans):
     """A worker at the other end of a connection. Use one of its subclasses."""
 
     def __init__(self, id: str, connection: Connection) -> None:
@@ -56,7 +57,7 @@ class BaseWorker(RemoteObjects):
         self.train_job: TrainJob | None = None
         self._connection = connection
         self._plans: set[str] = set()
-        self._init_objects()
+        self._init_plans()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} at {self.address}>"

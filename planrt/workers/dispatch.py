@@ -100,12 +100,28 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     wire_args, wire_kwargs = map_leaves(args, referred), map_leaves(kwargs, referred) if kwargs else {}
     if first is None:
         raise RemoteOpError(f"{name}: no pointer among the arguments")
-    worker, via = first.worker, first.via
-    seed = worker.draw_seed() if name in ops.RANDOM else None
-    line = _line()
+    seed = first.worker.draw_seed() if name in ops.RANDOM else None
+    line = calling_line()
     inferred = infer(name, function, args, kwargs, PointerTensor)
+    return post(name, wire_args, wire_kwargs, first, inferred, operands, seed, line)
+
+
+def post(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    place: Handle,
+    inferred: Inferred | None,
+    operands: list[PointerTensor],
+    seed: int | None,
+    line: Line | None,
+) -> Any:
+    """Posts an op with wire arguments to the worker of `place`; gives pointers to what was inferred, at once. Where
+    nothing was, it waits for the worker to tell.
+    """
+    worker, via = place.worker, place.via
     if inferred is None:
-        op = PostedOp(name, wire_args, wire_kwargs, None, torch.is_grad_enabled(), seed, worker.take_drops())
+        op = PostedOp(name, args, kwargs, None, torch.is_grad_enabled(), seed, worker.take_drops())
         return worker.call(_packed(name, op, worker), via=via)
     handles: list[Handle] = []
 
@@ -117,7 +133,7 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         return Ref(handle.id)
 
     results = _wire_results(inferred.results, named)
-    op = PostedOp(name, wire_args, wire_kwargs, results, torch.is_grad_enabled(), seed, worker.take_drops())
+    op = PostedOp(name, args, kwargs, results, torch.is_grad_enabled(), seed, worker.take_drops())
     worker.post_op(_packed(name, op, worker), line)
     for number, after in inferred.changed:
         set_spec(operands[number], after)
@@ -180,7 +196,7 @@ def set_spec(pointer: PointerTensor, after: Spec) -> None:
     pointer._spec = after
 
 
-def _line() -> Line | None:
+def calling_line() -> Line | None:
     """Where in the user's code this op is made."""
     frame = sys._getframe(2)
     while frame is not None and not is_users(frame.f_code.co_filename):
@@ -321,7 +337,7 @@ def _get_grad(pointer: PointerTensor) -> PointerTensor | None:
         "Tensor.grad", (Ref(handle.id),), {}, Ref(grad._handle.id), torch.is_grad_enabled(), None,
         handle.worker.take_drops(),
     )  # fmt: skip
-    handle.worker.post_op(op.pack(), _line())
+    handle.worker.post_op(op.pack(), calling_line())
     pointer.__dict__["_grad_pointer"] = (epoch, grad)
     return grad
 
@@ -371,7 +387,7 @@ def _assign(name: str, pointer: PointerTensor, value: PointerTensor | None) -> N
         _mixed(name, (pointer, value), {})
     args = (Ref(handle.id), None if value is None else Ref(value._handle.id))
     op = PostedOp(name, args, {}, None, torch.is_grad_enabled(), None, handle.worker.take_drops())
-    handle.worker.post_op(op.pack(), _line())
+    handle.worker.post_op(op.pack(), calling_line())
 
 
 def _retain_grad(pointer: PointerTensor) -> None:
@@ -379,7 +395,7 @@ def _retain_grad(pointer: PointerTensor) -> None:
     if not pointer._spec.requires_grad:
         raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
     op = PostedOp("Tensor.retain_grad", (Ref(handle.id),), {}, None, True, None, handle.worker.take_drops())
-    handle.worker.post_op(op.pack(), _line())
+    handle.worker.post_op(op.pack(), calling_line())
 
 
 def _backward(
@@ -468,7 +484,7 @@ def _autograd_grad(
         made.append(make_pointer(Handle(worker, new_id(), first.via), like))
     results = tuple([Ref(one._handle.id) for one in made])
     op = PostedOp("autograd.grad", args, kwargs, results, True, None, worker.take_drops())
-    worker.post_op(op.pack(), _line())
+    worker.post_op(op.pack(), calling_line())
     return tuple(made)
 
 

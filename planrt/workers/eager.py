@@ -23,16 +23,26 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from planrt.errors import LocalError
+from planrt.errors import ExecutionError, LocalError
 from planrt.plans import ops
+from planrt.plans.graph import Graph
 from planrt.seeding import seeded
 from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, leaves, map_leaves
 from planrt.workers import messages as m
+from planrt.workers import plan_objects
 from planrt.workers.events import Answer, Steps, ToPeer, Wait
 from planrt.workers.labels import Label, both
+from planrt.workers.plan_objects import PlanObject
 from planrt.workers.posted import PostedOp
-from planrt.workers.private import GetNotPermittedError, Graphs, foresee, leaf_tensors, stand_in
+from planrt.workers.private import (
+    GetNotPermittedError,
+    Graphs,
+    foresee,
+    leaf_tensors,
+    stand_in,
+    written_operands,
+)
 from planrt.workers.store import (
     ObjectStore,
     PeerRef,
@@ -40,6 +50,7 @@ from planrt.workers.store import (
     UnknownObjectError,
     new_id,
     spec_of,
+    tensors_of,
 )
 
 _OWN_MEMORY_BYTES = 1 << 20
@@ -157,7 +168,7 @@ class EagerOps:
         outgoing: dict[m.PeerAddress, _Outgoing],
     ) -> _Result | None:
         """What the op gave; None if it was passed on to another worker. `used` gets the operands."""
-        function = ops.lookup_eager(op.name)
+        function = _function(op)
         args, kwargs = self._operands(session, op, used)
         label: Label = None
         passed_on = False
@@ -178,7 +189,9 @@ class EagerOps:
             session.graphs.unseen_writes = True
         if op.kwargs.get("out") is not None:
             raise LocalError("workers take no out=: use the result")
-        if op.name in ops.RANDOM and op.seed is None:
+        if op.seed is None and (
+            op.name in ops.RANDOM or (op.name == plan_objects.CALL and plan_objects.is_random(_graph(args)))
+        ):
             raise LocalError("an op that draws random numbers needs a seed")
         torch.set_grad_enabled(op.grad)
         retained = self._retained_gradients() if op.name == "autograd.grad" else {}
@@ -203,7 +216,7 @@ class EagerOps:
             if op.name == "Tensor.retain_grad":
                 self._retaining[_tensor(used[0])] = None
         if lost is not None:
-            for operand in ops.written_operands(op.name, op.args, op.kwargs):
+            for operand in written_operands(op, [stored.value for stored in used]):
                 if isinstance(operand, Ref):
                     written = self.store.objects[operand.index]
                     written.lost = written.lost or lost
@@ -264,6 +277,9 @@ class EagerOps:
         if results is None:
             return
         if isinstance(results, Ref):
+            if isinstance(value, PlanObject):
+                self.store.add(results.index, StoredObject(value, session.id, of.label, lost=of.lost))
+                return
             if not isinstance(value, torch.Tensor):
                 raise LocalError(f"the op gave a {type(value).__name__}, not a tensor")
             self.store.add(
@@ -315,10 +331,10 @@ class EagerOps:
             for stored, version in zip(used, before, strict=True)
             if isinstance(stored.value, torch.Tensor) and _version(stored.value) != version
         ]
-        seen = not ops.writes_unseen(op.name)
-        for operand in ops.written_operands(op.name, op.args, op.kwargs):
+        seen = not (op.name == plan_objects.CALL or ops.writes_unseen(op.name))
+        for operand in written_operands(op, [stored.value for stored in used]):
             if isinstance(operand, Ref):
-                written.append(_tensor(self.store.objects[operand.index]))
+                written += tensors_of(self.store.objects[operand.index].value)
         for tensor in written:
             self.store.memory.add(tensor, label)
         if written and (session.graphs.unseen_writes or not seen):
@@ -476,6 +492,26 @@ class EagerOps:
                 session.leaves[item.id] = None
         return m.Done(), ()
 
+    def store_plan(self, session: Session, body: m.StorePlan, tensors: Sequence[torch.Tensor]) -> Answer:
+        """Stores a plan that a client or another worker sends."""
+        if not tensors or tensors[0].dtype != torch.uint8:
+            raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
+        record = plan_objects.record_of(tensors[0])
+        state = [self._own(tensor, alone=False) for tensor in tensors[1:]]
+        plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
+        label = None if body.allowed is None else frozenset(body.allowed)
+        stored = StoredObject(plan, session.id, label, tags=tuple(body.tags), description=body.description)
+        stored.handover = body.handover
+        self.store.add(body.id, stored)
+        return m.Done(), ()
+
+    def read_plan(self, session: Session, body: m.ReadPlan) -> Answer:
+        """What a plan does, without its state."""
+        value = self._ready(session, body.id).value
+        if not isinstance(value, PlanObject):
+            raise LocalError(f"object {body.id} is no plan")
+        return m.FetchedPlan(value.training), [value.record_bytes()]
+
     def _own(self, tensor: torch.Tensor, *, alone: bool) -> torch.Tensor:
         if tensor.device != self._device:
             return tensor.to(self._device)
@@ -509,6 +545,13 @@ class EagerOps:
                 self.store.discard(session.id, body.id)
             return m.FetchedPointer(value.peer, value.id, token), ()
         assert value is not None  # noqa: S101 - an object without a value has a failure
+        if isinstance(value, PlanObject):
+            if body.delete:
+                self.store.discard(session.id, body.id)
+            return m.FetchedPlan(value.training), [
+                value.record_bytes(),
+                *(one.detach() for one in value.state),
+            ]
         tensors = [value.detach()]
         grad = _grad_of(value)
         if grad is not None:
@@ -614,7 +657,8 @@ class EagerOps:
         text = reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}"
         trace = "".join(traceback.format_exception(error))
         kind = kind if isinstance(error, LocalError) else "ExecutionError"
-        return m.Failure(kind, text[:60_000], op.name, None, trace[-60_000:], number)
+        inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
+        return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], number=number, **inside)
 
     def _ready(self, session: Session, id: int) -> StoredObject:
         stored = self.store.find(session.id, id)
@@ -630,8 +674,17 @@ class EagerOps:
         """Published objects that match."""
         found = []
         for id, stored in self.store.search(session.id, body.query):
-            value, private = _tensor(stored), self.store.label_of(stored) is not None
+            private = self.store.label_of(stored) is not None
             snapshot = self.store.objects[id] is not stored
+            if isinstance(plan := stored.value, PlanObject):
+                found.append(
+                    m.FoundItem(
+                        id, None, list(stored.tags), stored.description, private, snapshot, "plan",
+                        plan.record.name[:200], plan.training,
+                    )
+                )  # fmt: skip
+                continue
+            value = _tensor(stored)
             found.append(
                 m.FoundItem(id, spec_of(value), list(stored.tags), stored.description, private, snapshot)
             )
@@ -651,6 +704,14 @@ class EagerOps:
                 f"object {body.id} is private, or was computed from private data: {_users(label)} may move it"
             )
         value = self._ready(session, body.id).value
+        if isinstance(value, PlanObject):
+            message = m.StorePlan(
+                body.target, value.training, list(stored.tags), stored.description,
+                None if label is None else sorted(label), body.token,
+            )  # fmt: skip
+            yield from ask(body.peer, message, [value.record_bytes(), *(one.detach() for one in value.state)])
+            self.store.discard(session.id, body.id)
+            return m.Done(), ()
         if not isinstance(value, torch.Tensor):
             raise LocalError(
                 "a pointer to another worker cannot be moved: get() it, and move what it points to"
@@ -717,6 +778,27 @@ def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:
         if isinstance(stored.value, PeerRef):
             by_peer.setdefault(stored.value.peer, []).append(stored.value.id)
     return [ToPeer(peer, m.Post([], ids)) for peer, ids in by_peer.items()]
+
+
+def in_plan(error: Exception) -> dict[str, Any]:
+    """Where in a plan `error` happened, as fields of a `Failure`."""
+    if not isinstance(error, ExecutionError):
+        return {}
+    cause = error.__cause__
+    said = "" if cause is None else f"{type(cause).__name__}: {cause}"[:2_000]
+    return {"op": error.op, "line": error.line[:2_000], "index": error.index, "cause": said}
+
+
+def _function(op: PostedOp) -> Callable[..., Any]:
+    if op.name == plan_objects.CALL:
+        return plan_objects.call
+    return PlanObject.copy if op.name == plan_objects.COPY else ops.lookup_eager(op.name)
+
+
+def _graph(args: tuple[Any, ...]) -> Graph:
+    if len(args) < 2 or not isinstance(args[0], PlanObject):
+        raise LocalError("a call names a plan, its mode, and its inputs")
+    return args[0].record.graph(training=args[1] is True)
 
 
 def _ids(nested: Nested) -> list[int]:

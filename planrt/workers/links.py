@@ -97,7 +97,15 @@ class Links:
                 await asyncio.sleep(0)  # the request takes its place in the queue
             body, tensors = await request
         except RemoteError as error:
-            failure = m.Failure(error.kind, error.reason, error.op, error.line, error.remote_traceback)
+            failure = m.Failure(
+                error.kind,
+                error.reason,
+                error.op,
+                error.line,
+                error.remote_traceback,
+                error.index,
+                error.cause,
+            )
             await self._handle(PeerAnswered(instruction.key, failure, []))
         except (PlanrtError, OSError) as error:
             log.warning("peer_failed", worker=self._worker_id, peer=instruction.peer.worker, error=str(error))

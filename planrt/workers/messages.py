@@ -6,14 +6,14 @@ builtins and back; `from_wire` validates every field (types, bounds, lengths) be
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from planrt.errors import WireError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -90,12 +90,18 @@ class FoundItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """One object that a search found."""
 
     id: ObjectId
-    spec: ObjectSpec
+    spec: ObjectSpec | None
+    """Of a tensor; None for anything else."""
     tags: list[str]
     description: str
     private: bool
     snapshot: bool
     """Whether it is a copy, made for this session: it goes with its last pointer."""
+    kind: Literal["tensor", "plan"] = "tensor"
+    name: str = ""
+    """What a plan is called."""
+    training: bool = False
+    """The mode a plan is in."""
 
 
 # ------------------------------------------------------------------------------- client -> worker
@@ -173,6 +179,29 @@ class Put(Message, frozen=True, tag="put"):
     """If not empty: whoever shows this token in a Claim becomes the objects' owner."""
 
 
+class StorePlan(Message, frozen=True, tag="store_plan"):
+    """Stores a plan as an object. Tensors: its record as bytes (uint8), then its state, in the plan's order.
+
+    Answered by Done if numbered.
+    """
+
+    id: ObjectId
+    training: bool
+    """The mode it is in."""
+    tags: Tags = []
+    description: Text = ""
+    allowed: Users | None = None
+    """As of a `PutItem`."""
+    handover: Token = ""
+    """As of a `Put`."""
+
+
+class ReadPlan(Message, frozen=True, tag="read_plan"):
+    """Asks what a plan does, without its state. Answered by FetchedPlan with the record alone."""
+
+    id: ObjectId
+
+
 class PutPointer(Message, frozen=True, tag="put_pointer"):
     """Stores a pointer to an object on another worker, which `token` lets this worker claim. Not answered."""
 
@@ -183,7 +212,7 @@ class PutPointer(Message, frozen=True, tag="put_pointer"):
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
-    """Brings an object back, and removes it if `delete`. Answered by Fetched or FetchedPointer."""
+    """Brings an object back, and removes it if `delete`. Answered by Fetched, FetchedPointer or FetchedPlan."""
 
     id: ObjectId
     delete: bool
@@ -293,6 +322,10 @@ class Failure(Message, frozen=True, tag="failure"):
     op: Text | None = None
     line: Text | None = None
     traceback: Text = ""
+    index: Count | None = None
+    """Which op of a plan it was."""
+    cause: Text = ""
+    """What torch said, where that is known and may be told."""
     number: Count | None = None
     """Which of the session's posted ops it was, counted from 0: the client knows the line that posted it."""
 
@@ -311,6 +344,12 @@ class Fetched(Message, frozen=True, tag="fetched"):
     has_grad: bool
     tags: list[str] = []
     description: str = ""
+
+
+class FetchedPlan(Message, frozen=True, tag="fetched_plan"):
+    """A plan. Tensors as of `StorePlan`."""
+
+    training: bool
 
 
 class FetchedPointer(Message, frozen=True, tag="fetched_pointer"):
@@ -341,10 +380,10 @@ class Counted(Message, frozen=True, tag="counted"):
 
 Body = (
     Hello | PutPlan | RunPlan | Fit | Evaluate
-    | Post | Call | Put | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver | Claim | Clear
-    | CountObjects
-    | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPointer | Gradients | Found | Counted
-    | Failure
+    | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver
+    | Claim | Clear | CountObjects
+    | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
+    | Counted | Failure
 )  # fmt: skip
 
 

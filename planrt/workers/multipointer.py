@@ -58,7 +58,7 @@ class MultiPointerTensor(torch.Tensor):
                 return leaf.child[worker] if isinstance(leaf, MultiPointerTensor) else leaf
 
             done.append(func(*map_leaves(args, of_worker), **map_leaves(kwargs, of_worker)))
-        return _together(done)
+        return MultiPointerTensor.together(done)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
@@ -88,6 +88,18 @@ class MultiPointerTensor(torch.Tensor):
         """The mean of the values, brought here."""
         return torch.stack([value.detach() for value in self.get()]).mean(0)
 
+    @staticmethod
+    def together(done: Sequence[Any]) -> Any:
+        """What several workers gave, as one: multi-pointers for pointers, the first's answer for the rest."""
+        first = done[0]
+        if isinstance(first, PointerTensor):
+            return MultiPointerTensor.of(done)
+        if isinstance(first, tuple | list):
+            return type(first)(MultiPointerTensor.together(part) for part in zip(*done, strict=True))
+        if isinstance(first, dict):
+            return {key: MultiPointerTensor.together([one[key] for one in done]) for key in first}
+        return first
+
     @property
     def location(self) -> list[Any]:
         """The workers."""
@@ -97,13 +109,3 @@ class MultiPointerTensor(torch.Tensor):
 def _show(multi: MultiPointerTensor) -> str:
     parts = [repr(pointer) for pointer in multi.child.values()]
     return "(Wrapper)>[MultiPointerTensor]" + "".join(f"\n\t-> {part}" for part in parts)
-
-
-def _together(done: list[Any]) -> Any:
-    first = done[0]
-    if isinstance(first, PointerTensor):
-        return MultiPointerTensor.of(done)
-    if isinstance(first, tuple | list):
-        parts = [_together(list(part)) for part in zip(*done, strict=True)]
-        return type(first)(parts)
-    return first

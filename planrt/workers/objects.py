@@ -16,7 +16,7 @@ from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Line, Outgoing, Reply
 from planrt.workers.inference import Spec, spec, spec_from_wire, spec_of
 from planrt.workers.loop import on_loop, refuse_to_block, run
-from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
+from planrt.workers.pointers import Handle, Pointer, PointerTensor, alive, make_pointer, new_id
 
 COPIED_BYTES = 1 << 16
 """Tensors up to this size are copied and posted; for larger ones `send` waits until their bytes have left."""
@@ -314,32 +314,33 @@ class RemoteObjects:
     # ------------------------------------------------------------------------------------------- finding
 
     @on_loop
-    async def async_search(self, query: str | Sequence[str], *more: str) -> list[PointerTensor]:
-        """Pointers to this session's objects and to published ones that match every term of `query` exactly: a tag,
-        an id, or a word of the description.
+    async def async_search(self, query: str | Sequence[str], *more: str) -> list[Any]:
+        """Pointers to this session's objects, tensors and plans, and to published ones, that match every term exactly.
+
+        A term is a tag, an id, or a word of the description.
         """
         terms = [str(query)] if isinstance(query, str | int) else [str(term) for term in query]
         body, _ = await self._connection.finish(self._ask(m.Search([*terms, *more])))
         if not isinstance(body, m.Found):
             raise self._unexpected(body)
-        found = []
-        for item in body.objects:
-            pointer = make_pointer(Handle(self, item.id, owned=item.snapshot), spec_from_wire(item.spec))  # type: ignore[arg-type]
-            pointer.__dict__["_tags"], pointer.__dict__["_description"] = tuple(item.tags), item.description
-            found.append(pointer)
-        return found
+        return [self._found(item) for item in body.objects]
 
-    def search(self, query: str | Sequence[str], *more: str) -> list[PointerTensor]:
+    def _found(self, item: m.FoundItem) -> Any:
+        if item.spec is None:
+            raise self._unexpected(item)
+        pointer = make_pointer(Handle(self, item.id, owned=item.snapshot), spec_from_wire(item.spec))  # type: ignore[arg-type]
+        pointer.__dict__["_tags"], pointer.__dict__["_description"] = tuple(item.tags), item.description
+        return pointer
+
+    def search(self, query: str | Sequence[str], *more: str) -> list[Any]:
         """The blocking form of `async_search`."""
         return run(self.async_search(query, *more), instead="await worker.async_search(...)")
 
-    def request_search(
-        self, query: str | Sequence[str], *more: str, location: RemoteObjects
-    ) -> list[PointerTensor]:
+    def request_search(self, query: str | Sequence[str], *more: str, location: RemoteObjects) -> list[Any]:
         """What `location` has: ``me.request_search(["#boston"], location=bob)``."""
         return location.search(query, *more)
 
-    def describe_object(self, pointer: PointerTensor, tags: Sequence[str], description: str) -> None:
+    def describe_object(self, pointer: Pointer, tags: Sequence[str], description: str) -> None:
         """Gives an object tags and a description; tagged ones are published."""
         self._connection.post(m.Describe(alive(pointer).id, list(tags), description))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from types import CodeType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
@@ -33,7 +33,7 @@ def new_id() -> int:
 class Handle:
     """What a pointer holds on to: the object `id` on `worker`. Going, it lets the worker free the object."""
 
-    __slots__ = ("alive", "id", "owned", "via", "worker")
+    __slots__ = ("__weakref__", "alive", "id", "owned", "via", "worker")
 
     def __init__(
         self, worker: BaseWorker, id: int, via: tuple[BaseWorker, ...] = (), *, owned: bool = True
@@ -249,7 +249,13 @@ def _is_swapped(pointer: PointerTensor) -> bool:
     return not torch._C._dispatch_keys(pointer).has(torch._C.DispatchKey.Python)
 
 
-def alive(pointer: PointerTensor) -> Handle:
+class Pointer(Protocol):
+    """What points to an object on a worker: a tensor, a plan, a protocol."""
+
+    _handle: Handle
+
+
+def alive(pointer: Pointer) -> Handle:
     """The handle of a pointer that still points somewhere.
 
     Raises:

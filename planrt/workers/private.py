@@ -20,9 +20,10 @@ from torch.autograd.graph import get_gradient_edge, increment_version
 from planrt.errors import LocalError
 from planrt.plans import ops
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers import inference
+from planrt.workers import inference, plan_objects
 from planrt.workers.inference import Inferred, Same, Spec
 from planrt.workers.labels import Label
+from planrt.workers.plan_objects import PlanObject, PlanTwin
 from planrt.workers.posted import PostedOp
 
 S = TypeVar("S")
@@ -62,7 +63,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
     Raises:
         GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
     """
-    if op.name not in ops.TABLE:
+    if op.name not in ops.TABLE and op.name != plan_objects.CALL:
         return None
     rest = iter(operands)
     twins: dict[int, _Operand] = {}
@@ -71,15 +72,31 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         if type(leaf) is not Ref:
             return leaf
         value = next(rest)
+        if isinstance(value, PlanObject):
+            return value
         return twins.setdefault(id(value), _Operand(inference.spec_of(value)))
 
     args, kwargs = map_leaves(op.args, twin), map_leaves(op.kwargs, twin)
+    if op.name == plan_objects.CALL:
+        function = plan_objects.call_on_meta
+        args = (PlanTwin(args[0].record.graph(training=args[1])), *args[2:])
     foreseen = inference.infer(op.name, function, args, kwargs, _Operand)
     if foreseen is None:
         raise GetNotPermittedError(
             f"{op.name} on private data: what its results look like depends on the values"
         )
     return foreseen
+
+
+def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
+    """Those of an op's arguments that it may write to, `operands` being what its `Ref`s stand for."""
+    if op.name != plan_objects.CALL:
+        return ops.written_operands(op.name, op.args, op.kwargs)
+    if not operands or not isinstance(operands[0], PlanObject):
+        return []
+    written = plan_objects.written(operands[0].record.graph(training=op.args[1]), operands[1:])
+    refs = [op.args[0], *op.args[2:]]
+    return [ref for number, ref in enumerate(refs) if number in written]
 
 
 def stand_in(
@@ -106,7 +123,7 @@ def stand_in(
 
     results = inference.rebuild(foreseen.results, result)
     refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
-    written = ops.written_operands(op.name, op.args, op.kwargs)
+    written = written_operands(op, operands)
     changed = dict(foreseen.changed)
     same = {
         leaf.operand

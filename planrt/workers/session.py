@@ -131,4 +131,6 @@ class ClientSession:
             op=failure.op,
             line=failure.line or made_at,
             remote_traceback=failure.traceback,
+            index=failure.index,
+            cause=failure.cause,
         )

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import ExecutionError, LocalError, OptionError, PlanError
+from planrt.errors import LocalError, OptionError, PlanError
 from planrt.plans import interpreter, ops, training
 from planrt.plans.graph import Graph
 from planrt.seeding import derive_seed, seeded
@@ -42,7 +42,7 @@ from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs
-from planrt.workers.eager import EagerOps, OpFailedError, Session
+from planrt.workers.eager import EagerOps, OpFailedError, Session, in_plan
 from planrt.workers.events import (
     Answer,
     Close,
@@ -194,6 +194,8 @@ class WorkerState:
                     return self._eager.post(session, body)
                 case m.Put():
                     self._eager.put(session, body, tensors)
+                case m.StorePlan():
+                    self._eager.store_plan(session, body, tensors)
                 case m.PutPointer():
                     return self._eager.put_pointer(session, body)
                 case m.Describe():
@@ -268,6 +270,10 @@ class WorkerState:
                 return (yield from self._eager.call(session, body))
             case m.Put():
                 return self._eager.put(session, body, tensors)
+            case m.StorePlan():
+                return self._eager.store_plan(session, body, tensors)
+            case m.ReadPlan():
+                return self._eager.read_plan(session, body)
             case m.Search():
                 return self._eager.search(session, body)
             case m.Move():
@@ -383,9 +389,8 @@ def failure_of(error: Exception) -> m.Failure:
         return error.failure
     kind = type(error).__name__.removeprefix("_")
     text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
-    op, line = (error.op, error.line) if isinstance(error, ExecutionError) else (None, None)
     trace = "".join(traceback.format_exception(error))
-    return m.Failure(kind, text[:60_000], op, line, trace[-60_000:])
+    return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], **in_plan(error))
 
 
 def _spec_to_wire(spec: TensorSpec) -> tuple[str, list[int]]:

@@ -1,4 +1,4 @@
-"""The objects a worker holds for its clients: tensors, and pointers to objects on other workers. No I/O.
+"""The objects a worker holds for its clients: tensors, plans, and pointers to objects on other workers. No I/O.
 
 Every object belongs to the session that made it, which alone can use it by its id, and is freed with it. A
 tagged object is published: it outlives its session, and others find it by `search`. They get a snapshot that
@@ -18,6 +18,7 @@ from planrt.errors import DuplicateIdError, LocalError
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.workers import messages as m
 from planrt.workers.labels import Label, MemoryLabels, both
+from planrt.workers.plan_objects import PlanObject
 
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
@@ -39,7 +40,7 @@ class PeerRef:
 class StoredObject:
     """One object of a worker."""
 
-    value: torch.Tensor | PeerRef | None
+    value: torch.Tensor | PlanObject | PeerRef | None
     """None when the op that should have made it failed."""
     owner: str
     """The session's id; empty for the worker's own."""
@@ -144,7 +145,7 @@ class ObjectStore:
         """Frees what belongs to a session that has ended; what it published becomes the worker's own."""
         gone = []
         for id, stored in list(self.of(session)):
-            if stored.tags and isinstance(stored.value, torch.Tensor):
+            if stored.tags and isinstance(stored.value, torch.Tensor | PlanObject):
                 self.change_owner(id, "")
             else:
                 gone.append(self.remove(id))
@@ -172,23 +173,37 @@ class ObjectStore:
 
     def label_of(self, stored: StoredObject) -> Label:
         """Who may read the value of `stored`."""
-        if isinstance(stored.value, torch.Tensor):
-            return both(stored.label, self.memory.of(stored.value))
-        return stored.label
+        label = stored.label
+        for tensor in tensors_of(stored.value):
+            label = both(label, self.memory.of(tensor))
+        return label
 
     def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
         value = stored.value
-        if not isinstance(value, torch.Tensor):
-            raise LocalError("only tensors can be shared")
-        with torch.no_grad():
-            own = torch._lazy_clone(value).requires_grad_(value.requires_grad)
+        own: torch.Tensor | PlanObject
+        if isinstance(value, PlanObject):
+            own = value.snapshot()
+        elif isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                own = torch._lazy_clone(value).requires_grad_(value.requires_grad)
+        else:
+            raise LocalError("only tensors and plans can be shared")
         id, label = new_id(), self.label_of(stored)
         copy = StoredObject(own, session, label, description=stored.description)
         self.add(id, copy)
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
 
 
-def _can_be_shown(value: torch.Tensor | PeerRef | None) -> bool:
+def tensors_of(value: torch.Tensor | PlanObject | PeerRef | None) -> list[torch.Tensor]:
+    """The tensors that an object holds."""
+    if isinstance(value, PlanObject):
+        return value.state
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _can_be_shown(value: torch.Tensor | PlanObject | PeerRef | None) -> bool:
+    if isinstance(value, PlanObject):
+        return True
     try:
         return isinstance(value, torch.Tensor) and value.is_leaf in (True, False)
     except RuntimeError:  # a view whose base was changed in a way that leaves autograd at a loss

@@ -1,0 +1,74 @@
+"""What happens when a pointer to a plan is called: one posted op, as for any torch call on pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from planrt.errors import MixedLocationsError
+from planrt.plans.interpreter import check_inputs
+from planrt.types import Ref, map_leaves
+from planrt.workers import plan_objects
+from planrt.workers.dispatch import calling_line, place_of, post
+from planrt.workers.inference import infer
+from planrt.workers.plan_objects import PlanTwin
+from planrt.workers.pointers import Handle, PointerTensor, alive, new_id
+from planrt.workers.posted import PostedOp
+
+if TYPE_CHECKING:
+    from planrt.workers.plan_pointers import PointerPlan
+
+
+def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int | None) -> Any:
+    """Runs `plan` where it is; see `PointerPlan.__call__`."""
+    handle = alive(plan)
+    graph = plan.graph
+    inputs = plan.record.signature.bind(plan.name, args, kwargs)
+    operands: list[PointerTensor] = []
+    for name, tensor in zip(graph.input_names, inputs, strict=True):
+        if (
+            not isinstance(tensor, PointerTensor)
+            or alive(tensor).worker is not handle.worker
+            or tensor._handle.via != handle.via
+        ):
+            here = not isinstance(tensor, PointerTensor)
+            raise MixedLocationsError(
+                f"plan {plan.name!r} is on worker {handle.worker.id!r}, its argument {name} in {place_of(tensor)}: "
+                + ("send it there with .send(worker)" if here else "move it there with .move(worker)")
+            )
+        operands.append(tensor)
+    check_inputs(graph, operands)
+    if seed is None and plan_objects.is_random(graph):
+        seed = handle.worker.draw_seed()
+    line = calling_line()
+    inferred = infer(
+        plan_objects.CALL, plan_objects.call_on_meta, (PlanTwin(graph), *operands), {}, PointerTensor
+    )
+    wire = (Ref(handle.id), plan.training, *(Ref(one._handle.id) for one in operands))
+    values = iter(post(plan_objects.CALL, wire, {}, handle, inferred, operands, seed, line))
+    return map_leaves(graph.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
+
+
+def copy_plan(plan: PointerPlan) -> PointerPlan:
+    """A pointer to a copy of the plan, on the same worker."""
+    from planrt.workers.plan_pointers import PointerPlan  # it imports this module
+
+    handle = alive(plan)
+    worker = handle.worker
+    made = Handle(worker, new_id(), handle.via)
+    op = PostedOp(
+        plan_objects.COPY,
+        (Ref(handle.id),),
+        {},
+        Ref(made.id),
+        torch.is_grad_enabled(),
+        None,
+        worker.take_drops(),
+    )
+    worker.post_op(op.pack(), calling_line())
+    return PointerPlan(
+        made, name=plan.name, record=plan._record, origin=plan._origin, training=plan.training,
+        description=plan.description,
+    )  # fmt: skip

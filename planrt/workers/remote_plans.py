@@ -1,0 +1,177 @@
+"""A worker's plans as its clients see them: sending, reading, taking back. `BaseWorker` inherits this."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from planrt.errors import LocalError, PlanFormatError
+from planrt.plans.plan import Plan
+from planrt.plans.record import PlanRecord, state_hash
+from planrt.workers import messages as m
+from planrt.workers.loop import on_loop, run
+from planrt.workers.objects import COPIED_BYTES, RemoteObjects, allowed_users, check_travels
+from planrt.workers.plan_pointers import PointerPlan
+from planrt.workers.pointers import Handle, alive, new_id
+
+Fetched = tuple[PlanRecord, list[torch.Tensor], bool]
+"""A plan, its state, and whether it is in training mode."""
+
+
+class RemotePlans(RemoteObjects):
+    """The part of a worker's client that plans use."""
+
+    def _init_plans(self) -> None:
+        self._init_objects()
+        self._sent: weakref.WeakValueDictionary[tuple[Any, ...], Handle] = weakref.WeakValueDictionary()
+
+    def send_plan(
+        self, plan: Plan, *, private: bool = False, allowed_users: Sequence[str] | None = None
+    ) -> PointerPlan:
+        """Sends a plan with its state; gives a pointer, at once. What is there already is not sent again.
+
+        Raises:
+            PlanError: not built yet. WorkerLostError: the connection has ended.
+        """
+        state, key = plan.state_tensors(), self._key(plan, private, allowed_users)
+        if (known := self._known(plan, key)) is not None:
+            return known
+        handle, body, payload = self._message(plan, state, key)
+        if sum(tensor.nbytes for tensor in payload) <= COPIED_BYTES:
+            self._connection.post(body, [tensor.clone() for tensor in payload])
+        else:
+            run(self._connection.send(body, payload), instead="await plan.async_send(worker)")
+        return self._pointer(plan, handle)
+
+    async def async_send_plan(
+        self, plan: Plan, *, private: bool = False, allowed_users: Sequence[str] | None = None
+    ) -> PointerPlan:
+        """`send_plan`, to be awaited on any loop."""
+        key = await asyncio.to_thread(self._key, plan, private, allowed_users)
+        if (known := self._known(plan, key)) is not None:
+            return known
+        handle, body, payload = self._message(plan, plan.state_tensors(), key)
+        await self._send_async(body, payload)
+        return self._pointer(plan, handle)
+
+    @on_loop
+    async def _send_async(self, body: m.StorePlan, payload: Sequence[torch.Tensor]) -> None:
+        await self._connection.send(body, payload)
+
+    def _key(self, plan: Plan, private: bool, users: Sequence[str] | None) -> tuple[Any, ...]:
+        """What makes two plans the same on a worker: ops, names, state, and who may get it."""
+        state = plan.state_tensors()
+        for tensor in state:
+            check_travels(tensor)
+        allowed = allowed_users(private, users)
+        return (
+            plan.record.hash, state_hash(state), None if allowed is None else tuple(sorted(allowed)), plan._tags,
+            plan.description,
+        )  # fmt: skip
+
+    def _known(self, plan: Plan, key: tuple[Any, ...]) -> PointerPlan | None:
+        handle = self._sent.get(key)
+        if handle is None or not handle.alive:
+            return None
+        self.check_open()
+        return self._pointer(plan, handle)
+
+    def _message(
+        self, plan: Plan, state: Sequence[torch.Tensor], key: tuple[Any, ...]
+    ) -> tuple[Handle, m.StorePlan, list[torch.Tensor]]:
+        handle = Handle(self, new_id())  # type: ignore[arg-type]
+        self._sent[key] = handle
+        allowed = None if key[2] is None else list(key[2])
+        body = m.StorePlan(handle.id, plan.training, list(plan._tags), plan.description, allowed)
+        return handle, body, [_as_tensor(plan.record), *(tensor.detach() for tensor in state)]
+
+    @staticmethod
+    def _pointer(plan: Plan, handle: Handle) -> PointerPlan:
+        return PointerPlan(
+            handle, name=plan.name, record=plan.record, origin=plan, training=plan.training, tags=plan._tags,
+            description=plan.description,
+        )  # fmt: skip
+
+    def _found(self, item: m.FoundItem) -> Any:
+        if item.kind != "plan":
+            return super()._found(item)
+        return PointerPlan(
+            Handle(self, item.id, owned=item.snapshot), name=item.name, training=item.training,  # type: ignore[arg-type]
+            tags=item.tags, description=item.description,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------ bringing back
+
+    def read_plan(self, pointer: PointerPlan) -> PlanRecord:
+        """The record of a plan that was found on the worker."""
+        reply = self._request(m.ReadPlan(alive(pointer).id), instead="pointer.record, from a thread")
+        return self._fetched_plan(*reply)[0]
+
+    def fetch_plan(self, pointer: PointerPlan) -> Fetched:
+        """A plan with its state; the worker forgets it."""
+        reply = self._request(m.Fetch(alive(pointer).id, True), instead="await pointer.async_get()")
+        return self._taken(pointer, *reply)
+
+    @on_loop
+    async def fetch_plan_async(self, pointer: PointerPlan) -> Fetched:
+        """`fetch_plan`, to be awaited on any loop."""
+        await self.gradients.settle_async()
+        return self._taken(
+            pointer, *await self._connection.finish(self._ask(m.Fetch(alive(pointer).id, True)))
+        )
+
+    def _taken(self, pointer: PointerPlan, body: m.Body, tensors: list[torch.Tensor]) -> Fetched:
+        fetched = self._fetched_plan(body, tensors)
+        pointer._handle.alive = False
+        return fetched
+
+    def _fetched_plan(self, body: m.Body, tensors: list[torch.Tensor]) -> Fetched:
+        if not isinstance(body, m.FetchedPlan) or not tensors or tensors[0].dtype != torch.uint8:
+            raise self._unexpected(body)
+        try:
+            record = PlanRecord.from_bytes(tensors[0].numpy().tobytes())
+        except PlanFormatError as error:
+            raise self._unexpected(body) from error
+        return record, tensors[1:], body.training
+
+    # ------------------------------------------------------------------------------------------- moving
+
+    def move_plan(self, pointer: PointerPlan, to: RemotePlans) -> PointerPlan:
+        """Moves a plan from this worker to `to`, directly where this one can reach it."""
+        return run(self.async_move_plan(pointer, to), instead="await worker.async_move_plan(pointer, to)")
+
+    @on_loop
+    async def async_move_plan(self, pointer: PointerPlan, to: RemotePlans) -> PointerPlan:
+        """`move_plan`, to be awaited on any loop."""
+        handle = alive(pointer)
+        if handle.via:
+            raise LocalError("a pointer to a pointer cannot be moved: get() it, and move what it points to")
+        if to is self:
+            return pointer
+        to.check_open()
+        id, token = new_id(), secrets.token_hex(16)
+        if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
+            # No other process can reach a virtual worker of this one: through here, then.
+            record, state, training = await self.fetch_plan_async(pointer)
+            body = m.StorePlan(id, training, list(pointer._tags), pointer.description)
+            await to._connection.send(body, [_as_tensor(record), *state])
+        else:
+            asked = self._ask(m.Move(handle.id, m.PeerAddress(to.id, to.link_address), id, token))
+            answer, _ = await self._connection.finish(asked)
+            if not isinstance(answer, m.Done):
+                raise self._unexpected(answer)
+            handle.alive = False
+            to._connection.post(m.Claim([id], token))
+        return PointerPlan(
+            Handle(to, id), name=pointer.name, record=pointer._record, origin=pointer._origin,  # type: ignore[arg-type]
+            training=pointer.training, tags=pointer._tags, description=pointer.description,
+        )  # fmt: skip
+
+
+def _as_tensor(record: PlanRecord) -> torch.Tensor:
+    return torch.frombuffer(bytearray(record.to_bytes()), dtype=torch.uint8)
