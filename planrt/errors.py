@@ -7,6 +7,7 @@
     │   │   ├── PlanFormatError        bytes or op lists that are not a valid plan
     │   │   ├── PlanArgumentError      wrong number, shape or dtype of arguments (also a ValueError)
     │   │   └── OpNotAllowedError      an op that is not in the fixed table
+    │   ├── ProtocolError          a protocol described, deployed or run in a way that cannot work (also a ValueError)
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
@@ -69,6 +70,10 @@ class PlanArgumentError(PlanError, ValueError):
 
 class OpNotAllowedError(PlanError):
     """An op that is not in the fixed table of `planrt.plans.ops`."""
+
+
+class ProtocolError(LocalError, ValueError):
+    """A protocol was described, deployed or run in a way that cannot work; names the step or the worker."""
 
 
 class ExecutionError(LocalError):
@@ -143,6 +148,7 @@ class RemoteError(PlanrtError):
         remote_traceback: str = "",
         index: int | None = None,
         cause: str = "",
+        step: str | None = None,
     ) -> None:
         super().__init__(f"worker {worker_id!r}: {message}")
         self.reason = message
@@ -153,6 +159,7 @@ class RemoteError(PlanrtError):
         self.remote_traceback = remote_traceback
         self.index = index
         self.cause = cause
+        self.step = step
 
 
 class UnknownPlanError(RemoteError):
@@ -196,8 +203,9 @@ class MessageTooLargeError(TransportError):
 
 
 class WorkerLostError(TransportError):
-    """The connection to a worker ended while an answer was due; `worker_id` names it."""
+    """The connection to a worker ended while an answer was due; `worker_id` names it, `step` a protocol's step."""
 
-    def __init__(self, message: str, *, address: str, worker_id: str) -> None:
+    def __init__(self, message: str, *, address: str, worker_id: str, step: str | None = None) -> None:
         super().__init__(message, address=address)
         self.worker_id = worker_id
+        self.step = step
