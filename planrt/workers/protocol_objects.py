@@ -113,25 +113,16 @@ def new_protocol_object(tensors: Sequence[torch.Tensor], device: torch.device) -
     return ProtocolObject(chain, plans)
 
 
-@dataclass(slots=True, eq=False)
-class Running:
-    """A run under way: what its session may ask of it."""
-
-    states: dict[str, StepState] = field(default_factory=dict)
-
-    def on_step(self, step: str, place: str, state: StepState) -> None:
-        """As `ChainRun` calls it."""
-        self.states[step] = state
-
-
 def new_run(
     protocol: ProtocolObject,
     given: Sequence[Given],
     allowed: list[str] | None,
     body: m.RunProtocol,
-    running: Running,
+    states: dict[str, StepState],
 ) -> ChainRun:
     """A run of `protocol` that `body` asks for; `allowed` are the users who may read the state of its plans.
+
+    `states` gets the state of each step, by its name.
 
     Raises:
         LocalError: it is not deployed, or given what does not fit.
@@ -151,6 +142,9 @@ def new_run(
         state = [tensor.detach().clone() for tensor in plan.state]
         return m.StorePlan(id, plan.training, allowed=allowed), [plan.record_bytes(), *state]
 
+    def on_step(step: str, place: str, state: StepState) -> None:
+        states[step] = state
+
     return ChainRun(
         chain,
         dict(protocol.places),
@@ -159,7 +153,7 @@ def new_run(
         grad=body.grad,
         seed=body.seed,
         store=store,
-        on_step=running.on_step,
+        on_step=on_step,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from planrt.errors import LocalError
 from planrt.workers import messages as m
-from planrt.workers.chain_runs import ChainRun, Given, Send
+from planrt.workers.chain_runs import ChainRun, Given, Send, StepState
 from planrt.workers.eager import EagerOps, OpFailedError, Session, allowed_list, users_of
 from planrt.workers.events import Answer, PeerAnswered, Steps, ToPeer, Wait
 from planrt.workers.labels import Label
@@ -18,7 +18,6 @@ from planrt.workers.protocol_objects import (
     PeerError,
     ProtocolObject,
     RunCancelledError,
-    Running,
     made_by,
     new_protocol_object,
     new_run,
@@ -36,6 +35,8 @@ class ProtocolOps:
         self._eager = eager
         self._store = eager.store
         self._device = device
+        self._runs: dict[tuple[str, int], dict[str, StepState]] = {}
+        """(session, number of a run) -> where its steps stand."""
 
     def store(self, session: Session, body: m.StoreProtocol, tensors: Sequence[torch.Tensor]) -> Answer:
         """Stores a protocol that a client sends."""
@@ -52,8 +53,19 @@ class ProtocolOps:
         freed = self._protocol(session, body.id).deploy(body.places)
         return [ToPeer(peer, m.Post([], ids)) for peer, ids in freed]
 
-    def run(self, session: Session, body: m.RunProtocol, running: Running) -> Steps:
+    def read_run(self, session: Session, body: m.ReadRun) -> Answer:
+        """Where a run stands."""
+        return m.RunStates(list(self._runs.get((session.id, body.run), {}).items())), ()
+
+    def run(self, session: Session, body: m.RunProtocol) -> Steps:
         """Runs a protocol; its results are pointers to where they are."""
+        states = self._runs[session.id, body.run] = {}
+        try:
+            return (yield from self._run(session, body, states))
+        finally:
+            self._runs.pop((session.id, body.run), None)
+
+    def _run(self, session: Session, body: m.RunProtocol, states: dict[str, StepState]) -> Steps:
         protocol = self._protocol(session, body.id)
         for id in body.results:
             self._store.check_free(id)
@@ -64,7 +76,7 @@ class ProtocolOps:
                 f"the protocol's plans are private: {users_of(label)} may have them sent to other workers"
             )
         given = [self._given(session, protocol, number, id) for number, id in enumerate(body.inputs)]
-        run = new_run(protocol, given, allowed_list(label), body, running)
+        run = new_run(protocol, given, allowed_list(label), body, states)
         yield from self._to_the_end(run, run.start(), places)
         for (plan, place), id in plans.items():  # deployed elsewhere meanwhile, or gone
             if protocol.gone or protocol.deployed.get((plan, place)) != id:

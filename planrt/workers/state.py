@@ -28,7 +28,7 @@ import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ from planrt.workers.events import (
     ToPeer,
     Wait,
 )
-from planrt.workers.protocol_objects import PeerError, RunCancelledError, Running
+from planrt.workers.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.protocol_ops import ProtocolOps
 from planrt.workers.store import ObjectStore, StoredObject
 
@@ -85,12 +85,11 @@ class _Dataset:
 class _Request:
     connection: int
     id: int
-    steps: Steps = field(init=False)
+    steps: Steps
     keys: tuple[str, ...] = ()
     """Of the answers that it waits for."""
     run: int | None = None
     """Its number, where it is the run of a protocol."""
-    running: Running = field(default_factory=Running)
 
 
 class WorkerState:
@@ -213,10 +212,10 @@ class WorkerState:
             if isinstance(envelope.body, m.CancelRun):
                 return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
             return list(self._posted(session, envelope.body, tensors))
-        request = _Request(connection, envelope.id)
+        steps = self._steps(session, envelope.body, tensors)
+        request = _Request(connection, envelope.id, steps)
         if isinstance(envelope.body, m.RunProtocol):
             request.run = envelope.body.run
-        request.steps = self._steps(session, request, envelope.body, tensors)
         return self._advance(request, None)
 
     def _posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
@@ -297,10 +296,7 @@ class WorkerState:
 
     # ----------------------------------------------------------------------------------- the requests
 
-    def _steps(self, session: Session, request: _Request, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
-        if isinstance(body, m.ReadRun):
-            found = self._run_of(request.connection, body.run)
-            return m.RunStates(list(found.running.states.items()) if found else []), ()
+    def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
         self._eager.raise_unseen(session)
         match body:
             case m.Fetch():
@@ -320,8 +316,10 @@ class WorkerState:
             case m.DeployProtocol():
                 yield from self._protocols.deploy(session, body)
                 return m.Done(), ()
+            case m.ReadRun():
+                return self._protocols.read_run(session, body)
             case m.RunProtocol():
-                return (yield from self._protocols.run(session, body, request.running))
+                return (yield from self._protocols.run(session, body))
             case m.Search():
                 return self._eager.search(session, body)
             case m.Move():
