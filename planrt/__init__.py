@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.grid import PrivateGridNetwork
     from planrt.plans import Plan, func2plan
+    from planrt.protocols import PointerProtocol, Protocol, Step
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
@@ -29,6 +30,9 @@ _HOMES = {
     "errors": "planrt.errors",
     "Plan": "planrt.plans",
     "func2plan": "planrt.plans",
+    "PointerProtocol": "planrt.protocols",
+    "Protocol": "planrt.protocols",
+    "Step": "planrt.protocols",
     "BaseDataset": "planrt.workers",
     "VirtualWorker": "planrt.workers",
     "WebsocketClientWorker": "planrt.workers",
@@ -53,6 +57,9 @@ __all__ = [
     "errors",
     "Plan",
     "func2plan",
+    "Protocol",
+    "Step",
+    "PointerProtocol",
     "BaseDataset",
     "VirtualWorker",
     "WebsocketClientWorker",
