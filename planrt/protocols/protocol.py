@@ -136,21 +136,27 @@ class Protocol:
             WorkerLostError: a worker's connection has ended.
         """
         self._resolve(workers)
-        if self._sent is None:
-            for number, place in self._to_send():
-                self._pointers[number, place] = self._workers[place].send_plan(self._plan(number))
-        else:
+        if self._sent is not None:
             self._sent.deploy(*self._workers.values())
+            return self
+        made = self._there()
+        for number, place in self._needed():
+            if (number, place) not in made:
+                made[number, place] = self._workers[place].send_plan(self._plan(number))
+        self._pointers = made
         return self
 
     async def async_deploy(self, *workers: BaseWorker) -> Self:
         """`deploy`, to be awaited on any loop."""
         self._resolve(workers)
-        if self._sent is None:
-            for number, place in self._to_send():
-                self._pointers[number, place] = await self._workers[place].async_send_plan(self._plan(number))
-        else:
+        if self._sent is not None:
             await self._sent.async_deploy(*self._workers.values())
+            return self
+        made = self._there()
+        for number, place in self._needed():
+            if (number, place) not in made:
+                made[number, place] = await self._workers[place].async_send_plan(self._plan(number))
+        self._pointers = made
         return self
 
     def _resolve(self, workers: Sequence[BaseWorker]) -> None:
@@ -164,19 +170,18 @@ class Protocol:
                     f"plan {pointer.name!r} is on worker {pointer.location.id!r}, and its step on "
                     f"{resolved[place].id!r}: move() it there, or get() it and give the protocol the plan"
                 )
-        self._workers, self._pointers = resolved, {}
+        for number, pointer in enumerate(self._description.held, start=len(self._description.names)):
+            self._placed(number, pointer, resolved)
+        self._workers = resolved
 
     def _needed(self) -> list[tuple[int, str]]:
         """Which plan is needed at which place."""
         return list(dict.fromkeys((step.plan, step.place) for step in self._description.chain.steps))
 
-    def _to_send(self) -> list[tuple[int, str]]:
-        needed = self._needed()
-        for number, place in needed:
-            pointer = self._description.plans[number]
-            if isinstance(pointer, PointerPlan):
-                self._pointers[number, place] = pointer
-        return [one for one in needed if one not in self._pointers]
+    def _there(self) -> dict[tuple[int, str], PointerPlan]:
+        """The plans that are at their places without being sent."""
+        pairs = [(where, self._description.plans[where[0]]) for where in self._needed()]
+        return {where: plan for where, plan in pairs if isinstance(plan, PointerPlan)}
 
     def _plan(self, number: int) -> Plan:
         plan = self._description.plans[number]
@@ -264,17 +269,19 @@ class Protocol:
 
     def _given(self, number: int, value: Any) -> Given:
         """An input as a run takes it."""
-        chain = self._description.chain
-        places = {
-            step.place: self._workers[step.place]
-            for step in chain.steps
-            if number in {ref.index for ref in step.arguments}
-        }
-        placed = placed_at(value, places, chain.name_of(number))
+        placed = self._placed(number, value, self._workers)
         if placed is not None:
             return Given(placed=placed)
         check_travels(value)
         return Given(value)
+
+    def _placed(self, number: int, value: Any, workers: Mapping[str, BaseWorker]) -> dict[str, int] | None:
+        chain = self._description.chain
+        takers = [step for step in chain.steps if number in {ref.index for ref in step.arguments}]
+        name = chain.name_of(number)
+        if number >= len(self._description.names):
+            name = f"an object that step {takers[0].name!r} takes"
+        return placed_at(value, {step.place: workers[step.place] for step in takers}, name)
 
     @property
     def progress(self) -> dict[str, StepProgress]:

@@ -330,6 +330,8 @@ def _input_names(first: Step, signature: Signature, given: Sequence[str] | None)
             raise ProtocolError("two inputs have the same name")
         return list(given)
     if first.inputs is not None:
+        if isinstance(first.inputs, str):
+            raise ProtocolError(f"step 0: inputs is a list: write inputs=[{first.inputs!r}]")
         if any(isinstance(leaf, str) for leaf in leaves(_plain(first.inputs))):
             raise ProtocolError("name the inputs of the protocol: Protocol([...], inputs=['x', 'y'])")
         return []

@@ -66,16 +66,16 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What ended a run: an error at the step `name`, at `place`; `during` says what it waited for, if it did."""
+    """What ended a run: an error at the step `name`, on `worker`; `during` says what it waited for, if it did."""
 
     name: str
-    place: str
+    worker: str
     error: Exception
     during: str = ""
 
-    def where(self, *, place: bool) -> str:
-        """The step in words, with its place or without."""
-        at = f" on worker {self.place!r}" if place else ""
+    def where(self, *, worker: bool) -> str:
+        """The step in words, with its worker or without."""
+        at = f" on worker {self.worker!r}" if worker else ""
         return f"step {self.name!r}{at}" + (f", which takes {self.during}" if self.during else "")
 
 
@@ -316,14 +316,14 @@ class ChainRun:
     ) -> None:
         if moving.token:
             if not isinstance(body, m.Done):
-                raise _unexpected(moving.source, body)
+                raise _unexpected(self._worker(moving.source), body)
             self._owned.pop((moving.source, moving.id), None)
             self._owned[moving.target, moving.new] = None
             sends.append(Send(moving.target, m.Claim([moving.new], moving.token)))
             self._arrived(moving.value, moving.target, moving.new, sends)
             return
         if not isinstance(body, m.Fetched) or not tensors:
-            raise _unexpected(moving.source, body)
+            raise _unexpected(self._worker(moving.source), body)
         tensor = tensors[0].requires_grad_(body.requires_grad)
         if not self._ending:
             self._put(moving.value, moving.target, tensor, None, sends)
@@ -366,11 +366,11 @@ class ChainRun:
         step = self._chain.steps[number]
         values = self._chain.results[number]
         if not isinstance(body, m.Made):
-            raise _unexpected(step.place, body)
+            raise _unexpected(self._worker(step.place), body)
         made = decode(body.results)
         refs = [part.index for part in made if isinstance(part, Ref)] if isinstance(made, tuple) else None
         if refs is None or len(made) != len(values) or refs != list(range(len(body.objects))):
-            raise _unexpected(step.place, body)
+            raise _unexpected(self._worker(step.place), body)
         for id, _ in body.objects:
             self._owned[step.place, id] = None
         self._on_step(step.name, step.place, "done")
@@ -396,18 +396,21 @@ class ChainRun:
 
     # -------------------------------------------------------------------------------------------- ends
 
+    def _worker(self, place: str) -> str:
+        return self._places[place].worker
+
     def _fail(self, pending: _Call | _Moving, error: Exception) -> None:
         during = ""
         if isinstance(pending, _Call):
             number = pending.step
         else:
             number = self._takers[pending.value][pending.target][0]
-            during = f"{self._chain.name_of(pending.value)} from worker {pending.source!r}"
+            during = f"{self._chain.name_of(pending.value)} from worker {self._worker(pending.source)!r}"
         step = self._chain.steps[number]
         self._ending = True
         self._on_step(step.name, step.place, "failed")
         if self.failure is None:
-            self.failure = Failed(step.name, step.place, error, during)
+            self.failure = Failed(step.name, self._worker(step.place), error, during)
 
     def _ended(self) -> list[Send]:
         """When nothing is outstanding any more: what the run made and does not give is dropped."""
@@ -426,5 +429,5 @@ class ChainRun:
         return [Send(place, m.Post([], ids)) for place, ids in drops.items()]
 
 
-def _unexpected(place: str, body: object) -> PlanFormatError:
-    return PlanFormatError(f"worker {place!r} answered with an unexpected {type(body).__name__}")
+def _unexpected(worker: str, body: object) -> PlanFormatError:
+    return PlanFormatError(f"worker {worker!r} answered with an unexpected {type(body).__name__}")

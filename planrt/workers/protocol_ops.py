@@ -162,7 +162,7 @@ def _told(run: ChainRun) -> m.Failure:
         failure = failed.error.failure
     else:
         failure = m.Failure(type(failed.error).__name__, str(failed.error))
-    text = f"{failed.where(place=True)}: {failure.message}"
+    text = f"{failed.where(worker=True)}: {failure.message}"
     return m.Failure(  # without its number, which counts the ops of another session
         failure.kind, text[:60_000], failure.op, failure.line, failure.traceback, failure.index, failure.cause,
         step=failed.name,
