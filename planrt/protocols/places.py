@@ -1,4 +1,4 @@
-"""Which worker stands for which name, and where the inputs of a run are."""
+"""What a run is given: which worker stands for which name, where the inputs are, what random ops draw from."""
 
 from __future__ import annotations
 
@@ -76,6 +76,19 @@ def bound(names: Sequence[str], inputs: Sequence[Any], named: Mapping[str, Any])
         if not isinstance(value, torch.Tensor):
             raise ProtocolError(f"input {name!r} is a tensor or a pointer to one, not {type(value).__name__}")
     return [values[name] for name in names]
+
+
+def seed_of_run(seed: int | None) -> int:
+    """What a run draws from: as given, or drawn from torch's generator here.
+
+    Raises:
+        ProtocolError: no seed.
+    """
+    if seed is None:
+        return int(torch.randint(2**63 - 1, ()).item())
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ProtocolError(f"seed is a whole number in [0, 2**63), not {seed!r}")
+    return seed
 
 
 def placed_at(value: torch.Tensor, places: Mapping[str, BaseWorker], name: str) -> dict[str, int] | None:

@@ -20,7 +20,7 @@ from planrt.errors import (
 from planrt.plans.chain import Chain, ChainStep
 from planrt.plans.graph import refs_in
 from planrt.plans.plan import Plan
-from planrt.protocols.places import bound, resolve
+from planrt.protocols.places import bound, resolve, seed_of_run
 from planrt.protocols.progress import OnProgress, Progress
 from planrt.protocols.shapes import check_inputs
 from planrt.serde.values import decode
@@ -136,33 +136,29 @@ class PointerProtocol:
             ProtocolError: not deployed by this client, missing inputs. MixedLocationsError: an input on another
                 worker. RemoteError: a step failed; its `step` is the step's name. GetNotPermittedError.
         """
-        return run(
-            self.async_run(*inputs, seed=seed, on_progress=on_progress, **named),
-            instead="await pointer.async_run(...)",
-        )
+        grad = torch.is_grad_enabled()  # here: the loop's thread has a mode of its own
+        start = self._start(inputs, named, seed, on_progress, grad, _quiet, verbose=False)
+        return run(start, instead="await pointer.async_run(...)")
 
     async def async_run(
         self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
     ) -> Any:
         """`run`, to be awaited on any loop. Cancelled, the worker drops all that was made."""
-        seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
+        grad = torch.is_grad_enabled()
+        return await self._start(inputs, named, seed, on_progress, grad, _quiet, verbose=False)
 
-        def progress(workers: Mapping[str, BaseWorker], on_progress: OnProgress | None) -> Progress:
-            ids = {place: worker.id for place, worker in workers.items()}
-            return Progress(ids, on_progress, verbose=False)
-
-        return await self._run(inputs, named, seed, on_progress, progress, verbose=False)
-
-    async def _run(
+    async def _start(
         self,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
-        seed: int,
+        seed: int | None,
         on_progress: OnProgress | None,
+        grad: bool,
         new_progress: NewProgress,
         *,
         verbose: bool,
     ) -> Any:
+        seed = seed_of_run(seed)
         chain, worker = await self._read(), alive(self).worker
         if not self._workers:
             raise ProtocolError(
@@ -181,10 +177,8 @@ class PointerProtocol:
                 check_travels(value)
         if verbose:
             print(f"send remote run request to {worker.id}")
-        grad = torch.is_grad_enabled()
-        return await self._on_worker(
-            chain, values, seed, grad, new_progress(self._workers, on_progress), on_progress
-        )
+        progress = new_progress(self._workers, on_progress)
+        return await self._on_worker(chain, values, seed, grad, progress, watched=on_progress is not None)
 
     @on_loop
     async def _on_worker(
@@ -194,7 +188,8 @@ class PointerProtocol:
         seed: int,
         grad: bool,
         progress: Progress,
-        on_progress: OnProgress | None,
+        *,
+        watched: bool,
     ) -> Any:
         worker, workers = alive(self).worker, dict(self._workers)
         await worker.gradients.settle_async()
@@ -212,7 +207,7 @@ class PointerProtocol:
         for step in chain.steps:
             progress.on_step(step.name, step.place, "waiting")
         running = asyncio.ensure_future(worker._connection.finish(worker._ask(body)))
-        watching = asyncio.create_task(self._watch(worker, number, chain, progress)) if on_progress else None
+        watching = asyncio.create_task(self._watch(worker, number, chain, progress)) if watched else None
         if watching is not None:
             watching.add_done_callback(
                 lambda done: done.cancelled() or (done.exception() and running.cancel())
@@ -233,6 +228,7 @@ class PointerProtocol:
                 progress.tell()
             raise
         finally:
+            handles.clear()  # an error would keep them, with what was sent for this run, as long as it is looked at
             if watching is not None:
                 watching.cancel()
         for step in chain.steps:
@@ -297,6 +293,10 @@ class PointerProtocol:
         handle = self._handle
         text = f"[PointerProtocol | me:{self.id} -> {handle.worker.id}:{handle.id}]"
         return text + ("" if handle.alive else " (used up)")
+
+
+def _quiet(workers: Mapping[str, BaseWorker], on_progress: OnProgress | None) -> Progress:
+    return Progress({place: worker.id for place, worker in workers.items()}, on_progress, verbose=False)
 
 
 async def send_protocol(

@@ -13,7 +13,7 @@ from planrt.errors import LocalError, ProtocolError
 from planrt.plans.chain import Chain, ChainPlan
 from planrt.plans.graph import refs_in
 from planrt.plans.plan import Plan
-from planrt.protocols.places import bound, placed_at, resolve
+from planrt.protocols.places import bound, placed_at, resolve, seed_of_run
 from planrt.protocols.pointer import PointerProtocol, send_protocol
 from planrt.protocols.progress import OnProgress, Progress, StepProgress
 from planrt.protocols.runs import Driver
@@ -164,10 +164,10 @@ class Protocol:
         given = workers or tuple(self._workers.values())
         resolved = resolve(self.places, self._description.workers, given)
         for plan, place in self._needed():
-            pointer = self._description.plans[plan]
-            if isinstance(pointer, PointerPlan) and alive(pointer).worker is not resolved[place]:
+            there = self._description.plans[plan]
+            if isinstance(there, PointerPlan) and alive(there).worker is not resolved[place]:
                 raise ProtocolError(
-                    f"plan {pointer.name!r} is on worker {pointer.location.id!r}, and its step on "
+                    f"plan {there.name!r} is on worker {there.location.id!r}, and its step on "
                     f"{resolved[place].id!r}: move() it there, or get() it and give the protocol the plan"
                 )
         for number, pointer in enumerate(self._description.held, start=len(self._description.names)):
@@ -210,29 +210,36 @@ class Protocol:
                 another worker. RemoteError: a step failed; its `step` is the step's name. GetNotPermittedError: a
                 private value would have to go to another worker. WorkerLostError: a worker is gone.
         """
+        grad = torch.is_grad_enabled()  # here: the loop's thread has a mode of its own
         return run(
-            self.async_run(*inputs, seed=seed, on_progress=on_progress, **named),
-            instead="await protocol.async_run(...)",
+            self._start(inputs, named, seed, on_progress, grad), instead="await protocol.async_run(...)"
         )
 
     async def async_run(
         self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
     ) -> Any:
         """`run`, to be awaited on any loop. Cancelled, it drops all that was made and what is still being made."""
-        seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
-        if type(seed) is not int or not 0 <= seed < 2**63:
-            raise ProtocolError(f"seed is a whole number in [0, 2**63), not {seed!r}")
+        return await self._start(inputs, named, seed, on_progress, torch.is_grad_enabled())
+
+    async def _start(
+        self,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        seed: int | None,
+        on_progress: OnProgress | None,
+        grad: bool,
+    ) -> Any:
         if self._sent is not None:
-            return await self._sent._run(
-                inputs, named, seed, on_progress, self._new_progress, verbose=self.verbose
+            return await self._sent._start(
+                inputs, named, seed, on_progress, grad, self._new_progress, verbose=self.verbose
             )
+        seed = seed_of_run(seed)
         if not self._workers:
             raise ProtocolError(f"deploy the protocol first: deploy({', '.join(self.places)})")
         if not self._pointers:
             await self.async_deploy()
         values = bound(self._description.names, inputs, named)
         check_inputs(self._description.chain, dict(enumerate(values)))
-        grad = torch.is_grad_enabled()
         return await self._run(values, self._new_progress(self._workers, on_progress), seed, grad)
 
     def _new_progress(self, workers: Mapping[str, BaseWorker], on_progress: OnProgress | None) -> Progress:

@@ -36,28 +36,34 @@ def james(make_worker):
     return make_worker("james")
 
 
+def _count(workers) -> list[int]:
+    gc.collect()
+    return [len(one._objects) if hasattr(one, "_host") else one.objects_count() for one in workers]
+
+
 @pytest.fixture
 def count():
-    """``count(alice, bob)`` -> how many objects each holds, for whomever, once nothing is under way."""
-
-    def total(worker) -> int:
-        if hasattr(worker, "_host"):
-            return len(worker._objects)
-        return worker.objects_count()
+    """``count(alice, bob)`` -> how many objects each holds (in all, or for this client), once that stands still."""
 
     def count(*workers) -> list[int]:
-        gc.collect()
-        return [total(worker) for worker in workers]
+        seen = [_count(workers)]
+
+        def still() -> bool:
+            seen.append(_count(workers))
+            return len(seen) > 3 and seen[-1] == seen[-2] == seen[-3]
+
+        assert eventually(still)
+        return seen[-1]
 
     return count
 
 
 @pytest.fixture
-def settles(count):
+def settles():
     """``settles([1, 1], alice, bob)``: whether the counts become these."""
 
     def settles(wanted, *workers) -> bool:
-        return eventually(lambda: count(*workers) == wanted)
+        return eventually(lambda: _count(workers) == wanted)
 
     return settles
 
