@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -95,6 +96,8 @@ class Plan(torch.nn.Module):
         self.id: int = secrets.randbits(40)
         self._record: PlanRecord | None = None
         self._captured: dict[str, torch.Tensor] = {}
+        self._pointers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        """worker -> where the plan was sent by a call with pointers, so that the next call need not send it."""
         self._tags: tuple[str, ...] = ()
         self._description = ""
         self.state: PlanState | None = None if state is None else PlanState(state)
@@ -297,7 +300,8 @@ class Plan(torch.nn.Module):
         for tensor in inputs:
             location = getattr(tensor, "location", None)
             if location is not None:
-                return location.send_plan(self)(*args, **kwargs)
+                pointer = self._pointers[location] = location.send_plan(self)
+                return pointer(*args, **kwargs)
         return execute(self.graph, inputs, self.state_tensors())
 
     def state_tensors(self) -> list[torch.Tensor]:
@@ -350,6 +354,9 @@ class Plan(torch.nn.Module):
     def get(self) -> Any:
         """Not for plans that are here: see `PointerPlan.get`."""
         raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pointers": weakref.WeakKeyDictionary()}
 
     def copy(self) -> Self:
         """A plan of its own, with a copy of the state: neither changes the other."""

@@ -116,23 +116,30 @@ class BaseWorker(RemotePlans):
         expect(m.Done, await self._connection.request(m.PutPlan(plan.hash), [canonical]), self)
         self._plans.add(plan.hash)
 
-    @on_loop
-    async def async_run(self, plan: Graph | Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+    async def async_run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
 
-        Sends the plan at the first use, then one message each way. Random ops draw from `seed`.
+        The arguments and the state are here; the worker keeps the ops alone. Sends these at the first use, then one
+        message each way. Random ops draw from `seed`. What the plan writes in place is not brought back.
 
         Raises:
             PlanArgumentError: wrong number, shape or dtype of arguments; nothing is sent.
             PlanError: the plan is not built.
             RemoteError: an op failed on the worker.
         """
-        plan = plan.graph if isinstance(plan, Plan) else plan
-        check_inputs(plan, args)
-        state = local_state(plan)
+        if isinstance(plan, Plan):
+            inputs = plan.record.signature.bind(plan.name, args, kwargs)
+            return await self._run(plan.graph, inputs, plan.state_tensors(), seed)
+        return await self._run(plan, args, local_state(plan), seed)
+
+    @on_loop
+    async def _run(
+        self, plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], seed: int
+    ) -> Any:
+        check_inputs(plan, inputs)
         await self.put_plan(plan)
         body = m.RunPlan(plan.hash, seed)
-        answer, tensors = expect(m.Values, await self.request(body, [*args, *state], plan=plan), self)
+        answer, tensors = expect(m.Values, await self.request(body, [*inputs, *state], plan=plan), self)
         wanted = sum(1 for _ in refs_in(plan.outputs))
         if len(answer.numbers) != wanted or answer.numbers.count(None) != len(tensors):
             raise WireError(
@@ -142,9 +149,9 @@ class BaseWorker(RemotePlans):
         values = iter([next(rest) if number is None else number for number in answer.numbers])
         return map_leaves(plan.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
-    def run(self, plan: Graph | Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+    def run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
         """The blocking form of `async_run`."""
-        return run(self.async_run(plan, *args, seed=seed), instead="await worker.async_run(...)")
+        return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
 
     @on_loop
     async def async_fit(self, dataset_key: str, *, seed: int = 0) -> Any:
