@@ -41,6 +41,7 @@ from planrt.workers.private import (
     foresee,
     leaf_tensors,
     stand_in,
+    unaliased,
     written_operands,
 )
 from planrt.workers.store import (
@@ -199,6 +200,8 @@ class EagerOps:
         before = [] if label is None else [_version(stored.value) for stored in used]
         try:
             result = self._compute(op, function, args, kwargs)
+            if foreseen is not None and op.name == plan_objects.CALL:
+                result = unaliased(result, foreseen, self._device)
         except Exception as error:
             if foreseen is None:
                 raise

@@ -106,7 +106,11 @@ def call(plan: PlanObject, training: bool, *inputs: torch.Tensor) -> tuple[Any, 
     if not isinstance(plan, PlanObject) or type(training) is not bool:
         raise PlanArgumentError("a call names a plan, its mode, and its inputs")
     graph = plan.record.graph(training=training)
-    return output_values(graph, interpreter.execute(graph, inputs, plan.state))
+    try:
+        return output_values(graph, interpreter.execute(graph, inputs, plan.state))
+    finally:
+        # State that was written to keeps the values, not the graph: it would grow with every call.
+        plan.state[:] = [tensor if tensor.grad_fn is None else tensor.detach() for tensor in plan.state]
 
 
 def call_on_meta(twin: PlanTwin, *inputs: torch.Tensor) -> tuple[Any, ...]:

@@ -85,7 +85,36 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         raise GetNotPermittedError(
             f"{op.name} on private data: what its results look like depends on the values"
         )
+    if op.name == plan_objects.CALL:
+        _check_changes(foreseen, operands[1:])
     return foreseen
+
+
+def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
+    """A plan that fails on the way may not have come to its last ops: what these change must not show."""
+    for number, after in foreseen.changed:
+        before = inference.spec_of(inputs[number])
+        joins_graph = after.requires_grad and not after.leaf
+        if (after.shape, after.stride, after.dtype) != (
+            before.shape,
+            before.stride,
+            before.dtype,
+        ) or not joins_graph:
+            raise GetNotPermittedError(
+                "a plan on private data may change the values of its inputs, not their shapes or autograd flags"
+            )
+
+
+def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device) -> tuple[Any, ...]:
+    """What a plan gave, in memory of its own: where it fails, `stand_in` cannot share what the plan would have."""
+
+    def alone(value: Any, like: Any) -> Any:
+        if not isinstance(like, Spec):
+            return value
+        value = value.detach() if like.leaf else value
+        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).copy_(value)
+
+    return tuple(alone(value, like) for value, like in zip(values, foreseen.results, strict=True))
 
 
 def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
@@ -107,7 +136,16 @@ def stand_in(
     `versions` are those of the operands before the op. Operands that it should have changed in place count as
     changed. (The graph is that of a linear op: gradients of gradients may tell the difference.)
     """
-    sources = [one for one in operands if isinstance(one, torch.Tensor) and one.requires_grad]
+    written = written_operands(op, operands)
+    refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
+    state: Sequence[torch.Tensor] = ()
+    if operands and isinstance(operands[0], PlanObject):  # inference counts tensors only
+        state = operands[0].state
+        if refs[0] in written:
+            for tensor in state:
+                increment_version(tensor)
+        operands, versions, refs = operands[1:], versions[1:], refs[1:]
+    sources = [one for one in (*operands, *state) if isinstance(one, torch.Tensor) and one.requires_grad]
 
     def zeros(like: Spec) -> torch.Tensor:
         made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).zero_()
@@ -122,8 +160,6 @@ def stand_in(
         return zeros(leaf) if isinstance(leaf, Spec) else leaf
 
     results = inference.rebuild(foreseen.results, result)
-    refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
-    written = written_operands(op, operands)
     changed = dict(foreseen.changed)
     same = {
         leaf.operand
