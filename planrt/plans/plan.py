@@ -109,9 +109,12 @@ class Plan(torch.nn.Module):
         """The Python code; classes of your own define it."""
         if self._function is None:
             raise PlanError(f"plan {self.name!r} has no forward: define one, or give a function")
-        if self.state is not None:
-            return self._function(*args, **kwargs, **{self._state_name(): self.state})
-        return self._function(*args, **kwargs)
+        if self.state is None:
+            return self._function(*args, **kwargs)
+        place = list(inspect.signature(self._function).parameters).index(self._state_name())
+        if len(args) >= place:
+            return self._function(*args[:place], self.state, *args[place:], **kwargs)
+        return self._function(*args, **kwargs, **{self._state_name(): self.state})
 
     # ------------------------------------------------------------------------------------ recording
 

@@ -318,7 +318,10 @@ def test_what_a_plan_computes_from_private_data_is_private(clinic):
     refused(result["mixed"].get)
     refused(result["public alone"].get)  # the worker looks at the plan as one op
     assert result["input"].get().tolist() == [3.0, 4.0]
-    assert there(torch.zeros(2).send(worker), torch.ones(2).send(worker))["mixed"].get().tolist() == [1.0, 1.0]
+    assert there(torch.zeros(2).send(worker), torch.ones(2).send(worker))["mixed"].get().tolist() == [
+        1.0,
+        1.0,
+    ]
 
 
 def test_private_data_written_into_the_state_of_a_plan(clinic):
