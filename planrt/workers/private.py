@@ -170,7 +170,8 @@ def stand_in(
         if refs[number] not in written:
             continue
         like = changed.get(number) or inference.spec_of(operand)
-        joins = number in changed or number in same  # others are changed behind autograd's back
+        # Others are changed behind autograd's back, or the plan that changes them gives them back as they are.
+        joins = number in changed or (number in same and op.name != plan_objects.CALL)
         if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():
             operand.add_(zeros(like))
         elif operand._version == version and not ops.writes_unseen(op.name):
