@@ -17,7 +17,8 @@ from planrt.errors import PlanFormatError, PlanrtError, TraceError
 from planrt.plans import seen
 from planrt.plans.graph import Op
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
-from planrt.plans.ops import SIZE_ARITHMETIC, name_of
+from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, name_of
+from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
 from planrt.plans.source import line_of_error, user_line
 from planrt.serde.values import DEVICE, encode, pack
@@ -59,6 +60,7 @@ class Recorder(TorchFunctionMode):
         specs: Sequence[TensorSpec],
         registry: StateRegistry,
         values: list[torch.Tensor] | None,
+        optimizers: OptimizerWatch,
     ) -> None:
         super().__init__()
         self.steps: list[Step] = []
@@ -72,6 +74,9 @@ class Recorder(TorchFunctionMode):
         self._results = 0
         self._grad_mode = True
         self._closed = False
+        self._has_gradients = False
+        self._optimizers = optimizers
+        optimizers.on_step = self._on_step
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,14 +85,26 @@ class Recorder(TorchFunctionMode):
         try:
             return self._call(func, args, kwargs or {})
         except TraceError as error:
+            if self._optimizers.stepping is not None:
+                reason = str(error).partition(":")[0]
+                error = TraceError(why_no_step(self._optimizers.stepping, reason), line=error.line)
             self.failure = self.failure or error  # user code may swallow it
-            raise
+            raise error
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
             return self._size(func, args, kwargs)
-        if func in seen.METADATA or isinstance(func, type):
+        if func in seen.METADATA or func in seen.PASSES or isinstance(func, type):
             return func(*args, **kwargs)
+        if func is seen.GRAD_FN:
+            node = func(*args, **kwargs)
+            return node if node is None else seen.RecordedNode(node)
+        if func is seen.SETS_DATA and _share_all(*args):
+            return None  # the end of `p.data -= ...`, which has changed p's memory
+        if func is seen.SETS_REQUIRES_GRAD:
+            func, args = torch.Tensor.requires_grad_, (args[0], bool(args[1]))
+        if func is seen.DELETES_GRAD:
+            func, args = seen.SETS_GRAD, (args[0], None)
         name = name_of(func)
         if func in seen.TO_DEVICE:
             result = func(*args, **kwargs)
@@ -104,6 +121,8 @@ class Recorder(TorchFunctionMode):
         if func in seen.FROM_ARRAY and seen.holds_array(args):
             return self._constant(func(*args, **kwargs), user_line())
         self._check_modes()
+        if name in GRADIENTS:
+            return self._gradients(name, func, args, kwargs)
         recorded_args, recorded_kwargs = self._recorded(
             name, args, kwargs
         )  # before the call: it may change them
@@ -111,6 +130,41 @@ class Recorder(TorchFunctionMode):
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
         return self._write(name, recorded_args, recorded_kwargs, result)
+
+    def _gradients(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Backward passes, and reading and setting `.grad`. A tensor's gradient begins empty in a recording."""
+        if name == "Tensor.grad":
+            (tensor,) = args
+            self._tensor_ref(tensor)  # a tensor from outside leaves its own gradient there
+            grad = tensor.grad
+            if grad is None or id(grad) in self._refs:
+                return grad  # whether there is one follows from the ops before, which are the same at every run
+            if not self._has_gradients:
+                raise TraceError(
+                    "a gradient that no recorded call made: use loss.backward()", line=user_line()
+                )
+        elif name != "Tensor.retain_grad":
+            self._has_gradients = True
+            self._check_hooks()
+        kwargs = {key: value for key, value in kwargs.items() if value is not _DEFAULTS.get(key, _DEFAULTS)}
+        recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
+        result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
+        return self._write(name, recorded_args, recorded_kwargs, result)
+
+    def _check_hooks(self) -> None:
+        for what, tensor in self._registry.named(self._alive[: len(self._specs)]):
+            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+                raise TraceError(f"{what} has hooks on its gradient; {seen.NO_HOOKS}", line=user_line())
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, change: str | None) -> None:
+        """Called before an optimizer's first step in this run."""
+        with torch._C.DisableTorchFunction():  # nothing in here is the function's
+            self._registry.name_optimizer_state(optimizer)
+        if change is not None:
+            self.failure = self.failure or TraceError(why_no_step(optimizer, change), line=user_line())
+            raise self.failure
 
     def _check_modes(self) -> None:
         """Modes that change what ops do, and that come about without a call that could be recorded."""
@@ -142,6 +196,8 @@ class Recorder(TorchFunctionMode):
         except PlanFormatError as error:
             raise TraceError(f"{name}: {error}", line=line) from None
         self.steps.append(Step(Op(name, args, kwargs, results), line, packed))
+        if name == "Tensor.data" and FIRST_STATE <= args[0].index < FIRST_RESULT:
+            self._registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))
         return result
 
     def _named(self, result: Any, line: str | None) -> Nested:
@@ -266,6 +322,22 @@ class Recorder(TorchFunctionMode):
         return ref
 
 
+_DEFAULTS: dict[str, Any] = {
+    "gradient": None, "grad_tensors": None, "grad_outputs": None, "inputs": None, "retain_graph": None,
+    "create_graph": False, "allow_unused": None, "only_inputs": True, "is_grads_batched": False,
+    "materialize_grads": False,
+}  # fmt: skip
+"""Arguments of backward passes that torch passes on though nobody wrote them."""
+
+
+def _share_all(tensor: torch.Tensor, other: Any) -> bool:
+    """Whether `other` is all of the memory of `tensor`, laid out alike."""
+    return isinstance(other, torch.Tensor) and (
+        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
+
+
 def _plain(leaf: Any) -> Any:
     if isinstance(leaf, TracedNumber):
         return int(leaf) if isinstance(leaf, int) else float(leaf)  # type: ignore[arg-type]
@@ -277,6 +349,7 @@ def run_once(
     examples: Sequence[torch.Tensor],
     specs: Sequence[TensorSpec],
     registry: StateRegistry,
+    optimizers: OptimizerWatch,
     values: list[torch.Tensor] | None = None,
 ) -> tuple[Recorder, tuple[Nested, Any]]:
     """Run `function` on copies of `examples` under a recorder.
@@ -288,7 +361,7 @@ def run_once(
         TraceError: whatever went wrong, with the user's line.
     """
     inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
-    recorder = Recorder(inputs, specs, registry, values)
+    recorder = Recorder(inputs, specs, registry, values, optimizers)
     try:
         with torch.enable_grad(), recorder:
             outputs = function(*inputs)

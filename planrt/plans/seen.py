@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from planrt.errors import TraceError
+from planrt.plans.source import user_line
+
 _Tensor = torch.Tensor
 
 
@@ -24,13 +27,22 @@ SHAPE_READS = frozenset(_getters("shape"))
 SIZE_READS = frozenset({_Tensor.size})
 COUNT_READS = frozenset({_Tensor.numel, _Tensor.nelement, torch.numel})
 TO_DEVICE = frozenset({_Tensor.cpu, _Tensor.cuda})
+GRAD_FN: Any = _Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+SETS_DATA: Any = _Tensor.data.__set__  # type: ignore[attr-defined]
+SETS_REQUIRES_GRAD: Any = _Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+DELETES_GRAD: Any = _Tensor.grad.__delete__  # type: ignore[attr-defined]
+SETS_GRAD: Any = _Tensor.grad.__set__  # type: ignore[attr-defined]
+PASSES = frozenset(
+    {torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit._RecordFunction}
+)
+"""Marks for the profiler, which `torch.optim` leaves around its steps."""
 
 METADATA = frozenset(
     _getters(
         "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr",
         "is_quantized", "is_nested", "is_leaf", "requires_grad", "is_mkldnn", "is_mps", "is_xla", "is_xpu",
         "is_ipu", "is_maia", "is_mtia", "is_vulkan", "itemsize", "nbytes", "output_nr", "names", "name",
-        "grad_fn", "_version", "retains_grad",
+        "_version", "retains_grad",
     )
     | _functions(
         _Tensor, "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous",
@@ -61,7 +73,10 @@ _VALUE_READS = frozenset(
      "__complex__", "__array__", "__contains__", "__dlpack__", "equal", "allclose", "is_nonzero", "_assert",
      "data_ptr", "cpu_numpy"]
 )  # fmt: skip
-_GRADIENTS = frozenset(["backward", "grad", "_grad", "retain_grad", "register_hook"])
+_HOOKS = frozenset(
+    ["register_hook", "register_post_accumulate_grad_hook", "_backward_hooks", "_post_accumulate_grad_hooks"]
+)
+NO_HOOKS = "a plan would lose the hook: compute with the gradient after backward() instead"
 
 
 def reads_values(func: Any) -> bool:
@@ -83,9 +98,32 @@ def why_refused(func: Any, public_name: str | None) -> str:
             f"{name} reads the value of a tensor: a plan has no values while it is recorded; compute with "
             "tensors (torch.where instead of `if`) or pass the number as an argument"
         )
-    if short in _GRADIENTS:
-        return f"{name}: gradients inside a plan cannot be recorded yet; record the forward pass and the loss"
+    if short in _HOOKS:
+        return f"{name}: {NO_HOOKS}"
+    if short == "set_" or func is SETS_DATA:
+        return (
+            f"{name if short == 'set_' else 'assigning .data'} gives a tensor other memory, and a plan changes its "
+            "state by writing into it: use .copy_() under torch.no_grad()"
+        )
     return f"{name} is not on the table of ops that plans may use"
+
+
+class RecordedNode:
+    """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would be used
+    behind the recorder's back."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def name(self) -> str:
+        """The name of the real node."""
+        return str(self._node.name())
+
+    def __getattr__(self, name: str) -> Any:
+        raise TraceError(f"grad_fn.{name} cannot be recorded; {NO_HOOKS}", line=user_line())
+
+    def __repr__(self) -> str:
+        return f"<{self.name()}>"
 
 
 def without_numpy(leaf: Any) -> Any:
