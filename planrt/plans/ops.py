@@ -284,8 +284,8 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
         names[function] = f"Tensor.{function.__name__}"
     for function in (torch.autograd.backward, torch.autograd.grad):
         names[function] = f"autograd.{function.__name__}"
-    names[torch.Tensor.grad.__get__] = "Tensor.grad"  # type: ignore[attr-defined]
-    names[torch.Tensor.grad.__set__] = "Tensor.grad.__set__"  # type: ignore[attr-defined]
+    grad: Any = torch.Tensor.grad
+    names[grad.__get__], names[grad.__set__] = "Tensor.grad", "Tensor.grad.__set__"
     return table, names
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from planrt.errors import PlanFormatError, PlanrtError, TraceError
-from planrt.plans import seen
+from planrt.plans import foreach, seen
 from planrt.plans.graph import Op
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
-from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, name_of
+from planrt.plans.ops import GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
 from planrt.plans.source import line_of_error, user_line
@@ -44,8 +45,25 @@ class Step:
     value: int | float | None = None
 
 
-class MadeUnseenError(TraceError):
-    """A tensor appeared that no recorded op made."""
+class SecondRunError(TraceError):
+    """Something that only a second run shows, and that has nothing to do with sizes."""
+
+
+class _UnseenWrites(TorchDispatchMode):
+    """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
+    and ``z.real = x``. They would be missing in the plan."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every kernel, below autograd."""
+        if not self._recorder.in_call and func._schema.is_mutable:
+            self._recorder.fail(seen.why_unseen(func._schema.name), user_line())
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchFunctionMode):
@@ -65,6 +83,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.steps: list[Step] = []
         self.failure: TraceError | None = None
+        self.in_call = False
+        """Whether torch runs a call that is being recorded."""
         self.values: list[torch.Tensor] = []
         self._first_values = values
         self._specs = specs
@@ -82,29 +102,40 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch in place of `func`; torch calls made in here are not seen."""
+        self.in_call = True
         try:
             return self._call(func, args, kwargs or {})
         except TraceError as error:
             if self._optimizers.stepping is not None:
                 reason = str(error).partition(":")[0]
-                error = TraceError(why_no_step(self._optimizers.stepping, reason), line=error.line)
+                error = type(error)(why_no_step(self._optimizers.stepping, reason), line=error.line)
             self.failure = self.failure or error  # user code may swallow it
             raise error
+        finally:
+            self.in_call = False
+
+    def fail(self, message: str, line: str | None) -> NoReturn:
+        """Break off the recording; also if the function catches the error."""
+        self.failure = self.failure or TraceError(message, line=line)
+        raise self.failure
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
             return self._size(func, args, kwargs)
         if func in seen.METADATA or func in seen.PASSES or isinstance(func, type):
             return func(*args, **kwargs)
-        if func is seen.GRAD_FN:
+        if func == seen.GRAD_FN:  # accessors are new objects at every access: equal, not the same
             node = func(*args, **kwargs)
             return node if node is None else seen.RecordedNode(node)
-        if func is seen.SETS_DATA and _share_all(*args):
+        if func == seen.SETS_DATA and _share_all(*args):
             return None  # the end of `p.data -= ...`, which has changed p's memory
-        if func is seen.SETS_REQUIRES_GRAD:
+        if func == seen.SETS_REQUIRES_GRAD:
             func, args = torch.Tensor.requires_grad_, (args[0], bool(args[1]))
-        if func is seen.DELETES_GRAD:
+        if func == seen.DELETES_GRAD:
             func, args = seen.SETS_GRAD, (args[0], None)
+        if func in foreach.ON_EACH:
+            results = [self._call(*call) for call in foreach.calls(func, args, kwargs)]
+            return None if results[:1] == [None] else results
         name = name_of(func)
         if func in seen.TO_DEVICE:
             result = func(*args, **kwargs)
@@ -163,7 +194,7 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # nothing in here is the function's
             self._registry.name_optimizer_state(optimizer)
         if change is not None:
-            self.failure = self.failure or TraceError(why_no_step(optimizer, change), line=user_line())
+            self.failure = self.failure or SecondRunError(why_no_step(optimizer, change), line=user_line())
             raise self.failure
 
     def _check_modes(self) -> None:
@@ -238,7 +269,7 @@ class Recorder(TorchFunctionMode):
         if index is None:
             line = user_line()
             if self._first_values is not None:
-                raise MadeUnseenError(
+                raise SecondRunError(
                     "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a "
                     "custom autograd.Function, or by a library that works behind torch's public functions",
                     line=line,
@@ -363,7 +394,7 @@ def run_once(
     inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
     recorder = Recorder(inputs, specs, registry, values, optimizers)
     try:
-        with torch.enable_grad(), recorder:
+        with torch.enable_grad(), _UnseenWrites(recorder), recorder:
             outputs = function(*inputs)
         if recorder.failure is not None:
             raise recorder.failure

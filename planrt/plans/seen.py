@@ -19,6 +19,11 @@ def _getters(*names: str) -> set[Any]:
     return {descriptor.__get__ for descriptor in found if descriptor is not None}
 
 
+def _accessor(name: str, kind: str) -> Any:
+    """What a recorder sees when a property of tensors is read, set or deleted."""
+    return getattr(getattr(_Tensor, name), kind)
+
+
 def _functions(home: Any, *names: str) -> set[Any]:
     return {getattr(home, name) for name in names if hasattr(home, name)}
 
@@ -27,11 +32,11 @@ SHAPE_READS = frozenset(_getters("shape"))
 SIZE_READS = frozenset({_Tensor.size})
 COUNT_READS = frozenset({_Tensor.numel, _Tensor.nelement, torch.numel})
 TO_DEVICE = frozenset({_Tensor.cpu, _Tensor.cuda})
-GRAD_FN: Any = _Tensor.grad_fn.__get__  # type: ignore[attr-defined]
-SETS_DATA: Any = _Tensor.data.__set__  # type: ignore[attr-defined]
-SETS_REQUIRES_GRAD: Any = _Tensor.requires_grad.__set__  # type: ignore[attr-defined]
-DELETES_GRAD: Any = _Tensor.grad.__delete__  # type: ignore[attr-defined]
-SETS_GRAD: Any = _Tensor.grad.__set__  # type: ignore[attr-defined]
+GRAD_FN = _accessor("grad_fn", "__get__")
+SETS_DATA = _accessor("data", "__set__")
+SETS_GRAD = _accessor("grad", "__set__")
+DELETES_GRAD = _accessor("grad", "__delete__")
+SETS_REQUIRES_GRAD = _accessor("requires_grad", "__set__")
 PASSES = frozenset(
     {torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit._RecordFunction}
 )
@@ -68,6 +73,7 @@ PYTHON_DTYPES: dict[type, torch.dtype] = {
     complex: torch.complex128,
 }
 
+_ACCESSORS = ("__get__", "__set__", "__delete__")
 _VALUE_READS = frozenset(
     ["item", "tolist", "numpy", "__bool__", "__nonzero__", "__float__", "__int__", "__long__", "__index__",
      "__complex__", "__array__", "__contains__", "__dlpack__", "equal", "allclose", "is_nonzero", "_assert",
@@ -76,6 +82,10 @@ _VALUE_READS = frozenset(
 _HOOKS = frozenset(
     ["register_hook", "register_post_accumulate_grad_hook", "_backward_hooks", "_post_accumulate_grad_hooks"]
 )
+_OTHER_MEMORY = (
+    "gives a tensor other memory, and a plan changes its state by writing into it: use .copy_() under "
+    "torch.no_grad()"
+)
 NO_HOOKS = "a plan would lose the hook: compute with the gradient after backward() instead"
 
 
@@ -83,15 +93,13 @@ def reads_values(func: Any) -> bool:
     """Whether `func` brings a tensor's values into Python."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     name = getattr(func, "__name__", "")
-    return (owner if name in ("__get__", "__set__") else name) in _VALUE_READS
+    return (owner if name in _ACCESSORS else name) in _VALUE_READS
 
 
 def why_refused(func: Any, public_name: str | None) -> str:
     """One line on why a torch call cannot go into a plan."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    short = (
-        owner if getattr(func, "__name__", "") in ("__get__", "__set__") else getattr(func, "__name__", "")
-    )
+    short = owner if getattr(func, "__name__", "") in _ACCESSORS else getattr(func, "__name__", "")
     name = public_name or short or repr(func)
     if short in _VALUE_READS:
         return (
@@ -100,12 +108,19 @@ def why_refused(func: Any, public_name: str | None) -> str:
         )
     if short in _HOOKS:
         return f"{name}: {NO_HOOKS}"
-    if short == "set_" or func is SETS_DATA:
-        return (
-            f"{name if short == 'set_' else 'assigning .data'} gives a tensor other memory, and a plan changes its "
-            "state by writing into it: use .copy_() under torch.no_grad()"
-        )
+    if func == SETS_DATA:
+        return f"assigning to .data {_OTHER_MEMORY}"
     return f"{name} is not on the table of ops that plans may use"
+
+
+def why_unseen(kernel: str) -> str:
+    """One line on why a write cannot go into a plan that torch told nobody of but the kernel."""
+    if kernel == "aten::set_":
+        return f"Tensor.set_ {_OTHER_MEMORY}"
+    return (
+        f"{kernel} writes to a tensor behind torch's public functions (as `z.real = x` does), so the plan would "
+        "miss it: write it with functions, for instance torch.complex(x, z.imag)"
+    )
 
 
 class RecordedNode:

@@ -19,7 +19,7 @@ from planrt.errors import TraceError
 from planrt.plans.graph import Graph, Op, refs_in, show
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, SIZE_OPS
-from planrt.plans.recorder import FIRST_STATE, MadeUnseenError, SizesFixedError, Step, run_once
+from planrt.plans.recorder import FIRST_STATE, SecondRunError, SizesFixedError, Step, run_once
 from planrt.serde.values import encode, pack
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
@@ -106,7 +106,7 @@ def record(
         try:
             others = [_extended(example, dims) for example, dims in zip(examples, free, strict=True)]
             second, other_outputs = run_once(function, others, specs, registry, undo.optimizers, first.values)
-        except MadeUnseenError:
+        except SecondRunError:
             raise
         except TraceError as error:
             raise SizesFixedError(f"cannot leave the free sizes open, with them doubled: {error}") from error
@@ -140,7 +140,6 @@ def assemble(
     doc: str = "",
 ) -> Graph:
     """The plan of a recording, with everything in `registry` as its state."""
-    count = len(recording.inputs)
     renumber = _Numbers(recording, registry)
     return Graph(
         inputs=recording.inputs,
