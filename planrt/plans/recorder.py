@@ -49,21 +49,24 @@ class SecondRunError(TraceError):
     """Something that only a second run shows, and that has nothing to do with sizes."""
 
 
-class _UnseenWrites(TorchDispatchMode):
+class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no hints there
     """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
     and ``z.real = x``. They would be missing in the plan."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch for every kernel, below autograd."""
-        if not self._recorder.in_call and func._schema.is_mutable:
+        if self._recorder.in_call:
+            return func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
             self._recorder.fail(seen.why_unseen(func._schema.name), user_line())
-        return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # or the recorder would take the kernel for the user's call
+            return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchFunctionMode):

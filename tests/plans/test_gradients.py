@@ -30,10 +30,6 @@ def mlp(*, seed=0):
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def parameters_of(net):
-    return [value for value in net.state_dict().values()]
-
-
 def same_steps(step, net, batches=BATCHES, *, seeds=None, extra=(), **options):
     """`step` recorded and run from bytes is `step`, in results and in what it does to `net` and `extra`."""
     gradients = [p.grad for p in net.parameters()]
@@ -211,8 +207,7 @@ def test_a_failing_backward_is_named_with_its_line():
 
     w = torch.randn(4, requires_grad=True)
     plan = trace(f, [X, w], free_dims=[[0], []])
-    hostile = Graph(plan.inputs, plan.state, plan.ops[2:], plan.outputs) if False else plan
-    assert torch.equal(execute(hostile, [X, w]), X.sum(0))
+    assert torch.equal(execute(plan, [X, w]), X.sum(0))
     steps = (Op("Tensor.backward", (Ref(0),), {}, None),)
     with pytest.raises(ExecutionError, match=r"op 0 of plan 'plan' failed: _0.backward\(\): .*require grad"):
         execute(Graph((TensorSpec((), torch.float32),), (), steps, Ref(0)), [torch.ones(())])
@@ -473,8 +468,9 @@ def test_state_of_an_optimizer_has_readable_names_and_is_carried_on():
 @pytest.mark.parametrize("name", ["SGD", "RMSprop"])
 def test_an_optimizer_that_has_not_stepped_yet(name):
     step, net, optimizer = stepping(name, {"momentum": 0.9})
-    with pytest.raises(TraceError, match="every run would be its first step, since it then makes '.*'; let it step") as e:
+    with pytest.raises(TraceError, match="every run would be its first step, since it then makes '") as e:
         trace(step, [X, Y], modules=[net], **FREE)
+    assert "let it step once before the plan is built" in str(e.value)
     assert e.value.line == line_of(step)
     assert not any(optimizer.state.values())
 

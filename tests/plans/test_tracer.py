@@ -296,6 +296,21 @@ def test_calls_that_cannot_be_recorded(function, match):
     assert __file__ in str(caught.value)
 
 
+def test_writes_that_a_recorder_cannot_see():
+    def real(x):
+        z = torch.complex(x, x)
+        z.real = x * 2  # here
+        return z
+
+    def other_memory(x):
+        y = x * 2
+        y.set_(x)  # here
+        return y
+
+    refused(real, X, match="aten::copy_ writes to a tensor behind torch's public functions")
+    refused(other_memory, X, match="Tensor.set_ gives a tensor other memory")
+
+
 def test_modes_that_cannot_be_recorded():
     def inference(x):
         with torch.inference_mode():
