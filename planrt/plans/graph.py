@@ -230,9 +230,9 @@ def show(value: Nested) -> str:
     return "..." if value is Ellipsis else repr(value)
 
 
-_PROPERTIES = frozenset({"Tensor.H", "Tensor.T", "Tensor.data", "Tensor.grad", "Tensor.imag", "Tensor.mH", "Tensor.mT"}) | {
-    "Tensor.real"
-}
+_PROPERTIES = frozenset(
+    {"Tensor.H", "Tensor.T", "Tensor.data", "Tensor.grad", "Tensor.imag", "Tensor.mH", "Tensor.mT"}
+) | {"Tensor.real"}
 
 
 def _assigned(results: Nested) -> str:

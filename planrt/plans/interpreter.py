@@ -193,7 +193,7 @@ class Program:
         # What `create_graph` leaves in `.grad` refers to its own leaf: memory that nothing would free.
         self._has_cycles = any(_may_create_graph(op) for op in plan.ops)
         last_use = {} if self._has_cycles else _last_uses(plan)
-        self._steps = [self._compile(op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
+        self._steps = [self._compile(index, op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
 
     def run(
         self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], *, isolated: bool = False
@@ -237,12 +237,16 @@ class Program:
         outputs = _filled(self._plan.outputs, slots)
         return map_leaves(outputs, _detached) if isolated else outputs
 
-    def _compile(self, op: Op, free: tuple[int, ...]) -> _Step:
+    def _function(self, index: int, op: Op) -> Callable[..., Any]:
+        """What step `index` calls."""
+        return self._functions[op.name]
+
+    def _compile(self, index: int, op: Op, free: tuple[int, ...]) -> _Step:
         kwargs = {key: map_leaves(value, self._resolved) for key, value in op.kwargs.items()}
         if op.name in table.FACTORIES and kwargs.get("device") is None and self._device.type != "cpu":
             kwargs["device"] = self._device
         return _Step(
-            function=self._functions[op.name],
+            function=self._function(index, op),
             arguments=self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
             kwargs=kwargs,
             kwargs_refs=any(True for _ in refs_in(kwargs)),

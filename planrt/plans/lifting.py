@@ -121,7 +121,7 @@ class StateRegistry:
         self.captured: list[tuple[TensorSpec, str | None]] = []
         """What and where: the tensors from outside that nobody named."""
         self._index: dict[int, int] = {}
-        self._names: dict[int, tuple[str, torch.Tensor]] = {}
+        self._names: dict[int, tuple[str, StateKind | None, torch.Tensor]] = {}
         self._bound: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
         for root in modules:
             for path, module in root.named_modules():
@@ -130,9 +130,10 @@ class StateRegistry:
             for name, tensor in (*root.named_parameters(), *root.named_buffers()):
                 self.name(tensor, f"loss.{name}")
 
-    def name(self, tensor: torch.Tensor, name: str) -> None:
-        """What `tensor` is to be called if the function uses it. Named tensors are captured without a notice."""
-        self._names.setdefault(id(tensor), (name, tensor))
+    def name(self, tensor: torch.Tensor, name: str, kind: StateKind | None = None) -> None:
+        """What `tensor` is to be called if the function uses it, and what kind of state it is. Named tensors are
+        captured without a notice."""
+        self._names.setdefault(id(tensor), (name, kind, tensor))
 
     def _lift(self, module: torch.nn.Module, prefix: str) -> None:
         registers: tuple[tuple[dict[str, Any], StateKind], ...] = (
@@ -180,12 +181,13 @@ class StateRegistry:
                 line=line,
             )
         check_plain(tensor, "a captured tensor", line=line)
-        kind: StateKind = "parameter" if tensor.requires_grad else "constant"
-        name, _ = self._names.get(id(tensor), (None, None))
+        name, kind, _ = self._names.get(id(tensor), (None, None, None))
         if name is None:
             self.captured.append((TensorSpec.of(tensor), line))
             name = f"captured.{len(self.entries)}"
-        index = self._add(self._unused(name), tensor, kind)
+        index = self._add(
+            self._unused(name), tensor, kind or ("parameter" if tensor.requires_grad else "constant")
+        )
         self.entries[index].hide_gradient()
         return index
 
@@ -200,7 +202,8 @@ class StateRegistry:
         taken = {entry.name for entry in self.entries}
         number, free = 1, name
         while free in taken:
-            number, free = number + 1, f"{name}_{number}"
+            number += 1
+            free = f"{name}_{number}"
         return free
 
     def notice(self, plan: str) -> None:

@@ -246,6 +246,10 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "Tensor.new_empty_strided": torch.Tensor.new_empty_strided,
 }
 
+UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {**SIZE_ARITHMETIC, **_EMPTY}
+"""Name -> plain function of the ops that planrt puts a check around: for running a plan under a recorder, which sees
+the calls that are made."""
+
 
 def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     """(name -> callable, torch function as a tracing mode sees it -> name)."""

@@ -6,7 +6,9 @@ The tracer runs a function twice, each time under a `Recorder`, and makes a plan
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -91,12 +93,13 @@ class Recorder(TorchFunctionMode):
         self.values: list[torch.Tensor] = []
         self._first_values = values
         self._specs = specs
-        self._registry = registry
+        self.registry = registry
         self._alive: list[torch.Tensor] = [*inputs]  # ids below stay unique while these live
         self._refs = {id(tensor): Ref(index) for index, tensor in enumerate(inputs)}
         self._results = 0
         self._grad_mode = True
         self._closed = False
+        self._at: str | None = None
         self._has_gradients = False
         self._optimizers = optimizers
         optimizers.on_step = self._on_step
@@ -121,6 +124,18 @@ class Recorder(TorchFunctionMode):
         """Break off the recording; also if the function catches the error."""
         self.failure = self.failure or TraceError(message, line=line)
         raise self.failure
+
+    @contextmanager
+    def at(self, line: str | None) -> Iterator[None]:
+        """What is recorded under this comes from `line`, if that is known."""
+        before, self._at = self._at, line
+        try:
+            yield
+        finally:
+            self._at = before
+
+    def _line(self) -> str | None:
+        return self._at or user_line()
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
@@ -151,9 +166,9 @@ class Recorder(TorchFunctionMode):
         if func is torch._assert and not isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)
         if name is None:
-            raise TraceError(seen.why_refused(func, resolve_name(func)), line=user_line())
+            raise TraceError(seen.why_refused(func, resolve_name(func)), line=self._line())
         if func in seen.FROM_ARRAY and seen.holds_array(args):
-            return self._constant(func(*args, **kwargs), user_line())
+            return self._constant(func(*args, **kwargs), self._line())
         self._check_modes()
         if name in GRADIENTS:
             return self._gradients(name, func, args, kwargs)
@@ -174,10 +189,12 @@ class Recorder(TorchFunctionMode):
             self._tensor_ref(tensor)  # a tensor from outside leaves its own gradient there
             grad = tensor.grad
             if grad is None or id(grad) in self._refs:
-                return grad  # whether there is one follows from the ops before, which are the same at every run
+                return (
+                    grad  # whether there is one follows from the ops before, which are the same at every run
+                )
             if not self._has_gradients:
                 raise TraceError(
-                    "a gradient that no recorded call made: use loss.backward()", line=user_line()
+                    "a gradient that no recorded call made: use loss.backward()", line=self._line()
                 )
         elif name != "Tensor.retain_grad":
             self._has_gradients = True
@@ -188,26 +205,26 @@ class Recorder(TorchFunctionMode):
         return self._write(name, recorded_args, recorded_kwargs, result)
 
     def _check_hooks(self) -> None:
-        for what, tensor in self._registry.named(self._alive[: len(self._specs)]):
+        for what, tensor in self.registry.named(self._alive[: len(self._specs)]):
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-                raise TraceError(f"{what} has hooks on its gradient; {seen.NO_HOOKS}", line=user_line())
+                raise TraceError(f"{what} has hooks on its gradient; {seen.NO_HOOKS}", line=self._line())
 
     def _on_step(self, optimizer: torch.optim.Optimizer, change: str | None) -> None:
         """Called before an optimizer's first step in this run."""
         with torch._C.DisableTorchFunction():  # nothing in here is the function's
-            self._registry.name_optimizer_state(optimizer)
+            self.registry.name_optimizer_state(optimizer)
         if change is not None:
-            self.failure = self.failure or SecondRunError(why_no_step(optimizer, change), line=user_line())
+            self.failure = self.failure or SecondRunError(why_no_step(optimizer, change), line=self._line())
             raise self.failure
 
     def _check_modes(self) -> None:
         """Modes that change what ops do, and that come about without a call that could be recorded."""
         if torch.is_inference_mode_enabled():
-            raise TraceError("inference_mode cannot be recorded: use torch.no_grad()", line=user_line())
+            raise TraceError("inference_mode cannot be recorded: use torch.no_grad()", line=self._line())
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise TraceError("torch.autocast cannot be recorded: use .to(dtype)", line=user_line())
+            raise TraceError("torch.autocast cannot be recorded: use .to(dtype)", line=self._line())
         if torch.is_grad_enabled() != self._grad_mode:  # its forward runs without, and nobody said no_grad
-            raise TraceError(LOST_BACKWARD, line=user_line())
+            raise TraceError(LOST_BACKWARD, line=self._line())
 
     def _emit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         return self._write(name, *self._recorded(name, args, kwargs), result)
@@ -223,7 +240,7 @@ class Recorder(TorchFunctionMode):
         return map_leaves(args, self._leaf), recorded
 
     def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        line = user_line()
+        line = self._line()
         results = self._named(result, line)
         try:
             packed = pack([name, encode(args), encode(kwargs), encode(results)])
@@ -231,7 +248,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"{name}: {error}", line=line) from None
         self.steps.append(Step(Op(name, args, kwargs, results), line, packed))
         if name == "Tensor.data" and FIRST_STATE <= args[0].index < FIRST_RESULT:
-            self._registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))
+            self.registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))
         return result
 
     def _named(self, result: Any, line: str | None) -> Nested:
@@ -268,28 +285,32 @@ class Recorder(TorchFunctionMode):
         ref = self._refs.get(id(tensor))
         if ref is not None:
             return ref
-        index = self._registry.find(tensor)
+        index = self.registry.find(tensor)
         if index is None:
-            line = user_line()
+            line = self._line()
             if self._first_values is not None:
                 raise SecondRunError(
                     "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a "
                     "custom autograd.Function, or by a library that works behind torch's public functions",
                     line=line,
                 )
-            index = self._registry.capture(tensor, line)
+            index = self.registry.capture(tensor, line)
         return Ref(FIRST_STATE + index)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Make `tensor` state of the plan, unless the recording knows it already."""
+        self._tensor_ref(tensor)
 
     def _constant(self, tensor: torch.Tensor, line: str | None) -> torch.Tensor:
         """A tensor made from an array outside: state, if both runs make the same one."""
         position = len(self.values)
         if self._first_values is None:
-            index = self._registry.capture(tensor, line)
+            index = self.registry.capture(tensor, line)
         else:
             first = self._first_values[position] if position < len(self._first_values) else None
             if first is None or first.shape != tensor.shape or not torch.equal(first, tensor):
                 raise SizesFixedError("an array turned into a tensor depends on the sizes", line=line)
-            index = self._registry.find(first) or 0
+            index = self.registry.find(first) or 0
         self.values.append(tensor)
         self._alive.append(tensor)
         self._refs[id(tensor)] = Ref(FIRST_STATE + index)
@@ -326,7 +347,7 @@ class Recorder(TorchFunctionMode):
     def _number(self, name: str, args: tuple[Any, ...], value: Any) -> Any:
         ref = self._new_ref()
         packed = pack([name, encode(args), encode(ref)])
-        self.steps.append(Step(Op(name, args, {}, ref), user_line(), packed, value))
+        self.steps.append(Step(Op(name, args, {}, ref), self._line(), packed, value))
         return traced(value, ref, self)
 
     # The end of a run
@@ -343,7 +364,7 @@ class Recorder(TorchFunctionMode):
 
     def _write_back_buffers(self) -> None:
         """``self.n = self.n + 1`` binds a new tensor to a buffer: copy it into the old one instead."""
-        for name, old, new in self._registry.rebound():
+        for name, old, new in self.registry.rebound():
             if not isinstance(new, torch.Tensor) or TensorSpec.of(new) != TensorSpec.of(old):
                 raise TraceError(f"the module gives its state {name!r} another shape or dtype: a plan cannot")
             source = self._tensor_ref(new)
@@ -378,6 +399,23 @@ def _plain(leaf: Any) -> Any:
     return leaf
 
 
+class _Active(threading.local):
+    recorder: Recorder | None = None
+
+
+_active = _Active()
+
+
+def active_recorder() -> Recorder | None:
+    """The recorder under which this thread runs a function."""
+    return _active.recorder
+
+
+def recording() -> bool:
+    """Whether this thread is recording a plan: a plan that is called then is to be inlined."""
+    return _active.recorder is not None
+
+
 def run_once(
     function: Callable[..., Any],
     examples: Sequence[torch.Tensor],
@@ -398,6 +436,7 @@ def run_once(
     recorder = Recorder(inputs, specs, registry, values, optimizers)
     try:
         with torch.enable_grad(), _UnseenWrites(recorder), recorder:
+            _active.recorder = recorder
             outputs = function(*inputs)
         if recorder.failure is not None:
             raise recorder.failure
@@ -412,3 +451,5 @@ def run_once(
             f"the function failed on its example arguments: {type(error).__name__}: {reason}",
             line=line_of_error(error),
         ) from error
+    finally:
+        _active.recorder = None

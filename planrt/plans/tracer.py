@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from planrt.errors import TraceError
+from planrt.errors import PlanrtError, TraceError
 from planrt.plans.graph import Graph, Op, refs_in, show
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, SIZE_OPS
-from planrt.plans.recorder import FIRST_STATE, SecondRunError, SizesFixedError, Step, run_once
+from planrt.plans.recorder import FIRST_STATE, SecondRunError, SizesFixedError, Step, recording, run_once
+from planrt.plans.source import user_line
 from planrt.serde.values import encode, pack
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
@@ -96,6 +97,10 @@ def record(
     With `own_gradients` False, a recording that differentiates works on the gradients of whoever runs it: for
     callers that run autograd over the plan as a whole, on tensors that are theirs.
     """
+    if recording():
+        raise TraceError(
+            "a plan cannot be built while another one is recorded: build it before, and call it", line=user_line()
+        )
     free = _checked_free_dims(examples, free_dims)
     specs = tuple(
         TensorSpec.of(example, free_dims=dims) for example, dims in zip(examples, free, strict=True)
@@ -108,11 +113,15 @@ def record(
             second, other_outputs = run_once(function, others, specs, registry, undo.optimizers, first.values)
         except SecondRunError:
             raise
-        except TraceError as error:
-            raise SizesFixedError(f"cannot leave the free sizes open, with them doubled: {error}") from error
+        except PlanrtError as error:
+            refused = SizesFixedError(f"cannot leave the free sizes open, with them doubled: {error}")
+            refused.line = error.line if isinstance(error, TraceError) else None  # which is in the message
+            raise refused from error
     for entry in registry.entries:
         if entry.reshaped:
-            raise TraceError(f"the function gives its state {entry.name!r} another shape in place: a plan cannot")
+            raise TraceError(
+                f"the function gives its state {entry.name!r} another shape in place: a plan cannot"
+            )
     _compare(first.steps, second.steps)
     if pack(outputs[1]) != pack(other_outputs[1]):
         raise SizesFixedError("the function returns something else when its free sizes change")

@@ -117,7 +117,9 @@ def trace_model(
     recordings = {}
     for training in (True, False):
         with _mode([*modules, *loss_modules], training=training):
-            recordings[training] = record(step, (data, target), registry=registry, free_dims=free, own_gradients=False)
+            recordings[training] = record(
+                step, (data, target), registry=registry, free_dims=free, own_gradients=False
+            )
     registry.notice(type(model).__name__)
 
     def plan(mode: str, recording: Recording) -> Graph:

@@ -140,7 +140,9 @@ def test_gradients_as_results():
         return torch.autograd.grad(F.cross_entropy(x @ w, y), [w, x])
 
     w = torch.randn(4, 3)
-    plan = trace(gradients, [X.clone().requires_grad_(), Y, w.clone().requires_grad_()], free_dims=[[0], [0], []])
+    plan = trace(
+        gradients, [X.clone().requires_grad_(), Y, w.clone().requires_grad_()], free_dims=[[0], [0], []]
+    )
     for x, y in BATCHES:
         wanted = gradients(x.clone().requires_grad_(), y, w.clone().requires_grad_())
         for a, b in zip(execute(plan, [x, y, w]), wanted, strict=True):
@@ -445,7 +447,9 @@ def test_every_optimizer_is_recorded_faithfully_or_refused_with_a_reason(name, o
         if name in RECORDED:
             plan = same_steps(step, net)
             assert inside or len(plan.state) == 2 + sum(
-                isinstance(value, torch.Tensor) for entry in optimizer.state.values() for value in entry.values()
+                isinstance(value, torch.Tensor)
+                for entry in optimizer.state.values()
+                for value in entry.values()
             )
             continue
         with pytest.raises(TraceError, match=rf"optimizer {name} cannot step in a plan: ") as caught:
@@ -460,7 +464,8 @@ def test_state_of_an_optimizer_has_readable_names_and_is_carried_on():
     step, net, optimizer = stepping("SGD", {"momentum": 0.9})
     step(X, Y)
     buffers = [
-        (f"{name}.momentum_buffer", optimizer.state[p]["momentum_buffer"]) for name, p in net.named_parameters()
+        (f"{name}.momentum_buffer", optimizer.state[p]["momentum_buffer"])
+        for name, p in net.named_parameters()
     ]
     same_steps(step, net, extra=buffers)
 
@@ -514,7 +519,9 @@ def test_hooks_would_be_lost():
         lambda net: net[0].weight.register_post_accumulate_grad_hook(lambda p: None),
     ):
         net = hooked(hook)
-        with pytest.raises(TraceError, match="state '0.weight' has hooks on its gradient; a plan would lose") as e:
+        with pytest.raises(
+            TraceError, match="state '0.weight' has hooks on its gradient; a plan would lose"
+        ) as e:
             trace(by_hand(net), [X, Y], modules=[net])
         assert "test_gradients.py" in e.value.line
     net = mlp()
@@ -530,13 +537,18 @@ def test_hooks_would_be_lost():
     with pytest.raises(TraceError, match="grad_fn.register_hook cannot be recorded") as caught:
         trace(inside, [X, torch.ones(4, requires_grad=True)])
     assert caught.value.line == line_of(inside)
-    assert trace(lambda w: (w * 2).grad_fn.name(), [torch.ones(4, requires_grad=True)]).outputs == "MulBackward0"
+    assert (
+        trace(lambda w: (w * 2).grad_fn.name(), [torch.ones(4, requires_grad=True)]).outputs == "MulBackward0"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda w: setattr(w, "data", torch.ones(4)), r"assigning to .data gives a tensor other memory.* use .copy_"),
+        (
+            lambda w: setattr(w, "data", torch.ones(4)),
+            r"assigning to .data gives a tensor other memory.* use .copy_",
+        ),
         (lambda w: w.detach().set_(torch.ones(4)), r"set_ gives a tensor other memory"),
         (lambda w: setattr(w, "_grad", w), "_grad"),
     ],
