@@ -40,6 +40,10 @@ class PlanrtError(Exception):
     """Root of every error raised by planrt."""
 
 
+class PlanWarning(UserWarning):
+    """A plan was recorded, with something in it that its author may not have meant; the message says what."""
+
+
 class LocalError(PlanrtError):
     """The caller misused planrt; the message says which call and what to write instead."""
 

@@ -20,7 +20,7 @@ from planrt.errors import ExecutionError, PlanArgumentError, PlanError
 from planrt.plans import ops as table
 from planrt.plans.graph import Graph, Op, refs_in
 from planrt.serde.values import DEVICE
-from planrt.types import Nested, Ref, TensorSpec, map_leaves
+from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,11 @@ def run(
     `device` is by default that of the first tensor given. The grad mode is the caller's: a plan may turn it
     off for a while, never on, and it is restored. Ops that work in place change the tensors given here.
 
+    A plan that differentiates gets the tensors detached and its own grad mode, and its results are detached: it
+    cannot reach a graph or a `.grad` of the caller.
+
     Raises:
+        PlanError: a plan that differentiates, under `torch.inference_mode`.
         PlanArgumentError: wrong number, shape or dtype of inputs or state; names which.
         ExecutionError: an op failed; carries its name, place and line, and torch's error as cause.
     """
@@ -59,7 +63,9 @@ def run(
     where = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
     if any(tensor.device != where for tensor in given):
         inputs, state = ([tensor.to(where) for tensor in part] for part in (inputs, state))
-    return program(plan, where).run(inputs, state)
+    if plan.differentiates and torch.is_inference_mode_enabled():
+        raise PlanError(f"plan {plan.name!r} computes gradients: run it outside torch.inference_mode()")
+    return program(plan, where).run(inputs, state, isolated=plan.differentiates)
 
 
 def execute(
@@ -184,16 +190,29 @@ class Program:
         self._constants: list[Any] = []
         results = [len(list(refs_in(op.results))) for op in plan.ops]
         self._slots = self._size + sum(results)  # constants follow the plan's own values
-        last_use = _last_uses(plan)
-        self._steps = [self._compile(op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
-        self._switches_grad = any(step.kind is _Kind.GRAD_MODE for step in self._steps)
+        # What `create_graph` leaves in `.grad` refers to its own leaf: memory that nothing would free.
+        self._has_cycles = any(_may_create_graph(op) for op in plan.ops)
+        last_use = {} if self._has_cycles else _last_uses(plan)
+        self._steps = [self._compile(index, op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
 
-    def run(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Execution:
-        """Run on arguments that are known to fit; see `run` of the module."""
-        slots = [*inputs, *state, *([None] * (self._slots - self._size)), *self._constants]
-        grad_mode = torch.is_grad_enabled()
+    def run(
+        self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], *, isolated: bool = False
+    ) -> Execution:
+        """Run on arguments that are known to fit; see `run` of the module.
+
+        `isolated` keeps autograd inside: what comes in and goes out is detached. Without it, a plan that
+        differentiates works on the caller's gradients, as if its ops were written there.
+        """
+        given = [*inputs, *state]
+        if isolated:
+            given = [tensor.detach() for tensor in given]
+        slots = [*given, *([None] * (self._slots - self._size)), *self._constants]
+        caller_mode = torch.is_grad_enabled()
+        grad_mode = caller_mode or self._plan.differentiates
         index = 0
         try:
+            if not caller_mode and grad_mode:
+                torch.set_grad_enabled(True)
             for index, step in enumerate(self._steps):  # the handler below names the step
                 kwargs = _filled(step.kwargs, slots) if step.kwargs_refs else step.kwargs
                 if step.kind is _Kind.CALL:
@@ -211,16 +230,23 @@ class Program:
         except Exception as error:
             raise _failure(self._plan, index, error) from error
         finally:
-            if self._switches_grad:
-                torch.set_grad_enabled(grad_mode)
-        return _filled(self._plan.outputs, slots)
+            if torch.is_grad_enabled() is not caller_mode:
+                torch.set_grad_enabled(caller_mode)
+            if isolated and self._has_cycles:
+                _drop_gradients(slots)
+        outputs = _filled(self._plan.outputs, slots)
+        return map_leaves(outputs, _detached) if isolated else outputs
 
-    def _compile(self, op: Op, free: tuple[int, ...]) -> _Step:
+    def _function(self, index: int, op: Op) -> Callable[..., Any]:
+        """What step `index` calls."""
+        return self._functions[op.name]
+
+    def _compile(self, index: int, op: Op, free: tuple[int, ...]) -> _Step:
         kwargs = {key: map_leaves(value, self._resolved) for key, value in op.kwargs.items()}
         if op.name in table.FACTORIES and kwargs.get("device") is None and self._device.type != "cpu":
             kwargs["device"] = self._device
         return _Step(
-            function=self._functions[op.name],
+            function=self._function(index, op),
             arguments=self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
             kwargs=kwargs,
             kwargs_refs=any(True for _ in refs_in(kwargs)),
@@ -253,6 +279,22 @@ def _kind(name: str) -> _Kind:
     if name in table.PEER_OPS:
         return _Kind.PEER
     return _Kind.GRAD_MODE if name == _GRAD_SWITCH else _Kind.CALL
+
+
+def _may_create_graph(op: Op) -> bool:
+    position = 3  # of `create_graph`, in Tensor.backward and in autograd.backward
+    create_graph = op.args[position] if len(op.args) > position else op.kwargs.get("create_graph", False)
+    return op.name in table.PLANS_ONLY and create_graph is not False
+
+
+def _drop_gradients(slots: list[Any]) -> None:
+    for value in leaves(slots):
+        if isinstance(value, torch.Tensor) and (value.is_leaf or value.retains_grad):
+            value.grad = None
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:

@@ -246,6 +246,10 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "Tensor.new_empty_strided": torch.Tensor.new_empty_strided,
 }
 
+UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {**SIZE_ARITHMETIC, **_EMPTY}
+"""Name -> plain function of the ops that planrt puts a check around: for running a plan under a recorder, which sees
+the calls that are made."""
+
 
 def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     """(name -> callable, torch function as a tracing mode sees it -> name)."""
@@ -279,8 +283,26 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     names.setdefault(torch._C._VariableFunctions.meshgrid, "torch.meshgrid")  # type: ignore[attr-defined]
     table["torch.set_grad_enabled"] = torch._C._set_grad_enabled
     names[torch._C._set_grad_enabled] = "torch.set_grad_enabled"
+    table.update(GRADIENTS)
+    for function in (torch.Tensor.backward, torch.Tensor.retain_grad):
+        names[function] = f"Tensor.{function.__name__}"
+    for function in (torch.autograd.backward, torch.autograd.grad):
+        names[function] = f"autograd.{function.__name__}"
+    grad: Any = torch.Tensor.grad
+    names[grad.__get__], names[grad.__set__] = "Tensor.grad", "Tensor.grad.__set__"
     return table, names
 
+
+GRADIENTS: Final[dict[str, Callable[..., Any]]] = {
+    "Tensor.backward": torch.Tensor.backward,
+    "Tensor.grad": lambda tensor: tensor.grad,
+    "Tensor.grad.__set__": lambda tensor, grad: setattr(tensor, "grad", grad),
+    "Tensor.retain_grad": torch.Tensor.retain_grad,
+    "autograd.backward": torch.autograd.backward,
+    "autograd.grad": torch.autograd.grad,
+}
+"""What differentiates: part of the table. A plan with one of these works on gradients of its own, which begin
+empty at every run; see `planrt.plans.graph.Graph.differentiates`."""
 
 TABLE, _NAMES = _build_table()
 
@@ -293,14 +315,18 @@ def _set_from_tensor(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor
 
 
 EAGER: Final[dict[str, Callable[..., Any]]] = {
-    "Tensor.grad": lambda tensor: tensor.grad,
-    "Tensor.grad.__set__": lambda tensor, grad: setattr(tensor, "grad", grad),
     "Tensor.data.__set__": lambda tensor, data: setattr(tensor, "data", data),
-    "Tensor.retain_grad": torch.Tensor.retain_grad,
     "Tensor.set_": _set_from_tensor,
-    "autograd.grad": torch.autograd.grad,
 }
-"""What pointers can do besides, and plans cannot: gradients, and giving a tensor other memory."""
+"""What pointers can do besides, and plans cannot: giving a tensor other memory. A plan changes its state by
+writing into it; state that took other memory would not be what the plan's owner holds."""
+
+PLANS_ONLY: Final = frozenset({"Tensor.backward", "autograd.backward"})
+"""What plans can do besides, and posted ops cannot: a backward pass. Clients ask for one by a request of its own
+(`planrt.workers.messages.Backward`), because it labels the gradients it leaves."""
+
+REQUIRES_GRAD: Final = "Tensor.requires_grad_"
+"""The op that makes a leaf. On the table like any method; it makes a plan one that differentiates."""
 
 TABLE_HASH: Final = hashlib.sha256("\n".join(sorted({*TABLE, *EAGER})).encode()).hexdigest()
 """SHA-256 (hex) over the sorted names: equal on two sides exactly when they know the same ops."""
@@ -401,10 +427,10 @@ def lookup_eager(name: str) -> Callable[..., Any]:
     """The callable behind `name`, for an op that a pointer posted.
 
     Raises:
-        OpNotAllowedError: `name` is neither on the table nor in `EAGER`.
+        OpNotAllowedError: `name` is neither on the table nor in `EAGER`, or only plans have it.
     """
     function = TABLE.get(name) or EAGER.get(name)
-    if function is None:
+    if function is None or name in PLANS_ONLY:
         raise OpNotAllowedError(f"op {name[:80]!r} is not on the table of ops that workers run")
     return function
 

@@ -23,10 +23,11 @@ import torch
 from planrt.errors import LocalError, PlanArgumentError, PlanError, TraceError
 from planrt.plans.graph import Graph
 from planrt.plans.holding import hold
+from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
 from planrt.plans.lifting import StateRegistry
 from planrt.plans.record import PlanRecord, state_hash
-from planrt.plans.recorder import SizesFixedError
+from planrt.plans.recorder import SizesFixedError, active_recorder
 from planrt.plans.signature import Signature, recorded_signature
 from planrt.plans.tracer import assemble, record
 from planrt.types import FREE
@@ -300,6 +301,8 @@ class Plan(torch.nn.Module):
         if self._record is None:
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
+        if active_recorder() is not None:
+            return inline(self.graph, inputs, self.state_tensors())
         for tensor in inputs:
             location = getattr(tensor, "location", None)
             if location is not None:

@@ -36,6 +36,14 @@ def user_line() -> str | None:
     return None
 
 
+def frames_to_user() -> int:
+    """How many frames up from the caller the user's own code is: a `stacklevel` for the caller's warnings, less 1."""
+    frame, count = sys._getframe(1), 0
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame, count = frame.f_back, count + 1
+    return count
+
+
 def line_of_error(error: BaseException) -> str | None:
     """``file:line`` of the innermost frame outside torch and planrt that `error` passed through."""
     line: str | None = None

@@ -53,6 +53,8 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     Raises:
         PlanError: no TorchScript can be made of it; the message says why.
     """
+    if plan.differentiates:
+        raise PlanError(f"plan {plan.name!r} computes gradients, which TorchScript cannot")
     if any(op.name == "torch.set_grad_enabled" for op in plan.ops):
         raise PlanError(f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose")
     if not examples:

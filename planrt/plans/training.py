@@ -117,7 +117,10 @@ def trace_model(
     recordings = {}
     for training in (True, False):
         with _mode([*modules, *loss_modules], training=training):
-            recordings[training] = record(step, (data, target), registry=registry, free_dims=free)
+            recordings[training] = record(
+                step, (data, target), registry=registry, free_dims=free, own_gradients=False
+            )
+    registry.notice(type(model).__name__)
 
     def plan(mode: str, recording: Recording) -> Graph:
         name = f"{type(model).__name__} ({mode})"
@@ -281,7 +284,7 @@ def evaluate(
             check_inputs(plan, batch)
             inputs = _own(batch, device)
             loss, prediction = drive(compiled.run(inputs, values))
-            losses.append(loss)
+            losses.append(loss.detach())
             sizes.append(_sample_count(batch))
             if bins:
                 counts += _class_counts(prediction, inputs[1], bins)

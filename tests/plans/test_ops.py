@@ -28,7 +28,7 @@ NEVER = [
     "item", "tolist", "numpy", "data_ptr", "as_strided", "as_strided_", "set_", "apply_", "map_", "map2_",
     "register_hook", "storage", "untyped_storage", "resize_", "resize_as_", "share_memory_", "pin_memory",
     "__reduce_ex__", "__setstate__", "__array__", "__bool__", "__float__", "__int__", "__dlpack__", "new",
-    "backward", "load", "save", "from_file", "frombuffer", "from_numpy", "compile", "equal", "is_nonzero",
+    "load", "save", "from_file", "frombuffer", "from_numpy", "compile", "equal", "is_nonzero",
     "manual_seed", "set_num_threads", "set_default_dtype", "record_stream", "module_load", "type",
 ]  # fmt: skip
 
@@ -213,7 +213,7 @@ def test_every_listed_name_is_well_formed_though_this_torch_may_lack_it():
     assert [name for name in LEFT_OUT_NAMES if not well_formed.fullmatch(name)] == []
     assert [
         name for name in ops.TABLE
-        if not well_formed.fullmatch(name) and name not in ops.SIZE_ARITHMETIC
+        if not well_formed.fullmatch(name) and name not in {*ops.SIZE_ARITHMETIC, *ops.GRADIENTS}
     ] == []  # fmt: skip
     for reason in LEFT_OUT:
         assert re.fullmatch(r"[a-z].*[^.\s]", reason), f"{reason!r} ends up in the middle of a sentence"
@@ -224,7 +224,7 @@ def test_every_listed_name_is_well_formed_though_this_torch_may_lack_it():
 def test_the_review_agrees_with_what_recorders_and_pointers_answer_themselves():
     by_reason = {reason: {*names.split()} for reason, names in LEFT_OUT.items()}
     metadata = by_reason["it is metadata, answered without the worker"]
-    answered = seen.METADATA | seen.SHAPE_READS | seen.SIZE_READS | seen.COUNT_READS
+    answered = seen.METADATA | seen.SHAPE_READS | seen.SIZE_READS | seen.COUNT_READS | {seen.GRAD_FN}
     present = {name: function_at(name) for name in metadata if function_at(name) is not None}
     assert {*present.values()} <= answered
     assert {name for name, function in torchs_own_list().items() if function in answered} <= (
