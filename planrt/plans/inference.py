@@ -184,10 +184,8 @@ def _infer(
     twin_args, twin_kwargs = map_leaves(args, twin_of), map_leaves(kwargs, twin_of)
     try:
         result = function(*twin_args, **twin_kwargs)
-    except NotImplementedError as error:
-        raise _UnforeseeableError from error
     except Exception as error:
-        if "meta" in str(error).lower() or type(error).__module__.startswith("torch."):
+        if needs_values(error):
             raise _UnforeseeableError from error
         raise
 
@@ -208,6 +206,13 @@ def _infer(
         if after is not before:
             changed.append((number, after))
     return Inferred(results, tuple(changed))
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether an op that failed on meta tensors did so because it needs values, not because its arguments are wrong."""
+    if isinstance(error, NotImplementedError):
+        return True
+    return "meta" in str(error).lower() or type(error).__module__.startswith("torch.")
 
 
 def _map_results(value: Any, change: Callable[[Any], Any]) -> Any:

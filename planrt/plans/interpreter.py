@@ -184,7 +184,7 @@ class Program:
         self._constants: list[Any] = []
         results = [len(list(refs_in(op.results))) for op in plan.ops]
         self._slots = self._size + sum(results)  # constants follow the plan's own values
-        last_use = _last_uses(plan)
+        last_use = last_uses(plan)
         self._steps = [self._compile(op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
         self._switches_grad = any(step.kind is _Kind.GRAD_MODE for step in self._steps)
 
@@ -209,7 +209,7 @@ class Program:
                 for slot in step.free:
                     slots[slot] = None
         except Exception as error:
-            raise _failure(self._plan, index, error) from error
+            raise failure(self._plan, index, error) from error
         finally:
             if self._switches_grad:
                 torch.set_grad_enabled(grad_mode)
@@ -255,7 +255,7 @@ def _kind(name: str) -> _Kind:
     return _Kind.GRAD_MODE if name == _GRAD_SWITCH else _Kind.CALL
 
 
-def _last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
+def last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
     """Op index -> the op results and inputs that nothing after it needs. State stays: its owner holds it."""
     first_state = len(plan.inputs)
     first_result = first_state + len(plan.state)
@@ -290,7 +290,8 @@ def _store(results: Nested, value: Any, slots: list[Any]) -> None:
         _store(part, item, slots)
 
 
-def _failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
+def failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
+    """The error that names the op of `plan` at which `error` came up."""
     op = plan.ops[index]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = str(op)
