@@ -8,6 +8,7 @@
     │   │   ├── PlanArgumentError      wrong number, shape or dtype of arguments (also a ValueError)
     │   │   ├── OpNotAllowedError      an op that is not in the fixed table
     │   │   └── PolicyError            a plan breaks a rule of a data owner; names op, line and rule
+    │   ├── ApprovalError          the record of an owner's decisions is broken, full, or cannot take this one
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
@@ -92,6 +93,10 @@ class PolicyError(PlanError):
         self.op = op
         self.index = index
         self.line = line
+
+
+class ApprovalError(LocalError):
+    """The record of a data owner's decisions is broken or full, or a decision cannot be made."""
 
 
 class ExecutionError(LocalError):

@@ -32,6 +32,7 @@ _DIFFERENTIATING = frozenset(
         "autograd.backward", "autograd.grad",
     }
 )  # fmt: skip
+_Output = tuple[str, TensorSpec | Unforeseen | None, Info]
 _NO_ROWS = lost("a tensor without dimensions")
 
 
@@ -139,7 +140,7 @@ class _Analysis:
 
     def make(
         self,
-        outputs: Sequence[tuple[str, TensorSpec | Unforeseen | None, Info]],
+        outputs: Sequence[_Output],
         sources: Sequence[Info],
         output_bytes: int,
         peak: int,
@@ -238,7 +239,8 @@ class _Composed(_Analysis):
             self._step(index, op)
             for slot in freed.get(index, ()):
                 self._free(self.values.pop(slot, None))
-        outputs, output_bytes = [], 0
+        outputs: list[_Output] = []
+        output_bytes = 0
         for path, leaf in _paths(graph.outputs):
             value = self.values[leaf.index] if isinstance(leaf, Ref) else leaf
             if not isinstance(value, _Value):
@@ -438,7 +440,8 @@ class _Whole(_Analysis):
             if not isinstance(error.__cause__, Exception) or not needs_values(error.__cause__):
                 raise
             return self._cut_off(tensors)
-        outputs, output_bytes = [], 0
+        outputs: list[_Output] = []
+        output_bytes = 0
         for path, leaf in _paths(results):
             if isinstance(leaf, torch.Tensor):
                 like = TensorSpec.of(leaf)
@@ -482,7 +485,7 @@ class _Whole(_Analysis):
             if any(isinstance(leaf, Ref) for leaf in written):  # through views it may be any source
                 for source in range(len(self.sources)):
                     self.written.setdefault(source, []).append(index)
-        outputs = [
+        outputs: list[_Output] = [
             (path, Unforeseen() if isinstance(leaf, Ref) else None, everything)
             for path, leaf in _paths(self.graph.outputs)
         ]
@@ -525,8 +528,7 @@ def _bound(name: str, args: Sequence[Any]) -> int | None:
     if word in ("unique", "unique_consecutive"):
         return entries * (like.dtype.itemsize + 16)  # values, where each went, how many there are
     if word == "masked_select" and len(args) > 1 and isinstance(args[1], _Value) and args[1]._spec:
-        both = torch.broadcast_shapes(like.shape, args[1]._spec.shape)
-        return math.prod(both) * like.dtype.itemsize
+        return entries * math.prod(args[1]._spec.shape) * like.dtype.itemsize  # as far as broadcasting can go
     if word == "__getitem__" and isinstance(args[1], _Value) and args[1]._spec:
         return entries * like.dtype.itemsize if args[1]._spec.dtype == torch.bool else None
     return None

@@ -151,7 +151,9 @@ def _described(
         key = tracker.memory(leaf)
         base = numbers.get(key, -1)
         now = _spec_of(leaf)
-        same = base >= 0 and (leaf is twins[base] or (now is before[base][1] and leaf.storage_offset() == 0))
+        same = base >= 0 and (
+            leaf is twins[base] or (now is before[base][1] and int(leaf.storage_offset()) == 0)
+        )
         return Made(now, places.get(key, -1), base, same, _links(tracker.info(leaf), before))
 
     written, reshaped = [], []

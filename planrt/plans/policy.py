@@ -45,8 +45,10 @@ from planrt.plans.report import count_bytes, count_flops
 
 Approval = Literal["open", "list", "ask"]
 
-_UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_UNITS_10: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS: Final = {
+    "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
 ALL_PRIVATE: Final = "*"
 """The tag of a release rule for everything private, tagged or not."""
 
@@ -192,7 +194,7 @@ class Policy:
         )
 
     def __str__(self) -> str:
-        limits = [
+        limits: list[tuple[str, float | None, Callable[[Any], str]]] = [
             ("ops", self.max_ops, "{:,}".format),
             ("computation", self.max_flops, count_flops),
             ("memory", self.max_memory, count_bytes),
@@ -246,13 +248,11 @@ def _bytes(key: str, value: Any) -> Any:
     """A number of bytes, ``"512 MiB"`` or ``"none"``."""
     if not isinstance(value, str) or value == "none":
         return _limit(key, value)
-    number, unit = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]+)", value.strip()) or ["", "", ""], ""
-    if number[1] and number[1].count(".") <= 1 and number[1] != ".":
-        unit = number[2]
-    size = {**_UNITS, **_UNITS_10}.get(unit)
-    if size is None:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value.strip())
+    size = _UNITS.get(found[2]) if found else None
+    if found is None or size is None:
         raise OptionError(f'{key} must be a number of bytes, or as "512 MiB", or "none": got {value!r}')
-    return int(float(number[1]) * size)
+    return int(float(found[1]) * size)
 
 
 def _list(key: str, value: Any) -> tuple[str, ...]:

@@ -178,9 +178,9 @@ class Report:
         )
 
     def with_violations(
-        self, violations: Sequence[Violation], version: str, tags: dict[int, tuple[str, ...]]
+        self, violations: Sequence[Violation], version: str | None, tags: dict[int, tuple[str, ...]]
     ) -> Report:
-        """A copy that a policy was held against."""
+        """A copy with what a policy (by its version, None for none) says, and the tags of inputs."""
         return replace(self, violations=tuple(violations), policy_version=version, tags=tags)
 
     def __str__(self) -> str:

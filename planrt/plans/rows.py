@@ -44,10 +44,10 @@ class Digit(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """`count` positions, each with its own `done` rows. `order` tells which rows were picked, in which order: axes of
+    """`length` positions, each with its own `done` rows. `order` tells which rows were picked, in which order: axes of
     equal order and digits have the same rows at the same positions. `partial`: the rest of the dimension is others'."""
 
-    count: int
+    length: int
     digits: tuple[Digit, ...]
     done: int = 1
     order: tuple[Any, ...] = ()
@@ -179,15 +179,16 @@ def _follow(axis: Axis, shape: Sequence[int], fates: Sequence[Trace]) -> Trace:
         options.append(found)
     axes, least = [], NO_AGGREGATE
     for choice in product(*options):
-        done, rest = axis.done, []
+        done = axis.done
+        rest: list[Digit] = []
         for digit, placed in zip(axis.digits, choice, strict=True):
             if placed is None:
                 done *= digit.size
             else:
                 rest += placed
         if rest or not axis.digits:
-            count = axis.count * axis.done // done
-            axes.append(axis._replace(count=count, digits=_joined(rest), done=done))
+            length = axis.length * axis.done // done
+            axes.append(axis._replace(length=length, digits=_joined(rest), done=done))
         else:
             least = min(least, done)
     return Trace(tuple(axes), least, kinds)
@@ -199,7 +200,7 @@ def _follow_whole(axis: Axis, fate: Trace) -> Trace:
         return fate
     axes = []
     for new in fate.axes:
-        axes.append(Axis(new.count, new.digits, axis.done * new.done, axis.order + new.order, new.partial))
+        axes.append(Axis(new.length, new.digits, axis.done * new.done, axis.order + new.order, new.partial))
     least = fate.least if fate.least == NO_AGGREGATE else axis.done * fate.least
     return Trace(tuple(axes), least, fate.kinds)
 
@@ -212,10 +213,10 @@ def _follow_partial(axis: Axis, size: int, fate: Trace) -> Trace:
         return lost("partial aggregate")
     axes = []
     for new in fate.axes:
-        if new.count != size or len(new.digits) != 1 or new.partial or new.done != 1:
+        if new.length != size or len(new.digits) != 1 or new.partial or new.done != 1:
             return lost("part of joined rows")
         axes.append(axis._replace(digits=new.digits, order=axis.order + new.order))
-    least = NO_AGGREGATE if fate.least == NO_AGGREGATE else axis.done * axis.count
+    least = NO_AGGREGATE if fate.least == NO_AGGREGATE else axis.done * axis.length
     return Trace(tuple(axes), least, fate.kinds)
 
 
@@ -289,5 +290,5 @@ def _unchanged(fates: Sequence[Trace]) -> Iterator[tuple[int, int]]:
     for dim, fate in enumerate(fates):
         if len(fate.axes) == 1 and fate.least == NO_AGGREGATE:
             axis = fate.axes[0]
-            if len(axis.digits) == 1 and axis == keep(axis.digits[0].dim, axis.count).axes[0]:
+            if len(axis.digits) == 1 and axis == keep(axis.digits[0].dim, axis.length).axes[0]:
                 yield axis.digits[0].dim, dim

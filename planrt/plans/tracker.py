@@ -35,7 +35,7 @@ class _Cell:
         self.op = op
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows everything that runs under it. Tensors that come from outside are announced by `register`.
 
     Attributes:
@@ -48,7 +48,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.live = 0
         self.peak = 0
@@ -69,7 +69,7 @@ class Tracker(TorchDispatchMode):
 
     def memory(self, tensor: torch.Tensor) -> int:
         """A number that tensors share which share memory."""
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def allocated(self, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
         """Memory -> bytes, of those of these tensors whose memory the running op allocated."""

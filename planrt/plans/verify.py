@@ -93,8 +93,8 @@ def _limits(report: Report, policy: Policy) -> Iterator[Violation]:
         ("max_output_bytes", totals.output_bytes, policy.max_output_bytes, count_bytes, None, "outputs"),
     ]
     if policy.max_input_bytes is not None and totals.input_bytes > policy.max_input_bytes:
-        have, most = count_bytes(totals.input_bytes), count_bytes(policy.max_input_bytes)
-        yield Violation("max_input_bytes", f"inputs of {have} are more than the {most} that are allowed")
+        inputs, most = count_bytes(totals.input_bytes), count_bytes(policy.max_input_bytes)
+        yield Violation("max_input_bytes", f"inputs of {inputs} are more than the {most} allowed")
     for rule, have, limit, show, worst, what in limits:
         if limit is None:
             continue

@@ -199,22 +199,13 @@ def inner(count: int) -> Callable[[Call], Links]:
     """Works on the last `count` dimensions: pooling, padding, matrix decompositions. Dimensions before stay."""
 
     def rule(call: Call) -> Links:
-        result: Links = []
-        for output in call.outputs:
-            every = []
-            for tensor in call.tensors:
-                shape = call.shape(tensor)
-                lead = len(shape) - count
-                fits = lead >= 0 and list(shape[:lead]) == list(output.shape[:lead])
-                every.append(
-                    linked(
-                        call,
-                        tensor,
-                        lambda dim, size, lead=lead, fits=fits: dim if fits and dim < lead else None,
-                    )
-                )
-            result.append(every)
-        return result
+        return [[last_mixed(call, tensor, output) for tensor in call.tensors] for output in call.outputs]
+
+    def last_mixed(call: Call, tensor: torch.Tensor, output: torch.Tensor) -> Link:
+        shape = call.shape(tensor)
+        lead = len(shape) - count
+        fits = lead >= 0 and list(shape[:lead]) == list(output.shape[:lead])
+        return linked(call, tensor, lambda dim, size: dim if fits and dim < lead else None)
 
     return rule
 

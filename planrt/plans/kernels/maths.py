@@ -22,21 +22,16 @@ def contract(names: str, equation: str) -> Callable[[Call], Links]:
         every = []
         for name, letters in pairs:
             tensor = call[name]
-            if not isinstance(tensor, torch.Tensor):
-                continue
             if letters == "*":
                 every.append(aligned(call, tensor, call.outputs[0].shape))
-                continue
-            every.append(
-                linked(
-                    call,
-                    tensor,
-                    lambda dim, size, letters=letters: (
-                        result.index(letters[dim]) if letters[dim] in result else fold(size, "matmul")
-                    ),
-                )
-            )
+            else:
+                every.append(linked(call, tensor, by_letter(letters)))
         return [every]
+
+    def by_letter(letters: str) -> Callable[[int, int], Trace | int]:
+        return lambda dim, size: (
+            result.index(letters[dim]) if letters[dim] in result else fold(size, "matmul")
+        )
 
     return rule
 
@@ -300,8 +295,10 @@ def attention(call: Call) -> Links:
     every = []
     for one in call.tensors:
         shape = call.shape(one)
-        fits = len(shape) == 4 and list(shape[:2]) == lead
-        every.append(linked(call, one, lambda dim, size, fits=fits: dim if fits and dim < 2 else None))
+        if len(shape) == 4 and list(shape[:2]) == lead:
+            every.append(linked(call, one, lambda dim, size: dim if dim < 2 else None))
+        else:
+            every.append(linked(call, one, lambda dim, size: None))
     return [every for _ in call.outputs]
 
 

@@ -290,10 +290,10 @@ def index_put(call: Call) -> Links:
     mask = first if first is not None and first.dtype == torch.bool else None
     every = []
     for tensor in call.tensors:
-        still = tensor is call["self"] or tensor is mask
-        every.append(
-            linked(call, tensor, lambda dim, size, still=still: dim if still and size == shape[dim] else None)
-        )
+        if tensor is call["self"] or tensor is mask:
+            every.append(linked(call, tensor, lambda dim, size: dim if size == shape[dim] else None))
+        else:
+            every.append(linked(call, tensor, lambda dim, size: None))
     return [every]
 
 
