@@ -463,6 +463,7 @@ class _Whole(_Analysis):
             flops = tracker.flops
             result = map_leaves(function(*args, **kwargs), on_meta)
             made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)]
+            tracker.settle(made, [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
             for source in sorted({self.owners.get(key, -1) for key in tracker.written} - {-1}):
                 self.written.setdefault(source, []).append(index)
             size = sum(tracker.allocated(made).values())

@@ -142,6 +142,7 @@ def _described(
 ) -> Effect:
     numbers = {tracker.memory(twin): number for number, twin in enumerate(twins)}
     made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)]
+    tracker.settle(made, twins)
     allocated = tracker.allocated([one for one in made if tracker.memory(one) not in numbers])
     places = {key: place for place, key in enumerate(allocated)}
 

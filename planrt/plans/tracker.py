@@ -71,6 +71,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A number that tensors share which share memory."""
         return int(tensor.untyped_storage()._cdata)
 
+    def settle(self, results: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> None:
+        """Take in what an op returned that no kernel was seen to make, as `torch.tensor` does with its constants."""
+        for tensor in results:
+            if self.memory(tensor) not in self._cells:
+                self._add(tensor, self._everything if operands else INDEPENDENT, counted=True)
+
     def allocated(self, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
         """Memory -> bytes, of those of these tensors whose memory the running op allocated."""
         found = {}

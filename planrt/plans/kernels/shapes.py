@@ -116,6 +116,12 @@ def unfold(call: Call) -> Links:
     return [[linked(call, call.tensors[0], lambda dim, size: None if dim == cut else dim)]]
 
 
+def windows(call: Call) -> Links:
+    """`im2col` and `col2im`: only a batch stays apart."""
+    batched = len(call.shape(call.tensors[0])) == (4 if call.kernel.name == "im2col" else 3)
+    return [[linked(call, call.tensors[0], lambda dim, size: 0 if batched and dim == 0 else None)]]
+
+
 def flip(call: Call) -> Links:
     """The other way round."""
     source = call.tensors[0]

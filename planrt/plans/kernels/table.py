@@ -64,6 +64,7 @@ from planrt.plans.kernels.shapes import (
     triangle,
     unfold,
     unsqueeze,
+    windows,
 )
 
 _ELEMENTWISE = """
@@ -147,6 +148,7 @@ RULES: Final[dict[str, Callable[[Call], Links]]] = {
     **named("expand expand_copy", expand),
     **named("diagonal diagonal_copy", diagonal),
     **named("unfold unfold_copy", unfold),
+    **named("im2col col2im", windows),
     **named("flip", flip),
     **named("roll", roll),
     **named("cat", cat),
@@ -212,7 +214,7 @@ RULES: Final[dict[str, Callable[[Call], Links]]] = {
         " avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward upsample_bilinear2d"
         " upsample_bilinear2d_backward upsample_nearest2d upsample_nearest2d_backward upsample_bicubic2d"
         " upsample_bicubic2d_backward reflection_pad2d reflection_pad2d_backward replication_pad2d"
-        " replication_pad2d_backward im2col col2im  linalg_inv_ex linalg_cholesky_ex cholesky"
+        " replication_pad2d_backward   linalg_inv_ex linalg_cholesky_ex cholesky"
         " _linalg_svd _linalg_eigh linalg_qr linalg_matrix_exp",
         inner(2),
     ),
