@@ -6,7 +6,9 @@
     │   ├── PlanError              a plan that is not built, malformed or given the wrong arguments
     │   │   ├── PlanFormatError        bytes or op lists that are not a valid plan
     │   │   ├── PlanArgumentError      wrong number, shape or dtype of arguments (also a ValueError)
-    │   │   └── OpNotAllowedError      an op that is not in the fixed table
+    │   │   ├── OpNotAllowedError      an op that is not in the fixed table
+    │   │   └── PolicyError            a plan breaks a rule of a data owner; names op, line and rule
+    │   ├── ApprovalError          the record of an owner's decisions is broken, full, or cannot take this one
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
@@ -73,6 +75,32 @@ class PlanArgumentError(PlanError, ValueError):
 
 class OpNotAllowedError(PlanError):
     """An op that is not in the fixed table of `planrt.plans.ops`."""
+
+
+class PolicyError(PlanError):
+    """A plan breaks a rule of a data owner's policy.
+
+    `rule` is the rule's name; `op`, `index` and `line` say at which op, where it is one op's.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rule: str,
+        op: str | None = None,
+        index: int | None = None,
+        line: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.op = op
+        self.index = index
+        self.line = line
+
+
+class ApprovalError(LocalError):
+    """The record of a data owner's decisions is broken or full, or a decision cannot be made."""
 
 
 class ExecutionError(LocalError):

@@ -192,7 +192,7 @@ class Program:
         self._slots = self._size + sum(results)  # constants follow the plan's own values
         # What `create_graph` leaves in `.grad` refers to its own leaf: memory that nothing would free.
         self._has_cycles = any(_may_create_graph(op) for op in plan.ops)
-        last_use = {} if self._has_cycles else _last_uses(plan)
+        last_use = {} if self._has_cycles else last_uses(plan)
         self._steps = [self._compile(index, op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
 
     def run(
@@ -228,7 +228,7 @@ class Program:
                 for slot in step.free:
                     slots[slot] = None
         except Exception as error:
-            raise _failure(self._plan, index, error) from error
+            raise failure(self._plan, index, error) from error
         finally:
             if torch.is_grad_enabled() is not caller_mode:
                 torch.set_grad_enabled(caller_mode)
@@ -297,7 +297,7 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
+def last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
     """Op index -> the op results and inputs that nothing after it needs. State stays: its owner holds it."""
     first_state = len(plan.inputs)
     first_result = first_state + len(plan.state)
@@ -332,7 +332,8 @@ def _store(results: Nested, value: Any, slots: list[Any]) -> None:
         _store(part, item, slots)
 
 
-def _failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
+def failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
+    """The error that names the op of `plan` at which `error` came up."""
     op = plan.ops[index]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = str(op)

@@ -18,9 +18,9 @@ import torch
 from planrt.errors import PlanArgumentError
 from planrt.plans import interpreter, ops
 from planrt.plans.graph import Graph
+from planrt.plans.inference import Spec, spec_of
 from planrt.plans.record import PlanRecord
 from planrt.types import Ref, leaves
-from planrt.workers.inference import Spec, spec_of
 
 CALL: Final = "plan"
 """Runs a plan: args are the plan's object, its mode, and its inputs; results are those of `output_values`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 
 from planrt.errors import GonePointerError, RemoteOpError
-from planrt.workers.inference import Spec
+from planrt.plans.inference import Spec
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker

@@ -18,10 +18,10 @@ import torch
 from torch.autograd.graph import get_gradient_edge, increment_version
 
 from planrt.errors import LocalError
-from planrt.plans import ops
+from planrt.plans import inference, ops
+from planrt.plans.inference import Inferred, Same, Spec
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers import inference, plan_objects
-from planrt.workers.inference import Inferred, Same, Spec
+from planrt.workers import plan_objects
 from planrt.workers.labels import Label
 from planrt.workers.plan_objects import PlanObject, PlanTwin
 from planrt.workers.posted import PostedOp
@@ -51,7 +51,7 @@ class Graphs(Generic[S]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Operand:
-    """An operand as `planrt.workers.inference` takes it."""
+    """An operand as `planrt.plans.inference` takes it."""
 
     _spec: Spec
 
