@@ -26,6 +26,7 @@ from planrt.plans.rows import Trace, fold, keep, lost
 from planrt.plans.tracker import Tracker
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves, map_leaves
 
+_Output = tuple[str, TensorSpec | Unforeseen | None, Info]
 _NO_ROWS = lost("a tensor without dimensions")
 
 
