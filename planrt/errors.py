@@ -24,6 +24,8 @@
     │   ├── UnknownPlanError       the worker does not hold that plan (the client sends it again)
     │   ├── UnknownDatasetError    the worker has no data set under that key
     │   ├── UnknownObjectError     the worker holds no object under that id for this session
+    │   ├── NotApprovedError       the worker's owner has not approved, or has denied, what was to run
+    │   ├── PolicyRefusedError     what was to run breaks a rule of the worker's owner; names op, line and rule
     │   └── GetNotPermittedError   private data, or what is computed from it, was asked for by someone not allowed
     └── TransportError             the pipe: address and what was tried
         ├── ConnectError           nobody listens there, wrong address, refused, timed out
@@ -197,6 +199,14 @@ class UnknownDatasetError(RemoteError):
 
 class UnknownObjectError(RemoteError):
     """The worker holds no object under that id for this session."""
+
+
+class NotApprovedError(RemoteError):
+    """The worker's owner has not approved the plan yet, or has denied it; says which, and why."""
+
+
+class PolicyRefusedError(RemoteError):
+    """What was to run breaks a rule of the worker's owner; `op`, `index` and `line` say where."""
 
 
 class GetNotPermittedError(RemoteError):

@@ -8,6 +8,8 @@ the plan really needs. Constants sit in slots of their own, which makes the argu
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -44,11 +46,13 @@ def run(
     state: Sequence[torch.Tensor],
     *,
     device: torch.device | str | None = None,
+    deadline: float = math.inf,
 ) -> Execution:
     """Run `plan` on `inputs` and `state`; tensors that are elsewhere are copied to `device`.
 
     `device` is by default that of the first tensor given. The grad mode is the caller's: a plan may turn it
-    off for a while, never on, and it is restored. Ops that work in place change the tensors given here.
+    off for a while, never on, and it is restored. Ops that work in place change the tensors given here. No op
+    begins after `deadline`, on `time.monotonic`'s clock (seconds); one that runs is not interrupted.
 
     A plan that differentiates gets the tensors detached and its own grad mode, and its results are detached: it
     cannot reach a graph or a `.grad` of the caller.
@@ -65,7 +69,7 @@ def run(
         inputs, state = ([tensor.to(where) for tensor in part] for part in (inputs, state))
     if plan.differentiates and torch.is_inference_mode_enabled():
         raise PlanError(f"plan {plan.name!r} computes gradients: run it outside torch.inference_mode()")
-    return program(plan, where).run(inputs, state, isolated=plan.differentiates)
+    return program(plan, where).run(inputs, state, isolated=plan.differentiates, deadline=deadline)
 
 
 def execute(
@@ -74,6 +78,7 @@ def execute(
     state: Sequence[torch.Tensor] | None = None,
     *,
     device: torch.device | str | None = None,
+    deadline: float = math.inf,
 ) -> Nested:
     """Run `plan` to the end in this process and return its outputs; see `run`.
 
@@ -81,7 +86,7 @@ def execute(
     """
     if state is None:
         state = local_state(plan)
-    return drive(run(plan, inputs, state, device=device))
+    return drive(run(plan, inputs, state, device=device, deadline=deadline))
 
 
 def drive(execution: Execution) -> Nested:
@@ -196,7 +201,12 @@ class Program:
         self._steps = [self._compile(index, op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
 
     def run(
-        self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], *, isolated: bool = False
+        self,
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        *,
+        isolated: bool = False,
+        deadline: float = math.inf,
     ) -> Execution:
         """Run on arguments that are known to fit; see `run` of the module.
 
@@ -209,11 +219,13 @@ class Program:
         slots = [*given, *([None] * (self._slots - self._size)), *self._constants]
         caller_mode = torch.is_grad_enabled()
         grad_mode = caller_mode or self._plan.differentiates
-        index = 0
+        index, limited = 0, deadline != math.inf
         try:
             if not caller_mode and grad_mode:
                 torch.set_grad_enabled(True)
             for index, step in enumerate(self._steps):  # the handler below names the step
+                if limited and time.monotonic() > deadline:
+                    raise TimeoutError("the time that the plan may take is over")
                 kwargs = _filled(step.kwargs, slots) if step.kwargs_refs else step.kwargs
                 if step.kind is _Kind.CALL:
                     result = step.function(*step.arguments(slots), **kwargs)
