@@ -173,7 +173,9 @@ def test_a_training_step_inside_another_plan():
 
 def test_inputs_that_do_not_fit_the_inner_plan():
     fixed = callable_plan(trace(lambda x: x + 1, [X], name="fixed"))
-    with pytest.raises(PlanArgumentError, match=r"of plan 'fixed': wanted float32\[4, 6\], got float32\[6, 4\]"):
+    with pytest.raises(
+        PlanArgumentError, match=r"of plan 'fixed': wanted float32\[4, 6\], got float32\[6, 4\]"
+    ):
         trace(lambda x: fixed(x.T), [X])
     with pytest.raises(SizesFixedError, match=r"wanted float32\[4, 6\], got float32\[8, 6\]"):
         trace(fixed, [X], **FREE)
@@ -184,7 +186,9 @@ def test_an_op_of_the_inner_plan_that_fails_is_named_with_its_line():
         return x @ y  # here
 
     plan = callable_plan(trace(inner, [X, X.T], name="product", free_dims=[[0, 1], [0, 1]]))
-    with pytest.raises(TraceError, match=r"plan 'product', called in the function, failed: op 0 .*matmul") as caught:
+    with pytest.raises(
+        TraceError, match=r"plan 'product', called in the function, failed: op 0 .*matmul"
+    ) as caught:
         trace(lambda x: plan(x, x), [X])
     assert caught.value.line == line_of(inner)
 
@@ -194,7 +198,9 @@ def test_building_a_plan_while_another_is_recorded():
         trace(lambda y: y + 1, [x])  # here
         return x
 
-    with pytest.raises(TraceError, match="cannot be built while another one is recorded: build it before") as caught:
+    with pytest.raises(
+        TraceError, match="cannot be built while another one is recorded: build it before"
+    ) as caught:
         trace(f, [X])
     assert caught.value.line == line_of(f)
     assert not recording()
