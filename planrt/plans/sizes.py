@@ -106,8 +106,9 @@ class TracedNumber:
         """The number without its memory."""
         return int.__int__(self) if isinstance(self, int) else float.__float__(self)  # type: ignore[arg-type]
 
-    def _read(self) -> Any:
-        return self.recorder.record_reading(self)
+    def _read(self) -> int:  # or a float: the hints of what calls it are those of int
+        number: int = self.recorder.record_reading(self)
+        return number
 
     def _compare(self, name: str, other: Any) -> Any:
         if not isinstance(other, int | float):
@@ -136,7 +137,7 @@ class TracedNumber:
         return bool(self != 0)
 
     def __hash__(self) -> int:
-        return int(hash(self._read()))  # a key of a dict or set
+        return hash(self._read())  # a key of a dict or set
 
     def __int__(self) -> int:
         return int(self._read())
@@ -148,13 +149,13 @@ class TracedNumber:
         return round(self._read(), digits)
 
     def __trunc__(self) -> int:
-        return int(math.trunc(self._read()))
+        return math.trunc(self._read())
 
     def __floor__(self) -> int:
-        return int(math.floor(self._read()))
+        return math.floor(self._read())
 
     def __ceil__(self) -> int:
-        return int(math.ceil(self._read()))
+        return math.ceil(self._read())
 
     def __rpow__(self, base: Any) -> Any:
         return base ** self._read()
