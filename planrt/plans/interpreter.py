@@ -162,15 +162,11 @@ def program(plan: Graph, device: torch.device) -> Program:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    function: Callable[..., Any]
-    arguments: Callable[[list[Any]], tuple[Any, ...]]
-    kwargs: dict[str, Any]
+class _Special:
+    """What is not a call with constant keyword arguments and at most one result."""
+
     kwargs_refs: bool
     results: Nested
-    result_slot: int
-    """The slot of a single result, -1 when `results` says where several go."""
-    free: tuple[int, ...]
     kind: _Kind
 
 
@@ -180,6 +176,16 @@ class _Kind(Enum):
     CALL = 0
     PEER = 1
     GRAD_MODE = 2
+
+
+_Step = tuple[
+    Callable[..., Any],  # what it calls
+    Callable[[list[Any]], tuple[Any, ...]],  # its positional arguments, from the slots
+    dict[str, Any],  # its keyword arguments
+    int,  # the slot of its result
+    tuple[int, ...],  # the slots that are free after it
+    _Special | None,
+]
 
 
 class Program:
@@ -194,7 +200,8 @@ class Program:
         self._size = len(plan.inputs) + len(plan.state)
         self._constants: list[Any] = []
         results = [len(list(refs_in(op.results))) for op in plan.ops]
-        self._slots = self._size + sum(results)  # constants follow the plan's own values
+        self._nowhere = self._size + sum(results)  # where results go that nobody asked for
+        self._slots = self._nowhere + 1  # constants follow the plan's own values
         # What `create_graph` leaves in `.grad` refers to its own leaf: memory that nothing would free.
         self._has_cycles = any(_may_create_graph(op) for op in plan.ops)
         last_use = {} if self._has_cycles else last_uses(plan)
@@ -223,22 +230,25 @@ class Program:
         try:
             if not caller_mode and grad_mode:
                 torch.set_grad_enabled(True)
-            for index, step in enumerate(self._steps):  # the handler below names the step
+            for index, (function, arguments, kwargs, slot, free, special) in enumerate(self._steps):
                 if limited and time.monotonic() > deadline:
                     raise TimeoutError("the time that the plan may take is over")
-                kwargs = _filled(step.kwargs, slots) if step.kwargs_refs else step.kwargs
-                if step.kind is _Kind.CALL:
-                    result = step.function(*step.arguments(slots), **kwargs)
-                elif step.kind is _Kind.PEER:
-                    result = yield PeerRequest(self._plan.ops[index].name, step.arguments(slots), kwargs)
-                else:  # True is the end of a no_grad block: back to the caller's mode, which may be off
-                    result = step.function(step.arguments(slots)[0] and grad_mode)
-                if step.result_slot >= 0:
-                    slots[step.result_slot] = result
+                if special is not None:
+                    if special.kwargs_refs:
+                        kwargs = _filled(kwargs, slots)
+                    if special.kind is _Kind.CALL:
+                        result = function(*arguments(slots), **kwargs)
+                    elif special.kind is _Kind.PEER:
+                        result = yield PeerRequest(self._plan.ops[index].name, arguments(slots), kwargs)
+                    else:  # True is the end of a no_grad block: back to the caller's mode, which may be off
+                        result = function(arguments(slots)[0] and grad_mode)
+                    _store(special.results, result, slots)
+                elif kwargs:
+                    slots[slot] = function(*arguments(slots), **kwargs)
                 else:
-                    _store(step.results, result, slots)
-                for slot in step.free:
-                    slots[slot] = None
+                    slots[slot] = function(*arguments(slots))
+                for last in free:
+                    slots[last] = None
         except Exception as error:
             raise failure(self._plan, index, error) from error
         finally:
@@ -257,15 +267,16 @@ class Program:
         kwargs = {key: map_leaves(value, self._resolved) for key, value in op.kwargs.items()}
         if op.name in table.FACTORIES and kwargs.get("device") is None and self._device.type != "cpu":
             kwargs["device"] = self._device
-        return _Step(
-            function=self._function(index, op),
-            arguments=self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
-            kwargs=kwargs,
-            kwargs_refs=any(True for _ in refs_in(kwargs)),
-            results=op.results,
-            result_slot=op.results.index if isinstance(op.results, Ref) else -1,
-            free=free,
-            kind=_kind(op.name),
+        kwargs_refs = any(True for _ in refs_in(kwargs))
+        kind = _kind(op.name)
+        plain = kind is _Kind.CALL and not kwargs_refs and (op.results is None or isinstance(op.results, Ref))
+        return (
+            self._function(index, op),
+            self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
+            kwargs,
+            op.results.index if isinstance(op.results, Ref) else self._nowhere,
+            free,
+            None if plain else _Special(kwargs_refs, op.results, kind),
         )
 
     def _resolved(self, leaf: Any) -> Any:

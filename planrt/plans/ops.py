@@ -6,8 +6,8 @@ a name that the installed torch does not have is simply absent, and `TABLE_HASH`
 tables agree. What torch has and the table has not stands in `planrt.plans.left_out`, with the reasons.
 
 The callables are torch's own, with three exceptions: `torch.empty` and its kin give zeros, because
-uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes,
-nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`.
+uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
+checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -237,6 +237,33 @@ SIZE_ARITHMETIC: Final[dict[str, Callable[..., Any]]] = {
 }  # fmt: skip
 """Name -> plain Python function of the ops on sizes."""
 
+COMPARISONS: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    function.__name__: function
+    for function in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+}
+"""Word -> comparison of two sizes."""
+
+
+def _assumed(word: str) -> Callable[[Any, Any], None]:
+    """Checks that two sizes compare as they did when the plan was recorded."""
+    compare = COMPARISONS[word]
+
+    def assume(left: Any, right: Any) -> None:
+        if not all(type(number) in (int, float) for number in (left, right)):
+            raise ValueError(f"operator.assume_{word} in a plan takes sizes, not tensors")
+        if not compare(left, right):
+            raise ValueError(
+                f"with these sizes it is {left} and {right}, for which the function that was recorded goes another "
+                "way: build the plan with an example of such sizes"
+            )
+
+    assume.__name__ = f"assume_{word}"
+    return assume
+
+
+ASSUMPTIONS: Final = {f"operator.assume_{word}": _assumed(word) for word in COMPARISONS}
+"""Name -> check of the ops that stand for a comparison of free sizes in the function."""
+
 _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "torch.empty": torch.empty,
     "torch.empty_like": torch.empty_like,
@@ -246,7 +273,11 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "Tensor.new_empty_strided": torch.Tensor.new_empty_strided,
 }
 
-UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {**SIZE_ARITHMETIC, **_EMPTY}
+UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
+    **SIZE_ARITHMETIC,
+    **{f"operator.assume_{word}": compare for word, compare in COMPARISONS.items()},
+    **_EMPTY,
+}
 """Name -> plain function of the ops that planrt puts a check around: for running a plan under a recorder, which sees
 the calls that are made."""
 
@@ -279,6 +310,7 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
         names[factory] = name
     for name, function in SIZE_ARITHMETIC.items():
         table[name] = _on_sizes(function)
+    table.update(ASSUMPTIONS)
     # What torch.meshgrid calls itself by the time anybody can look.
     names.setdefault(torch._C._VariableFunctions.meshgrid, "torch.meshgrid")  # type: ignore[attr-defined]
     table["torch.set_grad_enabled"] = torch._C._set_grad_enabled

@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planrt.errors import PlanFormatError, PlanrtError, TraceError
-from planrt.plans import foreach, seen
+from planrt.plans import foreach, seen, sizes
 from planrt.plans.graph import Op
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
-from planrt.plans.ops import GRADIENTS, SIZE_ARITHMETIC, name_of
+from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
-from planrt.plans.source import line_of_error, user_line
+from planrt.plans.source import called_by_user, line_of_error, user_line
 from planrt.serde.values import DEVICE, encode, pack
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
@@ -45,6 +45,15 @@ class Step:
     line: str | None
     packed: bytes
     value: int | float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a function: its recorder, and its outputs with every tensor replaced by its number."""
+
+    recorder: Recorder
+    outputs: Nested
+    encoded: Any
 
 
 class SecondRunError(TraceError):
@@ -91,6 +100,10 @@ class Recorder(TorchFunctionMode):
         self.in_call = False
         """Whether torch runs a call that is being recorded."""
         self.values: list[torch.Tensor] = []
+        self.assumptions: dict[bytes, tuple[int, Step]] = {}
+        """Comparisons of free sizes by their encoded form: the number of steps before, and the check."""
+        self.readings: dict[int, tuple[int, Step]] = {}
+        """The same for free sizes of which the function saw the plain number, by their number in the plan."""
         self._first_values = values
         self._specs = specs
         self.registry = registry
@@ -100,6 +113,7 @@ class Recorder(TorchFunctionMode):
         self._grad_mode = True
         self._closed = False
         self._at: str | None = None
+        self._inlining = False
         self._has_gradients = False
         self._optimizers = optimizers
         optimizers.on_step = self._on_step
@@ -127,12 +141,13 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def at(self, line: str | None) -> Iterator[None]:
-        """What is recorded under this comes from `line`, if that is known."""
-        before, self._at = self._at, line
+        """What is recorded under this comes from an inner plan: from `line` of its function, if that is known."""
+        before = self._at, self._inlining
+        self._at, self._inlining = line, True
         try:
             yield
         finally:
-            self._at = before
+            self._at, self._inlining = before
 
     def _line(self) -> str | None:
         return self._at or user_line()
@@ -140,6 +155,11 @@ class Recorder(TorchFunctionMode):
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
             return self._size(func, args, kwargs)
+        if func is torch.Tensor.__len__ and args[0].dim():
+            size = self._dim(args[0], 0)
+            if isinstance(size, TracedNumber):
+                self._note_reading(size)
+            return _plain(size)
         if func in seen.METADATA or func in seen.PASSES or isinstance(func, type):
             return func(*args, **kwargs)
         if func == seen.GRAD_FN:  # accessors are new objects at every access: equal, not the same
@@ -344,6 +364,36 @@ class Recorder(TorchFunctionMode):
             return value
         return self._number(f"operator.{name}", tuple(self._leaf(operand) for operand in operands), value)
 
+    def record_comparison(self, name: str, left: int | float, right: int | float) -> bool:
+        """Called by `SizeInt` and `SizeFloat` for comparisons: the outcome is what the plan assumes.
+
+        What torch's own modules compare is left out: they raise for sizes that do not fit, as the op will.
+        """
+        holds = COMPARISONS[name](_plain(left), _plain(right))
+        if self._is_asked(left, right):
+            word = name if holds else _OPPOSITE[name]
+            op = Op(f"operator.assume_{word}", (self._leaf(left), self._leaf(right)), {}, None)
+            packed = pack([op.name, encode(op.args)])
+            self.assumptions.setdefault(packed, (len(self.steps), Step(op, self._line(), packed)))
+        return holds
+
+    def record_reading(self, number: Any) -> Any:
+        """Called by `SizeInt` and `SizeFloat` where their memory is lost."""
+        if self._is_asked(number):
+            self._note_reading(number)
+        return _plain(number)
+
+    def _is_asked(self, *numbers: Any) -> bool:
+        """Whether it is the function that looks at `numbers`, while it runs."""
+        mine = all(number.recorder is self for number in numbers if isinstance(number, TracedNumber))
+        return mine and not self._closed and (self._inlining or called_by_user(_SIZES))
+
+    def _note_reading(self, number: TracedNumber) -> None:
+        line = self._line()
+        op = Op("operator.assume_eq", (number.ref, number.plain), {}, None)
+        step = Step(op, line, pack([op.name, encode(op.args)]), number.plain)
+        self.readings.setdefault(number.ref.index, (len(self.steps), step))
+
     def _number(self, name: str, args: tuple[Any, ...], value: Any) -> Any:
         ref = self._new_ref()
         packed = pack([name, encode(args), encode(ref)])
@@ -352,13 +402,15 @@ class Recorder(TorchFunctionMode):
 
     # The end of a run
 
-    def finish(self, outputs: Any) -> tuple[Nested, Any]:
-        """The outputs with every tensor replaced by its number, plain and encoded; closes the recorder."""
+    def finish(self, outputs: Any) -> Run:
+        """The run with its outputs; closes the recorder."""
         self._write_back_buffers()
         named = map_leaves(outputs, self._leaf)
         self._closed = True
+        self._alive.clear()
+        self._refs.clear()
         try:
-            return named, encode(named)
+            return Run(self, named, encode(named))
         except PlanFormatError as error:
             raise TraceError(f"the function returns something that a plan cannot: {error}") from None
 
@@ -377,6 +429,9 @@ class Recorder(TorchFunctionMode):
         return ref
 
 
+_SIZES = sizes.__file__
+_OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
+
 _DEFAULTS: dict[str, Any] = {
     "gradient": None, "grad_tensors": None, "grad_outputs": None, "inputs": None, "retain_graph": None,
     "create_graph": False, "allow_unused": None, "only_inputs": True, "is_grads_batched": False,
@@ -394,9 +449,7 @@ def _share_all(tensor: torch.Tensor, other: Any) -> bool:
 
 
 def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, TracedNumber):
-        return int(leaf) if isinstance(leaf, int) else float(leaf)  # type: ignore[arg-type]
-    return leaf
+    return leaf.plain if isinstance(leaf, TracedNumber) else leaf
 
 
 class _Active(threading.local):
@@ -423,11 +476,8 @@ def run_once(
     registry: StateRegistry,
     optimizers: OptimizerWatch,
     values: list[torch.Tensor] | None = None,
-) -> tuple[Recorder, tuple[Nested, Any]]:
-    """Run `function` on copies of `examples` under a recorder.
-
-    Returns the closed recorder, and the outputs as `Recorder.finish` gives them. `values` are those of the
-    first run, in a second one.
+) -> Run:
+    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a later one.
 
     Raises:
         TraceError: whatever went wrong, with the user's line.
@@ -440,7 +490,7 @@ def run_once(
             outputs = function(*inputs)
         if recorder.failure is not None:
             raise recorder.failure
-        return recorder, recorder.finish(outputs)
+        return recorder.finish(outputs)
     except PlanrtError:
         raise recorder.failure or sys.exc_info()[1] from None  # type: ignore[misc]
     except Exception as error:

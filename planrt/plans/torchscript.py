@@ -19,12 +19,18 @@ from planrt.plans.graph import Graph, Op, StateSpec
 from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
-from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
+from planrt.plans.ops import ASSUMPTIONS, SIZE_ARITHMETIC, SIZE_OPS
 from planrt.serde.dtypes import DTYPES
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
 _jit_trace: Callable[..., Any] = torch.jit.trace
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+
+
+_ON_TRACED_SIZES: dict[str, Callable[..., Any]] = {
+    **SIZE_ARITHMETIC,
+    **dict.fromkeys(ASSUMPTIONS, lambda left, right: None),
+}
 
 
 @contextmanager
@@ -46,6 +52,8 @@ def is_torchscript(model: object) -> bool:
 def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
 
+    What the plan assumes of its sizes is not checked there.
+
     Args:
         plan: with its state values (as traced, not as read from bytes).
         examples: inputs to trace with; by default zeros, free dimensions of size 2.
@@ -64,7 +72,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
         tensor.detach().clone().requires_grad_(tensor.requires_grad or entry.trainable)
         for entry, tensor in zip(plan.state, originals, strict=True)
     ]
-    compiled = Program(plan, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+    compiled = Program(plan, torch.device("cpu"), functions=_ON_TRACED_SIZES)
 
     def forward(*inputs: torch.Tensor) -> Nested:
         return drive(compiled.run(inputs, copies))

@@ -1,10 +1,10 @@
 """Records a PyTorch function into a `Graph` by running it on example arguments.
 
 A `TorchFunctionMode` sees every public torch call and writes one op each, with the arguments as written. The
-function runs twice, the second time with the free dimensions doubled. What is equal in both runs is a
-constant; what follows the sizes stays computed from them; anything else that differs would silently freeze
-the example's sizes, and is a `TraceError` that names the line. Tensors that the function uses but did not
-make become state of the plan. The function's side effects on modules, tensors and generators are undone.
+function runs again with other free sizes (`planrt.plans.probing`). What is equal in all runs is a constant; what
+follows the sizes stays computed from them; anything else that differs would silently freeze the example's sizes,
+and is a `TraceError` that names the line. Tensors that the function uses but did not make become state of the plan.
+The function's side effects on modules, tensors, optimizers and generators are undone.
 """
 
 from __future__ import annotations
@@ -16,21 +16,13 @@ from typing import Any
 import torch
 
 from planrt.errors import PlanrtError, TraceError
-from planrt.plans.graph import Graph, Op, refs_in, show
+from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
-from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, SIZE_OPS
-from planrt.plans.recorder import FIRST_STATE, SecondRunError, SizesFixedError, Step, recording, run_once
+from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD
+from planrt.plans.probing import grown, in_common, odd_runs
+from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step, recording, run_once
 from planrt.plans.source import user_line
-from planrt.serde.values import encode, pack
-from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
-
-# Ops whose result shapes depend on the data: repeated data can give equal sizes, which prove nothing then.
-_DATA_SHAPED = frozenset(
-    f"{home}.{name}"
-    for home in ("torch", "Tensor", "nn.functional")
-    for name in ("unique", "unique_consecutive", "nonzero", "argwhere", "masked_select", "bincount",
-                 "one_hot", "repeat_interleave", "where")
-)  # fmt: skip
+from planrt.types import Nested, Ref, TensorSpec, map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +84,7 @@ def record(
     free_dims: Sequence[Sequence[int]] | None = None,
     own_gradients: bool = True,
 ) -> Recording:
-    """Run `function` twice and return what both runs have in common; see `trace`.
+    """Run `function` with several sizes and return what the runs have in common; see `trace`.
 
     With `own_gradients` False, a recording that differentiates works on the gradients of whoever runs it: for
     callers that run autograd over the plan as a whole, on tensors that are theirs.
@@ -107,35 +99,35 @@ def record(
         TensorSpec.of(example, free_dims=dims) for example, dims in zip(examples, free, strict=True)
     )
     with Undo(registry) as undo:
-        first, outputs = run_once(function, examples, specs, registry, undo.optimizers)
-        undo.restore()
+
+        def run(inputs: Sequence[torch.Tensor], values: list[torch.Tensor] | None = None) -> Run:
+            try:
+                return run_once(function, inputs, specs, registry, undo.optimizers, values)
+            finally:
+                undo.restore()
+
+        first = run(examples)
+        values = first.recorder.values
         try:
-            others = [_extended(example, dims) for example, dims in zip(examples, free, strict=True)]
-            second, other_outputs = run_once(function, others, specs, registry, undo.optimizers, first.values)
+            others = [run(grown(examples, free, lambda size: 2 * size), values)]
         except SecondRunError:
             raise
         except PlanrtError as error:
             refused = SizesFixedError(f"cannot leave the free sizes open, with them doubled: {error}")
             refused.line = error.line if isinstance(error, TraceError) else None  # which is in the message
             raise refused from error
+        if any(free):
+            others += odd_runs(examples, free, lambda examples: run(examples, values))
     for entry in registry.entries:
         if entry.reshaped:
             raise TraceError(
                 f"the function gives its state {entry.name!r} another shape in place: a plan cannot"
             )
-    _compare(first.steps, second.steps)
-    if pack(outputs[1]) != pack(other_outputs[1]):
-        raise SizesFixedError("the function returns something else when its free sizes change")
-    is_free = any(free) and not any(step.op.name in _DATA_SHAPED for step in first.steps)
-    same = [
-        is_free and one.value is not None and one.value == other.value
-        for one, other in zip(first.steps, second.steps, strict=True)
-    ]
-    steps, results = _folded(first.steps, same, outputs[0])
+    steps, outputs = in_common(first, others)
     return Recording(
         specs,
         steps,
-        results,
+        outputs,
         frozenset(index for index, example in enumerate(examples) if example.requires_grad),
         own_gradients and any(step.op.name in GRADIENTS for step in steps),
     )
@@ -233,72 +225,3 @@ def _checked_free_dims(
             raise TraceError(f"example argument {index} is empty on a free dimension: give it some entries")
         checked.append(tuple(sorted({dim % example.dim() for dim in dims})))
     return checked
-
-
-def _extended(example: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """`example` with its free dimensions doubled by repeating its own entries: indices in it stay valid."""
-    other = example.detach()
-    for dim in dims:
-        other = torch.cat([other, other], dim)
-    return other.requires_grad_(example.requires_grad)
-
-
-def _compare(first: list[Step], second: list[Step]) -> None:
-    for one, other in zip(first, second, strict=False):
-        if one.packed == other.packed:
-            continue
-        if one.op.name != other.op.name:
-            raise SizesFixedError(
-                f"the free sizes decide which op runs, {one.op.name} or {other.op.name}: a plan has one path",
-                line=one.line,
-            )
-        differing = [
-            (a, b)
-            for a, b in zip(leaves((one.op.args, one.op.kwargs)), leaves((other.op.args, other.op.kwargs)),
-                            strict=False)
-            if pack(encode(a)) != pack(encode(b))
-        ]  # fmt: skip
-        what = (
-            f"{show(differing[0][0])} became {show(differing[0][1])}" if differing else "its results differ"
-        )
-        raise SizesFixedError(
-            f"a free size is frozen in an argument of {one.op.name} ({what} when the sizes doubled): use "
-            "x.shape[...] and + - * // % on it; int(), len(), range() and math functions lose it",
-            line=one.line,
-        )
-    if len(first) != len(second):
-        longer = first if len(first) > len(second) else second
-        raise SizesFixedError(
-            "the free sizes decide how many ops run: a plan has one path",
-            line=longer[min(len(first), len(second))].line,
-        )
-
-
-def _folded(steps: list[Step], same: list[bool], outputs: Nested) -> tuple[tuple[Step, ...], Nested]:
-    """Sizes that no run can change become constants; size ops that nothing uses go."""
-    constants: dict[int, int | float] = {}
-
-    def fold(leaf: Any) -> Any:
-        return constants.get(leaf.index, leaf) if isinstance(leaf, Ref) else leaf
-
-    folded: list[Step] = []
-    for step, is_same in zip(steps, same, strict=True):
-        op = Op(
-            step.op.name, map_leaves(step.op.args, fold), map_leaves(step.op.kwargs, fold), step.op.results
-        )
-        if step.value is not None:
-            reads_tensor = op.name not in SIZE_ARITHMETIC
-            if is_same if reads_tensor else not any(True for _ in refs_in(op.args)):
-                constants[op.results.index] = step.value
-                continue
-        folded.append(Step(op, step.line, step.packed, step.value))
-    outputs = map_leaves(outputs, fold)
-
-    used = {ref.index for ref in refs_in(outputs)}
-    kept: list[Step] = []
-    for step in reversed(folded):
-        if step.op.name in SIZE_OPS and step.op.results.index not in used:
-            continue
-        used.update(ref.index for ref in refs_in((step.op.args, step.op.kwargs)))
-        kept.append(step)
-    return tuple(reversed(kept)), outputs

@@ -101,6 +101,20 @@ def test_size_arithmetic_is_64_bit_integers_and_floats():
             ops.lookup("operator.mul")(*operands)
 
 
+def test_assumptions_compare_sizes():
+    for name, fits, fails in (("eq", (4, 4), (4, 5)), ("ne", (1, 2), (1, 1)), ("lt", (1, 1.5), (2, 2)),
+                              ("le", (2, 2), (3, 2)), ("gt", (3, 2), (2, 2)), ("ge", (2, 2), (1, 2))):  # fmt: skip
+        assume = ops.lookup(f"operator.assume_{name}")
+        assert assume(*fits) is None
+        with pytest.raises(
+            ValueError, match=f"with these sizes it is {fails[0]} and {fails[1]}, .* another way"
+        ):
+            assume(*fails)
+        for operands in [(torch.ones(1), 1), ("a", 3), (True, 1), ([1], [1])]:
+            with pytest.raises(ValueError, match=rf"operator\.assume_{name} in a plan takes sizes"):
+                assume(*operands)
+
+
 # The review: every public function and method of torch is on the table, or left out for a reason.
 
 HOMES = {
@@ -213,7 +227,7 @@ def test_every_listed_name_is_well_formed_though_this_torch_may_lack_it():
     assert [name for name in LEFT_OUT_NAMES if not well_formed.fullmatch(name)] == []
     assert [
         name for name in ops.TABLE
-        if not well_formed.fullmatch(name) and name not in {*ops.SIZE_ARITHMETIC, *ops.GRADIENTS}
+        if not well_formed.fullmatch(name) and name not in {*ops.SIZE_ARITHMETIC, *ops.ASSUMPTIONS, *ops.GRADIENTS}
     ] == []  # fmt: skip
     for reason in LEFT_OUT:
         assert re.fullmatch(r"[a-z].*[^.\s]", reason), f"{reason!r} ends up in the middle of a sentence"
