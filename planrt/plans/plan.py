@@ -27,6 +27,7 @@ from planrt.plans.lifting import StateRegistry
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.plans.recorder import SizesFixedError
 from planrt.plans.signature import Signature, recorded_signature
+from planrt.plans.text import show_name
 from planrt.plans.tracer import assemble, record
 from planrt.types import FREE
 
@@ -394,15 +395,17 @@ class Plan(torch.nn.Module):
         return to_torchscript(replace(self.graph, state_values=tuple(self.state_tensors())))
 
     def __str__(self) -> str:
+        name = show_name(self.name)
         if self._record is None:
-            return f"<Plan {self.name} id:{self.id} owner:me not built: call {self.name}.build(...)>"
-        return f"<Plan {self.name} id:{self.id} owner:me built>\n{self.graph}"
+            return f"<Plan {name} id:{self.id} owner:me not built: call {name}.build(...)>"
+        return f"<Plan {name} id:{self.id} owner:me built>\n{self.graph}"
 
     def __repr__(self) -> str:
         if self._record is None:
             return str(self)
         graph = self._record.graphs[-1]
-        return f"<Plan {self.name} id:{self.id} owner:me built: {len(graph.inputs)} inputs, {len(graph.ops)} ops>"
+        inside = f"{len(graph.inputs)} inputs, {len(graph.ops)} ops"
+        return f"<Plan {show_name(self.name)} id:{self.id} owner:me built: {inside}>"
 
     @classmethod
     def from_record(cls, record: PlanRecord, state: Sequence[torch.Tensor], *, training: bool = True) -> Plan:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from planrt.errors import TraceError
-from planrt.plans.graph import Graph, Op, refs_in, show
+from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.recorder import FIRST_RESULT, FIRST_STATE, MadeUnseenError, SizesFixedError, Step, run_once
+from planrt.plans.text import show
 from planrt.serde.values import encode, pack
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
