@@ -101,7 +101,7 @@ def save_plan(plan: Plan, path: AnyPath) -> None:
     )
     if len(header) > MAX_HEADER:
         raise OptionError(f"plan {plan.name!r} is too large for a file: its ops take {len(header)} bytes")
-    with _replacing(_path(path)) as file:
+    with replacing(path) as file:
         digest = hashlib.sha256()
         prefix = _PREFIX.pack(_MAGIC, FILE_VERSION, len(header), sum(value.nbytes for value in values))
         for part in (prefix, header):
@@ -159,9 +159,13 @@ def _keys(plan: Plan, state: Sequence[torch.Tensor]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when all has been written, and goes if it has not."""
-    path = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
+def replacing(path: AnyPath) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when all has been written, and goes if it has not.
+
+    Raises:
+        OptionError: a place that cannot be written.
+    """
+    path = Path(os.path.realpath(_path(path)))  # a link stays, what it points to is replaced
     if path.is_dir():
         raise OptionError(f"cannot save to {path}: it is a directory; name a file in it")
     beside = path.with_name(f".{secrets.token_hex(8)}.tmp")

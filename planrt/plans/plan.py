@@ -405,6 +405,41 @@ class Plan(torch.nn.Module):
 
         save_plan(self, path)
 
+    def to_exported_program(self, *examples: Any, **keywords: Any) -> torch.export.ExportedProgram:
+        """The plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its state.
+
+        It is called as the plan is (``program.module()(x)``), free sizes are dynamic dimensions, and modules among
+        the arguments are dicts of their tensors. Constant arguments that have a default are left out.
+
+        Args:
+            examples, keywords: arguments to export with; by default zeros.
+
+        Raises:
+            PlanError: not built, or an op that torch cannot export; says which, and why.
+            PlanArgumentError: examples that do not fit.
+        """
+        from planrt.plans.export import to_exported_program  # it imports this module
+
+        return to_exported_program(self, examples, keywords)
+
+    def to_onnx(self, path: str | os.PathLike[str], *examples: Any, **keywords: Any) -> None:
+        """Writes the plan in its current mode as an ONNX model, with its state; needs ``pip install planrt[onnx]``.
+
+        Inputs and outputs are the tensors of a call in order. Free sizes stay free. State of more than 1 GiB goes
+        into a second file, ``PATH.data``.
+
+        Args:
+            path: the file; replaced if it is there.
+            examples, keywords: arguments to export with; by default zeros.
+
+        Raises:
+            PlanError: not built; an op that ONNX has no form for, or that changes state or inputs: says which.
+            PlanArgumentError: examples that do not fit. OptionError: a path that cannot be written.
+        """
+        from planrt.plans.export import to_onnx  # it imports this module
+
+        to_onnx(self, path, examples, keywords)
+
     # ------------------------------------------------------------------------------------- for people
 
     @property

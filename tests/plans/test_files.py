@@ -15,7 +15,6 @@ from planrt.errors import LocalError, OptionError, PlanError, PlanFormatError
 from planrt.plans import Plan, load_file, load_plan
 from planrt.serde.dtypes import DTYPES
 
-
 ONE = torch.tensor([1.0])
 
 
