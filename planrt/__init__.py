@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from planrt import errors
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.grid import PrivateGridNetwork
-    from planrt.plans import Plan, func2plan
+    from planrt.plans import Plan, func2plan, load_plan
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
@@ -29,6 +29,7 @@ _HOMES = {
     "errors": "planrt.errors",
     "Plan": "planrt.plans",
     "func2plan": "planrt.plans",
+    "load_plan": "planrt.plans",
     "BaseDataset": "planrt.workers",
     "VirtualWorker": "planrt.workers",
     "WebsocketClientWorker": "planrt.workers",
@@ -53,6 +54,7 @@ __all__ = [
     "errors",
     "Plan",
     "func2plan",
+    "load_plan",
     "BaseDataset",
     "VirtualWorker",
     "WebsocketClientWorker",

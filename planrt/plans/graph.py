@@ -19,6 +19,7 @@ import torch
 
 from planrt.errors import OpNotAllowedError, PlanFormatError
 from planrt.plans import ops as table
+from planrt.plans.text import code_lines, graph_text, op_line, show_name
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode, encode, pack, unpack
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
@@ -46,19 +47,7 @@ class Op:
     results: Nested
 
     def __str__(self) -> str:
-        home, _, short = self.name.rpartition(".")
-        positional = [show(arg) for arg in self.args]
-        if home == "Tensor" and positional:
-            subject, *positional = positional
-            short = f"{subject}.{short}"
-        elif home not in ("torch", "operator"):
-            short = f"torch.{self.name}"
-        else:
-            short = self.name
-        if self.name in _PROPERTIES:
-            return f"{_assigned(self.results)}{short}"
-        call = ", ".join(positional + [f"{key}={show(value)}" for key, value in self.kwargs.items()])
-        return f"{_assigned(self.results)}{short}({call})"
+        return op_line(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,20 +178,15 @@ class Graph:
     @property
     def code(self) -> str:
         """The ops, one per line, in the form ``_2 = _1.add(1)``, and what is returned."""
-        return "\n".join([*(str(op) for op in self.ops), f"return {show(self.outputs)}"])
+        return "\n".join(code_lines(self))
 
     def __str__(self) -> str:
-        first_state = len(self.inputs)
-        lines = [f"<Plan {self.name} {self.hash[:12]} built: {len(self.ops)} ops>"]
-        for index, spec in enumerate(self.inputs):
-            lines.append(f"  _{index}: input {self.input_name(index)} {spec}")
-        for index, entry in enumerate(self.state):
-            frozen = " frozen" if entry.kind == "parameter" and not entry.requires_grad else ""
-            lines.append(f"  _{first_state + index}: {entry.kind} {entry.name} {entry.spec}{frozen}")
-        return "\n".join([*lines, *(f"  {line}" for line in self.code.splitlines())])
+        return graph_text(self)
 
     def __repr__(self) -> str:
-        return f"<Plan {self.name} {self.hash[:12]}: {len(self.inputs)} inputs, {len(self.ops)} ops>"
+        return (
+            f"<Graph {show_name(self.name)} {self.hash[:12]}: {len(self.inputs)} inputs, {len(self.ops)} ops>"
+        )
 
     @property
     def torchscript(self) -> torch.nn.Module:
@@ -220,33 +204,6 @@ def refs_in(value: Nested) -> Iterator[Ref]:
     return (leaf for leaf in leaves(value) if isinstance(leaf, Ref))
 
 
-def show(value: Nested) -> str:
-    """A nested value as a line of source would have it."""
-    if isinstance(value, slice):
-        return f"slice({show(value.start)}, {show(value.stop)}, {show(value.step)})"
-    if isinstance(value, tuple):
-        return f"({', '.join(show(item) for item in value)}{',' if len(value) == 1 else ''})"
-    if isinstance(value, list):
-        return f"[{', '.join(show(item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key!r}: {show(item)}' for key, item in value.items())}}}"
-    return "..." if value is Ellipsis else repr(value)
-
-
-_PROPERTIES = frozenset(
-    {"Tensor.H", "Tensor.T", "Tensor.data", "Tensor.grad", "Tensor.imag", "Tensor.mH", "Tensor.mT"}
-) | {"Tensor.real"}
-
-
-def _assigned(results: Nested) -> str:
-    if results is None:
-        return ""
-    names = (
-        [show(item) if item is not None else "_" for item in results] if isinstance(results, tuple) else []
-    )
-    return f"{', '.join(names) if names else show(results)} = "
-
-
 # Checks, shared by plans from the tracer and plans from bytes
 
 
@@ -254,9 +211,9 @@ def _check(plan: Graph) -> None:
     if len(plan.ops) > MAX_OPS:
         raise PlanFormatError(f"a plan of {len(plan.ops)} ops is longer than the limit of {MAX_OPS}")
     for spec in plan.inputs:
-        _check_spec(spec)
+        check_spec(spec)
     for entry in plan.state:
-        _check_spec(entry.spec)
+        check_spec(entry.spec)
         if FREE in entry.spec.shape:
             raise PlanFormatError("malformed plan: state with a free dimension")
     known = len(plan.inputs) + len(plan.state)
@@ -290,7 +247,8 @@ def _result_refs(results: Nested, index: int) -> Iterable[Ref]:
     raise PlanFormatError(f"op {index} has a malformed result: {type(results).__name__}")
 
 
-def _check_spec(spec: TensorSpec) -> None:
+def check_spec(spec: TensorSpec) -> None:
+    """Raise PlanFormatError unless a plan can hold such a tensor."""
     if spec.dtype not in DTYPE_NAMES:
         raise PlanFormatError(f"tensors of {spec.dtype} cannot go into a plan")
     if len(spec.shape) > _MAX_DIMS:

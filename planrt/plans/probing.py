@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from planrt.errors import PlanrtError
-from planrt.plans.graph import Op, refs_in, show
+from planrt.plans.graph import Op, refs_in
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.recorder import Run, SizesFixedError, Step
+from planrt.plans.text import show
 from planrt.serde.values import encode, pack
 from planrt.types import Nested, Ref, leaves, map_leaves
 

@@ -37,15 +37,15 @@ class PlanDevice:
 
 DEVICE: Final = PlanDevice()
 
-_MEMORY_FORMATS: dict[str, torch.memory_format] = {
+MEMORY_FORMATS: dict[str, torch.memory_format] = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,
     "channels_last": torch.channels_last,
     "channels_last_3d": torch.channels_last_3d,
 }
-_MEMORY_FORMAT_NAMES = {value: name for name, value in _MEMORY_FORMATS.items()}
-_LAYOUTS: dict[str, torch.layout] = {"strided": torch.strided}
-_LAYOUT_NAMES = {value: name for name, value in _LAYOUTS.items()}
+_MEMORY_FORMAT_NAMES = {value: name for name, value in MEMORY_FORMATS.items()}
+LAYOUTS: dict[str, torch.layout] = {"strided": torch.strided}
+_LAYOUT_NAMES = {value: name for name, value in LAYOUTS.items()}
 
 
 def encode(value: Any) -> Any:
@@ -67,7 +67,7 @@ def _encode(value: Any, depth: int) -> Any:
             raise PlanFormatError("an integer outside the 64-bit range cannot stand in a plan")
         return int(value)
     if isinstance(value, float):
-        return float("nan") if value != value else float(value)  # one NaN, so that bytes are canonical
+        return _float(value)
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Ref):
@@ -83,7 +83,7 @@ def _encode(value: Any, depth: int) -> Any:
     if value is Ellipsis:
         return ["e"]
     if isinstance(value, complex):
-        return ["c", value.real, value.imag]
+        return ["c", _float(value.real), _float(value.imag)]
     if value is DEVICE or isinstance(value, torch.device):
         return ["v"]
     if isinstance(value, torch.dtype) and value in DTYPE_NAMES:
@@ -95,6 +95,10 @@ def _encode(value: Any, depth: int) -> Any:
     if isinstance(value, torch.dtype | torch.layout):
         raise PlanFormatError(f"{value} cannot stand in a plan")
     raise PlanFormatError(f"a value of type {type(value).__name__} cannot stand in a plan")
+
+
+def _float(value: float) -> float:
+    return float("nan") if value != value else float(value)  # one NaN, so that bytes are canonical
 
 
 def _key(key: Any) -> str:
@@ -194,8 +198,8 @@ _SIMPLE: dict[str, Callable[[list[Any]], Any]] = {
     "v": _constant(DEVICE, "device"),
     "c": _complex,
     "y": lambda parts: _named(parts, DTYPES, "dtype"),
-    "m": lambda parts: _named(parts, _MEMORY_FORMATS, "memory format"),
-    "o": lambda parts: _named(parts, _LAYOUTS, "layout"),
+    "m": lambda parts: _named(parts, MEMORY_FORMATS, "memory format"),
+    "o": lambda parts: _named(parts, LAYOUTS, "layout"),
 }
 
 

@@ -84,7 +84,7 @@ def test_printing_shows_the_signature_and_one_line_per_op():
         net, [torch.randn(2, 1, 5, 5)], modules=[net], free_dims=[[0]], name="net", input_names=["x"]
     )
     assert str(plan).splitlines() == [
-        f"<Plan net {plan.hash[:12]} built: 2 ops>",
+        f"plan net sha256:{plan.hash}",
         "  _0: input x float32[*, 1, 5, 5]",
         "  _1: parameter 0.weight float32[2, 1, 3, 3]",
         "  _2: parameter 0.bias float32[2] frozen",

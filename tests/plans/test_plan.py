@@ -57,7 +57,8 @@ def test_not_built_until_build_is_called():
 def test_printing_a_built_plan():
     assert str(add_two).splitlines() == [
         f"<Plan add_two id:{add_two.id} owner:me built>",
-        f"<Plan add_two {add_two.hash[:12]} built: 2 ops>",
+        f"plan add_two sha256:{add_two.hash}",
+        "  # Adds two.",
         "  _0: input x float32[*, 1]",
         "  _1 = _0.add(1)",
         "  _2 = _1.add(1)",
