@@ -512,7 +512,12 @@ def _reversed(pointer: PointerTensor) -> Any:
 
 
 def _format(pointer: PointerTensor, spec: str = "") -> str:
-    return format(describe(pointer), spec)
+    try:
+        return format(describe(pointer), spec)
+    except ValueError:  # a spec for numbers
+        raise RemoteValueError(
+            f"the format {spec!r} reads the value of a tensor that is on a worker: write .get() first"
+        ) from None
 
 
 def _assert(condition: Any, message: Any = "") -> None:

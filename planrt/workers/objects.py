@@ -394,7 +394,7 @@ def check_travels(tensor: torch.Tensor) -> None:
     elif tensor.is_nested:
         kind, instead = "a nested tensor", "to_padded_tensor()"
     elif tensor.is_meta:
-        kind, instead = "a meta tensor, which has no values", "to_empty()"
+        kind, instead = "a meta tensor (it has no values)", "to_empty()"
     elif tensor.dtype not in DTYPE_NAMES:
         kind, instead = (
             f"a tensor of {tensor.dtype}",
