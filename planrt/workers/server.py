@@ -123,5 +123,6 @@ class WebsocketServerWorker:
                 serving.result()  # raises why it does not listen
             yield f"ws://{self.host}:{self.port}"
         finally:
-            loop.call_soon_threadsafe(stop.set)
-            serving.result()
+            if loop.is_running():  # not so where a block that was never left is taken apart at the process's end
+                loop.call_soon_threadsafe(stop.set)
+                serving.result()
