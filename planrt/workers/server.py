@@ -123,6 +123,7 @@ class WebsocketServerWorker:
                 serving.result()  # raises why it does not listen
             yield f"ws://{self.host}:{self.port}"
         finally:
-            if loop.is_running():  # not so where a block that was never left is taken apart at the process's end
+            # Not so where a block that nobody left is taken apart at the process's end: the server is gone then.
+            if loop.is_running():
                 loop.call_soon_threadsafe(stop.set)
                 serving.result()
