@@ -502,7 +502,7 @@ class _Whole(_Analysis):
 # Ops whose results' sizes depend on values
 
 
-def unforeseen_info(name: str, operands: Sequence[tuple[Info, Sequence[int]]], index: int) -> Info:
+def unforeseen_info(name: str, operands: Sequence[tuple[Info, tuple[int, ...]]], index: int) -> Info:
     """What results depend on of an op that cannot be run without values: on everything, rows lost."""
     counts = name.rpartition(".")[2] == "bincount"
     total = INDEPENDENT
