@@ -9,19 +9,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from planrt.errors import PlanError, PlanFormatError, TraceError
+from planrt.errors import ExecutionError, PlanError, PlanFormatError, TraceError
 from planrt.plans.aten import call_for
 from planrt.plans.graph import Graph, Op, StateSpec
 from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
 from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
+from planrt.plans.text import show
 from planrt.serde.dtypes import DTYPES
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
+
+DIFFERENTIATES: Final = frozenset(
+    {"Tensor.backward", "Tensor.grad", "Tensor.grad.__set__", "Tensor.retain_grad"}
+    | {"autograd.backward", "autograd.grad"}
+)
+"""Ops that run or read autograd: no exported form has them."""
 
 _jit_trace: Callable[..., Any] = torch.jit.trace
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
@@ -43,8 +50,21 @@ def is_torchscript(model: object) -> bool:
 # Out
 
 
+def check_only_forward(plan: Graph) -> None:
+    """Raise PlanError if `plan` differentiates: no exported form can."""
+    for index, op in enumerate(plan.ops):
+        if op.name in DIFFERENTIATES:
+            raise PlanError(
+                f"plan {plan.name!r} differentiates (op {index}: {op}), and exported programs cannot: export a plan "
+                "of the forward pass"
+            )
+
+
 def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
+
+    It takes the plan's input tensors in order, and gives what the plan gives; a size that the plan returns is a
+    0-d tensor there.
 
     Args:
         plan: with its state values (as traced, not as read from bytes).
@@ -53,8 +73,13 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     Raises:
         PlanError: no TorchScript can be made of it; the message says why.
     """
-    if any(op.name == "torch.set_grad_enabled" for op in plan.ops):
-        raise PlanError(f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose")
+    check_only_forward(plan)
+    for index, op in enumerate(plan.ops):
+        if op.name == "torch.set_grad_enabled":
+            raise PlanError(
+                f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose (op {index}: {op}): see "
+                "Plan.to_exported_program"
+            )
     if not examples:
         examples = tuple(_zeros(spec) for spec in plan.inputs)
     originals = local_state(plan)
@@ -73,6 +98,11 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
             traced = _jit_trace(module, examples, check_trace=False, strict=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not isinstance(error, ExecutionError) and not isinstance(plan.outputs, Ref):
+            reason = (
+                f"it returns {show(plan.outputs)}, and TorchScript has tensors, tuples of what it has, and lists and "
+                f"dicts of things of one kind ({reason})"
+            )
         raise PlanError(f"plan {plan.name!r} cannot be made TorchScript: {reason}") from error
     with torch.no_grad():  # tracing ran the plan once: batch norm has counted a batch that never was
         for copy, original in zip(copies, originals, strict=True):
