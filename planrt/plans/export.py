@@ -180,6 +180,7 @@ def _example_inputs(
     """Inputs to export with: the examples, or zeros. A free size of 1 is doubled: torch would take it as fixed."""
     graph = plan.graph
     check_only_forward(graph)
+    plan.state_here()
     if not examples and not keywords:
         return [
             torch.zeros([_EXAMPLE_SIZE if size == FREE else size for size in spec.shape], dtype=spec.dtype)
