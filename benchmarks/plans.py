@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -12,6 +13,8 @@ from benchmarks.plain import PlainWorkers, batches_of
 from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED, Size
 from planrt.fl import data
 from planrt.fl.networks import seeded_net
+from planrt.plans import trace
+from planrt.plans.interpreter import execute, local_state
 from planrt.plans.training import trace_model, train
 from planrt.workers.datasets import BaseDataset
 
@@ -59,7 +62,71 @@ def _measure(size: Size) -> list[Row]:
             Goal(at_most=1.1),
             f"MNIST network, batch of 32, SGD, one thread, {batches} steps",
         ),
+        *_interpreter_rows(size),
         _tracing_row(size),
+    ]
+
+
+def _interpreter_rows(size: Size) -> list[Row]:
+    """Plans that do all the work, against the function they were recorded from: what the interpreter costs."""
+    network = seeded_net(SEED)
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    batch = torch.randn(BATCH_SIZE, 1, 28, 28), torch.randint(0, 10, (BATCH_SIZE,))
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.nll_loss(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    def small(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(50):
+            x = x.add(1).mul(0.5)
+        return x
+
+    vector = torch.randn(4)
+    training = trace(step, batch, modules=[network], free_dims=[[0], [0]])
+    chain = trace(small, [vector])
+    state = [tensor.clone() for tensor in local_state(training)]
+    steps, chains = (2, 20) if size.quick else (10, 500)
+
+    def repeated(function: Callable[[], object], times: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                function()
+
+        return run
+
+    runs = {
+        "step": repeated(lambda: execute(training, batch, state), steps),
+        "eager step": repeated(lambda: step(*batch), steps),
+        "chain": repeated(lambda: execute(chain, [vector]), chains),
+        "eager chain": repeated(lambda: small(vector), chains),
+    }
+    times = in_turns(runs, repeats=2 * size.repeats)
+    each = {
+        name: sample.map(lambda seconds, times=steps if "step" in name else chains: 1000 * seconds / times)
+        for name, sample in times.items()
+    }
+    return [
+        Row(
+            "whole step as a plan",
+            "ms",
+            each["step"],
+            each["eager step"],
+            "eager PyTorch",
+            Goal(at_most=1.1),
+            "forward, loss, backward and SGD update of the MNIST network in one plan, batch of 32, one thread",
+        ),
+        Row(
+            "100 small ops",
+            "ms",
+            each["chain"],
+            each["eager chain"],
+            "eager PyTorch",
+            note="on a vector of 4: what the interpreter adds to an op",
+        ),
     ]
 
 

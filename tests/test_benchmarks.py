@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.child import Child
 from benchmarks.measure import Goal, Row, Sample, in_turns, table
+from benchmarks.memory import HOLD
 from benchmarks.plain import PlainLoop, PlainWorkers
 from benchmarks.rounds import Rounds
-from benchmarks.workloads import mnist_config
+from benchmarks.workloads import mnist_config, set_width
 from planrt.fl import data
 from planrt.workers import BaseDataset, VirtualWorker
 
@@ -41,6 +43,16 @@ def test_the_floor_does_the_arithmetic_of_a_round_bit_for_bit():
         torch.set_num_threads(before)
     for average in averages:
         assert all(torch.equal(ours[name], average[name]) for name in ours)
+
+
+def test_a_coordinator_needs_no_more_memory_than_promised(monkeypatch):
+    """Also when the first in order answers last and all the others have to wait for it."""
+    monkeypatch.setenv("PLANRT_BENCH_WIDTH", "")  # put back afterwards
+    set_width(2000)  # 16 MB of parameters
+    with Child("memory", "peak") as coordinator:
+        figures = coordinator.ask({"workers": 5, "slow": True, "rounds": 2})
+    assert min(figures["peaks"]) > 2 * figures["model"]  # it was measured at all
+    assert max(figures["peaks"]) <= (2 + HOLD) * figures["model"]
 
 
 def test_it_runs_and_writes_its_results(tmp_path, capsys):

@@ -28,7 +28,7 @@ from planrt.plans.files import AnyPath, replacing
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, check_inputs, drive
-from planrt.plans.ops import SIZE_ARITHMETIC
+from planrt.plans.ops import COMPARISONS, SIZE_ARITHMETIC
 from planrt.plans.plan import Plan
 from planrt.plans.signature import Signature
 from planrt.plans.text import op_line, show
@@ -99,6 +99,23 @@ def _check_changes_nothing(program: ExportedProgram) -> None:
 # The module that is exported
 
 
+def _checked(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], None]:
+    """What the plan assumes of its sizes, as a check that `torch.export` takes along."""
+
+    def assume(left: Any, right: Any) -> None:
+        torch._check(
+            compare(left, right), lambda: "the function that was recorded goes another way for such sizes"
+        )
+
+    return assume
+
+
+_FUNCTIONS: Final = {
+    **SIZE_ARITHMETIC,
+    **{f"operator.assume_{word}": _checked(compare) for word, compare in COMPARISONS.items()},
+}
+
+
 class _Runs(torch.nn.Module):
     """Runs a graph on a copy of its state, held under the names that the plan gives it."""
 
@@ -111,7 +128,7 @@ class _Runs(torch.nn.Module):
             is_parameter = entry.kind == "parameter"
             tensors[entry.name] = torch.nn.Parameter(copied, entry.requires_grad) if is_parameter else copied
         hold(self, tensors)
-        program = Program(graph, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+        program = Program(graph, torch.device("cpu"), functions=_FUNCTIONS)
 
         def forward(*args: Any, **kwargs: Any) -> Nested:
             held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -179,7 +196,7 @@ def _example_inputs(
 ) -> Sequence[torch.Tensor]:
     """Inputs to export with: the examples, or zeros. A free size of 1 is doubled: torch would take it as fixed."""
     graph = plan.graph
-    check_only_forward(graph)
+    check_only_forward(graph, "an exported program")
     plan.state_here()
     if not examples and not keywords:
         return [

@@ -119,6 +119,12 @@ class Graph:
         """SHA-256 of the canonical bytes, as 64 hex digits."""
         return hashlib.sha256(self._bytes).hexdigest()
 
+    @cached_property
+    def differentiates(self) -> bool:
+        """Whether it computes gradients itself. Such a plan begins without gradients at every run, changes nothing
+        outside but by in-place ops, and gives results without history."""
+        return any(op.name in table.GRADIENTS or op.name == table.REQUIRES_GRAD for op in self.ops)
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Graph:
         """The plan behind canonical bytes, every part of it checked; safe on bytes from anyone.

@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,10 +24,11 @@ import torch
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.plans.graph import Graph
 from planrt.plans.holding import hold
+from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
 from planrt.plans.lifting import StateRegistry
 from planrt.plans.record import PlanRecord, state_hash
-from planrt.plans.recorder import SizesFixedError
+from planrt.plans.recorder import SizesFixedError, active_recorder
 from planrt.plans.signature import Signature, recorded_signature
 from planrt.plans.text import show_name
 from planrt.plans.tracer import assemble, record
@@ -97,6 +99,8 @@ class Plan(torch.nn.Module):
         self.id: int = secrets.randbits(40)
         self._record: PlanRecord | None = None
         self._captured: dict[str, torch.Tensor] = {}
+        self._pointers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        """worker -> where the plan was sent by a call with pointers, so that the next call need not send it."""
         self._tags: tuple[str, ...] = ()
         self._description = ""
         self.state: PlanState | None = None if state is None else PlanState(state)
@@ -108,9 +112,12 @@ class Plan(torch.nn.Module):
         """The Python code; classes of your own define it."""
         if self._function is None:
             raise PlanError(f"plan {self.name!r} has no forward: define one, or give a function")
-        if self.state is not None:
-            return self._function(*args, **kwargs, **{self._state_name(): self.state})
-        return self._function(*args, **kwargs)
+        if self.state is None:
+            return self._function(*args, **kwargs)
+        place = list(inspect.signature(self._function).parameters).index(self._state_name())
+        if len(args) >= place:
+            return self._function(*args[:place], self.state, *args[place:], **kwargs)
+        return self._function(*args, **kwargs, **{self._state_name(): self.state})
 
     # ------------------------------------------------------------------------------------ recording
 
@@ -296,10 +303,13 @@ class Plan(torch.nn.Module):
         if self._record is None:
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
+        if active_recorder() is not None:
+            return inline(self.graph, inputs, self.state_tensors())
         for tensor in inputs:
             location = getattr(tensor, "location", None)
             if location is not None:
-                return location.send_plan(self)(*args, **kwargs)
+                pointer = self._pointers[location] = location.send_plan(self)
+                return pointer(*args, **kwargs)
         return execute(self.graph, inputs, self.state_tensors())
 
     def state_tensors(self) -> list[torch.Tensor]:
@@ -378,6 +388,9 @@ class Plan(torch.nn.Module):
     def get(self) -> Any:
         """Not for plans that are here: see `PointerPlan.get`."""
         raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pointers": weakref.WeakKeyDictionary()}
 
     def copy(self) -> Self:
         """A plan of its own, with a copy of the state: neither changes the other."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -19,19 +19,19 @@ from planrt.plans.graph import Graph, Op, StateSpec
 from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
-from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
+from planrt.plans.ops import ASSUMPTIONS, GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.text import show
 from planrt.serde.dtypes import DTYPES
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
-DIFFERENTIATES: Final = frozenset(
-    {"Tensor.backward", "Tensor.grad", "Tensor.grad.__set__", "Tensor.retain_grad"}
-    | {"autograd.backward", "autograd.grad"}
-)
-"""Ops that run or read autograd: no exported form has them."""
-
 _jit_trace: Callable[..., Any] = torch.jit.trace
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+
+
+_ON_TRACED_SIZES: dict[str, Callable[..., Any]] = {
+    **SIZE_ARITHMETIC,
+    **dict.fromkeys(ASSUMPTIONS, lambda left, right: None),
+}
 
 
 @contextmanager
@@ -50,13 +50,13 @@ def is_torchscript(model: object) -> bool:
 # Out
 
 
-def check_only_forward(plan: Graph) -> None:
-    """Raise PlanError if `plan` differentiates: no exported form can."""
+def check_only_forward(plan: Graph, form: str) -> None:
+    """Raise PlanError if `plan` computes gradients, which no exported form (`form` names it) can."""
     for index, op in enumerate(plan.ops):
-        if op.name in DIFFERENTIATES:
+        if op.name in GRADIENTS or op.name == REQUIRES_GRAD:
             raise PlanError(
-                f"plan {plan.name!r} differentiates (op {index}: {op}), and exported programs cannot: export a plan "
-                "of the forward pass"
+                f"plan {plan.name!r} computes gradients, which {form} cannot (op {index}: {op}): make it of a plan of "
+                "the forward pass"
             )
 
 
@@ -64,7 +64,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
 
     It takes the plan's input tensors in order, and gives what the plan gives; a size that the plan returns is a
-    0-d tensor there.
+    0-d tensor there. What the plan assumes of its sizes is not checked there.
 
     Args:
         plan: with its state values (as traced, not as read from bytes).
@@ -73,7 +73,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     Raises:
         PlanError: no TorchScript can be made of it; the message says why.
     """
-    check_only_forward(plan)
+    check_only_forward(plan, "TorchScript")
     for index, op in enumerate(plan.ops):
         if op.name == "torch.set_grad_enabled":
             raise PlanError(
@@ -87,7 +87,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
         tensor.detach().clone().requires_grad_(tensor.requires_grad or entry.trainable)
         for entry, tensor in zip(plan.state, originals, strict=True)
     ]
-    compiled = Program(plan, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+    compiled = Program(plan, torch.device("cpu"), functions=_ON_TRACED_SIZES)
 
     def forward(*inputs: torch.Tensor) -> Nested:
         return drive(compiled.run(inputs, copies))
