@@ -10,7 +10,6 @@ plan where the other runtime has a generator of its own. A plan that differentia
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import os
@@ -18,32 +17,28 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, Final, TypeVar
 
 import torch
 from torch.export import Dim, ExportedProgram
 
-from planrt.errors import ExecutionError, PlanError
+from planrt.errors import ExecutionError, OptionError, PlanError
 from planrt.plans.files import AnyPath, replacing
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, check_inputs, drive
-from planrt.plans.ops import SIZE_ARITHMETIC
+from planrt.plans.ops import COMPARISONS, SIZE_ARITHMETIC
 from planrt.plans.plan import Plan
 from planrt.plans.signature import Signature
 from planrt.plans.text import op_line, show
+from planrt.plans.torchscript import check_only_forward
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
 
 _Made = TypeVar("_Made")
 
 _EXAMPLE_SIZE: Final = 12  # of a free dimension; divisible by what networks divide batches by
 _MAX_IN_ONE_FILE: Final = 1 << 30  # bytes of state; an ONNX file cannot be longer than 2 GiB
-
-DIFFERENTIATES: Final = frozenset(
-    {"Tensor.backward", "Tensor.grad", "Tensor.grad.__set__", "Tensor.retain_grad", "autograd.backward"}
-    | {"autograd.grad"}
-)
-"""Ops that run or read autograd: no exported form has them."""
 
 
 def to_exported_program(plan: Plan, examples: Sequence[Any], keywords: Mapping[str, Any]) -> ExportedProgram:
@@ -55,8 +50,10 @@ def to_exported_program(plan: Plan, examples: Sequence[Any], keywords: Mapping[s
 def to_onnx(plan: Plan, path: AnyPath, examples: Sequence[Any], keywords: Mapping[str, Any]) -> None:
     """`plan` as an ONNX file; see `Plan.to_onnx`."""
     for package in ("onnx", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            raise PlanError(f"to_onnx needs the package {package}: pip install planrt[onnx]")
+        try:
+            import_module(package)
+        except ImportError:
+            raise PlanError(f"to_onnx needs the package {package}: pip install planrt[onnx]") from None
     for leaf in leaves(plan.graph.outputs):
         if leaf is not None and not isinstance(leaf, Ref):
             raise PlanError(
@@ -72,7 +69,10 @@ def to_onnx(plan: Plan, path: AnyPath, examples: Sequence[Any], keywords: Mappin
     made = _or_which_op(plan, plan.graph, attempt)
     state_bytes = sum(tensor.nbytes for tensor in plan.state_tensors())
     if state_bytes > _MAX_IN_ONE_FILE:
-        made.save(os.fspath(path), external_data=True)  # a second file, PATH.data, takes the tensors
+        try:
+            made.save(os.fspath(path), external_data=True)  # a second file, PATH.data, takes the tensors
+        except OSError as error:
+            raise OptionError(f"cannot save to {path}: {error.strerror or error}") from error
         return
     with replacing(path) as file:
         file.write(made.model_proto.SerializeToString())
@@ -99,6 +99,23 @@ def _check_changes_nothing(program: ExportedProgram) -> None:
 # The module that is exported
 
 
+def _checked(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], None]:
+    """What the plan assumes of its sizes, as a check that `torch.export` takes along."""
+
+    def assume(left: Any, right: Any) -> None:
+        torch._check(
+            compare(left, right), lambda: "the function that was recorded goes another way for such sizes"
+        )
+
+    return assume
+
+
+_FUNCTIONS: Final = {
+    **SIZE_ARITHMETIC,
+    **{f"operator.assume_{word}": _checked(compare) for word, compare in COMPARISONS.items()},
+}
+
+
 class _Runs(torch.nn.Module):
     """Runs a graph on a copy of its state, held under the names that the plan gives it."""
 
@@ -111,7 +128,7 @@ class _Runs(torch.nn.Module):
             is_parameter = entry.kind == "parameter"
             tensors[entry.name] = torch.nn.Parameter(copied, entry.requires_grad) if is_parameter else copied
         hold(self, tensors)
-        program = Program(graph, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+        program = Program(graph, torch.device("cpu"), functions=_FUNCTIONS)
 
         def forward(*args: Any, **kwargs: Any) -> Nested:
             held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -179,12 +196,8 @@ def _example_inputs(
 ) -> Sequence[torch.Tensor]:
     """Inputs to export with: the examples, or zeros. A free size of 1 is doubled: torch would take it as fixed."""
     graph = plan.graph
-    for index, op in enumerate(graph.ops):
-        if op.name in DIFFERENTIATES:
-            raise PlanError(
-                f"plan {plan.name!r} differentiates (op {index}: {op_line(op)}), and exported programs cannot: export "
-                "a plan of the forward pass"
-            )
+    check_only_forward(graph, "an exported program")
+    plan.state_here()
     if not examples and not keywords:
         return [
             torch.zeros([_EXAMPLE_SIZE if size == FREE else size for size in spec.shape], dtype=spec.dtype)

@@ -87,7 +87,7 @@ def save_plan(plan: Plan, path: AnyPath) -> None:
         raise OptionError(
             f"a plan with a description of more than {_MAX_DESCRIPTION} characters cannot be saved"
         )
-    state = plan.state_tensors()
+    state = plan.state_here()
     values = [raw_bytes(tensor) for tensor in state]
     header = pack(
         [

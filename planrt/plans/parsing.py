@@ -2,21 +2,21 @@
 
 A reader of its own, one line at a time: it evaluates nothing, builds plain values only, and takes names of ops
 from the fixed table. Each line has one spelling, the printed one: what is parsed is printed again and compared,
-so two texts that look different never are the same plan. Spaces around lines and empty lines are free.
+so a plan has one text. Free are the spaces around lines, empty lines, and whether the hash is given.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, get_args
 
 from planrt.errors import PlanFormatError
 from planrt.plans import ops as table
-from planrt.plans.graph import MAX_BYTES, MAX_OPS, Graph, Op, StateKind, StateSpec, check_spec
+from planrt.plans.graph import MAX_BYTES, MAX_OPS, Graph, Op, StateKind, StateSpec
+from planrt.plans.lines import NUMBERED, SPEC, Line
 from planrt.plans.text import (
     KEYWORD,
-    PLAIN_NAME,
     PROPERTIES,
     input_line,
     op_line,
@@ -24,8 +24,7 @@ from planrt.plans.text import (
     show_name,
     state_line,
 )
-from planrt.serde.dtypes import DTYPES
-from planrt.serde.values import DEVICE, LAYOUTS, MAX_DEPTH, MEMORY_FORMATS
+from planrt.serde.values import MAX_DEPTH
 from planrt.types import FREE, Nested, Ref, TensorSpec
 
 MAX_CHARACTERS: Final = 4 * MAX_BYTES
@@ -33,20 +32,6 @@ MAX_CHARACTERS: Final = 4 * MAX_BYTES
 
 _ASSIGNMENT = re.compile(r"([_0-9(), ]+) = ")
 _CALLED = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
-_ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|.|$)", re.DOTALL)
-_FLOAT = re.compile(r"-?(?:inf|nan|[0-9]+(?:\.[0-9]+(?:e[+-]?[0-9]+)?|e[+-]?[0-9]+))(?![A-Za-z0-9_.])")
-_COMPLEX_PARTS = re.compile(f"({_FLOAT.pattern}), ({_FLOAT.pattern})\\)")
-_INT = re.compile(r"-?[0-9]+(?![A-Za-z0-9_.])")
-_NUMBERED = re.compile(r"_([0-9]{1,19})(?![A-Za-z0-9_])")
-_SPEC = re.compile(r"([a-z0-9]+)\[([*0-9, ]*)\]")
-_STRING = re.compile(r"'[^'\\]*(?:\\.[^'\\]*)*'|\"[^\"\\]*(?:\\.[^\"\\]*)*\"")
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*|\.\.\.")
-
-_SIMPLE_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
-_WORDS: dict[str, Any] = {
-    "None": None, "True": True, "False": False, "...": Ellipsis, "DEVICE": DEVICE,
-    **{f"torch.{name}": value for name, value in (*DTYPES.items(), *MEMORY_FORMATS.items(), *LAYOUTS.items())},
-}  # fmt: skip
 
 
 def parse(text: str) -> Graph:
@@ -65,179 +50,6 @@ def parse(text: str) -> Graph:
             f"a text of {len(text)} characters is longer than the limit of {MAX_CHARACTERS}"
         )
     return _Reader(text).graph()
-
-
-class _Line:
-    """One line, and how far it has been read."""
-
-    def __init__(self, text: str, number: int) -> None:
-        self.text = text
-        self.number = number
-        self._at = 0
-
-    def fail(self, expected: str) -> PlanFormatError:
-        rest = self.text[self._at : self._at + 40]
-        found = ascii(rest) if rest else "the end of the line"
-        return PlanFormatError(f"line {self.number}: expected {expected}, found {found}")
-
-    def wrong(self, reason: str) -> PlanFormatError:
-        return PlanFormatError(f"line {self.number}: {reason}")
-
-    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        found = pattern.match(self.text, self._at)
-        if found:
-            self._at = found.end()
-        return found
-
-    def sees(self, pattern: re.Pattern[str]) -> bool:
-        return pattern.match(self.text, self._at) is not None
-
-    def accept(self, literal: str) -> bool:
-        if not self.text.startswith(literal, self._at):
-            return False
-        self._at += len(literal)
-        return True
-
-    def expect(self, literal: str, what: str = "") -> None:
-        if not self.accept(literal):
-            raise self.fail(what or repr(literal))
-
-    def end(self, printed: str) -> None:
-        """Raises unless the line is read, and is spelled as plans are printed."""
-        if self._at < len(self.text):
-            raise self.fail("the end of the line")
-        if self.text != printed:
-            raise self.wrong(f"this is written {printed[:200]!r}, not {self.text[:200]!r}")
-
-    # Values
-
-    def listed(self, closing: str, item: Callable[[], None]) -> int:
-        """Items between commas up to `closing`; how many. ``(1,)`` ends in a comma, nothing else does."""
-        count = 0
-        while not self.accept(closing):
-            if count:
-                self.expect(", ", f"', ' or {closing!r}")
-            item()
-            count += 1
-            if closing == ")" and count == 1 and self.accept(",)"):
-                return count
-        return count
-
-    def value(self, known: int, depth: int) -> Nested:
-        """An argument of an op; `show` is the inverse."""
-        if depth > MAX_DEPTH:
-            raise self.wrong(f"values nested more than {MAX_DEPTH} levels deep")
-        if self.accept("("):
-            return tuple(self._items(")", known, depth))
-        if self.accept("["):
-            return self._items("]", known, depth)
-        if self.accept("{"):
-            return self._dict(known, depth)
-        if self.accept("slice("):
-            parts = self._items(")", known, depth)
-            if len(parts) != 3:
-                raise self.wrong("a slice has three parts: slice(start, stop, step)")
-            return slice(*parts)
-        if self.accept("complex("):
-            return self._complex()
-        if self.sees(_STRING):
-            return self.string()
-        if self.sees(_NUMBERED):
-            return self.ref(known)
-        if found := self.match(_FLOAT):
-            return float(found[0])
-        if found := self.match(_INT):
-            return self._int(found[0])
-        found = _WORD.match(self.text, self._at)
-        if found is None or found[0] not in _WORDS:
-            raise self.fail("a value")
-        self._at = found.end()
-        return _WORDS[found[0]]
-
-    def _items(self, closing: str, known: int, depth: int) -> list[Any]:
-        items: list[Any] = []
-        self.listed(closing, lambda: items.append(self.value(known, depth + 1)))
-        return items
-
-    def _dict(self, known: int, depth: int) -> dict[str, Any]:
-        items: dict[str, Any] = {}
-
-        def item() -> None:
-            key = self.string()
-            self.expect(": ")
-            if key in items:
-                raise self.wrong(f"the key {key!a} stands twice")
-            items[key] = self.value(known, depth + 1)
-
-        self.listed("}", item)
-        return items
-
-    def _complex(self) -> complex:
-        found = self.match(_COMPLEX_PARTS)
-        if found is None:
-            raise self.fail("two numbers with a point, such as complex(1.0, 0.5)")
-        return complex(float(found[1]), float(found[2]))
-
-    def _int(self, digits: str) -> int:
-        number = int(digits) if len(digits) <= 20 else 2**63
-        if not -(2**63) <= number < 2**63:
-            raise self.wrong(f"the integer {digits[:30]} is outside the 64-bit range")
-        return number
-
-    def string(self) -> str:
-        found = self.match(_STRING)
-        if found is None:
-            raise self.fail("a string in quotes")
-
-        return self.unescaped(found[0][1:-1])
-
-    def unescaped(self, text: str) -> str:
-        """`text` with the characters that its backslashes stand for."""
-
-        def character(escape: re.Match[str]) -> str:
-            word = escape[1]
-            if word in _SIMPLE_ESCAPES:
-                return _SIMPLE_ESCAPES[word]
-            code = int(word[1:], 16) if len(word) > 1 else -1
-            if not (0 <= code < 0xD800 or 0xE000 <= code <= 0x10FFFF):
-                raise self.wrong(f"no character is written {ascii(escape[0])[1:-1]}")
-            return chr(code)
-
-        return _ESCAPE.sub(character, text)
-
-    def ref(self, known: int) -> Ref:
-        """A value of the plan that an earlier line made."""
-        found = self.match(_NUMBERED)
-        if found is None:
-            raise self.fail("a value of the plan, such as _0")
-        if int(found[1]) >= known:
-            raise self.wrong(f"{found[0]} is made by no earlier line")
-        return Ref(int(found[1]))
-
-    def name(self, what: str) -> str:
-        """A name, in quotes or plain."""
-        if self.sees(_STRING):
-            return self.string()
-        found = self.match(PLAIN_NAME)
-        if found is None:
-            raise self.fail(what)
-        return found[0]
-
-    def spec(self) -> TensorSpec:
-        """``float32[*, 2]``."""
-        found = _SPEC.match(self.text, self._at)
-        if found is None or found[1] not in DTYPES:
-            raise self.fail("a dtype and a shape, such as float32[*, 2]")
-        self._at = found.end()
-        sizes = found[2].split(", ") if found[2] else []
-        if not all(size == "*" or (size.isdecimal() and len(size) <= 19) for size in sizes):
-            raise self.wrong(f"{found[0][:80]} is no shape: sizes are numbers, or * for any size")
-        spec = TensorSpec(tuple(FREE if size == "*" else int(size) for size in sizes), DTYPES[found[1]])
-        try:
-            check_spec(spec)
-        except PlanFormatError as error:
-            raise self.wrong(str(error)) from None
-        return spec
 
 
 class _Reader:
@@ -286,14 +98,14 @@ class _Reader:
             )
         return made
 
-    def _next(self, expected: str) -> _Line:
+    def _next(self, expected: str) -> Line:
         line = next(self._lines, None)
         if line is None:
             raise PlanFormatError(f"line {self._last + 1}: expected {expected}, found the end of the text")
         self._last = line.number
         return line
 
-    def _header(self, line: _Line) -> tuple[str, str | None]:
+    def _header(self, line: Line) -> tuple[str, str | None]:
         line.expect("plan ", "'plan NAME'")
         name = line.name("the plan's name")
         digest = None
@@ -306,14 +118,14 @@ class _Reader:
         return name, digest
 
     def _declaration(
-        self, line: _Line, inputs: list[TensorSpec], names: list[str], state: list[StateSpec]
+        self, line: Line, inputs: list[TensorSpec], names: list[str], state: list[StateSpec]
     ) -> None:
         line.expect(f"_{self._known}: ", f"'_{self._known}: ', the next number")
         self._known += 1
         if line.accept("input "):
             if state:
                 raise line.wrong("inputs stand before the state")
-            name = None if line.sees(_SPEC) else line.name("the input's name, or its dtype and shape")
+            name = None if line.sees(SPEC) else line.name("the input's name, or its dtype and shape")
             if name is not None:
                 line.expect(" ", "a dtype and a shape")
                 if len(names) < len(inputs):
@@ -335,11 +147,11 @@ class _Reader:
         state.append(StateSpec(name, spec, kind, usual != is_marked))
         line.end(state_line(self._known - 1, state[-1]))
 
-    def _op(self, line: _Line) -> Op:
+    def _op(self, line: Line) -> Op:
         known = self._known  # an op cannot take its own results
         results = self._results(line) if line.sees(_ASSIGNMENT) else None
         args: list[Any] = []
-        if line.sees(_NUMBERED):
+        if line.sees(NUMBERED):
             args.append(line.ref(known))
             line.expect(".", "a method of the value, such as .add(1)")
             found = line.match(_CALLED)
@@ -361,7 +173,7 @@ class _Reader:
         line.end(op_line(op))
         return op
 
-    def _arguments(self, line: _Line, args: list[Any], known: int) -> dict[str, Any]:
+    def _arguments(self, line: Line, args: list[Any], known: int) -> dict[str, Any]:
         kwargs: dict[str, Any] = {}
 
         def argument() -> None:
@@ -386,21 +198,21 @@ class _Reader:
         line.listed(")", argument)
         return kwargs
 
-    def _results(self, line: _Line) -> Nested:
+    def _results(self, line: Line) -> Nested:
         items = [self._target(line, 0)]
         while line.accept(", "):
             items.append(self._target(line, 1))
         line.expect(" = ")
         return items[0] if len(items) == 1 else tuple(items)
 
-    def _target(self, line: _Line, depth: int) -> Nested:
+    def _target(self, line: Line, depth: int) -> Nested:
         if depth > MAX_DEPTH:
             raise line.wrong(f"results nested more than {MAX_DEPTH} levels deep")
         if line.accept("("):
             items: list[Any] = []
             line.listed(")", lambda: items.append(self._target(line, depth + 1)))
             return tuple(items)
-        if not line.sees(_NUMBERED):
+        if not line.sees(NUMBERED):
             line.expect("_", "the number of a result, or _")
             return None
         self._known += 1
@@ -412,7 +224,7 @@ class _Reader:
 _KEYWORD_EQUALS = re.compile(KEYWORD.pattern + "=")
 
 
-def _lines(text: str) -> Iterator[_Line]:
+def _lines(text: str) -> Iterator[Line]:
     """The lines that are not empty, without the spaces around them."""
     start, number = 0, 1
     while start <= len(text):
@@ -420,5 +232,5 @@ def _lines(text: str) -> Iterator[_Line]:
         stop = len(text) if stop < 0 else stop
         line = text[start:stop].strip(" \r")
         if line:
-            yield _Line(line, number)
+            yield Line(line, number)
         start, number = stop + 1, number + 1

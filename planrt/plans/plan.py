@@ -317,6 +317,21 @@ class Plan(torch.nn.Module):
         held = self._held()
         return [held[entry.name] for entry in self.record.state]
 
+    def state_here(self) -> list[torch.Tensor]:
+        """`state_tensors`, none of them on a worker.
+
+        Raises:
+            PlanError: a module of the plan was sent.
+        """
+        tensors = self.state_tensors()
+        for entry, tensor in zip(self.record.state, tensors, strict=True):
+            where = getattr(tensor, "location", None)
+            if where is not None:
+                raise PlanError(
+                    f"state {entry.name!r} of plan {self.name!r} is on worker {where.id!r}: get() the module first"
+                )
+        return tensors
+
     def _held(self) -> dict[str, torch.Tensor]:
         return {**dict(self._own_tensors()), **self._captured}
 
@@ -342,7 +357,7 @@ class Plan(torch.nn.Module):
     @property
     def state_hash(self) -> str:
         """SHA-256 over the values of the state, as 64 hex digits."""
-        return state_hash(self.state_tensors())
+        return state_hash(self.state_here())
 
     # ------------------------------------------------------------------------------------ travelling
 
@@ -465,7 +480,7 @@ class Plan(torch.nn.Module):
         """The plan as TorchScript; see `planrt.plans.torchscript.to_torchscript`."""
         from planrt.plans.torchscript import to_torchscript  # it imports much that plans do not need
 
-        return to_torchscript(replace(self.graph, state_values=tuple(self.state_tensors())))
+        return to_torchscript(replace(self.graph, state_values=tuple(self.state_here())))
 
     def __str__(self) -> str:
         name = show_name(self.name)

@@ -1,6 +1,6 @@
 """Plans as programs of `torch.export` and as ONNX models: equal in results, or an error that names the op."""
 
-import importlib.util
+import sys
 
 import onnx
 import onnxruntime
@@ -11,10 +11,8 @@ from nets import make
 from torch import nn
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError
-from planrt.plans import Graph, Op, Plan, ops
-from planrt.plans.record import PlanRecord
-from planrt.plans.signature import Parameter, Signature
-from planrt.types import Ref, TensorSpec, leaves
+from planrt.plans import Plan
+from planrt.types import leaves
 
 X = torch.randn(4, 6)
 
@@ -184,6 +182,16 @@ def test_functions_as_onnx(tmp_path):
         same_in_onnx(tmp_path / "f.onnx", plan, torch.randn(size, 6), torch.randn(6))
 
 
+def test_large_state_goes_into_a_second_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("planrt.plans.export._MAX_IN_ONE_FILE", 0)
+    plan = Plan(nn.Linear(6, 200)).build(X)
+    plan.to_onnx(tmp_path / "f.onnx")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["f.onnx", "f.onnx.data"]
+    same_in_onnx(tmp_path / "f.onnx", plan, X)
+    with pytest.raises(OptionError, match="cannot save to"):
+        plan.to_onnx(tmp_path / "no" / "place")
+
+
 def test_random_ops_draw_other_numbers_in_onnx(tmp_path):
     path = tmp_path / "f.onnx"
     Plan(lambda x: x + torch.rand(x.shape[0], 6)).build(X).to_onnx(path)
@@ -220,7 +228,7 @@ def test_onnx_models_change_nothing(tmp_path):
     plan = Norm().build(X)
     with pytest.raises(
         PlanError,
-        match=r"op 0 of plan 'Norm' .*_1\.add_\(1\): it changes the state 'calls', .* plan\.eval\(\)",
+        match=r"op 0 of plan 'Norm' .*_1\.add_\(1\): it changes the state 'calls', .*plan\.eval\(\)",
     ):
         plan.to_onnx(tmp_path / "norm.onnx")
     plan.eval().to_onnx(tmp_path / "norm.onnx")
@@ -235,14 +243,32 @@ def test_onnx_models_change_nothing(tmp_path):
         Plan(lambda x: (x + 1, "text")).build(X).to_onnx(tmp_path / "f.onnx")
 
 
-def test_plans_that_differentiate_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setitem(ops.TABLE, "Tensor.backward", torch.Tensor.backward)
-    graph = Graph((TensorSpec((), torch.float32),), (), (Op("Tensor.backward", (Ref(0),), {}, None),), Ref(0))
-    signature = Signature((Parameter("x", "positional", False),), {"x": Ref(0)})
-    plan = Plan.from_record(PlanRecord("step", "", signature, graph, graph), [])
+def test_plans_that_differentiate_are_refused(tmp_path):
+    def step(x, w):
+        w = w.detach().requires_grad_()
+        (x @ w).sum().backward()
+        return w.grad
+
+    plan = Plan(step).build(X, X[0])
     for export in (plan.to_exported_program, lambda: plan.to_onnx(tmp_path / "f.onnx")):
-        with pytest.raises(PlanError, match=r"'step' differentiates \(op 0: _0\.backward\(\)\)"):
+        with pytest.raises(
+            PlanError, match=r"'step' computes gradients, which .* cannot \(op 1: .*_2\.requires_grad_\(\)\)"
+        ):
             export()
+
+
+def test_what_a_plan_assumes_of_its_sizes_is_checked():
+    plan = Plan(lambda x: x + 1 if x.shape[0] > 3 else x - 1).build(X)
+    exported = plan.to_exported_program(X)
+    same(exported, plan, torch.randn(9, 6))
+    with pytest.raises((RuntimeError, AssertionError)):
+        exported.module()(X[:2])
+    plan = Plan(lambda x: x - 1 if x.shape[0] == 12 else x + 1).build(X)
+    same(plan.to_exported_program(X), plan, X[:3])
+    with pytest.raises(
+        PlanError, match=r"op 1 of plan .*assume_ne\(_1, 12\): .*goes another way for such sizes"
+    ):
+        plan.to_exported_program()  # on examples of its own, of size 12
 
 
 def test_bad_arguments(tmp_path, monkeypatch):
@@ -259,10 +285,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
         plan.to_onnx(tmp_path)
     with pytest.raises(OptionError, match="No such file or directory"):
         plan.to_onnx(tmp_path / "no" / "place")
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name)
-    )
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(PlanError, match=r"needs the package onnxscript: pip install planrt\[onnx\]"):
         plan.to_onnx(tmp_path / "f.onnx")
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,8 @@ import stat
 import msgpack
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nets import make
 from torch import nn
 
@@ -275,6 +277,30 @@ def test_truth_values_and_names_are_checked(tmp_path):
     assert torch.equal(load_plan(path)(torch.zeros(1, 1)), net(torch.zeros(1, 1)))
 
 
+HOSTILE = Of(nn.Sequential(nn.Linear(1, 2), nn.Dropout(0.5))).build(torch.ones(1, 1))
+HEADER = header_of(HOSTILE, keys=[["net.0.weight", "net.0.weight"]], tags=["#a"])
+HOSTILE_STATE = b"".join(tensor.detach().numpy().tobytes() for tensor in HOSTILE.state_tensors())
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.lists(st.tuples(st.integers(0, len(HEADER) - 1), st.integers(0, 255)), min_size=1, max_size=3)
+)
+def test_headers_that_were_altered_and_sealed_again(changes, tmp_path):
+    header = bytearray(HEADER)
+    for position, value in changes:
+        header[position] = value
+    path = tmp_path / "file"
+    path.write_bytes(sealed(bytes(header), HOSTILE_STATE))
+    try:
+        plan = load_plan(path)
+    except PlanError:
+        return
+    assert len(plan.state_tensors()) == 2
+    plan.save(path)
+    assert load_plan(path).record == plan.record
+
+
 def test_an_op_that_this_torch_does_not_have(tmp_path):
     record = small().record.to_bytes().replace(b"Tensor.add", b"Tensor.zdd")
     path = tmp_path / "file"
@@ -337,6 +363,26 @@ def test_what_cannot_be_saved_touches_nothing(tmp_path):
     with pytest.raises(LocalError, match="only dense tensors with data"):
         Of(nn.Linear(2, 3)).build(torch.ones(1, 2)).to("meta").save(path)
     assert path.read_bytes() == before
+
+
+def test_state_on_a_worker_cannot_be_saved_or_exported(tmp_path):
+    hook = planrt.TorchHook(torch)
+    bob = planrt.VirtualWorker(hook, id="files-away")
+    plan = Of(nn.Linear(2, 3)).build(torch.ones(1, 2))
+    plan.net.send(bob)
+    for use in (
+        lambda: plan.save(tmp_path / "file"),
+        lambda: plan.state_hash,
+        lambda: plan.torchscript,
+        plan.to_exported_program,
+        lambda: plan.to_onnx(tmp_path / "file"),
+    ):
+        with pytest.raises(
+            PlanError, match=r"'net.weight' of plan 'of' is on worker 'files-away': get\(\) the module"
+        ):
+            use()
+    plan.net.get()
+    plan.save(tmp_path / "file")
 
 
 def test_saving_replaces_a_file_and_follows_links(tmp_path):
