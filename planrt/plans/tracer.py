@@ -20,7 +20,8 @@ from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD
 from planrt.plans.probing import grown, in_common, odd_runs
-from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step, recording, run_once
+from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step
+from planrt.plans.runs import recording, run_once
 from planrt.plans.source import user_line
 from planrt.types import Nested, Ref, TensorSpec, map_leaves
 
