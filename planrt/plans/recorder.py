@@ -193,11 +193,7 @@ class Recorder(TorchFunctionMode):
         elif name != "Tensor.retain_grad":
             self._has_gradients = True
             self._check_hooks()
-        kwargs = {
-            key: value
-            for key, value in kwargs.items()
-            if value is not seen.BACKWARD_DEFAULTS.get(key, seen.BACKWARD_DEFAULTS)
-        }
+        kwargs = {key: value for key, value in kwargs.items() if not seen.is_backward_default(key, value)}
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         return self._write(name, recorded_args, recorded_kwargs, result)

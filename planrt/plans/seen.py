@@ -61,7 +61,7 @@ METADATA = frozenset(
     )
 )  # fmt: skip
 """Reads of dtype, layout and the like: their answers are constants of the plan. Numbers among them that
-follow a free size (`stride`, `nbytes`, `len`) differ between the tracer's two runs, which catches them."""
+follow a free size (`stride`, `nbytes`) differ between the tracer's runs, which catches them."""
 
 _BACKWARD_DEFAULTS: dict[str, Any] = {
     "gradient": None, "grad_tensors": None, "grad_outputs": None, "inputs": None, "retain_graph": None,

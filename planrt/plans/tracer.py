@@ -222,7 +222,7 @@ def _checked_free_dims(
             raise TraceError(
                 f"free_dims {tuple(dims)} of example argument {index}, which is {example.dim()}-d"
             )
-        if not all(example.shape[dim] for dim in dims):  # nothing to repeat for the second run
+        if not all(example.shape[dim] for dim in dims):  # nothing to repeat for the other runs
             raise TraceError(f"example argument {index} is empty on a free dimension: give it some entries")
         checked.append(tuple(sorted({dim % example.dim() for dim in dims})))
     return checked
