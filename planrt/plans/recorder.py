@@ -105,7 +105,7 @@ class Recorder(TorchFunctionMode):
             return self._call(func, args, kwargs or {})
         except TraceError as error:
             if self._optimizers.stepping is not None:
-                reason = str(error).partition(":")[0]
+                reason = str(error).removesuffix(f" (at {error.line})").partition(":")[0]
                 error = type(error)(why_no_step(self._optimizers.stepping, reason), line=error.line)
             self.failure = self.failure or error  # user code may swallow it
             raise error
@@ -289,11 +289,7 @@ class Recorder(TorchFunctionMode):
         if index is None:
             line = self._line()
             if self._first_values is not None:
-                raise SecondRunError(
-                    "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a "
-                    "custom autograd.Function, or by a library that works behind torch's public functions",
-                    line=line,
-                )
+                raise SecondRunError(seen.why_from_nowhere(tensor), line=line)
             index = self.registry.capture(tensor, line)
         return Ref(FIRST_STATE + index)
 

@@ -130,6 +130,16 @@ def why_unseen(kernel: str) -> str:
     )
 
 
+def why_from_nowhere(tensor: torch.Tensor) -> str:
+    """One line on why a tensor of which the recorder saw nothing cannot go into a plan."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return "a parameter made in the function: make modules and parameters before, and use them in it"
+    return (
+        "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a custom "
+        "autograd.Function, or by a library that works behind torch's public functions"
+    )
+
+
 class RecordedNode:
     """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would be used
     behind the recorder's back."""
