@@ -1,7 +1,8 @@
-"""Plans: a training step from a plan against eager PyTorch, and how long tracing takes."""
+"""Plans: a training step from a plan against eager PyTorch, and how long tracing and checking take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -12,7 +13,12 @@ from benchmarks.plain import PlainWorkers, batches_of
 from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED, Size
 from planrt.fl import data
 from planrt.fl.networks import seeded_net
+from planrt.plans import Graph, Op, effects, trace
+from planrt.plans.interpreter import execute, local_state
+from planrt.plans.policy import Policy, ReleaseRule
 from planrt.plans.training import trace_model, train
+from planrt.plans.verify import check
+from planrt.types import Ref, TensorSpec
 from planrt.workers.datasets import BaseDataset
 
 
@@ -59,7 +65,72 @@ def _measure(size: Size) -> list[Row]:
             Goal(at_most=1.1),
             f"MNIST network, batch of 32, SGD, one thread, {batches} steps",
         ),
+        *_interpreter_rows(size),
         _tracing_row(size),
+        *_checking_rows(size),
+    ]
+
+
+def _interpreter_rows(size: Size) -> list[Row]:
+    """Plans that do all the work, against the function they were recorded from: what the interpreter costs."""
+    network = seeded_net(SEED)
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    batch = torch.randn(BATCH_SIZE, 1, 28, 28), torch.randint(0, 10, (BATCH_SIZE,))
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.nll_loss(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    def small(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(50):
+            x = x.add(1).mul(0.5)
+        return x
+
+    vector = torch.randn(4)
+    training = trace(step, batch, modules=[network], free_dims=[[0], [0]])
+    chain = trace(small, [vector])
+    state = [tensor.clone() for tensor in local_state(training)]
+    steps, chains = (2, 20) if size.quick else (10, 500)
+
+    def repeated(function: Callable[[], object], times: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                function()
+
+        return run
+
+    runs = {
+        "step": repeated(lambda: execute(training, batch, state), steps),
+        "eager step": repeated(lambda: step(*batch), steps),
+        "chain": repeated(lambda: execute(chain, [vector]), chains),
+        "eager chain": repeated(lambda: small(vector), chains),
+    }
+    times = in_turns(runs, repeats=2 * size.repeats)
+    each = {
+        name: sample.map(lambda seconds, times=steps if "step" in name else chains: 1000 * seconds / times)
+        for name, sample in times.items()
+    }
+    return [
+        Row(
+            "whole step as a plan",
+            "ms",
+            each["step"],
+            each["eager step"],
+            "eager PyTorch",
+            Goal(at_most=1.1),
+            "forward, loss, backward and SGD update of the MNIST network in one plan, batch of 32, one thread",
+        ),
+        Row(
+            "100 small ops",
+            "ms",
+            each["chain"],
+            each["eager chain"],
+            "eager PyTorch",
+            note="on a vector of 4: what the interpreter adds to an op",
+        ),
     ]
 
 
@@ -84,3 +155,47 @@ def _tracing_row(size: Size) -> Row:
         "eager forward, twice",
         note="training and evaluation plan, with the loss, 64x64 images",
     )
+
+
+def _checking_rows(size: Size) -> list[Row]:
+    """Checking a plan of 1,000 ops against a policy, with nothing known of its ops before."""
+    policy = Policy(release=(ReleaseRule("#patients", 5),))
+    few, distinct = _long_plan(50), _long_plan(1000)
+
+    def check_cold(graph: Graph) -> None:
+        effects.forget()
+        check(graph, policy, tags={0: ["#patients"]}).raise_for_violations()
+
+    check_cold(few)  # imports and torch's own tables
+    times = in_turns(
+        {
+            "few": lambda: check_cold(few),
+            "distinct": lambda: check_cold(distinct),
+            "known": lambda: check(distinct, policy, tags={0: ["#patients"]}),
+        },
+        repeats=2 * size.repeats,
+    )
+    note = "1,000 ops with a release rule, nothing cached before"
+    milliseconds = times["few"].map(lambda seconds: 1000 * seconds)
+    known = times["known"].map(lambda seconds: 1000 * seconds)
+    return [
+        Row("checking, 50 shapes", "ms", milliseconds, goal=Goal(at_most=50, absolute=True), note=note),
+        Row("checking, 1,000 shapes", "s", times["distinct"], goal=Goal(at_most=1, absolute=True), note=note),
+        Row("checking again", "ms", known, note="1,000 shapes, every kind of op seen before"),
+    ]
+
+
+def _long_plan(shapes: int) -> Graph:
+    """1,000 ops on inputs of this many shapes, each shape with an op of its own; one output, an aggregate."""
+    kinds = ["torch.add", "torch.mul", "torch.tanh", "torch.sub"]
+    inputs = tuple([TensorSpec((8, 4 + index), torch.float32) for index in range(shapes)])
+    latest = list(range(shapes))
+    ops = []
+    for step in range(999):
+        which = step % shapes
+        name = kinds[which % len(kinds)]
+        args = (Ref(latest[which]),) if name == "torch.tanh" else (Ref(latest[which]), Ref(which))
+        latest[which] = shapes + step
+        ops.append(Op(name, args, {}, Ref(latest[which])))
+    ops.append(Op("torch.mean", (Ref(latest[0]), 0), {}, Ref(shapes + 999)))
+    return Graph(inputs, (), tuple(ops), Ref(shapes + 999))

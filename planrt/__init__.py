@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from planrt import errors
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.grid import PrivateGridNetwork
-    from planrt.plans import Plan, func2plan
+    from planrt.plans import Plan, func2plan, load_plan
     from planrt.protocols import PointerProtocol, Protocol, Step
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
@@ -30,6 +30,7 @@ _HOMES = {
     "errors": "planrt.errors",
     "Plan": "planrt.plans",
     "func2plan": "planrt.plans",
+    "load_plan": "planrt.plans",
     "PointerProtocol": "planrt.protocols",
     "Protocol": "planrt.protocols",
     "Step": "planrt.protocols",
@@ -57,6 +58,7 @@ __all__ = [
     "errors",
     "Plan",
     "func2plan",
+    "load_plan",
     "Protocol",
     "Step",
     "PointerProtocol",

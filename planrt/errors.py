@@ -6,7 +6,9 @@
     │   ├── PlanError              a plan that is not built, malformed or given the wrong arguments
     │   │   ├── PlanFormatError        bytes or op lists that are not a valid plan
     │   │   ├── PlanArgumentError      wrong number, shape or dtype of arguments (also a ValueError)
-    │   │   └── OpNotAllowedError      an op that is not in the fixed table
+    │   │   ├── OpNotAllowedError      an op that is not in the fixed table
+    │   │   └── PolicyError            a plan breaks a rule of a data owner; names op, line and rule
+    │   ├── ApprovalError          the record of an owner's decisions is broken, full, or cannot take this one
     │   ├── ProtocolError          a protocol described, deployed or run in a way that cannot work (also a ValueError)
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
@@ -23,6 +25,8 @@
     │   ├── UnknownPlanError       the worker does not hold that plan (the client sends it again)
     │   ├── UnknownDatasetError    the worker has no data set under that key
     │   ├── UnknownObjectError     the worker holds no object under that id for this session
+    │   ├── NotApprovedError       the worker's owner has not approved, or has denied, what was to run
+    │   ├── PolicyRefusedError     what was to run breaks a rule of the worker's owner; names op, line and rule
     │   └── GetNotPermittedError   private data, or what is computed from it, was asked for by someone not allowed
     └── TransportError             the pipe: address and what was tried
         ├── ConnectError           nobody listens there, wrong address, refused, timed out
@@ -39,6 +43,10 @@ from __future__ import annotations
 
 class PlanrtError(Exception):
     """Root of every error raised by planrt."""
+
+
+class PlanWarning(UserWarning):
+    """A plan was recorded, with something in it that its author may not have meant; the message says what."""
 
 
 class LocalError(PlanrtError):
@@ -70,6 +78,32 @@ class PlanArgumentError(PlanError, ValueError):
 
 class OpNotAllowedError(PlanError):
     """An op that is not in the fixed table of `planrt.plans.ops`."""
+
+
+class PolicyError(PlanError):
+    """A plan breaks a rule of a data owner's policy.
+
+    `rule` is the rule's name; `op`, `index` and `line` say at which op, where it is one op's.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rule: str,
+        op: str | None = None,
+        index: int | None = None,
+        line: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.op = op
+        self.index = index
+        self.line = line
+
+
+class ApprovalError(LocalError):
+    """The record of a data owner's decisions is broken or full, or a decision cannot be made."""
 
 
 class ProtocolError(LocalError, ValueError):
@@ -172,6 +206,14 @@ class UnknownDatasetError(RemoteError):
 
 class UnknownObjectError(RemoteError):
     """The worker holds no object under that id for this session."""
+
+
+class NotApprovedError(RemoteError):
+    """The worker's owner has not approved the plan yet, or has denied it; says which, and why."""
+
+
+class PolicyRefusedError(RemoteError):
+    """What was to run breaks a rule of the worker's owner; `op`, `index` and `line` say where."""
 
 
 class GetNotPermittedError(RemoteError):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.child import Child
 from benchmarks.measure import Goal, Row, Sample, in_turns, table
+from benchmarks.memory import HOLD
 from benchmarks.plain import PlainLoop, PlainWorkers
 from benchmarks.rounds import Rounds
-from benchmarks.workloads import mnist_config
+from benchmarks.workloads import mnist_config, set_width
 from planrt.fl import data
 from planrt.workers import BaseDataset, VirtualWorker
 
@@ -43,15 +45,32 @@ def test_the_floor_does_the_arithmetic_of_a_round_bit_for_bit():
         assert all(torch.equal(ours[name], average[name]) for name in ours)
 
 
+def test_a_coordinator_needs_no_more_memory_than_promised(monkeypatch):
+    """Also when the first in order answers last and all the others have to wait for it."""
+    monkeypatch.setenv("PLANRT_BENCH_WIDTH", "")  # put back afterwards
+    set_width(2000)  # 16 MB of parameters
+    with Child("memory", "peak") as coordinator:
+        figures = coordinator.ask({"workers": 5, "slow": True, "rounds": 2})
+    assert min(figures["peaks"]) > 2 * figures["model"]  # it was measured at all
+    assert max(figures["peaks"]) <= (2 + HOLD) * figures["model"]
+
+
 def test_it_runs_and_writes_its_results(tmp_path, capsys):
     results = tmp_path / "results.json"
     assert main(["--quick", "--only", "plans", "--json", str(results)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(results.read_text())["groups"]["plans"]
-    assert [row["name"] for row in rows] == ["training step", "tracing ResNet-18"]
+    assert [row["name"] for row in rows] == [
+        "training step",
+        "tracing ResNet-18",
+        "checking, 50 shapes",
+        "checking, 1,000 shapes",
+        "checking again",
+    ]
     for row in rows:
         assert row["name"] in printed
         assert row["ours"]["median"] > 0
+    for row in rows[:2]:
         assert row["ratio"]["median"] > 0
     assert isinstance(rows[0]["met"], bool)
 

@@ -163,8 +163,8 @@ def no_partition(worker_id: str) -> str:
     """The message for a worker that no part of the data is meant for."""
     return (
         f"no data is meant for worker {worker_id!r}: call it {', '.join(PARTITIONS)} for a part of the "
-        "training images, add --testing for the test images, or serve your own data set with --dataset "
-        "package.module:factory"
+        "training images, add --testing for the test images, serve your own data set with --dataset "
+        "package.module:factory, or none with --empty"
     )
 
 

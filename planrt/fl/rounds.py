@@ -2,7 +2,7 @@
 
 `RoundScheduler.run_round` fires the requests at all workers at once and averages the replies as they come, in
 the order of the worker ids, so that neither result nor memory depends on who answers first: replies that come
-out of order are held, `hold` of them in memory and the rest in temporary files.
+out of order are held, at most `hold` of them in memory and the rest in temporary files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _SMALL = 1 << 20
 """Replies under this many bytes are not worth a temporary file."""
 
 _LARGE = 8 << 20
-"""Folding states over this many bytes leaves the loop thread, which has pings to answer."""
+"""Folding states over this many bytes leaves the loop thread, which has pings to answer. Of replies over this many
+bytes one less is held: what connections have in hand while they receive (about 10 MB in all) takes its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,11 @@ class RoundScheduler:
 
     Every random choice of a worker derives from (`seed`, round, worker id): the same run gives the same bits on
     virtual and on websocket workers with the same torch build and number of threads. `weighted` counts each
-    worker by the samples it trained on. `hold` replies that arrive out of order stay in memory.
+    worker by the samples it trained on.
+
+    Memory of a round stays under (2 + `hold`) times the state for states over 10 MB: the state, the first reply,
+    which becomes the average, and `hold` times as much for replies that arrive out of order and whatever
+    connections have in hand. Further replies wait in temporary files.
 
     Raises:
         OptionError: no workers, two with the same id, a negative `hold`.
@@ -132,11 +137,11 @@ class RoundScheduler:
             WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
         """
         started = time.perf_counter()
-        leases = _Leases(self._hold)
+        large = sum(value.nbytes for value in state.values()) > _LARGE
+        leases = _Leases(max(0, self._hold - 1) if large else self._hold)
         average = StreamingAverage()
         parts: dict[str, WorkerRound] = {}
         kept: dict[str, dict[str, torch.Tensor]] = {}
-        large = sum(value.nbytes for value in state.values()) > _LARGE
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = deque(

@@ -18,11 +18,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from planrt.errors import DataError, OptionError
 from planrt.fl import data
 from planrt.fl.command import Parser, first_line, leave, one_line, run_command, whole_number
+
+if TYPE_CHECKING:
+    from planrt.plans.policy import Policy
 
 STOP_GRACE = 5.0
 """Seconds a worker whose parent is gone may take to stop in order."""
@@ -59,6 +62,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         from planrt.logs import configure
         from planrt.workers.server import WebsocketServerWorker
 
+        policy = _policy(options)
         _check_device(options.device)
         configure(verbose=options.verbose, json=options.json_logs)
         worker = WebsocketServerWorker(
@@ -68,6 +72,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             threads=options.threads,
             device=options.device,
             users=_users(options.users),
+            policy=policy,
+            approvals=options.approvals,
         )
         if served.dataset is not None:
             worker.add_dataset(
@@ -86,6 +92,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
                 print(f"{options.id} holds no data set: clients send it what it needs")
             else:
                 print(describe(options.id, served.key, served.description, items, served.digits))
+            if policy is not None:
+                print(_about(policy, options.approvals))
             print(f"Worker {options.id} serves at ws://{options.host}:{port}; Ctrl-C stops it", flush=True)
 
         worker.start(ready=ready)
@@ -121,6 +129,12 @@ def _parser() -> Parser:
     add("--threads", type=whole_number(at_least=1), help="torch threads (as many as cores)")
     add("--device", default="cpu", help="device that computes (%(default)s)")
     add("--users", metavar="FILE", help="users and their tokens, a line `name: token` each, for private data")
+    add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")
+    add(
+        "--approvals",
+        metavar="DIR",
+        help="folder where plans wait, and decisions are kept, for `planrt approve`",
+    )
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)
@@ -195,6 +209,30 @@ def _users(path: str | None) -> dict[str, str]:
             raise OptionError(f"--users {path}, line {number}: write `name: token`, each name once")
         users[name] = token
     return users
+
+
+def _policy(options: argparse.Namespace) -> Policy | None:
+    from planrt.plans.policy import Policy
+
+    if options.policy is None:
+        if options.approvals is not None:
+            raise OptionError("--approvals is for workers with a policy: add --policy FILE")
+        return None
+    policy = Policy.from_file(options.policy)
+    if policy.approval == "ask" and options.approvals is None:
+        raise OptionError(
+            'the policy says approval = "ask": add --approvals DIR, the folder where plans wait for you'
+        )
+    return policy
+
+
+def _about(policy: Policy, approvals: str | None) -> str:
+    said = {
+        "open": "any plan within the rules runs",
+        "list": f"{len(policy.approved)} plans of the list run",
+        "ask": f"plans wait in {approvals} until you approve them: planrt pending --folder {approvals}",
+    }[policy.approval]
+    return f"Policy {policy.version}: {said}"
 
 
 def _check_device(device: str) -> None:

@@ -19,12 +19,15 @@ import torch
 
 from planrt.errors import OpNotAllowedError, PlanFormatError
 from planrt.plans import ops as table
+from planrt.plans.text import code_lines, graph_text, op_line, show_name
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode, encode, pack, unpack
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
 
 FORMAT_VERSION: Final = 1
 MAX_OPS: Final = 100_000
+MAX_TENSORS: Final = 100_000
+"""Most inputs, and most state entries."""
 MAX_BYTES: Final = 64 * 2**20
 """Longest canonical form, in bytes, that `Graph.from_bytes` reads."""
 _MAGIC = "planrt-plan"
@@ -46,19 +49,7 @@ class Op:
     results: Nested
 
     def __str__(self) -> str:
-        home, _, short = self.name.rpartition(".")
-        positional = [show(arg) for arg in self.args]
-        if home == "Tensor" and positional:
-            subject, *positional = positional
-            short = f"{subject}.{short}"
-        elif home not in ("torch", "operator"):
-            short = f"torch.{self.name}"
-        else:
-            short = self.name
-        if self.name in _PROPERTIES:
-            return f"{_assigned(self.results)}{short}"
-        call = ", ".join(positional + [f"{key}={show(value)}" for key, value in self.kwargs.items()])
-        return f"{_assigned(self.results)}{short}({call})"
+        return op_line(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +121,12 @@ class Graph:
         """SHA-256 of the canonical bytes, as 64 hex digits."""
         return hashlib.sha256(self._bytes).hexdigest()
 
+    @cached_property
+    def differentiates(self) -> bool:
+        """Whether it computes gradients itself. Such a plan begins without gradients at every run, changes nothing
+        outside but by in-place ops, and gives results without history."""
+        return any(op.name in table.GRADIENTS or op.name == table.REQUIRES_GRAD for op in self.ops)
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Graph:
         """The plan behind canonical bytes, every part of it checked; safe on bytes from anyone.
@@ -138,6 +135,8 @@ class Graph:
             PlanFormatError: bytes that are truncated, altered, of another version, or not canonical.
             OpNotAllowedError: an op that is not on the table.
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise PlanFormatError(f"a plan is read from bytes, not from {type(data).__name__}")
         if len(data) > MAX_BYTES:
             raise PlanFormatError(f"a plan of {len(data)} bytes is longer than the limit of {MAX_BYTES}")
         parts = unpack(bytes(data))
@@ -153,12 +152,14 @@ class Graph:
         if len(parts) != 6:
             raise PlanFormatError(f"malformed plan: {len(parts)} sections instead of 6")
         plan = cls(
-            inputs=tuple(_decode_spec(*_fields(item, 2, "input")) for item in _items(parts[2], "inputs")),
+            inputs=tuple(
+                _decode_spec(*_fields(item, 2, "input")) for item in _items(parts[2], "inputs", MAX_TENSORS)
+            ),
             state=tuple(
                 _decode_state(index, *_fields(item, 4, "state entry"))
-                for index, item in enumerate(_items(parts[3], "state"))
+                for index, item in enumerate(_items(parts[3], "state entries", MAX_TENSORS))
             ),
-            ops=tuple(_decode_op(*_fields(item, 4, "op")) for item in _items(parts[4], "ops")),
+            ops=tuple(_decode_op(*_fields(item, 4, "op")) for item in _items(parts[4], "ops", MAX_OPS)),
             outputs=decode(parts[5]),
         )
         if plan._bytes != data:  # a second spelling of the same plan would have a second hash
@@ -183,20 +184,15 @@ class Graph:
     @property
     def code(self) -> str:
         """The ops, one per line, in the form ``_2 = _1.add(1)``, and what is returned."""
-        return "\n".join([*(str(op) for op in self.ops), f"return {show(self.outputs)}"])
+        return "\n".join(code_lines(self))
 
     def __str__(self) -> str:
-        first_state = len(self.inputs)
-        lines = [f"<Plan {self.name} {self.hash[:12]} built: {len(self.ops)} ops>"]
-        for index, spec in enumerate(self.inputs):
-            lines.append(f"  _{index}: input {self.input_name(index)} {spec}")
-        for index, entry in enumerate(self.state):
-            frozen = " frozen" if entry.kind == "parameter" and not entry.requires_grad else ""
-            lines.append(f"  _{first_state + index}: {entry.kind} {entry.name} {entry.spec}{frozen}")
-        return "\n".join([*lines, *(f"  {line}" for line in self.code.splitlines())])
+        return graph_text(self)
 
     def __repr__(self) -> str:
-        return f"<Plan {self.name} {self.hash[:12]}: {len(self.inputs)} inputs, {len(self.ops)} ops>"
+        return (
+            f"<Graph {show_name(self.name)} {self.hash[:12]}: {len(self.inputs)} inputs, {len(self.ops)} ops>"
+        )
 
     @property
     def torchscript(self) -> torch.nn.Module:
@@ -214,53 +210,35 @@ def refs_in(value: Nested) -> Iterator[Ref]:
     return (leaf for leaf in leaves(value) if isinstance(leaf, Ref))
 
 
-def show(value: Nested) -> str:
-    """A nested value as a line of source would have it."""
-    if isinstance(value, slice):
-        return f"slice({show(value.start)}, {show(value.stop)}, {show(value.step)})"
-    if isinstance(value, tuple):
-        return f"({', '.join(show(item) for item in value)}{',' if len(value) == 1 else ''})"
-    if isinstance(value, list):
-        return f"[{', '.join(show(item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key!r}: {show(item)}' for key, item in value.items())}}}"
-    return "..." if value is Ellipsis else repr(value)
-
-
-_PROPERTIES = frozenset({"Tensor.H", "Tensor.T", "Tensor.data", "Tensor.imag", "Tensor.mH", "Tensor.mT"}) | {
-    "Tensor.real"
-}
-
-
-def _assigned(results: Nested) -> str:
-    if results is None:
-        return ""
-    names = (
-        [show(item) if item is not None else "_" for item in results] if isinstance(results, tuple) else []
-    )
-    return f"{', '.join(names) if names else show(results)} = "
-
-
 # Checks, shared by plans from the tracer and plans from bytes
 
 
 def _check(plan: Graph) -> None:
-    if len(plan.ops) > MAX_OPS:
-        raise PlanFormatError(f"a plan of {len(plan.ops)} ops is longer than the limit of {MAX_OPS}")
+    _check_count(len(plan.ops), "ops", MAX_OPS)
+    _check_count(len(plan.inputs), "inputs", MAX_TENSORS)
+    _check_count(len(plan.state), "state entries", MAX_TENSORS)
     for spec in plan.inputs:
-        _check_spec(spec)
+        check_spec(spec)
     for entry in plan.state:
-        _check_spec(entry.spec)
+        if not isinstance(entry, StateSpec):
+            raise PlanFormatError(f"a state entry is a StateSpec, not {type(entry).__name__}")
+        check_spec(entry.spec)
         if FREE in entry.spec.shape:
             raise PlanFormatError("malformed plan: state with a free dimension")
-    known = len(plan.inputs) + len(plan.state)
     for index, op in enumerate(plan.ops):
+        if not isinstance(op, Op) or not isinstance(op.name, str):
+            raise PlanFormatError(f"op {index} of the plan is not an Op with a name")
         if op.name not in table.TABLE:
             raise OpNotAllowedError(f"op {index} of the plan, {op.name[:80]!r}, is not on the table of ops")
+        if not isinstance(op.args, tuple) or not isinstance(op.kwargs, dict):
+            raise PlanFormatError(f"malformed op {op.name!r}: arguments are not a tuple and a dict")
+    _ = plan._bytes  # refuses what has no byte form, and what is nested for ever
+    known = len(plan.inputs) + len(plan.state)
+    for index, op in enumerate(plan.ops):
         _check_refs(op.args, known, f"op {index} ({op.name})")
         _check_refs(op.kwargs, known, f"op {index} ({op.name})")
         for ref in _result_refs(op.results, index):
-            if ref.index != known:
+            if type(ref.index) is not int or ref.index != known:
                 raise PlanFormatError(
                     f"op {index} ({op.name}) gives its result the number {ref.index}, not {known}"
                 )
@@ -268,9 +246,14 @@ def _check(plan: Graph) -> None:
     _check_refs(plan.outputs, known, "the plan's output")
 
 
+def _check_count(count: int, what: str, most: int) -> None:
+    if count > most:
+        raise PlanFormatError(f"a plan with {count} {what} is over the limit of {most}")
+
+
 def _check_refs(value: Nested, known: int, where: str) -> None:
     for ref in refs_in(value):
-        if not 0 <= ref.index < known:
+        if type(ref.index) is not int or not 0 <= ref.index < known:
             raise PlanFormatError(f"{where} refers to {ref}, which no earlier step makes")
 
 
@@ -284,7 +267,10 @@ def _result_refs(results: Nested, index: int) -> Iterable[Ref]:
     raise PlanFormatError(f"op {index} has a malformed result: {type(results).__name__}")
 
 
-def _check_spec(spec: TensorSpec) -> None:
+def check_spec(spec: TensorSpec) -> None:
+    """Raise PlanFormatError unless a plan can hold such a tensor."""
+    if not isinstance(spec, TensorSpec) or not isinstance(spec.shape, tuple):
+        raise PlanFormatError("inputs and state are described by a TensorSpec, whose shape is a tuple")
     if spec.dtype not in DTYPE_NAMES:
         raise PlanFormatError(f"tensors of {spec.dtype} cannot go into a plan")
     if len(spec.shape) > _MAX_DIMS:
@@ -298,9 +284,10 @@ def _check_spec(spec: TensorSpec) -> None:
 # From unpacked parts
 
 
-def _items(value: Any, what: str) -> list[Any]:
+def _items(value: Any, what: str, most: int) -> list[Any]:
     if not isinstance(value, list):
-        raise PlanFormatError(f"malformed plan: {what} is not an array")
+        raise PlanFormatError(f"malformed plan: its {what} are not an array")
+    _check_count(len(value), what, most)
     return value
 
 
@@ -317,7 +304,7 @@ def _encode_spec(spec: TensorSpec) -> list[Any]:
 def _decode_spec(dtype: Any, shape: Any) -> TensorSpec:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise PlanFormatError(f"unknown dtype {str(dtype)[:40]!r}")
-    return TensorSpec(tuple(_items(shape, "a shape")), DTYPES[dtype])
+    return TensorSpec(tuple(_items(shape, "dimensions", _MAX_DIMS)), DTYPES[dtype])
 
 
 def _decode_state(index: int, dtype: Any, shape: Any, kind: Any, requires_grad: Any) -> StateSpec:

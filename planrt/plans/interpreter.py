@@ -8,6 +8,8 @@ the plan really needs. Constants sit in slots of their own, which makes the argu
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +22,7 @@ from planrt.errors import ExecutionError, PlanArgumentError, PlanError
 from planrt.plans import ops as table
 from planrt.plans.graph import Graph, Op, refs_in
 from planrt.serde.values import DEVICE
-from planrt.types import Nested, Ref, TensorSpec, map_leaves
+from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,19 @@ def run(
     state: Sequence[torch.Tensor],
     *,
     device: torch.device | str | None = None,
+    deadline: float = math.inf,
 ) -> Execution:
     """Run `plan` on `inputs` and `state`; tensors that are elsewhere are copied to `device`.
 
     `device` is by default that of the first tensor given. The grad mode is the caller's: a plan may turn it
-    off for a while, never on, and it is restored. Ops that work in place change the tensors given here.
+    off for a while, never on, and it is restored. Ops that work in place change the tensors given here. No op
+    begins after `deadline`, on `time.monotonic`'s clock (seconds); one that runs is not interrupted.
+
+    A plan that differentiates gets the tensors detached and its own grad mode, and its results are detached: it
+    cannot reach a graph or a `.grad` of the caller.
 
     Raises:
+        PlanError: a plan that differentiates, under `torch.inference_mode`.
         PlanArgumentError: wrong number, shape or dtype of inputs or state; names which.
         ExecutionError: an op failed; carries its name, place and line, and torch's error as cause.
     """
@@ -59,7 +67,9 @@ def run(
     where = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
     if any(tensor.device != where for tensor in given):
         inputs, state = ([tensor.to(where) for tensor in part] for part in (inputs, state))
-    return program(plan, where).run(inputs, state)
+    if plan.differentiates and torch.is_inference_mode_enabled():
+        raise PlanError(f"plan {plan.name!r} computes gradients: run it outside torch.inference_mode()")
+    return program(plan, where).run(inputs, state, isolated=plan.differentiates, deadline=deadline)
 
 
 def execute(
@@ -68,6 +78,7 @@ def execute(
     state: Sequence[torch.Tensor] | None = None,
     *,
     device: torch.device | str | None = None,
+    deadline: float = math.inf,
 ) -> Nested:
     """Run `plan` to the end in this process and return its outputs; see `run`.
 
@@ -75,7 +86,7 @@ def execute(
     """
     if state is None:
         state = local_state(plan)
-    return drive(run(plan, inputs, state, device=device))
+    return drive(run(plan, inputs, state, device=device, deadline=deadline))
 
 
 def drive(execution: Execution) -> Nested:
@@ -151,15 +162,11 @@ def program(plan: Graph, device: torch.device) -> Program:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    function: Callable[..., Any]
-    arguments: Callable[[list[Any]], tuple[Any, ...]]
-    kwargs: dict[str, Any]
+class _Special:
+    """What is not a call with constant keyword arguments and at most one result."""
+
     kwargs_refs: bool
     results: Nested
-    result_slot: int
-    """The slot of a single result, -1 when `results` says where several go."""
-    free: tuple[int, ...]
     kind: _Kind
 
 
@@ -169,6 +176,16 @@ class _Kind(Enum):
     CALL = 0
     PEER = 1
     GRAD_MODE = 2
+
+
+_Step = tuple[
+    Callable[..., Any],  # what it calls
+    Callable[[list[Any]], tuple[Any, ...]],  # its positional arguments, from the slots
+    dict[str, Any],  # its keyword arguments
+    int,  # the slot of its result
+    tuple[int, ...],  # the slots that are free after it
+    _Special | None,
+]
 
 
 class Program:
@@ -183,51 +200,83 @@ class Program:
         self._size = len(plan.inputs) + len(plan.state)
         self._constants: list[Any] = []
         results = [len(list(refs_in(op.results))) for op in plan.ops]
-        self._slots = self._size + sum(results)  # constants follow the plan's own values
-        last_use = _last_uses(plan)
-        self._steps = [self._compile(op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
-        self._switches_grad = any(step.kind is _Kind.GRAD_MODE for step in self._steps)
+        self._nowhere = self._size + sum(results)  # where results go that nobody asked for
+        self._slots = self._nowhere + 1  # constants follow the plan's own values
+        # What `create_graph` leaves in `.grad` refers to its own leaf: memory that nothing would free.
+        self._has_cycles = any(_may_create_graph(op) for op in plan.ops)
+        last_use = {} if self._has_cycles else last_uses(plan)
+        self._steps = [self._compile(index, op, last_use.get(index, ())) for index, op in enumerate(plan.ops)]
 
-    def run(self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Execution:
-        """Run on arguments that are known to fit; see `run` of the module."""
-        slots = [*inputs, *state, *([None] * (self._slots - self._size)), *self._constants]
-        grad_mode = torch.is_grad_enabled()
-        index = 0
+    def run(
+        self,
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        *,
+        isolated: bool = False,
+        deadline: float = math.inf,
+    ) -> Execution:
+        """Run on arguments that are known to fit; see `run` of the module.
+
+        `isolated` keeps autograd inside: what comes in and goes out is detached. Without it, a plan that
+        differentiates works on the caller's gradients, as if its ops were written there.
+        """
+        given = [*inputs, *state]
+        if isolated:
+            given = [tensor.detach() for tensor in given]
+        slots = [*given, *([None] * (self._slots - self._size)), *self._constants]
+        caller_mode = torch.is_grad_enabled()
+        grad_mode = caller_mode or self._plan.differentiates
+        index, limited = 0, deadline != math.inf
         try:
-            for index, step in enumerate(self._steps):  # the handler below names the step
-                kwargs = _filled(step.kwargs, slots) if step.kwargs_refs else step.kwargs
-                if step.kind is _Kind.CALL:
-                    result = step.function(*step.arguments(slots), **kwargs)
-                elif step.kind is _Kind.PEER:
-                    result = yield PeerRequest(self._plan.ops[index].name, step.arguments(slots), kwargs)
-                else:  # True is the end of a no_grad block: back to the caller's mode, which may be off
-                    result = step.function(step.arguments(slots)[0] and grad_mode)
-                if step.result_slot >= 0:
-                    slots[step.result_slot] = result
+            if not caller_mode and grad_mode:
+                torch.set_grad_enabled(True)
+            for index, (function, arguments, kwargs, slot, free, special) in enumerate(self._steps):
+                if limited and time.monotonic() > deadline:
+                    raise TimeoutError("the time that the plan may take is over")
+                if special is not None:
+                    if special.kwargs_refs:
+                        kwargs = _filled(kwargs, slots)
+                    if special.kind is _Kind.CALL:
+                        result = function(*arguments(slots), **kwargs)
+                    elif special.kind is _Kind.PEER:
+                        result = yield PeerRequest(self._plan.ops[index].name, arguments(slots), kwargs)
+                    else:  # True is the end of a no_grad block: back to the caller's mode, which may be off
+                        result = function(arguments(slots)[0] and grad_mode)
+                    _store(special.results, result, slots)
+                elif kwargs:
+                    slots[slot] = function(*arguments(slots), **kwargs)
                 else:
-                    _store(step.results, result, slots)
-                for slot in step.free:
-                    slots[slot] = None
+                    slots[slot] = function(*arguments(slots))
+                for last in free:
+                    slots[last] = None
         except Exception as error:
-            raise _failure(self._plan, index, error) from error
+            raise failure(self._plan, index, error) from error
         finally:
-            if self._switches_grad:
-                torch.set_grad_enabled(grad_mode)
-        return _filled(self._plan.outputs, slots)
+            if torch.is_grad_enabled() is not caller_mode:
+                torch.set_grad_enabled(caller_mode)
+            if isolated and self._has_cycles:
+                _drop_gradients(slots)
+        outputs = _filled(self._plan.outputs, slots)
+        return map_leaves(outputs, _detached) if isolated else outputs
 
-    def _compile(self, op: Op, free: tuple[int, ...]) -> _Step:
+    def _function(self, index: int, op: Op) -> Callable[..., Any]:
+        """What step `index` calls."""
+        return self._functions[op.name]
+
+    def _compile(self, index: int, op: Op, free: tuple[int, ...]) -> _Step:
         kwargs = {key: map_leaves(value, self._resolved) for key, value in op.kwargs.items()}
         if op.name in table.FACTORIES and kwargs.get("device") is None and self._device.type != "cpu":
             kwargs["device"] = self._device
-        return _Step(
-            function=self._functions[op.name],
-            arguments=self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
-            kwargs=kwargs,
-            kwargs_refs=any(True for _ in refs_in(kwargs)),
-            results=op.results,
-            result_slot=op.results.index if isinstance(op.results, Ref) else -1,
-            free=free,
-            kind=_kind(op.name),
+        kwargs_refs = any(True for _ in refs_in(kwargs))
+        kind = _kind(op.name)
+        plain = kind is _Kind.CALL and not kwargs_refs and (op.results is None or isinstance(op.results, Ref))
+        return (
+            self._function(index, op),
+            self._arguments([map_leaves(arg, self._resolved) for arg in op.args]),
+            kwargs,
+            op.results.index if isinstance(op.results, Ref) else self._nowhere,
+            free,
+            None if plain else _Special(kwargs_refs, op.results, kind),
         )
 
     def _resolved(self, leaf: Any) -> Any:
@@ -255,14 +304,34 @@ def _kind(name: str) -> _Kind:
     return _Kind.GRAD_MODE if name == _GRAD_SWITCH else _Kind.CALL
 
 
-def _last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
+def _may_create_graph(op: Op) -> bool:
+    position = 3  # of `create_graph`, in Tensor.backward and in autograd.backward
+    create_graph = op.args[position] if len(op.args) > position else op.kwargs.get("create_graph", False)
+    return op.name in table.PLANS_ONLY and create_graph is not False
+
+
+def _drop_gradients(slots: list[Any]) -> None:
+    for value in leaves(slots):
+        if isinstance(value, torch.Tensor) and (value.is_leaf or value.retains_grad):
+            value.grad = None
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
     """Op index -> the op results and inputs that nothing after it needs. State stays: its owner holds it."""
     first_state = len(plan.inputs)
     first_result = first_state + len(plan.state)
     last: dict[int, int] = {}
     for index, op in enumerate(plan.ops):
-        for ref in refs_in((op.args, op.kwargs, op.results)):
-            last[ref.index] = index
+        for part in (*op.args, *op.kwargs.values(), op.results):
+            if type(part) is Ref:  # nearly always, and much faster than looking inside
+                last[part.index] = index
+            elif isinstance(part, tuple | list | dict | slice):
+                for ref in refs_in(part):
+                    last[ref.index] = index
     for ref in refs_in(plan.outputs):
         last.pop(ref.index, None)
     freed: dict[int, list[int]] = {}
@@ -290,7 +359,8 @@ def _store(results: Nested, value: Any, slots: list[Any]) -> None:
         _store(part, item, slots)
 
 
-def _failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
+def failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
+    """The error that names the op of `plan` at which `error` came up."""
     op = plan.ops[index]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = str(op)

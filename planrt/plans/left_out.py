@@ -45,9 +45,9 @@ LEFT_OUT: Final[dict[str, str]] = {
     "plans and pointers write another op for it": """
         Tensor.__iter__ Tensor.cpu Tensor.cuda Tensor.type
     """,
-    # What pointers do with gradients is in `EAGER`, or is a request of its own.
-    "it is autograd's own: pointers have backward() and .grad, the graph stays on the worker": """
-        Tensor._base Tensor._grad Tensor._grad_fn Tensor.backward Tensor.grad_dtype
+    # What plans and pointers do with gradients is in `ops.GRADIENTS`.
+    "it is autograd's own: use backward() and .grad, the graph stays on the worker": """
+        Tensor._base Tensor._grad Tensor._grad_fn Tensor.grad_dtype
     """,
     "it is about the Python object, and the worker has another": """
         Tensor.__array_wrap__ Tensor.__deepcopy__ Tensor.__reduce_ex__ Tensor.__setstate__

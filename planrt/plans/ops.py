@@ -6,8 +6,8 @@ a name that the installed torch does not have is simply absent, and `TABLE_HASH`
 tables agree. What torch has and the table has not stands in `planrt.plans.left_out`, with the reasons.
 
 The callables are torch's own, with three exceptions: `torch.empty` and its kin give zeros, because
-uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes,
-nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`.
+uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
+checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -237,6 +237,33 @@ SIZE_ARITHMETIC: Final[dict[str, Callable[..., Any]]] = {
 }  # fmt: skip
 """Name -> plain Python function of the ops on sizes."""
 
+COMPARISONS: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    function.__name__: function
+    for function in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+}
+"""Word -> comparison of two sizes."""
+
+
+def _assumed(word: str) -> Callable[[Any, Any], None]:
+    """Checks that two sizes compare as they did when the plan was recorded."""
+    compare = COMPARISONS[word]
+
+    def assume(left: Any, right: Any) -> None:
+        if not all(type(number) in (int, float) for number in (left, right)):
+            raise ValueError(f"operator.assume_{word} in a plan takes sizes, not tensors")
+        if not compare(left, right):
+            raise ValueError(
+                f"with these sizes it is {left} and {right}, for which the function that was recorded goes another "
+                "way: build the plan with an example of such sizes"
+            )
+
+    assume.__name__ = f"assume_{word}"
+    return assume
+
+
+ASSUMPTIONS: Final = {f"operator.assume_{word}": _assumed(word) for word in COMPARISONS}
+"""Name -> check of the ops that stand for a comparison of free sizes in the function."""
+
 _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "torch.empty": torch.empty,
     "torch.empty_like": torch.empty_like,
@@ -245,6 +272,14 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "Tensor.new_empty": torch.Tensor.new_empty,
     "Tensor.new_empty_strided": torch.Tensor.new_empty_strided,
 }
+
+UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
+    **SIZE_ARITHMETIC,
+    **{f"operator.assume_{word}": compare for word, compare in COMPARISONS.items()},
+    **_EMPTY,
+}
+"""Name -> plain function of the ops that planrt puts a check around: for running a plan under a recorder, which sees
+the calls that are made."""
 
 
 def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
@@ -275,12 +310,31 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
         names[factory] = name
     for name, function in SIZE_ARITHMETIC.items():
         table[name] = _on_sizes(function)
+    table.update(ASSUMPTIONS)
     # What torch.meshgrid calls itself by the time anybody can look.
     names.setdefault(torch._C._VariableFunctions.meshgrid, "torch.meshgrid")  # type: ignore[attr-defined]
     table["torch.set_grad_enabled"] = torch._C._set_grad_enabled
     names[torch._C._set_grad_enabled] = "torch.set_grad_enabled"
+    table.update(GRADIENTS)
+    for function in (torch.Tensor.backward, torch.Tensor.retain_grad):
+        names[function] = f"Tensor.{function.__name__}"
+    for function in (torch.autograd.backward, torch.autograd.grad):
+        names[function] = f"autograd.{function.__name__}"
+    grad: Any = torch.Tensor.grad
+    names[grad.__get__], names[grad.__set__] = "Tensor.grad", "Tensor.grad.__set__"
     return table, names
 
+
+GRADIENTS: Final[dict[str, Callable[..., Any]]] = {
+    "Tensor.backward": torch.Tensor.backward,
+    "Tensor.grad": lambda tensor: tensor.grad,
+    "Tensor.grad.__set__": lambda tensor, grad: setattr(tensor, "grad", grad),
+    "Tensor.retain_grad": torch.Tensor.retain_grad,
+    "autograd.backward": torch.autograd.backward,
+    "autograd.grad": torch.autograd.grad,
+}
+"""What differentiates: part of the table. A plan with one of these works on gradients of its own, which begin
+empty at every run; see `planrt.plans.graph.Graph.differentiates`."""
 
 TABLE, _NAMES = _build_table()
 
@@ -293,14 +347,18 @@ def _set_from_tensor(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor
 
 
 EAGER: Final[dict[str, Callable[..., Any]]] = {
-    "Tensor.grad": lambda tensor: tensor.grad,
-    "Tensor.grad.__set__": lambda tensor, grad: setattr(tensor, "grad", grad),
     "Tensor.data.__set__": lambda tensor, data: setattr(tensor, "data", data),
-    "Tensor.retain_grad": torch.Tensor.retain_grad,
     "Tensor.set_": _set_from_tensor,
-    "autograd.grad": torch.autograd.grad,
 }
-"""What pointers can do besides, and plans cannot: gradients, and giving a tensor other memory."""
+"""What pointers can do besides, and plans cannot: giving a tensor other memory. A plan changes its state by
+writing into it; state that took other memory would not be what the plan's owner holds."""
+
+PLANS_ONLY: Final = frozenset({"Tensor.backward", "autograd.backward"})
+"""What plans can do besides, and posted ops cannot: a backward pass. Clients ask for one by a request of its own
+(`planrt.workers.messages.Backward`), because it labels the gradients it leaves."""
+
+REQUIRES_GRAD: Final = "Tensor.requires_grad_"
+"""The op that makes a leaf. On the table like any method; it makes a plan one that differentiates."""
 
 TABLE_HASH: Final = hashlib.sha256("\n".join(sorted({*TABLE, *EAGER})).encode()).hexdigest()
 """SHA-256 (hex) over the sorted names: equal on two sides exactly when they know the same ops."""
@@ -401,10 +459,10 @@ def lookup_eager(name: str) -> Callable[..., Any]:
     """The callable behind `name`, for an op that a pointer posted.
 
     Raises:
-        OpNotAllowedError: `name` is neither on the table nor in `EAGER`.
+        OpNotAllowedError: `name` is neither on the table nor in `EAGER`, or only plans have it.
     """
     function = TABLE.get(name) or EAGER.get(name)
-    if function is None:
+    if function is None or name in PLANS_ONLY:
         raise OpNotAllowedError(f"op {name[:80]!r} is not on the table of ops that workers run")
     return function
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,14 +21,17 @@ from typing import Any, Self
 
 import torch
 
-from planrt.errors import LocalError, PlanArgumentError, PlanError, TraceError
+from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.plans.graph import Graph
 from planrt.plans.holding import hold
+from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
 from planrt.plans.lifting import StateRegistry
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.plans.recorder import SizesFixedError
+from planrt.plans.runs import active_recorder
 from planrt.plans.signature import Signature, recorded_signature
+from planrt.plans.text import show_name
 from planrt.plans.tracer import assemble, record
 from planrt.types import FREE
 
@@ -95,6 +100,8 @@ class Plan(torch.nn.Module):
         self.id: int = secrets.randbits(40)
         self._record: PlanRecord | None = None
         self._captured: dict[str, torch.Tensor] = {}
+        self._pointers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        """worker -> where the plan was sent by a call with pointers, so that the next call need not send it."""
         self._tags: tuple[str, ...] = ()
         self._description = ""
         self.state: PlanState | None = None if state is None else PlanState(state)
@@ -106,9 +113,12 @@ class Plan(torch.nn.Module):
         """The Python code; classes of your own define it."""
         if self._function is None:
             raise PlanError(f"plan {self.name!r} has no forward: define one, or give a function")
-        if self.state is not None:
-            return self._function(*args, **kwargs, **{self._state_name(): self.state})
-        return self._function(*args, **kwargs)
+        if self.state is None:
+            return self._function(*args, **kwargs)
+        place = list(inspect.signature(self._function).parameters).index(self._state_name())
+        if len(args) >= place:
+            return self._function(*args[:place], self.state, *args[place:], **kwargs)
+        return self._function(*args, **kwargs, **{self._state_name(): self.state})
 
     # ------------------------------------------------------------------------------------ recording
 
@@ -294,22 +304,51 @@ class Plan(torch.nn.Module):
         if self._record is None:
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
+        if active_recorder() is not None:
+            return inline(self.graph, inputs, self.state_tensors())
         for tensor in inputs:
             location = getattr(tensor, "location", None)
             if location is not None:
-                return location.send_plan(self)(*args, **kwargs)
+                pointer = self._pointers[location] = location.send_plan(self)
+                return pointer(*args, **kwargs)
         return execute(self.graph, inputs, self.state_tensors())
 
     def state_tensors(self) -> list[torch.Tensor]:
         """The tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
-        held = {**dict(self._own_tensors()), **self._captured}
+        held = self._held()
         return [held[entry.name] for entry in self.record.state]
+
+    def state_here(self) -> list[torch.Tensor]:
+        """`state_tensors`, none of them on a worker.
+
+        Raises:
+            PlanError: a module of the plan was sent.
+        """
+        tensors = self.state_tensors()
+        for entry, tensor in zip(self.record.state, tensors, strict=True):
+            where = getattr(tensor, "location", None)
+            if where is not None:
+                raise PlanError(
+                    f"state {entry.name!r} of plan {self.name!r} is on worker {where.id!r}: get() the module first"
+                )
+        return tensors
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        return {**dict(self._own_tensors()), **self._captured}
 
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for module in (self, self._function):
             if isinstance(module, torch.nn.Module):
                 yield from module.named_parameters(remove_duplicate=False)
                 yield from module.named_buffers(remove_duplicate=False)
+
+    def named_state(self) -> dict[str, torch.Tensor]:
+        """The tensors of `state_dict()`, themselves; of a plan made of a module, also that module's."""
+        named: dict[str, torch.Tensor] = {}
+        for module in (self, self._function):
+            if isinstance(module, torch.nn.Module):
+                named |= module.state_dict(keep_vars=True)
+        return {key: tensor for key, tensor in named.items() if isinstance(tensor, torch.Tensor)}
 
     @property
     def hash(self) -> str:
@@ -319,7 +358,7 @@ class Plan(torch.nn.Module):
     @property
     def state_hash(self) -> str:
         """SHA-256 over the values of the state, as 64 hex digits."""
-        return state_hash(self.state_tensors())
+        return state_hash(self.state_here())
 
     # ------------------------------------------------------------------------------------ travelling
 
@@ -351,6 +390,9 @@ class Plan(torch.nn.Module):
         """Not for plans that are here: see `PointerPlan.get`."""
         raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pointers": weakref.WeakKeyDictionary()}
+
     def copy(self) -> Self:
         """A plan of its own, with a copy of the state: neither changes the other."""
         made = copy.deepcopy(self)
@@ -379,6 +421,54 @@ class Plan(torch.nn.Module):
         """Its description."""
         return self._description
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan with its state, mode, tags and description to a file; `planrt.load_plan` reads it.
+
+        The file holds data only, in the format that `planrt.plans.files` describes. It is complete or not there: a
+        failed save leaves what stood at `path`.
+
+        Raises:
+            PlanError: not built yet. OptionError: a path that cannot be written.
+        """
+        from planrt.plans.files import save_plan  # it imports this module
+
+        save_plan(self, path)
+
+    def to_exported_program(self, *examples: Any, **keywords: Any) -> torch.export.ExportedProgram:
+        """The plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its state.
+
+        It is called as the plan is (``program.module()(x)``), free sizes are dynamic dimensions, and modules among
+        the arguments are dicts of their tensors. Constant arguments that have a default are left out.
+
+        Args:
+            examples, keywords: arguments to export with; by default zeros.
+
+        Raises:
+            PlanError: not built, or an op that torch cannot export; says which, and why.
+            PlanArgumentError: examples that do not fit.
+        """
+        from planrt.plans.export import to_exported_program  # it imports this module
+
+        return to_exported_program(self, examples, keywords)
+
+    def to_onnx(self, path: str | os.PathLike[str], *examples: Any, **keywords: Any) -> None:
+        """Writes the plan in its current mode as an ONNX model, with its state; needs ``pip install planrt[onnx]``.
+
+        Inputs and outputs are the tensors of a call in order. Free sizes stay free. State of more than 1 GiB goes
+        into a second file, ``PATH.data``.
+
+        Args:
+            path: the file; replaced if it is there.
+            examples, keywords: arguments to export with; by default zeros.
+
+        Raises:
+            PlanError: not built; an op that ONNX has no form for, or that changes state or inputs: says which.
+            PlanArgumentError: examples that do not fit. OptionError: a path that cannot be written.
+        """
+        from planrt.plans.export import to_onnx  # it imports this module
+
+        to_onnx(self, path, examples, keywords)
+
     # ------------------------------------------------------------------------------------- for people
 
     @property
@@ -391,22 +481,38 @@ class Plan(torch.nn.Module):
         """The plan as TorchScript; see `planrt.plans.torchscript.to_torchscript`."""
         from planrt.plans.torchscript import to_torchscript  # it imports much that plans do not need
 
-        return to_torchscript(replace(self.graph, state_values=tuple(self.state_tensors())))
+        return to_torchscript(replace(self.graph, state_values=tuple(self.state_here())))
 
     def __str__(self) -> str:
+        name = show_name(self.name)
         if self._record is None:
-            return f"<Plan {self.name} id:{self.id} owner:me not built: call {self.name}.build(...)>"
-        return f"<Plan {self.name} id:{self.id} owner:me built>\n{self.graph}"
+            return f"<Plan {name} id:{self.id} owner:me not built: call {name}.build(...)>"
+        return f"<Plan {name} id:{self.id} owner:me built>\n{self.graph}"
 
     def __repr__(self) -> str:
         if self._record is None:
             return str(self)
         graph = self._record.graphs[-1]
-        return f"<Plan {self.name} id:{self.id} owner:me built: {len(graph.inputs)} inputs, {len(graph.ops)} ops>"
+        inside = f"{len(graph.inputs)} inputs, {len(graph.ops)} ops"
+        return f"<Plan {show_name(self.name)} id:{self.id} owner:me built: {inside}>"
 
     @classmethod
-    def from_record(cls, record: PlanRecord, state: Sequence[torch.Tensor], *, training: bool = True) -> Plan:
-        """The plan that a record and its state describe: it has no Python code, and runs its ops."""
+    def from_record(
+        cls,
+        record: PlanRecord,
+        state: Sequence[torch.Tensor],
+        *,
+        training: bool = True,
+        keys: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """The plan that a record and its state describe: it has no Python code, and runs its ops.
+
+        `keys` says what `state_dict()` calls the state (key -> name in the record); by default the names of the
+        record. What has no key belongs to the plan as captured tensors do.
+
+        Raises:
+            PlanFormatError: names that tensors of a module cannot have.
+        """
         made = Plan(name=record.name)
         made.__doc__ = record.doc
         made._record = record
@@ -416,7 +522,13 @@ class Plan(torch.nn.Module):
             value = tensor.detach()
             is_parameter = entry.kind == "parameter"
             tensors[entry.name] = torch.nn.Parameter(value, entry.requires_grad) if is_parameter else value
-        hold(made, tensors)
+        if keys is None:
+            keys = {name: name for name in tensors}
+        hold(made, {key: tensors[name] for key, name in keys.items()})
+        made._captured = {name: tensor for name, tensor in tensors.items() if keys.get(name) != name}
+        held = made._held()
+        if any(held.get(name) is not tensor for name, tensor in tensors.items()):
+            raise PlanFormatError("malformed plan: the names of its state cannot be those of a module")
         return made
 
 

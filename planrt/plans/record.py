@@ -24,6 +24,7 @@ from planrt.errors import PlanError, PlanFormatError
 from planrt.plans.graph import Graph, StateSpec
 from planrt.plans.signature import Signature
 from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.serde.tensors import raw_bytes
 from planrt.serde.values import pack, unpack
 
 RECORD_VERSION: Final = 1
@@ -175,7 +176,5 @@ def state_hash(tensors: Sequence[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
-        # A view as bytes: numpy knows no bfloat16.
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
-        digest.update(plain.numpy().data if tensor.numel() else b"")
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()

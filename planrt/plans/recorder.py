@@ -1,25 +1,27 @@
-"""One run of a traced function: every torch call that it makes, written down as a step.
+"""`Recorder`: every torch call that a function makes, written down as a step.
 
-The tracer runs a function twice, each time under a `Recorder`, and makes a plan of what both runs agree on.
+The tracer runs a function several times (`planrt.plans.runs`), each time under a recorder of its own, and makes a
+plan of what all runs agree on.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from planrt.errors import PlanFormatError, PlanrtError, TraceError
-from planrt.plans import seen
+from planrt.errors import PlanFormatError, TraceError
+from planrt.plans import foreach, seen, sizes
 from planrt.plans.graph import Op
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
-from planrt.plans.ops import SIZE_ARITHMETIC, name_of
+from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
+from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
-from planrt.plans.source import line_of_error, user_line
+from planrt.plans.source import called_by_user, user_line
 from planrt.serde.values import DEVICE, encode, pack
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
@@ -43,8 +45,17 @@ class Step:
     value: int | float | None = None
 
 
-class MadeUnseenError(TraceError):
-    """A tensor appeared that no recorded op made."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a function: its recorder, and its outputs with every tensor replaced by its number."""
+
+    recorder: Recorder
+    outputs: Nested
+    encoded: Any
+
+
+class SecondRunError(TraceError):
+    """Something that only a second run shows, and that has nothing to do with sizes."""
 
 
 class Recorder(TorchFunctionMode):
@@ -59,35 +70,88 @@ class Recorder(TorchFunctionMode):
         specs: Sequence[TensorSpec],
         registry: StateRegistry,
         values: list[torch.Tensor] | None,
+        optimizers: OptimizerWatch,
     ) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.failure: TraceError | None = None
+        self.in_call = False
+        """Whether torch runs a call that is being recorded."""
         self.values: list[torch.Tensor] = []
+        self.assumptions: dict[bytes, tuple[int, Step]] = {}
+        """Comparisons of free sizes by their encoded form: the number of steps before, and the check."""
+        self.readings: dict[int, tuple[int, Step]] = {}
+        """The same for free sizes of which the function saw the plain number, by their number in the plan."""
         self._first_values = values
         self._specs = specs
-        self._registry = registry
+        self.registry = registry
         self._alive: list[torch.Tensor] = [*inputs]  # ids below stay unique while these live
         self._refs = {id(tensor): Ref(index) for index, tensor in enumerate(inputs)}
         self._results = 0
         self._grad_mode = True
         self._closed = False
+        self._at: str | None = None
+        self._inlining = False
+        self._has_gradients = False
+        self._optimizers = optimizers
+        optimizers.on_step = self._on_step
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch in place of `func`; torch calls made in here are not seen."""
+        self.in_call = True
         try:
             return self._call(func, args, kwargs or {})
         except TraceError as error:
+            if self._optimizers.stepping is not None:
+                reason = str(error).removesuffix(f" (at {error.line})").partition(":")[0]
+                error = type(error)(why_no_step(self._optimizers.stepping, reason), line=error.line)
             self.failure = self.failure or error  # user code may swallow it
-            raise
+            raise error
+        finally:
+            self.in_call = False
+
+    def fail(self, message: str, line: str | None) -> NoReturn:
+        """Break off the recording; also if the function catches the error."""
+        self.failure = self.failure or TraceError(message, line=line)
+        raise self.failure
+
+    @contextmanager
+    def at(self, line: str | None) -> Iterator[None]:
+        """What is recorded under this comes from an inner plan: from `line` of its function, if that is known."""
+        before = self._at, self._inlining
+        self._at, self._inlining = line, True
+        try:
+            yield
+        finally:
+            self._at, self._inlining = before
+
+    def _line(self) -> str | None:
+        return self._at or user_line()
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
             return self._size(func, args, kwargs)
-        if func in seen.METADATA or isinstance(func, type):
+        if func is torch.Tensor.__len__ and args[0].dim():
+            size = self._dim(args[0], 0)
+            if isinstance(size, TracedNumber):
+                self._note_reading(size)
+            return _plain(size)
+        if func in seen.METADATA or func in seen.PASSES or isinstance(func, type):
             return func(*args, **kwargs)
+        if func == seen.GRAD_FN:  # accessors are new objects at every access: equal, not the same
+            node = func(*args, **kwargs)
+            return node if node is None else seen.RecordedNode(node)
+        if func == seen.SETS_DATA and seen.share_all_memory(*args):
+            return None  # the end of `p.data -= ...`, which has changed p's memory
+        if func == seen.SETS_REQUIRES_GRAD:
+            func, args = torch.Tensor.requires_grad_, (args[0], bool(args[1]))
+        if func == seen.DELETES_GRAD:
+            func, args = seen.SETS_GRAD, (args[0], None)
+        if func in foreach.ON_EACH:
+            results = [self._call(*call) for call in foreach.calls(func, args, kwargs)]
+            return None if results[:1] == [None] else results
         name = name_of(func)
         if func in seen.TO_DEVICE:
             result = func(*args, **kwargs)
@@ -100,26 +164,61 @@ class Recorder(TorchFunctionMode):
         if func is torch._assert and not isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)
         if name is None:
-            raise TraceError(seen.why_refused(func, resolve_name(func)), line=user_line())
+            raise TraceError(seen.why_refused(func, resolve_name(func)), line=self._line())
         if func in seen.FROM_ARRAY and seen.holds_array(args):
-            return self._constant(func(*args, **kwargs), user_line())
+            return self._constant(func(*args, **kwargs), self._line())
         self._check_modes()
-        recorded_args, recorded_kwargs = self._recorded(
-            name, args, kwargs
-        )  # before the call: it may change them
+        if name in GRADIENTS:
+            return self._gradients(name, func, args, kwargs)
+        recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)  # before the call may change them
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
         return self._write(name, recorded_args, recorded_kwargs, result)
 
+    def _gradients(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Backward passes, and reading and setting `.grad`. A tensor's gradient begins empty in a recording."""
+        if name == "Tensor.grad":
+            (tensor,) = args
+            self._tensor_ref(tensor)  # a tensor from outside leaves its own gradient there
+            grad = tensor.grad
+            if grad is None or id(grad) in self._refs:
+                return grad  # whether there is one follows from the ops before, the same at every run
+            if not self._has_gradients:
+                raise TraceError(
+                    "a gradient that no recorded call made: use loss.backward()", line=self._line()
+                )
+        elif name != "Tensor.retain_grad":
+            self._has_gradients = True
+            self._check_hooks()
+        kwargs = {key: value for key, value in kwargs.items() if not seen.is_backward_default(key, value)}
+        recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
+        result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
+        return self._write(name, recorded_args, recorded_kwargs, result)
+
+    def _check_hooks(self) -> None:
+        for what, tensor in self.registry.named(self._alive[: len(self._specs)]):
+            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+                raise TraceError(f"{what} has hooks on its gradient; {seen.NO_HOOKS}", line=self._line())
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, change: str | None) -> None:
+        """Called before an optimizer's first step in this run."""
+        with torch._C.DisableTorchFunction():  # nothing in here is the function's
+            self.registry.name_optimizer_state(optimizer)
+        if change is not None:
+            self.failure = self.failure or SecondRunError(why_no_step(optimizer, change), line=self._line())
+            raise self.failure
+
     def _check_modes(self) -> None:
         """Modes that change what ops do, and that come about without a call that could be recorded."""
         if torch.is_inference_mode_enabled():
-            raise TraceError("inference_mode cannot be recorded: use torch.no_grad()", line=user_line())
+            raise TraceError("inference_mode cannot be recorded: use torch.no_grad()", line=self._line())
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise TraceError("torch.autocast cannot be recorded: use .to(dtype)", line=user_line())
+            raise TraceError("torch.autocast cannot be recorded: use .to(dtype)", line=self._line())
         if torch.is_grad_enabled() != self._grad_mode:  # its forward runs without, and nobody said no_grad
-            raise TraceError(LOST_BACKWARD, line=user_line())
+            raise TraceError(LOST_BACKWARD, line=self._line())
 
     def _emit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         return self._write(name, *self._recorded(name, args, kwargs), result)
@@ -135,13 +234,15 @@ class Recorder(TorchFunctionMode):
         return map_leaves(args, self._leaf), recorded
 
     def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        line = user_line()
+        line = self._line()
         results = self._named(result, line)
         try:
             packed = pack([name, encode(args), encode(kwargs), encode(results)])
         except PlanFormatError as error:
             raise TraceError(f"{name}: {error}", line=line) from None
         self.steps.append(Step(Op(name, args, kwargs, results), line, packed))
+        if name == "Tensor.data" and FIRST_STATE <= args[0].index < FIRST_RESULT:
+            self.registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))
         return result
 
     def _named(self, result: Any, line: str | None) -> Nested:
@@ -170,6 +271,12 @@ class Recorder(TorchFunctionMode):
             return leaf.ref if leaf.recorder is self else _plain(leaf)
         if isinstance(leaf, torch.device):
             return DEVICE
+        if isinstance(leaf, torch.Generator):
+            raise TraceError(
+                "a torch.Generator cannot go into a plan: leave it out, and seed the plan where it runs "
+                "(torch.manual_seed here, a request's seed on a worker)",
+                line=self._line(),
+            )
         if isinstance(leaf, type) and leaf in seen.PYTHON_DTYPES:
             return seen.PYTHON_DTYPES[leaf]
         return seen.without_numpy(leaf)
@@ -178,28 +285,28 @@ class Recorder(TorchFunctionMode):
         ref = self._refs.get(id(tensor))
         if ref is not None:
             return ref
-        index = self._registry.find(tensor)
+        index = self.registry.find(tensor)
         if index is None:
-            line = user_line()
+            line = self._line()
             if self._first_values is not None:
-                raise MadeUnseenError(
-                    "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a "
-                    "custom autograd.Function, or by a library that works behind torch's public functions",
-                    line=line,
-                )
-            index = self._registry.capture(tensor, line)
+                raise SecondRunError(seen.why_from_nowhere(tensor), line=line)
+            index = self.registry.capture(tensor, line)
         return Ref(FIRST_STATE + index)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Make `tensor` state of the plan, unless the recording knows it already."""
+        self._tensor_ref(tensor)
 
     def _constant(self, tensor: torch.Tensor, line: str | None) -> torch.Tensor:
         """A tensor made from an array outside: state, if both runs make the same one."""
         position = len(self.values)
         if self._first_values is None:
-            index = self._registry.capture(tensor, line)
+            index = self.registry.capture(tensor, line)
         else:
             first = self._first_values[position] if position < len(self._first_values) else None
             if first is None or first.shape != tensor.shape or not torch.equal(first, tensor):
                 raise SizesFixedError("an array turned into a tensor depends on the sizes", line=line)
-            index = self._registry.find(first) or 0
+            index = self.registry.find(first) or 0
         self.values.append(tensor)
         self._alive.append(tensor)
         self._refs[id(tensor)] = Ref(FIRST_STATE + index)
@@ -233,27 +340,59 @@ class Recorder(TorchFunctionMode):
             return value
         return self._number(f"operator.{name}", tuple(self._leaf(operand) for operand in operands), value)
 
+    def record_comparison(self, name: str, left: int | float, right: int | float) -> bool:
+        """Called by `SizeInt` and `SizeFloat` for comparisons: the outcome is what the plan assumes.
+
+        What torch's own modules compare is left out: they raise for sizes that do not fit, as the op will.
+        """
+        holds = COMPARISONS[name](_plain(left), _plain(right))
+        if self._is_asked(left, right):
+            word = name if holds else _OPPOSITE[name]
+            op = Op(f"operator.assume_{word}", (self._leaf(left), self._leaf(right)), {}, None)
+            packed = pack([op.name, encode(op.args)])
+            self.assumptions.setdefault(packed, (len(self.steps), Step(op, self._line(), packed)))
+        return holds
+
+    def record_reading(self, number: Any) -> Any:
+        """Called by `SizeInt` and `SizeFloat` where their memory is lost."""
+        if self._is_asked(number):
+            self._note_reading(number)
+        return _plain(number)
+
+    def _is_asked(self, *numbers: Any) -> bool:
+        """Whether it is the function that looks at `numbers`, while it runs."""
+        mine = all(number.recorder is self for number in numbers if isinstance(number, TracedNumber))
+        return mine and not self._closed and (self._inlining or called_by_user(_SIZES))
+
+    def _note_reading(self, number: TracedNumber) -> None:
+        line = self._line()
+        op = Op("operator.assume_eq", (number.ref, number.plain), {}, None)
+        step = Step(op, line, pack([op.name, encode(op.args)]), number.plain)
+        self.readings.setdefault(number.ref.index, (len(self.steps), step))
+
     def _number(self, name: str, args: tuple[Any, ...], value: Any) -> Any:
         ref = self._new_ref()
         packed = pack([name, encode(args), encode(ref)])
-        self.steps.append(Step(Op(name, args, {}, ref), user_line(), packed, value))
+        self.steps.append(Step(Op(name, args, {}, ref), self._line(), packed, value))
         return traced(value, ref, self)
 
     # The end of a run
 
-    def finish(self, outputs: Any) -> tuple[Nested, Any]:
-        """The outputs with every tensor replaced by its number, plain and encoded; closes the recorder."""
+    def finish(self, outputs: Any) -> Run:
+        """The run with its outputs; closes the recorder."""
         self._write_back_buffers()
         named = map_leaves(outputs, self._leaf)
         self._closed = True
+        self._alive.clear()
+        self._refs.clear()
         try:
-            return named, encode(named)
+            return Run(self, named, encode(named))
         except PlanFormatError as error:
             raise TraceError(f"the function returns something that a plan cannot: {error}") from None
 
     def _write_back_buffers(self) -> None:
         """``self.n = self.n + 1`` binds a new tensor to a buffer: copy it into the old one instead."""
-        for name, old, new in self._registry.rebound():
+        for name, old, new in self.registry.rebound():
             if not isinstance(new, torch.Tensor) or TensorSpec.of(new) != TensorSpec.of(old):
                 raise TraceError(f"the module gives its state {name!r} another shape or dtype: a plan cannot")
             source = self._tensor_ref(new)
@@ -266,42 +405,9 @@ class Recorder(TorchFunctionMode):
         return ref
 
 
+_SIZES = sizes.__file__
+_OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
+
+
 def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, TracedNumber):
-        return int(leaf) if isinstance(leaf, int) else float(leaf)  # type: ignore[arg-type]
-    return leaf
-
-
-def run_once(
-    function: Callable[..., Any],
-    examples: Sequence[torch.Tensor],
-    specs: Sequence[TensorSpec],
-    registry: StateRegistry,
-    values: list[torch.Tensor] | None = None,
-) -> tuple[Recorder, tuple[Nested, Any]]:
-    """Run `function` on copies of `examples` under a recorder.
-
-    Returns the closed recorder, and the outputs as `Recorder.finish` gives them. `values` are those of the
-    first run, in a second one.
-
-    Raises:
-        TraceError: whatever went wrong, with the user's line.
-    """
-    inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
-    recorder = Recorder(inputs, specs, registry, values)
-    try:
-        with torch.enable_grad(), recorder:
-            outputs = function(*inputs)
-        if recorder.failure is not None:
-            raise recorder.failure
-        return recorder, recorder.finish(outputs)
-    except PlanrtError:
-        raise recorder.failure or sys.exc_info()[1] from None  # type: ignore[misc]
-    except Exception as error:
-        if recorder.failure is not None:
-            raise recorder.failure from error
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise TraceError(
-            f"the function failed on its example arguments: {type(error).__name__}: {reason}",
-            line=line_of_error(error),
-        ) from error
+    return leaf.plain if isinstance(leaf, TracedNumber) else leaf

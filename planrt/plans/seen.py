@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 
+from planrt.errors import TraceError
+from planrt.plans.source import user_line
+
 _Tensor = torch.Tensor
 
 
 def _getters(*names: str) -> set[Any]:
     found = (getattr(_Tensor, name, None) for name in names)
     return {descriptor.__get__ for descriptor in found if descriptor is not None}
+
+
+def _accessor(name: str, kind: str) -> Any:
+    """What a recorder sees when a property of tensors is read, set or deleted."""
+    return getattr(getattr(_Tensor, name), kind)
 
 
 def _functions(home: Any, *names: str) -> set[Any]:
@@ -24,13 +32,22 @@ SHAPE_READS = frozenset(_getters("shape"))
 SIZE_READS = frozenset({_Tensor.size})
 COUNT_READS = frozenset({_Tensor.numel, _Tensor.nelement, torch.numel})
 TO_DEVICE = frozenset({_Tensor.cpu, _Tensor.cuda})
+GRAD_FN = _accessor("grad_fn", "__get__")
+SETS_DATA = _accessor("data", "__set__")
+SETS_GRAD = _accessor("grad", "__set__")
+DELETES_GRAD = _accessor("grad", "__delete__")
+SETS_REQUIRES_GRAD = _accessor("requires_grad", "__set__")
+PASSES = frozenset(
+    {torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit._RecordFunction}
+)
+"""Marks for the profiler, which `torch.optim` leaves around its steps."""
 
 METADATA = frozenset(
     _getters(
         "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr",
         "is_quantized", "is_nested", "is_leaf", "requires_grad", "is_mkldnn", "is_mps", "is_xla", "is_xpu",
         "is_ipu", "is_maia", "is_mtia", "is_vulkan", "itemsize", "nbytes", "output_nr", "names", "name",
-        "grad_fn", "_version", "retains_grad",
+        "_version", "retains_grad",
     )
     | _functions(
         _Tensor, "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous",
@@ -44,7 +61,14 @@ METADATA = frozenset(
     )
 )  # fmt: skip
 """Reads of dtype, layout and the like: their answers are constants of the plan. Numbers among them that
-follow a free size (`stride`, `nbytes`, `len`) differ between the tracer's two runs, which catches them."""
+follow a free size (`stride`, `nbytes`) differ between the tracer's runs, which catches them."""
+
+_BACKWARD_DEFAULTS: dict[str, Any] = {
+    "gradient": None, "grad_tensors": None, "grad_outputs": None, "inputs": None, "retain_graph": None,
+    "create_graph": False, "allow_unused": None, "only_inputs": True, "is_grads_batched": False,
+    "materialize_grads": False,
+}  # fmt: skip
+"""Arguments of backward passes that torch passes on though nobody wrote them."""
 
 FROM_ARRAY = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 """Functions that turn arrays from outside into tensors, which then become state."""
@@ -56,36 +80,82 @@ PYTHON_DTYPES: dict[type, torch.dtype] = {
     complex: torch.complex128,
 }
 
+_ACCESSORS = ("__get__", "__set__", "__delete__")
 _VALUE_READS = frozenset(
     ["item", "tolist", "numpy", "__bool__", "__nonzero__", "__float__", "__int__", "__long__", "__index__",
      "__complex__", "__array__", "__contains__", "__dlpack__", "equal", "allclose", "is_nonzero", "_assert",
      "data_ptr", "cpu_numpy"]
 )  # fmt: skip
-_GRADIENTS = frozenset(["backward", "grad", "_grad", "retain_grad", "register_hook"])
+_HOOKS = frozenset(
+    ["register_hook", "register_post_accumulate_grad_hook", "_backward_hooks", "_post_accumulate_grad_hooks"]
+)
+_OTHER_MEMORY = (
+    "gives a tensor other memory, and a plan changes its state by writing into it: use .copy_() under "
+    "torch.no_grad()"
+)
+NO_HOOKS = "a plan would lose the hook: compute with the gradient after backward() instead"
 
 
 def reads_values(func: Any) -> bool:
     """Whether `func` brings a tensor's values into Python."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     name = getattr(func, "__name__", "")
-    return (owner if name in ("__get__", "__set__") else name) in _VALUE_READS
+    return (owner if name in _ACCESSORS else name) in _VALUE_READS
 
 
 def why_refused(func: Any, public_name: str | None) -> str:
     """One line on why a torch call cannot go into a plan."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    short = (
-        owner if getattr(func, "__name__", "") in ("__get__", "__set__") else getattr(func, "__name__", "")
-    )
+    short = owner if getattr(func, "__name__", "") in _ACCESSORS else getattr(func, "__name__", "")
     name = public_name or short or repr(func)
     if short in _VALUE_READS:
         return (
             f"{name} reads the value of a tensor: a plan has no values while it is recorded; compute with "
             "tensors (torch.where instead of `if`) or pass the number as an argument"
         )
-    if short in _GRADIENTS:
-        return f"{name}: gradients inside a plan cannot be recorded yet; record the forward pass and the loss"
+    if short in _HOOKS:
+        return f"{name}: {NO_HOOKS}"
+    if func == SETS_DATA:
+        return f"assigning to .data {_OTHER_MEMORY}"
     return f"{name} is not on the table of ops that plans may use"
+
+
+def why_unseen(kernel: str) -> str:
+    """One line on why a write cannot go into a plan that torch told nobody of but the kernel."""
+    if kernel == "aten::set_":
+        return f"Tensor.set_ {_OTHER_MEMORY}"
+    return (
+        f"{kernel} writes to a tensor behind torch's public functions (as `z.real = x` does), so the plan would "
+        "miss it: write it with functions, for instance torch.complex(x, z.imag)"
+    )
+
+
+def why_from_nowhere(tensor: torch.Tensor) -> str:
+    """One line on why a tensor of which the recorder saw nothing cannot go into a plan."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return "a parameter made in the function: make modules and parameters before, and use them in it"
+    return (
+        "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a custom "
+        "autograd.Function, or by a library that works behind torch's public functions"
+    )
+
+
+class RecordedNode:
+    """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would be used
+    behind the recorder's back."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def name(self) -> str:
+        """The name of the real node."""
+        return str(self._node.name())
+
+    def __getattr__(self, name: str) -> Any:
+        raise TraceError(f"grad_fn.{name} cannot be recorded; {NO_HOOKS}", line=user_line())
+
+    def __repr__(self) -> str:
+        return f"<{self.name()}>"
 
 
 def without_numpy(leaf: Any) -> Any:
@@ -93,6 +163,19 @@ def without_numpy(leaf: Any) -> Any:
     if type(leaf).__module__ == "numpy" and getattr(leaf, "shape", None) == () and hasattr(leaf, "item"):
         return leaf.item()
     return leaf
+
+
+def is_backward_default(key: str, value: Any) -> bool:
+    """Whether a backward pass is the same without this argument."""
+    return key in _BACKWARD_DEFAULTS and value is _BACKWARD_DEFAULTS[key]
+
+
+def share_all_memory(tensor: torch.Tensor, other: Any) -> bool:
+    """Whether `other` is all of the memory of `tensor`, laid out alike."""
+    return isinstance(other, torch.Tensor) and (
+        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
 
 
 def holds_array(args: tuple[Any, ...]) -> bool:

@@ -36,6 +36,22 @@ def user_line() -> str | None:
     return None
 
 
+def called_by_user(through: str) -> bool:
+    """Whether the innermost frame that is not in the file `through`, above the caller's caller, is the user's."""
+    frame = sys._getframe(3)
+    while frame.f_code.co_filename == through and frame.f_back is not None:
+        frame = frame.f_back
+    return is_users(frame.f_code.co_filename)
+
+
+def frames_to_user() -> int:
+    """How many frames up from the caller the user's own code is: a `stacklevel` for the caller's warnings, less 1."""
+    frame, count = sys._getframe(1), 0
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        frame, count = frame.f_back, count + 1
+    return count
+
+
 def line_of_error(error: BaseException) -> str | None:
     """``file:line`` of the innermost frame outside torch and planrt that `error` passed through."""
     line: str | None = None

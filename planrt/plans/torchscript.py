@@ -13,18 +13,25 @@ from typing import Any
 
 import torch
 
-from planrt.errors import PlanError, PlanFormatError, TraceError
+from planrt.errors import ExecutionError, PlanError, PlanFormatError, TraceError
 from planrt.plans.aten import call_for
 from planrt.plans.graph import Graph, Op, StateSpec
 from planrt.plans.holding import hold
 from planrt.plans.interpreter import Program, drive, local_state
 from planrt.plans.lifting import check_plain
-from planrt.plans.ops import SIZE_ARITHMETIC, SIZE_OPS
+from planrt.plans.ops import ASSUMPTIONS, GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, SIZE_OPS
+from planrt.plans.text import show
 from planrt.serde.dtypes import DTYPES
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
 _jit_trace: Callable[..., Any] = torch.jit.trace
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+
+
+_ON_TRACED_SIZES: dict[str, Callable[..., Any]] = {
+    **SIZE_ARITHMETIC,
+    **dict.fromkeys(ASSUMPTIONS, lambda left, right: None),
+}
 
 
 @contextmanager
@@ -43,8 +50,21 @@ def is_torchscript(model: object) -> bool:
 # Out
 
 
+def check_only_forward(plan: Graph, form: str) -> None:
+    """Raise PlanError if `plan` computes gradients, which no exported form (`form` names it) can."""
+    for index, op in enumerate(plan.ops):
+        if op.name in GRADIENTS or op.name == REQUIRES_GRAD:
+            raise PlanError(
+                f"plan {plan.name!r} computes gradients, which {form} cannot (op {index}: {op}): make it of a plan of "
+                "the forward pass"
+            )
+
+
 def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
+
+    It takes the plan's input tensors in order, and gives what the plan gives; a size that the plan returns is a
+    0-d tensor there. What the plan assumes of its sizes is not checked there.
 
     Args:
         plan: with its state values (as traced, not as read from bytes).
@@ -53,8 +73,13 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     Raises:
         PlanError: no TorchScript can be made of it; the message says why.
     """
-    if any(op.name == "torch.set_grad_enabled" for op in plan.ops):
-        raise PlanError(f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose")
+    check_only_forward(plan, "TorchScript")
+    for index, op in enumerate(plan.ops):
+        if op.name == "torch.set_grad_enabled":
+            raise PlanError(
+                f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose (op {index}: {op}): see "
+                "Plan.to_exported_program"
+            )
     if not examples:
         examples = tuple(_zeros(spec) for spec in plan.inputs)
     originals = local_state(plan)
@@ -62,7 +87,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
         tensor.detach().clone().requires_grad_(tensor.requires_grad or entry.trainable)
         for entry, tensor in zip(plan.state, originals, strict=True)
     ]
-    compiled = Program(plan, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+    compiled = Program(plan, torch.device("cpu"), functions=_ON_TRACED_SIZES)
 
     def forward(*inputs: torch.Tensor) -> Nested:
         return drive(compiled.run(inputs, copies))
@@ -73,6 +98,11 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
             traced = _jit_trace(module, examples, check_trace=False, strict=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not isinstance(error, ExecutionError) and not isinstance(plan.outputs, Ref):
+            reason = (
+                f"it returns {show(plan.outputs)}, and TorchScript has tensors, tuples of what it has, and lists and "
+                f"dicts of things of one kind ({reason})"
+            )
         raise PlanError(f"plan {plan.name!r} cannot be made TorchScript: {reason}") from error
     with torch.no_grad():  # tracing ran the plan once: batch norm has counted a batch that never was
         for copy, original in zip(copies, originals, strict=True):

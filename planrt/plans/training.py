@@ -17,13 +17,13 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
-from planrt.plans.graph import Graph
+from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
 from planrt.plans.torchscript import as_traceable
 from planrt.plans.tracer import Recording, assemble, record
 from planrt.seeding import seeded
-from planrt.types import Ref, TensorSpec
+from planrt.types import Ref, TensorSpec, map_leaves
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -117,7 +117,10 @@ def trace_model(
     recordings = {}
     for training in (True, False):
         with _mode([*modules, *loss_modules], training=training):
-            recordings[training] = record(step, (data, target), registry=registry, free_dims=free)
+            recordings[training] = record(
+                step, (data, target), registry=registry, free_dims=free, own_gradients=False
+            )
+    registry.notice(type(model).__name__)
 
     def plan(mode: str, recording: Recording) -> Graph:
         name = f"{type(model).__name__} ({mode})"
@@ -179,6 +182,7 @@ def train(
     optimizer_state: dict[Any, Any] | None = None,
     device: torch.device | str = "cpu",
     seed: int,
+    deadline: float = math.inf,
 ) -> TrainResult:
     """Train `state` with one optimizer step per batch.
 
@@ -195,6 +199,7 @@ def train(
             it the optimizer starts fresh.
         device: where to compute.
         seed: seeds torch's generators during the call (dropout); they are put back afterwards.
+        deadline: when it must be over, on `time.monotonic`'s clock (seconds).
 
     Raises:
         OptionError: unknown optimizer, or arguments it does not take.
@@ -226,7 +231,7 @@ def train(
 
             def closure(inputs: list[torch.Tensor] = on_device) -> torch.Tensor:
                 stepper.zero_grad()
-                loss: torch.Tensor = drive(compiled.run(inputs, values))[0]
+                loss: torch.Tensor = drive(compiled.run(inputs, values, deadline=deadline))[0]
                 if loss.dim() != 0 or not loss.requires_grad:
                     raise PlanError(f"plan {plan.name!r} does not give a loss that depends on its parameters")
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -245,6 +250,44 @@ def train(
     )
 
 
+def gradient_graph(plan: Graph) -> Graph:
+    """What of a step of `train` depends on the batch: the loss, and its gradients with respect to what is trained.
+
+    For looking at, not for running: an optimizer's step is a function of these and of the state.
+
+    Raises:
+        PlanArgumentError: `plan` is not one of a model with its loss.
+    """
+    _check_loss_plan(plan)
+    count, first_result = len(plan.inputs), len(plan.inputs) + len(plan.state)
+    trained = [count + index for index, entry in enumerate(plan.state) if entry.trainable]
+    leaf = {index: Ref(first_result + number) for number, index in enumerate(trained)}
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Ref):
+            return value
+        return leaf.get(value.index) or (
+            value if value.index < first_result else Ref(value.index + len(trained))
+        )
+
+    ops = [Op("Tensor.detach", (Ref(index),), {}, leaf[index]) for index in trained]
+    ops += [Op("Tensor.requires_grad_", (leaf[index],), {}, None) for index in trained]
+    ops += [
+        Op(op.name, map_leaves(op.args, moved), map_leaves(op.kwargs, moved), map_leaves(op.results, moved))
+        for op in plan.ops
+    ]
+    loss = moved(plan.outputs[0])
+    next_ref = 1 + max([first_result - 1, *(ref.index for op in ops for ref in refs_in(op.results))])
+    gradients = tuple([Ref(next_ref + number) for number in range(len(trained))])
+    leaves_in_order = tuple(leaf.values())
+    ops.append(Op("autograd.grad", ((loss,), leaves_in_order), {"allow_unused": True, "materialize_grads": True},
+                  gradients))  # fmt: skip
+    return Graph(
+        plan.inputs, plan.state, tuple(ops), (loss, *gradients), name=f"{plan.name}, one step",
+        input_names=plan.input_names,
+    )  # fmt: skip
+
+
 def evaluate(
     plan: Graph,
     state: Sequence[torch.Tensor],
@@ -252,6 +295,7 @@ def evaluate(
     *,
     bins: int = 0,
     device: torch.device | str = "cpu",
+    deadline: float = math.inf,
 ) -> EvaluationResult:
     """The loss of `state` over `batches`, and with `bins` > 0 what was predicted for how many classes.
 
@@ -280,8 +324,8 @@ def evaluate(
         for batch in batches:
             check_inputs(plan, batch)
             inputs = _own(batch, device)
-            loss, prediction = drive(compiled.run(inputs, values))
-            losses.append(loss)
+            loss, prediction = drive(compiled.run(inputs, values, deadline=deadline))
+            losses.append(loss.detach())
             sizes.append(_sample_count(batch))
             if bins:
                 counts += _class_counts(prediction, inputs[1], bins)

@@ -27,10 +27,9 @@ from planrt.serde.values import decode
 from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
-from planrt.workers.inference import spec_from_wire
 from planrt.workers.loop import on_loop, run
 from planrt.workers.objects import allowed_users as allowed_list
-from planrt.workers.objects import check_travels, kinds
+from planrt.workers.objects import check_travels, kinds, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 

@@ -23,9 +23,8 @@ from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Output
 from planrt.workers.clients import BaseWorker
-from planrt.workers.inference import spec_from_wire
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import check_travels
+from planrt.workers.objects import check_travels, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, alive, make_pointer
 

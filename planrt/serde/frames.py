@@ -47,8 +47,9 @@ HEADER_BYTES = 1 << 20
 _OWN_FRAGMENT = 1 << 17
 """Pieces of at least this many bytes leave without being copied together with their neighbours."""
 
-_LARGE = 32 << 20
-"""Payloads from here on lie in blocks that are used again; malloc does the same for smaller ones."""
+_LARGE = 8 << 20
+"""Payloads from here on lie in blocks that are used again. malloc does the same for smaller ones, but for larger
+ones it can keep several times what was in use at once."""
 
 _PADDING = bytes(64)
 

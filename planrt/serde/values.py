@@ -23,6 +23,7 @@ MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1_000_000
 """Most items, nested ones included, in one value."""
 
+_MAX_ARRAY: Final = MAX_ITEMS + 1  # a tuple of as many items as there may be, and its tag
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
 
@@ -37,15 +38,15 @@ class PlanDevice:
 
 DEVICE: Final = PlanDevice()
 
-_MEMORY_FORMATS: dict[str, torch.memory_format] = {
+MEMORY_FORMATS: dict[str, torch.memory_format] = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,
     "channels_last": torch.channels_last,
     "channels_last_3d": torch.channels_last_3d,
 }
-_MEMORY_FORMAT_NAMES = {value: name for name, value in _MEMORY_FORMATS.items()}
-_LAYOUTS: dict[str, torch.layout] = {"strided": torch.strided}
-_LAYOUT_NAMES = {value: name for name, value in _LAYOUTS.items()}
+_MEMORY_FORMAT_NAMES = {value: name for name, value in MEMORY_FORMATS.items()}
+LAYOUTS: dict[str, torch.layout] = {"strided": torch.strided}
+_LAYOUT_NAMES = {value: name for name, value in LAYOUTS.items()}
 
 
 def encode(value: Any) -> Any:
@@ -67,7 +68,7 @@ def _encode(value: Any, depth: int) -> Any:
             raise PlanFormatError("an integer outside the 64-bit range cannot stand in a plan")
         return int(value)
     if isinstance(value, float):
-        return float("nan") if value != value else float(value)  # one NaN, so that bytes are canonical
+        return _float(value)
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Ref):
@@ -83,7 +84,7 @@ def _encode(value: Any, depth: int) -> Any:
     if value is Ellipsis:
         return ["e"]
     if isinstance(value, complex):
-        return ["c", value.real, value.imag]
+        return ["c", _float(value.real), _float(value.imag)]
     if value is DEVICE or isinstance(value, torch.device):
         return ["v"]
     if isinstance(value, torch.dtype) and value in DTYPE_NAMES:
@@ -95,6 +96,10 @@ def _encode(value: Any, depth: int) -> Any:
     if isinstance(value, torch.dtype | torch.layout):
         raise PlanFormatError(f"{value} cannot stand in a plan")
     raise PlanFormatError(f"a value of type {type(value).__name__} cannot stand in a plan")
+
+
+def _float(value: float) -> float:
+    return float("nan") if value != value else float(value)  # one NaN, so that bytes are canonical
 
 
 def _key(key: Any) -> str:
@@ -194,8 +199,8 @@ _SIMPLE: dict[str, Callable[[list[Any]], Any]] = {
     "v": _constant(DEVICE, "device"),
     "c": _complex,
     "y": lambda parts: _named(parts, DTYPES, "dtype"),
-    "m": lambda parts: _named(parts, _MEMORY_FORMATS, "memory format"),
-    "o": lambda parts: _named(parts, _LAYOUTS, "layout"),
+    "m": lambda parts: _named(parts, MEMORY_FORMATS, "memory format"),
+    "o": lambda parts: _named(parts, LAYOUTS, "layout"),
 }
 
 
@@ -216,7 +221,7 @@ def unpack(data: bytes) -> Any:
         PlanFormatError: truncated, trailing or malformed bytes.
     """
     try:
-        return msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
+        return msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True, max_array_len=_MAX_ARRAY)
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise PlanFormatError(f"not readable as msgpack: {reason[:120]}") from None

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
 from planrt.errors import LocalError, OptionError, UnknownPlanError, WireError
+from planrt.plans.approvals import Approvals, Status
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan
+from planrt.plans.policy import Policy
 from planrt.serde.frames import Allocate, Limits, in_memory
 from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
@@ -82,6 +88,49 @@ class BaseWorker(RemotePlans):
         """Messages and bytes to and from this worker so far."""
         return self._connection.traffic
 
+    # ------------------------------------------------------------------------------------- approval
+
+    @on_loop
+    async def async_approval(self, plan: Plan | Graph | str) -> Status:
+        """How it stands with a plan (or its hash) at the worker's owner: (status, why).
+
+        The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
+        """
+        hash = plan if isinstance(plan, str) else plan.hash
+        if not re.fullmatch("[0-9a-f]{64}", hash):
+            raise OptionError(f"{hash[:80]!r} is not a plan's hash: give the plan, or 64 hex digits")
+        answer, _ = expect(m.Approval, await self._connection.request(m.AskApproval(hash)), self)
+        return Status(answer.status, answer.why)
+
+    def approval(self, plan: Plan | Graph | str) -> Status:
+        """The blocking form of `async_approval`."""
+        return run(self.async_approval(plan), instead="await worker.async_approval(plan)")
+
+    async def async_wait_for_approval(
+        self, plan: Plan, *, timeout: float | None = None, every: float = 1.0
+    ) -> Status:
+        """Sends the plan to be looked at, and waits until its owner has decided: (status, why).
+
+        Asks `every` so many seconds; after `timeout` seconds it gives "pending" back.
+
+        Raises:
+            PlanError: the plan is not built. WorkerLostError.
+        """
+        pointer = await self.async_send_plan(plan)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (status := await self.async_approval(plan)).status == "pending":
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            await asyncio.sleep(min(every, left))
+        del pointer  # it was to keep the plan there meanwhile
+        return status
+
+    def wait_for_approval(self, plan: Plan, *, timeout: float | None = None, every: float = 1.0) -> Status:
+        """The blocking form of `async_wait_for_approval`."""
+        waiting = self.async_wait_for_approval(plan, timeout=timeout, every=every)
+        return run(waiting, instead="await worker.async_wait_for_approval(plan)")
+
     # ------------------------------------------------------------------------------------- requests
 
     async def request(
@@ -116,23 +165,30 @@ class BaseWorker(RemotePlans):
         expect(m.Done, await self._connection.request(m.PutPlan(plan.hash), [canonical]), self)
         self._plans.add(plan.hash)
 
-    @on_loop
-    async def async_run(self, plan: Graph | Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+    async def async_run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
 
-        Sends the plan at the first use, then one message each way. Random ops draw from `seed`.
+        The arguments and the state are here; the worker keeps the ops alone. Sends these at the first use, then one
+        message each way. Random ops draw from `seed`. What the plan writes in place is not brought back.
 
         Raises:
             PlanArgumentError: wrong number, shape or dtype of arguments; nothing is sent.
             PlanError: the plan is not built.
             RemoteError: an op failed on the worker.
         """
-        plan = plan.graph if isinstance(plan, Plan) else plan
-        check_inputs(plan, args)
-        state = local_state(plan)
+        if isinstance(plan, Plan):
+            inputs = plan.record.signature.bind(plan.name, args, kwargs)
+            return await self._run(plan.graph, inputs, plan.state_tensors(), seed)
+        return await self._run(plan, args, local_state(plan), seed)
+
+    @on_loop
+    async def _run(
+        self, plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], seed: int
+    ) -> Any:
+        check_inputs(plan, inputs)
         await self.put_plan(plan)
         body = m.RunPlan(plan.hash, seed)
-        answer, tensors = expect(m.Values, await self.request(body, [*args, *state], plan=plan), self)
+        answer, tensors = expect(m.Values, await self.request(body, [*inputs, *state], plan=plan), self)
         wanted = sum(1 for _ in refs_in(plan.outputs))
         if len(answer.numbers) != wanted or answer.numbers.count(None) != len(tensors):
             raise WireError(
@@ -142,9 +198,9 @@ class BaseWorker(RemotePlans):
         values = iter([next(rest) if number is None else number for number in answer.numbers])
         return map_leaves(plan.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
-    def run(self, plan: Graph | Plan, *args: torch.Tensor, seed: int = 0) -> Any:
+    def run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
         """The blocking form of `async_run`."""
-        return run(self.async_run(plan, *args, seed=seed), instead="await worker.async_run(...)")
+        return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
 
     @on_loop
     async def async_fit(self, dataset_key: str, *, seed: int = 0) -> Any:
@@ -265,6 +321,11 @@ async def _open_websocket(id: str, uri: str, timeout: float, limits: Limits, tok
     return await Connection.open(pipe, id, timeout=timeout, limits=limits, token=token)
 
 
+def decisions_in(approvals: Approvals | str | Path | None) -> Approvals | None:
+    """The decisions in a folder, or as they are given."""
+    return Approvals(approvals) if isinstance(approvals, str | Path) else approvals
+
+
 _virtual_turns: asyncio.Semaphore | None = None
 
 
@@ -281,6 +342,7 @@ class VirtualWorker(BaseWorker):
         datasets: key -> map-style data set of (data, target) pairs to train on.
         users: user name -> token; private data names the users who may see it.
         token: which of these users this client is.
+        policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
         device, limits: where it computes; the sizes of messages it takes.
     """
 
@@ -293,6 +355,8 @@ class VirtualWorker(BaseWorker):
         datasets: Mapping[str, Any] | None = None,
         users: Mapping[str, str] | None = None,
         token: str = "",
+        policy: Policy | None = None,
+        approvals: Approvals | str | Path | None = None,
         device: str | torch.device = "cpu",
         limits: Limits | None = None,
         is_client_worker: bool = False,
@@ -301,7 +365,7 @@ class VirtualWorker(BaseWorker):
         if not isinstance(id, str):
             raise OptionError('a worker needs an id: VirtualWorker(hook, id="bob")')
         self.is_client_worker = is_client_worker
-        state = WorkerState(id, device=device, users=users)
+        state = WorkerState(id, device=device, users=users, policy=policy, approvals=decisions_in(approvals))
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)
         for tensor in data:

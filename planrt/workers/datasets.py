@@ -321,6 +321,15 @@ def iterate(
     return _batches(source, batch_size, max_nr_batches, epochs, shuffle, seed)
 
 
+def smallest_batch(items: int, batch_size: int, max_nr_batches: int = -1, epochs: int = 1) -> int:
+    """Items in the smallest batch of `iterate`; 0 without batches."""
+    whole, rest = divmod(items, batch_size)
+    if max_nr_batches == 0 or items == 0:
+        return 0
+    short_one_comes = rest and (max_nr_batches < 0 or max_nr_batches > whole)
+    return rest if short_one_comes else batch_size
+
+
 def _batches(
     source: BatchSource, batch_size: int, bound: int, epochs: int, shuffle: bool, seed: int
 ) -> Iterator[Batch]:

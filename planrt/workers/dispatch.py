@@ -1,7 +1,7 @@
 """What happens to a torch call that has a pointer among its arguments.
 
 `dispatch` is ``PointerTensor.__torch_function__``. A call on the op table is posted to the operands' worker and
-gives pointers with what `planrt.workers.inference` foresees; where nothing can be foreseen (sizes that follow
+gives pointers with what `planrt.plans.inference` foresees; where nothing can be foreseen (sizes that follow
 values) the worker is asked. Reads of shape, dtype and the like are answered here; reads of values are refused.
 """
 
@@ -23,11 +23,11 @@ from planrt.errors import (
     UnsupportedTensorError,
 )
 from planrt.plans import ops, seen
+from planrt.plans.inference import Inferred, Same, Spec, infer, rebuild, spec
 from planrt.plans.left_out import reason_for
 from planrt.plans.source import is_users
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers.inference import Inferred, Same, Spec, infer, rebuild, spec
 from planrt.workers.pointers import (
     Handle,
     Line,
@@ -512,7 +512,12 @@ def _reversed(pointer: PointerTensor) -> Any:
 
 
 def _format(pointer: PointerTensor, spec: str = "") -> str:
-    return format(describe(pointer), spec)
+    try:
+        return format(describe(pointer), spec)
+    except ValueError:  # a spec for numbers
+        raise RemoteValueError(
+            f"the format {spec!r} reads the value of a tensor that is on a worker: write .get() first"
+        ) from None
 
 
 def _assert(condition: Any, message: Any = "") -> None:

@@ -14,6 +14,7 @@ are pointers again: a chain of any length works alike.
 from __future__ import annotations
 
 import hmac
+import math
 import secrets
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,15 +24,16 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from planrt.errors import ExecutionError, LocalError
-from planrt.plans import ops
+from planrt.errors import ExecutionError, LocalError, PolicyError
+from planrt.plans import interpreter, ops
 from planrt.plans.graph import Graph
 from planrt.seeding import seeded
 from planrt.serde.values import DEVICE, encode
-from planrt.types import Nested, Ref, leaves, map_leaves
+from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 from planrt.workers import messages as m
 from planrt.workers import plan_objects
 from planrt.workers.events import Answer, Steps, ToPeer, Wait
+from planrt.workers.gate import Gate, NotApprovedError
 from planrt.workers.labels import Label, both
 from planrt.workers.plan_objects import PlanObject
 from planrt.workers.posted import PostedOp
@@ -41,6 +43,7 @@ from planrt.workers.private import (
     foresee,
     leaf_tensors,
     stand_in,
+    unaliased,
     written_operands,
 )
 from planrt.workers.protocol_objects import ProtocolObject
@@ -123,7 +126,10 @@ class _Result:
 class EagerOps:
     """The objects of one worker, and what sessions may do with them."""
 
-    def __init__(self, worker_id: str, store: ObjectStore, device: torch.device) -> None:
+    def __init__(
+        self, worker_id: str, store: ObjectStore, device: torch.device, gate: Gate | None = None
+    ) -> None:
+        self.gate = gate
         self._worker_id = worker_id
         self.store = store
         self._device = device
@@ -159,7 +165,8 @@ class EagerOps:
             if made is not None:
                 self._keep(session, op.results, made.value, made)
         except Exception as error:  # whatever an op raises is its client's to hear, never the worker's end
-            self._poison(session, op, used, self._failure(error, op, number, used))
+            refused = isinstance(error, NotApprovedError | PolicyError)  # nothing was computed
+            self._poison(session, op, [] if refused else used, self._failure(error, op, number, used))
 
     def _run(
         self,
@@ -194,18 +201,29 @@ class EagerOps:
             op.name in ops.RANDOM or (op.name == plan_objects.CALL and plan_objects.is_random(_graph(args)))
         ):
             raise LocalError("an op that draws random numbers needs a seed")
+        released, deadline = False, math.inf
+        if self.gate is not None:
+            released, deadline = self._admit(session, op, args, used)
+            if released:
+                label = self._readable_label(session, used)
         torch.set_grad_enabled(op.grad)
         retained = self._retained_gradients() if op.name == "autograd.grad" else {}
         foreseen = None if session.may_read(label) else foresee(op, function, [one.value for one in used])
         before = [] if label is None else [_version(stored.value) for stored in used]
         try:
+            if op.name == plan_objects.CALL:
+                kwargs = {"deadline": deadline}
             result = self._compute(op, function, args, kwargs)
+            if foreseen is not None and op.name == plan_objects.CALL:
+                result = unaliased(result, foreseen, self._device)
         except Exception as error:
             if foreseen is None:
                 raise
             lost = lost or self._failure(error, op, None, used)
             result = stand_in(op, foreseen, [one.value for one in used], before, self._device)
         finally:  # a failed op may have written some of its values before
+            if released:
+                self._label_held(session, op, used)
             if label is not None:
                 self._label_what_changed(session, op, used, before, label)
             if op.name == "autograd.grad":
@@ -222,6 +240,58 @@ class EagerOps:
                     written = self.store.objects[operand.index]
                     written.lost = written.lost or lost
         return _Result(result, label, lost)
+
+    def _admit(
+        self, session: Session, op: PostedOp, args: tuple[Any, ...], used: Sequence[StoredObject]
+    ) -> tuple[bool, float]:
+        """Whether what a plan gives of private data may be released, and when it must be over.
+
+        Raises:
+            NotApprovedError, PolicyError: it may not run.
+        """
+        assert self.gate is not None  # noqa: S101 - asked by the caller
+        if op.name != plan_objects.CALL:
+            if op.name != plan_objects.COPY:
+                self.gate.admit_op(op.name)
+            return False, math.inf
+        graph = _graph(args)
+        interpreter.check_inputs(graph, args[2:])
+        tags: dict[int, frozenset[str]] = {}
+        others = not session.may_read(self.store.label_of(used[0]))  # the plan's own state
+        for place, stored in enumerate(used[1:]):
+            if session.may_read(self.store.label_of(stored)):
+                continue
+            source = self.store.source_of(stored)
+            if source is None:
+                others = True
+            else:
+                tags[place] = source
+        self.gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags)
+        released = bool(tags) and not others and all(self.gate.covers(one) for one in tags.values())
+        if released and plan_objects.written(graph, args[2:]) and _share_memory(args[2:]):
+            raise PolicyError(
+                f"plan {graph.name!r} writes in place, and two of its inputs share memory: what would be released of "
+                "private data cannot be told",
+                rule="release",
+            )
+        return released, self.gate.deadline()
+
+    def _readable_label(self, session: Session, used: Sequence[StoredObject]) -> Label:
+        """The label of what is computed from those operands that the session may read."""
+        label: Label = None
+        for stored in used:
+            own = self.store.label_of(stored)
+            if session.may_read(own):
+                label = both(label, own)
+        return label
+
+    def _label_held(self, session: Session, op: PostedOp, used: Sequence[StoredObject]) -> None:
+        """Private inputs of a released plan that it wrote to are no longer the data that its owner put here."""
+        for operand in written_operands(op, [stored.value for stored in used]):
+            stored = self.store.objects[operand.index]
+            own = self.store.label_of(stored)
+            if isinstance(stored.value, torch.Tensor) and not session.may_read(own):
+                self.store.memory.add(stored.value, own)
 
     def _compute(
         self, op: PostedOp, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -436,7 +506,7 @@ class EagerOps:
             used.clear()
             made = self._run(session, op, used, outgoing)
             assert made is not None  # noqa: S101 - passed on above
-        except (OpFailedError, GetNotPermittedError):
+        except (OpFailedError, GetNotPermittedError, NotApprovedError, PolicyError):
             raise
         except Exception as error:
             raise OpFailedError(self._failure(error, op, None, used)) from error
@@ -490,6 +560,7 @@ class EagerOps:
                 value, session.id, label, tags=tuple(item.tags), description=item.description
             )
             stored.handover = body.handover
+            stored.source, stored.original = frozenset(item.tags), True
             self.store.add(item.id, stored)
             if item.requires_grad:
                 session.leaves[item.id] = None
@@ -500,6 +571,8 @@ class EagerOps:
         if not tensors or tensors[0].dtype != torch.uint8:
             raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
         record = plan_objects.record_of(tensors[0])
+        if self.gate is not None:
+            self.gate.arrived(record.graphs, record.to_bytes())
         state = [self._own(tensor, alone=False) for tensor in tensors[1:]]
         plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
         label = None if body.allowed is None else frozenset(body.allowed)
@@ -596,6 +669,8 @@ class EagerOps:
         label = session.graphs.label
         for stored in everything:
             label = both(label, self.store.label_of(stored))
+        if self.gate is not None:
+            self.gate.admit_op("Tensor.backward")
         labelled = label is not None or bool(self.store.memory)
         reached = leaf_tensors([_tensor(stored) for stored in inputs or roots]) if labelled else []
         labels = [both(label, self._grad_label(tensor)) for tensor in reached]
@@ -656,12 +731,16 @@ class EagerOps:
         if isinstance(error, OpFailedError):
             return error.failure
         kind = type(error).__name__
-        if isinstance(error, GetNotPermittedError):
-            return m.Failure(kind, str(error), op.name, None, "", number)
+        if isinstance(error, GetNotPermittedError | NotApprovedError):
+            return m.Failure(kind, str(error), op.name, number=number)
+        if isinstance(error, PolicyError):  # of shapes and ops, never of values
+            return m.Failure(
+                kind, str(error), error.op or op.name, error.line, index=error.index, number=number
+            )
         if any(self.store.label_of(stored) is not None for stored in used):
             return m.Failure(
                 "ExecutionError", f"op {op.name} failed; its operands are private, so the worker does not say why",
-                op.name, None, "", number,
+                op.name, number=number,
             )  # fmt: skip
         reason = (str(error).strip().splitlines() or [kind])[0]
         text = reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}"
@@ -680,6 +759,8 @@ class EagerOps:
         """Sets tags and description."""
         stored = self.store.find(session.id, body.id)
         stored.tags, stored.description = tuple(body.tags), body.description
+        if stored.original and stored.source is not None:  # a tag that is taken away still counts
+            stored.source |= frozenset(body.tags)
 
     def search(self, session: Session, body: m.Search) -> Answer:
         """Published objects that match."""
@@ -787,7 +868,15 @@ def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ())
 
 def replace_message(failure: m.Failure, message: str) -> m.Failure:
     """`failure` with another text; it was not this session's op that failed, so the number goes."""
-    return m.Failure(failure.kind, message[:60_000], failure.op, failure.line, failure.traceback, None)
+    return m.Failure(
+        failure.kind,
+        message[:60_000],
+        failure.op,
+        failure.line,
+        failure.traceback,
+        failure.index,
+        failure.cause,
+    )
 
 
 def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:
@@ -825,6 +914,11 @@ def _graph(args: tuple[Any, ...]) -> Graph:
     if len(args) < 2 or not isinstance(args[0], PlanObject):
         raise LocalError("a call names a plan, its mode, and its inputs")
     return args[0].record.graph(training=args[1] is True)
+
+
+def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    places = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    return len(places) < sum(1 for tensor in tensors if tensor.numel())
 
 
 def _ids(nested: Nested) -> list[int]:

@@ -183,6 +183,12 @@ class Put(Message, frozen=True, tag="put"):
     """If not empty: whoever shows this token in a Claim becomes the objects' owner."""
 
 
+class AskApproval(Message, frozen=True, tag="ask_approval"):
+    """Asks how it stands with a plan. Answered by Approval."""
+
+    plan: Hash
+
+
 class StorePlan(Message, frozen=True, tag="store_plan"):
     """Stores a plan as an object. Tensors: its record as bytes (uint8), then its state, in the plan's order.
 
@@ -398,6 +404,13 @@ class Fetched(Message, frozen=True, tag="fetched"):
     description: str = ""
 
 
+class Approval(Message, frozen=True, tag="approval"):
+    """What the owner decided about a plan. No tensors."""
+
+    status: Literal["approved", "denied", "pending", "unknown"]
+    why: Text = ""
+
+
 class FetchedPlan(Message, frozen=True, tag="fetched_plan"):
     """A plan. Tensors as of `StorePlan`."""
 
@@ -443,9 +456,9 @@ class Counted(Message, frozen=True, tag="counted"):
 Body = (
     Hello | PutPlan | RunPlan | Fit | Evaluate
     | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver
-    | Claim | Clear | CountObjects | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
+    | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
-    | Counted | FetchedProtocol | RunStates | Failure
+    | Counted | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip
 
 

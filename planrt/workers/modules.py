@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
 from planrt.plans import ops
+from planrt.plans.inference import spec_of
 from planrt.plans.torchscript import is_torchscript
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker
 from planrt.workers.dispatch import place_of
-from planrt.workers.inference import spec_of
 from planrt.workers.objects import contiguous
 from planrt.workers.pointers import (
     Handle,

@@ -9,12 +9,12 @@ from typing import Any, Self
 import torch
 
 from planrt.errors import LocalError, OptionError, UnsupportedTensorError, WireError
-from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.plans.inference import Spec, spec, spec_of
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode
 from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Line, Outgoing, Reply
-from planrt.workers.inference import Spec, spec, spec_from_wire, spec_of
 from planrt.workers.loop import on_loop, refuse_to_block, run
 from planrt.workers.pointers import Handle, Pointer, PointerTensor, alive, make_pointer, new_id
 
@@ -24,6 +24,15 @@ COPIED_BYTES = 1 << 16
 
 kinds: dict[str, Callable[[Any, m.FoundItem], Any]] = {}
 """Kind of object -> what makes a pointer of one that a search found. Later rooms put theirs here."""
+
+
+def spec_from_wire(wire: m.ObjectSpec) -> Spec:
+    """The spec that a worker sent.
+
+    Raises:
+        KeyError: a dtype that does not travel.
+    """
+    return spec(tuple(wire.shape), tuple(wire.stride), DTYPES[wire.dtype], wire.requires_grad, wire.leaf)
 
 
 class GradientTable:
@@ -391,7 +400,7 @@ def check_travels(tensor: torch.Tensor) -> None:
     elif tensor.is_nested:
         kind, instead = "a nested tensor", "to_padded_tensor()"
     elif tensor.is_meta:
-        kind, instead = "a meta tensor, which has no values", "to_empty()"
+        kind, instead = "a meta tensor (it has no values)", "to_empty()"
     elif tensor.dtype not in DTYPE_NAMES:
         kind, instead = (
             f"a tensor of {tensor.dtype}",

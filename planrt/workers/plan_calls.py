@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from planrt.errors import MixedLocationsError
+from planrt.plans.inference import infer
 from planrt.plans.interpreter import check_inputs
 from planrt.types import Ref, map_leaves
 from planrt.workers import plan_objects
 from planrt.workers.dispatch import calling_line, place_of, post
-from planrt.workers.inference import infer
 from planrt.workers.plan_objects import PlanTwin
 from planrt.workers.pointers import Handle, PointerTensor, alive, new_id
 from planrt.workers.posted import PostedOp

@@ -7,6 +7,7 @@ is labelled as ops are; what it does in between is the interpreter's.
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ import torch
 from planrt.errors import PlanArgumentError
 from planrt.plans import interpreter, ops
 from planrt.plans.graph import Graph
+from planrt.plans.inference import Spec, spec_of
 from planrt.plans.record import PlanRecord
 from planrt.types import Ref, leaves
-from planrt.workers.inference import Spec, spec_of
 
 CALL: Final = "plan"
 """Runs a plan: args are the plan's object, its mode, and its inputs; results are those of `output_values`."""
@@ -97,8 +98,10 @@ def is_random(graph: Graph) -> bool:
     return any(op.name in ops.RANDOM for op in graph.ops)
 
 
-def call(plan: PlanObject, training: bool, *inputs: torch.Tensor) -> tuple[Any, ...]:
-    """The values that the plan's outputs refer to, in their order.
+def call(
+    plan: PlanObject, training: bool, *inputs: torch.Tensor, deadline: float = math.inf
+) -> tuple[Any, ...]:
+    """The values that the plan's outputs refer to, in their order. `deadline` as `interpreter.run` has it.
 
     Raises:
         PlanError, PlanArgumentError, ExecutionError: as the interpreter has them.
@@ -106,7 +109,11 @@ def call(plan: PlanObject, training: bool, *inputs: torch.Tensor) -> tuple[Any, 
     if not isinstance(plan, PlanObject) or type(training) is not bool:
         raise PlanArgumentError("a call names a plan, its mode, and its inputs")
     graph = plan.record.graph(training=training)
-    return output_values(graph, interpreter.execute(graph, inputs, plan.state))
+    try:
+        return output_values(graph, interpreter.execute(graph, inputs, plan.state, deadline=deadline))
+    finally:
+        # State that was written to keeps the values, not the graph: it would grow with every call.
+        plan.state[:] = [tensor if tensor.grad_fn is None else tensor.detach() for tensor in plan.state]
 
 
 def call_on_meta(twin: PlanTwin, *inputs: torch.Tensor) -> tuple[Any, ...]:

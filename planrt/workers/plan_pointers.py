@@ -13,7 +13,7 @@ from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.plan_calls import call_plan, copy_plan
-from planrt.workers.pointers import Handle, alive, new_id
+from planrt.workers.pointers import Handle, alive, new_id, not_copied
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
@@ -182,6 +182,12 @@ class PointerPlan:
     def several(pointers: Sequence[PointerPlan]) -> MultiPointerPlan:
         """One that stands for all of `pointers`."""
         return MultiPointerPlan(pointers)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        not_copied()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        not_copied()
 
     def __repr__(self) -> str:
         handle = self._handle

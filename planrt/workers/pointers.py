@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 
 from planrt.errors import GonePointerError, RemoteOpError
-from planrt.workers.inference import Spec
+from planrt.plans.inference import Spec
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
@@ -83,10 +83,10 @@ class PointerTensor(torch.Tensor):
         return id(self)
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
-        _not_copied()
+        not_copied()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        _not_copied()
+        not_copied()
 
     @property
     def location(self) -> BaseWorker:
@@ -182,7 +182,8 @@ class PointerTensor(torch.Tensor):
         return self
 
 
-def _not_copied() -> NoReturn:
+def not_copied() -> NoReturn:
+    """Refuses `copy.deepcopy` and `pickle` of a pointer."""
     raise RemoteOpError(
         "a pointer cannot be pickled or deep-copied, it would point to an object that nobody keeps: copy() the object "
         "on its worker, or get() it"

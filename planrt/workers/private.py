@@ -18,10 +18,10 @@ import torch
 from torch.autograd.graph import get_gradient_edge, increment_version
 
 from planrt.errors import LocalError
-from planrt.plans import ops
+from planrt.plans import inference, ops
+from planrt.plans.inference import Inferred, Same, Spec
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers import inference, plan_objects
-from planrt.workers.inference import Inferred, Same, Spec
+from planrt.workers import plan_objects
 from planrt.workers.labels import Label
 from planrt.workers.plan_objects import PlanObject, PlanTwin
 from planrt.workers.posted import PostedOp
@@ -51,7 +51,7 @@ class Graphs(Generic[S]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Operand:
-    """An operand as `planrt.workers.inference` takes it."""
+    """An operand as `planrt.plans.inference` takes it."""
 
     _spec: Spec
 
@@ -63,7 +63,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
     Raises:
         GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
     """
-    if op.name not in ops.TABLE and op.name != plan_objects.CALL:
+    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name == plan_objects.COPY:
         return None
     rest = iter(operands)
     twins: dict[int, _Operand] = {}
@@ -85,7 +85,36 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         raise GetNotPermittedError(
             f"{op.name} on private data: what its results look like depends on the values"
         )
+    if op.name == plan_objects.CALL:
+        _check_changes(foreseen, operands[1:])
     return foreseen
+
+
+def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
+    """A plan that fails on the way may not have come to its last ops: what these change must not show."""
+    for number, after in foreseen.changed:
+        before = inference.spec_of(inputs[number])
+        joins_graph = after.requires_grad and not after.leaf
+        if (after.shape, after.stride, after.dtype) != (
+            before.shape,
+            before.stride,
+            before.dtype,
+        ) or not joins_graph:
+            raise GetNotPermittedError(
+                "a plan on private data may change the values of its inputs, not their shapes or autograd flags"
+            )
+
+
+def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device) -> tuple[Any, ...]:
+    """What a plan gave, in memory of its own: where it fails, `stand_in` cannot share what the plan would have."""
+
+    def alone(value: Any, like: Any) -> Any:
+        if not isinstance(like, Spec):
+            return value
+        value = value.detach() if like.leaf else value
+        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).copy_(value)
+
+    return tuple(alone(value, like) for value, like in zip(values, foreseen.results, strict=True))
 
 
 def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
@@ -107,7 +136,16 @@ def stand_in(
     `versions` are those of the operands before the op. Operands that it should have changed in place count as
     changed. (The graph is that of a linear op: gradients of gradients may tell the difference.)
     """
-    sources = [one for one in operands if isinstance(one, torch.Tensor) and one.requires_grad]
+    written = written_operands(op, operands)
+    refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
+    state: Sequence[torch.Tensor] = ()
+    if operands and isinstance(operands[0], PlanObject):  # inference counts tensors only
+        state = operands[0].state
+        if refs[0] in written:
+            for tensor in state:
+                increment_version(tensor)
+        operands, versions, refs = operands[1:], versions[1:], refs[1:]
+    sources = [one for one in (*operands, *state) if isinstance(one, torch.Tensor) and one.requires_grad]
 
     def zeros(like: Spec) -> torch.Tensor:
         made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).zero_()
@@ -122,8 +160,6 @@ def stand_in(
         return zeros(leaf) if isinstance(leaf, Spec) else leaf
 
     results = inference.rebuild(foreseen.results, result)
-    refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
-    written = written_operands(op, operands)
     changed = dict(foreseen.changed)
     same = {
         leaf.operand
@@ -134,7 +170,8 @@ def stand_in(
         if refs[number] not in written:
             continue
         like = changed.get(number) or inference.spec_of(operand)
-        joins = number in changed or number in same  # others are changed behind autograd's back
+        # Others are changed behind autograd's back, or the plan that changes them gives them back as they are.
+        joins = number in changed or (number in same and op.name != plan_objects.CALL)
         if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():
             operand.add_(zeros(like))
         elif operand._version == version and not ops.writes_unseen(op.name):

@@ -7,11 +7,15 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from planrt.errors import OptionError
 from planrt.plans import training
+from planrt.plans.approvals import Approvals
+from planrt.plans.policy import Policy
 from planrt.serde.frames import Limits
+from planrt.workers.clients import decisions_in
 from planrt.workers.host import ComputeThread, WorkerHost
 from planrt.workers.loop import background_loop, new_event_loop
 from planrt.workers.messages import DatasetInfo
@@ -29,8 +33,9 @@ class WebsocketServerWorker:
     itself (all cores). Give workers that share a machine ``cores // workers`` each, at least 1, or they fight
     over the cores. Results are bit-identical only between workers with the same number of threads.
 
-    `users` maps user names to the tokens that prove them: private data names the users who may see it. `hook` and
-    `verbose` are taken as the tutorials give them, and do nothing.
+    `users` maps user names to the tokens that prove them: private data names the users who may see it. `policy` is
+    what the owner allows, and `approvals` the folder of the owner's decisions about plans. `hook` and `verbose` are
+    taken as the tutorials give them, and do nothing.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class WebsocketServerWorker:
         device: str = "cpu",
         limits: Limits | None = None,
         users: Mapping[str, str] | None = None,
+        policy: Policy | None = None,
+        approvals: Approvals | str | Path | None = None,
         hook: object = None,
         verbose: bool = False,
     ) -> None:
@@ -55,7 +62,9 @@ class WebsocketServerWorker:
         self.port = port
         self._threads = threads
         self._limits = limits or Limits()
-        self._state = WorkerState(id, device=device, users=users)
+        self._state = WorkerState(
+            id, device=device, users=users, policy=policy, approvals=decisions_in(approvals)
+        )
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
 
@@ -123,5 +132,7 @@ class WebsocketServerWorker:
                 serving.result()  # raises why it does not listen
             yield f"ws://{self.host}:{self.port}"
         finally:
-            loop.call_soon_threadsafe(stop.set)
-            serving.result()
+            # Not so where a block that nobody left is taken apart at the process's end: the server is gone then.
+            if loop.is_running():
+                loop.call_soon_threadsafe(stop.set)
+                serving.result()

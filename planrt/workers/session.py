@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from planrt.errors import (
     GetNotPermittedError,
     HandshakeError,
+    NotApprovedError,
+    PolicyRefusedError,
     RemoteError,
     UnknownDatasetError,
     UnknownObjectError,
@@ -27,6 +29,8 @@ _ERRORS: dict[str, type[RemoteError]] = {
     "UnknownDatasetError": UnknownDatasetError,
     "UnknownObjectError": UnknownObjectError,
     "GetNotPermittedError": GetNotPermittedError,
+    "NotApprovedError": NotApprovedError,
+    "PolicyError": PolicyRefusedError,
 }
 """The kinds of remote failure that have a class of their own; every other is a plain RemoteError."""
 

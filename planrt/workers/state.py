@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import traceback
 import weakref
 from collections import OrderedDict
@@ -33,15 +34,17 @@ from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanError
+from planrt.errors import LocalError, OptionError, PlanError, PolicyError
 from planrt.plans import interpreter, ops, training
+from planrt.plans.approvals import Approvals, Status
 from planrt.plans.graph import Graph
+from planrt.plans.policy import Policy
 from planrt.seeding import derive_seed, seeded
-from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
-from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs
+from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.eager import EagerOps, OpFailedError, Session, in_plan
 from planrt.workers.events import (
     Answer,
@@ -57,6 +60,7 @@ from planrt.workers.events import (
     ToPeer,
     Wait,
 )
+from planrt.workers.gate import Gate
 from planrt.workers.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.protocol_ops import ProtocolOps
 from planrt.workers.store import ObjectStore, StoredObject
@@ -96,11 +100,18 @@ class WorkerState:
     """One worker: its data sets and objects, the plans it was sent, its sessions, and requests that wait for peers.
 
     `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
-    token that proves it: private objects name the users who may see them.
+    token that proves it: private objects name the users who may see them. With a `policy` nothing runs that breaks it;
+    `approvals` are the owner's decisions about plans.
     """
 
     def __init__(
-        self, id: str, *, device: str | torch.device = "cpu", users: Mapping[str, str] | None = None
+        self,
+        id: str,
+        *,
+        device: str | torch.device = "cpu",
+        users: Mapping[str, str] | None = None,
+        policy: Policy | None = None,
+        approvals: Approvals | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -114,7 +125,8 @@ class WorkerState:
             self._users
         ):
             raise OptionError("every user needs a token of its own, and not an empty one")
-        self._eager = EagerOps(id, self.store, self.device)
+        self._gate = None if policy is None else Gate(policy, approvals)
+        self._eager = EagerOps(id, self.store, self.device, self._gate)
         self._protocols = ProtocolOps(id, self._eager, self.device)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
@@ -139,7 +151,8 @@ class WorkerState:
         return info
 
     def own(self, id: int, tensor: torch.Tensor) -> None:
-        """Holds `tensor` as the worker's own; clients find it by its tags.
+        """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
+        about one of these, nobody may read it.
 
         Raises:
             DuplicateIdError: the id is taken.
@@ -147,7 +160,19 @@ class WorkerState:
         tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
         with torch.no_grad():
             value = tensor.detach().to(self.device).requires_grad_(tensor.requires_grad)
-        self.store.add(id, StoredObject(value, "", tags=tuple(tags), description=description))
+        label = frozenset[str]() if self._gate is not None and self._gate.covers(tags) else None
+        self.store.add(
+            id,
+            StoredObject(
+                value,
+                "",
+                label,
+                tags=tuple(tags),
+                description=description,
+                source=frozenset(tags),
+                original=True,
+            ),
+        )
 
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
@@ -335,6 +360,9 @@ class WorkerState:
                 return self._run_plan(body, tensors)
             case m.PutPlan():
                 return self._put_plan(body, tensors)
+            case m.AskApproval():
+                status = Status("approved") if self._gate is None else self._gate.standing(body.plan)
+                return m.Approval(status.status, status.why), ()
             case m.Fit():
                 return self._fit(session, body, tensors)
             case m.Evaluate():
@@ -348,6 +376,8 @@ class WorkerState:
         plan = _decoded(tensors[0].numpy().tobytes())
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
+        if self._gate is not None:
+            self._gate.arrived([plan], plan.to_bytes())
         self._plans[plan.hash] = plan
         self._plans.move_to_end(plan.hash)
         while len(self._plans) > MAX_PLANS:
@@ -357,8 +387,13 @@ class WorkerState:
     def _run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
         plan = self._plan(body.plan)
         inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
+        deadline = math.inf
+        if self._gate is not None:
+            interpreter.check_inputs(plan, inputs)
+            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs])
+            deadline = self._gate.deadline()
         with seeded(body.seed, self.device):
-            outputs = interpreter.execute(plan, inputs, state, device=self.device)
+            outputs = interpreter.execute(plan, inputs, state, device=self.device, deadline=deadline)
         wanted = leaves(plan.outputs)
         values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
         numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
@@ -366,8 +401,15 @@ class WorkerState:
 
     def _fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
         plan = self._plan(body.plan)
+        deadline = math.inf
+        source = self._dataset(body.dataset)
+        if self._gate is not None:
+            smallest = smallest_batch(len(source), body.batch_size, body.max_nr_batches, body.epochs)
+            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
+            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
+            deadline = self._gate.deadline()
         batches = iterate(
-            self._dataset(body.dataset),
+            source,
             batch_size=body.batch_size,
             max_nr_batches=body.max_nr_batches,
             epochs=body.epochs,
@@ -384,6 +426,7 @@ class WorkerState:
             optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
             device=self.device,
             seed=body.seed,
+            deadline=deadline,
         )
         if body.keep_optimizer_state:
             session.optimizer_states[kept] = result.optimizer_state
@@ -391,8 +434,17 @@ class WorkerState:
 
     def _evaluate(self, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
         plan = self._plan(body.plan)
-        batches = iterate(self._dataset(body.dataset), batch_size=body.batch_size, shuffle=False, seed=0)
-        result = training.evaluate(plan, tensors, batches, bins=body.bins, device=self.device)
+        source, deadline = self._dataset(body.dataset), math.inf
+        if self._gate is not None:
+            smallest = smallest_batch(len(source), body.batch_size)
+            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
+            tags = self._datasets[body.dataset].info.tags
+            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source))
+            deadline = self._gate.deadline()
+        batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
+        result = training.evaluate(
+            plan, tensors, batches, bins=body.bins, device=self.device, deadline=deadline
+        )
         return m.Evaluated(
             result.loss, result.samples, result.correct, result.histogram, result.target_histogram
         ), ()
@@ -403,6 +455,10 @@ class WorkerState:
             return self._plans[hash]
         except KeyError:
             raise _UnknownPlanError(f"no plan with the hash {hash}: send it first") from None
+
+    def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
+        info = self._datasets[key].info
+        return [TensorSpec((rows, *sizes[1:]), DTYPES[dtype]) for dtype, sizes in (info.data, info.target)]
 
     def _dataset(self, key: str) -> BatchSource:
         try:
@@ -436,6 +492,8 @@ def failure_of(error: Exception) -> m.Failure:
     kind = type(error).__name__.removeprefix("_")
     text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
     trace = "".join(traceback.format_exception(error))
+    if isinstance(error, PolicyError):
+        return m.Failure(kind, text[:60_000], error.op, error.line, index=error.index)
     return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], **in_plan(error))
 
 

@@ -59,6 +59,11 @@ class StoredObject:
     description: str = ""
     handover: str = ""
     """The token that makes its bearer the owner."""
+    source: frozenset[str] | None = None
+    """The tags of data as its owner put it here, for release rules; None for what was computed. Who found a snapshot
+    cannot change them."""
+    original: bool = False
+    """Whether it is what the owner put here, and not a snapshot of it."""
 
 
 def spec_of(tensor: torch.Tensor) -> m.ObjectSpec:
@@ -187,6 +192,12 @@ class ObjectStore:
             label = both(label, self.memory.of(tensor))
         return label
 
+    def source_of(self, stored: StoredObject) -> frozenset[str] | None:
+        """Its tags as data that nothing was written to since its owner put it here; None for anything else."""
+        if isinstance(stored.value, torch.Tensor) and self.memory.of(stored.value) is None:
+            return stored.source
+        return None
+
     def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
         value = stored.value
         own: torch.Tensor | PlanObject | ProtocolObject
@@ -198,7 +209,9 @@ class ObjectStore:
         else:
             raise LocalError("only tensors, plans and protocols can be shared")
         id, label = new_id(), self.label_of(stored)
-        copy = StoredObject(own, session, label, description=stored.description)
+        copy = StoredObject(
+            own, session, label, description=stored.description, source=self.source_of(stored)
+        )
         self.add(id, copy)
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
 

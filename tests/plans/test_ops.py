@@ -28,7 +28,7 @@ NEVER = [
     "item", "tolist", "numpy", "data_ptr", "as_strided", "as_strided_", "set_", "apply_", "map_", "map2_",
     "register_hook", "storage", "untyped_storage", "resize_", "resize_as_", "share_memory_", "pin_memory",
     "__reduce_ex__", "__setstate__", "__array__", "__bool__", "__float__", "__int__", "__dlpack__", "new",
-    "backward", "load", "save", "from_file", "frombuffer", "from_numpy", "compile", "equal", "is_nonzero",
+    "load", "save", "from_file", "frombuffer", "from_numpy", "compile", "equal", "is_nonzero",
     "manual_seed", "set_num_threads", "set_default_dtype", "record_stream", "module_load", "type",
 ]  # fmt: skip
 
@@ -99,6 +99,20 @@ def test_size_arithmetic_is_64_bit_integers_and_floats():
     for operands in [(2**62, 2), (torch.ones(1), 1), ("a", 3), ([1], 2**30), (True, 1)]:
         with pytest.raises(ValueError, match=r"operator\.mul"):
             ops.lookup("operator.mul")(*operands)
+
+
+def test_assumptions_compare_sizes():
+    for name, fits, fails in (("eq", (4, 4), (4, 5)), ("ne", (1, 2), (1, 1)), ("lt", (1, 1.5), (2, 2)),
+                              ("le", (2, 2), (3, 2)), ("gt", (3, 2), (2, 2)), ("ge", (2, 2), (1, 2))):  # fmt: skip
+        assume = ops.lookup(f"operator.assume_{name}")
+        assert assume(*fits) is None
+        with pytest.raises(
+            ValueError, match=f"with these sizes it is {fails[0]} and {fails[1]}, .* another way"
+        ):
+            assume(*fails)
+        for operands in [(torch.ones(1), 1), ("a", 3), (True, 1), ([1], [1])]:
+            with pytest.raises(ValueError, match=rf"operator\.assume_{name} in a plan takes sizes"):
+                assume(*operands)
 
 
 # The review: every public function and method of torch is on the table, or left out for a reason.
@@ -213,7 +227,7 @@ def test_every_listed_name_is_well_formed_though_this_torch_may_lack_it():
     assert [name for name in LEFT_OUT_NAMES if not well_formed.fullmatch(name)] == []
     assert [
         name for name in ops.TABLE
-        if not well_formed.fullmatch(name) and name not in ops.SIZE_ARITHMETIC
+        if not well_formed.fullmatch(name) and name not in {*ops.SIZE_ARITHMETIC, *ops.ASSUMPTIONS, *ops.GRADIENTS}
     ] == []  # fmt: skip
     for reason in LEFT_OUT:
         assert re.fullmatch(r"[a-z].*[^.\s]", reason), f"{reason!r} ends up in the middle of a sentence"
@@ -224,7 +238,7 @@ def test_every_listed_name_is_well_formed_though_this_torch_may_lack_it():
 def test_the_review_agrees_with_what_recorders_and_pointers_answer_themselves():
     by_reason = {reason: {*names.split()} for reason, names in LEFT_OUT.items()}
     metadata = by_reason["it is metadata, answered without the worker"]
-    answered = seen.METADATA | seen.SHAPE_READS | seen.SIZE_READS | seen.COUNT_READS
+    answered = seen.METADATA | seen.SHAPE_READS | seen.SIZE_READS | seen.COUNT_READS | {seen.GRAD_FN}
     present = {name: function_at(name) for name in metadata if function_at(name) is not None}
     assert {*present.values()} <= answered
     assert {name for name, function in torchs_own_list().items() if function in answered} <= (

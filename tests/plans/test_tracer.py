@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from nets import line_of
 from torch import nn
 
-from planrt.errors import PlanrtError, TraceError
+from planrt.errors import PlanrtError, PlanWarning, TraceError
 from planrt.plans import Graph, trace
 from planrt.plans.interpreter import execute
 from planrt.plans.recorder import SizesFixedError
@@ -27,12 +28,6 @@ def same(f, example, others, **options):
         got = execute(received, [x.clone() for x in inputs], state)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
     return plan
-
-
-def line_of(f, marker="# here"):
-    lines, start = inspect.getsourcelines(f)
-    (offset,) = [index for index, line in enumerate(lines) if marker in line]
-    return f"{__file__}:{start + offset}"
 
 
 def refused(f, *examples, match, error=TraceError, **options):
@@ -86,7 +81,9 @@ def test_arguments_stand_as_written():
 
 
 def test_sizes_that_nothing_needs_are_not_in_the_plan():
-    plan = trace(lambda x: x + 1 if x.shape[0] > 0 else x, [X], **FREE)
+    plan = trace(lambda x: x + 1 if x.shape[0] * 2 and x.shape[1] > 0 else x, [X], **FREE)
+    assert [op.name for op in plan.ops][-1] == "Tensor.add"
+    plan = trace(lambda x: (x.shape[0] * 3, x + 1)[1], [X], **FREE)
     assert [op.name for op in plan.ops] == ["Tensor.add"]
 
 
@@ -151,7 +148,11 @@ def test_captured_tensors_become_state():
     def f(x):
         return x * constant + parameter + constant + torch.tensor(array) + torch.as_tensor(array)
 
-    plan = same(f, [X], OTHER_SIZES, **FREE)
+    with pytest.warns(
+        PlanWarning, match=r"captured 4 tensors .*float32\[6\].* first at .*test_tracer.py:\d+"
+    ) as told:
+        plan = same(f, [X], OTHER_SIZES, **FREE)
+    assert [warning.filename for warning in told] == [__file__]
     assert [(s.kind, s.requires_grad) for s in plan.state] == [
         ("constant", False), ("parameter", True), ("constant", False), ("constant", False),
     ]  # fmt: skip
@@ -164,7 +165,7 @@ def test_a_captured_tensor_that_is_changed_is_a_buffer():
         count.add_(1)
         return x + count
 
-    plan = trace(f, [X])
+    plan = trace(f, [X], notice=False)
     assert count.item() == 0
     assert plan.state[0].kind == "buffer"
     state = [torch.tensor(4.0)]
@@ -279,16 +280,16 @@ def test_the_line_that_reads_is_named():
         (lambda x: torch.ops.aten.add(x, x), "aten.add.* is not on the table"),
         (lambda x: x.apply_(lambda v: v), "Tensor.apply_ is not on the table"),
         (lambda x: x.resize_(3), "Tensor.resize_ is not on the table"),
-        (lambda x: x.sum().backward(), "gradients inside a plan cannot be recorded yet"),
-        (lambda x: torch.autograd.grad(x.sum(), x), "gradients inside a plan cannot be recorded yet"),
-        (lambda x: x.grad, "gradients inside a plan"),
         (lambda x: Double.apply(x), "custom autograd.Function"),
         (lambda x: torch.vmap(torch.sum)(x), r"(vmap|no recorded op)"),
         (lambda x: x.to_sparse(), "not on the table"),
         (lambda x: x + torch.ones(4, 6).to_sparse(), "not on the table"),
         (lambda x: x.to(torch.float8_e5m2), "float8"),
-        (lambda x: torch.rand(3, generator=torch.Generator()), "type Generator cannot stand"),
-        (lambda x: x.register_hook(print), "gradients inside a plan|register_hook"),
+        (
+            lambda x: torch.rand(3, generator=torch.Generator()),
+            "Generator cannot go into a plan: .* seed the plan",
+        ),
+        (lambda x: x.register_hook(print), "register_hook: a plan would lose the hook"),
         (lambda x: x.undefined, "AttributeError"),
         (lambda x: x @ x, "RuntimeError: .*mat1 and mat2"),
     ],
@@ -300,6 +301,83 @@ def test_calls_that_cannot_be_recorded(function, match):
     with pytest.raises(TraceError, match=match) as caught:
         trace(f, [X.clone().requires_grad_()])
     assert __file__ in str(caught.value)
+
+
+def test_writes_that_a_recorder_cannot_see():
+    def real(x):
+        z = torch.complex(x, x)
+        z.real = x * 2  # here
+        return z
+
+    def other_memory(x):
+        y = x * 2
+        y.set_(x)  # here
+        return y
+
+    refused(real, X, match="aten::copy_ writes to a tensor behind torch's public functions")
+    refused(other_memory, X, match="Tensor.set_ gives a tensor other memory")
+
+
+def test_a_function_that_seeds():
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        g = lambda x, seed=seed: (torch.manual_seed(seed), x + torch.rand(6))[1]  # noqa: E731
+        refused(g, X, match="seeds torch's generator, which a plan cannot: seed the plan where it runs")
+    before = torch.get_rng_state()
+    plan = trace(lambda x: x + torch.rand(x.shape[0], 1), [X], **FREE)
+    assert torch.equal(torch.get_rng_state(), before)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(execute(plan, [X]))
+    assert torch.equal(*draws)
+
+
+def test_grad_modes_nested_and_as_decorators():
+    @torch.no_grad()
+    def frozen(x):
+        with torch.enable_grad():
+            open_again = x * 2
+        return open_again, x * 3
+
+    @torch.set_grad_enabled(False)
+    def off(x):
+        return x * 4
+
+    def f(x):
+        first, second = frozen(x)
+        return first, second, off(x), x * 5
+
+    plan = trace(f, [X.clone().requires_grad_()])
+    x = X.clone().requires_grad_()
+    assert [y.requires_grad for y in execute(plan, [x])] == [True, False, False, True]
+    assert [y.requires_grad for y in f(x)] == [True, False, False, True]
+
+
+def test_default_arguments_that_are_tensors_become_state():
+    twos = torch.full((6,), 2.0)
+
+    def f(x, scale=twos):
+        return x * scale
+
+    with pytest.warns(
+        PlanWarning, match=r"captured 1 tensor from outside the function \(float32\[6\]; the first at"
+    ):
+        plan = trace(f, [X], **FREE)
+    assert torch.equal(execute(plan, [X]), X * 2)
+
+
+def test_the_notice_is_given_once_and_lists_a_few():
+    many = [torch.ones(6) for _ in range(7)]
+    with pytest.warns(
+        PlanWarning, match=r"captured 7 tensors .*(float32\[6\], ){5}\.\.\.; the first at"
+    ) as told:
+        trace(lambda x: x + sum(many), [X], **FREE)
+    assert len(told) == 1
+    net = nn.Linear(6, 2)
+    trace(net, [X], modules=[net])  # what belongs to it is no surprise
+    with pytest.warns(PlanWarning, match="captured 2 tensors"):
+        trace(lambda x: net(x), [X])
 
 
 def test_modes_that_cannot_be_recorded():
@@ -373,7 +451,7 @@ def test_results_that_plans_cannot_return():
     ("function", "match"),
     [
         (lambda x: x / math.sqrt(x.shape[0]), "frozen in an argument of Tensor.div"),
-        (lambda x: x * len(x), "4 became 8 when the sizes doubled"),
+        (lambda x: x * len(x), "4 became 8 when the sizes changed"),
         (lambda x: x * int(x.shape[0]), "frozen"),
         (lambda x: x.view(4, 6), "doubled"),
         (lambda x: sum(x[i] for i in range(x.shape[0])), "how many ops run|frozen"),

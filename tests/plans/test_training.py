@@ -216,7 +216,7 @@ def test_state_of_both_plans_is_one_list_with_the_models_names():
         "calls", "mean", "frozen.weight", "frozen.bias", "unused.weight", "unused.bias", "head.weight",
         "head.bias",
     ]  # fmt: skip
-    assert [entry.kind for entry in plans.training.state if entry.name.startswith("captured")] == ["constant"]
+    assert [entry.kind for entry in plans.training.state if entry.name.startswith("loss.")] == ["constant"]
     assert plans.state["head.weight"].data_ptr() == net.head.weight.data_ptr()
 
 

@@ -221,11 +221,12 @@ def test_values_are_not_read_through_a_pointer(bob):
     reads = [
         bool, float, int, complex, lambda t: t.item(), lambda t: t.tolist(), lambda t: t.numpy(), lambda t: 1 in t,
         lambda t: [0, 1][t], lambda t: torch.equal(t, t), lambda t: torch.allclose(t, t), lambda t: t.__array__(),
+        lambda t: f"{t:.4f}", lambda t: format(t, "d"),
     ]  # fmt: skip
     for read in reads:
         with pytest.raises(RemoteValueError, match=r"\.get\(\)"):
             read(x)
-    print(x, f"{x}", [x])
+    print(x, f"{x}", f"{x:>80}", [x])
     assert bob.traffic.since(before).messages_sent == 0
     assert x.get().item() == 1
 

@@ -1,12 +1,14 @@
 """Private data: what users may not see leaves by no door, on either transport."""
 
 import contextlib
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import planrt
 from planrt.errors import GetNotPermittedError, HandshakeError, RemoteError
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
@@ -298,3 +300,97 @@ def test_training_goes_on_where_an_op_on_private_values_failed(clinic):
     refused(loss.get)
     refused(model.get)
     assert data.get().sum() == 8
+
+
+# -------------------------------------------------------------------------------------------------- plans
+
+
+def test_what_a_plan_computes_from_private_data_is_private(clinic):
+    @planrt.func2plan(args_shape=[(-1,), (-1,)])
+    def both(x, y):
+        return {"mixed": x + y, "public alone": y * 2, "input": y}
+
+    worker = clinic()
+    x = torch.tensor([1.0, 2.0]).send(worker, private=True)
+    y = torch.tensor([3.0, 4.0]).send(worker)
+    there = both.send(worker)
+    result = there(x, y)
+    refused(result["mixed"].get)
+    refused(result["public alone"].get)  # the worker looks at the plan as one op
+    assert result["input"].get().tolist() == [3.0, 4.0]
+    assert there(torch.zeros(2).send(worker), torch.ones(2).send(worker))["mixed"].get().tolist() == [
+        1.0,
+        1.0,
+    ]
+
+
+def test_private_data_written_into_the_state_of_a_plan(clinic):
+    @planrt.func2plan(args_shape=[(-1,)], state=(torch.zeros(1),))
+    def remember(x, state):
+        state.read()[0].add_(x.sum())
+        return x.shape[0]
+
+    worker = clinic()
+    there = remember.tag("#kept").send(worker)
+    copied = there.copy()
+    assert there(torch.ones(2).send(worker)) == 2
+    assert there(torch.tensor([123.0, 2.0]).send(worker, private=True)) == 2
+    refused(there.get)
+    refused(lambda: there.move(clinic()))
+    refused(there.copy().get)
+    (found,) = clinic().search("#kept")
+    refused(found.get)
+    assert there.record.name == "remember"  # what it does is no secret
+    assert copied.get().state.read()[0].item() == 0.0
+
+
+def test_private_data_written_into_the_input_of_a_plan(clinic):
+    @planrt.func2plan(args_shape=[(2,), (2,)])
+    def overwrite(x, y):
+        y.copy_(x)
+        return y.sum()
+
+    worker = clinic()
+    there = overwrite.send(worker)
+    y = torch.zeros(2).send(worker)
+    view = y[:1]
+    there(torch.tensor([1.0, 2.0]).send(worker, private=True), y)
+    refused(y.get)
+    refused(view.get)
+
+
+def test_no_plan_tells_by_failing(clinic):
+    @planrt.func2plan()
+    def pick(index, values):
+        return values[index]
+
+    worker = clinic()
+    there = pick.build(torch.zeros(1, dtype=torch.int64), torch.zeros(3)).send(worker)
+    values = torch.arange(3.0).send(worker)
+    said = []
+    for index in (0, 7):
+        result = there(torch.tensor([index]).send(worker, private=True), values)
+        said += [[re.sub(r"\d+", "N", refused(get)) for get in (result.get, (result + 1).get)]]
+    assert said[0] == said[1]
+
+    @planrt.func2plan(args_shape=[(-1,)])
+    def positive(x):
+        return x[x > 0]
+
+    with pytest.raises(GetNotPermittedError, match="depends on the values"):
+        positive.send(worker)(torch.tensor([1.0, -1.0]).send(worker, private=True))
+
+
+def test_a_private_plan(clinic):
+    @planrt.func2plan(args_shape=[(-1,)], state=(torch.tensor([5.0]),))
+    def shifted(x, state):
+        return x + state.read()[0]
+
+    ann, ben = clinic(USERS["ann"]), clinic(USERS["ben"])
+    shifted.tag("#shift").send(ann, allowed_users=["ann"])
+    (found,) = ben.search("#shift")
+    refused(found.get)
+    refused(found(torch.zeros(1).send(ben)).get)
+    (own,) = ann.search("#shift")
+    assert own(torch.zeros(1).send(ann)).get().item() == 5.0
+    assert own.get().state_dict()["state.0"].item() == 5.0

@@ -10,7 +10,10 @@ import warnings
 
 import torch
 
-from planrt.types import Ref
+from planrt.plans.graph import Graph, Op, StateSpec
+from planrt.plans.record import PlanRecord
+from planrt.plans.signature import Parameter, Signature
+from planrt.types import Ref, TensorSpec
 from planrt.workers import eager, store
 from planrt.workers import messages as m
 from planrt.workers.events import Disconnected, Received, Reply
@@ -77,6 +80,58 @@ BY_VALUE = [
 ]
 """Ops whose sizes or failures depend on values."""
 
+SQUARE, INDICES = TensorSpec((3, 3), torch.float32), TensorSpec((3,), torch.int64)
+
+
+def random_plan(random):
+    """A plan of two squares and three indices, with a square of state; ops in place and ops that may fail."""
+    ops, known, squares = [], 4, [0, 1, 3]
+
+    def square():
+        return Ref(random.choice(squares))
+
+    def add(name, *args, **kwargs):
+        nonlocal known
+        ops.append(Op(name, args, kwargs, Ref(known)))
+        squares.append(known)
+        known += 1
+
+    for _ in range(random.randrange(1, 5)):
+        match random.randrange(12):
+            case 0 | 1:
+                add(random.choice(["Tensor.add", "Tensor.mul", "torch.matmul"]), square(), square())
+            case 2:
+                add(random.choice(["Tensor.sigmoid", "Tensor.t", "Tensor.detach", "Tensor.clone"]), square())
+            case 3 | 4:
+                add(random.choice(["Tensor.add_", "Tensor.copy_", "Tensor.__imul__"]), square(), square())
+            case 5:
+                add("Tensor.index_select", square(), 0, Ref(2))
+            case 6:
+                add("Tensor.__getitem__", square(), Ref(2))
+            case 7:
+                add("linalg.cholesky", square())
+            case 8:
+                add("nn.functional.embedding", Ref(2), square(), None, random.choice([None, 0.1]))
+            case 9:
+                add("torch.rand_like", square())
+            case 10:
+                mean, var = known, known + 1
+                for _ in range(2):
+                    add("Tensor.__getitem__", square(), 0)
+                squares.pop(), squares.pop()
+                add("nn.functional.batch_norm", square(), Ref(mean), Ref(var), None, None, True, 0.5, 1e-5)
+            case 11:
+                add("torch.nonzero", square())
+                squares.pop()
+    outputs = tuple(square() for _ in range(random.randrange(1, 4)))
+    graph = Graph(
+        (SQUARE, SQUARE, INDICES), (StateSpec("s", SQUARE, "buffer", False),), tuple(ops), outputs,
+        input_names=("x", "y", "i"),
+    )  # fmt: skip
+    names = [Parameter(name, "positional", False) for name in ("x", "y", "i")]
+    signature = Signature(tuple(names), {name: Ref(number) for number, name in enumerate(("x", "y", "i"))})
+    return PlanRecord("p", "", signature, graph, None), len(outputs)
+
 
 class Program:
     """One random program of a client who was told of private objects `p` (3, 3), `n` (3, 3) and `i` (3,)."""
@@ -98,6 +153,10 @@ class Program:
         self.private += [item.id for item in self.ask(m.Search(["#n"])).objects]
         self.pool = []
         self.indices = self.ask(m.Search(["#i"])).objects[0].id
+        self.plans = []
+        public = [m.PutItem(self.next, False, False, ["#mine"], "", None)]
+        self.tell(MALLORY, m.Put(public), [torch.tensor([0, 1, 2])])
+        self.fitting = self.take_id()
         for requires_grad in (True, True, False, False):
             self.tell(
                 MALLORY,
@@ -135,7 +194,9 @@ class Program:
         return Ref(self.random.choice(self.pool[-14:] + self.pool[:4]))
 
     def step(self):
-        match self.random.randrange(14):
+        match self.random.randrange(18):
+            case 14 | 15 | 16 | 17:
+                self.use_plan()
             case 0 | 1 | 2 | 3:
                 self.operate(self.random.choice(OPS))
             case 4 | 5 | 6:
@@ -171,6 +232,36 @@ class Program:
                 self.odd_message()
             case _:
                 self.tell(MALLORY, m.Post([], [self.pick().index]))
+
+    def use_plan(self):
+        choice = self.random.randrange(10)
+        if not self.plans or choice == 0:
+            record, outputs = random_plan(self.random)
+            id, tags = self.take_id(), self.random.choice([[], ["#mine"]])
+            bytes_of = torch.frombuffer(bytearray(record.to_bytes()), dtype=torch.uint8)
+            state = torch.rand(3, 3, generator=torch.Generator().manual_seed(id))
+            self.tell(MALLORY, m.StorePlan(id, False, tags), [bytes_of, state])
+            self.plans.append((id, outputs))
+            return
+        plan, outputs = self.random.choice(self.plans[-3:])
+        if choice == 1:
+            self.ask(m.Fetch(plan, False))
+        elif choice == 2:
+            id = self.take_id()
+            self.post("plan.copy", (Ref(plan),), Ref(id))
+            self.plans.append((id, outputs))
+        elif choice == 3:
+            self.ask(m.ReadPlan(plan))
+        else:
+            indices = Ref(self.random.choice([self.indices, self.fitting]))
+            args = (Ref(plan), False, self.pick(), self.pick(), indices)
+            if choice == 4:
+                op = PostedOp("plan", args, {}, None, True, 7)
+                self.ask(m.Call(op.pack()))
+                return
+            ids = [self.take_id() for _ in range(outputs)]
+            self.post("plan", args, tuple(map(Ref, ids)))
+            self.pool += ids
 
     def operate(self, name):
         arity = {"Tensor.add": 2, "Tensor.mul": 2, "torch.matmul": 2, "Tensor.expand_as": 2, "Tensor.type_as": 2,

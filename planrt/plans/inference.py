@@ -1,4 +1,4 @@
-"""What a pointer knows of the tensor it points to, and what an op's results will be like, without any values.
+"""What an op's results will be like, told from its arguments' specs, without any values.
 
 Ops run on *meta* tensors (shape, stride, dtype and autograd flags, no memory), so torch itself says what comes
 out, and raises its own errors for shapes and dtypes that do not fit, at the line that made the mistake. Results
@@ -7,6 +7,7 @@ are cached by (op, grad mode, specs and constants of the arguments).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 import torch
 
 from planrt.plans.ops import RESULTS_FOLLOW_FLOATS
-from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.serde.values import DEVICE
 from planrt.types import map_leaves
-from planrt.workers import messages as m
 
 
 class Spec:
@@ -79,15 +79,6 @@ def spec_of(tensor: torch.Tensor) -> Spec:
     return spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.is_leaf)
 
 
-def spec_from_wire(wire: m.ObjectSpec) -> Spec:
-    """The spec that a worker sent.
-
-    Raises:
-        KeyError: a dtype that does not travel.
-    """
-    return spec(tuple(wire.shape), tuple(wire.stride), DTYPES[wire.dtype], wire.requires_grad, wire.leaf)
-
-
 @dataclass(frozen=True, slots=True)
 class Same:
     """A result that is one of the operands itself, changed in place or not at all."""
@@ -132,8 +123,8 @@ def infer(
         key = (
             name,
             torch.is_grad_enabled(),
-            *[_key(arg, operand_type, floats) for arg in args],
-            *[(word, _key(arg, operand_type, floats)) for word, arg in kwargs.items()],
+            *[argument_key(arg, operand_type, floats) for arg in args],
+            *[(word, argument_key(arg, operand_type, floats)) for word, arg in kwargs.items()],
         )
         found = _cache.get(key)
     except TypeError:  # an argument without a hash: not cached
@@ -150,7 +141,8 @@ def infer(
     return found
 
 
-def _key(value: Any, operand_type: type, floats: bool) -> Any:
+def argument_key(value: Any, operand_type: type, floats: bool) -> Any:
+    """What an argument adds to the key of a cache of results. Finite floats count only with `floats`."""
     kind = type(value)
     if issubclass(kind, operand_type):
         return value._spec
@@ -158,17 +150,17 @@ def _key(value: Any, operand_type: type, floats: bool) -> Any:
         return (kind, value)
     if value is None:
         return None
-    if kind is float and not floats:
+    if kind is float and not floats and math.isfinite(value):
         return float
     if issubclass(kind, tuple | list):
-        return (kind, *[_key(item, operand_type, floats) for item in value])
+        return (kind, *[argument_key(item, operand_type, floats) for item in value])
     if kind is slice:
         return (
             "slice",
-            *[_key(part, operand_type, floats) for part in (value.start, value.stop, value.step)],
+            *[argument_key(part, operand_type, floats) for part in (value.start, value.stop, value.step)],
         )
     if kind is dict:
-        return ("dict", *[(word, _key(item, operand_type, floats)) for word, item in value.items()])
+        return ("dict", *[(word, argument_key(item, operand_type, floats)) for word, item in value.items()])
     return (kind, value)
 
 
@@ -192,10 +184,8 @@ def _infer(
     twin_args, twin_kwargs = map_leaves(args, twin_of), map_leaves(kwargs, twin_of)
     try:
         result = function(*twin_args, **twin_kwargs)
-    except NotImplementedError as error:
-        raise _UnforeseeableError from error
     except Exception as error:
-        if "meta" in str(error).lower() or type(error).__module__.startswith("torch."):
+        if needs_values(error):
             raise _UnforeseeableError from error
         raise
 
@@ -216,6 +206,13 @@ def _infer(
         if after is not before:
             changed.append((number, after))
     return Inferred(results, tuple(changed))
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether an op that failed on meta tensors did so because it needs values, not because its arguments are wrong."""
+    if isinstance(error, NotImplementedError):
+        return True
+    return "meta" in str(error).lower() or type(error).__module__.startswith("torch.")
 
 
 def _map_results(value: Any, change: Callable[[Any], Any]) -> Any:

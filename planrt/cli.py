@@ -1,0 +1,274 @@
+"""``planrt``: for data owners. Look into plans, approve and deny them, and see what was decided.
+
+Exit codes: 0 done (for ``inspect``: the plan keeps the policy), 1 it breaks the policy, 2 wrong options or a file that
+cannot be read, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planrt.errors import OptionError, PlanrtError
+from planrt.fl.command import Parser, run_command
+
+if TYPE_CHECKING:
+    from planrt.plans.approvals import Approvals
+    from planrt.plans.graph import Graph
+    from planrt.types import TensorSpec
+
+DEFAULT_FOLDER = "approvals"
+_BROKEN = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    action: Callable[[argparse.Namespace], int] = options.action
+    outcome = 0
+
+    def act() -> None:
+        nonlocal outcome
+        try:
+            outcome = action(options)
+        except OptionError:
+            raise
+        except PlanrtError as error:  # everything here is about what was given on the command line
+            raise OptionError(str(error)) from error
+
+    code = run_command("planrt", act, verbose=options.verbose)
+    return code or outcome
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="planrt", description="Look into plans, and decide which may run on your data.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    inspect = _command(commands, "inspect", _inspect, "say what a plan does, and whether it keeps a policy")
+    inspect.add_argument(
+        "file", metavar="FILE", help="a plan's file, or the hash of one that waits in --folder"
+    )
+    inspect.add_argument("--policy", metavar="FILE", help="hold it against this policy (TOML)")
+    inspect.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=SIZES",
+        help="sizes of an input by its name or number, as images=32x1x28x28; needed where the plan leaves them free",
+    )
+    inspect.add_argument(
+        "--tag",
+        action="append",
+        default=[],
+        metavar="NAME=#TAG",
+        help="this input is private data with that tag (release rules are about these)",
+    )
+    inspect.add_argument("--graph", metavar="NAME", help="of a file with several graphs only this one")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    _folder(inspect)
+
+    approve = _command(commands, "approve", _approve, "record that a plan may run")
+    deny = _command(commands, "deny", _deny, "record that a plan may not run")
+    for one in (approve, deny):
+        one.add_argument("plan", metavar="HASH", help="the plan's hash, or its first 8 digits or more")
+        one.add_argument("--by", metavar="NAME", help="who decides (default: the user of this computer)")
+        one.add_argument("--policy", metavar="FILE", help="record that this policy held at the time")
+        _folder(one)
+    approve.add_argument("--why", default="", metavar="TEXT", help="a remark")
+    deny.add_argument("--why", required=True, metavar="TEXT", help="the reason; the plan's author is told")
+
+    waiting = _command(commands, "pending", _pending, "list the plans that wait for a decision")
+    decided = _command(commands, "decisions", _decisions, "list what was decided")
+    for one in (waiting, decided):
+        one.add_argument("--json", action="store_true", help="print JSON")
+        _folder(one)
+    return parser
+
+
+def _command(commands: Any, name: str, action: Callable[[argparse.Namespace], int], help: str) -> Any:
+    made = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    made.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
+    made.set_defaults(action=action)
+    return made
+
+
+def _folder(parser: Any) -> None:
+    parser.add_argument(
+        "--folder",
+        default=DEFAULT_FOLDER,
+        metavar="DIR",
+        help=f"where the worker keeps plans and decisions (default: {DEFAULT_FOLDER})",
+    )
+
+
+# The commands
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from planrt.plans.analysis import analyse
+    from planrt.plans.policy import Policy
+    from planrt.plans.verify import check
+
+    policy = Policy.from_file(options.policy) if options.policy else None
+    graphs = _graphs(_plan_file(options))
+    if options.graph is not None:
+        if options.graph not in graphs:
+            raise OptionError(f"--graph: the file holds {', '.join(graphs)}, not {options.graph!r}")
+        graphs = {options.graph: graphs[options.graph]}
+    reports = {}
+    for name, graph in graphs.items():
+        inputs = _inputs(graph, options.input)
+        tags = _tags(graph, options.tag)
+        if policy is None:
+            reports[name] = analyse(graph, inputs).with_violations((), None, tags)
+        else:
+            reports[name] = check(graph, policy, inputs, tags)
+    if options.json:
+        print(json.dumps({name: report.as_json() for name, report in reports.items()}, indent=1))
+    else:
+        if policy is not None:
+            print(f"{policy}\n")
+        print("\n\n".join(str(report) for report in reports.values()))
+    return 0 if all(report.ok for report in reports.values()) else _BROKEN
+
+
+def _approve(options: argparse.Namespace) -> int:
+    decision = _record(options).approve(
+        options.plan, by=options.by, why=options.why, policy=_policy_version(options)
+    )
+    print(f"approved {decision.plan} by {decision.by}, {decision.time}")
+    return 0
+
+
+def _deny(options: argparse.Namespace) -> int:
+    decision = _record(options).deny(
+        options.plan, why=options.why, by=options.by, policy=_policy_version(options)
+    )
+    print(f"denied {decision.plan} by {decision.by}, {decision.time}: {decision.why}")
+    return 0
+
+
+def _pending(options: argparse.Namespace) -> int:
+    waiting = _record(options).pending()
+    if options.json:
+        rows = [
+            {"plan": one.plan, "file": str(one.path), "bytes": one.size, "since": one.since}
+            for one in waiting
+        ]
+        print(json.dumps(rows, indent=1))
+    elif not waiting:
+        print("no plan waits")
+    else:
+        for one in waiting:
+            print(f"{one.plan}  {one.since}  {one.size:,} bytes\n  planrt inspect {one.path}")
+    return 0
+
+
+def _decisions(options: argparse.Namespace) -> int:
+    record = _record(options)
+    decisions = record.decisions()
+    if options.json:
+        print(json.dumps({"head": record.head, "decisions": [asdict(one) for one in decisions]}, indent=1))
+        return 0
+    for one in decisions:
+        policy = f", policy {one.policy}" if one.policy else ""
+        why = f": {one.why}" if one.why else ""
+        print(f"{one.time}  {one.decision:<8}  {one.plan}  by {one.by}{policy}{why}")
+    print(f"{len(decisions)} decisions, the record's hash is {record.head}")
+    return 0
+
+
+# What options mean
+
+
+def _record(options: argparse.Namespace) -> Approvals:
+    from planrt.plans.approvals import Approvals
+
+    if not Path(options.folder).is_dir():
+        raise OptionError(f"--folder: there is no folder {options.folder}")
+    return Approvals(options.folder)
+
+
+def _policy_version(options: argparse.Namespace) -> str:
+    from planrt.plans.policy import Policy
+
+    return Policy.from_file(options.policy).version if options.policy else ""
+
+
+def _plan_file(options: argparse.Namespace) -> Path:
+    path = Path(options.file)
+    if path.exists() or not re.fullmatch(r"[0-9a-f]{8,64}", options.file):
+        return path
+    record = _record(options)
+    plan = record.resolve(options.file)
+    for folder in ("pending", "decided"):
+        for found in (record.folder / folder).glob(f"{plan}.*"):
+            return found
+    raise OptionError(f"the plan {plan} is not in {record.folder}")
+
+
+def _graphs(path: Path) -> dict[str, Graph]:
+    """What a plan's file holds, by name."""
+    from planrt.plans.graph import MAX_BYTES, Graph
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise OptionError(f"{path}: {error.strerror or error}") from None
+    try:
+        return {"plan": Graph.from_bytes(data)}
+    except PlanrtError as error:
+        raise OptionError(f"{path}: {error}") from None
+
+
+def _inputs(graph: Graph, texts: Sequence[str]) -> list[TensorSpec]:
+    from planrt.types import FREE, TensorSpec
+
+    specs = list(graph.inputs)
+    for text in texts:
+        place, sizes = _assigned(graph, "--input", text)
+        if not re.fullmatch(r"(\d{1,12}(x\d{1,12})*)?", sizes):
+            raise OptionError(f"--input: {text!r}: sizes are written as 32x1x28x28")
+        specs[place] = TensorSpec(tuple([int(size) for size in sizes.split("x") if size]), specs[place].dtype)
+    for place, like in enumerate(specs):
+        if FREE in like.shape:
+            name = graph.input_name(place) if place < len(graph.input_names) else str(place)
+            example = "x".join("32" if size == FREE else str(size) for size in like.shape)
+            raise OptionError(
+                f"{graph.input_name(place)} is {like}: say its sizes, for example --input {name}={example}"
+            )
+    return specs
+
+
+def _tags(graph: Graph, texts: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    tags: dict[int, tuple[str, ...]] = {}
+    for text in texts:
+        place, tag = _assigned(graph, "--tag", text)
+        if not re.fullmatch(r"#\S+", tag):
+            raise OptionError(f"--tag: {text!r}: a tag is written as #patients")
+        tags[place] = (*tags.get(place, ()), tag)
+    return tags
+
+
+def _assigned(graph: Graph, option: str, text: str) -> tuple[int, str]:
+    """The place of the input that ``NAME=value`` names, and the value."""
+    name, equals, value = text.partition("=")
+    names = {graph.input_name(place): place for place in range(len(graph.inputs))}
+    names |= {str(place): place for place in range(len(graph.inputs))}
+    if not equals or name not in names:
+        known = ", ".join(graph.input_name(place) for place in range(len(graph.inputs)))
+        raise OptionError(
+            f"{option}: {text!r} does not name an input: write NAME=..., where NAME is one of {known}"
+        )
+    return names[name], value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

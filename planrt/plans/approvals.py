@@ -1,0 +1,339 @@
+"""What a data owner decided about plans, on disk: an append-only file of decisions, and the plans that wait.
+
+    FOLDER/
+      decisions.jsonl     one decision a line, each with the SHA-256 of the line before
+      pending/HASH.plan   plans that clients asked for and nobody has decided yet
+      decided/HASH.plan   the same after a decision, to look at later
+
+A line is a JSON object with the keys of `Decision` and ``previous``: 64 hex digits, the SHA-256 of the line before
+without its newline, zeros for the first. So a line that was changed, removed or put in between later shows, and is an
+error. The last lines can be cut off unseen, and who may write the file may write a new one: keep a copy of the last
+line's hash elsewhere if that matters (`planrt decisions` prints it).
+
+The worker reads here while `planrt approve` writes: writers hold a lock and write a line in one piece, readers look
+whether the file changed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from planrt.errors import ApprovalError
+
+Verdict = Literal["approved", "denied"]
+Standing = Literal["approved", "denied", "pending", "unknown"]
+
+MAX_PENDING: Final = 100
+"""Most plans that wait at a time."""
+MAX_PENDING_BYTES: Final = 256 * 2**20
+"""Most bytes of all plans that wait."""
+MIN_PREFIX: Final = 8
+"""Fewest digits by which a plan may be named."""
+MAX_TEXT: Final = 1000
+"""Longest reason or name, in characters."""
+
+_FIRST = "0" * 64
+
+
+class Status(NamedTuple):
+    """How it stands with a plan, and the owner's words if there are any."""
+
+    status: Standing
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One line of the record. `time` is ISO 8601 in UTC; `policy` the version of the policy at that time, or ``""``."""
+
+    plan: str
+    decision: Verdict
+    why: str
+    by: str
+    time: str
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A plan that waits: its hash, its file, its length in bytes and when it came (ISO 8601 in UTC)."""
+
+    plan: str
+    path: Path
+    size: int
+    since: str
+
+
+class Approvals:
+    """The decisions in `folder`, which is made if it is not there.
+
+    `max_pending` and `max_pending_bytes` bound what clients can put on the owner's disk.
+
+    Raises:
+        ApprovalError: the folder cannot be used, or its record is broken.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_pending: int = MAX_PENDING,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
+    ) -> None:
+        self.folder = Path(folder)
+        self.max_pending = max_pending
+        self.max_pending_bytes = max_pending_bytes
+        self._file = self.folder / "decisions.jsonl"
+        self._waiting = self.folder / "pending"
+        self._seen: tuple[int, int, int] | None = None
+        self._decisions: list[Decision] = []
+        self._latest: dict[str, Decision] = {}
+        self._last_hash = _FIRST
+        try:
+            self._waiting.mkdir(parents=True, exist_ok=True)
+            (self.folder / "decided").mkdir(exist_ok=True)
+        except OSError as error:
+            raise ApprovalError(f"{self.folder} cannot hold decisions: {error.strerror or error}") from None
+        self._refresh()
+
+    # Reading
+
+    def status(self, plan: str) -> Status:
+        """How it stands with a plan. Cheap: reads the record only when it changed.
+
+        Raises:
+            ApprovalError: the record is broken.
+        """
+        self._refresh()
+        latest = self._latest.get(plan)
+        if latest is not None:
+            return Status(latest.decision, latest.why)
+        waits = _is_hash(plan) and any(self._waiting.glob(f"{plan}.*"))
+        return Status("pending") if waits else Status("unknown")
+
+    def decisions(self) -> list[Decision]:
+        """Every decision, the oldest first."""
+        self._refresh()
+        return list(self._decisions)
+
+    @property
+    def head(self) -> str:
+        """The SHA-256 of the last line: it stands for the whole record."""
+        self._refresh()
+        return self._last_hash
+
+    def pending(self) -> list[Pending]:
+        """The plans that wait, the oldest first."""
+        found = []
+        for path in self._waiting.iterdir():
+            plan = path.name.partition(".")[0]
+            if _is_hash(plan):
+                about = path.stat()
+                found.append((about.st_mtime_ns, Pending(plan, path, about.st_size, _iso(about.st_mtime))))
+        return [one for _, one in sorted(found, key=lambda pair: (pair[0], pair[1].plan))]
+
+    def resolve(self, prefix: str) -> str:
+        """The hash that begins with `prefix`, among the plans that wait and those decided. A whole hash is itself.
+
+        Raises:
+            ApprovalError: too short, none, or more than one.
+        """
+        if _is_hash(prefix):
+            return prefix
+        if not re.fullmatch(r"[0-9a-f]*", prefix) or len(prefix) < MIN_PREFIX:
+            raise ApprovalError(
+                f"{_shown(prefix)!r} does not name a plan: give its hash, or the first {MIN_PREFIX} digits or more"
+            )
+        self._refresh()
+        known = {one.plan for one in self.pending()} | set(self._latest)
+        found = sorted(plan for plan in known if plan.startswith(prefix))
+        if not found:
+            raise ApprovalError(f"no plan that begins with {prefix} waits or was decided in {self.folder}")
+        if len(found) > 1:
+            raise ApprovalError(f"{len(found)} plans begin with {prefix}: give more digits")
+        return found[0]
+
+    # Writing
+
+    def submit(self, plan: str, data: bytes, *, suffix: str = ".plan") -> Status:
+        """Put a plan before the owner, unless it waits already or was decided. Returns how it stands.
+
+        Raises:
+            ApprovalError: no hash, or the queue is full.
+        """
+        if not _is_hash(plan) or not re.fullmatch(r"\.[a-z]{1,16}", suffix):
+            raise ApprovalError(
+                f"{_shown(plan)!r}{_shown(suffix)} is not a plan's file: its hash has 64 digits"
+            )
+        with self._locked():
+            standing = self.status(plan)
+            if standing.status != "unknown":
+                return standing
+            waiting = self.pending()
+            if len(waiting) >= self.max_pending:
+                raise ApprovalError(f"{len(waiting)} plans wait for the owner already: ask again later")
+            if sum(one.size for one in waiting) + len(data) > self.max_pending_bytes:
+                raise ApprovalError(
+                    f"a plan of {len(data):,} bytes, with those that wait for the owner, is more than "
+                    f"{self.max_pending_bytes:,} bytes"
+                )
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix="incoming-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(name, self._waiting / f"{plan}{suffix}")
+            except BaseException:
+                os.unlink(name)
+                raise
+        return Status("pending")
+
+    def approve(self, plan: str, *, by: str | None = None, why: str = "", policy: str = "") -> Decision:
+        """Record that the plan (its hash, or enough of it) may run; a later decision about it counts.
+
+        Raises:
+            ApprovalError: an unknown plan, an unusable name or reason, a broken record, or it cannot be written.
+        """
+        return self._decide(plan, "approved", by, why, policy)
+
+    def deny(self, plan: str, *, why: str, by: str | None = None, policy: str = "") -> Decision:
+        """Record that the plan may not run, and why: its author is told. Otherwise as `approve`."""
+        if not why.strip():
+            raise ApprovalError("say why the plan is denied: its author is told")
+        return self._decide(plan, "denied", by, why, policy)
+
+    def _decide(self, plan: str, verdict: Verdict, by: str | None, why: str, policy: str) -> Decision:
+        full = self.resolve(plan)
+        who = _user() if by is None else by
+        for name, text in (("the name", who), ("the reason", why)):
+            if len(text) > MAX_TEXT or not text.isprintable():
+                raise ApprovalError(f"{name} must be one line of at most {MAX_TEXT} printable characters")
+        if not who.strip():
+            raise ApprovalError("say who decides")
+        decision = Decision(full, verdict, why, who, _iso(), policy)
+        with self._locked():
+            self._refresh()
+            self._append(decision)
+            self._refresh()
+            for path in self._waiting.glob(f"{full}.*"):
+                os.replace(path, self.folder / "decided" / path.name)
+        return decision
+
+    def _append(self, decision: Decision) -> None:
+        text = json.dumps({**asdict(decision), "previous": self._last_hash}, ensure_ascii=False)
+        line = text.encode() + b"\n"
+        try:
+            file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                written = os.write(file, line)
+                os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise ApprovalError(f"{self._file}: {error.strerror or error}") from None
+        if written != len(line):
+            raise ApprovalError(
+                f"{self._file}: only {written} of {len(line)} bytes were written (disk full?)"
+            )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps other writers away, in this process and others."""
+        import fcntl  # only where there is a record to write: Windows has no such module
+
+        with open(self.folder / "lock", "w", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    # The record
+
+    def _refresh(self) -> None:
+        try:
+            about = os.stat(self._file)
+        except FileNotFoundError:
+            if self._decisions:
+                raise ApprovalError(f"{self._file} is gone") from None
+            return
+        seen = (about.st_ino, about.st_size, about.st_mtime_ns)
+        if seen == self._seen:
+            return
+        try:
+            data = self._file.read_bytes()
+        except OSError as error:
+            raise ApprovalError(f"{self._file}: {error.strerror or error}") from None
+        decisions, last = _read(data, str(self._file))
+        if decisions[: len(self._decisions)] != self._decisions:
+            raise ApprovalError(f"{self._file} no longer holds the decisions that it held before")
+        self._decisions, self._last_hash = decisions, last
+        self._latest = {one.plan: one for one in decisions}
+        self._seen = seen if len(data) == about.st_size else None  # grown meanwhile: look again
+
+
+def _read(data: bytes, where: str) -> tuple[list[Decision], str]:
+    """The decisions in the bytes of a record, and the hash of its last line.
+
+    Raises:
+        ApprovalError: names the first line that is not what it should be.
+    """
+    decisions: list[Decision] = []
+    previous = _FIRST
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if number == len(lines):
+            if line:
+                raise ApprovalError(f"{where}, line {number}: it is not complete")
+            break
+        try:
+            values = json.loads(line)
+        except ValueError:
+            raise ApprovalError(f"{where}, line {number}: not JSON") from None
+        wanted = [*[one.name for one in fields(Decision)], "previous"]
+        if not isinstance(values, dict) or sorted(values) != sorted(wanted):
+            raise ApprovalError(f"{where}, line {number}: not a decision")
+        if values.pop("previous") != previous:
+            raise ApprovalError(
+                f"{where}, line {number}: the chain is broken: this line or the one before was changed"
+            )
+        decisions.append(_decision(values, f"{where}, line {number}"))
+        previous = hashlib.sha256(line).hexdigest()
+    return decisions, previous
+
+
+def _decision(values: dict[str, Any], where: str) -> Decision:
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ApprovalError(f"{where}: not a decision")
+    if not _is_hash(values["plan"]) or values["decision"] not in ("approved", "denied"):
+        raise ApprovalError(f"{where}: not a decision about a plan")
+    return Decision(**values)
+
+
+def _is_hash(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a user database
+        return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"
+
+
+def _iso(seconds: float | None = None) -> str:
+    now = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return now.isoformat(timespec="seconds").replace("+00:00", "Z")

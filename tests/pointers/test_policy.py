@@ -1,0 +1,443 @@
+"""A worker with a policy: what its owner has not approved or allowed does not run, on either transport."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import planrt
+from planrt.errors import (
+    GetNotPermittedError,
+    NotApprovedError,
+    OptionError,
+    PolicyRefusedError,
+    RemoteError,
+)
+from planrt.fl import TrainConfig
+from planrt.plans.approvals import Approvals
+from planrt.plans.policy import Policy, ReleaseRule
+from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+
+OWNER = "the owner's token"
+PATIENTS = ReleaseRule("#patients", min_rows=20)
+
+
+@pytest.fixture
+def hospital(transport):
+    """``hospital(policy, approvals=..., datasets=...)`` -> ``connect(token)``, which gives a client of it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(policy, *, approvals=None, datasets=None, tags=()):
+            users = {"owner": OWNER}
+            if transport == "memory":
+                worker = stack.enter_context(
+                    VirtualWorker("hospital", users=users, policy=policy, approvals=approvals)
+                )
+                for key, dataset in (datasets or {}).items():
+                    worker.add_dataset(dataset, key, tags=tags)
+                return lambda token="": stack.enter_context(worker.connect_as(token))
+            server = WebsocketServerWorker(
+                "hospital", threads=1, users=users, policy=policy, approvals=approvals
+            )
+            for key, dataset in (datasets or {}).items():
+                server.add_dataset(dataset, key, tags=tags)
+            uri = stack.enter_context(server.running())
+            return lambda token="": stack.enter_context(
+                WebsocketClientWorker("hospital", uri=uri, token=token)
+            )
+
+        yield start
+
+
+def put_patients(connect, rows=100, tag="#patients"):
+    """Rows of three numbers, which only the owner may read; a client of the owner, to be kept."""
+    torch.manual_seed(0)
+    owner = connect(OWNER)
+    values = torch.randn(rows, 3)
+    values.clone().tag(tag).send(owner, allowed_users=["owner"])
+    owner.objects_count()
+    return values, owner
+
+
+@planrt.func2plan(args_shape=[(-1, 3)])
+def mean_of(x):
+    return x.mean(0)
+
+
+@planrt.func2plan(args_shape=[(-1, 3)])
+def doubled(x):
+    return x * 2
+
+
+OPEN = Policy(approval="open", release=(PATIENTS,))
+
+# ------------------------------------------------------------------------------------------------ approval
+
+
+def test_a_plan_waits_until_its_owner_has_said_yes(hospital, tmp_path):
+    connect = hospital(Policy(approval="ask"), approvals=tmp_path)
+    worker = connect()
+    assert worker.approval(mean_of).status == "unknown"
+    there, x = mean_of.send(worker), torch.ones(4, 3).send(worker)
+    with pytest.raises(NotApprovedError, match=rf"plan 'mean_of' \({mean_of.hash}\) waits for the owner's"):
+        there(x).get()
+    assert worker.approval(mean_of) == ("pending", "")
+    record = Approvals(tmp_path)
+    (waiting,) = record.pending()
+    assert waiting.plan == mean_of.hash
+    record.approve(mean_of.hash, by="dr. no")
+    assert worker.approval(mean_of).status == "approved"
+    assert there(x).get().tolist() == [1.0, 1.0, 1.0]  # the worker noticed
+
+
+def test_a_plan_that_was_denied_says_why(hospital, tmp_path):
+    connect = hospital(Policy(approval="ask"), approvals=tmp_path)
+    worker = connect()
+    there = mean_of.send(worker)
+    worker.objects_count()
+    Approvals(tmp_path).deny(mean_of.hash, why="means of what?", by="dr. no")
+    assert worker.approval(mean_of) == ("denied", "means of what?")
+    with pytest.raises(NotApprovedError, match="was not approved: means of what"):
+        there(torch.ones(4, 3).send(worker)).get()
+    with pytest.raises(NotApprovedError, match="was not approved"):
+        worker.run(mean_of, torch.ones(4, 3))
+
+
+def test_waiting_for_approval(hospital, tmp_path):
+    connect = hospital(Policy(approval="ask"), approvals=tmp_path)
+    worker = connect()
+    assert worker.wait_for_approval(mean_of, timeout=0.05, every=0.02).status == "pending"
+    Approvals(tmp_path).approve(mean_of.hash, by="dr. no")
+    assert worker.wait_for_approval(mean_of, every=0.02).status == "approved"
+
+
+def test_plans_on_a_list(hospital):
+    worker = hospital(Policy(approval="list", approved=(mean_of.hash,)))()
+    x = torch.ones(4, 3).send(worker)
+    assert mean_of.send(worker)(x).get().tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(NotApprovedError, match="it is not on the owner's list"):
+        doubled.send(worker)(x).get()
+    assert worker.approval(mean_of).status == "approved"
+    assert worker.approval(doubled).status == "denied"
+
+
+def test_where_plans_are_approved_no_single_operation_runs(hospital):
+    worker = hospital(Policy(approval="list", approved=(mean_of.hash,)))()
+    x = torch.ones(4, 3, requires_grad=True).send(worker)
+    with pytest.raises(
+        NotApprovedError, match="runs plans that its owner approved, and no single operations"
+    ):
+        (x + 1).get()
+    with pytest.raises(NotApprovedError):
+        x[x > 0]
+    assert x.get().tolist() == torch.ones(4, 3).tolist()  # what a client sent is its own to take back
+
+
+def test_asking_needs_a_place_to_wait_in():
+    with pytest.raises(OptionError, match='approval = "ask" needs a folder'):
+        VirtualWorker("hospital", policy=Policy(approval="ask"))
+
+
+def test_a_worker_without_a_policy_approves_everything(bob):
+    assert bob.approval(mean_of).status == "approved"
+
+
+# --------------------------------------------------------------------------------------------------- rules
+
+
+def test_an_op_that_is_not_allowed_is_named_with_its_line(hospital):
+    worker = hospital(Policy(approval="open", deny=("Tensor.mul",)))()
+    x = torch.ones(4, 3).send(worker)
+    with pytest.raises(PolicyRefusedError, match="the policy does not allow Tensor.mul") as raised:
+        doubled.send(worker)(x).get()
+    assert (raised.value.op, raised.value.index, raised.value.line) == ("Tensor.mul", 0, "_1 = _0.mul(2)")
+    with pytest.raises(PolicyRefusedError, match="does not allow Tensor.mul"):
+        (x * 2).get()
+    assert (x + 1).get().sum().item() == 24.0
+    with pytest.raises(PolicyRefusedError):
+        worker.run(doubled, torch.ones(4, 3))
+
+
+def test_sizes_and_memory_have_limits(hospital):
+    worker = hospital(Policy(approval="open", max_memory=10_000, max_ops=3, max_output_bytes=2_000))()
+    there = doubled.send(worker)
+    assert there(torch.ones(4, 3).send(worker)).get() is not None
+    with pytest.raises(PolicyRefusedError, match=r"\[max_memory\]"):
+        there(torch.ones(1000, 3).send(worker)).get()
+    with pytest.raises(PolicyRefusedError, match=r"\[max_output_bytes\]"):
+        there(torch.ones(200, 3).send(worker)).get()
+
+    @planrt.func2plan(args_shape=[(-1, 3)])
+    def long(x):
+        return x + 1 + 1 + 1 + 1
+
+    with pytest.raises(PolicyRefusedError, match="4 ops are more than the 3 that are allowed"):
+        long.send(worker)(torch.ones(4, 3).send(worker)).get()
+
+
+def test_a_run_that_takes_too_long_is_ended_between_ops(hospital):
+    @planrt.func2plan(args_shape=[(300, 300)])
+    def slow(x):
+        for _ in range(500):
+            x = x @ x
+        return x
+
+    worker = hospital(Policy(approval="open", max_seconds=0.05))()
+    with pytest.raises(RemoteError, match="the time that the plan may take is over") as raised:
+        slow.send(worker)(torch.ones(300, 300).send(worker)).get()
+    assert raised.value.index > 0
+    assert doubled.send(worker)(torch.ones(1, 3).send(worker)).get() is not None  # the worker goes on
+
+
+# ------------------------------------------------------------------------------------------------- release
+
+
+def test_an_aggregate_over_enough_rows_is_released(hospital):
+    connect = hospital(OPEN)
+    values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    with pytest.raises(GetNotPermittedError):
+        x.get()
+    assert torch.equal(mean_of.send(researcher)(x).get(), values.mean(0))
+
+
+def test_a_plan_that_shows_rows_is_refused_with_op_line_and_rule(hospital):
+    connect = hospital(OPEN)
+    _values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    with pytest.raises(
+        PolicyRefusedError, match=r"\[release\].*without an aggregate over at least 20"
+    ) as raised:
+        doubled.send(researcher)(x).get()
+    assert (raised.value.index, raised.value.line) == (0, "_1 = _0.mul(2)")
+
+    @planrt.func2plan(args_shape=[(-1, 3)])
+    def few(x):
+        return x[:5].mean(0)
+
+    with pytest.raises(PolicyRefusedError, match="aggregate over 5 rows; at least 20 are asked for"):
+        few.send(researcher)(x).get()
+
+
+def test_too_few_rows(hospital):
+    connect = hospital(OPEN)
+    _values, _owner = put_patients(connect, rows=19)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    with pytest.raises(PolicyRefusedError, match="over 19 rows; at least 20"):
+        mean_of.send(researcher)(x).get()
+
+
+def test_data_without_a_rule_stays_private(hospital):
+    connect = hospital(OPEN)
+    _values, _owner = put_patients(connect, tag="#staff")
+    researcher = connect()
+    (x,) = researcher.search("#staff")
+    with pytest.raises(GetNotPermittedError):
+        mean_of.send(researcher)(x).get()
+
+
+def smuggled(x, worker):
+    """Ways to make a row look like an aggregate over many, by what clients can do beforehand."""
+    yield "repeated row", lambda: x[:1].expand(100, 3)
+    yield "view of some rows", lambda: x[:1]
+    yield "copy of a row", lambda: x[:1].repeat(100, 1)
+    yield "multiplied", lambda: x * 1
+
+    def zeroed():
+        x[1:] = 0
+        return x
+
+    def data():
+        y = torch.zeros(100, 3).send(worker)
+        y.data = x[:1].expand(100, 3)
+        return y
+
+    def retagged():
+        y = x[:1].expand(100, 3).clone()
+        y.tag("#patients", "#mine")
+        return worker.search("#mine")[0]
+
+    yield "written to", zeroed
+    yield "other memory", data
+    yield "tagged anew", retagged
+
+
+@pytest.mark.parametrize("name", [name for name, _ in smuggled(None, None)])
+def test_only_the_owners_data_itself_is_released(hospital, name):
+    connect = hospital(OPEN)
+    _values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    prepared = dict(smuggled(x, researcher))[name]()
+    with pytest.raises(GetNotPermittedError):
+        mean_of.send(researcher)(prepared).get()
+
+
+def test_a_tag_of_ones_own_makes_no_other_rule_apply(hospital):
+    connect = hospital(Policy(approval="open", release=(PATIENTS, ReleaseRule("#demo", min_rows=1))))
+    _values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    x.tag("#demo")
+    with pytest.raises(PolicyRefusedError, match="release"):
+        doubled.send(researcher)(x).get()
+
+
+def test_two_names_for_one_input_are_no_way_around(hospital):
+    @planrt.func2plan(args_shape=[(-1, 3), (-1, 3)])
+    def sneaky(x, y):
+        y[1:] = 0
+        return x.mean(0)
+
+    connect = hospital(OPEN)
+    _values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    with pytest.raises(PolicyRefusedError, match="two of its inputs share memory"):
+        sneaky.send(researcher)(x, x).get()
+
+
+def test_what_a_released_plan_writes_to_its_input_is_no_data_of_the_owner(hospital):
+    @planrt.func2plan(args_shape=[(-1, 3)])
+    def emptied(x):
+        total = x.sum(0)
+        x[1:] = 0
+        return total
+
+    connect = hospital(OPEN)
+    values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    assert torch.allclose(emptied.send(researcher)(x).get(), values.sum(0))
+    with pytest.raises(GetNotPermittedError):
+        mean_of.send(researcher)(x).get()
+    (again,) = researcher.search("#patients")
+    assert torch.equal(mean_of.send(researcher)(again).get(), values.mean(0))  # the owner's data is as it was
+
+
+class Regression(planrt.Plan):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, x, y):
+        loss = F.mse_loss(self.fc(x), y)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in self.fc.parameters():
+                parameter -= 0.1 * parameter.grad
+        return loss
+
+
+def test_training_on_private_data_releases_what_was_learnt(hospital):
+    connect = hospital(OPEN)
+    values, owner = put_patients(connect)
+    target = values.sum(1, keepdim=True)
+    target.clone().tag("#patients", "#target").send(owner, allowed_users=["owner"])
+    owner.objects_count()
+    researcher = connect()
+    (y,) = researcher.search("#target")
+    x = next(one for one in researcher.search("#patients") if one.shape == (100, 3))
+    torch.manual_seed(1)
+    plan = Regression().build(torch.zeros(4, 3), torch.zeros(4, 1))
+    there = plan.send(researcher)
+    losses = [there(x, y).get().item() for _ in range(10)]
+    here = plan.copy()
+    assert losses == [here(values, target).item() for _ in range(10)]
+    assert losses[-1] < losses[0] / 2
+    assert torch.equal(there.get().fc.weight, here.fc.weight)
+
+
+def test_gradients_of_single_rows_are_not_released(hospital):
+    @planrt.func2plan()
+    def leak(x, w):
+        (x.sum(1) * w).sum().backward()
+        return w.grad
+
+    leak.build(torch.zeros(100, 3), torch.zeros(100, requires_grad=True))
+    connect = hospital(OPEN)
+    _values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    with pytest.raises(PolicyRefusedError, match="release"):
+        leak.send(researcher)(x, torch.zeros(100).send(researcher)).get()
+
+
+def test_data_held_from_the_start_is_private_under_a_rule():
+    values = torch.randn(30, 3).tag("#patients")
+    with VirtualWorker(None, "hospital", data=(values,), policy=OPEN) as worker:
+        (x,) = worker.search("#patients")
+        with pytest.raises(GetNotPermittedError):
+            x.get()
+        assert torch.equal(mean_of.send(worker)(x).get(), values.mean(0))
+
+
+# ------------------------------------------------------------------------------------------- rounds
+
+
+def regression(rows):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 3)
+    return BaseDataset(x, x.sum(1, keepdim=True))
+
+
+def train(worker, batch_size, **options):
+    config = TrainConfig(nn.Linear(3, 1), F.mse_loss, batch_size=batch_size, **options)
+    config.send(worker)
+    return worker.fit("patients")
+
+
+def test_rounds_on_served_data_keep_the_rules(hospital):
+    connect = hospital(OPEN, datasets={"patients": regression(100)}, tags=["#patients"])
+    worker = connect()
+    assert train(worker, 50).samples == 100
+    assert worker.evaluate("patients").samples == 100
+    with pytest.raises(PolicyRefusedError, match="aggregate over 10 rows; at least 20"):
+        train(worker, 10)
+    with pytest.raises(PolicyRefusedError, match="over 10 rows; at least 20"):
+        train(worker, 30)  # the last batch has 10
+    assert train(worker, 30, max_nr_batches=3).samples == 90
+    with pytest.raises(PolicyRefusedError, match="the smallest batch has 10 rows"):
+        worker.evaluate("patients")
+
+
+def test_rounds_wait_for_approval_too(hospital, tmp_path):
+    connect = hospital(Policy(approval="ask"), approvals=tmp_path, datasets={"patients": regression(40)})
+    worker = connect()
+    with pytest.raises(NotApprovedError, match="waits for the owner's approval"):
+        train(worker, 20)
+    (waiting,) = Approvals(tmp_path).pending()
+    Approvals(tmp_path).approve(waiting.plan, by="dr. no")
+    assert train(worker, 20).samples == 40
+
+
+def test_a_full_queue_is_said_and_harms_nobody(hospital, tmp_path):
+    connect = hospital(Policy(approval="ask"), approvals=Approvals(tmp_path, max_pending=1))
+    worker = connect()
+    mean_of.send(worker)
+    worker.objects_count()
+    doubled.send(worker)
+    with pytest.raises(RemoteError, match="1 plans wait for the owner already"):
+        worker.objects_count()
+    assert worker.approval(mean_of).status == "pending"
+
+
+def test_wrong_questions(hospital):
+    worker = hospital(OPEN)()
+    with pytest.raises(OptionError, match="'not a hash' is not a plan's hash"):
+        worker.approval("not a hash")
+    assert worker.approval("0" * 64).status == "approved"
+
+
+def test_what_a_client_may_read_needs_no_release(hospital):
+    connect = hospital(OPEN)
+    values, owner = put_patients(connect)
+    (x,) = owner.search("#patients")
+    assert torch.equal(doubled.send(owner)(x).get(), values * 2)
