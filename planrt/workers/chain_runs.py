@@ -107,6 +107,8 @@ class _Moving:
     """At the source."""
     new: int
     """At the target."""
+    keep: bool
+    """Whether it stays at the source."""
     token: str = ""
     """Empty when the value comes through here."""
 
@@ -311,18 +313,12 @@ class ChainRun:
         there = self._places[target]
         if there.address.startswith("memory://") and not self._places[source].address.startswith("memory://"):
             # No other process can reach a virtual worker of this one: through here, then.
-            self._pending[key] = _Moving(value, source, target, id, new)
+            self._pending[key] = _Moving(value, source, target, id, new, keep)
             sends.append(Send(source, m.Fetch(id, not keep), (), key))
             return
-        if keep:
-            copy = new_id()
-            op = PostedOp("Tensor.clone", (Ref(id),), {}, Ref(copy), self._grad)
-            sends.append(Send(source, m.Post([op.pack()])))
-            self._owned[source, copy] = None
-            id = copy
         token = secrets.token_hex(16)
-        self._pending[key] = _Moving(value, source, target, id, new, token)
-        sends.append(Send(source, m.Move(id, there, new, token), (), key))
+        self._pending[key] = _Moving(value, source, target, id, new, keep, token)
+        sends.append(Send(source, m.Move(id, there, new, token, keep), (), key))
 
     def _moved(
         self, moving: _Moving, body: m.Body, tensors: Sequence[torch.Tensor], sends: list[Send]
@@ -330,13 +326,16 @@ class ChainRun:
         if moving.token:
             if not isinstance(body, m.Done):
                 raise _unexpected(self._worker(moving.source), body)
-            self._owned.pop((moving.source, moving.id), None)
+            if not moving.keep:
+                self._owned.pop((moving.source, moving.id), None)
             self._owned[moving.target, moving.new] = None
             sends.append(Send(moving.target, m.Claim([moving.new], moving.token)))
             self._arrived(moving.value, moving.target, moving.new, sends)
             return
         if not isinstance(body, m.Fetched) or not tensors:
             raise _unexpected(self._worker(moving.source), body)
+        if not moving.keep:
+            self._owned.pop((moving.source, moving.id), None)
         tensor = tensors[0].requires_grad_(body.requires_grad)
         if not self._ending:
             self._put(moving.value, moving.target, tensor, None, sends)
