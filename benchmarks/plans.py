@@ -1,4 +1,4 @@
-"""Plans: a training step from a plan against eager PyTorch, and how long tracing takes."""
+"""Plans: a training step from a plan against eager PyTorch, and how long tracing and checking take."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from benchmarks.plain import PlainWorkers, batches_of
 from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED, Size
 from planrt.fl import data
 from planrt.fl.networks import seeded_net
-from planrt.plans import trace
+from planrt.plans import Graph, Op, effects, trace
 from planrt.plans.interpreter import execute, local_state
+from planrt.plans.policy import Policy, ReleaseRule
 from planrt.plans.training import trace_model, train
+from planrt.plans.verify import check
+from planrt.types import Ref, TensorSpec
 from planrt.workers.datasets import BaseDataset
 
 
@@ -64,6 +67,7 @@ def _measure(size: Size) -> list[Row]:
         ),
         *_interpreter_rows(size),
         _tracing_row(size),
+        *_checking_rows(size),
     ]
 
 
@@ -151,3 +155,47 @@ def _tracing_row(size: Size) -> Row:
         "eager forward, twice",
         note="training and evaluation plan, with the loss, 64x64 images",
     )
+
+
+def _checking_rows(size: Size) -> list[Row]:
+    """Checking a plan of 1,000 ops against a policy, with nothing known of its ops before."""
+    policy = Policy(release=(ReleaseRule("#patients", 5),))
+    few, distinct = _long_plan(50), _long_plan(1000)
+
+    def check_cold(graph: Graph) -> None:
+        effects.forget()
+        check(graph, policy, tags={0: ["#patients"]}).raise_for_violations()
+
+    check_cold(few)  # imports and torch's own tables
+    times = in_turns(
+        {
+            "few": lambda: check_cold(few),
+            "distinct": lambda: check_cold(distinct),
+            "known": lambda: check(distinct, policy, tags={0: ["#patients"]}),
+        },
+        repeats=2 * size.repeats,
+    )
+    note = "1,000 ops with a release rule, nothing cached before"
+    milliseconds = times["few"].map(lambda seconds: 1000 * seconds)
+    known = times["known"].map(lambda seconds: 1000 * seconds)
+    return [
+        Row("checking, 50 shapes", "ms", milliseconds, goal=Goal(at_most=50, absolute=True), note=note),
+        Row("checking, 1,000 shapes", "s", times["distinct"], goal=Goal(at_most=1, absolute=True), note=note),
+        Row("checking again", "ms", known, note="1,000 shapes, every kind of op seen before"),
+    ]
+
+
+def _long_plan(shapes: int) -> Graph:
+    """1,000 ops on inputs of this many shapes, each shape with an op of its own; one output, an aggregate."""
+    kinds = ["torch.add", "torch.mul", "torch.tanh", "torch.sub"]
+    inputs = tuple([TensorSpec((8, 4 + index), torch.float32) for index in range(shapes)])
+    latest = list(range(shapes))
+    ops = []
+    for step in range(999):
+        which = step % shapes
+        name = kinds[which % len(kinds)]
+        args = (Ref(latest[which]),) if name == "torch.tanh" else (Ref(latest[which]), Ref(which))
+        latest[which] = shapes + step
+        ops.append(Op(name, args, {}, Ref(latest[which])))
+    ops.append(Op("torch.mean", (Ref(latest[0]), 0), {}, Ref(shapes + 999)))
+    return Graph(inputs, (), tuple(ops), Ref(shapes + 999))

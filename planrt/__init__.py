@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.grid import PrivateGridNetwork
     from planrt.plans import Plan, func2plan, load_plan
+    from planrt.protocols import PointerProtocol, Protocol, Step
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
@@ -30,6 +31,9 @@ _HOMES = {
     "Plan": "planrt.plans",
     "func2plan": "planrt.plans",
     "load_plan": "planrt.plans",
+    "PointerProtocol": "planrt.protocols",
+    "Protocol": "planrt.protocols",
+    "Step": "planrt.protocols",
     "BaseDataset": "planrt.workers",
     "VirtualWorker": "planrt.workers",
     "WebsocketClientWorker": "planrt.workers",
@@ -55,6 +59,9 @@ __all__ = [
     "Plan",
     "func2plan",
     "load_plan",
+    "Protocol",
+    "Step",
+    "PointerProtocol",
     "BaseDataset",
     "VirtualWorker",
     "WebsocketClientWorker",

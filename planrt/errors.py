@@ -9,6 +9,7 @@
     │   │   ├── OpNotAllowedError      an op that is not in the fixed table
     │   │   └── PolicyError            a plan breaks a rule of a data owner; names op, line and rule
     │   ├── ApprovalError          the record of an owner's decisions is broken, full, or cannot take this one
+    │   ├── ProtocolError          a protocol described, deployed or run in a way that cannot work (also a ValueError)
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
@@ -105,6 +106,10 @@ class ApprovalError(LocalError):
     """The record of a data owner's decisions is broken or full, or a decision cannot be made."""
 
 
+class ProtocolError(LocalError, ValueError):
+    """A protocol was described, deployed or run in a way that cannot work; names the step or the worker."""
+
+
 class ExecutionError(LocalError):
     """An op of a plan failed while running.
 
@@ -177,6 +182,7 @@ class RemoteError(PlanrtError):
         remote_traceback: str = "",
         index: int | None = None,
         cause: str = "",
+        step: str | None = None,
     ) -> None:
         super().__init__(f"worker {worker_id!r}: {message}")
         self.reason = message
@@ -187,6 +193,7 @@ class RemoteError(PlanrtError):
         self.remote_traceback = remote_traceback
         self.index = index
         self.cause = cause
+        self.step = step
 
 
 class UnknownPlanError(RemoteError):
@@ -238,8 +245,9 @@ class MessageTooLargeError(TransportError):
 
 
 class WorkerLostError(TransportError):
-    """The connection to a worker ended while an answer was due; `worker_id` names it."""
+    """The connection to a worker ended while an answer was due; `worker_id` names it, `step` a protocol's step."""
 
-    def __init__(self, message: str, *, address: str, worker_id: str) -> None:
+    def __init__(self, message: str, *, address: str, worker_id: str, step: str | None = None) -> None:
         super().__init__(message, address=address)
         self.worker_id = worker_id
+        self.step = step

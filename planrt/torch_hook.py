@@ -16,6 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from planrt.errors import LocalError, PointerError
 from planrt.fl import splitting
+from planrt.protocols import pointer as _pointer  # noqa: F401 - searches know protocols then
 from planrt.workers import modules
 from planrt.workers.clients import BaseWorker, VirtualWorker
 from planrt.workers.multipointer import MultiPointerTensor

@@ -60,10 +60,17 @@ def test_it_runs_and_writes_its_results(tmp_path, capsys):
     assert main(["--quick", "--only", "plans", "--json", str(results)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(results.read_text())["groups"]["plans"]
-    assert [row["name"] for row in rows] == ["training step", "tracing ResNet-18"]
+    assert [row["name"] for row in rows] == [
+        "training step",
+        "tracing ResNet-18",
+        "checking, 50 shapes",
+        "checking, 1,000 shapes",
+        "checking again",
+    ]
     for row in rows:
         assert row["name"] in printed
         assert row["ours"]["median"] > 0
+    for row in rows[:2]:
         assert row["ratio"]["median"] > 0
     assert isinstance(rows[0]["met"], bool)
 

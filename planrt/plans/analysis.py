@@ -252,8 +252,9 @@ class _Composed(_Analysis):
         kwargs = {word: self._filled(arg) for word, arg in op.kwargs.items()} if op.kwargs else {}
         operands = _operands(args, kwargs)
         try:
-            if any(one._spec is None for one in operands):
-                raise NeedsValuesError
+            for one in operands:
+                if one._spec is None:
+                    raise NeedsValuesError
             found = effect(op.name, args, kwargs)
             self._apply(index, op, found, operands)
         except NeedsValuesError:
@@ -280,11 +281,14 @@ class _Composed(_Analysis):
 
         def gathered(links: Links) -> Info:
             total = INDEPENDENT
+            changed = False
             for number, fates in links:
                 part = infos[number]
-                total = joined(total, part.through(before[number].shape, fates) if part.rows else part)
+                moved = part.through(before[number].shape, fates)
+                changed = changed or moved is not part
+                total = joined(total, moved)
             rows = total.rows
-            if any(trace.lost and trace.lost[1] < 0 for trace in rows.values()):
+            if (changed or len(links) > 1) and any(trace.lost for trace in rows.values()):
                 rows = {source: _blamed(trace, index) for source, trace in rows.items()}
             return Info(total.sources, total.ops | bit, rows)
 
@@ -313,8 +317,10 @@ class _Composed(_Analysis):
             fates = dict(links).get(number) or tuple([lost(op.name)] * len(before[number].shape))
             operand._spec = like
             operand.node = Node(gathered(links), like.shape, before[number], fates)
-        self._bind(op.results, map_leaves(found.results, value))
-        self.unknown.update(found.unknown)
+        results = found.results
+        self._bind(op.results, value(results) if type(results) is Made else map_leaves(results, value))
+        if found.unknown:
+            self.unknown.update(found.unknown)
         self.note(index, tuple(made), sum(found.memory), found.flops)
 
     def _note_write(self, operand: _Value, index: int) -> None:
@@ -490,7 +496,7 @@ class _Whole(_Analysis):
 # Ops whose results' sizes depend on values
 
 
-def unforeseen_info(name: str, operands: Sequence[tuple[Info, Sequence[int]]], index: int) -> Info:
+def unforeseen_info(name: str, operands: Sequence[tuple[Info, tuple[int, ...]]], index: int) -> Info:
     """What results depend on of an op that cannot be run without values: on everything, rows lost."""
     counts = name.rpartition(".")[2] == "bincount"
     total = INDEPENDENT

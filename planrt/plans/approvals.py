@@ -269,7 +269,10 @@ class Approvals:
         seen = (about.st_ino, about.st_size, about.st_mtime_ns)
         if seen == self._seen:
             return
-        data = self._file.read_bytes()
+        try:
+            data = self._file.read_bytes()
+        except OSError as error:
+            raise ApprovalError(f"{self._file}: {error.strerror or error}") from None
         decisions, last = _read(data, str(self._file))
         if decisions[: len(self._decisions)] != self._decisions:
             raise ApprovalError(f"{self._file} no longer holds the decisions that it held before")

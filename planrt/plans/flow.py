@@ -7,12 +7,19 @@ than what was written), then everything below that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
-from planrt.plans.rows import Trace, compose, join, upwards
+from planrt.plans.rows import Trace, compose, join, keep, upwards
 
 Fates = tuple[Trace, ...]
+
+
+@lru_cache(maxsize=4096)
+def same_place(shape: tuple[int, ...]) -> Fates:
+    """The fates of dimensions of which each stays what it is, as elementwise operations have it."""
+    return tuple([keep(dim, size) for dim, size in enumerate(shape)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +34,9 @@ class Info:
     ops: int = 0
     rows: Mapping[int, Trace] = field(default_factory=dict)
 
-    def through(self, shape: Sequence[int], fates: Fates) -> Info:
+    def through(self, shape: tuple[int, ...], fates: Fates) -> Info:
         """What an operation with these fates makes of it."""
-        if not self.rows:
+        if not self.rows or fates == same_place(shape):
             return self
         rows = {source: compose(trace, shape, fates) for source, trace in self.rows.items()}
         return Info(self.sources, self.ops, rows)
@@ -62,7 +69,7 @@ class Node:
     __slots__ = ("children", "fates", "info", "parent", "shape")
 
     def __init__(
-        self, info: Info, shape: Sequence[int], parent: Node | None = None, fates: Fates = ()
+        self, info: Info, shape: tuple[int, ...], parent: Node | None = None, fates: Fates = ()
     ) -> None:
         self.info = info
         self.shape = shape

@@ -26,6 +26,8 @@ from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
 
 FORMAT_VERSION: Final = 1
 MAX_OPS: Final = 100_000
+MAX_TENSORS: Final = 100_000
+"""Most inputs, and most state entries."""
 MAX_BYTES: Final = 64 * 2**20
 """Longest canonical form, in bytes, that `Graph.from_bytes` reads."""
 _MAGIC = "planrt-plan"
@@ -133,6 +135,8 @@ class Graph:
             PlanFormatError: bytes that are truncated, altered, of another version, or not canonical.
             OpNotAllowedError: an op that is not on the table.
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise PlanFormatError(f"a plan is read from bytes, not from {type(data).__name__}")
         if len(data) > MAX_BYTES:
             raise PlanFormatError(f"a plan of {len(data)} bytes is longer than the limit of {MAX_BYTES}")
         parts = unpack(bytes(data))
@@ -148,12 +152,14 @@ class Graph:
         if len(parts) != 6:
             raise PlanFormatError(f"malformed plan: {len(parts)} sections instead of 6")
         plan = cls(
-            inputs=tuple(_decode_spec(*_fields(item, 2, "input")) for item in _items(parts[2], "inputs")),
+            inputs=tuple(
+                _decode_spec(*_fields(item, 2, "input")) for item in _items(parts[2], "inputs", MAX_TENSORS)
+            ),
             state=tuple(
                 _decode_state(index, *_fields(item, 4, "state entry"))
-                for index, item in enumerate(_items(parts[3], "state"))
+                for index, item in enumerate(_items(parts[3], "state entries", MAX_TENSORS))
             ),
-            ops=tuple(_decode_op(*_fields(item, 4, "op")) for item in _items(parts[4], "ops")),
+            ops=tuple(_decode_op(*_fields(item, 4, "op")) for item in _items(parts[4], "ops", MAX_OPS)),
             outputs=decode(parts[5]),
         )
         if plan._bytes != data:  # a second spelling of the same plan would have a second hash
@@ -208,22 +214,31 @@ def refs_in(value: Nested) -> Iterator[Ref]:
 
 
 def _check(plan: Graph) -> None:
-    if len(plan.ops) > MAX_OPS:
-        raise PlanFormatError(f"a plan of {len(plan.ops)} ops is longer than the limit of {MAX_OPS}")
+    _check_count(len(plan.ops), "ops", MAX_OPS)
+    _check_count(len(plan.inputs), "inputs", MAX_TENSORS)
+    _check_count(len(plan.state), "state entries", MAX_TENSORS)
     for spec in plan.inputs:
         check_spec(spec)
     for entry in plan.state:
+        if not isinstance(entry, StateSpec):
+            raise PlanFormatError(f"a state entry is a StateSpec, not {type(entry).__name__}")
         check_spec(entry.spec)
         if FREE in entry.spec.shape:
             raise PlanFormatError("malformed plan: state with a free dimension")
-    known = len(plan.inputs) + len(plan.state)
     for index, op in enumerate(plan.ops):
+        if not isinstance(op, Op) or not isinstance(op.name, str):
+            raise PlanFormatError(f"op {index} of the plan is not an Op with a name")
         if op.name not in table.TABLE:
             raise OpNotAllowedError(f"op {index} of the plan, {op.name[:80]!r}, is not on the table of ops")
+        if not isinstance(op.args, tuple) or not isinstance(op.kwargs, dict):
+            raise PlanFormatError(f"malformed op {op.name!r}: arguments are not a tuple and a dict")
+    _ = plan._bytes  # refuses what has no byte form, and what is nested for ever
+    known = len(plan.inputs) + len(plan.state)
+    for index, op in enumerate(plan.ops):
         _check_refs(op.args, known, f"op {index} ({op.name})")
         _check_refs(op.kwargs, known, f"op {index} ({op.name})")
         for ref in _result_refs(op.results, index):
-            if ref.index != known:
+            if type(ref.index) is not int or ref.index != known:
                 raise PlanFormatError(
                     f"op {index} ({op.name}) gives its result the number {ref.index}, not {known}"
                 )
@@ -231,9 +246,14 @@ def _check(plan: Graph) -> None:
     _check_refs(plan.outputs, known, "the plan's output")
 
 
+def _check_count(count: int, what: str, most: int) -> None:
+    if count > most:
+        raise PlanFormatError(f"a plan with {count} {what} is over the limit of {most}")
+
+
 def _check_refs(value: Nested, known: int, where: str) -> None:
     for ref in refs_in(value):
-        if not 0 <= ref.index < known:
+        if type(ref.index) is not int or not 0 <= ref.index < known:
             raise PlanFormatError(f"{where} refers to {ref}, which no earlier step makes")
 
 
@@ -249,6 +269,8 @@ def _result_refs(results: Nested, index: int) -> Iterable[Ref]:
 
 def check_spec(spec: TensorSpec) -> None:
     """Raise PlanFormatError unless a plan can hold such a tensor."""
+    if not isinstance(spec, TensorSpec) or not isinstance(spec.shape, tuple):
+        raise PlanFormatError("inputs and state are described by a TensorSpec, whose shape is a tuple")
     if spec.dtype not in DTYPE_NAMES:
         raise PlanFormatError(f"tensors of {spec.dtype} cannot go into a plan")
     if len(spec.shape) > _MAX_DIMS:
@@ -262,9 +284,10 @@ def check_spec(spec: TensorSpec) -> None:
 # From unpacked parts
 
 
-def _items(value: Any, what: str) -> list[Any]:
+def _items(value: Any, what: str, most: int) -> list[Any]:
     if not isinstance(value, list):
-        raise PlanFormatError(f"malformed plan: {what} is not an array")
+        raise PlanFormatError(f"malformed plan: its {what} are not an array")
+    _check_count(len(value), what, most)
     return value
 
 
@@ -281,7 +304,7 @@ def _encode_spec(spec: TensorSpec) -> list[Any]:
 def _decode_spec(dtype: Any, shape: Any) -> TensorSpec:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise PlanFormatError(f"unknown dtype {str(dtype)[:40]!r}")
-    return TensorSpec(tuple(_items(shape, "a shape")), DTYPES[dtype])
+    return TensorSpec(tuple(_items(shape, "dimensions", _MAX_DIMS)), DTYPES[dtype])
 
 
 def _decode_state(index: int, dtype: Any, shape: Any, kind: Any, requires_grad: Any) -> StateSpec:

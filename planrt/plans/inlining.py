@@ -15,7 +15,8 @@ from planrt.errors import ExecutionError, PlanError
 from planrt.plans import ops
 from planrt.plans.graph import Graph, Op
 from planrt.plans.interpreter import Program, check_arguments, drive
-from planrt.plans.recorder import Recorder, active_recorder
+from planrt.plans.recorder import Recorder
+from planrt.plans.runs import active_recorder
 from planrt.types import Nested
 
 

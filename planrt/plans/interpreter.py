@@ -326,8 +326,12 @@ def last_uses(plan: Graph) -> dict[int, tuple[int, ...]]:
     first_result = first_state + len(plan.state)
     last: dict[int, int] = {}
     for index, op in enumerate(plan.ops):
-        for ref in refs_in((op.args, op.kwargs, op.results)):
-            last[ref.index] = index
+        for part in (*op.args, *op.kwargs.values(), op.results):
+            if type(part) is Ref:  # nearly always, and much faster than looking inside
+                last[part.index] = index
+            elif isinstance(part, tuple | list | dict | slice):
+                for ref in refs_in(part):
+                    last[ref.index] = index
     for ref in refs_in(plan.outputs):
         last.pop(ref.index, None)
     freed: dict[int, list[int]] = {}

@@ -28,7 +28,8 @@ from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
 from planrt.plans.lifting import StateRegistry
 from planrt.plans.record import PlanRecord, state_hash
-from planrt.plans.recorder import SizesFixedError, active_recorder
+from planrt.plans.recorder import SizesFixedError
+from planrt.plans.runs import active_recorder
 from planrt.plans.signature import Signature, recorded_signature
 from planrt.plans.text import show_name
 from planrt.plans.tracer import assemble, record

@@ -1,12 +1,11 @@
-"""One run of a traced function: every torch call that it makes, written down as a step.
+"""`Recorder`: every torch call that a function makes, written down as a step.
 
-The tracer runs a function twice, each time under a `Recorder`, and makes a plan of what both runs agree on.
+The tracer runs a function several times (`planrt.plans.runs`), each time under a recorder of its own, and makes a
+plan of what all runs agree on.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +13,15 @@ from typing import Any, Final, NoReturn
 
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from planrt.errors import PlanFormatError, PlanrtError, TraceError
+from planrt.errors import PlanFormatError, TraceError
 from planrt.plans import foreach, seen, sizes
 from planrt.plans.graph import Op
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
-from planrt.plans.source import called_by_user, line_of_error, user_line
+from planrt.plans.source import called_by_user, user_line
 from planrt.serde.values import DEVICE, encode, pack
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
@@ -58,26 +56,6 @@ class Run:
 
 class SecondRunError(TraceError):
     """Something that only a second run shows, and that has nothing to do with sizes."""
-
-
-class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no hints there
-    """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
-    and ``z.real = x``. They would be missing in the plan."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._recorder = recorder
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by torch for every kernel, below autograd."""
-        if self._recorder.in_call:
-            return func(*args, **(kwargs or {}))
-        if func._schema.is_mutable:
-            self._recorder.fail(seen.why_unseen(func._schema.name), user_line())
-        with torch._C.DisableTorchFunction():  # or the recorder would take the kernel for the user's call
-            return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchFunctionMode):
@@ -127,7 +105,7 @@ class Recorder(TorchFunctionMode):
             return self._call(func, args, kwargs or {})
         except TraceError as error:
             if self._optimizers.stepping is not None:
-                reason = str(error).partition(":")[0]
+                reason = str(error).removesuffix(f" (at {error.line})").partition(":")[0]
                 error = type(error)(why_no_step(self._optimizers.stepping, reason), line=error.line)
             self.failure = self.failure or error  # user code may swallow it
             raise error
@@ -165,7 +143,7 @@ class Recorder(TorchFunctionMode):
         if func == seen.GRAD_FN:  # accessors are new objects at every access: equal, not the same
             node = func(*args, **kwargs)
             return node if node is None else seen.RecordedNode(node)
-        if func == seen.SETS_DATA and _share_all(*args):
+        if func == seen.SETS_DATA and seen.share_all_memory(*args):
             return None  # the end of `p.data -= ...`, which has changed p's memory
         if func == seen.SETS_REQUIRES_GRAD:
             func, args = torch.Tensor.requires_grad_, (args[0], bool(args[1]))
@@ -192,9 +170,7 @@ class Recorder(TorchFunctionMode):
         self._check_modes()
         if name in GRADIENTS:
             return self._gradients(name, func, args, kwargs)
-        recorded_args, recorded_kwargs = self._recorded(
-            name, args, kwargs
-        )  # before the call: it may change them
+        recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)  # before the call may change them
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
@@ -209,9 +185,7 @@ class Recorder(TorchFunctionMode):
             self._tensor_ref(tensor)  # a tensor from outside leaves its own gradient there
             grad = tensor.grad
             if grad is None or id(grad) in self._refs:
-                return (
-                    grad  # whether there is one follows from the ops before, which are the same at every run
-                )
+                return grad  # whether there is one follows from the ops before, the same at every run
             if not self._has_gradients:
                 raise TraceError(
                     "a gradient that no recorded call made: use loss.backward()", line=self._line()
@@ -219,7 +193,7 @@ class Recorder(TorchFunctionMode):
         elif name != "Tensor.retain_grad":
             self._has_gradients = True
             self._check_hooks()
-        kwargs = {key: value for key, value in kwargs.items() if value is not _DEFAULTS.get(key, _DEFAULTS)}
+        kwargs = {key: value for key, value in kwargs.items() if not seen.is_backward_default(key, value)}
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         return self._write(name, recorded_args, recorded_kwargs, result)
@@ -297,6 +271,12 @@ class Recorder(TorchFunctionMode):
             return leaf.ref if leaf.recorder is self else _plain(leaf)
         if isinstance(leaf, torch.device):
             return DEVICE
+        if isinstance(leaf, torch.Generator):
+            raise TraceError(
+                "a torch.Generator cannot go into a plan: leave it out, and seed the plan where it runs "
+                "(torch.manual_seed here, a request's seed on a worker)",
+                line=self._line(),
+            )
         if isinstance(leaf, type) and leaf in seen.PYTHON_DTYPES:
             return seen.PYTHON_DTYPES[leaf]
         return seen.without_numpy(leaf)
@@ -309,11 +289,7 @@ class Recorder(TorchFunctionMode):
         if index is None:
             line = self._line()
             if self._first_values is not None:
-                raise SecondRunError(
-                    "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a "
-                    "custom autograd.Function, or by a library that works behind torch's public functions",
-                    line=line,
-                )
+                raise SecondRunError(seen.why_from_nowhere(tensor), line=line)
             index = self.registry.capture(tensor, line)
         return Ref(FIRST_STATE + index)
 
@@ -432,74 +408,6 @@ class Recorder(TorchFunctionMode):
 _SIZES = sizes.__file__
 _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
-_DEFAULTS: dict[str, Any] = {
-    "gradient": None, "grad_tensors": None, "grad_outputs": None, "inputs": None, "retain_graph": None,
-    "create_graph": False, "allow_unused": None, "only_inputs": True, "is_grads_batched": False,
-    "materialize_grads": False,
-}  # fmt: skip
-"""Arguments of backward passes that torch passes on though nobody wrote them."""
-
-
-def _share_all(tensor: torch.Tensor, other: Any) -> bool:
-    """Whether `other` is all of the memory of `tensor`, laid out alike."""
-    return isinstance(other, torch.Tensor) and (
-        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
-    )
-
 
 def _plain(leaf: Any) -> Any:
     return leaf.plain if isinstance(leaf, TracedNumber) else leaf
-
-
-class _Active(threading.local):
-    recorder: Recorder | None = None
-
-
-_active = _Active()
-
-
-def active_recorder() -> Recorder | None:
-    """The recorder under which this thread runs a function."""
-    return _active.recorder
-
-
-def recording() -> bool:
-    """Whether this thread is recording a plan: a plan that is called then is to be inlined."""
-    return _active.recorder is not None
-
-
-def run_once(
-    function: Callable[..., Any],
-    examples: Sequence[torch.Tensor],
-    specs: Sequence[TensorSpec],
-    registry: StateRegistry,
-    optimizers: OptimizerWatch,
-    values: list[torch.Tensor] | None = None,
-) -> Run:
-    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a later one.
-
-    Raises:
-        TraceError: whatever went wrong, with the user's line.
-    """
-    inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
-    recorder = Recorder(inputs, specs, registry, values, optimizers)
-    try:
-        with torch.enable_grad(), _UnseenWrites(recorder), recorder:
-            _active.recorder = recorder
-            outputs = function(*inputs)
-        if recorder.failure is not None:
-            raise recorder.failure
-        return recorder.finish(outputs)
-    except PlanrtError:
-        raise recorder.failure or sys.exc_info()[1] from None  # type: ignore[misc]
-    except Exception as error:
-        if recorder.failure is not None:
-            raise recorder.failure from error
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise TraceError(
-            f"the function failed on its example arguments: {type(error).__name__}: {reason}",
-            line=line_of_error(error),
-        ) from error
-    finally:
-        _active.recorder = None

@@ -61,7 +61,14 @@ METADATA = frozenset(
     )
 )  # fmt: skip
 """Reads of dtype, layout and the like: their answers are constants of the plan. Numbers among them that
-follow a free size (`stride`, `nbytes`, `len`) differ between the tracer's two runs, which catches them."""
+follow a free size (`stride`, `nbytes`) differ between the tracer's runs, which catches them."""
+
+_BACKWARD_DEFAULTS: dict[str, Any] = {
+    "gradient": None, "grad_tensors": None, "grad_outputs": None, "inputs": None, "retain_graph": None,
+    "create_graph": False, "allow_unused": None, "only_inputs": True, "is_grads_batched": False,
+    "materialize_grads": False,
+}  # fmt: skip
+"""Arguments of backward passes that torch passes on though nobody wrote them."""
 
 FROM_ARRAY = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 """Functions that turn arrays from outside into tensors, which then become state."""
@@ -123,6 +130,16 @@ def why_unseen(kernel: str) -> str:
     )
 
 
+def why_from_nowhere(tensor: torch.Tensor) -> str:
+    """One line on why a tensor of which the recorder saw nothing cannot go into a plan."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return "a parameter made in the function: make modules and parameters before, and use them in it"
+    return (
+        "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a custom "
+        "autograd.Function, or by a library that works behind torch's public functions"
+    )
+
+
 class RecordedNode:
     """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would be used
     behind the recorder's back."""
@@ -146,6 +163,19 @@ def without_numpy(leaf: Any) -> Any:
     if type(leaf).__module__ == "numpy" and getattr(leaf, "shape", None) == () and hasattr(leaf, "item"):
         return leaf.item()
     return leaf
+
+
+def is_backward_default(key: str, value: Any) -> bool:
+    """Whether a backward pass is the same without this argument."""
+    return key in _BACKWARD_DEFAULTS and value is _BACKWARD_DEFAULTS[key]
+
+
+def share_all_memory(tensor: torch.Tensor, other: Any) -> bool:
+    """Whether `other` is all of the memory of `tensor`, laid out alike."""
+    return isinstance(other, torch.Tensor) and (
+        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
 
 
 def holds_array(args: tuple[Any, ...]) -> bool:

@@ -20,7 +20,8 @@ from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD
 from planrt.plans.probing import grown, in_common, odd_runs
-from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step, recording, run_once
+from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step
+from planrt.plans.runs import recording, run_once
 from planrt.plans.source import user_line
 from planrt.types import Nested, Ref, TensorSpec, map_leaves
 
@@ -221,7 +222,7 @@ def _checked_free_dims(
             raise TraceError(
                 f"free_dims {tuple(dims)} of example argument {index}, which is {example.dim()}-d"
             )
-        if not all(example.shape[dim] for dim in dims):  # nothing to repeat for the second run
+        if not all(example.shape[dim] for dim in dims):  # nothing to repeat for the other runs
             raise TraceError(f"example argument {index} is empty on a free dimension: give it some entries")
         checked.append(tuple(sorted({dim % example.dim() for dim in dims})))
     return checked

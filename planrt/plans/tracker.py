@@ -95,7 +95,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Called by torch for each kernel."""
         kwargs = kwargs or {}
         about = kernel(func)
-        tensors = list(_tensors(args)) if not kwargs else [*_tensors(args), *_tensors(list(kwargs.values()))]
+        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))] if kwargs else list(_tensors(args))
         shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors}
         nodes = {id(tensor): self._node(tensor) for tensor in tensors}
         result = func(*args, **kwargs)
@@ -130,15 +130,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += max([*sizes, *[output.numel() for output in call.outputs]])
 
     def _gathered(
-        self, part: Sequence[Link], nodes: Mapping[int, Node], shapes: Mapping[int, Sequence[int]]
+        self, part: Sequence[Link], nodes: Mapping[int, Node], shapes: Mapping[int, tuple[int, ...]]
     ) -> Info:
         """What a result with these links depends on."""
         total = INDEPENDENT
         for tensor, fates in part:
             total = joined(total, nodes[id(tensor)].info.through(shapes[id(tensor)], fates))
-        bit = 1 << self.op if self.op >= 0 else 0
-        rows = {source: self._blamed(trace) for source, trace in total.rows.items()}
-        return Info(total.sources, total.ops | bit, rows)
+        if self.op < 0:
+            return total if total is INDEPENDENT or not part else Info(total.sources, total.ops, total.rows)
+        rows = total.rows
+        if any(trace.lost for trace in rows.values()):
+            rows = {source: self._blamed(trace) for source, trace in rows.items()}
+        return Info(total.sources, total.ops | 1 << self.op, rows)
 
     def _blamed(self, trace: Trace) -> Trace:
         if trace.lost and trace.lost[1] < 0 <= self.op:

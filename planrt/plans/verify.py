@@ -88,13 +88,20 @@ def _limits(report: Report, policy: Policy) -> Iterator[Violation]:
     costly = max(report.ops, key=lambda op: op.flops or 0, default=None)
     large = max(report.ops, key=lambda op: op.bytes or 0, default=None)
     limits = [
-        ("max_flops", totals.flops, policy.max_flops, count_flops, costly, "computation"),
-        ("max_memory", totals.peak_bytes, policy.max_memory, count_bytes, large, "memory"),
-        ("max_output_bytes", totals.output_bytes, policy.max_output_bytes, count_bytes, None, "outputs"),
+        ("max_flops", totals.flops, policy.max_flops, count_flops, costly, "computation is"),
+        ("max_memory", totals.peak_bytes, policy.max_memory, count_bytes, large, "peak of memory is"),
+        (
+            "max_output_bytes",
+            totals.output_bytes,
+            policy.max_output_bytes,
+            count_bytes,
+            None,
+            "size of outputs is",
+        ),
     ]
     if policy.max_input_bytes is not None and totals.input_bytes > policy.max_input_bytes:
         inputs, most = count_bytes(totals.input_bytes), count_bytes(policy.max_input_bytes)
-        yield Violation("max_input_bytes", f"inputs of {inputs} are more than the {most} allowed")
+        yield Violation("max_input_bytes", f"the size of inputs is {inputs}, more than the {most} allowed")
     for rule, have, limit, show, worst, what in limits:
         if limit is None:
             continue
@@ -105,7 +112,7 @@ def _limits(report: Report, policy: Policy) -> Iterator[Violation]:
                 report.graph,
                 index,
                 rule,
-                f"{what} of {show(have)} are more than the {show(limit)} allowed{part}",
+                f"the {what} {show(have)}, more than the {show(limit)} allowed{part}",
             )
         elif totals.unbounded:
             message = f"its size depends on values, so nobody can say whether the plan keeps to {show(limit)}"

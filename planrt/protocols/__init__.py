@@ -1,1 +1,7 @@
-"""Protocols: plans chained across workers. The room is kept free for them; nothing lives here yet."""
+"""Protocols: plans chained across workers, run as one."""
+
+from planrt.protocols.pointer import PointerProtocol
+from planrt.protocols.protocol import Protocol
+from planrt.protocols.steps import Step
+
+__all__ = ["PointerProtocol", "Protocol", "Step"]

@@ -23,6 +23,7 @@ MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1_000_000
 """Most items, nested ones included, in one value."""
 
+_MAX_ARRAY: Final = MAX_ITEMS + 1  # a tuple of as many items as there may be, and its tag
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
 
@@ -220,7 +221,7 @@ def unpack(data: bytes) -> Any:
         PlanFormatError: truncated, trailing or malformed bytes.
     """
     try:
-        return msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
+        return msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True, max_array_len=_MAX_ARRAY)
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise PlanFormatError(f"not readable as msgpack: {reason[:120]}") from None

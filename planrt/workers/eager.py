@@ -46,6 +46,7 @@ from planrt.workers.private import (
     unaliased,
     written_operands,
 )
+from planrt.workers.protocol_objects import ProtocolObject
 from planrt.workers.store import (
     ObjectStore,
     PeerRef,
@@ -459,8 +460,8 @@ class EagerOps:
             if stored is None:
                 continue
             session.leaves.pop(id, None)
-            if isinstance(stored.value, PeerRef):
-                outgoing.setdefault(stored.value.peer, _Outgoing()).drop.append(stored.value.id)
+            for peer, freed in _freed(stored):
+                outgoing.setdefault(peer, _Outgoing()).drop.extend(freed)
 
     def end(self, session: Session) -> list[ToPeer]:
         """The session is over: frees what it held; returns what other workers can free."""
@@ -492,10 +493,12 @@ class EagerOps:
             label: Label = None
             for stored in used:
                 label = both(label, self.store.label_of(stored))
-            if not session.may_read(label):
+            if (
+                not session.may_read(label) and op.name != plan_objects.CALL
+            ):  # of which `_run` foresees the results
                 raise GetNotPermittedError(
                     f"{op.name} on private data: what its results look like depends on the values, and those may be "
-                    f"seen by {_users(label)} only"
+                    f"seen by {users_of(label)} only"
                 )
             if any(isinstance(stored.value, PeerRef) for stored in used):
                 return (yield from self._call_peer(session, op, used))
@@ -579,8 +582,10 @@ class EagerOps:
         return m.Done(), ()
 
     def read_plan(self, session: Session, body: m.ReadPlan) -> Answer:
-        """What a plan does, without its state."""
-        value = self._ready(session, body.id).value
+        """What a plan or a protocol does, without its state."""
+        value = self.ready(session, body.id).value
+        if isinstance(value, ProtocolObject):
+            return m.FetchedProtocol(), [value.chain_bytes()]
         if not isinstance(value, PlanObject):
             raise LocalError(f"object {body.id} is no plan")
         return m.FetchedPlan(value.training), [value.record_bytes()]
@@ -601,7 +606,7 @@ class EagerOps:
         label = self.store.label_of(stored)
         if not session.may_read(label):
             raise GetNotPermittedError(
-                f"object {body.id} is private, or was computed from private data: {_users(label)} may get it"
+                f"object {body.id} is private, or was computed from private data: {users_of(label)} may get it"
             )
         try:
             self._check_failure(session, stored)
@@ -625,13 +630,18 @@ class EagerOps:
                 value.record_bytes(),
                 *(one.detach() for one in value.state),
             ]
+        if isinstance(value, ProtocolObject):
+            if body.delete:
+                self.store.discard(session.id, body.id)
+                yield from _drops([stored])
+            return m.FetchedProtocol(), [value.chain_bytes(), *(one.detach() for one in value.state)]
         tensors = [value.detach()]
         grad = _grad_of(value)
         if grad is not None:
             label = self.store.memory.of(grad)
             if not session.may_read(label):
                 raise GetNotPermittedError(
-                    f"the gradient of object {body.id} was computed from private data: {_users(label)} may get it; "
+                    f"the gradient of object {body.id} was computed from private data: {users_of(label)} may get it; "
                     "set .grad = None to fetch the value alone"
                 )
             tensors.append(grad.detach())
@@ -650,9 +660,9 @@ class EagerOps:
             raise LocalError(
                 f"{len(body.roots)} tensors and {len(body.gradients)} gradients for them do not fit"
             )
-        roots = [self._ready(session, id) for id in body.roots]
-        given = [None if id is None else self._ready(session, id) for id in body.gradients]
-        inputs = None if body.inputs is None else [self._ready(session, id) for id in body.inputs]
+        roots = [self.ready(session, id) for id in body.roots]
+        given = [None if id is None else self.ready(session, id) for id in body.gradients]
+        inputs = None if body.inputs is None else [self.ready(session, id) for id in body.inputs]
         everything = [*roots, *(one for one in given if one is not None), *(inputs or [])]
         if any(isinstance(stored.value, PeerRef) for stored in everything):
             return (yield from self._backward_there(session, body, everything))
@@ -739,7 +749,8 @@ class EagerOps:
         inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
         return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], number=number, **inside)
 
-    def _ready(self, session: Session, id: int) -> StoredObject:
+    def ready(self, session: Session, id: int) -> StoredObject:
+        """The session's object `id`; raises the failure that keeps it from being there."""
         stored = self.store.find(session.id, id)
         self._check_failure(session, stored)
         return stored
@@ -765,6 +776,13 @@ class EagerOps:
                     )
                 )  # fmt: skip
                 continue
+            if isinstance(stored.value, ProtocolObject):
+                found.append(
+                    m.FoundItem(
+                        id, None, list(stored.tags), stored.description, private, snapshot, "protocol"
+                    )
+                )
+                continue
             value = _tensor(stored)
             found.append(
                 m.FoundItem(id, spec_of(value), list(stored.tags), stored.description, private, snapshot)
@@ -782,24 +800,24 @@ class EagerOps:
             label = both(label, self.store.memory.of(grad))
         if not session.may_read(label):
             raise GetNotPermittedError(
-                f"object {body.id} is private, or was computed from private data: {_users(label)} may move it"
+                f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
             )
-        value = self._ready(session, body.id).value
+        value = self.ready(session, body.id).value
         if isinstance(value, PlanObject):
             message = m.StorePlan(
                 body.target, value.training, list(stored.tags), stored.description,
-                None if label is None else sorted(label), body.token,
+                allowed_list(label), body.token,
             )  # fmt: skip
             yield from ask(body.peer, message, [value.record_bytes(), *(one.detach() for one in value.state)])
             self.store.discard(session.id, body.id)
             return m.Done(), ()
         if not isinstance(value, torch.Tensor):
             raise LocalError(
-                "a pointer to another worker cannot be moved: get() it, and move what it points to"
+                "pointers to other workers and protocols cannot be moved: get() it, and move what that gives"
             )
         item = m.PutItem(
             body.target, value.requires_grad, grad is not None, list(stored.tags), stored.description,
-            None if label is None else sorted(label),
+            allowed_list(label),
         )  # fmt: skip
         tensors = [value.detach(), *([] if grad is None else [grad.detach()])]
         yield from ask(body.peer, m.Put([item], body.token), tensors)
@@ -864,9 +882,17 @@ def replace_message(failure: m.Failure, message: str) -> m.Failure:
 def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:
     by_peer: dict[m.PeerAddress, list[int]] = {}
     for stored in gone:
-        if isinstance(stored.value, PeerRef):
-            by_peer.setdefault(stored.value.peer, []).append(stored.value.id)
+        for peer, ids in _freed(stored):
+            by_peer.setdefault(peer, []).extend(ids)
     return [ToPeer(peer, m.Post([], ids)) for peer, ids in by_peer.items()]
+
+
+def _freed(stored: StoredObject) -> Iterator[tuple[m.PeerAddress, list[int]]]:
+    """What other workers can free now that an object is gone."""
+    if isinstance(stored.value, PeerRef):
+        yield stored.value.peer, [stored.value.id]
+    elif isinstance(stored.value, ProtocolObject):
+        yield from stored.value.freed()
 
 
 def in_plan(error: Exception) -> dict[str, Any]:
@@ -919,5 +945,11 @@ def _plain(result: Any) -> Any:
     return tuple(result) if isinstance(result, tuple) else result
 
 
-def _users(label: Label) -> str:
+def allowed_list(label: Label) -> list[str] | None:
+    """A label as messages have it."""
+    return None if label is None else sorted(label)
+
+
+def users_of(label: Label) -> str:
+    """Who may read what has that label, in words."""
     return ", ".join(sorted(label)) if label else "nobody"

@@ -75,9 +75,10 @@ class ToPeer:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """The request goes on when a peer has answered under `key`."""
+    """The request goes on when a peer has answered under `key`, or under one of `others`."""
 
     key: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

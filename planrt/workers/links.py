@@ -105,6 +105,7 @@ class Links:
                 error.remote_traceback,
                 error.index,
                 error.cause,
+                step=error.step,
             )
             await self._handle(PeerAnswered(instruction.key, failure, []))
         except (PlanrtError, OSError) as error:

@@ -73,6 +73,10 @@ class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     address: Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
+Places = Annotated[dict[Id, PeerAddress], Meta(max_length=10_000)]
+"""The workers of a protocol: place -> worker."""
+
+
 class PutItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One object of a `Put`: what goes with its tensor."""
 
@@ -97,7 +101,7 @@ class FoundItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     private: bool
     snapshot: bool
     """Whether it is a copy, made for this session: it goes with its last pointer."""
-    kind: Literal["tensor", "plan"] = "tensor"
+    kind: Literal["tensor", "plan", "protocol"] = "tensor"
     name: str = ""
     """What a plan is called."""
     training: bool = False
@@ -203,9 +207,55 @@ class StorePlan(Message, frozen=True, tag="store_plan"):
 
 
 class ReadPlan(Message, frozen=True, tag="read_plan"):
-    """Asks what a plan does, without its state. Answered by FetchedPlan with the record alone."""
+    """Asks what a plan or a protocol does, without its state. Answered by FetchedPlan with the record alone, or by
+    FetchedProtocol with the chain alone."""
 
     id: ObjectId
+
+
+class StoreProtocol(Message, frozen=True, tag="store_protocol"):
+    """Stores a protocol as an object. Tensors: its chain as bytes (uint8), then the state of its plans, in order.
+
+    Answered by Done if numbered.
+    """
+
+    id: ObjectId
+    tags: Tags = []
+    description: Text = ""
+    allowed: Users | None = None
+    """As of a `PutItem`; for the state of all plans."""
+
+
+class DeployProtocol(Message, frozen=True, tag="deploy_protocol"):
+    """Says which worker stands at each place of a protocol. Answered by Done if numbered."""
+
+    id: ObjectId
+    places: Places
+
+
+class RunProtocol(Message, frozen=True, tag="run_protocol"):
+    """Runs a protocol, on objects of this worker. Answered by Made; the objects are pointers to where they are."""
+
+    id: ObjectId
+    run: ObjectId
+    """A number of the run, to name it by later."""
+    inputs: Annotated[list[ObjectId], Meta(max_length=10_000)]
+    results: Annotated[list[ObjectId], Meta(max_length=100_000)]
+    """Ids for what comes out, one for each reference in the chain's outputs; for numbers they stay unused."""
+    grad: bool
+    seed: Count
+
+
+class CancelRun(Message, frozen=True, tag="cancel_run"):
+    """Ends a run of this session; what it made is dropped everywhere. Not answered; the run's request fails."""
+
+    run: ObjectId
+
+
+class ReadRun(Message, frozen=True, tag="read_run"):
+    """Asks where a run of this session stands. Answered by RunStates."""
+
+    run: ObjectId
 
 
 class PutPointer(Message, frozen=True, tag="put_pointer"):
@@ -334,6 +384,8 @@ class Failure(Message, frozen=True, tag="failure"):
     """What torch said, where that is known and may be told."""
     number: Count | None = None
     """Which of the session's posted ops it was, counted from 0: the client knows the line that posted it."""
+    step: Text | None = None
+    """Which step of a protocol it was."""
 
 
 class Made(Message, frozen=True, tag="made"):
@@ -365,6 +417,16 @@ class FetchedPlan(Message, frozen=True, tag="fetched_plan"):
     training: bool
 
 
+class FetchedProtocol(Message, frozen=True, tag="fetched_protocol"):
+    """A protocol. Tensors as of `StoreProtocol`."""
+
+
+class RunStates(Message, frozen=True, tag="run_states"):
+    """Where a run stands: (step, state) of each step, in order; empty if there is no such run now. No tensors."""
+
+    steps: list[tuple[str, Literal["waiting", "running", "done", "failed"]]]
+
+
 class FetchedPointer(Message, frozen=True, tag="fetched_pointer"):
     """What was fetched points to an object on another worker, which `token` lets the client claim. No tensors."""
 
@@ -394,9 +456,9 @@ class Counted(Message, frozen=True, tag="counted"):
 Body = (
     Hello | PutPlan | RunPlan | Fit | Evaluate
     | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver
-    | Claim | Clear | CountObjects | AskApproval
+    | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
-    | Counted | Approval | Failure
+    | Counted | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip
 
 

@@ -132,5 +132,7 @@ class WebsocketServerWorker:
                 serving.result()  # raises why it does not listen
             yield f"ws://{self.host}:{self.port}"
         finally:
-            loop.call_soon_threadsafe(stop.set)
-            serving.result()
+            # Not so where a block that nobody left is taken apart at the process's end: the server is gone then.
+            if loop.is_running():
+                loop.call_soon_threadsafe(stop.set)
+                serving.result()

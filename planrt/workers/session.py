@@ -137,4 +137,5 @@ class ClientSession:
             remote_traceback=failure.traceback,
             index=failure.index,
             cause=failure.cause,
+            step=failure.step,
         )

@@ -11,7 +11,7 @@ and carries out, in order, the instructions it returns::
 
     Reply(connection, envelope, tensors)       send this to the client
     ToPeer(peer, body, tensors, key)           send this to another worker
-    Wait(key)                                  nothing to do until PeerAnswered with that key
+    Wait(key, others)                          nothing to do until PeerAnswered with one of these keys
     Close(connection)                          close the connection (after the replies before it)
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
@@ -61,16 +61,14 @@ from planrt.workers.events import (
     Wait,
 )
 from planrt.workers.gate import Gate
+from planrt.workers.protocol_objects import PeerError, RunCancelledError
+from planrt.workers.protocol_ops import ProtocolOps
 from planrt.workers.store import ObjectStore, StoredObject
 
 # ------------------------------------------------------------------------------------------- machine
 
 MAX_PLANS = 256
 """Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
-
-
-class PeerError(LocalError):
-    """The worker could not reach a peer that a request needs."""
 
 
 class _UnknownPlanError(LocalError):
@@ -92,6 +90,10 @@ class _Request:
     connection: int
     id: int
     steps: Steps
+    keys: tuple[str, ...] = ()
+    """Of the answers that it waits for."""
+    run: int | None = None
+    """Its number, where it is the run of a protocol."""
 
 
 class WorkerState:
@@ -125,6 +127,7 @@ class WorkerState:
             raise OptionError("every user needs a token of its own, and not an empty one")
         self._gate = None if policy is None else Gate(policy, approvals)
         self._eager = EagerOps(id, self.store, self.device, self._gate)
+        self._protocols = ProtocolOps(id, self._eager, self.device)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -184,18 +187,42 @@ class WorkerState:
             case Received(connection, envelope, tensors):
                 return self._received(connection, envelope, tensors)
             case PeerAnswered(key):
-                request = self._waiting.pop(key, None)
-                return self._advance(request, event) if request else []
+                return self._wake(self._waiting.get(key), event)
             case PeerFailed(key, reason):
-                request = self._waiting.pop(key, None)
-                return self._advance(request, PeerError(reason)) if request else []
+                return self._wake(self._waiting.get(key), PeerError(reason, key))
             case Disconnected(connection):
-                session = self._sessions.pop(connection, None)
-                for key in [
-                    key for key, request in self._waiting.items() if request.connection == connection
-                ]:
-                    self._waiting.pop(key).steps.close()
-                return list(self._eager.end(session)) if session else []
+                return self._disconnected(connection)
+
+    def _disconnected(self, connection: int) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        session = self._sessions.pop(connection, None)
+        for request in self._of(connection):
+            if request.run is not None:  # what it made on other workers must go
+                instructions += self._wake(request, RunCancelledError("its client is gone"))
+            else:
+                self._forget_keys(request)
+                request.steps.close()
+        return [*instructions, *(self._eager.end(session) if session else ())]
+
+    def _of(self, connection: int) -> list[_Request]:
+        """The requests of a connection that wait for peers."""
+        waiting = {id(one): one for one in self._waiting.values() if one.connection == connection}
+        return list(waiting.values())
+
+    def _run_of(self, connection: int, run: int) -> _Request | None:
+        return next((one for one in self._of(connection) if one.run == run), None)
+
+    def _wake(self, request: _Request | None, sent: PeerAnswered | Exception) -> list[Instruction]:
+        """A request goes on that waited, if it still does."""
+        if request is None:
+            return []
+        self._forget_keys(request)
+        return self._advance(request, sent)
+
+    def _forget_keys(self, request: _Request) -> None:
+        for key in request.keys:
+            del self._waiting[key]
+        request.keys = ()
 
     def _received(
         self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]
@@ -207,9 +234,14 @@ class WorkerState:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
         if envelope.id == 0:
+            if isinstance(envelope.body, m.CancelRun):
+                return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
             return list(self._posted(session, envelope.body, tensors))
         steps = self._steps(session, envelope.body, tensors)
-        return self._advance(_Request(connection, envelope.id, steps), None)
+        request = _Request(connection, envelope.id, steps)
+        if isinstance(envelope.body, m.RunProtocol):
+            request.run = envelope.body.run
+        return self._advance(request, None)
 
     def _posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
         """A message that is not answered; what it could not do shows at the session's next request."""
@@ -221,6 +253,10 @@ class WorkerState:
                     self._eager.put(session, body, tensors)
                 case m.StorePlan():
                     self._eager.store_plan(session, body, tensors)
+                case m.StoreProtocol():
+                    self._protocols.store(session, body, tensors)
+                case m.DeployProtocol():
+                    return self._protocols.deploy(session, body)
                 case m.PutPointer():
                     return self._eager.put_pointer(session, body)
                 case m.Describe():
@@ -264,16 +300,17 @@ class WorkerState:
                 found = user
         return found
 
-    def _advance(self, request: _Request, sent: PeerAnswered | PeerError | None) -> list[Instruction]:
+    def _advance(self, request: _Request, sent: PeerAnswered | Exception | None) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
         instructions: list[Instruction] = []
         try:
             while True:
-                step = request.steps.throw(sent) if isinstance(sent, PeerError) else request.steps.send(sent)
+                step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
                 sent = None
                 instructions.append(step)
                 if isinstance(step, Wait):
-                    self._waiting[step.key] = request
+                    request.keys = (step.key, *step.others)
+                    self._waiting.update(dict.fromkeys(request.keys, request))
                     return instructions
         except StopIteration as stop:
             body, tensors = stop.value
@@ -299,6 +336,15 @@ class WorkerState:
                 return self._eager.store_plan(session, body, tensors)
             case m.ReadPlan():
                 return self._eager.read_plan(session, body)
+            case m.StoreProtocol():
+                return self._protocols.store(session, body, tensors)
+            case m.DeployProtocol():
+                yield from self._protocols.deploy(session, body)
+                return m.Done(), ()
+            case m.ReadRun():
+                return self._protocols.read_run(session, body)
+            case m.RunProtocol():
+                return (yield from self._protocols.run(session, body))
             case m.Search():
                 return self._eager.search(session, body)
             case m.Move():

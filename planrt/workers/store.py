@@ -1,4 +1,4 @@
-"""The objects a worker holds for its clients: tensors, plans, and pointers to objects on other workers. No I/O.
+"""The objects a worker holds for its clients: tensors, plans, protocols, pointers to objects on other workers. No I/O.
 
 Every object belongs to the session that made it, which alone can use it by its id, and is freed with it. A
 tagged object is published: it outlives its session, and others find it by `search`. They get a snapshot that
@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -19,6 +20,7 @@ from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.workers import messages as m
 from planrt.workers.labels import Label, MemoryLabels, both
 from planrt.workers.plan_objects import PlanObject
+from planrt.workers.protocol_objects import ProtocolObject
 
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
@@ -36,11 +38,14 @@ class PeerRef:
     id: int
 
 
+Value: TypeAlias = torch.Tensor | PlanObject | ProtocolObject | PeerRef | None
+
+
 @dataclass(slots=True, eq=False)
 class StoredObject:
     """One object of a worker."""
 
-    value: torch.Tensor | PlanObject | PeerRef | None
+    value: Value
     """None when the op that should have made it failed."""
     owner: str
     """The session's id; empty for the worker's own."""
@@ -92,12 +97,16 @@ class ObjectStore:
         Raises:
             DuplicateIdError: the id is in use. LocalError: the worker holds as many objects as it may.
         """
-        if id in self.objects:
-            raise DuplicateIdError(f"an object with the id {id} is already there: choose another id")
+        self.check_free(id)
         if len(self.objects) >= self.limit:
             raise LocalError(f"the worker holds {self.limit:,} objects, its limit: drop some pointers")
         self.objects[id] = stored
         self._of_session.setdefault(stored.owner, {})[id] = None
+
+    def check_free(self, id: int) -> None:
+        """Raises DuplicateIdError if the id is in use."""
+        if id in self.objects:
+            raise DuplicateIdError(f"an object with the id {id} is already there: choose another id")
 
     def find(self, session: str, id: int) -> StoredObject:
         """The session's object `id`.
@@ -150,7 +159,7 @@ class ObjectStore:
         """Frees what belongs to a session that has ended; what it published becomes the worker's own."""
         gone = []
         for id, stored in list(self.of(session)):
-            if stored.tags and isinstance(stored.value, torch.Tensor | PlanObject):
+            if stored.tags and isinstance(stored.value, torch.Tensor | PlanObject | ProtocolObject):
                 self.change_owner(id, "")
             else:
                 gone.append(self.remove(id))
@@ -191,14 +200,14 @@ class ObjectStore:
 
     def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
         value = stored.value
-        own: torch.Tensor | PlanObject
-        if isinstance(value, PlanObject):
+        own: torch.Tensor | PlanObject | ProtocolObject
+        if isinstance(value, PlanObject | ProtocolObject):
             own = value.snapshot()
         elif isinstance(value, torch.Tensor):
             with torch.no_grad():
                 own = torch._lazy_clone(value).requires_grad_(value.requires_grad)
         else:
-            raise LocalError("only tensors and plans can be shared")
+            raise LocalError("only tensors, plans and protocols can be shared")
         id, label = new_id(), self.label_of(stored)
         copy = StoredObject(
             own, session, label, description=stored.description, source=self.source_of(stored)
@@ -207,15 +216,15 @@ class ObjectStore:
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
 
 
-def tensors_of(value: torch.Tensor | PlanObject | PeerRef | None) -> list[torch.Tensor]:
+def tensors_of(value: Value) -> list[torch.Tensor]:
     """The tensors that an object holds."""
-    if isinstance(value, PlanObject):
+    if isinstance(value, PlanObject | ProtocolObject):
         return value.state
     return [value] if isinstance(value, torch.Tensor) else []
 
 
-def _can_be_shown(value: torch.Tensor | PlanObject | PeerRef | None) -> bool:
-    if isinstance(value, PlanObject):
+def _can_be_shown(value: Value) -> bool:
+    if isinstance(value, PlanObject | ProtocolObject):
         return True
     try:
         return isinstance(value, torch.Tensor) and value.is_leaf in (True, False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from nets import line_of
 from torch import nn
 
@@ -493,6 +494,69 @@ def test_a_learning_rate_that_changes_in_the_function():
     with pytest.raises(TraceError, match="its 'lr' is another after the step"):
         trace(step, [X, Y], modules=[net], **FREE)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_optimizers_on_lists_of_tensors_are_the_plain_ops():
+    net = mlp()
+
+    def step(x, y):
+        optimizer = torch.optim.RMSprop(net.parameters(), lr=0.01, foreach=True, momentum=0.5, centered=True)
+        optimizer.zero_grad(set_to_none=False)
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    plan = same_steps(step, net)
+    assert "foreach" not in plan.code
+
+
+def test_kernels_that_fuse_a_step_are_no_ops():
+    net = mlp()
+
+    def step(x, y):
+        F.cross_entropy(net(x), y).backward()
+        torch.optim.SGD(net.parameters(), lr=0.1, fused=True).step()  # here
+
+    with pytest.raises(
+        TraceError, match="optimizer SGD cannot step in a plan: _fused_sgd_ is not on the table"
+    ) as e:
+        trace(step, [X, Y], modules=[net])
+    assert e.value.line == line_of(step)
+
+
+def test_recurrent_attention_and_checkpointed_modules():
+    def gradients(module, run):
+        def step(x):
+            run(x).sum().backward()
+            found = [p.grad.clone() for p in module.parameters()]
+            module.zero_grad()
+            return tuple(found)
+
+        return step
+
+    lstm = nn.LSTM(4, 3, batch_first=True)
+    attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    net = mlp()
+    for module, run in (
+        (lstm, lambda x: lstm(x)[0]),
+        (attention, attention),
+        (net, lambda x: torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)),
+    ):
+        step = gradients(module, run)
+        plan = trace(step, [torch.randn(2, 5, 4)], modules=[module], free_dims=[[0, 1]])
+        x = torch.randn(3, 4, 4)
+        torch.manual_seed(0)
+        got = execute(plan, [x])
+        torch.manual_seed(0)
+        torch.testing.assert_close(got, step(x), rtol=0, atol=0, check_stride=False)
+
+
+def test_modules_made_in_the_function():
+    with pytest.raises(
+        TraceError, match="a parameter made in the function: make modules and parameters before"
+    ):
+        trace(lambda x: nn.Linear(4, 2)(x), [X])
 
 
 def test_optimizers_that_step_elsewhere_meanwhile_are_left_alone():

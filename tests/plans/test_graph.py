@@ -121,7 +121,21 @@ def altered(position, value):
         ((2, 0, 0), "float31", PlanFormatError, "unknown dtype 'float31'"),
         ((2, 0, 1, 0), -2, PlanFormatError, "malformed shape"),
         ((2, 0, 1), [2**40, 2**40], PlanFormatError, "more than 2"),
-        ((2, 0, 1), [1] * 65, PlanFormatError, "65 dimensions"),
+        ((2, 0, 1), [1] * 65, PlanFormatError, "65 dimensions is over the limit of 64"),
+        ((2,), [["float32", []]] * 100_001, PlanFormatError, "100001 inputs is over the limit"),
+        (
+            (3,),
+            [["float32", [1], "buffer", False]] * 100_001,
+            PlanFormatError,
+            "100001 state entries is over",
+        ),
+        ((4,), [0] * 1_000_000, PlanFormatError, "1000000 ops is over the limit of 100000"),
+        ((4, 0, 1), ["t"] + [1] * 1_000_001, PlanFormatError, "msgpack.*1000002.*max_array_len"),
+        ((4, 0, 1), ["t", *[["t", *[1] * 600_000]] * 2], PlanFormatError, "more than 1000000 items"),
+        ((4, 0, 0), "torch.serialization.load", OpNotAllowedError, "'torch.serialization.load', is not on"),
+        ((4, 0, 0), "Tensor.__class__", OpNotAllowedError, "'Tensor.__class__'"),
+        ((4, 0, 0), "Tensor.grad.__class__", OpNotAllowedError, "'Tensor.grad.__class__'"),
+        ((4, 0, 0), "x" * 1_000_000, OpNotAllowedError, "'x{80}', is not on the table"),
         ((2, 0), [], PlanFormatError, "malformed input"),
         ((3,), [["float32", [-1], "parameter", True]], PlanFormatError, "free dimension"),
         ((3,), [["float32", [1], "weight", True]], PlanFormatError, "malformed state entry 0"),
@@ -137,7 +151,7 @@ def altered(position, value):
         ((4, 1, 3), ["l", ["r", 3]], PlanFormatError, "malformed result"),
         ((5,), ["r", 99], PlanFormatError, "output refers to _99"),
         ((4, 0), [], PlanFormatError, "malformed op"),
-        ((4,), 3, PlanFormatError, "ops is not an array"),
+        ((4,), 3, PlanFormatError, "ops are not an array"),
     ],
 )
 def test_altered_plans_are_refused_with_a_reason(position, value, error, message):
@@ -172,7 +186,7 @@ def test_deep_nesting_is_refused_not_recursed_into():
 
 def test_limits(monkeypatch):
     monkeypatch.setattr("planrt.plans.graph.MAX_OPS", 4)
-    with pytest.raises(PlanFormatError, match="5 ops is longer than the limit of 4"):
+    with pytest.raises(PlanFormatError, match="with 5 ops is over the limit of 4"):
         Graph.from_bytes(DATA)
     monkeypatch.setattr("planrt.plans.graph.MAX_BYTES", 10)
     with pytest.raises(PlanFormatError, match="longer than the limit of 10"):
@@ -190,6 +204,50 @@ def test_plans_made_by_hand_are_checked_like_those_from_bytes():
     state = StateSpec("w", TensorSpec((2, -1), torch.float32), "buffer", False)
     with pytest.raises(PlanFormatError, match="free dimension"):
         Graph((spec,), (state,), (), Ref(0))
+
+
+def looped():
+    endless = []
+    endless.append(endless)
+    return endless
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ops": (Op("Tensor.neg", (looped(),), {}, Ref(1)),)}, "levels deep"),
+        ({"ops": (Op("Tensor.neg", (Ref(0),), {}, looped()),)}, "levels deep"),
+        ({"outputs": looped()}, "levels deep"),
+        ({"ops": (Op("Tensor.neg", (print,), {}, Ref(1)),)}, "type builtin_function_or_method cannot stand"),
+        ({"ops": (Op("Tensor.neg", (torch.ones(1),), {}, Ref(1)),)}, "type Tensor cannot stand"),
+        ({"ops": (Op("Tensor.neg", [Ref(0)], {}, Ref(1)),)}, "not a tuple and a dict"),
+        ({"ops": (Op("Tensor.neg", (Ref(0),), {1: 2}, Ref(1)),)}, "keys in a plan are strings"),
+        ({"ops": (Op(["Tensor.neg"], (Ref(0),), {}, Ref(1)),)}, "not an Op with a name"),
+        ({"ops": ("Tensor.neg",)}, "not an Op with a name"),
+        ({"ops": (Op("Tensor.neg", (Ref(0),), {}, Ref(True)),)}, "gives its result the number True, not 1"),
+        ({"ops": (Op("Tensor.neg", (Ref("0"),), {}, Ref(1)),)}, "which no earlier step makes"),
+        ({"ops": (Op("Tensor.neg", (Ref(0.0),), {}, Ref(1)),)}, "which no earlier step makes"),
+        ({"inputs": ("float32",)}, "described by a TensorSpec"),
+        ({"inputs": (TensorSpec([2], torch.float32),)}, "whose shape is a tuple"),
+        ({"state": (TensorSpec((2,), torch.float32),)}, "a state entry is a StateSpec"),
+    ],
+)  # fmt: skip
+def test_op_lists_that_no_tracer_makes(change, message):
+    fields = {
+        "inputs": (TensorSpec((2,), torch.float32),),
+        "state": (),
+        "ops": (),
+        "outputs": Ref(0),
+        **change,
+    }
+    with pytest.raises(PlanFormatError, match=message):
+        Graph(**fields)
+
+
+def test_what_is_no_bytes():
+    for data in ("text", None, 7, [1]):
+        with pytest.raises(PlanFormatError, match="read from bytes, not from"):
+            Graph.from_bytes(data)
 
 
 # Whatever bytes arrive: a plan or a PlanError, never another exception.

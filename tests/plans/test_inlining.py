@@ -10,7 +10,8 @@ from planrt.errors import PlanArgumentError, PlanError, TraceError
 from planrt.plans import Graph, Op, trace
 from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
-from planrt.plans.recorder import SizesFixedError, recording
+from planrt.plans.recorder import SizesFixedError
+from planrt.plans.runs import recording
 from planrt.types import Ref, TensorSpec
 
 X = torch.randn(4, 6)

@@ -497,7 +497,7 @@ def random_plan(seed):
                 made = step(values[one], values[two], random.Random(draw))
             except (RuntimeError, IndexError, ValueError, TypeError):
                 continue
-            if made.numel() == 0 or made.numel() > 400:
+            if made.numel() == 0 or made.numel() > 400 or made.abs().max() > 9:  # large ones drown others
                 continue
             program.append((step, one, two, draw))
             values.append(made)
@@ -534,7 +534,11 @@ def test_claims_hold_by_experiment(seed):
             claim = of_input(value, source)
             assert value.spec == TensorSpec.of(before[place])
             assert of_input(whole.outputs[place], source) == claim
-            touched = sum((move[place] != before[place]).int() for move in moves)
+            was = before[place].double()
+            slack = 1e-11 * was.abs().clamp_min(
+                1
+            )  # what is constant in exact numbers may still move by rounding
+            touched = sum(((move[place].double() - was).abs() > slack).int() for move in moves)
             if claim is None:
                 assert not touched.any()
             elif claim != "raw":

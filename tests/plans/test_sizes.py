@@ -109,6 +109,8 @@ SOME_SIZES = {
     "text": lambda x: x * int(f"{x.shape[0]}"),
     "bits": lambda x: x * (x.shape[0] & 1),
     "index of a list": lambda x: x * [*range(1, 40)][x.shape[0]],
+    "index that depends on evenness": lambda x: x * [5.0, 6.0][x.shape[0] % 2],
+    "range of evenness": lambda x: x * len(range(x.shape[0] % 2)),
     "stride": lambda x: x * x.t().contiguous().stride(0),
     "nbytes": lambda x: x * x.nbytes,
     "comprehension": lambda x: torch.stack([row * 2 for row in x]),
@@ -133,6 +135,13 @@ def test_a_number_that_happens_to_be_the_size():
     with pytest.raises(SizesFixedError, match="with them doubled") as caught:
         trace(f, [torch.randn(4, 6)], free_dims=[[0]])
     assert caught.value.line == line_of(f)
+
+
+def test_results_whose_number_depends_on_the_size_are_refused_when_recorded():
+    for f, n in ((lambda x: x.split(2)[0], 1), (lambda x: torch.cat(x.split(x.shape[0] // 2)), 2)):
+        with pytest.raises(SizesFixedError, match="split .its results differ|1 became") as caught:
+            trace(f, [torch.randn(n, 6)], free_dims=[[0]])
+        assert __file__ in caught.value.line
 
 
 def test_a_comparison_is_checked_when_the_plan_runs():
@@ -218,6 +227,7 @@ def test_inputs_that_must_agree_fail_at_run_time_like_the_function():
     [
         lambda x, y: x.sum() + y.sum() if len(x) == len(y) else x.sum(),
         lambda x, y: y * len(x) / len(y),
+        lambda x, y: x.sum() * [2.0, 3.0, 4.0, 5.0][y.shape[0] - x.shape[0]],
         lambda x, y: x.sum() * (2 if int(x.shape[0]) == int(y.shape[0]) else 3),
     ],
 )

@@ -285,7 +285,10 @@ def test_the_line_that_reads_is_named():
         (lambda x: x.to_sparse(), "not on the table"),
         (lambda x: x + torch.ones(4, 6).to_sparse(), "not on the table"),
         (lambda x: x.to(torch.float8_e5m2), "float8"),
-        (lambda x: torch.rand(3, generator=torch.Generator()), "type Generator cannot stand"),
+        (
+            lambda x: torch.rand(3, generator=torch.Generator()),
+            "Generator cannot go into a plan: .* seed the plan",
+        ),
         (lambda x: x.register_hook(print), "register_hook: a plan would lose the hook"),
         (lambda x: x.undefined, "AttributeError"),
         (lambda x: x @ x, "RuntimeError: .*mat1 and mat2"),
@@ -313,6 +316,68 @@ def test_writes_that_a_recorder_cannot_see():
 
     refused(real, X, match="aten::copy_ writes to a tensor behind torch's public functions")
     refused(other_memory, X, match="Tensor.set_ gives a tensor other memory")
+
+
+def test_a_function_that_seeds():
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        g = lambda x, seed=seed: (torch.manual_seed(seed), x + torch.rand(6))[1]  # noqa: E731
+        refused(g, X, match="seeds torch's generator, which a plan cannot: seed the plan where it runs")
+    before = torch.get_rng_state()
+    plan = trace(lambda x: x + torch.rand(x.shape[0], 1), [X], **FREE)
+    assert torch.equal(torch.get_rng_state(), before)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(execute(plan, [X]))
+    assert torch.equal(*draws)
+
+
+def test_grad_modes_nested_and_as_decorators():
+    @torch.no_grad()
+    def frozen(x):
+        with torch.enable_grad():
+            open_again = x * 2
+        return open_again, x * 3
+
+    @torch.set_grad_enabled(False)
+    def off(x):
+        return x * 4
+
+    def f(x):
+        first, second = frozen(x)
+        return first, second, off(x), x * 5
+
+    plan = trace(f, [X.clone().requires_grad_()])
+    x = X.clone().requires_grad_()
+    assert [y.requires_grad for y in execute(plan, [x])] == [True, False, False, True]
+    assert [y.requires_grad for y in f(x)] == [True, False, False, True]
+
+
+def test_default_arguments_that_are_tensors_become_state():
+    twos = torch.full((6,), 2.0)
+
+    def f(x, scale=twos):
+        return x * scale
+
+    with pytest.warns(
+        PlanWarning, match=r"captured 1 tensor from outside the function \(float32\[6\]; the first at"
+    ):
+        plan = trace(f, [X], **FREE)
+    assert torch.equal(execute(plan, [X]), X * 2)
+
+
+def test_the_notice_is_given_once_and_lists_a_few():
+    many = [torch.ones(6) for _ in range(7)]
+    with pytest.warns(
+        PlanWarning, match=r"captured 7 tensors .*(float32\[6\], ){5}\.\.\.; the first at"
+    ) as told:
+        trace(lambda x: x + sum(many), [X], **FREE)
+    assert len(told) == 1
+    net = nn.Linear(6, 2)
+    trace(net, [X], modules=[net])  # what belongs to it is no surprise
+    with pytest.warns(PlanWarning, match="captured 2 tensors"):
+        trace(lambda x: net(x), [X])
 
 
 def test_modes_that_cannot_be_recorded():

@@ -249,6 +249,25 @@ def test_owners_serve_data_sets_of_their_own(commands):
     assert commands.finish(process).code == 0
 
 
+@pytest.mark.parametrize("form", [[], ["--json-logs"]])
+def test_logs_are_lines_for_people_or_json_on_stderr(commands, form):
+    process = commands.start([*SERVE, "--id", "bob", "--port", "0", "--empty", "--verbose", *form])
+    uri = lines_until(process, "Ctrl-C")[-1].split(" at ")[1].partition(";")[0]
+    WebsocketClientWorker("bob", uri=uri).close()
+    process.terminate()
+    ended = commands.finish(process)
+    lines = [line for line in ended.err.splitlines() if "connected" in line]
+    assert (ended.code, len(lines)) == (0, 2), ended
+    if form:
+        entries = [json.loads(line) for line in ended.err.splitlines()]
+        connected = next(entry for entry in entries if entry["event"] == "connected")
+        assert (connected["level"], connected["worker"]) == ("debug", "bob")
+        assert {"timestamp", "client"} <= connected.keys()
+    else:
+        assert "worker=bob" in lines[0]
+        assert "\x1b" not in ended.err  # no colours where there is no terminal
+
+
 # ------------------------------------------------------------------------------- training, workers named
 
 

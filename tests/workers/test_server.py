@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import socket
 import struct
+import subprocess
+import sys
 import threading
 
 import msgpack
@@ -264,6 +266,22 @@ def test_the_server_stops_with_clients_connected(server):
     with pytest.raises(WorkerLostError, match="'bob'"):
         worker.run(double, torch.ones(2))
     worker.close()
+
+
+def test_a_process_ends_quietly_though_its_server_still_runs():
+    """In a notebook nobody leaves the block."""
+    code = (
+        "import torch, planrt\n"
+        "planrt.TorchHook(torch)\n"
+        "running = planrt.WebsocketServerWorker('bob', threads=1).running()\n"
+        "bob = planrt.WebsocketClientWorker('bob', uri=running.__enter__())\n"
+        "x = torch.ones(3).send(bob)\n"
+        "for _ in range(100):\n"
+        "    y = x + 1\n"
+        "print(y.get().tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[2.0, 2.0, 2.0]\n", "")
 
 
 def test_the_server_stops_at_once_while_it_computes(server):

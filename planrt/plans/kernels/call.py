@@ -57,7 +57,7 @@ class Call:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         tensors: list[torch.Tensor],
-        shapes: Mapping[int, Sequence[int]],
+        shapes: Mapping[int, tuple[int, ...]],
         outputs: list[torch.Tensor],
     ) -> None:
         self.kernel = kernel
@@ -74,7 +74,7 @@ class Call:
             return self._args[position]
         return self._kwargs.get(name, self.kernel.defaults.get(name))
 
-    def shape(self, tensor: torch.Tensor) -> Sequence[int]:
+    def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """The shape that an argument had."""
         return self.shapes[id(tensor)]
 

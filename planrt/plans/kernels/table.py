@@ -70,7 +70,8 @@ from planrt.plans.kernels.shapes import (
 _ELEMENTWISE = """
     __and__ __ilshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ _conj _conj_physical _fused_dropout _neg_view
     _prelu_kernel _prelu_kernel_backward _to_copy _unsafe_masked_index abs acos acosh add addcdiv addcmul
-    alias alias_copy angle asin asinh atan atan2 atanh binary_cross_entropy_with_logits_pointwise bitwise_and
+    alias alias_copy angle asin asinh atan atan2 atanh
+    bitwise_and
     bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max clamp_min clip
     clone complex conj_physical copysign cos cosh deg2rad detach detach_copy digamma div elu elu_backward eq erf erfc
     erfinv exp exp2 expm1 float_power floor floor_divide fmax fmin fmod frac frexp gcd ge gelu gelu_backward gt
@@ -96,6 +97,7 @@ _ELEMENTWISE = """
 _INDEPENDENT = """
     arange bartlett_window blackman_window cauchy empty empty_like empty_permuted empty_strided
     exponential eye full full_like geometric hamming_window hann_window kaiser_window linspace log_normal logspace
+    _efficientzerotensor _linalg_check_errors
     new_empty new_empty_strided new_full new_ones new_zeros ones ones_like rand rand_like randint
     randint_like randn randn_like random randperm scalar_tensor tril_indices triu_indices uniform zero zeros zeros_like
 """
@@ -206,7 +208,8 @@ RULES: Final[dict[str, Callable[[Call], Links]]] = {
     **named(
         "adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d max_pool1d upsample_linear1d upsample_nearest1d"
         " reflection_pad1d replication_pad1d reflection_pad1d_backward replication_pad1d_backward"
-        " upsample_linear1d_backward upsample_nearest1d_backward ",
+        " upsample_linear1d_backward upsample_nearest1d_backward _upsample_nearest_exact1d"
+        " _upsample_nearest_exact1d_backward",
         inner(1),
     ),
     **named(
@@ -214,15 +217,17 @@ RULES: Final[dict[str, Callable[[Call], Links]]] = {
         " avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward upsample_bilinear2d"
         " upsample_bilinear2d_backward upsample_nearest2d upsample_nearest2d_backward upsample_bicubic2d"
         " upsample_bicubic2d_backward reflection_pad2d reflection_pad2d_backward replication_pad2d"
-        " replication_pad2d_backward   linalg_inv_ex linalg_cholesky_ex cholesky"
-        " _linalg_svd _linalg_eigh linalg_qr linalg_matrix_exp",
+        " replication_pad2d_backward _upsample_nearest_exact2d _upsample_nearest_exact2d_backward linalg_inv_ex"
+        " linalg_cholesky_ex"
+        " _linalg_svd _linalg_eigh linalg_qr linalg_matrix_exp _linalg_det _linalg_slogdet _linalg_solve_ex"
+        " linalg_lu_factor_ex linalg_lu_solve linalg_pinv linalg_solve_triangular cholesky_solve cholesky_inverse",
         inner(2),
     ),
     **named(
         "_adaptive_avg_pool3d _adaptive_avg_pool3d_backward adaptive_max_pool3d adaptive_max_pool3d_backward avg_pool3d"
         " avg_pool3d_backward max_pool3d_with_indices max_pool3d_with_indices_backward upsample_trilinear3d"
         " upsample_trilinear3d_backward upsample_nearest3d upsample_nearest3d_backward reflection_pad3d"
-        " replication_pad3d pixel_shuffle pixel_unshuffle",
+        " replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle",
         inner(3),
     ),
     **named("_fft_c2c _fft_r2c _fft_c2r", along("dim")),

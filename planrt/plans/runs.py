@@ -1,0 +1,100 @@
+"""One run of a function under a recorder, and whether one is going on in this thread."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planrt.errors import PlanrtError, TraceError
+from planrt.plans import seen
+from planrt.plans.lifting import StateRegistry
+from planrt.plans.optimizers import OptimizerWatch
+from planrt.plans.recorder import Recorder, Run
+from planrt.plans.source import line_of_error, user_line
+from planrt.types import TensorSpec
+
+_SEED: Final = 0x706C616E  # of torch's generator during a run: a function that sets its own is found out
+
+
+class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no hints there
+    """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
+    and ``z.real = x``. They would be missing in the plan."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every kernel, below autograd."""
+        if self._recorder.in_call:
+            return func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
+            self._recorder.fail(seen.why_unseen(func._schema.name), user_line())
+        with torch._C.DisableTorchFunction():  # or the recorder would take the kernel for the user's call
+            return func(*args, **(kwargs or {}))
+
+
+class _Active(threading.local):
+    recorder: Recorder | None = None
+
+
+_active = _Active()
+
+
+def active_recorder() -> Recorder | None:
+    """The recorder under which this thread runs a function."""
+    return _active.recorder
+
+
+def recording() -> bool:
+    """Whether this thread is recording a plan: a plan that is called then is to be inlined."""
+    return _active.recorder is not None
+
+
+def run_once(
+    function: Callable[..., Any],
+    examples: Sequence[torch.Tensor],
+    specs: Sequence[TensorSpec],
+    registry: StateRegistry,
+    optimizers: OptimizerWatch,
+    values: list[torch.Tensor] | None = None,
+) -> Run:
+    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a later one.
+
+    Raises:
+        TraceError: whatever went wrong, with the user's line.
+    """
+    inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
+    recorder = Recorder(inputs, specs, registry, values, optimizers)
+    torch.default_generator.manual_seed(_SEED)
+    try:
+        with torch.enable_grad(), _UnseenWrites(recorder), recorder:
+            _active.recorder = recorder
+            outputs = function(*inputs)
+        if recorder.failure is not None:
+            raise recorder.failure
+        if torch.initial_seed() != _SEED:
+            raise TraceError(
+                "the function seeds torch's generator, which a plan cannot: seed the plan where it runs "
+                "(torch.manual_seed here, a request's seed on a worker)"
+            )
+        return recorder.finish(outputs)
+    except PlanrtError:
+        raise recorder.failure or sys.exc_info()[1] from None  # type: ignore[misc]
+    except Exception as error:
+        if recorder.failure is not None:
+            raise recorder.failure from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise TraceError(
+            f"the function failed on its example arguments: {type(error).__name__}: {reason}",
+            line=line_of_error(error),
+        ) from error
+    finally:
+        _active.recorder = None

@@ -1,0 +1,376 @@
+"""`PointerProtocol`: a protocol on a worker, which runs it from there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from planrt.errors import (
+    LocalError,
+    MixedLocationsError,
+    PlanFormatError,
+    PlanrtError,
+    ProtocolError,
+    RemoteError,
+)
+from planrt.plans.chain import Chain, ChainStep
+from planrt.plans.graph import refs_in
+from planrt.plans.inference import spec_from_wire
+from planrt.plans.plan import Plan
+from planrt.protocols.places import bound, resolve, seed_of_run
+from planrt.protocols.progress import OnProgress, Progress
+from planrt.protocols.shapes import check_inputs
+from planrt.serde.values import decode
+from planrt.types import Ref, map_leaves
+from planrt.workers import messages as m
+from planrt.workers.clients import BaseWorker, expect
+from planrt.workers.loop import on_loop, run
+from planrt.workers.objects import allowed_users as allowed_list
+from planrt.workers.objects import check_travels, kinds
+from planrt.workers.plan_pointers import PointerPlan
+from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
+
+if TYPE_CHECKING:
+    from planrt.protocols.protocol import Protocol
+
+_ASK_EVERY = 0.05
+"""Seconds between two questions for the progress of a run elsewhere."""
+
+NewProgress = Callable[[Mapping[str, BaseWorker], OnProgress | None], Progress]
+
+
+class PointerProtocol:
+    """A protocol on a worker: what `Protocol.send` returns, and what `search` finds.
+
+    Attributes:
+        id: the pointer's own id, here. tags, description: as the protocol was given them.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        chain: Chain | None = None,
+        workers: Mapping[str, BaseWorker] | None = None,
+        tags: Sequence[str] = (),
+        description: str = "",
+    ) -> None:
+        self._handle = handle
+        self._chain = chain
+        self._workers = dict(workers or {})
+        self.id = new_id()
+        self._tags = tuple(tags)
+        self._text = description
+
+    @property
+    def location(self) -> BaseWorker:
+        """The worker that holds the protocol."""
+        return self._handle.worker
+
+    @property
+    def id_at_location(self) -> int:
+        """The object's id on its worker."""
+        return self._handle.id
+
+    @property
+    def tags(self) -> set[str]:
+        """Its tags."""
+        return set(self._tags)
+
+    @property
+    def description(self) -> str:
+        """Its description."""
+        return self._text
+
+    @property
+    def garbage_collection(self) -> bool:
+        """Whether the protocol goes from the worker when the last pointer to it does."""
+        return self._handle.owned
+
+    @garbage_collection.setter
+    def garbage_collection(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    # -------------------------------------------------------------------------------------- deploying
+
+    def deploy(self, *workers: BaseWorker) -> Self:
+        """Tells the worker which workers stand at the protocol's places; see `Protocol.deploy`.
+
+        Raises:
+            ProtocolError: too few or too many workers, or one twice.
+        """
+        return run(self.async_deploy(*workers), instead="await pointer.async_deploy(...)")
+
+    @on_loop
+    async def async_deploy(self, *workers: BaseWorker) -> Self:
+        """`deploy`, to be awaited on any loop."""
+        chain = await self._read()
+        self._workers = resolve(chain.places, {}, workers)
+        worker, body = self.location, m.DeployProtocol(alive(self).id, _addresses(self._workers))
+        expect(m.Done, await worker._connection.finish(worker._ask(body)), worker)
+        return self
+
+    @on_loop
+    async def _read(self) -> Chain:
+        if self._chain is None:
+            worker = self.location
+            reply = await worker._connection.finish(worker._ask(m.ReadPlan(alive(self).id)))
+            self._chain = _chain_of(*expect(m.FetchedProtocol, reply, worker))
+        return self._chain
+
+    # ---------------------------------------------------------------------------------------- running
+
+    def run(
+        self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
+    ) -> Any:
+        """Has the worker run the protocol on objects that it holds; see `Protocol.run`.
+
+        Tensors of this process are sent to it first. The results are pointers to the worker, which point to where
+        the results are: ``get`` gives a pointer to that.
+
+        Raises:
+            ProtocolError: not deployed by this client, missing inputs. MixedLocationsError: an input on another
+                worker. RemoteError: a step failed; its `step` is the step's name. GetNotPermittedError.
+        """
+        grad = torch.is_grad_enabled()  # here: the loop's thread has a mode of its own
+        start = self._start(inputs, named, seed, on_progress, grad, _quiet, verbose=False)
+        return run(start, instead="await pointer.async_run(...)")
+
+    async def async_run(
+        self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
+    ) -> Any:
+        """`run`, to be awaited on any loop. Cancelled, the worker drops all that was made."""
+        grad = torch.is_grad_enabled()
+        return await self._start(inputs, named, seed, on_progress, grad, _quiet, verbose=False)
+
+    async def _start(
+        self,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        seed: int | None,
+        on_progress: OnProgress | None,
+        grad: bool,
+        new_progress: NewProgress,
+        *,
+        verbose: bool,
+    ) -> Any:
+        seed = seed_of_run(seed)
+        chain, worker = await self._read(), alive(self).worker
+        if not self._workers:
+            raise ProtocolError(
+                "deploy the protocol first, to workers that this process is connected to: "
+                f"deploy({', '.join(chain.places)})"
+            )
+        values = bound(chain.inputs, inputs, named)
+        check_inputs(chain, dict(enumerate(values)))
+        for name, value in zip(chain.inputs, values, strict=True):
+            if isinstance(value, PointerTensor) and alive(value).worker is not worker:
+                raise MixedLocationsError(
+                    f"input {name!r} is on worker {value.location.id!r}, and the protocol on {worker.id!r}, which runs "
+                    "it: move the input there, or get() the protocol"
+                )
+            if not isinstance(value, PointerTensor):
+                check_travels(value)
+        if verbose:
+            print(f"send remote run request to {worker.id}")
+        progress = new_progress(self._workers, on_progress)
+        return await self._on_worker(chain, values, seed, grad, progress, watched=on_progress is not None)
+
+    @on_loop
+    async def _on_worker(
+        self,
+        chain: Chain,
+        values: Sequence[Any],
+        seed: int,
+        grad: bool,
+        progress: Progress,
+        *,
+        watched: bool,
+    ) -> Any:
+        worker, workers = alive(self).worker, dict(self._workers)
+        await worker.gradients.settle_async()
+        handles = []
+        for value in values:
+            handles += [alive(value)] if isinstance(value, PointerTensor) else await worker.put_async([value])
+        results = {}
+        for ref in refs_in(chain.outputs):
+            maker = chain.maker(ref.index)
+            assert maker is not None  # noqa: S101 - outputs are results of steps
+            handle = Handle(worker, new_id(), (workers[chain.steps[maker].place],))
+            results[handle.id] = handle
+        number = new_id()
+        body = m.RunProtocol(alive(self).id, number, [one.id for one in handles], list(results), grad, seed)
+        for step in chain.steps:
+            progress.on_step(step.name, step.place, "waiting")
+        running = asyncio.ensure_future(worker._connection.finish(worker._ask(body)))
+        watching = asyncio.create_task(self._watch(worker, number, chain, progress)) if watched else None
+        if watching is not None:
+            watching.add_done_callback(
+                lambda done: done.cancelled() or (done.exception() and running.cancel())
+            )
+        try:
+            made, _ = expect(m.Made, await running, worker)
+        except asyncio.CancelledError:
+            with contextlib.suppress(PlanrtError):
+                worker._connection.post(m.CancelRun(number))
+            if watching is not None and watching.done():
+                watching.result()  # raises what ended it
+            raise
+        except BaseException as error:
+            for handle in results.values():  # nothing was made
+                handle.alive = False
+            if isinstance(error, RemoteError) and (failed := _step(chain, error.step)) is not None:
+                progress.on_step(failed.name, failed.place, "failed")
+                progress.tell()
+            raise
+        finally:
+            handles.clear()  # an error would keep them, with what was sent for this run, as long as it is looked at
+            if watching is not None:
+                watching.cancel()
+        for step in chain.steps:
+            progress.on_step(step.name, step.place, "done")
+        progress.tell()
+        try:
+            kept = {id for id, _ in made.objects}
+            pointers = [make_pointer(results[id], spec_from_wire(like)) for id, like in made.objects]
+            for id, handle in results.items():
+                handle.alive = id in kept
+            return map_leaves(
+                decode(made.results), lambda leaf: pointers[leaf.index] if isinstance(leaf, Ref) else leaf
+            )
+        except (LocalError, KeyError, IndexError) as error:
+            raise worker._unexpected(made) from error
+
+    async def _watch(self, worker: BaseWorker, number: int, chain: Chain, progress: Progress) -> None:
+        """Asks where a run stands, as long as it runs."""
+        places = {step.name: step.place for step in chain.steps}
+        while True:
+            progress.tell()
+            await asyncio.sleep(_ASK_EVERY)
+            reply = await worker._connection.finish(worker._ask(m.ReadRun(number)))
+            states, _ = expect(m.RunStates, reply, worker)
+            for step, state in states.steps:
+                if step in places:
+                    progress.on_step(step, places[step], state)
+
+    # -------------------------------------------------------------------------------------- travelling
+
+    def get(self) -> Protocol:
+        """The protocol with its plans and their state, as they were sent; the worker forgets it.
+
+        Raises:
+            GetNotPermittedError: its state is private. GonePointerError.
+        """
+        return run(self.async_get(), instead="await pointer.async_get()")
+
+    @on_loop
+    async def async_get(self) -> Protocol:
+        """`get`, to be awaited on any loop."""
+        worker, handle = self.location, alive(self)
+        body, tensors = await worker._connection.finish(worker._ask(m.Fetch(handle.id, True)))
+        made = _rebuilt(*expect(m.FetchedProtocol, (body, tensors), worker))
+        handle.alive = False
+        made._tags, made._text = self._tags, self._text
+        return made
+
+    def tag(self, *tags: str) -> Self:
+        """Tags the protocol, which publishes it: others find it by these tags, and it outlives this session."""
+        self._tags = (*self._tags, *tags)
+        alive(self).worker.describe_object(self, self._tags, self._text)
+        return self
+
+    def describe(self, description: str) -> Self:
+        """Gives the protocol a description, whose words `search` finds."""
+        self._text = description
+        alive(self).worker.describe_object(self, self._tags, description)
+        return self
+
+    def __repr__(self) -> str:
+        handle = self._handle
+        text = f"[PointerProtocol | me:{self.id} -> {handle.worker.id}:{handle.id}]"
+        return text + ("" if handle.alive else " (used up)")
+
+
+def _quiet(workers: Mapping[str, BaseWorker], on_progress: OnProgress | None) -> Progress:
+    return Progress({place: worker.id for place, worker in workers.items()}, on_progress, verbose=False)
+
+
+async def send_protocol(
+    worker: BaseWorker,
+    chain: Chain,
+    plans: Sequence[Plan | PointerPlan],
+    workers: Mapping[str, BaseWorker],
+    *,
+    tags: Sequence[str],
+    description: str,
+    private: bool,
+    allowed_users: Sequence[str] | None,
+) -> PointerProtocol:
+    """Stores a protocol on `worker`. The state of plans that are on workers is brought here for it."""
+    handle = Handle(worker, new_id())
+    body = m.StoreProtocol(handle.id, list(tags), description, allowed_list(private, allowed_users))
+    states = [plan.state_tensors() if isinstance(plan, Plan) else None for plan in plans]
+
+    @on_loop
+    async def send() -> None:
+        payload: list[torch.Tensor] = [torch.frombuffer(bytearray(chain.to_bytes()), dtype=torch.uint8)]
+        for plan, state in zip(plans, states, strict=True):
+            if isinstance(plan, PointerPlan):
+                asked = plan.location._ask(m.Fetch(alive(plan).id, False))
+                _, fetched = expect(
+                    m.FetchedPlan, await plan.location._connection.finish(asked), plan.location
+                )
+                state = fetched[1:]
+            for tensor in state or ():
+                check_travels(tensor)
+                payload.append(tensor.detach())
+        await worker._connection.send(body, payload)
+        if workers:
+            worker._connection.post(m.DeployProtocol(handle.id, _addresses(workers)))
+
+    await send()
+    return PointerProtocol(handle, chain=chain, workers=workers, tags=tags, description=description)
+
+
+def _step(chain: Chain, name: str | None) -> ChainStep | None:
+    return next((step for step in chain.steps if step.name == name), None)
+
+
+def _addresses(workers: Mapping[str, BaseWorker]) -> dict[str, m.PeerAddress]:
+    return {place: m.PeerAddress(worker.id, worker.link_address) for place, worker in workers.items()}
+
+
+def _chain_of(body: m.Body, tensors: Sequence[torch.Tensor]) -> Chain:
+    if not tensors or tensors[0].dtype != torch.uint8:
+        raise PlanFormatError("a protocol came without its chain")
+    return Chain.from_bytes(tensors[0].numpy().tobytes())
+
+
+def _rebuilt(body: m.Body, tensors: Sequence[torch.Tensor]) -> Protocol:
+    """The protocol that a worker sent."""
+    from planrt.protocols.protocol import Protocol  # it imports this module
+
+    chain = _chain_of(body, tensors)
+    rest = list(tensors[1:])
+    plans = []
+    for plan in chain.plans:
+        count = len(plan.record.state)
+        if len(rest) < count:
+            raise PlanFormatError("a protocol came without the state of its plans")
+        plans.append(Plan.from_record(plan.record, rest[:count], training=plan.training))
+        rest = rest[count:]
+    return Protocol.from_chain(chain, plans)
+
+
+def found_protocol(worker: BaseWorker, item: m.FoundItem) -> PointerProtocol:
+    """A pointer to a protocol that a search found."""
+    return PointerProtocol(
+        Handle(worker, item.id, owned=item.snapshot), tags=item.tags, description=item.description
+    )
+
+
+kinds["protocol"] = found_protocol

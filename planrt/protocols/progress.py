@@ -1,0 +1,51 @@
+"""Where the steps of a run are, kept for whoever asks and told to whoever wants to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from planrt.workers.chain_runs import StepState, Transfer
+
+OnProgress: TypeAlias = Callable[[str, str, StepState], object]
+"""Called with a step's name, its worker's id, and "waiting", "running", "done" or "failed"."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """Where one step is."""
+
+    worker: str
+    state: StepState
+
+
+class Progress:
+    """The steps of one run. `ids` maps places to the ids of their workers."""
+
+    def __init__(self, ids: Mapping[str, str], on_progress: OnProgress | None, *, verbose: bool) -> None:
+        self.steps: dict[str, StepProgress] = {}
+        self._ids = ids
+        self._on_progress = on_progress
+        self._verbose = verbose
+        self._untold: list[tuple[str, StepProgress]] = []
+
+    def on_step(self, step: str, place: str, state: StepState) -> None:
+        """A step has come to another state; as `ChainRun` calls it."""
+        now = StepProgress(self._ids[place], state)
+        if self.steps.get(step) != now:
+            self.steps[step] = now
+            self._untold.append((step, now))
+
+    def on_transfer(self, kind: Transfer, source: str, target: str) -> None:
+        """A value goes somewhere; as `ChainRun` calls it."""
+        if self._verbose:
+            way = f"{self._ids[source]} -> " if source else ""
+            print(f"{kind} {way}{self._ids[target]}")
+
+    def tell(self) -> None:
+        """Calls back for what has happened since the last time."""
+        untold, self._untold = self._untold, []
+        if self._on_progress is not None:
+            for step, now in untold:
+                self._on_progress(step, now.worker, now.state)
