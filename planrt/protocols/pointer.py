@@ -19,7 +19,6 @@ from planrt.errors import (
 )
 from planrt.plans.chain import Chain, ChainStep
 from planrt.plans.graph import refs_in
-from planrt.plans.inference import spec_from_wire
 from planrt.plans.plan import Plan
 from planrt.protocols.places import bound, resolve, seed_of_run
 from planrt.protocols.progress import OnProgress, Progress
@@ -30,7 +29,7 @@ from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.loop import on_loop, run
 from planrt.workers.objects import allowed_users as allowed_list
-from planrt.workers.objects import check_travels, kinds
+from planrt.workers.objects import check_travels, kinds, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 

@@ -12,7 +12,6 @@ import torch
 from planrt.errors import LocalError, ProtocolError
 from planrt.plans.chain import Chain, ChainPlan
 from planrt.plans.graph import refs_in
-from planrt.plans.inference import spec_from_wire
 from planrt.plans.plan import Plan
 from planrt.protocols.places import bound, placed_at, resolve, seed_of_run
 from planrt.protocols.pointer import PointerProtocol, send_protocol
@@ -25,7 +24,7 @@ from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Output
 from planrt.workers.clients import BaseWorker
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import check_travels
+from planrt.workers.objects import check_travels, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, alive, make_pointer
 
