@@ -21,6 +21,7 @@ from planrt.fl.command import Parser, run_command
 if TYPE_CHECKING:
     from planrt.plans.approvals import Approvals
     from planrt.plans.graph import Graph
+    from planrt.plans.record import PlanRecord
     from planrt.types import TensorSpec
 
 DEFAULT_FOLDER = "approvals"
@@ -214,18 +215,29 @@ def _plan_file(options: argparse.Namespace) -> Path:
 
 
 def _graphs(path: Path) -> dict[str, Graph]:
-    """What a plan's file holds, by name."""
+    """What a plan's file holds, by mode. Plans that wait are without state: they are a record, or a graph alone."""
+    from planrt.plans.files import is_plan_file, load_file
     from planrt.plans.graph import MAX_BYTES, Graph
+    from planrt.plans.record import PlanRecord, is_record
 
     try:
+        if is_plan_file(path):
+            return _modes(load_file(path).record)
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(2 * MAX_BYTES + 1)
+        return _modes(PlanRecord.from_bytes(data)) if is_record(data) else {"plan": Graph.from_bytes(data)}
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror or error}") from None
-    try:
-        return {"plan": Graph.from_bytes(data)}
+    except OptionError:
+        raise
     except PlanrtError as error:
         raise OptionError(f"{path}: {error}") from None
+
+
+def _modes(record: PlanRecord) -> dict[str, Graph]:
+    if len(record.graphs) == 1:
+        return {"plan": record.graphs[0]}
+    return {"training": record.graph(training=True), "evaluation": record.graph(training=False)}
 
 
 def _inputs(graph: Graph, texts: Sequence[str]) -> list[TensorSpec]:

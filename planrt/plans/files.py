@@ -112,6 +112,16 @@ def save_plan(plan: Plan, path: AnyPath) -> None:
         file.write(digest.digest())
 
 
+def is_plan_file(path: AnyPath) -> bool:
+    """Whether the file at `path` begins as a plan file does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def load_plan(path: AnyPath) -> Plan:
     """The plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
 

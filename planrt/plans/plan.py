@@ -15,27 +15,27 @@ import os
 import secrets
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
+from planrt.plans.building import examples_of, leading_dims, record_in_both_modes
 from planrt.plans.graph import Graph
 from planrt.plans.holding import hold
 from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
-from planrt.plans.lifting import StateRegistry
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.plans.recorder import SizesFixedError
 from planrt.plans.runs import active_recorder
 from planrt.plans.signature import Signature, recorded_signature
 from planrt.plans.text import show_name
-from planrt.plans.tracer import assemble, record
-from planrt.types import FREE
+from planrt.types import TensorSpec
 
-_EXAMPLE_SIZE = 2  # what a free size is while recording; the tracer doubles it
+if TYPE_CHECKING:
+    from planrt.plans.policy import Policy
+    from planrt.plans.report import Report
 
 
 class PlanState(torch.nn.Module):
@@ -176,7 +176,7 @@ class Plan(torch.nn.Module):
             if any(path.startswith(f"{one}.") for one in modules)
         }
         batched = [index for index, one in enumerate(tensors) if one.dim() and index not in of_modules]
-        for chosen in _leading(tensors, batched):
+        for chosen in leading_dims(tensors, batched):
             try:
                 return self._built(
                     signature, tensors, modules, [(0,) if i in chosen else () for i in range(len(tensors))]
@@ -191,29 +191,7 @@ class Plan(torch.nn.Module):
         Raises:
             PlanArgumentError: a wrong number of shapes, or shapes that are none or do not fit the function.
         """
-        required = [
-            one.name for one in self._signature().parameters.values()
-            if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) and one.default is one.empty
-        ]  # fmt: skip
-        takes_more = len(self._signature().parameters) > len(required)
-        if len(shapes) < len(required) or (len(shapes) > len(required) and not takes_more):
-            raise PlanArgumentError(
-                f"{self.name} takes {len(required)} arguments ({', '.join(required)}), got {len(shapes)} shapes in "
-                "args_shape: check that there is one shape for each, and none for numbers, which need a default"
-            )
-        names = [*required, *map(str, range(len(required), len(shapes)))]
-        for name, shape in zip(names, shapes, strict=True):
-            if not isinstance(shape, tuple | list | torch.Size) or any(
-                isinstance(size, bool) or not isinstance(size, int) or size < FREE for size in shape
-            ):
-                raise PlanArgumentError(
-                    f"{self.name}: {shape!r} is not a shape for argument {name}: sizes are whole numbers from 0, or "
-                    "-1 for any size"
-                )
-        examples = [
-            torch.zeros([_EXAMPLE_SIZE if size == FREE else size for size in shape]) for shape in shapes
-        ]
-        free = [[dim for dim, size in enumerate(shape) if size == FREE] for shape in shapes]
+        examples, free = examples_of(self.name, self._signature(), shapes)
         try:
             return self.build(*examples, free_dims=free)
         except TraceError as error:
@@ -232,44 +210,22 @@ class Plan(torch.nn.Module):
         free_dims: Sequence[Sequence[int]],
     ) -> Self:
         inner = [self._function] if isinstance(self._function, torch.nn.Module) else []
-        registry = StateRegistry([self, *inner], also_undo=list(modules.values()))
-
-        def flat(*inputs: torch.Tensor) -> Any:
-            with _holding(modules, dict(zip(signature.input_names, inputs, strict=True))):
-                return signature.call(self.forward, inputs, modules)
-
-        mode = self.training
-        recordings = {mode: record(flat, tensors, registry=registry, free_dims=free_dims)}
-        if inner or any(part not in (self, self.state) for part in self.modules()):
-            try:
-                with _switched([self, *inner]):
-                    recordings[not mode] = record(flat, tensors, registry=registry, free_dims=free_dims)
-            except TraceError:
-                pass  # the other mode asks for other examples; `PlanRecord.graph` says so when it is wanted
-        else:
-            recordings[not mode] = recordings[mode]
-
-        def graph(training: bool) -> Graph | None:
-            if training not in recordings:
-                return None
-            return assemble(
-                recordings[training],
-                registry,
-                name=self.name,
-                input_names=signature.input_names,
-                doc=inspect.getdoc(self if self._function is not None else type(self)) or "",
-            )
-
-        evaluation, training = graph(False), graph(True)
-        if evaluation is not None and evaluation == training:
-            training = evaluation
-        first = evaluation or training
-        assert first is not None  # noqa: S101 - one mode was recorded, or record raised
+        found, registry = record_in_both_modes(
+            self.forward,
+            [self, *inner],
+            signature,
+            tensors,
+            modules,
+            free_dims,
+            name=self.name,
+            doc=inspect.getdoc(self if self._function is not None else type(self)) or "",
+            moody=bool(inner) or any(part not in (self, self.state) for part in self.modules()),
+        )
         own = dict(self._own_tensors())
         self._captured = {
             entry.name: entry.tensor for entry in registry.entries if own.get(entry.name) is not entry.tensor
         }
-        self._record = PlanRecord(self.name, first.doc, signature, evaluation, training)
+        self._record = found
         return self
 
     def _signature(self) -> inspect.Signature:
@@ -469,6 +425,38 @@ class Plan(torch.nn.Module):
 
         to_onnx(self, path, examples, keywords)
 
+    def check(
+        self,
+        policy: Policy | None = None,
+        inputs: Sequence[TensorSpec | torch.Tensor | None] = (),
+        *,
+        tags: Mapping[str, Sequence[str]] | None = None,
+    ) -> Report:
+        """What the plan does in its current mode, told from its inputs' shapes, and what it breaks of `policy`.
+
+        Args:
+            policy: an owner's rules; without, nothing is violated.
+            inputs: per input tensor, in the order of ``graph.input_names``, its spec or a tensor like it. One whose
+                sizes the plan fixes may be None, and all may be left out where it fixes all.
+            tags: input name -> tags of private data that it is to stand for (``{"x": ["#patients"]}``).
+
+        Raises:
+            PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run on such.
+        """
+        from planrt.plans.analysis import analyse  # plans that are only run do without it
+        from planrt.plans.verify import check
+
+        graph = self.graph
+        specs = [TensorSpec.of(one) if isinstance(one, torch.Tensor) else one for one in inputs]
+        unknown = [name for name in (tags or {}) if name not in graph.input_names]
+        if unknown:
+            known = ", ".join(graph.input_names)
+            raise PlanArgumentError(f"plan {self.name!r} has no input {unknown[0]!r}: it has {known}")
+        places = {graph.input_names.index(name): tuple(names) for name, names in (tags or {}).items()}
+        if policy is None:
+            return analyse(graph, specs).with_violations((), None, places)
+        return check(graph, policy, specs, places)
+
     # ------------------------------------------------------------------------------------- for people
 
     @property
@@ -556,55 +544,3 @@ def func2plan(
         return made if args_shape is None else made.build_from_shapes(args_shape)
 
     return decorate if function is None else decorate(function)
-
-
-def _leading(tensors: Sequence[torch.Tensor], batched: Sequence[int]) -> list[list[int]]:
-    """Which tensors may have a free dimension 0, to be tried in this order."""
-    if not batched:
-        return []
-    first = batched[0]
-    alike = [index for index in batched if tensors[index].shape[0] == tensors[first].shape[0]]
-    tried: list[list[int]] = []
-    for chosen in (list(batched), alike, [first]):
-        if chosen not in tried:
-            tried.append(chosen)
-    return tried
-
-
-@contextmanager
-def _holding(modules: Mapping[str, torch.nn.Module], inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """`modules` with the tensors of `inputs` in place of their own; `lifting.Undo` puts these back."""
-    placed: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
-    for path, module in modules.items():
-        new = {
-            id(tensor): inputs[f"{path}.{name}"]
-            for tensors in (module.named_parameters(), module.named_buffers())
-            for name, tensor in tensors
-        }
-        for where, part in module.named_modules():
-            for registered in (part._parameters, part._buffers):
-                for name, tensor in registered.items():
-                    if tensor is not None:
-                        registered[name] = new[id(tensor)]
-                        placed.append((registered, name, f"{path}.{where}.{name}", new[id(tensor)]))
-    yield
-    for registered, name, full, tensor in placed:
-        if registered.get(name) is not tensor:
-            raise TraceError(
-                f"the function binds another tensor to {full.replace('..', '.')} of a module that was passed to it: "
-                "change it in place (copy_), so that the plan can"
-            )
-
-
-@contextmanager
-def _switched(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """`modules` in the other mode than the first one is in; each submodule gets its own back."""
-    before = [(part, part.training) for module in modules for part in module.modules()]
-    training = not modules[0].training
-    for part, _ in before:
-        part.training = training
-    try:
-        yield
-    finally:
-        for part, mode in before:
-            part.training = mode

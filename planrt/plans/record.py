@@ -158,6 +158,11 @@ class PlanRecord:
         return made
 
 
+def is_record(data: bytes) -> bool:
+    """Whether these bytes begin as those of a record do."""
+    return bytes(data[:32]).find(_MAGIC.encode()) in range(8)
+
+
 def _named(graph: Graph, name: str, doc: str, input_names: tuple[str, ...], state_names: Any) -> Graph:
     names_fit = (
         isinstance(state_names, list)

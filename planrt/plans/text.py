@@ -1,6 +1,6 @@
 """Plans as text: the printed form, complete and readable, one value per line. `planrt.plans.parsing` reads it.
 
-    plan Net sha256:b85fa60f5d9c26a8cdb9e4c7fda0dd97d1a5b5a0c7a3a7c5ae5c23a1ee4a2d7b
+    plan Net sha256:32eb6db7aab057c19f1345d1bd2069bbfce85f032fb231f9f40e15df5b04a19d
       # The docstring, one comment a line.
       _0: input x float32[*, 2]
       _1: parameter fc.weight float32[3, 2]
