@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients
         graph: the plan.
         inputs: shape and dtype of each input, without free sizes. One that the plan itself fixes may be None, and all
             may be left out where it fixes all.
-        gradients: count what autograd keeps for a backward pass, as when a training loop runs the plan: trainable
-            parameters then require gradients. Plans that differentiate do that by themselves.
+        gradients: as a training loop runs the plan: trainable parameters require gradients, autograd keeps what a
+            backward pass needs, and if the first output is a scalar that depends on them, the pass is run from it.
+            Plans that differentiate do all that by themselves, where they say so.
 
     Raises:
         PlanArgumentError: specs that do not fit the plan's inputs, or leave a size free.
@@ -442,6 +444,7 @@ class _Whole(_Analysis):
         try:
             with torch.enable_grad(), tracker:
                 results = drive(program.run(tensors[:followed], tensors[followed:]))
+                gradients = self._gradients(results, tensors[followed:])
         except ExecutionError as error:
             if not isinstance(error.__cause__, Exception) or not needs_values(error.__cause__):
                 raise
@@ -456,7 +459,30 @@ class _Whole(_Analysis):
             else:
                 outputs.append((path, None, INDEPENDENT))
         self.unknown = tracker.unknown
-        return self.make(outputs, [tracker.info(one) for one in tensors], output_bytes, tracker.peak)
+        report = self.make(outputs, [tracker.info(one) for one in tensors], output_bytes, tracker.peak)
+        return replace(report, gradients=gradients)
+
+    def _gradients(self, results: Nested, state: Sequence[torch.Tensor]) -> tuple[ValueReport, ...]:
+        """What a training loop gets by a backward pass from the loss."""
+        loss = next((leaf for _, leaf in _paths(results)), None)
+        trained = [place for place, tensor in enumerate(state) if tensor.requires_grad]
+        if not trained or not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
+            return ()
+        tracker, before = self.tracker, self.tracker.flops
+        tracker.op = -1
+        made = torch.autograd.grad(
+            loss, [state[place] for place in trained], retain_graph=True, allow_unused=True
+        )
+        self.flops += tracker.flops - before
+        return tuple(
+            [
+                self._value(
+                    f"gradient of {self.graph.state[place].name}", TensorSpec.of(one), tracker.info(one)
+                )
+                for place, one in zip(trained, made, strict=True)
+                if one is not None
+            ]
+        )
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, taking notes. The interpreter calls one function for each op, in their order."""
