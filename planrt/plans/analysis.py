@@ -40,6 +40,9 @@ _NO_ROWS = lost("a tensor without dimensions")
 def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients: bool = False) -> Report:
     """What `graph` does with inputs of these specs.
 
+    Inputs and state are taken to be contiguous, and none to share memory with another: who runs the plan on the
+    strength of this report has to make them so.
+
     Args:
         graph: the plan.
         inputs: shape and dtype of each input, without free sizes. One that the plan itself fixes may be None, and all

@@ -279,9 +279,18 @@ def test_writes_through_views():
     assert rows_of(base_first, (N, 4)) == [N, "raw"]
 
 
-def test_writes_replace_what_was_there():
-    assert rows_of(lambda x: (x * 2).zero_(), (N, 4)) is None
-    assert rows_of(lambda x: (x * 2).copy_(x.mean(0)), (N, 4)) == N
+def test_writes_add_to_what_was_there():
+    """Overwriting frees nothing: `part` is a copy or not depending on strides."""
+
+    def overwritten(x):
+        made = x * 2
+        part = made.contiguous()
+        part.zero_()
+        return made
+
+    assert rows_of(overwritten, (N, 4)) == "raw"
+    assert rows_of(lambda x: (x * 2).copy_(x.mean(0)), (N, 4)) == "raw"
+    assert rows_of(lambda x: torch.zeros(4).copy_(x.mean(0)), (N, 4)) == N
     assert rows_of(lambda x: (x * 2).masked_fill_(x > 1, 0.0).sum(0), (N, 4)) == N
 
 
