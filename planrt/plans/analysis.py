@@ -33,6 +33,14 @@ _DIFFERENTIATING = frozenset(
         "autograd.backward", "autograd.grad",
     }
 )  # fmt: skip
+_COPIES_BY_STRIDES = frozenset(
+    f"{home}.{word}"
+    for home in ("torch", "Tensor")
+    for word in ("reshape", "reshape_as", "contiguous", "flatten", "ravel", "to", "type_as")
+)
+"""Ops whose result may be their argument's memory or a copy, depending on its strides. Those of a real run may differ
+from these, so what is written into such a copy counts as written into the argument."""
+
 _Output = tuple[str, TensorSpec | Unforeseen | None, Info]
 _NO_ROWS = lost("a tensor without dimensions")
 
@@ -308,8 +316,14 @@ class _Composed(_Analysis):
                 return leaf
             made.append(_shown(leaf.spec))
             if leaf.base < 0:
-                node = Node(gathered(leaf.links), leaf.spec.shape)
-                return _Value(leaf.spec, node, pieces[leaf.memory])
+                memory = pieces[leaf.memory]
+                if op.name in _COPIES_BY_STRIDES and operands:
+                    memory.owner = operands[0].memory.owner
+                    tie = dict(leaf.links).get(0, ())
+                    return _Value(
+                        leaf.spec, Node(gathered(leaf.links), leaf.spec.shape, before[0], tie), memory
+                    )
+                return _Value(leaf.spec, Node(gathered(leaf.links), leaf.spec.shape), memory)
             base = operands[leaf.base]
             if leaf.same:
                 return base if base._spec is leaf.spec else _Value(leaf.spec, base.node, base.memory)
@@ -499,6 +513,12 @@ class _Whole(_Analysis):
             result = map_leaves(function(*args, **kwargs), on_meta)
             made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)]
             tracker.settle(made, [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
+            operand = args[0] if args else None
+            if name in _COPIES_BY_STRIDES and made and isinstance(operand, torch.Tensor):
+                tracker.tie(made[0], operand)
+                owner = self.owners.get(tracker.memory(operand))
+                if owner is not None:
+                    self.owners[tracker.memory(made[0])] = owner
             for source in sorted({self.owners.get(key, -1) for key in tracker.written} - {-1}):
                 self.written.setdefault(source, []).append(index)
             size = sum(tracker.allocated(made).values())
