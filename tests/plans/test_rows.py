@@ -535,7 +535,7 @@ def random_plan(seed):
     return run
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 10**9))
 def test_claims_hold_by_experiment(seed):
     """No entry that is called aggregated over k rows depends on fewer than k, but on some; and so for no rows."""
@@ -550,7 +550,7 @@ def test_claims_hold_by_experiment(seed):
         for row in range(6):
             changed = given_input.clone()
             # so little that no order of values changes: a sort of sums would show it for some rows only
-            changed[row] += 1e-5 * (torch.rand(4, generator=generator, dtype=torch.float64) + 0.5)
+            changed[row] += 1e-4 * (torch.rand(4, generator=generator, dtype=torch.float64) + 0.5)
             arguments = (changed, y) if source == 0 else (x, changed)
             moves.append(execute(graph, arguments, []))
         before = execute(graph, (x, y), [])
@@ -559,7 +559,7 @@ def test_claims_hold_by_experiment(seed):
             assert value.spec == TensorSpec.of(before[place])
             assert of_input(whole.outputs[place], source) == claim
             was = before[place].double()
-            slack = 1e-11 * was.abs().clamp_min(
+            slack = 1e-13 * was.abs().clamp_min(
                 1
             )  # what is constant in exact numbers may still move by rounding
             touched = sum(((move[place].double() - was).abs() > slack).int() for move in moves)
