@@ -48,7 +48,8 @@ def test_it_runs_and_writes_its_results(tmp_path, capsys):
     assert main(["--quick", "--only", "plans", "--json", str(results)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(results.read_text())["groups"]["plans"]
-    assert [row["name"] for row in rows] == ["training step", "tracing ResNet-18"]
+    names = [row["name"] for row in rows]
+    assert names == ["training step", "whole step as a plan", "100 small ops", "tracing ResNet-18"]
     for row in rows:
         assert row["name"] in printed
         assert row["ours"]["median"] > 0
