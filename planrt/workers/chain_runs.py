@@ -13,8 +13,8 @@ are at its place, so what does not depend on each other runs at the same time. A
 straight to those that need it. After a failure or ``cancel`` nothing new starts, what is under way is awaited, and
 then all that the run made is dropped.
 
-Steps at one place that share an object (an argument, or the state of a plan) reach it in the order of the
-description, since plans may change it in place. To another place a value goes as it is when it is there, before
+Where a plan changes objects in place, the steps at its place that share one of them (an argument, or the state of
+a plan) reach it in the order of the description. To another place a value goes as it is when it is there, before
 any step takes it.
 """
 
@@ -23,13 +23,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 
 from planrt.errors import LocalError, PlanFormatError
+from planrt.plans import ops
 from planrt.plans.chain import Chain
-from planrt.plans.graph import refs_in
+from planrt.plans.graph import Graph, refs_in
 from planrt.seeding import derive_seed
 from planrt.serde.values import decode
 from planrt.types import Ref
@@ -105,6 +107,8 @@ class _Moving:
     """At the source."""
     new: int
     """At the target."""
+    keep: bool
+    """Whether it stays at the source."""
     token: str = ""
     """Empty when the value comes through here."""
 
@@ -166,20 +170,31 @@ class ChainRun:
         self._plan_needs()
 
     def _plan_needs(self) -> None:
-        """What each step waits for: its arguments at its place, and earlier steps that share an object with it."""
-        last: dict[Any, int] = {}
+        """What each step waits for: its arguments at its place, and earlier steps that must reach an object first."""
+        writer: dict[Any, int] = {}
+        readers: dict[Any, list[int]] = {}
+        """Since the last writer."""
         for number, step in enumerate(self._chain.steps):
+            plan = self._chain.plans[step.plan]
             shared: list[Any] = [(ref.index, step.place) for ref in dict.fromkeys(step.arguments)]
             for value, _ in shared:
                 self._takers.setdefault(value, {}).setdefault(step.place, []).append(number)
                 self._missing[number].add((value, step.place))
                 self._uses[value, step.place] = self._uses.get((value, step.place), 0) + 1
-            if self._chain.plans[step.plan].record.state:
+            if plan.record.state:
                 shared.append(("plan", step.plan, step.place))
-            for before in {last[one] for one in shared if one in last}:
-                self._missing[number].add(before)
-                self._following.setdefault(before, []).append(number)
-            last.update(dict.fromkeys(shared, number))
+            writes = _writes(plan.graph)
+            before: set[int] = set()
+            for one in shared:
+                before |= {writer[one]} if one in writer else set()
+                if writes:
+                    before |= set(readers.pop(one, ()))
+                    writer[one] = number
+                else:
+                    readers.setdefault(one, []).append(number)
+            for other in before:
+                self._missing[number].add(other)
+                self._following.setdefault(other, []).append(number)
 
     # ------------------------------------------------------------------------------------ for drivers
 
@@ -298,18 +313,12 @@ class ChainRun:
         there = self._places[target]
         if there.address.startswith("memory://") and not self._places[source].address.startswith("memory://"):
             # No other process can reach a virtual worker of this one: through here, then.
-            self._pending[key] = _Moving(value, source, target, id, new)
+            self._pending[key] = _Moving(value, source, target, id, new, keep)
             sends.append(Send(source, m.Fetch(id, not keep), (), key))
             return
-        if keep:
-            copy = new_id()
-            op = PostedOp("Tensor.clone", (Ref(id),), {}, Ref(copy), self._grad)
-            sends.append(Send(source, m.Post([op.pack()])))
-            self._owned[source, copy] = None
-            id = copy
         token = secrets.token_hex(16)
-        self._pending[key] = _Moving(value, source, target, id, new, token)
-        sends.append(Send(source, m.Move(id, there, new, token), (), key))
+        self._pending[key] = _Moving(value, source, target, id, new, keep, token)
+        sends.append(Send(source, m.Move(id, there, new, token, keep), (), key))
 
     def _moved(
         self, moving: _Moving, body: m.Body, tensors: Sequence[torch.Tensor], sends: list[Send]
@@ -317,13 +326,16 @@ class ChainRun:
         if moving.token:
             if not isinstance(body, m.Done):
                 raise _unexpected(self._worker(moving.source), body)
-            self._owned.pop((moving.source, moving.id), None)
+            if not moving.keep:
+                self._owned.pop((moving.source, moving.id), None)
             self._owned[moving.target, moving.new] = None
             sends.append(Send(moving.target, m.Claim([moving.new], moving.token)))
             self._arrived(moving.value, moving.target, moving.new, sends)
             return
         if not isinstance(body, m.Fetched) or not tensors:
             raise _unexpected(self._worker(moving.source), body)
+        if not moving.keep:
+            self._owned.pop((moving.source, moving.id), None)
         tensor = tensors[0].requires_grad_(body.requires_grad)
         if not self._ending:
             self._put(moving.value, moving.target, tensor, None, sends)
@@ -427,6 +439,16 @@ class ChainRun:
                 drops.setdefault(place, []).append(id)
         self._owned.clear()
         return [Send(place, m.Post([], ids)) for place, ids in drops.items()]
+
+
+@lru_cache(maxsize=1_000)
+def _writes(graph: Graph) -> bool:
+    """Whether a plan may change its inputs or its state in place."""
+    return any(
+        isinstance(operand, Ref)
+        for op in graph.ops
+        for operand in ops.written_operands(op.name, op.args, op.kwargs)
+    )
 
 
 def _unexpected(worker: str, body: object) -> PlanFormatError:

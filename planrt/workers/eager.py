@@ -792,9 +792,9 @@ class EagerOps:
         return m.Found(found), ()
 
     def move(self, session: Session, body: m.Move) -> Steps:
-        """Sends an object to another worker, and forgets it."""
+        """Sends an object to another worker, and forgets it; or sends a copy."""
         stored = self.store.find(session.id, body.id)
-        grad = _grad_of(stored.value) if isinstance(stored.value, torch.Tensor) else None
+        grad = _grad_of(stored.value) if isinstance(stored.value, torch.Tensor) and not body.copy else None
         label = self.store.label_of(stored)
         if grad is not None:
             label = both(label, self.store.memory.of(grad))
@@ -804,6 +804,8 @@ class EagerOps:
             )
         value = self.ready(session, body.id).value
         if isinstance(value, PlanObject):
+            if body.copy:
+                raise LocalError("copies of plans are not sent on: copy() it, and move the copy")
             message = m.StorePlan(
                 body.target, value.training, list(stored.tags), stored.description,
                 allowed_list(label), body.token,
@@ -815,6 +817,11 @@ class EagerOps:
             raise LocalError(
                 "pointers to other workers and protocols cannot be moved: get() it, and move what that gives"
             )
+        if body.copy:
+            values = m.PutItem(body.target, value.requires_grad, allowed=allowed_list(label))
+            # Ops that come after this one may change the object while it waits to be sent.
+            yield from ask(body.peer, m.Put([values], body.token), [value.detach().clone()])
+            return m.Done(), ()
         item = m.PutItem(
             body.target, value.requires_grad, grad is not None, list(stored.tags), stored.description,
             allowed_list(label),

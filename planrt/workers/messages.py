@@ -305,6 +305,8 @@ class Move(Message, frozen=True, tag="move"):
     peer: PeerAddress
     target: ObjectId
     token: Token
+    copy: bool = False
+    """Whether the object stays here. Then its values go alone: without gradient, tags and description."""
 
 
 class HandOver(Message, frozen=True, tag="hand_over"):

@@ -32,13 +32,16 @@ def value(pointer):
     return pointer
 
 
+LARGE = torch.ones(400)
+
+
 @pytest.fixture
 def slow():
-    """Takes a while."""
+    """Takes a while for `LARGE`, and no time for what it is built with."""
 
     def slow(x):
-        y = x.sum().expand(200, 200)
-        for _ in range(400):
+        y = x.outer(x)
+        for _ in range(40):
             y = (y @ y) * 0
         return x + y.sum()
 
@@ -118,7 +121,7 @@ def test_failing_does_not_wait_for_branches_to_begin(
     )  # fmt: skip
     held = count(alice, bob)
     with pytest.raises(RemoteError, match="'bad'"):
-        protocol.run(torch.tensor([5.0]))
+        protocol.run(5 * LARGE * 1000)
     if protocol.location is None:
         assert protocol.progress["after"].state == "waiting"
         assert settles(held, alice, bob)
@@ -130,8 +133,8 @@ def test_a_cancelled_run_leaves_nothing_and_the_next_one_works(
 ):
     protocol = deploy(Protocol([("a", inc), Step("b", slow, name="slow"), ("c", inc)]), alice, bob, charlie)
     workers = (alice, bob, charlie, james)
-    x = torch.tensor([1.0])
-    value(protocol.run(x))
+    x = LARGE
+    value(protocol.run(torch.ones(1)))
     held = count(*workers)
 
     async def main():
@@ -149,7 +152,7 @@ def test_a_cancelled_run_leaves_nothing_and_the_next_one_works(
 
     asyncio.run(main())
     assert settles(held, *workers)
-    assert value(protocol.run(x)).tolist() == [3]
+    assert value(protocol.run(torch.ones(1))).tolist() == [3]
     assert settles(held, *workers)
 
 
@@ -157,7 +160,7 @@ def test_progress_names_steps_workers_and_states(inc, slow, deploy, alice, bob):
     protocol = deploy(Protocol([("a", inc), Step("b", slow, name="slow")]), alice, bob)
     assert protocol.progress == {}
     seen = []
-    protocol.run(torch.tensor([1.0]), on_progress=lambda *what: seen.append(what))
+    protocol.run(LARGE, on_progress=lambda *what: seen.append(what))
     assert seen[:2] == [("inc", "alice", "waiting"), ("slow", "bob", "waiting")]
     assert (
         seen.index(("inc", "alice", "done"))
@@ -180,14 +183,14 @@ def test_an_error_in_the_callback_ends_the_run(inc, slow, deploy, alice, bob, ja
             raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        protocol.run(torch.tensor([1.0]), on_progress=on_progress)
+        protocol.run(LARGE, on_progress=on_progress)
     assert settles(held, alice, bob, james)
 
     def blocks(step, worker, state):
         protocol.run(torch.tensor([1.0]))
 
     with pytest.raises(BlockingCallError, match="await protocol.async_run"):
-        protocol.run(torch.tensor([1.0]), on_progress=blocks)
+        protocol.run(LARGE, on_progress=blocks)
 
 
 def test_others_are_unharmed_by_a_run_that_fails(inc, pick, deploy, alice, bob):
