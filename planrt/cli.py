@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         help="this input is private data with that tag (release rules are about these)",
     )
     inspect.add_argument("--graph", metavar="NAME", help="of a file with several graphs only this one")
+    inspect.add_argument(
+        "--training",
+        action="store_true",
+        help="the plan gives a loss to train with: look at its gradients as well",
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     _folder(inspect)
 
@@ -127,9 +132,10 @@ def _inspect(options: argparse.Namespace) -> int:
         inputs = _inputs(graph, options.input)
         tags = _tags(graph, options.tag)
         if policy is None:
-            reports[name] = analyse(graph, inputs).with_violations((), None, tags)
+            report = analyse(graph, inputs, gradients=options.training)
+            reports[name] = report.with_violations((), None, tags)
         else:
-            reports[name] = check(graph, policy, inputs, tags)
+            reports[name] = check(graph, policy, inputs, tags, gradients=options.training)
     if options.json:
         print(json.dumps({name: report.as_json() for name, report in reports.items()}, indent=1))
     else:

@@ -62,6 +62,8 @@ def test_it_runs_and_writes_its_results(tmp_path, capsys):
     rows = json.loads(results.read_text())["groups"]["plans"]
     assert [row["name"] for row in rows] == [
         "training step",
+        "whole step as a plan",
+        "100 small ops",
         "tracing ResNet-18",
         "checking, 50 shapes",
         "checking, 1,000 shapes",

@@ -64,6 +64,15 @@ def test_inspect_holds_it_against_a_policy(plan, policy, capsys):
     assert main(["inspect", plan, *SIZES, "--tag", "0=#patients"]) == 0
 
 
+def test_inspect_for_training(tmp_path, capsys):
+    weight = torch.nn.Parameter(torch.ones(4))
+    made = trace(lambda x: ((x * weight).sum(), x), [torch.rand(6, 4)], free_dims=[()])
+    path = tmp_path / "loss.plan"
+    path.write_bytes(made.to_bytes())
+    assert main(["inspect", str(path), "--training"]) == 0
+    assert "gradient of state 0: float32[4]" in capsys.readouterr().out
+
+
 def test_inspect_as_json(plan, policy, graph, capsys):
     assert main(["inspect", plan, *SIZES, "--policy", policy, "--tag", "0=#patients", "--json"]) == 1
     (report,) = json.loads(capsys.readouterr().out).values()

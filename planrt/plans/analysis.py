@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ from planrt.plans.rows import Trace, fold, keep, lost
 from planrt.plans.tracker import Tracker
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves, map_leaves
 
+_COPIES_BY_STRIDES = frozenset(
+    f"{home}.{word}"
+    for home in ("torch", "Tensor")
+    for word in ("reshape", "reshape_as", "contiguous", "flatten", "ravel", "to", "type_as")
+)
+"""Ops whose result may be their argument's memory or a copy, depending on its strides. Those of a real run may differ
+from these, so what is written into such a copy counts as written into the argument."""
+
 _Output = tuple[str, TensorSpec | Unforeseen | None, Info]
 _NO_ROWS = lost("a tensor without dimensions")
 
@@ -33,12 +42,16 @@ _NO_ROWS = lost("a tensor without dimensions")
 def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients: bool = False) -> Report:
     """What `graph` does with inputs of these specs.
 
+    Inputs and state are taken to be contiguous, and none to share memory with another: who runs the plan on the
+    strength of this report has to make them so.
+
     Args:
         graph: the plan.
         inputs: shape and dtype of each input, without free sizes. One that the plan itself fixes may be None, and all
             may be left out where it fixes all.
-        gradients: count what autograd keeps for a backward pass, as when a training loop runs the plan: trainable
-            parameters then require gradients. Plans that differentiate do that by themselves.
+        gradients: as a training loop runs the plan: trainable parameters require gradients, autograd keeps what a
+            backward pass needs, and if the first output is a scalar that depends on them, the pass is run from it.
+            Plans that differentiate do all that by themselves, where they say so.
 
     Raises:
         PlanArgumentError: specs that do not fit the plan's inputs, or leave a size free.
@@ -297,8 +310,14 @@ class _Composed(_Analysis):
                 return leaf
             made.append(_shown(leaf.spec))
             if leaf.base < 0:
-                node = Node(gathered(leaf.links), leaf.spec.shape)
-                return _Value(leaf.spec, node, pieces[leaf.memory])
+                memory = pieces[leaf.memory]
+                if op.name in _COPIES_BY_STRIDES and operands:
+                    memory.owner = operands[0].memory.owner
+                    tie = dict(leaf.links).get(0, ())
+                    return _Value(
+                        leaf.spec, Node(gathered(leaf.links), leaf.spec.shape, before[0], tie), memory
+                    )
+                return _Value(leaf.spec, Node(gathered(leaf.links), leaf.spec.shape), memory)
             base = operands[leaf.base]
             if leaf.same:
                 return base if base._spec is leaf.spec else _Value(leaf.spec, base.node, base.memory)
@@ -436,6 +455,7 @@ class _Whole(_Analysis):
         try:
             with torch.enable_grad(), tracker:
                 results = drive(program.run(tensors[:followed], tensors[followed:]))
+                gradients = self._gradients(results, tensors[followed:])
         except ExecutionError as error:
             if not isinstance(error.__cause__, Exception) or not needs_values(error.__cause__):
                 raise
@@ -450,7 +470,30 @@ class _Whole(_Analysis):
             else:
                 outputs.append((path, None, INDEPENDENT))
         self.unknown = tracker.unknown
-        return self.make(outputs, [tracker.info(one) for one in tensors], output_bytes, tracker.peak)
+        report = self.make(outputs, [tracker.info(one) for one in tensors], output_bytes, tracker.peak)
+        return replace(report, gradients=gradients)
+
+    def _gradients(self, results: Nested, state: Sequence[torch.Tensor]) -> tuple[ValueReport, ...]:
+        """What a training loop gets by a backward pass from the loss."""
+        loss = next((leaf for _, leaf in _paths(results)), None)
+        trained = [place for place, tensor in enumerate(state) if tensor.requires_grad]
+        if not trained or not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
+            return ()
+        tracker, before = self.tracker, self.tracker.flops
+        tracker.op = -1
+        made = torch.autograd.grad(
+            loss, [state[place] for place in trained], retain_graph=True, allow_unused=True
+        )
+        self.flops += tracker.flops - before
+        return tuple(
+            [
+                self._value(
+                    f"gradient of {self.graph.state[place].name}", TensorSpec.of(one), tracker.info(one)
+                )
+                for place, one in zip(trained, made, strict=True)
+                if one is not None
+            ]
+        )
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, taking notes. The interpreter calls one function for each op, in their order."""
@@ -464,6 +507,12 @@ class _Whole(_Analysis):
             result = map_leaves(function(*args, **kwargs), on_meta)
             made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)]
             tracker.settle(made, [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
+            operand = args[0] if args else None
+            if name in _COPIES_BY_STRIDES and made and isinstance(operand, torch.Tensor):
+                tracker.tie(made[0], operand)
+                owner = self.owners.get(tracker.memory(operand))
+                if owner is not None:
+                    self.owners[tracker.memory(made[0])] = owner
             for source in sorted({self.owners.get(key, -1) for key in tracker.written} - {-1}):
                 self.written.setdefault(source, []).append(index)
             size = sum(tracker.allocated(made).values())

@@ -1,8 +1,8 @@
 """What the values of a plan depend on, kept per piece of memory, so that writes through views reach every view.
 
 Values that share memory are nodes of one tree: a view hangs below what it was taken from, with the fates of the
-dimensions on the way (`planrt.plans.rows`). A write changes its node, then everything above (which may hold more
-than what was written), then everything below that.
+dimensions on the way (`planrt.plans.rows`). A write adds to its node, then to everything above (which may hold more
+than what was written), then to everything below that.
 """
 
 from __future__ import annotations
@@ -81,8 +81,12 @@ class Node:
             parent.children.append(self)
 
     def write(self, info: Info) -> None:
-        """The value is now something else, with what shares its memory."""
-        self.info = info
+        """The value now depends on something else too, and so does what shares its memory.
+
+        What was there before counts still, even where all of it was overwritten: whether ``y.contiguous()`` is `y` or a
+        copy hangs on strides, and those of a real run may be others than these.
+        """
+        self.info = joined(self.info, info)
         node = self
         while node.parent is not None:
             parent = node.parent

@@ -136,7 +136,10 @@ class Violation:
 
 @dataclass(frozen=True)
 class Report:
-    """What `planrt.plans.analysis.analyse` found, and the policy's `violations`, if it was held against one."""
+    """What `planrt.plans.analysis.analyse` found, and the policy's `violations`, if it was held against one.
+
+    `gradients` are those that a training loop gets of the plan's parameters, where it was analysed for training.
+    """
 
     graph: Graph
     inputs: tuple[TensorSpec, ...]
@@ -145,6 +148,7 @@ class Report:
     written: tuple[ValueReport, ...]
     totals: Totals
     unknown_kernels: tuple[str, ...] = ()
+    gradients: tuple[ValueReport, ...] = ()
     violations: tuple[Violation, ...] = ()
     policy_version: str | None = None
     tags: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -227,6 +231,7 @@ class Report:
             ],
             "outputs": [_value_json(one) for one in self.outputs],
             "written": [_value_json(one) for one in self.written],
+            "gradients": [_value_json(one) for one in self.gradients],
             "totals": {
                 "flops": self.totals.flops,
                 "input_bytes": self.totals.input_bytes,
@@ -284,6 +289,10 @@ def _page(report: Report) -> list[str]:
         lines += ["", "Changes in place"]
         for value in report.written:
             lines += _value_lines(value)
+    if report.gradients:
+        lines += ["", "Gradients in training"]
+        for value in _gradient_groups(report.gradients):
+            lines += _value_lines(value)
     lines += [
         "",
         "Costs",
@@ -334,6 +343,19 @@ def _value_lines(value: ValueReport) -> list[str]:
     if value.ops:
         lines.append(f"      through {_count(len(value.ops), 'op')}: {_places(value.ops)}")
     return lines
+
+
+def _gradient_groups(gradients: Sequence[ValueReport]) -> list[ValueReport]:
+    """Gradients that depend on the inputs in the same way as one: a network has hundreds."""
+    groups: dict[tuple[Dependence, ...], list[ValueReport]] = {}
+    for value in gradients:
+        followed = tuple([one for one in value.depends if one.how != "used"])
+        groups.setdefault(followed, []).append(value)
+    merged = []
+    for followed, values in groups.items():
+        more = f" and {len(values) - 1} more" if len(values) > 1 else ""
+        merged.append(replace(values[0], path=f"{values[0].path}{more}", depends=followed, ops=()))
+    return merged
 
 
 def _op_lines(report: Report) -> list[str]:

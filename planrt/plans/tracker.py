@@ -77,6 +77,16 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.memory(tensor) not in self._cells:
                 self._add(tensor, self._everything if operands else INDEPENDENT, counted=True)
 
+    def tie(self, result: torch.Tensor, base: torch.Tensor) -> None:
+        """From now on, what is written into `result`, a copy of `base`, counts as written into `base` as well."""
+        if self.memory(result) == self.memory(base):
+            return
+        node, parent = self._node(result), self._node(base)
+        while node.parent is not None:
+            node = node.parent
+        node.parent, node.fates = parent, tuple([lost("a copy")] * len(parent.shape))
+        parent.children.append(node)
+
     def allocated(self, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
         """Memory -> bytes, of those of these tensors whose memory the running op allocated."""
         found = {}

@@ -29,7 +29,8 @@ def check(
         inputs: see `planrt.plans.analysis.analyse`.
         tags: for each input that is private data its place and its tags, possibly none. Release rules are about these.
         approvals: the owner's decisions. Without them a plan that has to be asked for is not held up here.
-        gradients: see `planrt.plans.analysis.analyse`.
+        gradients: the plan is to be trained with; see `planrt.plans.analysis.analyse`. Then the loss, the gradients and
+            what the plan changes leave, and its other outputs (predictions) stay.
 
     A plan longer than `Policy.max_ops` is refused without being looked at further.
 
@@ -49,7 +50,7 @@ def check(
     violations += _ops(graph, policy)
     violations += _limits(report, policy)
     for rule in policy.release:
-        violations += _release(report, rule, marked)
+        violations += _release(report, rule, marked, training=gradients)
     return report.with_violations(violations, policy.version, marked)
 
 
@@ -119,9 +120,12 @@ def _limits(report: Report, policy: Policy) -> Iterator[Violation]:
             yield _at(report.graph, totals.unbounded[0], rule, message)
 
 
-def _release(report: Report, rule: ReleaseRule, tags: Mapping[int, tuple[str, ...]]) -> Iterator[Violation]:
+def _release(
+    report: Report, rule: ReleaseRule, tags: Mapping[int, tuple[str, ...]], *, training: bool
+) -> Iterator[Violation]:
     held = {place for place, names in tags.items() if rule.tag == ALL_PRIVATE or rule.tag in names}
-    for value in [*report.outputs, *report.written]:
+    outputs = report.outputs[:1] if training else report.outputs
+    for value in [*outputs, *report.written, *report.gradients]:
         if value.source in held:  # stays where it is
             continue
         for dependence in value.depends:

@@ -90,7 +90,7 @@ def test_shapes_are_those_of_real_runs(name, training):
             assert report.outputs[0].spec == TensorSpec.of(execute(graph, [x]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.sampled_from(
         [

@@ -307,3 +307,32 @@ def test_training_a_network_releases_aggregates():
     assert check(graph, policy, specs, tags, gradients=True).ok
     small = [TensorSpec((8, 1, 28, 28), F32), TensorSpec((8,), torch.int64)]
     assert rules(check(graph, policy, small, tags)) == ["release", "release"]
+
+
+def test_training_releases_gradients_and_keeps_predictions():
+    class Rows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = torch.nn.Parameter(torch.ones(4))
+            self.each = torch.nn.Parameter(torch.ones(6, 4))
+
+        def forward(self, x):
+            return x * self.each * self.shared
+
+    def plan_of(net):
+        def loss(x):
+            prediction = net(x)
+            return prediction.sum(), prediction
+
+        return trace(loss, [torch.rand(6, 4)], modules=[net], free_dims=[()], input_names=("x",))
+
+    policy = Policy(release=(ReleaseRule("#patients", 5),))
+    report = check(plan_of(Rows()), policy, tags=PATIENTS, gradients=True)
+    (violation,) = report.violations
+    assert violation.message.startswith("gradient of each depends on x (#patients) without an aggregate")
+    assert "Gradients in training" in str(report)
+    assert [value.path for value in report.gradients] == ["gradient of shared", "gradient of each"]
+    net = Rows()
+    net.each.requires_grad_(False)
+    assert check(plan_of(net), policy, tags=PATIENTS, gradients=True).ok
+    assert not check(plan_of(net), policy, tags=PATIENTS).ok

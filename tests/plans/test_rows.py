@@ -279,10 +279,33 @@ def test_writes_through_views():
     assert rows_of(base_first, (N, 4)) == [N, "raw"]
 
 
-def test_writes_replace_what_was_there():
-    assert rows_of(lambda x: (x * 2).zero_(), (N, 4)) is None
-    assert rows_of(lambda x: (x * 2).copy_(x.mean(0)), (N, 4)) == N
+def test_writes_add_to_what_was_there():
+    """Overwriting frees nothing: `part` is a copy or not depending on strides."""
+
+    def overwritten(x):
+        made = x * 2
+        part = made.contiguous()
+        part.zero_()
+        return made
+
+    assert rows_of(overwritten, (N, 4)) == "raw"
+    assert rows_of(lambda x: (x * 2).copy_(x.mean(0)), (N, 4)) == "raw"
+    assert rows_of(lambda x: torch.zeros(4).copy_(x.mean(0)), (N, 4)) == N
     assert rows_of(lambda x: (x * 2).masked_fill_(x > 1, 0.0).sum(0), (N, 4)) == N
+
+
+def test_writes_into_what_may_be_a_copy():
+    """For an input stored column by column the reshape is a view, and the write changes the input."""
+
+    def hidden(x, y):
+        y.t().reshape(-1).copy_(x.reshape(-1))
+        return y
+
+    graph = trace(hidden, [torch.rand(N, 4), torch.rand(N, 4)], free_dims=[(), ()], input_names=("x", "y"))
+    for gradients in (False, True):
+        report = analyse(graph, gradients=gradients)
+        assert of_input(report.outputs[0]) == "raw"
+        assert [value.path for value in report.written] == ["y"]
 
 
 def test_inputs_and_state_that_are_written_are_reported():
@@ -512,7 +535,7 @@ def random_plan(seed):
     return run
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 10**9))
 def test_claims_hold_by_experiment(seed):
     """No entry that is called aggregated over k rows depends on fewer than k, but on some; and so for no rows."""
@@ -526,7 +549,8 @@ def test_claims_hold_by_experiment(seed):
         moves = []
         for row in range(6):
             changed = given_input.clone()
-            changed[row] += torch.rand(4, generator=generator, dtype=torch.float64) + 0.1
+            # so little that no order of values changes: a sort of sums would show it for some rows only
+            changed[row] += 1e-4 * (torch.rand(4, generator=generator, dtype=torch.float64) + 0.5)
             arguments = (changed, y) if source == 0 else (x, changed)
             moves.append(execute(graph, arguments, []))
         before = execute(graph, (x, y), [])
@@ -535,7 +559,7 @@ def test_claims_hold_by_experiment(seed):
             assert value.spec == TensorSpec.of(before[place])
             assert of_input(whole.outputs[place], source) == claim
             was = before[place].double()
-            slack = 1e-11 * was.abs().clamp_min(
+            slack = 1e-13 * was.abs().clamp_min(
                 1
             )  # what is constant in exact numbers may still move by rounding
             touched = sum(((move[place].double() - was).abs() > slack).int() for move in moves)

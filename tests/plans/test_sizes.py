@@ -1,6 +1,7 @@
 """Sizes that a plan must not freeze: computed, compared, or caught with the line. And what is caught at run time."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -248,6 +249,19 @@ def test_equal_sizes_that_the_function_asks_for_are_checked():
     assert torch.equal(execute(plan, [x, x]), f(x, x))
     with pytest.raises(ExecutionError, match="with these sizes it is 5 and 4"):
         execute(plan, [x, x[:4]])
+
+
+def test_warnings_about_sizes_that_nobody_asked_for_are_not_shown():
+    told = []
+
+    def f(x, y):
+        if len(told) < 9 and x.numel() != y.numel():
+            told.append(True)
+            warnings.warn("other sizes", stacklevel=1)
+        return x * y.sum()
+
+    trace(f, [torch.randn(4), torch.randn(4)], free_dims=[[0], [0]])
+    assert told
 
 
 def test_functions_that_want_even_sizes():
