@@ -36,7 +36,7 @@ from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, 
 if TYPE_CHECKING:
     from planrt.protocols.protocol import Protocol
 
-_ASK_EVERY = 0.05
+_ASK_EVERY = 0.02
 """Seconds between two questions for the progress of a run elsewhere."""
 
 NewProgress = Callable[[Mapping[str, BaseWorker], OnProgress | None], Progress]
@@ -213,16 +213,18 @@ class PointerProtocol:
             )
         try:
             made, _ = expect(m.Made, await running, worker)
+            if watching is not None and watching.done():
+                watching.result()  # raises what ended it: the results go with their handles
         except asyncio.CancelledError:
             with contextlib.suppress(PlanrtError):
                 worker._connection.post(m.CancelRun(number))
             if watching is not None and watching.done():
                 watching.result()  # raises what ended it
             raise
-        except BaseException as error:
+        except RemoteError as error:
             for handle in results.values():  # nothing was made
                 handle.alive = False
-            if isinstance(error, RemoteError) and (failed := _step(chain, error.step)) is not None:
+            if (failed := _step(chain, error.step)) is not None:
                 progress.on_step(failed.name, failed.place, "failed")
                 progress.tell()
             raise

@@ -32,6 +32,9 @@ class Progress:
 
     def on_step(self, step: str, place: str, state: StepState) -> None:
         """A step has come to another state; as `ChainRun` calls it."""
+        before = self.steps.get(step)
+        if state == "done" and before is not None and before.state == "waiting":
+            self.on_step(step, place, "running")  # who asks now and then does not see every state
         now = StepProgress(self._ids[place], state)
         if self.steps.get(step) != now:
             self.steps[step] = now

@@ -139,10 +139,9 @@ def test_held_pointers_and_sent_modules(alice, bob, count):
 
 
 def test_plans_change_in_place_in_the_order_of_the_description(alice, bob):
-    counter = torch.zeros(1)
-
-    @planrt.func2plan(args_shape=[(1,)])
-    def add_to(x):
+    @planrt.func2plan(args_shape=[(1,)], state=(torch.zeros(1),))
+    def add_to(x, state):
+        (counter,) = state.read()
         counter.add_(x)
         return counter * 1
 
@@ -164,15 +163,13 @@ def test_plans_change_in_place_in_the_order_of_the_description(alice, bob):
 
 
 def test_a_step_may_take_and_give_nothing(alice):
-    counter = torch.zeros(1)
+    @planrt.func2plan(args_shape=[], state=(torch.zeros(1),))
+    def tick(state):
+        state.read()[0].add_(1)
 
-    @planrt.func2plan(args_shape=[])
-    def tick():
-        counter.add_(1)
-
-    @planrt.func2plan(args_shape=[])
-    def read():
-        return counter + 0
+    @planrt.func2plan(args_shape=[], state=(torch.zeros(1),))
+    def read(state):
+        return state.read()[0] + 0
 
     protocol = Protocol([Step("a", tick, []), Step("a", read, [])]).deploy(alice)
     assert protocol.run().get().tolist() == [0]  # each plan has a counter of its own

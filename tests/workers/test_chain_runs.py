@@ -15,16 +15,18 @@ from planrt.workers.posted import PostedOp
 SPEC = m.ObjectSpec([2], [1], "float32")
 
 
-def plan_of(function, *, state=None):
-    return ChainPlan(
-        func2plan(function, args_shape=[(-1,)] * function.__code__.co_argcount, state=state).record, True
-    )
+def plan_of(function, inputs=1, *, state=None):
+    return ChainPlan(func2plan(function, args_shape=[(-1,)] * inputs, state=state).record, True)
+
+
+def add_to(x, state):
+    (total,) = state.read()
+    return total.add_(x.sum()) * x
 
 
 INC = plan_of(lambda x: x + 1)
-ADD = plan_of(lambda a, b: a + b)
-COUNTER = torch.zeros(1)
-STATEFUL = plan_of(lambda x: COUNTER.add_(x.sum()) * x)
+ADD = plan_of(lambda a, b: a + b, 2)
+STATEFUL = plan_of(add_to, state=(torch.zeros(1),))
 
 
 def step(name, place, plan, *values):
