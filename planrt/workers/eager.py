@@ -268,13 +268,26 @@ class EagerOps:
                 tags[place] = source
         self.gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags)
         released = bool(tags) and not others and all(self.gate.covers(one) for one in tags.values())
-        if released and plan_objects.written(graph, args[2:]) and _share_memory(args[2:]):
+        if released:
+            self._check_memory(graph, args[0], args[2:])
+        return released, self.gate.deadline()
+
+    @staticmethod
+    def _check_memory(graph: Graph, plan: PlanObject, inputs: Sequence[torch.Tensor]) -> None:
+        """Raises unless the operands of a plan lie in memory as the analysis of plans takes for granted.
+
+        Raises:
+            PolicyError: what would be released of private data cannot be told.
+        """
+        if not plan_objects.written(graph, inputs):
+            return
+        everything = [*inputs, *plan.state]
+        if _share_memory(everything) or not all(tensor.is_contiguous() for tensor in everything):
             raise PolicyError(
-                f"plan {graph.name!r} writes in place, and two of its inputs share memory: what would be released of "
-                "private data cannot be told",
+                f"plan {graph.name!r} writes in place, and two of its inputs share memory or one is not contiguous: "
+                "what would be released of private data cannot be told; pass x.clone() for such an input",
                 rule="release",
             )
-        return released, self.gate.deadline()
 
     def _readable_label(self, session: Session, used: Sequence[StoredObject]) -> Label:
         """The label of what is computed from those operands that the session may read."""
