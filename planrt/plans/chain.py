@@ -93,6 +93,11 @@ class Chain:
         """The number of the step that gives `value`; None for an input."""
         return next((index for index, made in enumerate(self.results) if value in made), None)
 
+    def short_name(self, value: int) -> str:
+        """The name of an input, or of the step that gives `value`."""
+        maker = self.maker(value)
+        return self.inputs[value] if maker is None else self.steps[maker].name
+
     def name_of(self, value: int) -> str:
         """What people call a value: ``input 'x'``, ``the result of step 'a'``."""
         maker = self.maker(value)

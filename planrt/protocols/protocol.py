@@ -18,7 +18,7 @@ from planrt.protocols.pointer import PointerProtocol, send_protocol
 from planrt.protocols.progress import OnProgress, Progress, StepProgress
 from planrt.protocols.runs import Driver
 from planrt.protocols.shapes import check_inputs
-from planrt.protocols.steps import Description, Step, describe, is_line
+from planrt.protocols.steps import HELD, Description, Step, describe, is_line
 from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Output
@@ -394,15 +394,18 @@ class Protocol:
         for step in chain.steps:
             place = self._workers[step.place].id if self._workers else step.place
             if not is_line(self._description.chain):
-                takes = ", ".join(dict.fromkeys(_short(chain.name_of(ref.index)) for ref in step.arguments))
+                takes = ", ".join(
+                    dict.fromkeys(_shown(chain.short_name(ref.index)) for ref in step.arguments)
+                )
                 place = f"{step.name} on {place} ({takes})"
             plan = self._pointers.get((step.plan, step.place), self._description.plans[step.plan])
             lines.append(f" - {place}: {plan}")
         if not is_line(self._description.chain):
-            gives = dict.fromkeys(_short(chain.name_of(ref.index)) for ref in refs_in(chain.outputs))
+            gives = dict.fromkeys(chain.short_name(ref.index) for ref in refs_in(chain.outputs))
             lines.append(f" gives {', '.join(gives) or 'nothing'}")
         return "\n".join(lines)
 
 
-def _short(name: str) -> str:
-    return name.rpartition(" ")[2].strip("'")
+def _shown(name: str) -> str:
+    """An argument's name; for a held object that of the argument it is given for, for a module just one."""
+    return name.split(HELD)[1].partition(".")[0] if HELD in name else name

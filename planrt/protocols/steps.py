@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -18,6 +18,9 @@ from planrt.types import Nested, Ref, leaves, map_leaves
 from planrt.workers.clients import BaseWorker
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import PointerTensor
+
+HELD: Final = "\x1f"
+"""Stands between the parts of the name that a held object has among a chain's inputs: step, argument, number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,7 @@ class _Describing:
         self.plans: list[Plan | PointerPlan] = []
         self.workers: dict[str, BaseWorker] = {}
         self.held: list[PointerTensor] = []
+        self.held_names: list[str] = []
         self.stand_ins: dict[int, tuple[torch.Tensor, _Key]] = {}
         """id of a tensor that stands for a value -> the tensor, which keeps that id, and the value."""
         self.results: dict[str, Nested] = {}
@@ -140,7 +144,10 @@ class _Describing:
             tensors = record.signature.bind(record.name, args, kwargs)
         except PlanError as error:
             raise type(error)(f"step {name!r}: {error}") from error
-        keys = [self.key(tensor, name) for tensor in tensors]
+        keys = [
+            self.key(tensor, name, of)
+            for tensor, of in zip(tensors, record.signature.input_names, strict=True)
+        ]
         outputs = record.graph(training=step.plan.training).outputs
         counter = iter(range(sum(1 for _ in refs_in(outputs))))
         self.results[name] = map_leaves(
@@ -188,7 +195,7 @@ class _Describing:
                 )
         return found
 
-    def key(self, tensor: torch.Tensor, name: str) -> _Key:
+    def key(self, tensor: torch.Tensor, name: str, argument: str) -> _Key:
         if id(tensor) in self.stand_ins:
             return self.stand_ins[id(tensor)][1]
         if not isinstance(tensor, PointerTensor):
@@ -200,6 +207,7 @@ class _Describing:
             if one is tensor:
                 return _Key("held", number)
         self.held.append(tensor)
+        self.held_names.append(f"{name}{HELD}{argument}"[:180] + f"{HELD}{len(self.held)}")
         return _Key("held", len(self.held) - 1)
 
     def finish(self, outputs: Any) -> Description:
@@ -207,7 +215,7 @@ class _Describing:
             if name not in self.used:
                 raise ProtocolError(f"no step takes input {name!r}: leave it out")
         wanted = self.outputs(outputs)
-        inputs = (*self.inputs, *(f"held {number}" for number in range(len(self.held))))
+        inputs = (*self.inputs, *self.held_names)
         first: list[int] = []
         known = len(inputs)
         for name in self.names:

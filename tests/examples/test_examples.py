@@ -166,6 +166,53 @@ def test_the_sandbox_on_worker_processes_and_without_boston(examples):
     assert losses[1] < losses[0]
 
 
+# ----------------------------------------------------------------------------------------- plans and protocols
+
+
+def test_plans_of_all_kinds(examples):
+    for ended in examples.run_both_ways("plans"):
+        assert "_1 = _0.add(_0)" in ended.out
+        assert "[2.0, 4.0, 6.0], in 1 answer\n" in ended.out
+        assert "[1.0]\n[1.0, 1.0, 1.0]\n" in ended.out
+        assert "As here: [True, True]\n" in ended.out
+        assert "\tTags: #square\n" in ended.out
+        assert "[9.0] ['_1 = _0.mul(_0)', 'return _1']\n" in ended.out
+        assert ended.number(r"Final loss ([\d.]+)") < 0.03
+
+
+def test_protocols_of_all_shapes(examples):
+    for ended in examples.run_both_ways("protocols"):
+        assert re.search(
+            r"<Protocol id:\d+ owner:me resolved>\n - alice: \[PointerPlan \| me:\d+ -> alice:", ended.out
+        )
+        assert "send alice\nmove alice -> bob\nmove bob -> charlie\n(Wrapper)>[PointerTensor" in ended.out
+        assert "send remote run request to james\n" in ended.out
+        assert re.search(
+            r"-> james:\d+ -> charlie\]\n\(Wrapper\)>\[PointerTensor \| me:\d+ -> charlie:", ended.out
+        )
+        assert re.search(r"\[\[PointerProtocol \| me:\d+ -> james:\d+\]\]", ended.out)
+        assert ended.out.count("tensor([4.])\n") == 3
+        assert "average done\nAfter 10 rounds: y = 1.993 x + -1.000" in ended.out
+
+
+def test_split_networks_have_the_losses_of_the_whole_one(examples, tmp_path):
+    small = write_small_mnist(tmp_path / "small")
+    options = ("--epochs", "3", "--batch-size", "10", "--lr", "0.05")
+    virtual, websocket = examples.run_both_ways("split_learning", *options, data=small)
+    for ended, most in ((virtual, 0.0), (websocket, 1e-4)):
+        assert ended.number(r"Largest difference to the whole network: ([\d.e+-]+)") <= most
+        for way in ("whole", "two workers", "three workers"):
+            losses = [float(loss) for loss in re.findall(way + r" ([\d.]+)", ended.out)]
+            assert len(losses) == 3
+            assert losses[2] < losses[0]
+
+
+def test_split_networks_learn_mnist(examples, mnist_folder):
+    ended = examples.run("split_learning", "--train-items", "3000", "--epochs", "2", data=mnist_folder)
+    assert ended.number(r"Epoch 2: .*three workers ([\d.]+)") < 0.6
+    assert ended.number(r"whole network: ([\d.e+-]+)") == 0
+
+
 # ------------------------------------------------------------------------------------------- misuse, interruption
 
 
