@@ -17,14 +17,16 @@ SPEC = m.ObjectSpec([2], [1], "float32")
 
 def plan_of(function, *, state=None):
     return ChainPlan(
-        func2plan(function, args_shape=[(-1,)] * function.__code__.co_argcount, state=state).record, True
+        func2plan(
+            function, args_shape=[(-1,)] * (function.__code__.co_argcount - (state is not None)), state=state
+        ).record,
+        True,
     )
 
 
 INC = plan_of(lambda x: x + 1)
 ADD = plan_of(lambda a, b: a + b)
-COUNTER = torch.zeros(1)
-STATEFUL = plan_of(lambda x: COUNTER.add_(x.sum()) * x)
+STATEFUL = plan_of(lambda x, state: state.read()[0].add_(x.sum()) * x, state=[torch.zeros(1)])
 
 
 def step(name, place, plan, *values):
