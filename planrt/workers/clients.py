@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -372,6 +373,8 @@ class VirtualWorker(BaseWorker):
             check_travels(tensor)
             state.own(pointer_id(tensor), tensor)
         self._host = WorkerHost(state, virtual_compute(), limits=limits)
+        self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
+        """All clients of the host, this one included."""
         self._link_address = register_virtual(id, self._host)
         opening = _open_memory(id, self._host, limits or Limits(), token)
         connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
@@ -400,7 +403,8 @@ class VirtualWorker(BaseWorker):
         """
         other = type(self).__new__(type(self))
         other.is_client_worker, other._host = self.is_client_worker, self._host
-        other._link_address = self._link_address
+        other._link_address, other._clients = self._link_address, self._clients
+        other._clients.add(other)
         opening = _open_memory(self.id, self._host, self._connection.limits, token)
         connection, other._serving = run(opening, instead="a thread of its own: connect_as(...) blocks")
         BaseWorker.__init__(other, self.id, connection)
@@ -417,20 +421,27 @@ class VirtualWorker(BaseWorker):
             await self._serving
 
     def __del__(self) -> None:
-        """A worker that nobody refers to any more, without having been closed: its tasks must end all the same."""
+        """A worker that nobody refers to any more: its tasks must end, whether it has been closed or not, and with its
+        last client its connections to other workers.
+        """
         connection = self.__dict__.get("_connection")
-        if connection is not None and not connection.closed and not sys.is_finalizing():
+        if connection is not None and not sys.is_finalizing():
+            last = all(one is self for one in self._clients)
             with contextlib.suppress(RuntimeError):  # the loop is gone
-                connection.loop.call_soon_threadsafe(_close_soon, connection, self._serving)
+                connection.loop.call_soon_threadsafe(
+                    _close_soon, connection, self._serving, self._host if last else None
+                )
 
 
 _closing: set[asyncio.Task[None]] = set()
 
 
-def _close_soon(connection: Connection, serving: asyncio.Task[None]) -> None:
+def _close_soon(connection: Connection, serving: asyncio.Task[None], host: WorkerHost | None) -> None:
     async def close() -> None:
         await connection.close()
         await asyncio.wait([serving])
+        if host is not None:
+            host.stop()
 
     task = asyncio.create_task(close())
     _closing.add(task)  # a loop keeps weak references only

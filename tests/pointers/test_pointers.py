@@ -597,6 +597,19 @@ def test_a_virtual_worker_that_is_forgotten_ends_quietly():
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+def test_forgotten_virtual_workers_that_know_each_other_end_quietly():
+    code = (
+        "import gc, time, torch, planrt\n"
+        "planrt.TorchHook(torch)\n"
+        "def work():\n"
+        "    bob, alice = planrt.VirtualWorker('bob'), planrt.VirtualWorker('alice')\n"
+        "    print(torch.ones(1).send(bob).move(alice).get().item())\n"
+        "work(); gc.collect(); time.sleep(0.3); gc.collect()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
+
+
 def test_names_have_the_homes_that_scripts_know():
     from planrt.fl import Optims
     from planrt.fl.utils import federated_avg
