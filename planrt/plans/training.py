@@ -17,13 +17,13 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
-from planrt.plans.graph import Graph, Op, refs_in
+from planrt.plans.graph import Graph
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
 from planrt.plans.torchscript import as_traceable
 from planrt.plans.tracer import Recording, assemble, record
 from planrt.seeding import seeded
-from planrt.types import Ref, TensorSpec, map_leaves
+from planrt.types import Ref, TensorSpec
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -248,44 +248,6 @@ def train(
         changed=changed,
         optimizer_state=kept,
     )
-
-
-def gradient_graph(plan: Graph) -> Graph:
-    """What of a step of `train` depends on the batch: the loss, and its gradients with respect to what is trained.
-
-    For looking at, not for running: an optimizer's step is a function of these and of the state.
-
-    Raises:
-        PlanArgumentError: `plan` is not one of a model with its loss.
-    """
-    _check_loss_plan(plan)
-    count, first_result = len(plan.inputs), len(plan.inputs) + len(plan.state)
-    trained = [count + index for index, entry in enumerate(plan.state) if entry.trainable]
-    leaf = {index: Ref(first_result + number) for number, index in enumerate(trained)}
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Ref):
-            return value
-        return leaf.get(value.index) or (
-            value if value.index < first_result else Ref(value.index + len(trained))
-        )
-
-    ops = [Op("Tensor.detach", (Ref(index),), {}, leaf[index]) for index in trained]
-    ops += [Op("Tensor.requires_grad_", (leaf[index],), {}, None) for index in trained]
-    ops += [
-        Op(op.name, map_leaves(op.args, moved), map_leaves(op.kwargs, moved), map_leaves(op.results, moved))
-        for op in plan.ops
-    ]
-    loss = moved(plan.outputs[0])
-    next_ref = 1 + max([first_result - 1, *(ref.index for op in ops for ref in refs_in(op.results))])
-    gradients = tuple([Ref(next_ref + number) for number in range(len(trained))])
-    leaves_in_order = tuple(leaf.values())
-    ops.append(Op("autograd.grad", ((loss,), leaves_in_order), {"allow_unused": True, "materialize_grads": True},
-                  gradients))  # fmt: skip
-    return Graph(
-        plan.inputs, plan.state, tuple(ops), (loss, *gradients), name=f"{plan.name}, one step",
-        input_names=plan.input_names,
-    )  # fmt: skip
 
 
 def evaluate(

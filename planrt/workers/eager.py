@@ -13,11 +13,9 @@ are pointers again: a chain of any length works alike.
 
 from __future__ import annotations
 
-import hmac
 import math
-import secrets
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,78 +30,32 @@ from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 from planrt.workers import messages as m
 from planrt.workers import plan_objects
-from planrt.workers.events import Answer, Steps, ToPeer, Wait
+from planrt.workers.events import Steps, ToPeer
 from planrt.workers.gate import Gate, NotApprovedError
 from planrt.workers.labels import Label, both
+from planrt.workers.objects_kept import KeptObjects, freed_by, grad_of, tensor_of
 from planrt.workers.plan_objects import PlanObject
 from planrt.workers.posted import PostedOp
 from planrt.workers.private import (
     GetNotPermittedError,
-    Graphs,
     foresee,
     leaf_tensors,
     stand_in,
     unaliased,
     written_operands,
 )
-from planrt.workers.protocol_objects import ProtocolObject
+from planrt.workers.sessions import OpFailedError, Session, ask, in_plan, users_of
 from planrt.workers.store import (
     ObjectStore,
     PeerRef,
     StoredObject,
-    UnknownObjectError,
     new_id,
     spec_of,
     tensors_of,
 )
 
-_OWN_MEMORY_BYTES = 1 << 20
-"""Tensors that arrived together share one block of memory; up to this size they get memory of their own."""
-
 _NEW_VERSION_COUNTERS = (*ops.MEMORY_WRITES, "Tensor.data", "torch.as_tensor", "torch.asarray")
 """Ops after which two tensors share memory, but not the version counter by which autograd sees writes."""
-
-
-class OpFailedError(LocalError):
-    """Carries a failure that is already in the client's words."""
-
-    def __init__(self, failure: m.Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One client's session on this worker. `user` is None for a client that showed no token."""
-
-    id: str
-    user: str | None = None
-    posted: int = 0
-    """Ops taken so far."""
-    failure: m.Failure | None = None
-    """Of an op or message that left no result; shows at the next request."""
-    leaves: dict[int, None] = field(default_factory=dict)
-    """Objects that a backward pass may give a gradient to."""
-    optimizer_states: dict[tuple[str, str, str], Any] = field(default_factory=dict)
-    graphs: Graphs[Session] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.graphs = Graphs([self])
-
-    def share_graphs(self, other: Session) -> None:
-        """An object went from one session to the other, and with it the graphs that have kept it."""
-        mine, theirs = self.graphs, other.graphs
-        if mine is theirs:
-            return
-        mine.members += theirs.members
-        mine.unseen_writes |= theirs.unseen_writes
-        mine.label = both(mine.label, theirs.label)
-        for member in theirs.members:
-            member.graphs = mine
-
-    def may_read(self, label: Label) -> bool:
-        """Whether this session's user may read what has that label."""
-        return label is None or (self.user is not None and self.user in label)
 
 
 @dataclass(slots=True)
@@ -123,16 +75,13 @@ class _Result:
     lost: m.Failure | None
 
 
-class EagerOps:
-    """The objects of one worker, and what sessions may do with them."""
+class EagerOps(KeptObjects):
+    """The objects of one worker, and what sessions may compute on them."""
 
     def __init__(
         self, worker_id: str, store: ObjectStore, device: torch.device, gate: Gate | None = None
     ) -> None:
-        self.gate = gate
-        self._worker_id = worker_id
-        self.store = store
-        self._device = device
+        super().__init__(worker_id, store, device, gate)
         self._retaining = WeakTensorKeyDictionary()
         """Tensors on which `retain_grad` was called, with ids here or without."""
 
@@ -182,7 +131,7 @@ class EagerOps:
         passed_on = False
         lost: m.Failure | None = None
         for stored in used:
-            self._check_failure(session, stored)
+            self.check_failure(session, stored)
             lost = lost or stored.lost
             label = both(label, self.store.label_of(stored))
             passed_on = passed_on or isinstance(stored.value, PeerRef)
@@ -229,11 +178,11 @@ class EagerOps:
             if op.name == "autograd.grad":
                 self._label_retained(retained, label)
         if op.name == "Tensor.grad.__set__" and len(used) > 1:
-            self.store.memory.add(_tensor(used[1]), label)
+            self.store.memory.add(tensor_of(used[1]), label)
         elif op.name == "Tensor.retain_grad" or op.name == "Tensor.requires_grad_":
             session.leaves[_ids(op.args[0])[0]] = None
             if op.name == "Tensor.retain_grad":
-                self._retaining[_tensor(used[0])] = None
+                self._retaining[tensor_of(used[0])] = None
         if lost is not None:
             for operand in written_operands(op, [stored.value for stored in used]):
                 if isinstance(operand, Ref):
@@ -268,13 +217,26 @@ class EagerOps:
                 tags[place] = source
         self.gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags)
         released = bool(tags) and not others and all(self.gate.covers(one) for one in tags.values())
-        if released and plan_objects.written(graph, args[2:]) and _share_memory(args[2:]):
+        if released:
+            self._check_memory(graph, args[0], args[2:])
+        return released, self.gate.deadline()
+
+    @staticmethod
+    def _check_memory(graph: Graph, plan: PlanObject, inputs: Sequence[torch.Tensor]) -> None:
+        """Raises unless the operands of a plan lie in memory as the analysis of plans takes for granted.
+
+        Raises:
+            PolicyError: what would be released of private data cannot be told.
+        """
+        if not plan_objects.written(graph, inputs):
+            return
+        everything = [*inputs, *plan.state]
+        if _share_memory(everything) or not all(tensor.is_contiguous() for tensor in everything):
             raise PolicyError(
-                f"plan {graph.name!r} writes in place, and two of its inputs share memory: what would be released of "
-                "private data cannot be told",
+                f"plan {graph.name!r} writes in place, and two of its inputs share memory or one is not contiguous: "
+                "what would be released of private data cannot be told; pass x.clone() for such an input",
                 rule="release",
             )
-        return released, self.gate.deadline()
 
     def _readable_label(self, session: Session, used: Sequence[StoredObject]) -> Label:
         """The label of what is computed from those operands that the session may read."""
@@ -301,13 +263,6 @@ class EagerOps:
         with seeded(op.seed, self._device):
             return function(*args, **kwargs)
 
-    def _check_failure(self, session: Session, stored: StoredObject) -> None:
-        """Raises why there is no value, unless that tells somebody about values that are not for them."""
-        if stored.failure is not None:
-            raise OpFailedError(stored.failure)
-        if stored.lost is not None and session.may_read(self.store.label_of(stored)):
-            raise OpFailedError(stored.lost)
-
     def _retained_gradients(self) -> dict[int, tuple[torch.Tensor | None, Label]]:
         return {
             id(tensor): (tensor.grad, self._grad_label(tensor))
@@ -324,7 +279,7 @@ class EagerOps:
                 self.store.memory.add(grad, both(label, old_label))
 
     def _grad_label(self, tensor: torch.Tensor) -> Label:
-        grad = _grad_of(tensor)
+        grad = grad_of(tensor)
         return None if grad is None else self.store.memory.of(grad)
 
     def _operands(
@@ -460,25 +415,10 @@ class EagerOps:
             if stored is None:
                 continue
             session.leaves.pop(id, None)
-            for peer, freed in _freed(stored):
+            for peer, freed in freed_by(stored):
                 outgoing.setdefault(peer, _Outgoing()).drop.extend(freed)
 
-    def end(self, session: Session) -> list[ToPeer]:
-        """The session is over: frees what it held; returns what other workers can free."""
-        return _drops(self.store.end(session.id))
-
-    def clear(self, session: Session) -> list[ToPeer]:
-        """Removes everything that is the session's."""
-        session.leaves.clear()
-        return _drops(self.store.clear(session.id))
-
     # ------------------------------------------------------------------------------------- requests
-
-    def raise_unseen(self, session: Session) -> None:
-        """Raises a failure that no result carries; called by every request that is answered."""
-        failure, session.failure = session.failure, None
-        if failure is not None:
-            raise OpFailedError(failure)
 
     def call(self, session: Session, body: m.Call) -> Steps:
         """An op whose results the client could not foresee."""
@@ -542,116 +482,6 @@ class EagerOps:
             made.append((id, spec))
         return m.Made(answer.results, made), ()
 
-    def put(self, session: Session, body: m.Put, tensors: Sequence[torch.Tensor]) -> Answer:
-        """Stores tensors that a client or another worker sends."""
-        if len(tensors) != len(body.items) + sum(item.has_grad for item in body.items):
-            raise LocalError(f"{len(tensors)} tensors do not fit {len(body.items)} items")
-        rest = iter(tensors)
-        alone = len(tensors) == 1
-        for item in body.items:
-            value = self._own(next(rest), alone=alone)
-            if item.requires_grad:
-                value.requires_grad_()
-            label = None if item.allowed is None else frozenset(item.allowed)
-            if item.has_grad:
-                value.grad = self._own(next(rest), alone=alone)
-                self.store.memory.add(value.grad, label)
-            stored = StoredObject(
-                value, session.id, label, tags=tuple(item.tags), description=item.description
-            )
-            stored.handover = body.handover
-            stored.source, stored.original = frozenset(item.tags), True
-            self.store.add(item.id, stored)
-            if item.requires_grad:
-                session.leaves[item.id] = None
-        return m.Done(), ()
-
-    def store_plan(self, session: Session, body: m.StorePlan, tensors: Sequence[torch.Tensor]) -> Answer:
-        """Stores a plan that a client or another worker sends."""
-        if not tensors or tensors[0].dtype != torch.uint8:
-            raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
-        record = plan_objects.record_of(tensors[0])
-        if self.gate is not None:
-            self.gate.arrived(record.graphs, record.to_bytes())
-        state = [self._own(tensor, alone=False) for tensor in tensors[1:]]
-        plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
-        label = None if body.allowed is None else frozenset(body.allowed)
-        stored = StoredObject(plan, session.id, label, tags=tuple(body.tags), description=body.description)
-        stored.handover = body.handover
-        self.store.add(body.id, stored)
-        return m.Done(), ()
-
-    def read_plan(self, session: Session, body: m.ReadPlan) -> Answer:
-        """What a plan or a protocol does, without its state."""
-        value = self.ready(session, body.id).value
-        if isinstance(value, ProtocolObject):
-            return m.FetchedProtocol(), [value.chain_bytes()]
-        if not isinstance(value, PlanObject):
-            raise LocalError(f"object {body.id} is no plan")
-        return m.FetchedPlan(value.training), [value.record_bytes()]
-
-    def _own(self, tensor: torch.Tensor, *, alone: bool) -> torch.Tensor:
-        if tensor.device != self._device:
-            return tensor.to(self._device)
-        return tensor if alone else tensor.clone()
-
-    def put_pointer(self, session: Session, body: m.PutPointer) -> list[ToPeer]:
-        """Stores a pointer to an object elsewhere, and claims the object."""
-        self.store.add(body.id, StoredObject(PeerRef(body.peer, body.object), session.id))
-        return [ToPeer(body.peer, m.Claim([body.object], body.token))]
-
-    def fetch(self, session: Session, body: m.Fetch) -> Steps:
-        """A value, or a pointer's target."""
-        stored = self.store.find(session.id, body.id)
-        label = self.store.label_of(stored)
-        if not session.may_read(label):
-            raise GetNotPermittedError(
-                f"object {body.id} is private, or was computed from private data: {users_of(label)} may get it"
-            )
-        try:
-            self._check_failure(session, stored)
-        finally:
-            if (
-                stored.value is not None
-            ):  # a change in place that did not happen: told now, the value is as it was
-                stored.failure = None
-        value = stored.value
-        if isinstance(value, PeerRef):
-            token = secrets.token_hex(16)
-            yield from ask(value.peer, m.HandOver([value.id], token))
-            if body.delete:
-                self.store.discard(session.id, body.id)
-            return m.FetchedPointer(value.peer, value.id, token), ()
-        assert value is not None  # noqa: S101 - an object without a value has a failure
-        if isinstance(value, PlanObject):
-            if body.delete:
-                self.store.discard(session.id, body.id)
-            return m.FetchedPlan(value.training), [
-                value.record_bytes(),
-                *(one.detach() for one in value.state),
-            ]
-        if isinstance(value, ProtocolObject):
-            if body.delete:
-                self.store.discard(session.id, body.id)
-                yield from _drops([stored])
-            return m.FetchedProtocol(), [value.chain_bytes(), *(one.detach() for one in value.state)]
-        tensors = [value.detach()]
-        grad = _grad_of(value)
-        if grad is not None:
-            label = self.store.memory.of(grad)
-            if not session.may_read(label):
-                raise GetNotPermittedError(
-                    f"the gradient of object {body.id} was computed from private data: {users_of(label)} may get it; "
-                    "set .grad = None to fetch the value alone"
-                )
-            tensors.append(grad.detach())
-        if body.delete:
-            self.store.discard(session.id, body.id)
-            session.leaves.pop(body.id, None)
-        return m.Fetched(
-            value.requires_grad, len(tensors) > 1, list(stored.tags), stored.description
-        ), tensors
-
     def backward(self, session: Session, body: m.Backward) -> Steps:
         """A backward pass; says which objects have gradients then."""
         if not body.roots:
@@ -672,17 +502,17 @@ class EagerOps:
         if self.gate is not None:
             self.gate.admit_op("Tensor.backward")
         labelled = label is not None or bool(self.store.memory)
-        reached = leaf_tensors([_tensor(stored) for stored in inputs or roots]) if labelled else []
+        reached = leaf_tensors([tensor_of(stored) for stored in inputs or roots]) if labelled else []
         labels = [both(label, self._grad_label(tensor)) for tensor in reached]
         retained = self._retained_gradients() if labelled else {}
         with torch.enable_grad():
             try:
                 torch.autograd.backward(
-                    [_tensor(stored) for stored in roots],
-                    [None if one is None else _tensor(one) for one in given],
+                    [tensor_of(stored) for stored in roots],
+                    [None if one is None else tensor_of(one) for one in given],
                     retain_graph=body.retain_graph,
                     create_graph=body.create_graph,
-                    inputs=None if inputs is None else [_tensor(stored) for stored in inputs],
+                    inputs=None if inputs is None else [tensor_of(stored) for stored in inputs],
                 )
             except Exception as error:
                 op = PostedOp("Tensor.backward", (), {}, None, True)
@@ -699,7 +529,7 @@ class EagerOps:
             stored = self.store.objects.get(id)
             if stored is None or stored.owner != session.id:
                 del session.leaves[id]  # handed over
-            elif isinstance(stored.value, torch.Tensor) and (grad := _grad_of(stored.value)) is not None:
+            elif isinstance(stored.value, torch.Tensor) and (grad := grad_of(stored.value)) is not None:
                 yield id, spec_of(grad)
 
     def _backward_there(
@@ -749,167 +579,6 @@ class EagerOps:
         inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
         return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], number=number, **inside)
 
-    def ready(self, session: Session, id: int) -> StoredObject:
-        """The session's object `id`; raises the failure that keeps it from being there."""
-        stored = self.store.find(session.id, id)
-        self._check_failure(session, stored)
-        return stored
-
-    def describe(self, session: Session, body: m.Describe) -> None:
-        """Sets tags and description."""
-        stored = self.store.find(session.id, body.id)
-        stored.tags, stored.description = tuple(body.tags), body.description
-        if stored.original and stored.source is not None:  # a tag that is taken away still counts
-            stored.source |= frozenset(body.tags)
-
-    def search(self, session: Session, body: m.Search) -> Answer:
-        """Published objects that match."""
-        found = []
-        for id, stored in self.store.search(session.id, body.query):
-            private = self.store.label_of(stored) is not None
-            snapshot = self.store.objects[id] is not stored
-            if isinstance(plan := stored.value, PlanObject):
-                found.append(
-                    m.FoundItem(
-                        id, None, list(stored.tags), stored.description, private, snapshot, "plan",
-                        plan.record.name[:200], plan.training,
-                    )
-                )  # fmt: skip
-                continue
-            if isinstance(stored.value, ProtocolObject):
-                found.append(
-                    m.FoundItem(
-                        id, None, list(stored.tags), stored.description, private, snapshot, "protocol"
-                    )
-                )
-                continue
-            value = _tensor(stored)
-            found.append(
-                m.FoundItem(id, spec_of(value), list(stored.tags), stored.description, private, snapshot)
-            )
-            if value.requires_grad and value.is_leaf:
-                session.leaves[id] = None
-        return m.Found(found), ()
-
-    def move(self, session: Session, body: m.Move) -> Steps:
-        """Sends an object to another worker, and forgets it; or sends a copy."""
-        stored = self.store.find(session.id, body.id)
-        grad = _grad_of(stored.value) if isinstance(stored.value, torch.Tensor) and not body.copy else None
-        label = self.store.label_of(stored)
-        if grad is not None:
-            label = both(label, self.store.memory.of(grad))
-        if not session.may_read(label):
-            raise GetNotPermittedError(
-                f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
-            )
-        value = self.ready(session, body.id).value
-        if isinstance(value, PlanObject):
-            if body.copy:
-                raise LocalError("copies of plans are not sent on: copy() it, and move the copy")
-            message = m.StorePlan(
-                body.target, value.training, list(stored.tags), stored.description,
-                allowed_list(label), body.token,
-            )  # fmt: skip
-            yield from ask(body.peer, message, [value.record_bytes(), *(one.detach() for one in value.state)])
-            self.store.discard(session.id, body.id)
-            return m.Done(), ()
-        if not isinstance(value, torch.Tensor):
-            raise LocalError(
-                "pointers to other workers and protocols cannot be moved: get() it, and move what that gives"
-            )
-        if body.copy:
-            values = m.PutItem(body.target, value.requires_grad, allowed=allowed_list(label))
-            # Ops that come after this one may change the object while it waits to be sent.
-            yield from ask(body.peer, m.Put([values], body.token), [value.detach().clone()])
-            return m.Done(), ()
-        item = m.PutItem(
-            body.target, value.requires_grad, grad is not None, list(stored.tags), stored.description,
-            allowed_list(label),
-        )  # fmt: skip
-        tensors = [value.detach(), *([] if grad is None else [grad.detach()])]
-        yield from ask(body.peer, m.Put([item], body.token), tensors)
-        self.store.discard(session.id, body.id)
-        session.leaves.pop(body.id, None)
-        return m.Done(), ()
-
-    def hand_over(self, session: Session, body: m.HandOver) -> Answer:
-        """Lets the bearer of a token become the owner."""
-        for id in body.ids:
-            self.store.find(session.id, id).handover = body.token
-        return m.Done(), ()
-
-    def claim(self, session: Session, body: m.Claim, sessions: Mapping[str, Session]) -> None:
-        """Becomes the owner of what was handed over; `sessions` are those of the worker, by their ids."""
-        for id in body.ids:
-            stored = self.store.objects.get(id)
-            if (
-                stored is None
-                or not stored.handover
-                or not hmac.compare_digest(stored.handover.encode(), body.token.encode())
-            ):
-                raise UnknownObjectError(f"no object {id} was handed over to this session")
-            stored.handover = ""
-            if giver := sessions.get(stored.owner):
-                giver.leaves.pop(id, None)
-                session.share_graphs(giver)
-            self.store.change_owner(id, session.id)
-            if isinstance(stored.value, torch.Tensor) and stored.value.requires_grad and stored.value.is_leaf:
-                session.leaves[id] = None
-
-
-def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> Any:
-    """Sends `body` to another worker and waits for its answer: to be used with ``yield from``.
-
-    Raises:
-        LocalError: the other worker could not do it.
-    """
-    key = secrets.token_hex(8)
-    yield ToPeer(peer, body, tensors, key)
-    answered = yield Wait(key)
-    if isinstance(answered.body, m.Failure):
-        raise OpFailedError(
-            replace_message(answered.body, f"worker {peer.worker!r}: {answered.body.message}")
-        )
-    return answered.body
-
-
-def replace_message(failure: m.Failure, message: str) -> m.Failure:
-    """`failure` with another text; it was not this session's op that failed, so the number goes."""
-    return m.Failure(
-        failure.kind,
-        message[:60_000],
-        failure.op,
-        failure.line,
-        failure.traceback,
-        failure.index,
-        failure.cause,
-    )
-
-
-def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:
-    by_peer: dict[m.PeerAddress, list[int]] = {}
-    for stored in gone:
-        for peer, ids in _freed(stored):
-            by_peer.setdefault(peer, []).extend(ids)
-    return [ToPeer(peer, m.Post([], ids)) for peer, ids in by_peer.items()]
-
-
-def _freed(stored: StoredObject) -> Iterator[tuple[m.PeerAddress, list[int]]]:
-    """What other workers can free now that an object is gone."""
-    if isinstance(stored.value, PeerRef):
-        yield stored.value.peer, [stored.value.id]
-    elif isinstance(stored.value, ProtocolObject):
-        yield from stored.value.freed()
-
-
-def in_plan(error: Exception) -> dict[str, Any]:
-    """Where in a plan `error` happened, as fields of a `Failure`."""
-    if not isinstance(error, ExecutionError):
-        return {}
-    cause = error.__cause__
-    said = "" if cause is None else f"{type(cause).__name__}: {cause}"[:2_000]
-    return {"op": error.op, "line": error.line[:2_000], "index": error.index, "cause": said}
-
 
 def _function(op: PostedOp) -> Callable[..., Any]:
     if op.name == plan_objects.CALL:
@@ -936,27 +605,6 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) else 0
 
 
-def _tensor(stored: StoredObject) -> torch.Tensor:
-    if not isinstance(stored.value, torch.Tensor):
-        raise LocalError("not a tensor")
-    return stored.value
-
-
-def _grad_of(value: torch.Tensor) -> torch.Tensor | None:
-    """The gradient, where a tensor can have one: torch warns about the question elsewhere."""
-    return value.grad if value.is_leaf or value.retains_grad else None
-
-
 def _plain(result: Any) -> Any:
     """Named tuples of torch as plain ones."""
     return tuple(result) if isinstance(result, tuple) else result
-
-
-def allowed_list(label: Label) -> list[str] | None:
-    """A label as messages have it."""
-    return None if label is None else sorted(label)
-
-
-def users_of(label: Label) -> str:
-    """Who may read what has that label, in words."""
-    return ", ".join(sorted(label)) if label else "nobody"

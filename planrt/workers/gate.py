@@ -24,7 +24,6 @@ from planrt.plans.approvals import Approvals, Status
 from planrt.plans.graph import Graph
 from planrt.plans.policy import ALL_PRIVATE, Policy
 from planrt.plans.report import Report
-from planrt.plans.training import gradient_graph
 from planrt.plans.verify import check
 from planrt.types import TensorSpec
 
@@ -135,7 +134,7 @@ class Gate:
         """
         self.admit(graph, inputs, gradients=True)
         if self.covers(tags):
-            self._check_release(gradient_graph(graph), inputs, tags, smallest)
+            self._check_release(graph, inputs, tags, smallest, gradients=True)
 
     def admit_evaluation(
         self, graph: Graph, inputs: Sequence[TensorSpec], tags: Iterable[str], smallest: int, rows: int
@@ -151,7 +150,7 @@ class Gate:
         if not self.covers(tags):
             return
         loss: Graph = replace(graph, outputs=(graph.outputs[0],))
-        self._check_release(loss, inputs, tags, smallest)
+        self._check_release(loss, inputs, tags, smallest, gradients=False)
         names = set(tags)
         for rule in self.policy.release:
             if (rule.tag in names or rule.tag == ALL_PRIVATE) and rows < rule.min_rows:
@@ -161,11 +160,17 @@ class Gate:
                 )
 
     def _check_release(
-        self, graph: Graph, inputs: Sequence[TensorSpec], tags: Iterable[str], smallest: int
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Iterable[str],
+        smallest: int,
+        *,
+        gradients: bool,
     ) -> None:
         """Raises if release rules are broken for batches of `smallest` rows with these tags, data and targets."""
         fewest = [_with_rows(spec, smallest) for spec in inputs]
-        report = self._report(graph, fewest, dict.fromkeys(range(len(inputs)), tuple(tags)), False)
+        report = self._report(graph, fewest, dict.fromkeys(range(len(inputs)), tuple(tags)), gradients)
         broken = [one for one in report.violations if one.rule == "release"]
         try:
             report.with_violations(broken, report.policy_version, report.tags).raise_for_violations()

@@ -10,7 +10,7 @@ import torch
 from planrt.errors import LocalError
 from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Send, StepState
-from planrt.workers.eager import EagerOps, OpFailedError, Session, allowed_list, users_of
+from planrt.workers.eager import EagerOps
 from planrt.workers.events import Answer, PeerAnswered, Steps, ToPeer, Wait
 from planrt.workers.labels import Label
 from planrt.workers.private import GetNotPermittedError
@@ -22,6 +22,7 @@ from planrt.workers.protocol_objects import (
     new_protocol_object,
     new_run,
 )
+from planrt.workers.sessions import OpFailedError, Session, allowed_list, users_of
 from planrt.workers.store import PeerRef, StoredObject
 
 _Exchange: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, None]

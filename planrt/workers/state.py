@@ -45,7 +45,7 @@ from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
-from planrt.workers.eager import EagerOps, OpFailedError, Session, in_plan
+from planrt.workers.eager import EagerOps
 from planrt.workers.events import (
     Answer,
     Close,
@@ -63,6 +63,7 @@ from planrt.workers.events import (
 from planrt.workers.gate import Gate
 from planrt.workers.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.protocol_ops import ProtocolOps
+from planrt.workers.sessions import OpFailedError, Session, in_plan
 from planrt.workers.store import ObjectStore, StoredObject
 
 # ------------------------------------------------------------------------------------------- machine

@@ -213,6 +213,23 @@ def test_split_networks_learn_mnist(examples, mnist_folder):
     assert ended.number(r"whole network: ([\d.e+-]+)") == 0
 
 
+# ---------------------------------------------------------------------------------------------- the hospital
+
+
+def test_a_hospital_approves_a_plan_and_gives_out_nothing_else(examples):
+    virtual, websocket = examples.run_both_ways("hospital", "--epochs", "20")
+    for ended in (virtual, websocket):
+        for kind in ("GetNotPermittedError", "NotApprovedError", "PolicyRefusedError"):
+            assert f"{kind}: worker 'hospital': " in ended.out
+        assert "status: pending" in ended.out
+        assert "was not approved: these are five patients" in ended.out
+        assert "x: aggregated over 569 rows (loss)" in ended.out
+        assert "3 decisions, the record's hash is" in ended.out
+        assert ended.number(r"Step 20: loss [\d.]+, ([\d.]+)% right") > 90
+    steps = [re.findall(r"Step .*", ended.out) for ended in (virtual, websocket)]
+    assert steps[0] == steps[1]
+
+
 # ------------------------------------------------------------------------------------------- misuse, interruption
 
 

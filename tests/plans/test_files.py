@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import warnings
 
 import msgpack
 import pytest
@@ -13,7 +14,7 @@ from nets import make
 from torch import nn
 
 import planrt
-from planrt.errors import LocalError, OptionError, PlanError, PlanFormatError
+from planrt.errors import LocalError, OptionError, PlanError, PlanFormatError, PlanWarning
 from planrt.plans import Plan, load_file, load_plan
 from planrt.serde.dtypes import DTYPES
 
@@ -21,7 +22,9 @@ ONE = torch.tensor([1.0])
 
 
 def small():
-    return Plan(lambda x: x + ONE, name="small").build(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)  # it captures ONE, on purpose
+        return Plan(lambda x: x + ONE, name="small").build(torch.ones(2))
 
 
 def saved(plan, folder, name="plan.bin"):

@@ -300,7 +300,7 @@ def test_two_names_for_one_input_are_no_way_around(hospital):
     _values, _owner = put_patients(connect)
     researcher = connect()
     (x,) = researcher.search("#patients")
-    with pytest.raises(PolicyRefusedError, match="two of its inputs share memory"):
+    with pytest.raises(PolicyRefusedError, match="two of its inputs share memory or one is not contiguous"):
         sneaky.send(researcher)(x, x).get()
 
 

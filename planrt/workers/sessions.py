@@ -1,0 +1,108 @@
+"""One client's session on a worker, how failures are told to it, and what is asked of other workers. No I/O."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from planrt.errors import ExecutionError, LocalError
+from planrt.workers import messages as m
+from planrt.workers.events import ToPeer, Wait
+from planrt.workers.labels import Label, both
+from planrt.workers.private import (
+    Graphs,
+)
+
+
+class OpFailedError(LocalError):
+    """Carries a failure that is already in the client's words."""
+
+    def __init__(self, failure: m.Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's session on this worker. `user` is None for a client that showed no token."""
+
+    id: str
+    user: str | None = None
+    posted: int = 0
+    """Ops taken so far."""
+    failure: m.Failure | None = None
+    """Of an op or message that left no result; shows at the next request."""
+    leaves: dict[int, None] = field(default_factory=dict)
+    """Objects that a backward pass may give a gradient to."""
+    optimizer_states: dict[tuple[str, str, str], Any] = field(default_factory=dict)
+    graphs: Graphs[Session] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.graphs = Graphs([self])
+
+    def share_graphs(self, other: Session) -> None:
+        """An object went from one session to the other, and with it the graphs that have kept it."""
+        mine, theirs = self.graphs, other.graphs
+        if mine is theirs:
+            return
+        mine.members += theirs.members
+        mine.unseen_writes |= theirs.unseen_writes
+        mine.label = both(mine.label, theirs.label)
+        for member in theirs.members:
+            member.graphs = mine
+
+    def may_read(self, label: Label) -> bool:
+        """Whether this session's user may read what has that label."""
+        return label is None or (self.user is not None and self.user in label)
+
+
+def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> Any:
+    """Sends `body` to another worker and waits for its answer: to be used with ``yield from``.
+
+    Raises:
+        LocalError: the other worker could not do it.
+    """
+    key = secrets.token_hex(8)
+    yield ToPeer(peer, body, tensors, key)
+    answered = yield Wait(key)
+    if isinstance(answered.body, m.Failure):
+        raise OpFailedError(
+            replace_message(answered.body, f"worker {peer.worker!r}: {answered.body.message}")
+        )
+    return answered.body
+
+
+def replace_message(failure: m.Failure, message: str) -> m.Failure:
+    """`failure` with another text; it was not this session's op that failed, so the number goes."""
+    return m.Failure(
+        failure.kind,
+        message[:60_000],
+        failure.op,
+        failure.line,
+        failure.traceback,
+        failure.index,
+        failure.cause,
+    )
+
+
+def in_plan(error: Exception) -> dict[str, Any]:
+    """Where in a plan `error` happened, as fields of a `Failure`."""
+    if not isinstance(error, ExecutionError):
+        return {}
+    cause = error.__cause__
+    said = "" if cause is None else f"{type(cause).__name__}: {cause}"[:2_000]
+    return {"op": error.op, "line": error.line[:2_000], "index": error.index, "cause": said}
+
+
+def allowed_list(label: Label) -> list[str] | None:
+    """A label as messages have it."""
+    return None if label is None else sorted(label)
+
+
+def users_of(label: Label) -> str:
+    """Who may read what has that label, in words."""
+    return ", ".join(sorted(label)) if label else "nobody"
