@@ -35,6 +35,11 @@ _computing = threading.Lock()
 knows one number only), so the workers of a process compute one at a time, or they would change each other's bits."""
 
 
+_all_serving: set[asyncio.Task[Any]] = set()
+"""Connections being served, of all hosts. Workers of a process refer to each other in circles: without this, Python
+would collect such a circle with its connections under way, and end their coroutines where they stand."""
+
+
 class ComputeThread:
     """One thread for torch work, with `threads` torch threads (None: as many as torch takes by itself)."""
 
@@ -100,6 +105,7 @@ class WorkerHost:
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"  # noqa: S101 - for the type checker
         self._serving.add(task)
+        _all_serving.add(task)
         try:
             await self._serve(pipe)
         except asyncio.CancelledError:
@@ -108,6 +114,7 @@ class WorkerHost:
                 raise
         finally:
             self._serving.discard(task)
+            _all_serving.discard(task)
 
     async def _serve(self, pipe: Pipe) -> None:
         number = next(self._numbers)
