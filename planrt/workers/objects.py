@@ -430,10 +430,12 @@ def allowed_users(private: bool, users: Sequence[str] | None) -> list[str] | Non
     """Who may read what is sent with these options; None for everyone.
 
     Raises:
-        OptionError: `users` is a single string.
+        OptionError: `users` is a single string, or given together with `private`.
     """
     if isinstance(users, str):
         raise OptionError(f"allowed_users is a list of user names: write [{users!r}]")
+    if users is not None and private:
+        raise OptionError("private=True means nobody, and allowed_users names some: give one of them")
     if users is not None:
         return list(users)
     return [] if private else None

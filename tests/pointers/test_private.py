@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import planrt
-from planrt.errors import GetNotPermittedError, HandshakeError, RemoteError
+from planrt.errors import GetNotPermittedError, HandshakeError, OptionError, RemoteError
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
 USERS = {"ann": "token of ann", "ben": "token of ben"}
@@ -65,6 +65,14 @@ def test_allowed_users_may(clinic):
     (y,) = ben.search("#scores")
     refused((y * 2).get)
     assert x.get().tolist() == [1, 2]
+
+
+def test_private_and_allowed_users_contradict_each_other(clinic):
+    worker = clinic()
+    with pytest.raises(OptionError, match="give one of them"):
+        torch.ones(1).send(worker, private=True, allowed_users=["ann"])
+    with pytest.raises(OptionError, match=r"write \['ann'\]"):
+        torch.ones(1).send(worker, allowed_users="ann")
 
 
 def test_a_token_that_nobody_has_opens_nothing(clinic):
