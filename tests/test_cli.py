@@ -11,6 +11,10 @@ from planrt.cli import main
 from planrt.plans import trace
 from planrt.plans.approvals import Approvals
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::planrt.errors.PlanWarning"
+)  # they capture tensors on purpose
+
 
 @pytest.fixture
 def graph():

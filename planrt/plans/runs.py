@@ -25,6 +25,11 @@ class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
     and ``z.real = x``. They would be missing in the plan."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch asks; True would import its compiler at the first kernel: 70 MB, and a second or two."""
+        return False
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder

@@ -47,6 +47,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op: the plan's op that is running; its bit is added to what results depend on.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch asks; True would import its compiler at the first kernel: 70 MB, and a second or two."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0

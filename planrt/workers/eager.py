@@ -336,7 +336,10 @@ class EagerOps(KeptObjects):
                 self.store.add(id, StoredObject(None, session.id, label, failure=failure))
             except LocalError:  # the id is in use, or the worker is full
                 session.failure = session.failure or failure
-        if any(leaf is None for leaf in leaves(op.results)):
+        if op.name == plan_objects.CALL:  # None stands for a size, and the plan itself is as good as before
+            if not _ids(op.results):
+                session.failure = session.failure or failure
+        elif any(leaf is None for leaf in leaves(op.results)):
             if used:
                 used[0].failure = used[0].failure or failure
             else:

@@ -20,6 +20,10 @@ from planrt.plans.interpreter import Program, execute
 from planrt.plans.report import Unforeseen, count_bytes, count_flops
 from planrt.types import Ref, TensorSpec, leaves
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::planrt.errors.PlanWarning"
+)  # they capture tensors on purpose
+
 F32, I64 = torch.float32, torch.int64
 X = torch.rand(6, 4) + 0.5
 

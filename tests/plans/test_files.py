@@ -18,6 +18,10 @@ from planrt.errors import LocalError, OptionError, PlanError, PlanFormatError, P
 from planrt.plans import Plan, load_file, load_plan
 from planrt.serde.dtypes import DTYPES
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::planrt.errors.PlanWarning"
+)  # they capture tensors on purpose
+
 ONE = torch.tensor([1.0])
 
 

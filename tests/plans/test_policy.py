@@ -14,6 +14,10 @@ from planrt.plans.policy import Policy, ReleaseRule
 from planrt.plans.verify import check
 from planrt.types import Ref, TensorSpec
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::planrt.errors.PlanWarning"
+)  # they capture tensors on purpose
+
 F32 = torch.float32
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hospital_policy.toml"
 PATIENTS = {0: ["#patients"]}

@@ -16,6 +16,10 @@ from planrt.plans.graph import Graph, Op
 from planrt.plans.interpreter import execute
 from planrt.types import Ref, TensorSpec
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::planrt.errors.PlanWarning"
+)  # they capture tensors on purpose
+
 N = 6
 
 

@@ -449,6 +449,21 @@ def test_a_failure_names_the_op_its_place_and_the_worker(bob):
     assert x.get().tolist() == [1.0, 1.0, 1.0]  # nothing is lost
 
 
+def test_a_failure_shows_where_a_plan_gives_no_tensors_and_leaves_the_plan_usable(bob):
+    @planrt.func2plan()
+    def overwrite(x, index):
+        x[index] = 0.0
+        return x.shape[0]
+
+    overwrite.build(torch.ones(3), torch.tensor([0]))
+    there, x = overwrite.send(bob), torch.ones(3).send(bob)
+    assert there(x, torch.tensor([7]).send(bob)) == 3
+    with pytest.raises(RemoteError, match="index 7 is out of bounds"):
+        bob.objects_count()
+    assert there(x, torch.tensor([1]).send(bob)) == 3
+    assert x.get().tolist() == [1.0, 0.0, 1.0]
+
+
 def test_other_clients_do_not_notice_a_hostile_plan(bob, net):
     """Bytes that are no plan: the sender hears of it, the worker and its other clients go on."""
     from planrt.workers import messages as m

@@ -9,6 +9,10 @@ from planrt.errors import MixedLocationsError, PlanArgumentError, ProtocolError
 from planrt.workers.multipointer import MultiPointerTensor
 from tests.protocols.conftest import plan
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::planrt.errors.PlanWarning"
+)  # they capture tensors on purpose
+
 
 def test_a_branch_and_a_join(inc, double, add, alice, bob, charlie, count, capsys):
     protocol = Protocol(
