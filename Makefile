@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROUNDS ?= 40
+# Two processes, each with whole files: tests of one file may share ports.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: run test bench lint clean
 
@@ -12,7 +14,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m planrt.fl.mnist_async --rounds $(ROUNDS) $(ARGS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)

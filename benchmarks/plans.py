@@ -153,6 +153,7 @@ def _tracing_row(size: Size) -> Row:
         times["trace"],
         times["eager"],
         "eager forward, twice",
+        Goal(at_most=2.0, absolute=True),
         note="training and evaluation plan, with the loss, 64x64 images",
     )
 

@@ -21,6 +21,11 @@ from planrt.types import TensorSpec
 _SEED: Final = 0x706C616E  # of torch's generator during a run: a function that sets its own is found out
 
 
+class SeededError(TraceError):
+    """Somebody seeded torch's generator during a run: the function, or another thread, as workers of this process do
+    while they compute."""
+
+
 class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no hints there
     """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
     and ``z.real = x``. They would be missing in the plan."""
@@ -86,7 +91,7 @@ def run_once(
         if recorder.failure is not None:
             raise recorder.failure
         if torch.initial_seed() != _SEED:
-            raise TraceError(
+            raise SeededError(
                 "the function seeds torch's generator, which a plan cannot: seed the plan where it runs "
                 "(torch.manual_seed here, a request's seed on a worker)"
             )

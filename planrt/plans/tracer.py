@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,9 +21,11 @@ from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD
 from planrt.plans.probing import grown, in_common, odd_runs
 from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step
-from planrt.plans.runs import recording, run_once
+from planrt.plans.runs import SeededError, recording, run_once
 from planrt.plans.source import user_line
 from planrt.types import Nested, Ref, TensorSpec, map_leaves
+
+_TRIES: Final = 4  # of a run during which somebody seeded torch's generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,13 @@ def record(
     with Undo(registry) as undo:
 
         def run(inputs: Sequence[torch.Tensor], values: list[torch.Tensor] | None = None) -> Run:
+            for _ in range(_TRIES - 1):
+                try:
+                    return run_once(function, inputs, specs, registry, undo.optimizers, values)
+                except SeededError:  # by another thread, perhaps
+                    continue
+                finally:
+                    undo.restore()
             try:
                 return run_once(function, inputs, specs, registry, undo.optimizers, values)
             finally:

@@ -20,7 +20,7 @@ from planrt.errors import (
     WorkerLostError,
 )
 from planrt.fl import TrainConfig
-from planrt.plans import func2plan
+from planrt.plans import Plan, func2plan
 from planrt.workers import BaseDataset
 from planrt.workers.loop import background_loop
 from tests.models import classification_data, seeded_classifier
@@ -264,3 +264,32 @@ def test_a_result_is_held_by_who_asked_and_nobody_else(bob):
     while any(reference() is not None for reference in held) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert all(reference() is None for reference in held)
+
+
+class ClassifierPlan(Plan):
+    """The same network as a plan."""
+
+    def __init__(self):
+        super().__init__()
+        net = seeded_classifier()
+        self.first, self.norm, self.drop, self.last = net.first, net.norm, net.drop, net.last
+
+    def forward(self, x):
+        return F.log_softmax(self.last(self.drop(F.relu(self.norm(self.first(x))))), dim=1)
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_plan_trains_in_rounds_as_the_module_that_it_is(bob, built):
+    def fitted(model):
+        job = TrainConfig(model, F.nll_loss, batch_size=8, max_nr_batches=5, optimizer_args={"lr": 0.1})
+        job.send(bob)
+        result = bob.fit("flowers", seed=3)
+        return result.loss, {name: value.clone() for name, value in job.state.items()}
+
+    plan = ClassifierPlan()
+    if built:
+        plan.build(torch.zeros(4, 6))
+    (loss, state), (same, theirs) = fitted(plan), fitted(seeded_classifier())
+    assert loss == same
+    assert state.keys() == theirs.keys()
+    assert all(torch.equal(state[name], theirs[name]) for name in state)
