@@ -237,7 +237,8 @@ def _graphs(path: Path) -> dict[str, Graph]:
     except OptionError:
         raise
     except PlanrtError as error:
-        raise OptionError(f"{path}: {error}") from None
+        said = str(error)  # of a plan file it begins with the path
+        raise OptionError(said if said.startswith(f"{path}:") else f"{path}: {said}") from None
 
 
 def _modes(record: PlanRecord) -> dict[str, Graph]:
