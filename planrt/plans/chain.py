@@ -20,7 +20,7 @@ from typing import Any, Final
 from planrt.errors import PlanError, PlanFormatError
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.record import PlanRecord
-from planrt.serde.values import decode, encode, pack, unpack
+from planrt.serde.values import decode, encode, pack, unpack_sections
 from planrt.types import Nested, Ref
 
 CHAIN_VERSION: Final = 1
@@ -136,17 +136,7 @@ class Chain:
         Raises:
             PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the table.
         """
-        parts = unpack(bytes(data))
-        if not isinstance(parts, list) or len(parts) < 2 or parts[0] != _MAGIC:
-            raise PlanFormatError("these bytes are no protocol")
-        if type(parts[1]) is not int or parts[1] < 1:
-            raise PlanFormatError("malformed protocol: no version number")
-        if parts[1] > CHAIN_VERSION:
-            raise PlanFormatError(
-                f"the protocol has format {parts[1]}, newer than {CHAIN_VERSION}: update planrt on this side"
-            )
-        if len(parts) != 6:
-            raise PlanFormatError(f"malformed protocol: {len(parts)} sections instead of 6")
+        parts = unpack_sections(bytes(data), _MAGIC, CHAIN_VERSION, 6, what="protocol")
         inputs, plans, steps = (_items(part) for part in parts[2:5])
         if len(steps) > MAX_STEPS or len(plans) > len(steps):
             raise PlanFormatError(

@@ -21,7 +21,7 @@ from planrt.errors import OpNotAllowedError, PlanFormatError
 from planrt.plans import ops as table
 from planrt.plans.text import code_lines, graph_text, op_line, show_name
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
-from planrt.serde.values import decode, encode, pack, unpack
+from planrt.serde.values import decode, encode, pack, unpack_sections
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
 
 FORMAT_VERSION: Final = 1
@@ -122,6 +122,11 @@ class Graph:
         return hashlib.sha256(self._bytes).hexdigest()
 
     @cached_property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(op.name in table.RANDOM for op in self.ops)
+
+    @cached_property
     def differentiates(self) -> bool:
         """Whether it computes gradients itself. Such a plan begins without gradients at every run, changes nothing
         outside but by in-place ops, and gives results without history."""
@@ -139,18 +144,7 @@ class Graph:
             raise PlanFormatError(f"a plan is read from bytes, not from {type(data).__name__}")
         if len(data) > MAX_BYTES:
             raise PlanFormatError(f"a plan of {len(data)} bytes is longer than the limit of {MAX_BYTES}")
-        parts = unpack(bytes(data))
-        if not isinstance(parts, list) or len(parts) < 2 or parts[0] != _MAGIC:
-            raise PlanFormatError("these bytes are not a plan")
-        version = parts[1]
-        if type(version) is not int or version < 1:
-            raise PlanFormatError("malformed plan: no version number")
-        if version > FORMAT_VERSION:
-            raise PlanFormatError(
-                f"the plan has format {version}, newer than {FORMAT_VERSION}: update planrt on this side"
-            )
-        if len(parts) != 6:
-            raise PlanFormatError(f"malformed plan: {len(parts)} sections instead of 6")
+        parts = unpack_sections(bytes(data), _MAGIC, FORMAT_VERSION, 6, what="plan")
         plan = cls(
             inputs=tuple(
                 _decode_spec(*_fields(item, 2, "input")) for item in _items(parts[2], "inputs", MAX_TENSORS)

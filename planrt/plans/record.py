@@ -25,7 +25,7 @@ from planrt.plans.graph import Graph, StateSpec
 from planrt.plans.signature import Signature
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.serde.tensors import raw_bytes
-from planrt.serde.values import pack, unpack
+from planrt.serde.values import pack, unpack_sections
 
 RECORD_VERSION: Final = 1
 _MAGIC: Final = "planrt-record"
@@ -126,17 +126,7 @@ class PlanRecord:
         Raises:
             PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the table.
         """
-        parts = unpack(bytes(data))
-        if not isinstance(parts, list) or len(parts) < 2 or parts[0] != _MAGIC:
-            raise PlanFormatError("these bytes are no plan")
-        if type(parts[1]) is not int or parts[1] < 1:
-            raise PlanFormatError("malformed plan: no version number")
-        if parts[1] > RECORD_VERSION:
-            raise PlanFormatError(
-                f"the plan has format {parts[1]}, newer than {RECORD_VERSION}: update planrt on this side"
-            )
-        if len(parts) != _FIELDS:
-            raise PlanFormatError(f"malformed plan: {len(parts)} sections instead of {_FIELDS}")
+        parts = unpack_sections(bytes(data), _MAGIC, RECORD_VERSION, _FIELDS, what="plan")
         name, doc, signature, state_names, evaluation, training = parts[2:]
         for text in (name, doc):
             if not isinstance(text, str) or len(text) > _MAX_TEXT:

@@ -31,7 +31,7 @@ from planrt.workers.loop import on_loop, run
 from planrt.workers.objects import allowed_users as allowed_list
 from planrt.workers.objects import check_travels, kinds, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
-from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
+from planrt.workers.pointers import Handle, ObjectPointer, PointerTensor, alive, make_pointer, new_id
 
 if TYPE_CHECKING:
     from planrt.protocols.protocol import Protocol
@@ -42,7 +42,7 @@ _ASK_EVERY = 0.02
 NewProgress = Callable[[Mapping[str, BaseWorker], OnProgress | None], Progress]
 
 
-class PointerProtocol:
+class PointerProtocol(ObjectPointer):
     """A protocol on a worker: what `Protocol.send` returns, and what `search` finds.
 
     Attributes:
@@ -58,41 +58,9 @@ class PointerProtocol:
         tags: Sequence[str] = (),
         description: str = "",
     ) -> None:
-        self._handle = handle
+        super().__init__(handle, tags, description)
         self._chain = chain
         self._workers = dict(workers or {})
-        self.id = new_id()
-        self._tags = tuple(tags)
-        self._text = description
-
-    @property
-    def location(self) -> BaseWorker:
-        """The worker that holds the protocol."""
-        return self._handle.worker
-
-    @property
-    def id_at_location(self) -> int:
-        """The object's id on its worker."""
-        return self._handle.id
-
-    @property
-    def tags(self) -> set[str]:
-        """Its tags."""
-        return set(self._tags)
-
-    @property
-    def description(self) -> str:
-        """Its description."""
-        return self._text
-
-    @property
-    def garbage_collection(self) -> bool:
-        """Whether the protocol goes from the worker when the last pointer to it does."""
-        return self._handle.owned
-
-    @garbage_collection.setter
-    def garbage_collection(self, value: bool) -> None:
-        self._handle.owned = bool(value)
 
     # -------------------------------------------------------------------------------------- deploying
 
@@ -275,18 +243,18 @@ class PointerProtocol:
         body, tensors = await worker._connection.finish(worker._ask(m.Fetch(handle.id, True)))
         made = _rebuilt(*expect(m.FetchedProtocol, (body, tensors), worker))
         handle.alive = False
-        made._tags, made._text = self._tags, self._text
+        made._tags, made._text = self._tags, self._description
         return made
 
     def tag(self, *tags: str) -> Self:
         """Tags the protocol, which publishes it: others find it by these tags, and it outlives this session."""
         self._tags = (*self._tags, *tags)
-        alive(self).worker.describe_object(self, self._tags, self._text)
+        alive(self).worker.describe_object(self, self._tags, self._description)
         return self
 
     def describe(self, description: str) -> Self:
         """Gives the protocol a description, whose words `search` finds."""
-        self._text = description
+        self._description = description
         alive(self).worker.describe_object(self, self._tags, description)
         return self
 

@@ -225,3 +225,23 @@ def unpack(data: bytes) -> Any:
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise PlanFormatError(f"not readable as msgpack: {reason[:120]}") from None
+
+
+def unpack_sections(data: bytes, magic: str, version: int, count: int, *, what: str) -> list[Any]:
+    """The `count` sections of a versioned form: an array that begins with `magic` and its version number.
+
+    Raises:
+        PlanFormatError: no such form, one newer than `version`, or with another number of sections.
+    """
+    parts = unpack(data)
+    if not isinstance(parts, list) or len(parts) < 2 or parts[0] != magic:
+        raise PlanFormatError(f"these bytes are not a {what}")
+    if type(parts[1]) is not int or parts[1] < 1:
+        raise PlanFormatError(f"malformed {what}: no version number")
+    if parts[1] > version:
+        raise PlanFormatError(
+            f"the {what} has format {parts[1]}, newer than {version}: update planrt on this side"
+        )
+    if len(parts) != count:
+        raise PlanFormatError(f"malformed {what}: {len(parts)} sections instead of {count}")
+    return parts

@@ -368,7 +368,7 @@ class ChainRun:
             {},
             None,
             self._grad,
-            derive_seed(self._seed, "step", number) if plan_objects.is_random(plan.graph) else None,
+            derive_seed(self._seed, "step", number) if plan.graph.is_random else None,
         )
         key = secrets.token_hex(8)
         self._pending[key] = _Call(number, self._plans[step.plan, step.place], again)

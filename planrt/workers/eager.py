@@ -147,7 +147,7 @@ class EagerOps(KeptObjects):
         if op.kwargs.get("out") is not None:
             raise LocalError("workers take no out=: use the result")
         if op.seed is None and (
-            op.name in ops.RANDOM or (op.name == plan_objects.CALL and plan_objects.is_random(_graph(args)))
+            op.name in ops.RANDOM or (op.name == plan_objects.CALL and _graph(args).is_random)
         ):
             raise LocalError("an op that draws random numbers needs a seed")
         released, deadline = False, math.inf
@@ -155,7 +155,8 @@ class EagerOps(KeptObjects):
             released, deadline = self._admit(session, op, args, used)
             if released:
                 label = self._readable_label(session, used)
-        torch.set_grad_enabled(op.grad)
+        # A released result has no history: its gradients would be of rows where it is of an aggregate.
+        torch.set_grad_enabled(op.grad and not released)
         retained = self._retained_gradients() if op.name == "autograd.grad" else {}
         foreseen = None if session.may_read(label) else foresee(op, function, [one.value for one in used])
         before = [] if label is None else [_version(stored.value) for stored in used]

@@ -40,7 +40,7 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
             )
         operands.append(tensor)
     check_inputs(graph, operands)
-    if seed is None and plan_objects.is_random(graph):
+    if seed is None and graph.is_random:
         seed = handle.worker.draw_seed()
     line = calling_line()
     inferred = infer(

@@ -93,11 +93,6 @@ class PlanTwin:
         return self._hash
 
 
-def is_random(graph: Graph) -> bool:
-    """Whether it draws random numbers."""
-    return any(op.name in ops.RANDOM for op in graph.ops)
-
-
 def call(
     plan: PlanObject, training: bool, *inputs: torch.Tensor, deadline: float = math.inf
 ) -> tuple[Any, ...]:

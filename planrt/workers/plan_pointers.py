@@ -13,17 +13,17 @@ from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.plan_calls import call_plan, copy_plan
-from planrt.workers.pointers import Handle, alive, new_id, not_copied
+from planrt.workers.pointers import Handle, ObjectPointer, alive
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
 
 
-class PointerPlan:
+class PointerPlan(ObjectPointer):
     """A plan on a worker: ``pointer = plan.send(bob)``, and then ``pointer(x_on_bob)``.
 
     Attributes:
-        id: the pointer's own id, here. training: the mode that calls run in.
+        training: the mode that calls run in.
         tags, description: as the plan was given them.
     """
 
@@ -38,14 +38,11 @@ class PointerPlan:
         tags: Sequence[str] = (),
         description: str = "",
     ) -> None:
-        self._handle = handle
+        super().__init__(handle, tags, description)
         self._record = record
         self._origin = origin
         self.name = name
-        self.id = new_id()
         self.training = training
-        self._tags = tuple(tags)
-        self._description = description
 
     def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
         """Runs the plan on its worker, in one message that nobody waits for; gives pointers to the results.
@@ -62,16 +59,6 @@ class PointerPlan:
         return call_plan(self, args, kwargs, seed)
 
     # ------------------------------------------------------------------------------------- what it is
-
-    @property
-    def location(self) -> BaseWorker:
-        """The worker that holds the plan."""
-        return self._handle.worker
-
-    @property
-    def id_at_location(self) -> int:
-        """The object's id on its worker."""
-        return self._handle.id
 
     @property
     def record(self) -> PlanRecord:
@@ -94,25 +81,6 @@ class PointerPlan:
     def code(self) -> str:
         """The recorded ops, one per line."""
         return self.graph.code
-
-    @property
-    def tags(self) -> set[str]:
-        """Its tags."""
-        return set(self._tags)
-
-    @property
-    def description(self) -> str:
-        """Its description."""
-        return self._description
-
-    @property
-    def garbage_collection(self) -> bool:
-        """Whether the plan goes from the worker when the last pointer to it does."""
-        return self._handle.owned
-
-    @garbage_collection.setter
-    def garbage_collection(self, value: bool) -> None:
-        self._handle.owned = bool(value)
 
     # ------------------------------------------------------------------------------------- what it does
 
@@ -182,12 +150,6 @@ class PointerPlan:
     def several(pointers: Sequence[PointerPlan]) -> MultiPointerPlan:
         """One that stands for all of `pointers`."""
         return MultiPointerPlan(pointers)
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        not_copied()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        not_copied()
 
     def __repr__(self) -> str:
         handle = self._handle

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from collections.abc import Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -269,6 +270,55 @@ def alive(pointer: Pointer) -> Handle:
             "returned"
         )
     return handle
+
+
+class ObjectPointer:
+    """What pointers to plans and to protocols have in common: they are no tensors, and stand for a worker's object.
+
+    Attributes:
+        id: the pointer's own id, here.
+    """
+
+    def __init__(self, handle: Handle, tags: Sequence[str], description: str) -> None:
+        self._handle = handle
+        self._tags = tuple(tags)
+        self._description = description
+        self.id = new_id()
+
+    @property
+    def location(self) -> BaseWorker:
+        """The worker that holds the object."""
+        return self._handle.worker
+
+    @property
+    def id_at_location(self) -> int:
+        """The object's id on its worker."""
+        return self._handle.id
+
+    @property
+    def tags(self) -> set[str]:
+        """Its tags."""
+        return set(self._tags)
+
+    @property
+    def description(self) -> str:
+        """Its description."""
+        return self._description
+
+    @property
+    def garbage_collection(self) -> bool:
+        """Whether the object goes from the worker when the last pointer to it does."""
+        return self._handle.owned
+
+    @garbage_collection.setter
+    def garbage_collection(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        not_copied()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        not_copied()
 
 
 # How a pointer prints: nothing of it comes from the worker.

@@ -97,7 +97,7 @@ def spoiled(change):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda parts: parts.__setitem__(0, "planrt-plan"), "no protocol"),
+        (lambda parts: parts.__setitem__(0, "planrt-plan"), "not a protocol"),
         (lambda parts: parts.__setitem__(1, 2), "newer than 1: update planrt"),
         (lambda parts: parts.__setitem__(1, "1"), "no version number"),
         (lambda parts: parts.append(1), "7 sections instead of 6"),

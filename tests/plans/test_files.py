@@ -247,7 +247,7 @@ STATE = torch.tensor([1.0]).numpy().tobytes()
         (sealed(b"\xc1"), "not readable as msgpack"),
         (sealed(msgpack.packb(["x"])), "its header cannot be read"),
         (sealed(header_of(small(), training=1), STATE), "its header cannot be read"),
-        (sealed(header_of(small(), record=b"\x91\x01"), STATE), "these bytes are no plan"),
+        (sealed(header_of(small(), record=b"\x91\x01"), STATE), "these bytes are not a plan"),
         (sealed(header_of(small(), tags=[""]), STATE), "its tags cannot be read"),
         (sealed(header_of(small(), tags=[7]), STATE), "its tags cannot be read"),
         (sealed(header_of(small(), description="x" * 70_000), STATE), "its description is too long"),

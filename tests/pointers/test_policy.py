@@ -355,6 +355,24 @@ def test_training_on_private_data_releases_what_was_learnt(hospital):
     assert torch.equal(there.get().fc.weight, here.fc.weight)
 
 
+def test_a_released_result_has_no_gradients_to_ask_for(hospital):
+    @planrt.func2plan(args_shape=[(-1, 3), (-1, 3)])
+    def weighted(x, w):
+        return (x * w).sum()
+
+    connect = hospital(OPEN)
+    values, _owner = put_patients(connect)
+    researcher = connect()
+    (x,) = researcher.search("#patients")
+    w = torch.ones(100, 3, requires_grad=True).send(researcher)
+    there = weighted.send(researcher)
+    assert torch.allclose(there(x, w).get(), values.sum())
+    there(x, w).backward()  # would leave the rows themselves in w.grad
+    with pytest.raises(RemoteError, match="does not require grad"):
+        _ = w.grad
+    assert w.grad is None
+
+
 def test_gradients_of_single_rows_are_not_released(hospital):
     @planrt.func2plan()
     def leak(x, w):

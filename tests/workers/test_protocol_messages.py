@@ -177,7 +177,7 @@ def altered(index, value):
     [
         ([], "travels as its chain"),
         ([torch.ones(3)], "travels as its chain"),
-        ([torch.zeros(1, dtype=torch.uint8), torch.ones(1)], "no protocol"),
+        ([torch.zeros(1, dtype=torch.uint8), torch.ones(1)], "not a protocol"),
         ([bytes_of(CHAIN)[:-9], torch.ones(1)], "msgpack"),
         ([altered(1, 7), torch.ones(1)], "newer than 1"),
         ([altered(5, ["r", 0]), torch.ones(1)], "outputs of a protocol"),
