@@ -10,7 +10,7 @@ Layout of a frame::
 To send, call `encode` and write what `Frame.fragments` yields, in order. To receive, make a `FrameAssembler`,
 `feed` it whatever arrives, in pieces of any size, and call `finish` after the last one. The header is decoded
 and validated before memory for the payload is taken, and the payload is written once, to where its tensors
-then live.
+then live. Who reads from a socket can read straight to there: into `room`, and says with `filled` how much it was.
 """
 
 from __future__ import annotations
@@ -38,9 +38,6 @@ FRAGMENT_BYTES = 1 << 20
 """Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model. Longer
 pieces are refused."""
 
-LARGE_FRAME_FRAGMENT_BYTES = 1 << 18
-"""The same for large frames, where memory counts: a few pieces per connection are in hand besides the payload."""
-
 HEADER_BYTES = 1 << 20
 """Headers are small: longer ones are refused, unless a limit says otherwise."""
 
@@ -50,6 +47,9 @@ _OWN_FRAGMENT = 1 << 17
 _LARGE = 8 << 20
 """Payloads from here on lie in blocks that are used again. malloc does the same for smaller ones, but for larger
 ones it can keep several times what was in use at once."""
+
+_SPOOL_BUFFER = 1 << 18
+"""Bytes on their way to a file, at most."""
 
 _PADDING = bytes(64)
 
@@ -80,13 +80,11 @@ class Frame:
         self._pieces = pieces
         self.nbytes = sum(len(piece) for piece in pieces)
 
-    def fragments(self, size: int | None = None) -> Iterator[bytes | memoryview]:
-        """The frame's bytes in order, in fragments of at most `size` bytes (by default what suits the frame).
+    def fragments(self, size: int = FRAGMENT_BYTES) -> Iterator[bytes | memoryview]:
+        """The frame's bytes in order, in fragments of at most `size` bytes.
 
         Small pieces are gathered into one fragment; large ones are sliced, not copied.
         """
-        if size is None:
-            size = LARGE_FRAME_FRAGMENT_BYTES if self.nbytes >= _LARGE else FRAGMENT_BYTES
         gathered: list[bytes | memoryview] = []
         room = size
         for piece in self._pieces:
@@ -133,8 +131,11 @@ def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: in
 class Store(Protocol):
     """Where a payload goes while it arrives."""
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends `data`."""
+    def room(self) -> memoryview:
+        """Memory for the next bytes; may be shorter than what is still to come, but is empty only at the end."""
+
+    def filled(self, nbytes: int) -> None:
+        """The first `nbytes` of `room` have been written."""
 
     def payload(self) -> torch.Tensor:
         """The whole payload, uint8, writable, at a multiple of 64 bytes; called once, after the last `write`."""
@@ -183,10 +184,13 @@ class MemoryStore:
         self._view = memoryview(self._payload.numpy())  # type: ignore[arg-type]
         self._end = 0
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends `data`."""
-        self._view[self._end : self._end + len(data)] = data
-        self._end += len(data)
+    def room(self) -> memoryview:
+        """See `Store.room`."""
+        return self._view[self._end :]
+
+    def filled(self, nbytes: int) -> None:
+        """See `Store.filled`."""
+        self._end += nbytes
 
     def payload(self) -> torch.Tensor:
         """The payload."""
@@ -199,10 +203,17 @@ class SpoolStore:
     def __init__(self, nbytes: int) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with the mapping
         self._nbytes = nbytes
+        self._missing = nbytes
+        self._buffer = memoryview(bytearray(min(nbytes, _SPOOL_BUFFER)))
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends `data`."""
-        view = memoryview(data)
+    def room(self) -> memoryview:
+        """See `Store.room`."""
+        return self._buffer[: self._missing]
+
+    def filled(self, nbytes: int) -> None:
+        """See `Store.filled`."""
+        self._missing -= nbytes
+        view = self._buffer[:nbytes]
         while view:
             view = view[self._file.write(view) :]
 
@@ -278,11 +289,25 @@ class FrameAssembler(Generic[M]):
             data = data[wanted:]
             if len(self._head) == self._head_size:
                 self._read_head()
-        self._missing -= len(data)
-        if self._missing < 0:
+        if len(data) > self._missing:
             raise WireError("the frame is longer than its header announced", address=self._address)
-        if data:
-            self._store.write(data)
+        self._missing -= len(data)
+        while data:
+            room = self._store.room()[: len(data)]
+            room[:] = data[: len(room)]
+            self._store.filled(len(room))
+            data = data[len(room) :]
+
+    def room(self) -> memoryview | None:
+        """Where the next bytes of the payload belong; None while the header is incomplete, and after the end."""
+        return self._store.room() if self._store is not None and self._missing else None
+
+    def filled(self, nbytes: int) -> None:
+        """The first `nbytes` of `room` have arrived."""
+        assert self._store is not None, "there was room"  # noqa: S101 - for the type checker
+        self._nbytes += nbytes
+        self._missing -= nbytes
+        self._store.filled(nbytes)
 
     def finish(self) -> Received[M]:
         """The message, after the last piece.

@@ -1,95 +1,90 @@
 """Frames over websockets (RFC 6455), both ends: `dial` a worker, or `listen` for clients.
 
-One frame is one binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between
-them; compression is off (parameters do not compress, and deflate is many times slower than a socket).
+`websockets` opens and closes the connections, and `websocket_stream.py` moves the data over them. One frame is one
+binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between them; compression is off
+(parameters do not compress, and deflate is many times slower than a socket).
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
-from websockets.asyncio.client import connect
-from websockets.asyncio.connection import Connection
-from websockets.asyncio.server import serve
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import InvalidHandshake, InvalidURI
 
-from planrt.errors import ConnectError, HandshakeError, MessageTooLargeError
-from planrt.serde.frames import (
-    FRAGMENT_BYTES,
-    Allocate,
-    Frame,
-    Limits,
-    Received,
-    in_memory,
-)
+from planrt.errors import ConnectError, HandshakeError
+from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
 from planrt.workers.messages import Envelope
 from planrt.workers.pipes import Traffic, assembler
+from planrt.workers.websocket_stream import FrameStream
 
-_TOO_BIG = 1009  # RFC 6455, section 7.4.1
+_OPTIONS: dict[str, Any] = {
+    "compression": None,
+    "write_limit": 0,  # a write is over when the system has taken all of it: see `FrameStream.send`
+    "ping_interval": None,  # `FrameStream` listens for signs of life
+    "close_timeout": 2.0,
+}
+
+
+class _ClientConnection(ClientConnection):
+    """One whose data moves through `stream`."""
+
+    stream: FrameStream
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+        super().connection_made(transport)
+        self.stream = FrameStream(self, cast(asyncio.Transport, transport))
+
+
+class _ServerConnection(ServerConnection):
+    """One whose data moves through `stream`."""
+
+    stream: FrameStream
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+        super().connection_made(transport)
+        self.stream = FrameStream(self, cast(asyncio.Transport, transport))
 
 
 class WebsocketPipe:
     """One end of a websocket connection."""
 
-    def __init__(self, connection: Connection, address: str, limits: Limits) -> None:
+    def __init__(
+        self, connection: _ClientConnection | _ServerConnection, address: str, limits: Limits
+    ) -> None:
         self.address = address
         self.traffic = Traffic()
         self._connection = connection
         self._limits = limits
+        connection.stream.start(address, limits)
 
     async def send(self, frame: Frame) -> None:
         """See `Pipe.send`."""
-        try:
-            if frame.nbytes <= FRAGMENT_BYTES:
-                await self._connection.send(b"".join(frame.fragments()))
-            else:
-                await self._connection.send(frame.fragments())
-        except ConnectionClosed as error:
-            raise ConnectionResetError(_why_closed(error)) from error
+        await self._connection.stream.send(frame)
         self.traffic.messages_sent += 1
         self.traffic.bytes_sent += frame.nbytes
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""
-        parts = assembler(allocate, self._limits, self.address)
-        try:
-            async for fragment in self._connection.recv_streaming(decode=False):
-                parts.feed(fragment)
-            received = parts.finish()
-        except ConnectionClosed as error:
-            if error.sent is not None and error.sent.code == _TOO_BIG:
-                raise MessageTooLargeError(
-                    f"a message over the limit of {self._limits.message:,} bytes", address=self.address
-                ) from error
-            return None
-        self.traffic.messages_received += 1
-        self.traffic.bytes_received += received.nbytes
+        received = await self._connection.stream.receive(assembler(allocate, self._limits, self.address))
+        if received is not None:
+            self.traffic.messages_received += 1
+            self.traffic.bytes_received += received.nbytes
         return received
 
     async def close(self) -> None:
         """See `Pipe.close`."""
+        self._connection.stream.discard()
         await self._connection.close()
-
-
-def _why_closed(error: ConnectionClosed) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _options(limits: Limits) -> dict[str, Any]:
-    return {
-        "compression": None,
-        "max_size": (limits.message + limits.header + FRAGMENT_BYTES, FRAGMENT_BYTES),
-        "max_queue": 3,  # fragments that wait to be taken; each is memory on top of the payload's
-        "write_limit": FRAGMENT_BYTES,
-        "ping_interval": limits.keepalive,
-        "ping_timeout": limits.patience,
-        "close_timeout": 2.0,
-    }
 
 
 async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
@@ -107,7 +102,9 @@ async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
     if not valid:
         raise ConnectError(f"{uri!r} is no worker address: write ws://HOST:PORT", address=uri)
     try:
-        connection = await connect(uri, open_timeout=timeout, proxy=None, **_options(limits))
+        connection = await connect(
+            uri, open_timeout=timeout, proxy=None, create_connection=_ClientConnection, **_OPTIONS
+        )
     except TimeoutError as error:
         raise ConnectError(
             f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
@@ -120,7 +117,7 @@ async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
         raise ConnectError(
             f"nobody answers at {uri} ({error.strerror or error}): is the worker started?", address=uri
         ) from error
-    return WebsocketPipe(connection, uri, limits)
+    return WebsocketPipe(cast(_ClientConnection, connection), uri, limits)
 
 
 def _why_not_listening(error: OSError, host: str, port: int) -> str:
@@ -144,15 +141,14 @@ async def listen(
         ConnectError: the port is taken, or the host is not one of this machine's.
     """
 
-    async def handler(connection: Connection) -> None:
+    async def handler(connection: ServerConnection) -> None:
         peer = connection.remote_address
-        await serve_pipe(
-            WebsocketPipe(connection, f"client {peer[0]}:{peer[1]}" if peer else "client", limits)
-        )
+        address = f"client {peer[0]}:{peer[1]}" if peer else "client"
+        await serve_pipe(WebsocketPipe(cast(_ServerConnection, connection), address, limits))
 
     address = f"ws://{host}:{port}"
     try:
-        server = await serve(handler, host, port, **_options(limits))
+        server = await serve(handler, host, port, create_connection=_ServerConnection, **_OPTIONS)
     except OSError as error:
         raise ConnectError(
             f"cannot listen on {address}: {_why_not_listening(error, host, port)}", address=address
