@@ -27,7 +27,6 @@ from planrt.workers.websocket_stream import FrameStream
 
 _OPTIONS: dict[str, Any] = {
     "compression": None,
-    "write_limit": 0,  # a write is over when the system has taken all of it: see `FrameStream.send`
     "ping_interval": None,  # `FrameStream` listens for signs of life
     "close_timeout": 2.0,
 }

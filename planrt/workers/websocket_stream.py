@@ -21,7 +21,7 @@ from websockets.asyncio.connection import Connection
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from planrt.errors import MessageTooLargeError, TransportError, WireError
+from planrt.errors import MessageTooLargeError, WireError
 from planrt.serde.frames import FRAGMENT_BYTES, Frame, FrameAssembler, Limits, Received
 from planrt.workers.messages import Envelope
 from planrt.workers.websocket_frames import (
@@ -38,6 +38,8 @@ _BUFFER = 1 << 16
 """Bytes that are read without knowing where they belong."""
 _DIRECT = 1 << 14
 """A payload with at least this many bytes to come is read to where it belongs."""
+_HEAD_ENDS = b"\r\n\r\n"
+"""Ends the request and the response of the opening handshake (section 4); frames follow."""
 _HEARTBEAT = 1.0
 """Seconds between signs of life of a side that does not read."""
 
@@ -77,6 +79,9 @@ class FrameStream(asyncio.BufferedProtocol):
         self._limits = Limits()
         self._heard = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        # A write is over when the system has all of it. TLS transports pause from `high` bytes on, others above it.
+        tls = transport.get_extra_info("sslcontext") is not None
+        transport.set_write_buffer_limits(high=1 if tls else 0, low=0)
         transport.set_protocol(self)
 
     # ---------------------------------------------------------------------------------------- using it
@@ -170,13 +175,8 @@ class FrameStream(asyncio.BufferedProtocol):
             self._take(direct[:nbytes], arrived=True)
             return
         self._end += nbytes
-        if not self._open:
-            self._open = self._connection.state is State.OPEN
-        if self._open:
+        if self._open or self._shake_hands():
             self._parse()
-        else:  # the opening handshake
-            self._start = self._end
-            self._connection.data_received(bytes(self._buffer[: self._end]))
 
     def eof_received(self) -> None:
         """See `asyncio.BufferedProtocol`."""
@@ -205,6 +205,20 @@ class FrameStream(asyncio.BufferedProtocol):
         self._connection.resume_writing()
 
     # --------------------------------------------------------------------------------------- reading
+
+    def _shake_hands(self) -> bool:
+        """Hands what has arrived to websockets while the opening handshake lasts: whether that is over.
+
+        A head that comes in pieces ends where a piece ends, as far as we can see: its sender waits for our answer,
+        or we for its first frame.
+        """
+        while not self._open and self._start < self._end:
+            self._open = self._connection.state is State.OPEN
+            if not self._open:
+                head = self._buffer.find(_HEAD_ENDS, self._start, self._end)
+                start, self._start = self._start, self._end if head < 0 else head + len(_HEAD_ENDS)
+                self._connection.data_received(bytes(self._buffer[start : self._start]))
+        return self._open
 
     def _parse(self) -> None:
         """Takes what has arrived, as far as somebody waits for it."""
@@ -281,7 +295,7 @@ class FrameStream(asyncio.BufferedProtocol):
                 assembler.feed(data)
             if ended and frame.final:
                 self._settle(assembler.finish())
-        except (TransportError, OSError, MemoryError) as error:
+        except Exception as error:  # whatever it is: it belongs to who receives, not to the event loop
             self._fail(error)
 
     def _settle(self, result: Received[Envelope] | Exception) -> None:
@@ -331,7 +345,7 @@ class FrameStream(asyncio.BufferedProtocol):
         else:
             header = header_bytes(opcode, len(payload), final=final)
             self._transport.writelines([header, payload])
-        if self._full:  # the limit is 0 bytes
+        if self._full:
             self._drained = self._loop.create_future()
             try:
                 await self._drained
