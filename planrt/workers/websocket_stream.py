@@ -38,6 +38,8 @@ _BUFFER = 1 << 16
 """Bytes that are read without knowing where they belong."""
 _DIRECT = 1 << 14
 """A payload with at least this many bytes to come is read to where it belongs."""
+_UNSENT = 2 * FRAGMENT_BYTES
+"""Bytes that may wait to be sent: of a message at most one fragment, so more of them are pongs."""
 _HEAD_ENDS = b"\r\n\r\n"
 """Ends the request and the response of the opening handshake (section 4); frames follow."""
 _HEARTBEAT = 1.0
@@ -58,6 +60,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._masks = isinstance(connection, ClientConnection)  # section 5.1: clients do, servers do not
         self._open = False
         self._lost: Exception | None = None
+        self._gave_up = False
         # reading: buffer[start:end] has arrived and belongs to no payload yet
         self._buffer = bytearray(_BUFFER)
         self._start = self._end = 0
@@ -130,7 +133,7 @@ class FrameStream(asyncio.BufferedProtocol):
         result, self._result = self._result, None
         if isinstance(result, Exception):
             raise result
-        if result is None and isinstance(self._lost, TimeoutError):
+        if result is None and self._gave_up:
             raise ConnectionResetError(str(self._lost))
         return result
 
@@ -251,6 +254,9 @@ class FrameStream(asyncio.BufferedProtocol):
                 return None
             self._start += size
             self._connection.data_received(bytes(data[:size]))
+            if self._transport.get_write_buffer_size() > _UNSENT:
+                self._give_up(ConnectionResetError("it asks for signs of life and does not read them"))
+                return None
             data = data[size:]
         return None
 
@@ -317,6 +323,13 @@ class FrameStream(asyncio.BufferedProtocol):
                 self._connection.protocol.fail(code, str(error))
                 self._connection.send_data()
 
+    def _give_up(self, why: OSError) -> None:
+        """Ends the connection at once: there is nobody to talk to."""
+        self._lost = why
+        self._gave_up = self._deaf = True
+        self._start = self._end
+        self._transport.abort()
+
     def _pause(self) -> None:
         if not self._paused:
             self._paused = True
@@ -372,8 +385,7 @@ class FrameStream(asyncio.BufferedProtocol):
                 if not self._full:  # else the other side has bytes to read anyway
                     protocol.send_pong(b"")
             elif silence >= keepalive + patience:
-                self._lost = TimeoutError(f"no sign of life for {silence:.3g} s")
-                self._transport.abort()
+                self._give_up(TimeoutError(f"no sign of life for {silence:.3g} s"))
             elif silence >= keepalive and not self._full:
                 protocol.send_ping(b"")
             self._connection.send_data()

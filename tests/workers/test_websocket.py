@@ -404,6 +404,14 @@ def test_a_longer_frame_than_agreed_is_refused_by_name(server):
         assert good.objects_count() == 0
 
 
+def test_who_floods_with_pings_and_never_reads_is_cut_off(server):
+    pings = masked(Opcode.PING, bytes(125)) * 1000
+    with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as good:
+        with raw(uri) as connection, pytest.raises(ConnectionError):
+            connection.sendall(pings * 1000)  # 131 MB: more than all buffers hold
+        assert good.objects_count() == 0
+
+
 def test_a_client_hears_why_it_cannot_follow(run):
     async def unmannered(connection):
         connection.transport.write(b"\x83\x00")
