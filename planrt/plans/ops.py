@@ -5,9 +5,10 @@ Names are spelled as users know them: `torch.add`, `Tensor.view`, `Tensor.T` (a 
 a name that the installed torch does not have is simply absent, and `TABLE_HASH` tells two sides whether their
 tables agree. What torch has and the table has not stands in `planrt.plans.left_out`, with the reasons.
 
-The callables are torch's own, with three exceptions: `torch.empty` and its kin give zeros, because
+The callables are torch's own, with four exceptions: `torch.empty` and its kin give zeros, because
 uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
-checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`.
+checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`; `unbind`,
+`split` and their kin (`planrt.plans.counts`) refuse to give more results than memory holds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from planrt.errors import OpNotAllowedError
+from planrt.plans.counts import MANY, bounded
 
 # Functions of torch: pointwise maths, reductions, comparison, shape, indexing, products, convolution,
 # pooling, normalisation, recurrent nets, random draws. Left out: quantised, sparse, nested and vendor kernels
@@ -273,8 +275,19 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "Tensor.new_empty_strided": torch.Tensor.new_empty_strided,
 }
 
+_MANY: dict[str, Callable[..., Any]] = {
+    f"{prefix}.{word}": getattr(home, word)
+    for prefix, home in (("torch", torch), ("Tensor", torch.Tensor))
+    for word in MANY
+    if hasattr(home, word)
+}
+
+BOUNDED: Final = {name: bounded(name.rpartition(".")[2], function) for name, function in _MANY.items()}
+"""Name -> torch's function that first counts what it would give."""
+
 UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
     **SIZE_ARITHMETIC,
+    **_MANY,
     **{f"operator.assume_{word}": compare for word, compare in COMPARISONS.items()},
     **_EMPTY,
 }
@@ -308,6 +321,7 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     for name, factory in _EMPTY.items():
         table[name] = _zeroed(factory)
         names[factory] = name
+    table.update({name: function for name, function in BOUNDED.items() if name in table})
     for name, function in SIZE_ARITHMETIC.items():
         table[name] = _on_sizes(function)
     table.update(ASSUMPTIONS)

@@ -24,7 +24,9 @@ from planrt.errors import (
     UnsupportedTensorError,
     WorkerLostError,
 )
+from planrt.types import Ref
 from planrt.workers.loop import run
+from planrt.workers.posted import PostedOp
 
 
 def test_a_tensor_goes_there_and_comes_back(bob):
@@ -279,6 +281,17 @@ def test_a_failure_surfaces_at_get_with_op_line_worker_and_traceback(bob):
             assert "the line that fails" in file.read().splitlines()[line - 1]
         assert "Traceback" in error.remote_traceback
     assert x.get().tolist() == [[0, 0], [0, 0]]
+
+
+def test_more_results_than_memory_holds_are_refused_here_and_there(bob):
+    x = torch.zeros(1).send(bob).expand(10**9)
+    for many in (x.unbind, lambda: x.split(1), lambda: torch.chunk(x, 10**8)):
+        with pytest.raises(ValueError, match=r"would give 1.*,000 results, and an op may give 65,536"):
+            many()
+    assert [part.shape[0] for part in x.split(4 * 10**8)] == [4 * 10**8, 4 * 10**8, 2 * 10**8]
+    unchecked = PostedOp("Tensor.unbind", (Ref(x.id_at_location),), {}, None, True, None, ())
+    with pytest.raises(RemoteError, match=r"unbind would give 1,000,000,000 results"):
+        bob.call(unchecked.pack())
 
 
 def test_a_failed_change_in_place_leaves_its_operands_alone(bob):
