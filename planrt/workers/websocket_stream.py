@@ -42,6 +42,8 @@ _UNSENT = 2 * FRAGMENT_BYTES
 """Bytes that may wait to be sent: of a message at most one fragment, so more of them are pongs."""
 _HEAD_ENDS = b"\r\n\r\n"
 """Ends the request and the response of the opening handshake (section 4); frames follow."""
+_OWN_WRITE = 1 << 14
+"""Payloads of at least this many bytes are written by themselves, not copied behind their header."""
 _HEARTBEAT = 1.0
 """Seconds between signs of life of a side that does not read."""
 
@@ -357,7 +359,11 @@ class FrameStream(asyncio.BufferedProtocol):
             self._transport.write(scratch[:size])
         else:
             header = header_bytes(opcode, len(payload), final=final)
-            self._transport.writelines([header, payload])
+            if len(payload) < _OWN_WRITE:
+                self._transport.write(header + payload)
+            else:  # not `writelines`: before Python 3.12.8 and 3.13.1 asyncio's never pauses the protocol
+                self._transport.write(header)
+                self._transport.write(payload)
         if self._full:
             self._drained = self._loop.create_future()
             try:
