@@ -63,6 +63,18 @@ def joined(one: Info, other: Info) -> Info:
     return Info(one.sources | other.sources, one.ops | other.ops, rows)
 
 
+def all_lost(info: Info, kernel: str, index: int = -1) -> Info:
+    """What a value depends on that `kernel` made of one with `info`, if rows cannot be followed through it.
+
+    `index`: the place of its op in the plan, -1 if that is not said.
+    """
+    rows = {
+        source: Trace((), 0, frozenset(), (kernel, index)) if trace.axes else trace
+        for source, trace in info.rows.items()
+    }
+    return Info(info.sources, info.ops, rows)
+
+
 class Node:
     """A value: a tensor of some shape in a piece of memory."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planrt.plans.flow import INDEPENDENT, Info, Node, joined
+from planrt.plans.flow import INDEPENDENT, Info, Node, all_lost, joined
 from planrt.plans.kernels import VIEWS, Call, Kernel, Link, hidden_writes, kernel, links
 from planrt.plans.rows import Trace, lost
 
@@ -66,7 +66,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def register(self, tensor: torch.Tensor, info: Info) -> None:
         """Announce a tensor from outside, with memory of its own."""
         self._add(tensor, info, counted=False)
-        self._everything = joined(self._everything, _all_lost(info, "out of sight"))
+        self._everything = joined(self._everything, all_lost(info, "out of sight"))
 
     def info(self, tensor: torch.Tensor) -> Info:
         """What a tensor depends on."""
@@ -210,7 +210,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if info is None:  # an `out=` or a helper's argument
                 info = INDEPENDENT
                 for node in nodes.values():
-                    info = joined(info, _all_lost(node.info, about.name))
+                    info = joined(info, all_lost(node.info, about.name))
             nodes[id(tensor)].write(info)
             self.written.add(self.memory(tensor))
 
@@ -240,7 +240,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if node is None:
             info = INDEPENDENT
             for other in cell.nodes.values():
-                info = joined(info, _all_lost(other.info, "an alias"))
+                info = joined(info, all_lost(other.info, "an alias"))
             root = next(iter(cell.nodes.values()))
             unknown = tuple([lost("an alias")] * len(root.shape))
             node = cell.nodes[layout] = Node(info, tuple(tensor.shape), root, unknown)
@@ -257,11 +257,6 @@ def _layout(tensor: torch.Tensor) -> _Layout:
     if 1 in shape or 0 in shape:
         stride = tuple([step if size > 1 else 0 for step, size in zip(stride, shape, strict=True)])
     return tensor.storage_offset(), shape, stride
-
-
-def _all_lost(info: Info, kernel: str) -> Info:
-    rows = {source: lost(kernel) if trace.axes else trace for source, trace in info.rows.items()}
-    return Info(info.sources, info.ops, rows)
 
 
 def _entries(shape: Sequence[int]) -> int:
