@@ -110,17 +110,28 @@ def record_in_both_modes(
     return PlanRecord(name, doc, signature, evaluation, training), registry
 
 
-def leading_dims(tensors: Sequence[torch.Tensor], batched: Sequence[int]) -> list[list[int]]:
-    """Which tensors may have a free dimension 0, to be tried in this order."""
+def leading_dims(
+    signature: Signature, tensors: Sequence[torch.Tensor], modules: Mapping[str, torch.nn.Module]
+) -> list[list[tuple[int, ...]]]:
+    """Which inputs may have a free dimension 0: `free_dims` to be tried in this order, the most free first.
+
+    Modules' tensors have none. That no input has one is not among them: it needs no trying.
+    """
+    of_modules = {
+        index
+        for index, path in enumerate(signature.input_names)
+        if any(path.startswith(f"{one}.") for one in modules)
+    }
+    batched = [index for index, one in enumerate(tensors) if one.dim() and index not in of_modules]
     if not batched:
         return []
     first = batched[0]
     alike = [index for index in batched if tensors[index].shape[0] == tensors[first].shape[0]]
     tried: list[list[int]] = []
-    for chosen in (list(batched), alike, [first]):
+    for chosen in (batched, alike, [first]):
         if chosen not in tried:
             tried.append(chosen)
-    return tried
+    return [[(0,) if index in chosen else () for index in range(len(tensors))] for chosen in tried]
 
 
 @contextmanager

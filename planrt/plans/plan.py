@@ -170,17 +170,9 @@ class Plan(torch.nn.Module):
         signature, tensors, modules = recorded_signature(self._signature(), self.name, examples, keywords)
         if free_dims is not None:
             return self._built(signature, tensors, modules, free_dims)
-        of_modules = {
-            index
-            for index, path in enumerate(signature.input_names)
-            if any(path.startswith(f"{one}.") for one in modules)
-        }
-        batched = [index for index, one in enumerate(tensors) if one.dim() and index not in of_modules]
-        for chosen in leading_dims(tensors, batched):
+        for leading in leading_dims(signature, tensors, modules):
             try:
-                return self._built(
-                    signature, tensors, modules, [(0,) if i in chosen else () for i in range(len(tensors))]
-                )
+                return self._built(signature, tensors, modules, leading)
             except SizesFixedError:
                 continue
         return self._built(signature, tensors, modules, [()] * len(tensors))
