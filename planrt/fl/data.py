@@ -57,6 +57,9 @@ MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 DOWNLOAD_TIMEOUT = 5.0
 """Seconds a mirror may stay silent before the download is given up."""
 
+_CONTRAST = 1.8
+"""By how much the stand-in's grey levels are drawn apart, from the middle."""
+
 _TRAIN_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _IMAGES_MAGIC, _LABELS_MAGIC = 0x0803, 0x0801  # IDX: uint8 (0x08) in three dimensions or one
@@ -311,15 +314,17 @@ def _download(folder: Path) -> str | None:
 def _read_digits(notice: str) -> LoadedData:
     """scikit-learn's digits (8x8, values 0-16) as images like MNIST's: a 20x20 digit centred in 28x28.
 
-    Of each digit every sixth image is for testing.
+    Interpolation leaves strokes with softer edges than MNIST's; more contrast gives the pixels about MNIST's
+    standard deviation (0.32 and 0.31, in [0, 1]; 0.28 without). Of each digit every sixth image is for testing.
     """
     from sklearn.datasets import load_digits
 
     small, labels = load_digits(return_X_y=True)
     enlarge = _linear_interpolation(8, 20)
-    digits = enlarge @ small.reshape(-1, 8, 8) @ enlarge.T
+    digits = enlarge @ small.reshape(-1, 8, 8) @ enlarge.T / 16
+    digits = np.clip((digits - 0.5) * _CONTRAST + 0.5, 0, 1)
     images = np.zeros((len(digits), 28, 28), np.uint8)
-    images[:, 4:24, 4:24] = np.rint(digits * (255 / 16))
+    images[:, 4:24, 4:24] = np.rint(digits * 255)
     labels = labels.astype(np.uint8)
     testing = np.zeros(len(labels), bool)
     for digit in range(10):
