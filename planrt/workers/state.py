@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanError, PolicyError
+from planrt.errors import LocalError, OptionError, PlanError
 from planrt.plans import interpreter, ops, training
 from planrt.plans.approvals import Approvals, Status
 from planrt.plans.graph import Graph
@@ -44,6 +43,7 @@ from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
+from planrt.workers.backward import BackwardPasses
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.eager import EagerOps
 from planrt.workers.events import (
@@ -60,10 +60,13 @@ from planrt.workers.events import (
     ToPeer,
     Wait,
 )
+from planrt.workers.failures import failure_of
 from planrt.workers.gate import Gate
+from planrt.workers.objects_kept import KeptObjects
+from planrt.workers.peer_ops import PeerOps
 from planrt.workers.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.protocol_ops import ProtocolOps
-from planrt.workers.sessions import OpFailedError, Session, in_plan
+from planrt.workers.sessions import Session
 from planrt.workers.store import ObjectStore, StoredObject
 
 # ------------------------------------------------------------------------------------------- machine
@@ -127,8 +130,11 @@ class WorkerState:
         ):
             raise OptionError("every user needs a token of its own, and not an empty one")
         self._gate = None if policy is None else Gate(policy, approvals)
-        self._eager = EagerOps(id, self.store, self.device, self._gate)
-        self._protocols = ProtocolOps(id, self._eager, self.device)
+        peers = PeerOps(id, self.store)
+        self._objects = KeptObjects(self.store, self.device, self._gate)
+        self._passes = BackwardPasses(self._objects, peers)
+        self._eager = EagerOps(self._objects, self._passes, peers, self.device)
+        self._protocols = ProtocolOps(id, self._objects, self.device)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -203,7 +209,7 @@ class WorkerState:
             else:
                 self._forget_keys(request)
                 request.steps.close()
-        return [*instructions, *(self._eager.end(session) if session else ())]
+        return [*instructions, *(self._objects.end(session) if session else ())]
 
     def _of(self, connection: int) -> list[_Request]:
         """The requests of a connection that wait for peers."""
@@ -251,21 +257,21 @@ class WorkerState:
                 case m.Post():
                     return self._eager.post(session, body)
                 case m.Put():
-                    self._eager.put(session, body, tensors)
+                    self._objects.put(session, body, tensors)
                 case m.StorePlan():
-                    self._eager.store_plan(session, body, tensors)
+                    self._objects.store_plan(session, body, tensors)
                 case m.StoreProtocol():
                     self._protocols.store(session, body, tensors)
                 case m.DeployProtocol():
                     return self._protocols.deploy(session, body)
                 case m.PutPointer():
-                    return self._eager.put_pointer(session, body)
+                    return self._objects.put_pointer(session, body)
                 case m.Describe():
-                    self._eager.describe(session, body)
+                    self._objects.describe(session, body)
                 case m.Claim():
-                    self._eager.claim(session, body, {one.id: one for one in self._sessions.values()})
+                    self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
                 case m.HandOver():
-                    self._eager.hand_over(session, body)
+                    self._objects.hand_over(session, body)
                 case _:
                     raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
         except Exception as error:  # as in _advance
@@ -323,20 +329,20 @@ class WorkerState:
     # ----------------------------------------------------------------------------------- the requests
 
     def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
-        self._eager.raise_unseen(session)
+        self._objects.raise_unseen(session)
         match body:
             case m.Fetch():
-                return (yield from self._eager.fetch(session, body))
+                return (yield from self._objects.fetch(session, body))
             case m.Backward():
-                return (yield from self._eager.backward(session, body))
+                return (yield from self._passes.run(session, body))
             case m.Call():
                 return (yield from self._eager.call(session, body))
             case m.Put():
-                return self._eager.put(session, body, tensors)
+                return self._objects.put(session, body, tensors)
             case m.StorePlan():
-                return self._eager.store_plan(session, body, tensors)
+                return self._objects.store_plan(session, body, tensors)
             case m.ReadPlan():
-                return self._eager.read_plan(session, body)
+                return self._objects.read_plan(session, body)
             case m.StoreProtocol():
                 return self._protocols.store(session, body, tensors)
             case m.DeployProtocol():
@@ -347,13 +353,13 @@ class WorkerState:
             case m.RunProtocol():
                 return (yield from self._protocols.run(session, body))
             case m.Search():
-                return self._eager.search(session, body)
+                return self._objects.search(session, body)
             case m.Move():
-                return (yield from self._eager.move(session, body))
+                return (yield from self._objects.move(session, body))
             case m.HandOver():
-                return self._eager.hand_over(session, body)
+                return self._objects.hand_over(session, body)
             case m.Clear():
-                yield from self._eager.clear(session)
+                yield from self._objects.clear(session)
                 return m.Done(), ()
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
@@ -484,18 +490,6 @@ def _decoded(data: bytes) -> Graph:
 def own_versions() -> m.Versions:
     """What this side runs."""
     return m.Versions(m.PROTOCOL_VERSION, VERSION, str(torch.__version__), ops.TABLE_HASH)
-
-
-def failure_of(error: Exception) -> m.Failure:
-    """`error` as the client is told of it."""
-    if isinstance(error, OpFailedError):
-        return error.failure
-    kind = type(error).__name__.removeprefix("_")
-    text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
-    trace = "".join(traceback.format_exception(error))
-    if isinstance(error, PolicyError):
-        return m.Failure(kind, text[:60_000], error.op, error.line, index=error.index)
-    return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], **in_plan(error))
 
 
 def _spec_to_wire(spec: TensorSpec) -> tuple[str, list[int]]:
