@@ -22,32 +22,22 @@ message under the number 0 is posted and gets none.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import math
-import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanError
-from planrt.plans import interpreter, ops, training
+from planrt.errors import LocalError, OptionError
+from planrt.plans import ops
 from planrt.plans.approvals import Approvals, Status
-from planrt.plans.graph import Graph
 from planrt.plans.policy import Policy
-from planrt.seeding import derive_seed, seeded
-from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
-from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.backward import BackwardPasses
-from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.eager import EagerOps
 from planrt.workers.events import (
-    Answer,
     Close,
     Disconnected,
     Event,
@@ -68,25 +58,7 @@ from planrt.workers.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.protocol_ops import ProtocolOps
 from planrt.workers.sessions import Session
 from planrt.workers.store import ObjectStore, StoredObject
-
-# ------------------------------------------------------------------------------------------- machine
-
-MAX_PLANS = 256
-"""Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
-
-
-class _UnknownPlanError(LocalError):
-    """Reported to the client under the kind "UnknownPlanError"."""
-
-
-class _UnknownDatasetError(LocalError):
-    """Reported to the client under the kind "UnknownDatasetError"."""
-
-
-@dataclass(slots=True)
-class _Dataset:
-    source: BatchSource
-    info: m.DatasetInfo
+from planrt.workers.training_ops import TrainingOps
 
 
 @dataclass(slots=True)
@@ -121,8 +93,6 @@ class WorkerState:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
         self.id = id
         self.device = torch.device(device)
-        self._datasets: dict[str, _Dataset] = {}
-        self._plans: OrderedDict[str, Graph] = OrderedDict()
         self.store = ObjectStore()
         self._users = dict(users or {})
         if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
@@ -135,6 +105,7 @@ class WorkerState:
         self._passes = BackwardPasses(self._objects, peers)
         self._eager = EagerOps(self._objects, self._passes, peers, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device)
+        self._training = TrainingOps(id, self.device, self._gate)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -149,13 +120,7 @@ class WorkerState:
             DataError: no map-style data set, or its items are no pairs of tensors or numbers.
             OptionError: the key is taken.
         """
-        if key in self._datasets:
-            raise OptionError(f"worker {self.id!r} already has a data set under the key {key!r}")
-        source = as_batches(dataset, key=key)
-        data, target = (_spec_to_wire(spec) for spec in sample_specs(source, key=key))
-        info = m.DatasetInfo(len(source), data, target, list(tags), description)
-        self._datasets[key] = _Dataset(source, info)
-        return info
+        return self._training.add_dataset(dataset, key, tags=tags, description=description)
 
     def own(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
@@ -184,7 +149,7 @@ class WorkerState:
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
         """key -> what clients are told about the data set."""
-        return {key: dataset.info for key, dataset in self._datasets.items()}
+        return self._training.datasets
 
     # ------------------------------------------------------------------------------------ the machine
 
@@ -364,133 +329,20 @@ class WorkerState:
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():
-                return self._run_plan(body, tensors)
+                return self._training.run_plan(body, tensors)
             case m.PutPlan():
-                return self._put_plan(body, tensors)
+                return self._training.put_plan(body, tensors)
             case m.AskApproval():
                 status = Status("approved") if self._gate is None else self._gate.standing(body.plan)
                 return m.Approval(status.status, status.why), ()
             case m.Fit():
-                return self._fit(session, body, tensors)
+                return self._training.fit(session, body, tensors)
             case m.Evaluate():
-                return self._evaluate(body, tensors)
+                return self._training.evaluate(body, tensors)
             case _:
                 raise LocalError(f"a worker does not take messages of type {type(body).__name__}")
-
-    def _put_plan(self, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
-        if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
-            raise PlanError("a plan travels as one uint8 tensor: its canonical bytes")
-        plan = _decoded(tensors[0].numpy().tobytes())
-        if plan.hash != body.plan:
-            raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
-        if self._gate is not None:
-            self._gate.arrived([plan], plan.to_bytes())
-        self._plans[plan.hash] = plan
-        self._plans.move_to_end(plan.hash)
-        while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
-        return m.Done(), ()
-
-    def _run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
-        plan = self._plan(body.plan)
-        inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
-        deadline = math.inf
-        if self._gate is not None:
-            interpreter.check_inputs(plan, inputs)
-            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs])
-            deadline = self._gate.deadline()
-        with seeded(body.seed, self.device):
-            outputs = interpreter.execute(plan, inputs, state, device=self.device, deadline=deadline)
-        wanted = leaves(plan.outputs)
-        values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
-        numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
-        return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
-
-    def _fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
-        plan = self._plan(body.plan)
-        deadline = math.inf
-        source = self._dataset(body.dataset)
-        if self._gate is not None:
-            smallest = smallest_batch(len(source), body.batch_size, body.max_nr_batches, body.epochs)
-            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
-            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
-            deadline = self._gate.deadline()
-        batches = iterate(
-            source,
-            batch_size=body.batch_size,
-            max_nr_batches=body.max_nr_batches,
-            epochs=body.epochs,
-            shuffle=body.shuffle,
-            seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
-        )
-        kept = (body.plan, body.dataset, body.optimizer)
-        result = training.train(
-            plan,
-            tensors,
-            batches,
-            optimizer=body.optimizer,
-            optimizer_args=body.optimizer_args,
-            optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
-            device=self.device,
-            seed=body.seed,
-            deadline=deadline,
-        )
-        if body.keep_optimizer_state:
-            session.optimizer_states[kept] = result.optimizer_state
-        return m.Fitted(result.loss, result.samples, result.batches, list(result.changed)), result.state
-
-    def _evaluate(self, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
-        plan = self._plan(body.plan)
-        source, deadline = self._dataset(body.dataset), math.inf
-        if self._gate is not None:
-            smallest = smallest_batch(len(source), body.batch_size)
-            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
-            tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source))
-            deadline = self._gate.deadline()
-        batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
-        result = training.evaluate(
-            plan, tensors, batches, bins=body.bins, device=self.device, deadline=deadline
-        )
-        return m.Evaluated(
-            result.loss, result.samples, result.correct, result.histogram, result.target_histogram
-        ), ()
-
-    def _plan(self, hash: str) -> Graph:
-        try:
-            self._plans.move_to_end(hash)
-            return self._plans[hash]
-        except KeyError:
-            raise _UnknownPlanError(f"no plan with the hash {hash}: send it first") from None
-
-    def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
-        info = self._datasets[key].info
-        return [TensorSpec((rows, *sizes[1:]), DTYPES[dtype]) for dtype, sizes in (info.data, info.target)]
-
-    def _dataset(self, key: str) -> BatchSource:
-        try:
-            return self._datasets[key].source
-        except KeyError:
-            keys = ", ".join(sorted(self._datasets)) or "none"
-            raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
-
-
-_plans_by_hash: weakref.WeakValueDictionary[str, Graph] = weakref.WeakValueDictionary()
-"""Plans that some worker of this process holds. Plans are immutable: a thousand virtual workers share one."""
-
-
-def _decoded(data: bytes) -> Graph:
-    key = hashlib.sha256(data).hexdigest()
-    plan = _plans_by_hash.get(key)
-    if plan is None:
-        plan = _plans_by_hash[key] = Graph.from_bytes(data)
-    return plan
 
 
 def own_versions() -> m.Versions:
     """What this side runs."""
     return m.Versions(m.PROTOCOL_VERSION, VERSION, str(torch.__version__), ops.TABLE_HASH)
-
-
-def _spec_to_wire(spec: TensorSpec) -> tuple[str, list[int]]:
-    return DTYPE_NAMES[spec.dtype], list(spec.shape)
