@@ -21,9 +21,10 @@ from planrt.logs import get_logger
 from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers import messages as m
 from planrt.workers.events import Close, Disconnected, Event, Received, Reply, ToPeer, Wait
+from planrt.workers.failures import failure_of
 from planrt.workers.links import Links
 from planrt.workers.pipes import Pipe
-from planrt.workers.state import WorkerState, failure_of
+from planrt.workers.state import WorkerState
 
 T = TypeVar("T")
 

@@ -22,7 +22,6 @@ from planrt.plans.torchscript import is_torchscript
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker
-from planrt.workers.dispatch import place_of
 from planrt.workers.objects import contiguous
 from planrt.workers.pointers import (
     Handle,
@@ -34,6 +33,7 @@ from planrt.workers.pointers import (
     new_id,
 )
 from planrt.workers.posted import PostedOp
+from planrt.workers.remote_ops import place_of
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:

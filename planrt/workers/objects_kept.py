@@ -15,6 +15,7 @@ from planrt.errors import LocalError
 from planrt.workers import messages as m
 from planrt.workers import plan_objects
 from planrt.workers.events import Answer, Steps, ToPeer
+from planrt.workers.failures import OpFailedError
 from planrt.workers.gate import Gate
 from planrt.workers.labels import both
 from planrt.workers.plan_objects import PlanObject
@@ -22,7 +23,7 @@ from planrt.workers.private import (
     GetNotPermittedError,
 )
 from planrt.workers.protocol_objects import ProtocolObject
-from planrt.workers.sessions import OpFailedError, Session, allowed_list, ask, users_of
+from planrt.workers.sessions import Session, allowed_list, ask, users_of
 from planrt.workers.store import (
     ObjectStore,
     PeerRef,
@@ -35,12 +36,9 @@ from planrt.workers.store import (
 class KeptObjects:
     """What sessions may do with the objects of one worker, besides computing on them."""
 
-    def __init__(
-        self, worker_id: str, store: ObjectStore, device: torch.device, gate: Gate | None = None
-    ) -> None:
+    def __init__(self, store: ObjectStore, device: torch.device, gate: Gate | None = None) -> None:
         self.store = store
         self.gate = gate
-        self._worker_id = worker_id
         self._device = device
 
     def end(self, session: Session) -> list[ToPeer]:

@@ -12,10 +12,10 @@ from planrt.plans.inference import infer
 from planrt.plans.interpreter import check_inputs
 from planrt.types import Ref, map_leaves
 from planrt.workers import plan_objects
-from planrt.workers.dispatch import calling_line, place_of, post
 from planrt.workers.plan_objects import PlanTwin
 from planrt.workers.pointers import Handle, PointerTensor, alive, new_id
 from planrt.workers.posted import PostedOp
+from planrt.workers.remote_ops import calling_line, place_of, post
 
 if TYPE_CHECKING:
     from planrt.workers.plan_pointers import PointerPlan

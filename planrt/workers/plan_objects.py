@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from planrt.errors import PlanArgumentError
+from planrt.errors import LocalError, PlanArgumentError
 from planrt.plans import interpreter, ops
 from planrt.plans.graph import Graph
 from planrt.plans.inference import Spec, spec_of
@@ -109,6 +109,17 @@ def call(
     finally:
         # State that was written to keeps the values, not the graph: it would grow with every call.
         plan.state[:] = [tensor if tensor.grad_fn is None else tensor.detach() for tensor in plan.state]
+
+
+def called_graph(args: tuple[Any, ...]) -> Graph:
+    """The graph that a call with these arguments runs.
+
+    Raises:
+        LocalError: they are no call's.
+    """
+    if len(args) < 2 or not isinstance(args[0], PlanObject):
+        raise LocalError("a call names a plan, its mode, and its inputs")
+    return args[0].record.graph(training=args[1] is True)
 
 
 def call_on_meta(twin: PlanTwin, *inputs: torch.Tensor) -> tuple[Any, ...]:

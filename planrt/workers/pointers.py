@@ -130,7 +130,7 @@ class PointerTensor(torch.Tensor):
 
     def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
         """Takes the memory of another remote tensor. (torch does not let `Tensor.set_` be overridden elsewhere.)"""
-        from planrt.workers.dispatch import set_memory
+        from planrt.workers.remote_autograd import set_memory
 
         return set_memory(self, source, *args, **kwargs)
 

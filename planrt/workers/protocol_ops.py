@@ -10,9 +10,10 @@ import torch
 from planrt.errors import LocalError
 from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Send, StepState
-from planrt.workers.eager import EagerOps
 from planrt.workers.events import Answer, PeerAnswered, Steps, ToPeer, Wait
+from planrt.workers.failures import OpFailedError
 from planrt.workers.labels import Label
+from planrt.workers.objects_kept import KeptObjects
 from planrt.workers.private import GetNotPermittedError
 from planrt.workers.protocol_objects import (
     PeerError,
@@ -22,7 +23,7 @@ from planrt.workers.protocol_objects import (
     new_protocol_object,
     new_run,
 )
-from planrt.workers.sessions import OpFailedError, Session, allowed_list, users_of
+from planrt.workers.sessions import Session, allowed_list, users_of
 from planrt.workers.store import PeerRef, StoredObject
 
 _Exchange: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, None]
@@ -31,10 +32,10 @@ _Exchange: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, None]
 class ProtocolOps:
     """The protocols of one worker, among its objects."""
 
-    def __init__(self, worker_id: str, eager: EagerOps, device: torch.device) -> None:
+    def __init__(self, worker_id: str, objects: KeptObjects, device: torch.device) -> None:
         self._worker_id = worker_id
-        self._eager = eager
-        self._store = eager.store
+        self._objects = objects
+        self._store = objects.store
         self._device = device
         self._runs: dict[tuple[str, int], dict[str, StepState]] = {}
         """(session, number of a run) -> where its steps stand."""
@@ -117,7 +118,7 @@ class ProtocolOps:
 
     def _given(self, session: Session, protocol: ProtocolObject, number: int, id: int) -> Given:
         """An object of the session as input of a run."""
-        stored = self._eager.ready(session, id)
+        stored = self._objects.ready(session, id)
         value = stored.value
         places = {
             step.place for step in protocol.chain.steps if number in {ref.index for ref in step.arguments}
@@ -144,7 +145,7 @@ class ProtocolOps:
         return Given(tensor, allowed_list(label))
 
     def _protocol(self, session: Session, id: int) -> ProtocolObject:
-        value = self._eager.ready(session, id).value
+        value = self._objects.ready(session, id).value
         if not isinstance(value, ProtocolObject):
             raise LocalError(f"object {id} is no protocol")
         return value

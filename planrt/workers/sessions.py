@@ -1,4 +1,4 @@
-"""One client's session on a worker, how failures are told to it, and what is asked of other workers. No I/O."""
+"""One client's session on a worker, and what is asked of other workers for it. No I/O."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ from typing import Any
 
 import torch
 
-from planrt.errors import ExecutionError, LocalError
 from planrt.workers import messages as m
 from planrt.workers.events import ToPeer, Wait
+from planrt.workers.failures import OpFailedError, replace_message
 from planrt.workers.labels import Label, both
-from planrt.workers.private import (
-    Graphs,
-)
-
-
-class OpFailedError(LocalError):
-    """Carries a failure that is already in the client's words."""
-
-    def __init__(self, failure: m.Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+from planrt.workers.private import Graphs
 
 
 @dataclass(slots=True, eq=False)
@@ -74,28 +64,6 @@ def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ())
             replace_message(answered.body, f"worker {peer.worker!r}: {answered.body.message}")
         )
     return answered.body
-
-
-def replace_message(failure: m.Failure, message: str) -> m.Failure:
-    """`failure` with another text; it was not this session's op that failed, so the number goes."""
-    return m.Failure(
-        failure.kind,
-        message[:60_000],
-        failure.op,
-        failure.line,
-        failure.traceback,
-        failure.index,
-        failure.cause,
-    )
-
-
-def in_plan(error: Exception) -> dict[str, Any]:
-    """Where in a plan `error` happened, as fields of a `Failure`."""
-    if not isinstance(error, ExecutionError):
-        return {}
-    cause = error.__cause__
-    said = "" if cause is None else f"{type(cause).__name__}: {cause}"[:2_000]
-    return {"op": error.op, "line": error.line[:2_000], "index": error.index, "cause": said}
 
 
 def allowed_list(label: Label) -> list[str] | None:

@@ -22,32 +22,22 @@ message under the number 0 is posted and gets none.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import math
-import traceback
-import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanError, PolicyError
-from planrt.plans import interpreter, ops, training
+from planrt.errors import LocalError, OptionError
+from planrt.plans import ops
 from planrt.plans.approvals import Approvals, Status
-from planrt.plans.graph import Graph
 from planrt.plans.policy import Policy
-from planrt.seeding import derive_seed, seeded
-from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
-from planrt.types import Ref, TensorSpec, leaves
 from planrt.version import VERSION
 from planrt.workers import messages as m
-from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
+from planrt.workers.backward import BackwardPasses
 from planrt.workers.eager import EagerOps
 from planrt.workers.events import (
-    Answer,
     Close,
     Disconnected,
     Event,
@@ -60,30 +50,15 @@ from planrt.workers.events import (
     ToPeer,
     Wait,
 )
+from planrt.workers.failures import failure_of
 from planrt.workers.gate import Gate
+from planrt.workers.objects_kept import KeptObjects
+from planrt.workers.peer_ops import PeerOps
 from planrt.workers.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.protocol_ops import ProtocolOps
-from planrt.workers.sessions import OpFailedError, Session, in_plan
+from planrt.workers.sessions import Session
 from planrt.workers.store import ObjectStore, StoredObject
-
-# ------------------------------------------------------------------------------------------- machine
-
-MAX_PLANS = 256
-"""Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
-
-
-class _UnknownPlanError(LocalError):
-    """Reported to the client under the kind "UnknownPlanError"."""
-
-
-class _UnknownDatasetError(LocalError):
-    """Reported to the client under the kind "UnknownDatasetError"."""
-
-
-@dataclass(slots=True)
-class _Dataset:
-    source: BatchSource
-    info: m.DatasetInfo
+from planrt.workers.training_ops import TrainingOps
 
 
 @dataclass(slots=True)
@@ -118,8 +93,6 @@ class WorkerState:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
         self.id = id
         self.device = torch.device(device)
-        self._datasets: dict[str, _Dataset] = {}
-        self._plans: OrderedDict[str, Graph] = OrderedDict()
         self.store = ObjectStore()
         self._users = dict(users or {})
         if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
@@ -127,8 +100,12 @@ class WorkerState:
         ):
             raise OptionError("every user needs a token of its own, and not an empty one")
         self._gate = None if policy is None else Gate(policy, approvals)
-        self._eager = EagerOps(id, self.store, self.device, self._gate)
-        self._protocols = ProtocolOps(id, self._eager, self.device)
+        peers = PeerOps(id, self.store)
+        self._objects = KeptObjects(self.store, self.device, self._gate)
+        self._passes = BackwardPasses(self._objects, peers)
+        self._eager = EagerOps(self._objects, self._passes, peers, self.device)
+        self._protocols = ProtocolOps(id, self._objects, self.device)
+        self._training = TrainingOps(id, self.device, self._gate)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -143,13 +120,7 @@ class WorkerState:
             DataError: no map-style data set, or its items are no pairs of tensors or numbers.
             OptionError: the key is taken.
         """
-        if key in self._datasets:
-            raise OptionError(f"worker {self.id!r} already has a data set under the key {key!r}")
-        source = as_batches(dataset, key=key)
-        data, target = (_spec_to_wire(spec) for spec in sample_specs(source, key=key))
-        info = m.DatasetInfo(len(source), data, target, list(tags), description)
-        self._datasets[key] = _Dataset(source, info)
-        return info
+        return self._training.add_dataset(dataset, key, tags=tags, description=description)
 
     def own(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
@@ -178,7 +149,7 @@ class WorkerState:
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
         """key -> what clients are told about the data set."""
-        return {key: dataset.info for key, dataset in self._datasets.items()}
+        return self._training.datasets
 
     # ------------------------------------------------------------------------------------ the machine
 
@@ -203,7 +174,7 @@ class WorkerState:
             else:
                 self._forget_keys(request)
                 request.steps.close()
-        return [*instructions, *(self._eager.end(session) if session else ())]
+        return [*instructions, *(self._objects.end(session) if session else ())]
 
     def _of(self, connection: int) -> list[_Request]:
         """The requests of a connection that wait for peers."""
@@ -251,21 +222,21 @@ class WorkerState:
                 case m.Post():
                     return self._eager.post(session, body)
                 case m.Put():
-                    self._eager.put(session, body, tensors)
+                    self._objects.put(session, body, tensors)
                 case m.StorePlan():
-                    self._eager.store_plan(session, body, tensors)
+                    self._objects.store_plan(session, body, tensors)
                 case m.StoreProtocol():
                     self._protocols.store(session, body, tensors)
                 case m.DeployProtocol():
                     return self._protocols.deploy(session, body)
                 case m.PutPointer():
-                    return self._eager.put_pointer(session, body)
+                    return self._objects.put_pointer(session, body)
                 case m.Describe():
-                    self._eager.describe(session, body)
+                    self._objects.describe(session, body)
                 case m.Claim():
-                    self._eager.claim(session, body, {one.id: one for one in self._sessions.values()})
+                    self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
                 case m.HandOver():
-                    self._eager.hand_over(session, body)
+                    self._objects.hand_over(session, body)
                 case _:
                     raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
         except Exception as error:  # as in _advance
@@ -323,20 +294,20 @@ class WorkerState:
     # ----------------------------------------------------------------------------------- the requests
 
     def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
-        self._eager.raise_unseen(session)
+        self._objects.raise_unseen(session)
         match body:
             case m.Fetch():
-                return (yield from self._eager.fetch(session, body))
+                return (yield from self._objects.fetch(session, body))
             case m.Backward():
-                return (yield from self._eager.backward(session, body))
+                return (yield from self._passes.run(session, body))
             case m.Call():
                 return (yield from self._eager.call(session, body))
             case m.Put():
-                return self._eager.put(session, body, tensors)
+                return self._objects.put(session, body, tensors)
             case m.StorePlan():
-                return self._eager.store_plan(session, body, tensors)
+                return self._objects.store_plan(session, body, tensors)
             case m.ReadPlan():
-                return self._eager.read_plan(session, body)
+                return self._objects.read_plan(session, body)
             case m.StoreProtocol():
                 return self._protocols.store(session, body, tensors)
             case m.DeployProtocol():
@@ -347,156 +318,31 @@ class WorkerState:
             case m.RunProtocol():
                 return (yield from self._protocols.run(session, body))
             case m.Search():
-                return self._eager.search(session, body)
+                return self._objects.search(session, body)
             case m.Move():
-                return (yield from self._eager.move(session, body))
+                return (yield from self._objects.move(session, body))
             case m.HandOver():
-                return self._eager.hand_over(session, body)
+                return self._objects.hand_over(session, body)
             case m.Clear():
-                yield from self._eager.clear(session)
+                yield from self._objects.clear(session)
                 return m.Done(), ()
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():
-                return self._run_plan(body, tensors)
+                return self._training.run_plan(body, tensors)
             case m.PutPlan():
-                return self._put_plan(body, tensors)
+                return self._training.put_plan(body, tensors)
             case m.AskApproval():
                 status = Status("approved") if self._gate is None else self._gate.standing(body.plan)
                 return m.Approval(status.status, status.why), ()
             case m.Fit():
-                return self._fit(session, body, tensors)
+                return self._training.fit(session, body, tensors)
             case m.Evaluate():
-                return self._evaluate(body, tensors)
+                return self._training.evaluate(body, tensors)
             case _:
                 raise LocalError(f"a worker does not take messages of type {type(body).__name__}")
-
-    def _put_plan(self, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
-        if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
-            raise PlanError("a plan travels as one uint8 tensor: its canonical bytes")
-        plan = _decoded(tensors[0].numpy().tobytes())
-        if plan.hash != body.plan:
-            raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
-        if self._gate is not None:
-            self._gate.arrived([plan], plan.to_bytes())
-        self._plans[plan.hash] = plan
-        self._plans.move_to_end(plan.hash)
-        while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
-        return m.Done(), ()
-
-    def _run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
-        plan = self._plan(body.plan)
-        inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
-        deadline = math.inf
-        if self._gate is not None:
-            interpreter.check_inputs(plan, inputs)
-            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs])
-            deadline = self._gate.deadline()
-        with seeded(body.seed, self.device):
-            outputs = interpreter.execute(plan, inputs, state, device=self.device, deadline=deadline)
-        wanted = leaves(plan.outputs)
-        values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
-        numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
-        return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
-
-    def _fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
-        plan = self._plan(body.plan)
-        deadline = math.inf
-        source = self._dataset(body.dataset)
-        if self._gate is not None:
-            smallest = smallest_batch(len(source), body.batch_size, body.max_nr_batches, body.epochs)
-            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
-            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
-            deadline = self._gate.deadline()
-        batches = iterate(
-            source,
-            batch_size=body.batch_size,
-            max_nr_batches=body.max_nr_batches,
-            epochs=body.epochs,
-            shuffle=body.shuffle,
-            seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
-        )
-        kept = (body.plan, body.dataset, body.optimizer)
-        result = training.train(
-            plan,
-            tensors,
-            batches,
-            optimizer=body.optimizer,
-            optimizer_args=body.optimizer_args,
-            optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
-            device=self.device,
-            seed=body.seed,
-            deadline=deadline,
-        )
-        if body.keep_optimizer_state:
-            session.optimizer_states[kept] = result.optimizer_state
-        return m.Fitted(result.loss, result.samples, result.batches, list(result.changed)), result.state
-
-    def _evaluate(self, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
-        plan = self._plan(body.plan)
-        source, deadline = self._dataset(body.dataset), math.inf
-        if self._gate is not None:
-            smallest = smallest_batch(len(source), body.batch_size)
-            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
-            tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source))
-            deadline = self._gate.deadline()
-        batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
-        result = training.evaluate(
-            plan, tensors, batches, bins=body.bins, device=self.device, deadline=deadline
-        )
-        return m.Evaluated(
-            result.loss, result.samples, result.correct, result.histogram, result.target_histogram
-        ), ()
-
-    def _plan(self, hash: str) -> Graph:
-        try:
-            self._plans.move_to_end(hash)
-            return self._plans[hash]
-        except KeyError:
-            raise _UnknownPlanError(f"no plan with the hash {hash}: send it first") from None
-
-    def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
-        info = self._datasets[key].info
-        return [TensorSpec((rows, *sizes[1:]), DTYPES[dtype]) for dtype, sizes in (info.data, info.target)]
-
-    def _dataset(self, key: str) -> BatchSource:
-        try:
-            return self._datasets[key].source
-        except KeyError:
-            keys = ", ".join(sorted(self._datasets)) or "none"
-            raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
-
-
-_plans_by_hash: weakref.WeakValueDictionary[str, Graph] = weakref.WeakValueDictionary()
-"""Plans that some worker of this process holds. Plans are immutable: a thousand virtual workers share one."""
-
-
-def _decoded(data: bytes) -> Graph:
-    key = hashlib.sha256(data).hexdigest()
-    plan = _plans_by_hash.get(key)
-    if plan is None:
-        plan = _plans_by_hash[key] = Graph.from_bytes(data)
-    return plan
 
 
 def own_versions() -> m.Versions:
     """What this side runs."""
     return m.Versions(m.PROTOCOL_VERSION, VERSION, str(torch.__version__), ops.TABLE_HASH)
-
-
-def failure_of(error: Exception) -> m.Failure:
-    """`error` as the client is told of it."""
-    if isinstance(error, OpFailedError):
-        return error.failure
-    kind = type(error).__name__.removeprefix("_")
-    text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
-    trace = "".join(traceback.format_exception(error))
-    if isinstance(error, PolicyError):
-        return m.Failure(kind, text[:60_000], error.op, error.line, index=error.index)
-    return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], **in_plan(error))
-
-
-def _spec_to_wire(spec: TensorSpec) -> tuple[str, list[int]]:
-    return DTYPE_NAMES[spec.dtype], list(spec.shape)

@@ -1,0 +1,196 @@
+"""What a worker does with its data sets: trains and evaluates plans on them. No sockets, no loop.
+
+The requests of rounds. Apart from `planrt.workers.state`, since they are a world of their own: they need no other
+worker and no objects, tensors come with each message, and plans are known by their hashes to all sessions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.errors import LocalError, OptionError, PlanError
+from planrt.plans import interpreter, training
+from planrt.plans.graph import Graph
+from planrt.seeding import derive_seed, seeded
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.types import Ref, TensorSpec, leaves
+from planrt.workers import messages as m
+from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
+from planrt.workers.events import Answer
+from planrt.workers.gate import Gate
+from planrt.workers.sessions import Session
+
+MAX_PLANS = 256
+"""Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
+
+
+class _UnknownPlanError(LocalError):
+    """Reported to the client under the kind "UnknownPlanError"."""
+
+
+class _UnknownDatasetError(LocalError):
+    """Reported to the client under the kind "UnknownDatasetError"."""
+
+
+@dataclass(slots=True)
+class _Dataset:
+    source: BatchSource
+    info: m.DatasetInfo
+
+
+class TrainingOps:
+    """The data sets of one worker, and the plans that run on them."""
+
+    def __init__(self, worker_id: str, device: torch.device, gate: Gate | None) -> None:
+        self._worker_id = worker_id
+        self._device = device
+        self._gate = gate
+        self._datasets: dict[str, _Dataset] = {}
+        self._plans: OrderedDict[str, Graph] = OrderedDict()
+
+    def add_dataset(
+        self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
+    ) -> m.DatasetInfo:
+        """Serves a map-style data set of (data, target) pairs under `key`.
+
+        Raises:
+            DataError: no map-style data set, or its items are no pairs of tensors or numbers.
+            OptionError: the key is taken.
+        """
+        if key in self._datasets:
+            raise OptionError(f"worker {self._worker_id!r} already has a data set under the key {key!r}")
+        source = as_batches(dataset, key=key)
+        data, target = (_spec_to_wire(spec) for spec in sample_specs(source, key=key))
+        info = m.DatasetInfo(len(source), data, target, list(tags), description)
+        self._datasets[key] = _Dataset(source, info)
+        return info
+
+    @property
+    def datasets(self) -> Mapping[str, m.DatasetInfo]:
+        """key -> what clients are told about the data set."""
+        return {key: dataset.info for key, dataset in self._datasets.items()}
+
+    def put_plan(self, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
+        """Keeps a plan that a client sends."""
+        if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
+            raise PlanError("a plan travels as one uint8 tensor: its canonical bytes")
+        plan = _decoded(tensors[0].numpy().tobytes())
+        if plan.hash != body.plan:
+            raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
+        if self._gate is not None:
+            self._gate.arrived([plan], plan.to_bytes())
+        self._plans[plan.hash] = plan
+        self._plans.move_to_end(plan.hash)
+        while len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
+        return m.Done(), ()
+
+    def run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
+        """Runs a plan once, on tensors that came with the message."""
+        plan = self._plan(body.plan)
+        inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
+        deadline = math.inf
+        if self._gate is not None:
+            interpreter.check_inputs(plan, inputs)
+            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs])
+            deadline = self._gate.deadline()
+        with seeded(body.seed, self._device):
+            outputs = interpreter.execute(plan, inputs, state, device=self._device, deadline=deadline)
+        wanted = leaves(plan.outputs)
+        values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
+        numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
+        return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
+
+    def fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
+        """Trains a model on a data set: one worker's part of a round."""
+        plan = self._plan(body.plan)
+        deadline = math.inf
+        source = self._dataset(body.dataset)
+        if self._gate is not None:
+            smallest = smallest_batch(len(source), body.batch_size, body.max_nr_batches, body.epochs)
+            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
+            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
+            deadline = self._gate.deadline()
+        batches = iterate(
+            source,
+            batch_size=body.batch_size,
+            max_nr_batches=body.max_nr_batches,
+            epochs=body.epochs,
+            shuffle=body.shuffle,
+            seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
+        )
+        kept = (body.plan, body.dataset, body.optimizer)
+        result = training.train(
+            plan,
+            tensors,
+            batches,
+            optimizer=body.optimizer,
+            optimizer_args=body.optimizer_args,
+            optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
+            device=self._device,
+            seed=body.seed,
+            deadline=deadline,
+        )
+        if body.keep_optimizer_state:
+            session.optimizer_states[kept] = result.optimizer_state
+        return m.Fitted(result.loss, result.samples, result.batches, list(result.changed)), result.state
+
+    def evaluate(self, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
+        """Evaluates a model on a data set."""
+        plan = self._plan(body.plan)
+        source, deadline = self._dataset(body.dataset), math.inf
+        if self._gate is not None:
+            smallest = smallest_batch(len(source), body.batch_size)
+            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
+            tags = self._datasets[body.dataset].info.tags
+            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source))
+            deadline = self._gate.deadline()
+        batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
+        result = training.evaluate(
+            plan, tensors, batches, bins=body.bins, device=self._device, deadline=deadline
+        )
+        return m.Evaluated(
+            result.loss, result.samples, result.correct, result.histogram, result.target_histogram
+        ), ()
+
+    def _plan(self, hash: str) -> Graph:
+        try:
+            self._plans.move_to_end(hash)
+            return self._plans[hash]
+        except KeyError:
+            raise _UnknownPlanError(f"no plan with the hash {hash}: send it first") from None
+
+    def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
+        info = self._datasets[key].info
+        return [TensorSpec((rows, *sizes[1:]), DTYPES[dtype]) for dtype, sizes in (info.data, info.target)]
+
+    def _dataset(self, key: str) -> BatchSource:
+        try:
+            return self._datasets[key].source
+        except KeyError:
+            keys = ", ".join(sorted(self._datasets)) or "none"
+            raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
+
+
+_plans_by_hash: weakref.WeakValueDictionary[str, Graph] = weakref.WeakValueDictionary()
+"""Plans that some worker of this process holds. Plans are immutable: a thousand virtual workers share one."""
+
+
+def _decoded(data: bytes) -> Graph:
+    key = hashlib.sha256(data).hexdigest()
+    plan = _plans_by_hash.get(key)
+    if plan is None:
+        plan = _plans_by_hash[key] = Graph.from_bytes(data)
+    return plan
+
+
+def _spec_to_wire(spec: TensorSpec) -> tuple[str, list[int]]:
+    return DTYPE_NAMES[spec.dtype], list(spec.shape)
