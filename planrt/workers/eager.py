@@ -30,7 +30,7 @@ from planrt.workers import plan_objects
 from planrt.workers.admission import admit, label_overwritten, readable_label
 from planrt.workers.backward import BackwardPasses
 from planrt.workers.events import Steps, ToPeer
-from planrt.workers.failures import OpFailedError, failure_of_op
+from planrt.workers.failures import OpFailedError, cut, failure_of_op
 from planrt.workers.gate import NotApprovedError
 from planrt.workers.labels import Label, both
 from planrt.workers.objects_kept import KeptObjects, freed_by, tensor_of
@@ -87,7 +87,9 @@ class EagerOps:
         try:
             op = PostedOp.unpack(packed)
         except LocalError as error:
-            session.failure = session.failure or m.Failure(type(error).__name__, str(error), number=number)
+            session.failure = session.failure or m.Failure(
+                type(error).__name__, cut(str(error)), number=number
+            )
             return
         self._drop(session, op.drop, outgoing)
         used: list[StoredObject] = []

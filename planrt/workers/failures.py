@@ -17,6 +17,9 @@ from planrt.workers.posted import PostedOp
 from planrt.workers.private import GetNotPermittedError
 from planrt.workers.store import ObjectStore, StoredObject
 
+_LONGEST = 60_000
+"""Characters of a message or a traceback that are told: a header has to hold them."""
+
 
 class OpFailedError(LocalError):
     """Carries a failure that is already in the client's words."""
@@ -24,6 +27,11 @@ class OpFailedError(LocalError):
     def __init__(self, failure: m.Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
+
+
+def cut(text: str) -> str:
+    """As much of `text` as a client is told."""
+    return text[:_LONGEST]
 
 
 def failure_of(error: Exception) -> m.Failure:
@@ -34,8 +42,8 @@ def failure_of(error: Exception) -> m.Failure:
     text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, PolicyError):
-        return m.Failure(kind, text[:60_000], error.op, error.line, index=error.index)
-    return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], **in_plan(error))
+        return m.Failure(kind, cut(text), error.op, error.line, index=error.index)
+    return m.Failure(kind, cut(text), traceback=trace[-_LONGEST:], **in_plan(error))
 
 
 def failure_of_op(
@@ -46,9 +54,11 @@ def failure_of_op(
         return error.failure
     kind = type(error).__name__
     if isinstance(error, GetNotPermittedError | NotApprovedError):
-        return m.Failure(kind, str(error), op.name, number=number)
+        return m.Failure(kind, cut(str(error)), op.name, number=number)
     if isinstance(error, PolicyError):  # of shapes and ops, never of values
-        return m.Failure(kind, str(error), error.op or op.name, error.line, index=error.index, number=number)
+        return m.Failure(
+            kind, cut(str(error)), error.op or op.name, error.line, index=error.index, number=number
+        )
     if any(store.label_of(stored) is not None for stored in used):
         return m.Failure(
             "ExecutionError", f"op {op.name} failed; its operands are private, so the worker does not say why",
@@ -59,7 +69,7 @@ def failure_of_op(
     trace = "".join(traceback.format_exception(error))
     kind = kind if isinstance(error, LocalError) else "ExecutionError"
     inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
-    return m.Failure(kind, text[:60_000], traceback=trace[-60_000:], number=number, **inside)
+    return m.Failure(kind, cut(text), traceback=trace[-_LONGEST:], number=number, **inside)
 
 
 def in_plan(error: Exception) -> dict[str, Any]:
@@ -75,7 +85,7 @@ def replace_message(failure: m.Failure, message: str) -> m.Failure:
     """`failure` with another text; it was not this session's op that failed, so the number goes."""
     return m.Failure(
         failure.kind,
-        message[:60_000],
+        cut(message),
         failure.op,
         failure.line,
         failure.traceback,

@@ -33,7 +33,7 @@ from planrt.workers.pointers import (
     new_id,
 )
 from planrt.workers.posted import PostedOp
-from planrt.workers.remote_ops import place_of
+from planrt.workers.remote_ops import packed, place_of
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
@@ -204,7 +204,7 @@ def make_remote(
     wire.pop("device", None)
     seed = worker.draw_seed() if name in ops.RANDOM else None
     op = PostedOp(name, args, wire, Ref(handle.id), torch.is_grad_enabled(), seed, worker.take_drops())
-    worker.post_op(op.pack())
+    worker.post_op(packed(op, worker))
     return make_pointer(handle, spec_of(like))
 
 

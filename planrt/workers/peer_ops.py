@@ -48,18 +48,22 @@ class PeerOps:
         def there(leaf: Any) -> Any:
             return Ref(self._peer_id(session, leaf.index)) if isinstance(leaf, Ref) else leaf
 
+        refs: list[tuple[int, PeerRef]] = []
+
         def made(leaf: Any) -> Any:
             if not isinstance(leaf, Ref):
                 return leaf
-            ref = PeerRef(peer, new_id())
-            self._store.add(leaf.index, StoredObject(ref, session.id))
-            return Ref(ref.id)
+            refs.append((leaf.index, PeerRef(peer, new_id())))
+            return Ref(refs[-1][1].id)
 
         passed = replace(
             op, args=map_leaves(op.args, there), kwargs=map_leaves(op.kwargs, there),
             results=map_leaves(op.results, made), drop=(),
         )  # fmt: skip
-        outgoing.setdefault(peer, Outgoing()).ops.append(passed.pack())
+        packed = passed.pack()  # before the pointers are kept: an op that fails has none
+        for id, ref in refs:
+            self._store.add(id, StoredObject(ref, session.id))
+        outgoing.setdefault(peer, Outgoing()).ops.append(packed)
 
     def call(self, session: Session, op: PostedOp, used: Sequence[StoredObject]) -> Steps:
         """Asks for an op whose results nobody could foresee; they are pointers, with what the other worker tells."""

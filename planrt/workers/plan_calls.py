@@ -15,7 +15,7 @@ from planrt.workers import plan_objects
 from planrt.workers.plan_objects import PlanTwin
 from planrt.workers.pointers import Handle, PointerTensor, alive, new_id
 from planrt.workers.posted import PostedOp
-from planrt.workers.remote_ops import calling_line, place_of, post
+from planrt.workers.remote_ops import calling_line, packed, place_of, post
 
 if TYPE_CHECKING:
     from planrt.workers.plan_pointers import PointerPlan
@@ -67,7 +67,7 @@ def copy_plan(plan: PointerPlan) -> PointerPlan:
         None,
         worker.take_drops(),
     )
-    worker.post_op(op.pack(), calling_line())
+    worker.post_op(packed(op, worker), calling_line())
     return PointerPlan(
         made, name=plan.name, record=plan._record, origin=plan._origin, training=plan.training,
         description=plan.description,

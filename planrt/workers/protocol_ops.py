@@ -11,7 +11,7 @@ from planrt.errors import LocalError
 from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Send, StepState
 from planrt.workers.events import Answer, PeerAnswered, Steps, ToPeer, Wait
-from planrt.workers.failures import OpFailedError
+from planrt.workers.failures import OpFailedError, cut
 from planrt.workers.labels import Label
 from planrt.workers.objects_kept import KeptObjects
 from planrt.workers.private import GetNotPermittedError
@@ -166,6 +166,6 @@ def _told(run: ChainRun) -> m.Failure:
         failure = m.Failure(type(failed.error).__name__, str(failed.error))
     text = f"{failed.where(worker=True)}: {failure.message}"
     return m.Failure(  # without its number, which counts the ops of another session
-        failure.kind, text[:60_000], failure.op, failure.line, failure.traceback, failure.index, failure.cause,
+        failure.kind, cut(text), failure.op, failure.line, failure.traceback, failure.index, failure.cause,
         step=failed.name,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from planrt.plans.inference import spec
 from planrt.types import Ref
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 from planrt.workers.posted import PostedOp
-from planrt.workers.remote_ops import apply, calling_line, refuse_mixed, set_spec
+from planrt.workers.remote_ops import apply, calling_line, packed, refuse_mixed, set_spec
 
 _Tensor = torch.Tensor
 
@@ -66,7 +66,7 @@ def get_grad(pointer: PointerTensor) -> PointerTensor | None:
         "Tensor.grad", (Ref(handle.id),), {}, Ref(grad._handle.id), torch.is_grad_enabled(), None,
         handle.worker.take_drops(),
     )  # fmt: skip
-    handle.worker.post_op(op.pack(), calling_line())
+    handle.worker.post_op(packed(op, handle.worker), calling_line())
     pointer.__dict__["_grad_pointer"] = (epoch, grad)
     return grad
 
@@ -119,7 +119,7 @@ def _assign(name: str, pointer: PointerTensor, value: PointerTensor | None) -> N
         refuse_mixed(name, (pointer, value), {})
     args = (Ref(handle.id), None if value is None else Ref(value._handle.id))
     op = PostedOp(name, args, {}, None, torch.is_grad_enabled(), None, handle.worker.take_drops())
-    handle.worker.post_op(op.pack(), calling_line())
+    handle.worker.post_op(packed(op, handle.worker), calling_line())
 
 
 def retain_grad(pointer: PointerTensor) -> None:
@@ -128,7 +128,7 @@ def retain_grad(pointer: PointerTensor) -> None:
     if not pointer._spec.requires_grad:
         raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
     op = PostedOp("Tensor.retain_grad", (Ref(handle.id),), {}, None, True, None, handle.worker.take_drops())
-    handle.worker.post_op(op.pack(), calling_line())
+    handle.worker.post_op(packed(op, handle.worker), calling_line())
 
 
 def backward(
@@ -210,7 +210,7 @@ def autograd_grad(
     worker = first.worker
     if allow_unused or is_grads_batched:
         op = PostedOp("autograd.grad", args, kwargs, None, True, None, worker.take_drops())
-        return worker.call(op.pack(), via=first.via)
+        return worker.call(packed(op, worker), via=first.via)
     made = []
     for one in wanted:
         s = one._spec
@@ -218,5 +218,5 @@ def autograd_grad(
         made.append(make_pointer(Handle(worker, new_id(), first.via), like))
     results = tuple([Ref(one._handle.id) for one in made])
     op = PostedOp("autograd.grad", args, kwargs, results, True, None, worker.take_drops())
-    worker.post_op(op.pack(), calling_line())
+    worker.post_op(packed(op, worker), calling_line())
     return tuple(made)

@@ -78,7 +78,7 @@ def post(
     worker, via = place.worker, place.via
     if inferred is None:
         op = PostedOp(name, args, kwargs, None, torch.is_grad_enabled(), seed, worker.take_drops())
-        return worker.call(_packed(name, op, worker), via=via)
+        return worker.call(packed(op, worker), via=via)
     handles: list[Handle] = []
 
     def named(leaf: Any) -> Any:
@@ -90,7 +90,7 @@ def post(
 
     results = _wire_results(inferred.results, named)
     op = PostedOp(name, args, kwargs, results, torch.is_grad_enabled(), seed, worker.take_drops())
-    worker.post_op(_packed(name, op, worker), line)
+    worker.post_op(packed(op, worker), line)
     for number, after in inferred.changed:
         set_spec(operands[number], after)
     return _made(inferred, operands, handles)
@@ -116,13 +116,18 @@ def _into(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         return apply("Tensor.copy_", _Tensor.copy_, (out, result), {})
 
 
-def _packed(name: str, op: PostedOp, worker: BaseWorker) -> bytes:
+def packed(op: PostedOp, worker: BaseWorker) -> bytes:
+    """`op` as bytes for `worker`; if it does not travel, the objects that it was to free are freed by another op.
+
+    Raises:
+        RemoteOpError: its arguments do not travel.
+    """
     try:
         return op.pack()
     except PlanFormatError as error:
-        for id in op.drop:  # it was to take these along
+        for id in op.drop:
             worker.forget(id)
-        raise RemoteOpError(f"{name}: {error}") from None
+        raise RemoteOpError(f"{op.name}: {error}") from None
 
 
 def _wire_results(results: Any, named: Callable[[Any], Any]) -> Any:

@@ -294,6 +294,20 @@ def test_more_results_than_memory_holds_are_refused_here_and_there(bob):
         bob.call(unchecked.pack())
 
 
+def test_an_op_that_does_not_travel_frees_what_it_was_to_free(bob):
+    x = torch.ones(2, requires_grad=True).send(bob)
+    y = (x * 2).sum()
+    before = bob.objects_count()
+    forgotten = torch.ones(3).send(bob)
+    assert bob.objects_count() == before + 1
+    del forgotten
+    with pytest.raises(RemoteOpError, match=r"autograd\.grad: "):
+        torch.autograd.grad(y, [x] * 300_000)
+    gc.collect()
+    assert bob.objects_count() == before
+    assert torch.autograd.grad(y, x)[0].get().tolist() == [2.0, 2.0]
+
+
 def test_a_failed_change_in_place_leaves_its_operands_alone(bob):
     x = torch.ones(3).send(bob)
     x.index_add_(0, torch.tensor([7]).send(bob), torch.ones(1).send(bob))
