@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import calls, memory, plans, pointers, rounds, startup, throughput, virtual
+from benchmarks import calls, memory, plans, pointers, protocols, rounds, startup, throughput, virtual
 from benchmarks.measure import Row, table
 from benchmarks.workloads import Size
 from planrt.fl.command import available_cores
@@ -30,6 +30,7 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "plans": plans.measure,
     "pointers": pointers.measure,
     "calls": calls.measure,
+    "protocols": protocols.measure,
 }
 
 
