@@ -227,8 +227,23 @@ class SpoolStore:
         self._file.close()  # of a frame that never came to its end
 
 
+class _Nothing:
+    """The payload of a message without tensors. Most are, and making a tensor takes longer than reading one."""
+
+    def room(self) -> memoryview:
+        return memoryview(b"")
+
+    def filled(self, nbytes: int) -> None:
+        pass
+
+    def payload(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+
+_NOTHING = _Nothing()
+
 Allocate = Callable[[M, int], Store]
-"""(decoded message, payload size in bytes) -> where the payload goes."""
+"""(decoded message, payload size in bytes) -> where the payload goes; asked of messages with tensors."""
 
 
 def in_memory(message: object, nbytes: int) -> Store:
@@ -327,7 +342,7 @@ class FrameAssembler(Generic[M]):
         if len(self._head) > _PRELUDE.size:
             header = self._head[_PRELUDE.size :]
             self._message, self._layouts, self._missing = self._parse(header)
-            self._store = self._allocate(self._message, self._missing)
+            self._store = self._allocate(self._message, self._missing) if self._layouts else _NOTHING
             return
         magic, header_size = _PRELUDE.unpack(self._head)
         if magic != MAGIC:
