@@ -15,6 +15,7 @@ from planrt.plans import training
 from planrt.plans.approvals import Approvals
 from planrt.plans.policy import Policy
 from planrt.serde.frames import Limits
+from planrt.workers.allocator import keep_freed_memory
 from planrt.workers.clients import decisions_in
 from planrt.workers.host import ComputeThread, WorkerHost
 from planrt.workers.loop import background_loop, new_event_loop
@@ -103,7 +104,11 @@ class WebsocketServerWorker:
             self.computing = compute.busy
 
     def start(self, *, ready: Ready | None = None) -> None:
-        """Serves clients until SIGINT or SIGTERM; blocks. For the main thread of a process of its own."""
+        """Serves clients until SIGINT or SIGTERM; blocks. For the main thread of a process of its own.
+
+        The process keeps some of the memory that it frees: see `planrt.workers.allocator`.
+        """
+        keep_freed_memory()
 
         async def until_signal() -> None:
             stop = asyncio.Event()
