@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
+import random
 import signal
 import socket
 import ssl
@@ -392,6 +394,48 @@ def test_malformed_frames_end_their_connection_and_nothing_else(server, data, sa
             assert says in answer[4:].decode()
         assert "flowers" in good.datasets
         assert good.objects_count() == 0
+
+
+def random_stream(rng: random.Random) -> bytes:
+    """Frames of a client, most of them well-formed; a bit here and there is another one, or the end is missing."""
+    post = b"".join(put(0, torch.arange(30_000)).fragments())
+    stream = bytearray()
+    for _ in range(rng.randint(1, 6)):
+        match rng.randrange(10):
+            case 0 | 1 | 2 | 3:
+                stream += masked(Opcode.BINARY, HELLO)
+            case 4 | 5 | 6:
+                cuts = [0, *sorted(rng.randrange(len(post)) for _ in range(rng.randint(0, 4))), len(post)]
+                for start, end in itertools.pairwise(cuts):
+                    opcode = Opcode.CONT if start else Opcode.BINARY
+                    stream += masked(opcode, post[start:end], fin=end == len(post))
+                    stream += masked(Opcode.PING, bytes(rng.randrange(126)))
+            case 7:
+                stream += masked(Opcode.CLOSE, b"\x03\xe8")
+            case 8:
+                stream += masked(Opcode.TEXT, b"text")
+            case _:
+                stream += rng.randbytes(rng.randint(1, 200))
+    for _ in range(rng.choice([0, 0, 1, 2, 4])):
+        stream[rng.randrange(min(len(stream), rng.choice([300, len(stream)])))] ^= 1 << rng.randrange(8)
+    return bytes(stream[: rng.choice([len(stream), len(stream), rng.randrange(len(stream))])])
+
+
+def test_random_bytes_never_harm_a_worker(server, caplog):
+    rng = random.Random(1)
+    with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as good:
+        for _ in range(80):
+            data = random_stream(rng)
+            with contextlib.suppress(ConnectionError, TimeoutError), raw(uri) as connection:
+                connection.settimeout(0.05)
+                while data:
+                    size = rng.choice([1, 7, 100, 5000, len(data)])
+                    connection.sendall(data[:size])
+                    data = data[size:]
+                while connection.recv(1 << 16):
+                    pass
+        assert good.objects_count() == 0
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_longer_frame_than_agreed_is_refused_by_name(server):
