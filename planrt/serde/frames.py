@@ -63,9 +63,9 @@ class Limits:
     message: int = 4 << 30
     header: int = HEADER_BYTES
     keepalive: float = 20.0
-    """Seconds between keepalive pings on a connection."""
+    """Seconds of silence on a connection after which it is asked for a sign of life, again and again."""
     patience: float = 60.0
-    """Seconds without an answer to a ping after which a connection counts as lost."""
+    """Seconds of silence from then on after which it counts as lost."""
 
 
 # ------------------------------------------------------------------------------------------- sending

@@ -8,7 +8,7 @@ frames go through to websockets, and payloads are read from the socket into the 
 A message is one binary message (RFC 6455, section 5.6), in fragments of at most `FRAGMENT_BYTES`. Nothing is read
 ahead but what fits the buffer: while nobody receives, the peer waits. Pings behind its data wait with it, so a side
 that does not read says in pongs of its own accord (section 5.5.3) that it is alive, and whoever hears nothing at all
-for `keepalive` + `patience` seconds takes the connection for lost.
+for `keepalive` + `patience` seconds, and gets rid of nothing, takes the connection for lost.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class FrameStream(asyncio.BufferedProtocol):
         self._sending = asyncio.Lock()
         # keepalive
         self._limits = Limits()
-        self._heard = 0.0
+        self._silence = 0.0  # seconds since something was heard
+        self._asked = 0.0  # the silence at the latest ping
+        self._unsent = 0
+        self._interval = _HEARTBEAT
         self._timer: asyncio.TimerHandle | None = None
         # A write is over when the system has all of it. TLS transports pause from `high` bytes on, others above it.
         tls = transport.get_extra_info("sslcontext") is not None
@@ -149,8 +152,9 @@ class FrameStream(asyncio.BufferedProtocol):
     def start(self, address: str, limits: Limits) -> None:
         """The opening handshake is over: asks for signs of life, and gives them. `address` is for error messages."""
         self._address, self._limits = address, limits
-        self._heard = self._loop.time()
-        self._beat()
+        self._interval = min(limits.keepalive, _HEARTBEAT)
+        if not self._lost:
+            self._timer = self._loop.call_later(self._interval, self._beat)
 
     # ---------------------------------------------------------------------------- asyncio's callbacks
 
@@ -174,7 +178,7 @@ class FrameStream(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """See `asyncio.BufferedProtocol`."""
-        self._heard = self._loop.time()
+        self._silence = 0.0
         direct, self._direct = self._direct, None
         if direct is not None:
             self._take(direct[:nbytes], arrived=True)
@@ -205,6 +209,7 @@ class FrameStream(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """See `asyncio.BaseProtocol`."""
         self._full = False
+        self._silence = 0.0  # the other side takes what it is sent
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         self._connection.resume_writing()
@@ -340,7 +345,7 @@ class FrameStream(asyncio.BufferedProtocol):
     def _resume(self) -> None:
         if self._paused and not self._lost:
             self._paused = False
-            self._heard = self._loop.time()
+            self._silence = 0.0
             self._transport.resume_reading()
 
     # --------------------------------------------------------------------------------------- writing
@@ -384,7 +389,13 @@ class FrameStream(asyncio.BufferedProtocol):
         if self._lost:
             return
         keepalive, patience = self._limits.keepalive, self._limits.patience
-        silence = self._loop.time() - self._heard
+        unsent = self._transport.get_write_buffer_size()
+        progress = unsent < self._unsent  # on a slow link, answers wait behind what is being sent
+        self._unsent = unsent
+        # Counted, not measured: a loop that stood still had no chance to hear anything.
+        silence = self._silence = 0.0 if progress else self._silence + self._interval
+        if silence < keepalive:
+            self._asked = 0.0
         if self._connection.state is State.OPEN:
             protocol = self._connection.protocol
             if self._paused:
@@ -392,7 +403,8 @@ class FrameStream(asyncio.BufferedProtocol):
                     protocol.send_pong(b"")
             elif silence >= keepalive + patience:
                 self._give_up(TimeoutError(f"no sign of life for {silence:.3g} s"))
-            elif silence >= keepalive and not self._full:
+            elif silence - self._asked >= keepalive:
+                self._asked = silence
                 protocol.send_ping(b"")
             self._connection.send_data()
-        self._timer = self._loop.call_later(min(keepalive, _HEARTBEAT), self._beat)
+        self._timer = self._loop.call_later(self._interval, self._beat)

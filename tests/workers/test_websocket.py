@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -517,6 +518,78 @@ def test_a_worker_that_computes_long_keeps_clients_that_have_sent_more(server):
             asyncio.run(main(uri))
     finally:
         let_go.set()
+
+
+def test_who_could_not_listen_has_not_heard_silence(run):
+    """A loop that stood still for long, say because its process did, finds the other side's bytes later."""
+
+    async def main():
+        async with pair(FAST) as (client, server):
+            await asyncio.sleep(0.3)
+            time.sleep(FAST.keepalive + FAST.patience + 0.5)  # noqa: ASYNC251 - on purpose
+            await asyncio.sleep(0.3)
+            await client.send(put(1, torch.ones(3)))
+            return (await server.receive()).message.id
+
+    assert run(main()) == 1
+
+
+@contextlib.asynccontextmanager
+async def slow_link(port: int):
+    """A proxy that lets about 6 MB a second through, either way; yields its port."""
+
+    async def forward(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        writer.close()
+
+    async def proxy(reader, writer):
+        inner = socket.socket()
+        inner.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        inner.connect(("127.0.0.1", port))
+        inner_reader, inner_writer = await asyncio.open_connection(sock=inner)
+        await asyncio.gather(forward(reader, inner_writer), forward(inner_reader, writer))
+
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    listener.bind(("127.0.0.1", 0))
+    async with await asyncio.start_server(proxy, sock=listener):
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+def test_a_slow_link_is_no_lost_one(run, up):
+    """Who sends for long hears nothing meanwhile: pings and pongs wait behind the data."""
+    tensor = torch.ones(6_000_000)
+
+    async def serve_pipe(pipe):
+        if up:
+            received.append(await pipe.receive())
+            await pipe.send(put(2))
+        else:
+            await pipe.send(put(1, tensor))
+        await pipe.receive()
+
+    received = []
+
+    async def main():
+        async with (
+            listen("127.0.0.1", 0, limits=FAST, serve_pipe=serve_pipe) as port,
+            slow_link(port) as slow,
+        ):
+            pipe = await dial(f"ws://127.0.0.1:{slow}", timeout=10, limits=FAST)
+            if up:
+                await pipe.send(put(1, tensor))
+                assert (await pipe.receive()).message.id == 2
+            else:
+                received.append(await pipe.receive())
+            await pipe.close()
+
+    run(main())
+    assert torch.equal(received[0].tensors[0], tensor)
 
 
 def test_a_worker_that_stands_still_is_taken_for_lost():
