@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -51,6 +53,30 @@ class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             return func(*args, **(kwargs or {}))
 
 
+_collecting = threading.Lock()
+_runs = 0
+_collected_before = True
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Python's cyclic collector waits: it would finalize in this thread, at any moment, what the function knows
+    nothing of, and the recorder would take what that does (a ``no_grad`` block that ends, say) for the function's."""
+    global _runs, _collected_before
+    with _collecting:
+        if _runs == 0:
+            _collected_before = gc.isenabled()
+            gc.disable()
+        _runs += 1
+    try:
+        yield
+    finally:
+        with _collecting:
+            _runs -= 1
+            if _runs == 0 and _collected_before:
+                gc.enable()
+
+
 class _Active(threading.local):
     recorder: Recorder | None = None
 
@@ -85,7 +111,7 @@ def run_once(
     recorder = Recorder(inputs, specs, registry, values, optimizers)
     torch.default_generator.manual_seed(_SEED)
     try:
-        with torch.enable_grad(), _UnseenWrites(recorder), recorder:
+        with _nothing_collected(), torch.enable_grad(), _UnseenWrites(recorder), recorder:
             _active.recorder = recorder
             outputs = function(*inputs)
         if recorder.failure is not None:

@@ -1,5 +1,6 @@
 """Recording functions: the same results for other values and sizes, or an error that names the line."""
 
+import gc
 import inspect
 import math
 import random
@@ -512,3 +513,34 @@ def test_everything_is_undone_after_a_failure():
     assert torch.equal(module[0].running_mean, before)
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.is_grad_enabled()
+
+
+def test_what_python_collects_meanwhile_is_no_part_of_the_plan():
+    """A generator that somebody left inside a `no_grad` block leaves it when it is collected."""
+
+    class Leftover:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            finalized.append(1)
+            if len(finalized) < 1000:  # in one run, and not in the others
+                torch.set_grad_enabled(True)
+
+    finalized = []
+
+    def function(x):
+        for _ in range(1000):
+            Leftover()
+        return x + 1
+
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        graph = trace(function, [X], **FREE)
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert [op.name for op in graph.ops] == ["Tensor.add"]
+    assert len(finalized) >= 2000
+    assert gc.isenabled()
