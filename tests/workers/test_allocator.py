@@ -55,9 +55,10 @@ def faults_per_call(**more: str) -> float:
 
 
 def test_a_served_process_keeps_memory_unless_malloc_is_set_up_otherwise():
-    """Four results of 4 MB: 4,000 pages, were they new each time."""
-    assert faults_per_call() < 200
-    assert faults_per_call(MALLOC_TRIM_THRESHOLD_="1048576") > 2000
+    """Four results of 4 MB a call are 4,000 pages, were they new each time; some are, at the edges of what is kept."""
+    kept, given_back = faults_per_call(), faults_per_call(MALLOC_TRIM_THRESHOLD_="1048576")
+    assert given_back > 2000
+    assert kept < given_back / 4
 
 
 def test_it_says_whether_it_did():
