@@ -70,15 +70,12 @@ def bounded(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _may_be_many(values: tuple[Any, ...]) -> bool:
-    """Whether it takes a closer look: no size and no number among the arguments is small otherwise."""
+    """Whether it takes a closer look: where sizes, numbers and lengths are all small, results are few."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    sizes = [size for tensor in tensors for size in tensor.shape]
-    numbers = [
-        value if isinstance(value, int) else len(value)
-        for value in values
-        if not isinstance(value, torch.Tensor)
-    ]
-    return len(tensors) > 1 or max((*sizes, *numbers), default=0) >= MAX_RESULTS
+    numbers = [size for tensor in tensors for size in tensor.shape]
+    numbers += [value for value in values if isinstance(value, int)]
+    numbers += [len(value) for value in values if isinstance(value, list | tuple)]
+    return len(tensors) > 1 or max(numbers, default=0) >= MAX_RESULTS
 
 
 def _count(word: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -114,12 +114,7 @@ class WorkerState:
     def add_dataset(
         self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
     ) -> m.DatasetInfo:
-        """Serves a map-style data set of (data, target) pairs under `key`.
-
-        Raises:
-            DataError: no map-style data set, or its items are no pairs of tensors or numbers.
-            OptionError: the key is taken.
-        """
+        """See `TrainingOps.add_dataset`."""
         return self._training.add_dataset(dataset, key, tags=tags, description=description)
 
     def own(self, id: int, tensor: torch.Tensor) -> None:

@@ -51,7 +51,7 @@ _HEARTBEAT = 1.0
 class FrameStream(asyncio.BufferedProtocol):
     """Takes the place of websockets' `connection` as the protocol of its `transport`.
 
-    One `send` and one `receive` at a time may be under way.
+    Sends wait for each other; one `receive` at a time may be under way.
     """
 
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
@@ -145,7 +145,7 @@ class FrameStream(asyncio.BufferedProtocol):
     def discard(self) -> None:
         """From here on, data that arrives is thrown away: only what belongs to closing the connection counts."""
         self._discards = True
-        self._assembler = self._direct = None
+        self._assembler = None
         self._parse()
         self._resume()
 

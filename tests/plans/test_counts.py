@@ -79,6 +79,8 @@ def test_the_count_is_that_of_torch(monkeypatch, word, args, kwargs, most):
         ("split", (X, 0), {}, "split_size"),
         ("split", (X,), {}, "takes no such arguments|missing"),
         ("chunk", (X, 0), {}, "chunks"),
+        ("chunk", (X, 2.5), {}, "must be int"),
+        ("split", (X, None), {}, "takes no such|not iterable|invalid combination|argument"),
         ("tensor_split", (X, 0), {}, "number of sections"),
         ("hsplit", (X, 5), {}, "divisible"),
     ],
