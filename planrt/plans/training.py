@@ -219,8 +219,8 @@ def train(
         first = next(remaining, None)
         if first is None:
             return TrainResult(math.nan, 0, 0, [state[index] for index in changed], changed, optimizer_state)
-        values = [
-            tensor.detach().to(device).requires_grad_(entry.trainable)
+        values = [  # `data`: what shares memory with another tensor does not share its count of changes
+            tensor.data.to(device).requires_grad_(entry.trainable)
             for entry, tensor in zip(plan.state, state, strict=True)
         ]
         stepper = _optimizer(optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state)

@@ -95,20 +95,29 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
 
 
 def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
-    """The tensors that lie in `payload` (uint8), sharing its memory.
+    """The tensors that lie in `payload` (uint8), in its memory.
+
+    They are tensors of their own, as those that were sent: no views of one another, so that autograd counts their
+    changes apart (`num_batches_tracked.add_(1)` is no change of a weight that came along), and each with a storage
+    that ends where the tensor does.
 
     Raises:
         WireError: a bool tensor with bytes other than 0 and 1 (undefined behaviour in torch).
     """
+    memory = memoryview(payload.numpy())  # type: ignore[arg-type]
     tensors = []
     for layout in layouts:
         if layout.nbytes == 0:
             tensors.append(torch.empty(layout.shape, dtype=layout.dtype))
             continue
-        raw = payload[layout.offset : layout.offset + layout.nbytes]
-        if layout.dtype == torch.bool and bool((raw > 1).any()):
-            raise WireError(
-                "malformed payload: a bool tensor holds bytes other than 0 and 1", address=address
-            )
-        tensors.append(raw.view(layout.dtype).view(layout.shape))
+        if layout.dtype == torch.bool:
+            raw = payload[layout.offset : layout.offset + layout.nbytes]
+            if bool((raw > 1).any()):
+                raise WireError(
+                    "malformed payload: a bool tensor holds bytes other than 0 and 1", address=address
+                )
+        flat = torch.frombuffer(
+            memory, dtype=layout.dtype, count=math.prod(layout.shape), offset=layout.offset
+        )
+        tensors.append(flat.view(layout.shape).data)  # `data`: not a view, with a version counter of its own
     return tensors

@@ -56,6 +56,22 @@ def test_received_tensors_are_writable_aligned_and_apart():
     assert (two.data_ptr() - one.data_ptr()) % 64 == 0
 
 
+def test_tensors_of_one_message_are_tensors_of_their_own():
+    sent = [torch.randn(3, 2), torch.zeros((), dtype=torch.int64), torch.ones(2, 2).T, torch.tensor([True])]
+    received = receive(to_bytes(None, sent)).tensors
+    received[1].add_(1)
+    assert [tensor._version for tensor in received] == [0, 1, 0, 0]
+    for before, after in zip(sent, received, strict=True):
+        assert not after._is_view()
+        assert after.storage_offset() == 0
+        assert after.untyped_storage().nbytes() == before.nbytes
+    weight = received[0].requires_grad_()
+    loss = (weight * weight).sum()
+    received[3].logical_not_()
+    loss.backward()  # a change of one tensor is no change of another that a gradient needs
+    assert torch.equal(weight.grad, 2 * sent[0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     step=st.integers(1, 300),
