@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from planrt.errors import LocalError, OptionError, UnknownDatasetError
-from planrt.plans.training import OPTIMIZERS, EvaluationResult, ModelPlans, trace_model
+from planrt.fl.recorded import recorded
+from planrt.plans.training import OPTIMIZERS, EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.serde.dtypes import DTYPES
 from planrt.serde.frames import Allocate, in_memory
@@ -87,24 +88,30 @@ class TrainConfig:
         self.max_nr_batches = max_nr_batches
         self.shuffle = shuffle
         self.keep_optimizer_state = keep_optimizer_state
-        self._plans = plans
-        if plans is None and example is not None:
-            self._plans = trace_model(model, loss_fn, *example)
+        self._given = plans
+        self._example = example
+        if example is not None:
+            _ = self.plans
 
     @property
     def plans(self) -> ModelPlans:
-        """The training and the evaluation plan.
+        """The training and the evaluation plan of the model as it is now.
 
         Raises:
-            LocalError: nothing was traced yet.
+            LocalError: nothing was traced yet. TraceError: the model was changed, and cannot be recorded any more.
         """
-        if self._plans is None:
-            raise LocalError("nothing is traced yet: give TrainConfig an example=(data, target) batch")
-        return self._plans
+        if self._given is not None:
+            return self._given
+        if self._example is None:
+            raise LocalError(
+                "nothing is traced yet: call prepare() of the scheduler or evaluator first, or give TrainConfig an "
+                "example=(data, target) batch"
+            )
+        return recorded(self.model, self.loss_fn, *self._example)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        """The model's parameters and buffers when it was traced, by name."""
+        """The model's parameters and buffers, by name."""
         return dict(self.plans.state)
 
     def trace_for(self, worker: BaseWorker, dataset_key: str) -> ModelPlans:
@@ -113,25 +120,18 @@ class TrainConfig:
         Raises:
             UnknownDatasetError: the worker has none under that key. TraceError: see the class.
         """
-        info = worker.datasets.get(dataset_key)
-        if info is None:
-            keys = ", ".join(sorted(worker.datasets)) or "none"
-            raise UnknownDatasetError(
-                f"no data set under the key {dataset_key!r}; it has: {keys}",
-                worker_id=worker.id,
-                kind="UnknownDatasetError",
-            )
-        if self._plans is None:
-            self._plans = trace_model(self.model, self.loss_fn, *example_batch(info))
-        return self._plans
+        info = dataset_of(worker, dataset_key)
+        if self._example is None:
+            self._example = example_batch(info)
+        return self.plans
 
     # ------------------------------------------------------------------------------- on a worker
 
     @on_loop
     async def async_send(self, worker: BaseWorker) -> None:
         """Leaves this job with `worker`, for its `fit` and `evaluate`; sends the plans that are traced."""
-        if self._plans is not None:
-            await worker.put_plan(self._plans.training)
+        if self._given is not None or self._example is not None:
+            await worker.put_plan(self.plans.training)
         worker.train_job = self
 
     def send(self, worker: BaseWorker) -> None:
@@ -152,6 +152,7 @@ class TrainConfig:
             worker, self.state, dataset_key=dataset_key, batch_size=self.batch_size, bins=bins
         )
 
+    @on_loop
     async def fit(
         self,
         worker: BaseWorker,
@@ -161,9 +162,13 @@ class TrainConfig:
         seed: int,
         lr: float | None = None,
         allocate: Allocate[m.Envelope] = in_memory,
+        plans: ModelPlans | None = None,
     ) -> FitResult:
-        """One request and one reply: `state` there, training, the trained entries back. On planrt's loop."""
-        plan = self.plans.training
+        """One request and one reply: `state` there, training, the trained entries back.
+
+        `plans` are `self.plans`, for callers that looked at the model already.
+        """
+        plan = (plans or self.plans).training
         await worker.put_plan(plan)
         body = m.Fit(
             plan=plan.hash,
@@ -185,6 +190,7 @@ class TrainConfig:
             worker.id, fitted.loss, fitted.samples, fitted.batches, dict(zip(names, values, strict=True))
         )
 
+    @on_loop
     async def evaluate(
         self,
         worker: BaseWorker,
@@ -194,7 +200,7 @@ class TrainConfig:
         batch_size: int,
         bins: int,
     ) -> EvaluationResult:
-        """One request and one reply: `state` there, the figures back. On planrt's loop."""
+        """One request and one reply: `state` there, the figures back."""
         plan = self.plans.evaluation
         await worker.put_plan(plan)
         body = m.Evaluate(plan.hash, dataset_key, batch_size, bins)
@@ -207,6 +213,23 @@ class TrainConfig:
             histogram=figures.histogram,
             target_histogram=figures.target_histogram,
         )
+
+
+def dataset_of(worker: BaseWorker, key: str) -> m.DatasetInfo:
+    """What `worker` says about its data set `key`.
+
+    Raises:
+        UnknownDatasetError: it has none under that key.
+    """
+    info = worker.datasets.get(key)
+    if info is None:
+        keys = ", ".join(sorted(worker.datasets)) or "none"
+        raise UnknownDatasetError(
+            f"no data set under the key {key!r}; it has: {keys}",
+            worker_id=worker.id,
+            kind="UnknownDatasetError",
+        )
+    return info
 
 
 def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,8 +18,8 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.fl.averaging import StreamingAverage
-from planrt.fl.config import FitResult, TrainConfig
-from planrt.plans.training import EvaluationResult
+from planrt.fl.config import FitResult, TrainConfig, dataset_of
+from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.serde.frames import MemoryStore, SpoolStore, Store
 from planrt.workers.clients import BaseWorker
@@ -106,16 +106,14 @@ class RoundScheduler:
         Raises:
             UnknownDatasetError, TraceError: see `TrainConfig`. OptionError: the workers' data differ in shape.
         """
-        specs = set()
-        for worker in self.workers:
-            self.config.trace_for(worker, self.dataset_key)
-            info = worker.datasets[self.dataset_key]
-            specs.add(str((info.data, info.target)))
+        infos = [dataset_of(worker, self.dataset_key) for worker in self.workers]
+        specs = {str((info.data, info.target)) for info in infos}
         if len(specs) > 1:
             raise OptionError(
                 f"the workers' data sets {self.dataset_key!r} have different shapes or dtypes: {'; '.join(specs)}"
             )
-        await asyncio.gather(*(worker.put_plan(self.config.plans.training) for worker in self.workers))
+        plan = self.config.trace_for(self.workers[0], self.dataset_key).training
+        await asyncio.gather(*(worker.put_plan(plan) for worker in self.workers))
 
     @on_loop
     async def run_round(
@@ -137,6 +135,7 @@ class RoundScheduler:
             WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
         """
         started = time.perf_counter()
+        plans = self.config.plans
         large = sum(value.nbytes for value in state.values()) > _LARGE
         leases = _Leases(max(0, self._hold - 1) if large else self._hold)
         average = StreamingAverage()
@@ -146,7 +145,7 @@ class RoundScheduler:
             async with asyncio.TaskGroup() as group:
                 tasks = deque(
                     group.create_task(
-                        self._fit(worker, round_number, state, lr, leases.lease(first=index == 0))
+                        self._fit(worker, plans, round_number, state, lr, leases.lease(first=index == 0))
                     )
                     for index, worker in enumerate(self.workers)
                 )
@@ -182,6 +181,7 @@ class RoundScheduler:
     async def _fit(
         self,
         worker: BaseWorker,
+        plans: ModelPlans,
         round_number: int,
         state: Mapping[str, torch.Tensor],
         lr: float | None,
@@ -195,6 +195,7 @@ class RoundScheduler:
             seed=derive_seed(self.seed, round_number, worker.id),
             lr=lr,
             allocate=lease.allocate,
+            plans=plans,
         )
         used = worker.traffic.since(before)
         part = WorkerRound(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,22 +21,6 @@ __all__ = [
 ]
 
 log = get_logger("planrt.fl")
-
-_configs: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, Loss], TrainConfig]] = (
-    weakref.WeakKeyDictionary()
-)
-"""What was traced of a model, so that a round does not trace again: (data set's shapes, loss) -> config."""
-
-
-def _config_for(model: nn.Module, loss_fn: Loss, worker: BaseWorker, dataset_key: str) -> TrainConfig:
-    info = worker.datasets.get(dataset_key)
-    kind = (str((info.data, info.target)) if info else "", loss_fn)
-    cached = _configs.setdefault(model, {}).get(kind)
-    if cached is None:
-        cached = TrainConfig(model, loss_fn)
-        cached.trace_for(worker, dataset_key)
-        _configs[model][kind] = cached
-    return cached
 
 
 @on_loop
@@ -67,7 +49,6 @@ async def fit_model_on_worker(
     Raises:
         OptionError, TraceError, RemoteError, WorkerLostError.
     """
-    traced = _config_for(traced_model, loss_fn, worker, dataset_key)
     config = TrainConfig(
         traced_model,
         loss_fn,
@@ -75,15 +56,13 @@ async def fit_model_on_worker(
         optimizer=optimizer,
         optimizer_args={"lr": lr},
         max_nr_batches=max_nr_batches,
-        plans=traced.plans,
     )
+    config.trace_for(worker, dataset_key)
     state = state_of(traced_model)
     result = await config.fit(
         worker, state, dataset_key=dataset_key, seed=derive_seed(seed, curr_round, worker.id)
     )
-    model = with_state(traced_model, {**state, **result.changed})
-    _configs[model] = _configs[traced_model]
-    return worker.id, model, result.loss
+    return worker.id, with_state(traced_model, {**state, **result.changed}), result.loss
 
 
 @on_loop
@@ -106,7 +85,8 @@ async def async_evaluate_model_on_worker(
     Raises:
         TraceError, RemoteError, WorkerLostError.
     """
-    config = _config_for(model, loss_fn, worker, dataset_key)
+    config = TrainConfig(model, loss_fn)
+    config.trace_for(worker, dataset_key)
     result = await config.evaluate(
         worker, state_of(model), dataset_key=dataset_key, batch_size=batch_size, bins=nr_bins
     )

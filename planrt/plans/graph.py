@@ -8,6 +8,7 @@ of those bytes is the plan's identity wherever plans are cached, sent or approve
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -159,6 +160,13 @@ class Graph:
         if plan._bytes != data:  # a second spelling of the same plan would have a second hash
             raise PlanFormatError("these bytes are not the canonical form of a plan")
         return plan
+
+    def with_state_values(self, values: tuple[torch.Tensor, ...] | None) -> Graph:
+        """The same plan, with other tensors (or none) as the values of its state."""
+        other = copy.copy(self)
+        other.__dict__["state_values"] = values
+        other.__dict__.pop("_programs", None)  # compiled forms know the plan that they are of
+        return other
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self._bytes == other._bytes
