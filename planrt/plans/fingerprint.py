@@ -17,7 +17,6 @@ import dis
 import enum
 import functools
 import hashlib
-import re
 import sys
 import types
 import weakref
@@ -25,6 +24,8 @@ from collections.abc import Hashable, Iterable
 from typing import Any, Final
 
 import torch
+
+from planrt.plans import torchscript
 
 Fingerprint = Hashable
 """Equal where recording gives equal plans."""
@@ -47,7 +48,6 @@ _DESCRIPTORS: Final = (
 """What C code defines: its name says what it does."""
 _REGISTERS: Final = ("_parameters", "_buffers", "_modules")
 _HOOKS: Final = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_TYPE_NAME: Final = re.compile(r"__torch__[\w.]*|#[^\n]*")
 
 
 class _UnsureError(Exception):
@@ -107,7 +107,7 @@ class _Walk:
 
     def _described(self, value: Any) -> Fingerprint:
         match value:
-            case torch.jit.ScriptModule() | torch.jit.ScriptFunction():
+            case _ if torchscript.is_torchscript(value):
                 return self._script(value)
             case torch.nn.Module():
                 return self._module(value)
@@ -185,23 +185,15 @@ class _Walk:
         return number, tensor.storage_offset()
 
     def _script(self, script: Any) -> Fingerprint:
-        graph = script.inlined_graph
-        constants = [
-            _digest(value)
-            for node in graph.findAllNodes("prim::Constant", recurse=True)
-            if isinstance(value := node.output().toIValue(), torch.Tensor)
-        ]
-        tensors: list[tuple[str, Any]] = []
-        if isinstance(script, torch.jit.ScriptModule):
-            named = (
-                script.named_parameters(remove_duplicate=False),
-                script.named_buffers(remove_duplicate=False),
-            )
-            tensors = [entry for entries in named for entry in entries]
+        code, constants, tensors = torchscript.contents(script)
         return (
-            "script", _TYPE_NAME.sub("", str(graph)), tuple(constants), str(getattr(script, "original_name", "")),
-            tuple((name, self._looks(tensor)) for name, tensor in tensors),  # a copy's parameters are plain tensors
-        )  # fmt: skip
+            "script",
+            code,
+            tuple(map(_digest, constants)),
+            tuple(
+                (name, self._looks(tensor)) for name, tensor in tensors
+            ),  # a copy's parameters are plain tensors
+        )
 
     # -------------------------------------------------------------------------------------- Python
 

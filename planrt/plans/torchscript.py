@@ -6,6 +6,7 @@ translated from its ATen graph to ops of the one table. Neither form ever crosse
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 _jit_trace: Callable[..., Any] = torch.jit.trace
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
 
+_PLACES = re.compile(r"__torch__[\w.]*|#[^\n]*")
+"""Names of classes, which are numbered, and comments."""
 
 _ON_TRACED_SIZES: dict[str, Callable[..., Any]] = {
     **SIZE_ARITHMETIC,
@@ -40,6 +43,20 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def contents(script: Any) -> tuple[str, list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    """What a script module or function is made of: its code as text, that says nothing of where it was made; the
+    tensors in the code; its parameters and buffers, under all their names."""
+    with _quiet():
+        graph = script.inlined_graph
+    constants = [
+        value
+        for node in graph.findAllNodes("prim::Constant", recurse=True)
+        if isinstance(value := node.output().toIValue(), torch.Tensor)
+    ]
+    tensors = [(name, tensor) for name, (tensor, _) in _state_of(script).items()]
+    return f"{_name_of(script)}\n{_PLACES.sub('', str(graph))}", constants, tensors
 
 
 def is_torchscript(model: object) -> bool:
