@@ -122,7 +122,9 @@ def leading_dims(
         for index, path in enumerate(signature.input_names)
         if any(path.startswith(f"{one}.") for one in modules)
     }
-    batched = [index for index, one in enumerate(tensors) if one.dim() and index not in of_modules]
+    batched = [
+        index for index, one in enumerate(tensors) if one.dim() and one.shape[0] and index not in of_modules
+    ]
     if not batched:
         return []
     first = batched[0]

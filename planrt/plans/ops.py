@@ -29,6 +29,7 @@ from planrt.plans.counts import MANY, bounded
 # pooling, normalisation, recurrent nets, random draws. Left out: quantised, sparse, nested and vendor kernels
 # (a data owner cannot follow them), and anything with files, storages, threads, callables or global settings.
 _TORCH = """
+    _pack_padded_sequence _pad_packed_sequence
     _weight_norm abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv
     addcmul addmm addmv addr adjoint affine_grid_generator alias_copy all alpha_dropout amax amin aminmax
     angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin
@@ -285,9 +286,20 @@ _MANY: dict[str, Callable[..., Any]] = {
 BOUNDED: Final = {name: bounded(name.rpartition(".")[2], function) for name, function in _MANY.items()}
 """Name -> torch's function that first counts what it would give."""
 
+
+def _pack_padded_sequence(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
+    """torch's, which wants lengths in the CPU's memory, wherever the plan runs."""
+    lengths = lengths if lengths.is_meta else lengths.cpu()
+    return torch._pack_padded_sequence(input, lengths, batch_first)
+
+
+_ON_CPU: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "torch._pack_padded_sequence": (torch._pack_padded_sequence, _pack_padded_sequence)
+}
 UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
     **SIZE_ARITHMETIC,
     **_MANY,
+    **{name: function for name, (function, _) in _ON_CPU.items()},
     **{f"operator.assume_{word}": compare for word, compare in COMPARISONS.items()},
     **_EMPTY,
 }
@@ -324,6 +336,7 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     table.update({name: function for name, function in BOUNDED.items() if name in table})
     for name, function in SIZE_ARITHMETIC.items():
         table[name] = _on_sizes(function)
+    table.update({name: function for name, (_, function) in _ON_CPU.items()})
     table.update(ASSUMPTIONS)
     # What torch.meshgrid calls itself by the time anybody can look.
     names.setdefault(torch._C._VariableFunctions.meshgrid, "torch.meshgrid")  # type: ignore[attr-defined]

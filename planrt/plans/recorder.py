@@ -6,6 +6,7 @@ plan of what all runs agree on.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from typing import Any, Final, NoReturn
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from planrt.errors import PlanFormatError, TraceError
-from planrt.plans import foreach, seen, sizes
+from planrt.errors import PlanFormatError, PlanWarning, TraceError
+from planrt.plans import foreach, seen, sizes, torch_code
 from planrt.plans.graph import Op
+from planrt.plans.known import KnownValues
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
-from planrt.plans.source import called_by_user, user_line
+from planrt.plans.source import called_by_user, frames_to_user, user_line
 from planrt.serde.values import DEVICE, encode, pack
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
@@ -87,6 +89,7 @@ class Recorder(TorchFunctionMode):
         self.registry = registry
         self._alive: list[torch.Tensor] = [*inputs]  # ids below stay unique while these live
         self._refs = {id(tensor): Ref(index) for index, tensor in enumerate(inputs)}
+        self._known = KnownValues()
         self._results = 0
         self._grad_mode = True
         self._closed = False
@@ -164,17 +167,34 @@ class Recorder(TorchFunctionMode):
         if func is torch._assert and not isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)
         if name is None:
-            raise TraceError(seen.why_refused(func, resolve_name(func)), line=self._line())
+            return self._unlisted(func, args, kwargs)
         if func in seen.FROM_ARRAY and seen.holds_array(args):
             return self._constant(func(*args, **kwargs), self._line())
         self._check_modes()
         if name in GRADIENTS:
             return self._gradients(name, func, args, kwargs)
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)  # before the call may change them
+        watched = self._known.before((args, kwargs))
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
+        self._known.after(name, watched, result)
         return self._write(name, recorded_args, recorded_kwargs, result)
+
+    def _unlisted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is no op: the answer, where a plan has one."""
+        asker = torch_code.asker()
+        if func is torch_code.CHOOSES_NESTED and asker is not None:
+            if self._first_values is None:
+                warnings.warn(torch_code.NOT_NESTED, PlanWarning, stacklevel=frames_to_user() + 1)
+            return False
+        if seen.reads_plain_values(func):
+            if self._known.knows_all((args, kwargs)):
+                return func(*args, **kwargs)
+            answer = torch_code.answer(func)
+            if answer is not None:
+                return func(*args, **kwargs) if answer else False
+        raise TraceError(seen.why_refused(func, resolve_name(func), asker), line=self._line())
 
     def _gradients(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -239,7 +259,7 @@ class Recorder(TorchFunctionMode):
         try:
             packed = pack([name, encode(args), encode(kwargs), encode(results)])
         except PlanFormatError as error:
-            raise TraceError(f"{name}: {error}", line=line) from None
+            raise TraceError(f"{name}: {error}; leave it out", line=line) from None
         self.steps.append(Step(Op(name, args, kwargs, results), line, packed))
         if name == "Tensor.data" and FIRST_STATE <= args[0].index < FIRST_RESULT:
             self.registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))

@@ -86,6 +86,10 @@ _VALUE_READS = frozenset(
      "__complex__", "__array__", "__contains__", "__dlpack__", "equal", "allclose", "is_nonzero", "_assert",
      "data_ptr", "cpu_numpy"]
 )  # fmt: skip
+_PLAIN_READS = frozenset(
+    ["item", "tolist", "__bool__", "__nonzero__", "__float__", "__int__", "__long__", "__index__", "__complex__",
+     "__contains__", "equal", "allclose", "is_nonzero"]
+)  # fmt: skip
 _HOOKS = frozenset(
     ["register_hook", "register_post_accumulate_grad_hook", "_backward_hooks", "_post_accumulate_grad_hooks"]
 )
@@ -103,11 +107,25 @@ def reads_values(func: Any) -> bool:
     return (owner if name in _ACCESSORS else name) in _VALUE_READS
 
 
-def why_refused(func: Any, public_name: str | None) -> str:
-    """One line on why a torch call cannot go into a plan."""
+def reads_plain_values(func: Any) -> bool:
+    """Whether `func` gives values as Python's own numbers and lists: what it gives does not share memory."""
+    return getattr(func, "__name__", "") in _PLAIN_READS
+
+
+def why_refused(func: Any, public_name: str | None, asker: tuple[str, str] | None = None) -> str:
+    """One line on why a torch call cannot go into a plan. `asker`: what in torch makes the call, and what to write
+    instead, as `torch_code.asker` gives them."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     short = owner if getattr(func, "__name__", "") in _ACCESSORS else getattr(func, "__name__", "")
     name = public_name or short or repr(func)
+    if asker is not None and short not in _HOOKS:
+        if short in _VALUE_READS:
+            what = f"reads the value of a tensor ({name})"
+        elif name.rpartition(".")[2].startswith("_"):
+            what = "does what no plan can"
+        else:
+            what = f"calls {name}, which is not on the table of ops that plans may use"
+        return f"{asker[0]} {what}: {asker[1] or 'use another module or function'}"
     if short in _VALUE_READS:
         return (
             f"{name} reads the value of a tensor: a plan has no values while it is recorded; compute with "

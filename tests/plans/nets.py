@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 def line_of(f, marker="# here"):
@@ -45,6 +46,32 @@ class Transformer(nn.Module):
 
     def forward(self, x):
         return self.head(self.encoder(self.embed(x) + self.position[: x.shape[1]]).mean(1))
+
+
+class MaskedTransformer(Transformer):
+    """Uses a causal mask, which torch looks at, and a padding mask."""
+
+    def forward(self, x):
+        causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        embedded = self.embed(x) + self.position[: x.shape[1]]
+        padding = torch.zeros_like(x, dtype=torch.float32).masked_fill(x == 0, -1e9)
+        return self.head(self.encoder(embedded, mask=causal, src_key_padding_mask=padding).mean(1))
+
+
+class PackedGru(nn.Module):
+    """Takes sentences of different lengths as packed sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 6, padding_idx=0)
+        self.gru = nn.GRU(6, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        lengths = (x != 0).sum(1).clamp(min=1)
+        packed = pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False)
+        padded, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x.shape[1])
+        return self.head(padded.sum(1))
 
 
 class LstmClassifier(nn.Module):
@@ -155,6 +182,8 @@ NETS = {
         classes((3, 32, 32), 5),
     ),
     "transformer": (Transformer, F.cross_entropy, classes((7,), ids=20)),
+    "masked": (MaskedTransformer, F.cross_entropy, classes((7,), ids=20)),
+    "packed": (PackedGru, F.cross_entropy, classes((7,), ids=20)),
     "lstm": (LstmClassifier, F.cross_entropy, classes((5, 6))),
     "unet": (UNet, F.cross_entropy, pixels),
     "embedding": (EmbeddingNet, nn.CrossEntropyLoss(label_smoothing=0.1), classes((4,), ids=30)),

@@ -396,7 +396,10 @@ def test_gradients_of_embeddings_show_who_used_an_entry(gradient_ops):
     assert of_input(report.outputs[1]) == "raw"
 
 
-@pytest.mark.parametrize("name", [name for name in nets.NETS if name != "embedding"])
+NEED_VALUES = ("masked", "packed")  # torch's own modules look at values, which meta tensors have not
+
+
+@pytest.mark.parametrize("name", [name for name in nets.NETS if name not in ("embedding", *NEED_VALUES)])
 def test_gradients_of_networks_are_aggregates(name):
     """The whole training step below autograd: forward, loss, backward, for every parameter."""
     from planrt.plans.flow import Info
@@ -434,7 +437,7 @@ def test_gradients_of_networks_are_aggregates(name):
 # Both ways agree, and what they claim is so
 
 
-@pytest.mark.parametrize("name", list(nets.NETS))
+@pytest.mark.parametrize("name", [name for name in nets.NETS if name != "packed"])  # its sizes follow values
 @pytest.mark.parametrize("training", [True, False])
 def test_op_by_op_and_whole_runs_agree_on_networks(name, training):
     net, loss, ((x, y), *_) = nets.make(name)
