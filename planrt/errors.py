@@ -27,12 +27,13 @@
     │   ├── UnknownObjectError     the worker holds no object under that id for this session
     │   ├── NotApprovedError       the worker's owner has not approved, or has denied, what was to run
     │   ├── PolicyRefusedError     what was to run breaks a rule of the worker's owner; names op, line and rule
+    │   ├── ReplyTooLargeError     the answer is over this client's limit; what was asked for stays there
     │   └── GetNotPermittedError   private data, or what is computed from it, was asked for by someone not allowed
     └── TransportError             the pipe: address and what was tried
         ├── ConnectError           nobody listens there, wrong address, refused, timed out
         ├── HandshakeError         somebody answered, but not a worker that fits this client
         ├── WireError              bytes that are not a valid planrt message
-        ├── MessageTooLargeError   a message over the configured limit
+        ├── MessageTooLargeError   a message over a configured limit; on the way out, nothing was sent
         └── WorkerLostError        the connection to a worker ended while an answer was due
 
 None derives from TypeError: operators swallow that type to try the reflected operand.
@@ -220,6 +221,10 @@ class GetNotPermittedError(RemoteError):
     """Private data, or something computed from it, was asked for by a user who may not see it."""
 
 
+class ReplyTooLargeError(RemoteError):
+    """The answer is over the size that this client takes; what it would have brought stays on the worker."""
+
+
 class TransportError(PlanrtError):
     """A connection could not be made or broke; `address` says which."""
 
@@ -241,7 +246,7 @@ class WireError(TransportError):
 
 
 class MessageTooLargeError(TransportError):
-    """A message announced more bytes than the configured limit."""
+    """A message is over a configured limit. On the way out, nothing was sent, and the connection goes on."""
 
 
 class WorkerLostError(TransportError):

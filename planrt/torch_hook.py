@@ -118,7 +118,7 @@ def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tenso
     allowed = allowed_users(options.pop("private", False), options.pop("allowed_users", None))
     if options:
         raise LocalError(f"send_ takes private and allowed_users, not {', '.join(options)}")
-    (handle,) = worker.put([self], allowed=allowed)
+    (handle,) = worker.put([self], allowed=allowed, confirm=True)
     become_pointer(self, handle, contiguous(self))
     return self
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 FREE = -1
@@ -76,3 +79,17 @@ def map_leaves(value: Nested, change: Callable[[Any], Any]) -> Nested:
     if isinstance(value, slice):
         return slice(*(map_leaves(part, change) for part in (value.start, value.stop, value.step)))
     return change(value)
+
+
+def plain(value: Any) -> Any:
+    """The Python number or string that `value` stands for, where it is a NumPy scalar, a tensor without dimensions, a
+    member of an enumeration or a path; anything else as it is.
+    """
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
+        item = value.item()
+        return item if isinstance(item, bool | int | float | str) else value
+    return value

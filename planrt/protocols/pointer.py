@@ -240,9 +240,9 @@ class PointerProtocol(ObjectPointer):
     async def async_get(self) -> Protocol:
         """`get`, to be awaited on any loop."""
         worker, handle = self.location, alive(self)
-        body, tensors = await worker._connection.finish(worker._ask(m.Fetch(handle.id, True)))
+        body, tensors = await worker._connection.finish(worker._ask(m.Fetch(handle.id, False)))
         made = _rebuilt(*expect(m.FetchedProtocol, (body, tensors), worker))
-        handle.alive = False
+        worker.removed(handle, published=bool(self._tags))
         made._tags, made._text = self._tags, self._description
         return made
 

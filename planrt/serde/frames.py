@@ -38,6 +38,9 @@ FRAGMENT_BYTES = 1 << 20
 """Frames leave in pieces of at most this many bytes: a ping waits behind one piece, not a whole model. Longer
 pieces are refused."""
 
+MESSAGE_BYTES = 4 << 30
+"""Tensors of one message take at most as much: longer ones are refused, unless a limit says otherwise."""
+
 HEADER_BYTES = 1 << 20
 """Headers are small: longer ones are refused, unless a limit says otherwise."""
 
@@ -60,7 +63,7 @@ M = TypeVar("M")
 class Limits:
     """What one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`, `patience`)."""
 
-    message: int = 4 << 30
+    message: int = MESSAGE_BYTES
     header: int = HEADER_BYTES
     keepalive: float = 20.0
     """Seconds of silence on a connection after which it is asked for a sign of life, again and again."""
@@ -106,10 +109,14 @@ def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: in
     """Encodes `message` (MessagePack-able builtins) and `tensors` into a `Frame` that shares their memory.
 
     Raises:
-        LocalError: a tensor that does not travel, or a header of more than `max_header` bytes.
+        LocalError: a tensor that does not travel, a message that has no byte form, or a header of more than
+            `max_header` bytes.
     """
     views = [raw_bytes(tensor) for tensor in tensors]
-    header = msgpack.packb([message, describe(tensors)])
+    try:
+        header = msgpack.packb([message, describe(tensors)])
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise LocalError(f"the message has no byte form: {error}") from error
     if len(header) > max_header:
         raise LocalError(
             f"the message's header takes {len(header):,} bytes, over the limit of {max_header:,}: "

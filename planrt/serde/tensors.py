@@ -47,6 +47,16 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     Raises:
         LocalError: a sparse, quantised or otherwise layout-less tensor, or a dtype that does not travel.
     """
+    check_dense(tensor)
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if plain.numel() == 0:
+        return memoryview(b"")
+    flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of size 1 can be anything
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def check_dense(tensor: torch.Tensor) -> None:
+    """Raises LocalError for a tensor whose elements cannot travel."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise LocalError(
             f"only dense tensors with data travel, not {tensor.layout} on {tensor.device}: "
@@ -54,11 +64,19 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
         )
     if tensor.dtype not in DTYPE_NAMES:
         raise LocalError(f"tensors of dtype {tensor.dtype} do not travel: convert to one of {sorted(DTYPES)}")
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    if plain.numel() == 0:
-        return memoryview(b"")
-    flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of size 1 can be anything
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def payload_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """How many bytes the payload of a frame with `tensors` takes.
+
+    Raises:
+        LocalError: one of them cannot travel.
+    """
+    position = 0
+    for tensor in tensors:
+        check_dense(tensor)
+        position = aligned(position) + tensor.numel() * tensor.dtype.itemsize
+    return position
 
 
 def describe(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:

@@ -366,7 +366,9 @@ class VirtualWorker(BaseWorker):
         if not isinstance(id, str):
             raise OptionError('a worker needs an id: VirtualWorker(hook, id="bob")')
         self.is_client_worker = is_client_worker
-        state = WorkerState(id, device=device, users=users, policy=policy, approvals=decisions_in(approvals))
+        state = WorkerState(
+            id, device=device, users=users, policy=policy, approvals=decisions_in(approvals), limits=limits
+        )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)
         for tensor in data:

@@ -14,25 +14,39 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType
+from typing import TypeVar
 
 import torch
 
-from planrt.errors import HandshakeError, PlanrtError, RemoteError, TransportError, WorkerLostError
+from planrt.errors import (
+    HandshakeError,
+    LocalError,
+    PlanrtError,
+    RemoteError,
+    TransportError,
+    WorkerLostError,
+)
 from planrt.logs import get_logger
 from planrt.serde.frames import Allocate, Limits, Received, Store, encode, in_memory
 from planrt.workers import messages as m
 from planrt.workers.pipes import Pipe, Traffic
+from planrt.workers.posted import MAX_OP_BYTES
+from planrt.workers.sendable import sendable
 from planrt.workers.session import ClientSession
 
 log = get_logger("planrt.client")
+
+B = TypeVar("B", bound=m.Body)
 
 Reply = tuple[m.Body, list[torch.Tensor]]
 Line = tuple[CodeType, int]
 """Where in the user's code an op was made."""
 
 OPS_PER_MESSAGE = 1024
-_BYTES_PER_MESSAGE = 1 << 19
-"""Packed ops that leave in one message, so that it fits into a header."""
+_HEADER_REST = 4096
+"""Bytes of a header beside its ops."""
+_DROP_AFTER = 0.5
+"""Seconds after which a freed pointer's object is dropped by a message of its own, if no op took that along."""
 
 MAX_WAITING = 20_000
 """Posted ops that may wait to be sent; who posts more waits until fewer do."""
@@ -80,6 +94,17 @@ class Connection:
         self._drained: asyncio.Event = asyncio.Event()
         self._pending: dict[int, Outgoing] = {}
         self._ended: PlanrtError | None = None
+        self._unsent: PlanrtError | None = (
+            None  # why something posted could not be sent; shows at the next request
+        )
+        self._flush = False  # whether drops are to leave by themselves
+        self._flush_due = False
+        accepts = session.versions
+        # Of a header, three quarters are for ops: they travel as base64, with a few bytes around each.
+        rest = min(_HEADER_REST, accepts.header_limit // 4)
+        self.op_bytes = min(MAX_OP_BYTES, accepts.header_limit * 3 // 4 - rest)
+        """Longest op that may be posted."""
+        self._header_limit = accepts.header_limit
         self._reader = asyncio.create_task(self._read())
         session.line_of = self.line
 
@@ -100,7 +125,7 @@ class Connection:
             HandshakeError: it does not answer as worker `worker_id` of a planrt that fits this one, or does not
                 know `token`.
         """
-        session = ClientSession(worker_id, address=pipe.address)
+        session = ClientSession(worker_id, address=pipe.address, limits=limits)
         try:
             async with asyncio.timeout(timeout):
                 await pipe.send(encode(m.to_wire(session.hello(token))))
@@ -160,8 +185,14 @@ class Connection:
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        self._outbox.append(Outgoing(body, tensors, None, None))
+        self._outbox.append(Outgoing(self._checked(body, tensors), tensors, None, None))
         self._wake_soon()
+
+    def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:
+        session = self.session
+        return sendable(
+            body, tensors, to=session.versions, worker=session.worker_id, address=self._pipe.address
+        )
 
     def enqueue(
         self,
@@ -174,12 +205,17 @@ class Connection:
         """Queues a request; `finish` waits for its reply. With `drops`, what nobody points at is freed first.
 
         Raises:
-            WorkerLostError: the connection has ended.
+            WorkerLostError: the connection has ended. OptionError, LocalError, MessageTooLargeError: the request
+            cannot be sent, and was not.
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        while drops and self._drops:
-            self._outbox.append(Outgoing(m.Post([], list(self.take_drops())), (), None, None))
+        body = self._checked(body, tensors)
+        if self._unsent is not None:
+            unsent, self._unsent = self._unsent, None
+            raise unsent
+        if drops:
+            self.post_drops()
         reply: asyncio.Future[Reply] = asyncio.Future(loop=self.loop)
         reply.add_done_callback(
             lambda done: done.cancelled() or done.exception()
@@ -192,7 +228,19 @@ class Connection:
     def drop(self, id: int) -> None:
         """Nobody points at object `id` any more. Called by finalizers: in any thread, at any time."""
         self._drops.append(id)
-        if len(self._drops) > _DROPS_WAITING and self._ended is None:
+        if self._ended is not None:
+            return
+        if len(self._drops) > _DROPS_WAITING:
+            self._wake_soon()
+        elif not self._flush_due:
+            self._flush_due = True
+            with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
+                self.loop.call_soon_threadsafe(self.loop.call_later, _DROP_AFTER, self._flush_drops)
+
+    def post_drops(self) -> None:
+        """Frees what nobody points at before whatever is handed over next."""
+        while drops := self.take_drops():
+            self._outbox.append(Outgoing(m.Post([], list(drops)), (), None, None))
             self._wake_soon()
 
     def check_open(self) -> None:
@@ -206,7 +254,7 @@ class Connection:
             return ()
         taken: list[int] = []
         with contextlib.suppress(IndexError):
-            while len(taken) < OPS_PER_MESSAGE:
+            while len(taken) < min(OPS_PER_MESSAGE, max(1, self.op_bytes // 16)):
                 taken.append(self._drops.popleft())
         return tuple(taken)
 
@@ -214,6 +262,25 @@ class Connection:
         """``file:line`` that made the posted op of that number, where it is still known."""
         found = self._lines.get(number) if number is not None else None
         return f"{found[0].co_filename}:{found[1]}" if found else None
+
+    def post_drop_of(self, id: int) -> bool:
+        """Frees object `id`, if it waits to be freed, before whatever is handed over next; says whether it did."""
+        found = id in self._drops
+        if found:
+            self.post_drops()
+        return found
+
+    def flush_drops(self) -> None:
+        """Frees what nobody points at without waiting for the next op."""
+        self._flush = True
+        self._wake_soon()
+
+    def _flush_drops(self) -> None:
+        """Drops that no op took along leave by themselves."""
+        self._flush_due = False
+        if self._drops and self._ended is None:
+            self._flush = True
+            self._wake()
 
     def _wake_soon(self) -> None:
         if not self._woken:
@@ -244,6 +311,7 @@ class Connection:
         Raises:
             RemoteError: the worker could not do it.
             WorkerLostError: the connection ended first.
+            OptionError, LocalError, MessageTooLargeError: it cannot be sent, and was not.
         """
         async with self._turns if in_turn and self._turns else contextlib.nullcontext():
             outgoing = self.enqueue(body, tensors, allocate=allocate)
@@ -271,11 +339,12 @@ class Connection:
         """Posts a message and waits until it has left: the tensors may change then.
 
         Raises:
-            WorkerLostError: the connection ended first. LocalError: the message cannot be sent.
+            WorkerLostError: the connection ended first.
+            OptionError, LocalError, MessageTooLargeError: the message cannot be sent, and was not.
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        outgoing = Outgoing(body, tensors, None, self.loop.create_future())
+        outgoing = Outgoing(self._checked(body, tensors), tensors, None, self.loop.create_future())
         self._outbox.append(outgoing)
         self._wake()
         try:
@@ -301,17 +370,22 @@ class Connection:
 
     def _wake(self) -> None:
         self._woken = False
-        if self._sender is None and self._ended is None:
+        if self._ended is not None:
+            self._end(self._ended)  # whoever has queued something meanwhile hears so, too
+        elif self._sender is None:
             self._sender = asyncio.create_task(self._send_all())
 
     async def _send_all(self) -> None:
         """Sends what waits, until nothing does."""
         outgoing: Outgoing | None = None
         try:
-            while self._outbox or len(self._drops) > _DROPS_WAITING:
+            while self._outbox or len(self._drops) > _DROPS_WAITING or (self._flush and self._drops):
                 outgoing = None
                 if not self._outbox or isinstance(self._outbox[0], bytes):
-                    await self._pipe.send(encode(m.to_wire(m.Envelope(0, self._gathered()))))
+                    self._flush = False
+                    await self._pipe.send(
+                        encode(m.to_wire(m.Envelope(0, self._gathered())), max_header=self._header_limit)
+                    )
                 else:
                     first = self._outbox.popleft()
                     assert isinstance(first, Outgoing)  # noqa: S101 - bytes were handled above
@@ -324,6 +398,11 @@ class Connection:
             self._end(PlanrtError(str(error)))
             if outgoing is not None:
                 _fail(outgoing, ConnectionResetError(str(self._ended)))
+        except Exception as error:  # a mistake of ours: whoever waits must hear of it
+            log.exception("sending_failed", worker=self.session.worker_id)
+            self._end(PlanrtError(f"sending failed: {type(error).__name__}: {error}"))
+            if outgoing is not None:
+                _fail(outgoing, ConnectionResetError(str(self._ended)))
         finally:
             self._sender = None
             self._drained.set()
@@ -332,7 +411,7 @@ class Connection:
         """A message of the ops at the head of the queue; when none are left, with what nobody points at."""
         drops = list(self._drops)  # before the ops: whatever uses these is in the queue by now
         ops: list[bytes] = []
-        room = _BYTES_PER_MESSAGE
+        room = self.op_bytes
         while self._outbox and len(ops) < OPS_PER_MESSAGE:
             head = self._outbox[0]
             if not isinstance(head, bytes) or (ops and len(head) > room):
@@ -340,11 +419,13 @@ class Connection:
             ops.append(head)
             room -= len(head) + 5
             self._outbox.popleft()
-        if self._outbox or len(drops) > 20_000:
+        if self._outbox:
             return m.Post(ops)
+        freed: list[int] = []
         with contextlib.suppress(IndexError):
-            return m.Post(ops, [self._drops.popleft() for _ in drops])
-        return m.Post(ops)
+            while len(freed) < min(len(drops), max(1, room // 16)):
+                freed.append(self._drops.popleft())
+        return m.Post(ops, freed)
 
     async def _send_one(self, outgoing: Outgoing) -> None:
         if outgoing.given_up:
@@ -356,11 +437,14 @@ class Connection:
                 self._pending[envelope.id] = outgoing
             else:
                 envelope = m.Envelope(0, outgoing.body)
-            frame = encode(m.to_wire(envelope), outgoing.tensors, max_header=self.limits.header)
-        except PlanrtError as error:
+            frame = encode(m.to_wire(envelope), outgoing.tensors, max_header=self._header_limit)
+        except Exception as error:  # it was checked, but a device may fail to give its tensors' bytes
             self._pending.pop(outgoing.id, None)
             self.session.forget(outgoing.id)
-            _fail(outgoing, error)
+            known = error if isinstance(error, PlanrtError) else LocalError(f"it cannot be sent: {error}")
+            if outgoing.reply is None and outgoing.sent is None:
+                self._unsent = self._unsent or known
+            _fail(outgoing, known)
             return
         await self._pipe.send(frame)
         outgoing.tensors = ()
@@ -379,6 +463,10 @@ class Connection:
             await self._pipe.close()
         except (ConnectionError, OSError) as error:
             ended = PlanrtError(str(error))
+        except Exception as error:  # such as no memory for an answer: whoever waits must hear of it
+            log.exception("receiving_failed", worker=self.session.worker_id)
+            ended = PlanrtError(f"receiving failed: {type(error).__name__}: {error}")
+            await self._pipe.close()
         self._end(ended)
 
     def _end(self, why: PlanrtError) -> None:

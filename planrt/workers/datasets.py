@@ -8,7 +8,6 @@ A client's `BaseDataset` may itself lie on a worker: its tensors are pointers th
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
 
@@ -132,15 +131,15 @@ class BaseDataset(Dataset[Batch]):
         Raises:
             LocalError: they are here. GetNotPermittedError: they are private.
         """
-        pointers = self._remote()
-        asked = [pointer.location.begin_fetch(pointer) for pointer in pointers]
-        return self._with(
-            [pointer.location.end_fetch(pointer, one) for pointer, one in zip(pointers, asked, strict=True)]
-        )
+        from planrt.workers.objects import fetch_all
+
+        return self._with(fetch_all(self._remote()))
 
     async def async_get(self) -> BaseDataset:
         """`get`, to be awaited on any loop."""
-        return self._with(await asyncio.gather(*(pointer.async_get() for pointer in self._remote())))
+        from planrt.workers.objects import fetch_all_async
+
+        return self._with(await fetch_all_async(self._remote()))
 
     def tag(self, *tags: str) -> Self:
         """Tags data and targets alike: on a worker that publishes them, else the tags travel with `send`."""

@@ -30,8 +30,8 @@ class OpFailedError(LocalError):
 
 
 def cut(text: str) -> str:
-    """As much of `text` as a client is told."""
-    return text[:_LONGEST]
+    """As much of `text` as a client is told, in characters that travel."""
+    return text[:_LONGEST].encode(errors="backslashreplace").decode()
 
 
 def failure_of(error: Exception) -> m.Failure:
@@ -43,7 +43,7 @@ def failure_of(error: Exception) -> m.Failure:
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, PolicyError):
         return m.Failure(kind, cut(text), error.op, error.line, index=error.index)
-    return m.Failure(kind, cut(text), traceback=trace[-_LONGEST:], **in_plan(error))
+    return m.Failure(kind, cut(text), traceback=cut(trace[-_LONGEST:]), **in_plan(error))
 
 
 def failure_of_op(
@@ -69,7 +69,7 @@ def failure_of_op(
     trace = "".join(traceback.format_exception(error))
     kind = kind if isinstance(error, LocalError) else "ExecutionError"
     inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
-    return m.Failure(kind, cut(text), traceback=trace[-_LONGEST:], number=number, **inside)
+    return m.Failure(kind, cut(text), traceback=cut(trace[-_LONGEST:]), number=number, **inside)
 
 
 def in_plan(error: Exception) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def in_plan(error: Exception) -> dict[str, Any]:
     if not isinstance(error, ExecutionError):
         return {}
     cause = error.__cause__
-    said = "" if cause is None else f"{type(cause).__name__}: {cause}"[:2_000]
-    return {"op": error.op, "line": error.line[:2_000], "index": error.index, "cause": said}
+    said = "" if cause is None else cut(f"{type(cause).__name__}: {cause}"[:2_000])
+    return {"op": error.op, "line": cut(error.line[:2_000]), "index": error.index, "cause": said}
 
 
 def replace_message(failure: m.Failure, message: str) -> m.Failure:

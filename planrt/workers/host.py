@@ -24,6 +24,7 @@ from planrt.workers.events import Close, Disconnected, Event, Received, Reply, T
 from planrt.workers.failures import failure_of
 from planrt.workers.links import Links
 from planrt.workers.pipes import Pipe
+from planrt.workers.sessions import check_fits
 from planrt.workers.state import WorkerState
 
 T = TypeVar("T")
@@ -148,7 +149,7 @@ class WorkerHost:
             match instruction:
                 case Reply(connection, envelope, tensors):
                     if pipe := self._pipes.get(connection):
-                        await pipe.send(self._encode(envelope, tensors))
+                        await pipe.send(self._encode(connection, envelope, tensors))
                 case Close(connection):
                     if pipe := self._pipes.get(connection):
                         await pipe.close()
@@ -157,13 +158,20 @@ class WorkerHost:
                 case ToPeer():
                     self._links.send(instruction)
 
-    def _encode(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
+    def _encode(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
+        """An answer as it is sent; where the client does not take it, or it has no byte form, that is the answer."""
         if isinstance(envelope.body, m.Failure):
             log.info("refused", worker=self.state.id, kind=envelope.body.kind, why=envelope.body.message)
+        client = self.state.accepted_by(connection)
         try:
-            return encode(m.to_wire(envelope), tensors, max_header=self._limits.header)
-        except (LocalError, RuntimeError) as error:  # a result that does not travel: say so instead
-            return encode(m.to_wire(m.Envelope(envelope.id, failure_of(error))))
+            check_fits(client, tensors)
+            return encode(m.to_wire(envelope), tensors, max_header=client.header_limit)
+        except Exception as error:  # a result that does not travel: it fails its own request, and no other
+            failure = failure_of(error)
+        try:
+            return encode(m.to_wire(m.Envelope(envelope.id, failure)), max_header=client.header_limit)
+        except LocalError:  # a client that takes next to nothing
+            return encode(m.to_wire(m.Envelope(envelope.id, m.Failure(failure.kind, failure.message[:200]))))
 
     async def _complain(self, pipe: Pipe, error: TransportError) -> None:
         """Tells the client what was wrong with its bytes, as far as the connection still carries it."""

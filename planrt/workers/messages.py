@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from planrt.errors import WireError
+from planrt.serde.frames import HEADER_BYTES, MESSAGE_BYTES
 
 PROTOCOL_VERSION = 3
 
@@ -36,13 +37,17 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Versions(msgspec.Struct, frozen=True):
-    """What each side runs; exchanged in the handshake."""
+    """What each side runs and accepts; exchanged in the handshake."""
 
     protocol: int
     planrt: Id
     torch: Id
     ops: Hash
     """Hash of the op table (`planrt.plans.ops.TABLE_HASH`)."""
+    message_limit: Count = MESSAGE_BYTES
+    """Bytes of tensors that it takes in one message."""
+    header_limit: Count = HEADER_BYTES
+    """Bytes of a message's header that it takes."""
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
@@ -259,7 +264,8 @@ class ReadRun(Message, frozen=True, tag="read_run"):
 
 
 class PutPointer(Message, frozen=True, tag="put_pointer"):
-    """Stores a pointer to an object on another worker, which `token` lets this worker claim. Not answered."""
+    """Stores a pointer to an object on another worker, which `token` lets this worker claim. Answered by Done if
+    numbered, once that is claimed."""
 
     id: ObjectId
     peer: PeerAddress
@@ -307,6 +313,8 @@ class Move(Message, frozen=True, tag="move"):
     token: Token
     copy: bool = False
     """Whether the object stays here. Then its values go alone: without gradient, tags and description."""
+    keep: bool = False
+    """Whether the object stays until its client removes it, which it does when it has claimed what arrived."""
 
 
 class HandOver(Message, frozen=True, tag="hand_over"):
@@ -317,10 +325,27 @@ class HandOver(Message, frozen=True, tag="hand_over"):
 
 
 class Claim(Message, frozen=True, tag="claim"):
-    """Takes over objects that were handed over under `token`. Not answered."""
+    """Takes over objects that were handed over under `token`. Answered by Done if numbered."""
 
     ids: list[ObjectId]
     token: Token
+
+
+class Remove(Message, frozen=True, tag="remove"):
+    """Removes objects of the session, published or not: they have arrived elsewhere. Answered by Done if numbered."""
+
+    ids: Annotated[list[ObjectId], Meta(max_length=100_000)]
+
+
+class Renumber(Message, frozen=True, tag="renumber"):
+    """Gives an object of the session the id `to`. Not answered."""
+
+    id: ObjectId
+    to: ObjectId
+
+
+class ListObjects(Message, frozen=True, tag="list_objects"):
+    """Asks what the worker holds for this session, without values. Answered by Listed."""
 
 
 class Clear(Message, frozen=True, tag="clear"):
@@ -449,6 +474,26 @@ class Found(Message, frozen=True, tag="found"):
     objects: list[FoundItem]
 
 
+class ListedItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One object of a session."""
+
+    id: ObjectId
+    kind: Literal["tensor", "plan", "protocol", "pointer", "failed"]
+    spec: ObjectSpec | None = None
+    """Of a tensor; None for anything else."""
+    tags: list[str] = []
+    description: str = ""
+    peer: PeerAddress | None = None
+    """Where a pointer points to, under the id `object`."""
+    object: ObjectId = 0
+
+
+class Listed(Message, frozen=True, tag="listed"):
+    """What the worker holds for the session, oldest first. No tensors."""
+
+    objects: list[ListedItem]
+
+
 class Counted(Message, frozen=True, tag="counted"):
     """How many objects the worker holds for the session. No tensors."""
 
@@ -460,7 +505,7 @@ Body = (
     | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver
     | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
-    | Counted | Approval | FetchedProtocol | RunStates | Failure
+    | Counted | Remove | Renumber | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from planrt.plans.torchscript import is_torchscript
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker
-from planrt.workers.objects import contiguous
+from planrt.workers.objects import contiguous, fetch_all, fetch_all_async
 from planrt.workers.pointers import (
     Handle,
     PointerParameter,
@@ -59,7 +59,7 @@ def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """Sends every parameter and buffer to `worker` in one message; returns the module itself."""
     local = _local(module)
     if local:
-        _become_remote(module, local, worker, worker.put(local))
+        _become_remote(module, local, worker, worker.put(local, confirm=True))
     return module
 
 
@@ -67,7 +67,7 @@ async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """`send_module`, to be awaited on any loop."""
     local = _local(module)
     if local:
-        _become_remote(module, local, worker, await worker.put_async(local))
+        _become_remote(module, local, worker, await worker.put_async(local, confirm=True))
     return module
 
 
@@ -95,17 +95,20 @@ def _become_remote(
 def get_module(module: nn.Module) -> nn.Module:
     """Brings every parameter and buffer back, in place."""
     pointers = _remote(module)
-    asked = [pointer._handle.worker.begin_fetch(pointer) for pointer in pointers]
-    for pointer, one in zip(pointers, asked, strict=True):
-        become_tensor(pointer, pointer._handle.worker.end_fetch(pointer, one))
+    _become_local(pointers, fetch_all(pointers))
     _remove_hooks(module)
     return module
 
 
+def _become_local(pointers: list[PointerTensor], values: list[torch.Tensor]) -> None:
+    for pointer, value in zip(pointers, values, strict=True):
+        become_tensor(pointer, value)
+
+
 async def get_module_async(module: nn.Module) -> nn.Module:
     """`get_module`, to be awaited on any loop."""
-    for pointer in _remote(module):
-        become_tensor(pointer, await pointer.async_get())
+    pointers = _remote(module)
+    _become_local(pointers, await fetch_all_async(pointers))
     _remove_hooks(module)
     return module
 
@@ -113,23 +116,16 @@ async def get_module_async(module: nn.Module) -> nn.Module:
 async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """`move_module`, to be awaited on any loop."""
     for pointer in _remote(module):
-        _point_to(pointer, await pointer.async_move(worker), worker)
+        await pointer.async_move(worker)
     _remove_hooks(module)
     _add_hooks(module, worker)
     return module
 
 
-def _point_to(pointer: PointerTensor, moved: PointerTensor, worker: BaseWorker) -> None:
-    if moved is pointer:
-        return
-    handle, moved._handle = moved._handle, Handle(worker, 0, owned=False)
-    become_pointer(pointer, handle, moved._spec)
-
-
 def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """Moves every parameter and buffer to `worker`, straight from where they are."""
     for pointer in _remote(module):
-        _point_to(pointer, pointer.move(worker), worker)
+        pointer.move(worker)
     _remove_hooks(module)
     _add_hooks(module, worker)
     return module

@@ -9,6 +9,7 @@ import torch
 
 from planrt.errors import MixedLocationsError, RemoteOpError
 from planrt.types import leaves, map_leaves
+from planrt.workers.objects import fetch_all, fetch_all_async
 from planrt.workers.pointers import PointerTensor
 
 
@@ -71,13 +72,12 @@ class MultiPointerTensor(torch.Tensor):
 
     def get(self, sum_results: bool = False) -> Any:
         """The values, as a list in the order of the workers; with `sum_results`, their sum."""
-        asked = [(pointer, pointer.location.begin_fetch(pointer)) for pointer in self.child.values()]
-        values = [pointer.location.end_fetch(pointer, one) for pointer, one in asked]
+        values = fetch_all(list(self.child.values()))
         return torch.stack([value.detach() for value in values]).sum(0) if sum_results else values
 
     async def async_get(self) -> list[Any]:
         """`get`, to be awaited on any loop."""
-        return [await pointer.async_get() for pointer in self.child.values()]
+        return await fetch_all_async(list(self.child.values()))
 
     def sum_results(self) -> torch.Tensor:
         """The sum of the values, brought here."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
+import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 
-from planrt.errors import LocalError, OptionError, UnsupportedTensorError, WireError
+from planrt.errors import LocalError, OptionError, UnsupportedTensorError, WireError, WorkerLostError
 from planrt.plans.inference import Spec, spec, spec_of
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode
@@ -16,7 +17,17 @@ from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Line, Outgoing, Reply
 from planrt.workers.loop import on_loop, refuse_to_block, run
-from planrt.workers.pointers import Handle, Pointer, PointerTensor, alive, make_pointer, new_id
+from planrt.workers.object_ids import ids_of
+from planrt.workers.pointers import (
+    Handle,
+    Pointer,
+    PointerTensor,
+    alive,
+    give_id,
+    make_pointer,
+    new_id,
+    pointer_id,
+)
 
 COPIED_BYTES = 1 << 16
 """Tensors up to this size are copied and posted; for larger ones `send` waits until their bytes have left."""
@@ -85,6 +96,11 @@ class GradientTable:
         """A new object came with a gradient."""
         self._specs[id] = like
 
+    def rename(self, id: int, to: int) -> None:
+        """An object got another id; no backward pass is under way."""
+        if id in self._specs:
+            self._specs[to] = self._specs.pop(id)
+
     def known(self, pointer: PointerTensor) -> Spec | None:
         """As `spec_of`, without waiting."""
         return self._specs.get(alive(pointer).id)
@@ -102,6 +118,7 @@ class RemoteObjects:
 
     def _init_objects(self) -> None:
         self.gradients = GradientTable()
+        self.ids = ids_of(self.id)
 
     @property
     def link_address(self) -> str:
@@ -114,6 +131,11 @@ class RemoteObjects:
         """Posts a packed op; waits only if very many are waiting to be sent."""
         if not self._connection.post_op(packed, line):
             run(self._connection.drained(), instead="await something between so many operations")
+
+    @property
+    def op_bytes(self) -> int:
+        """Longest packed op that the worker takes."""
+        return self._connection.op_bytes
 
     def take_drops(self) -> tuple[int, ...]:
         """Objects that the next op takes along to be freed."""
@@ -177,16 +199,25 @@ class RemoteObjects:
 
     # ------------------------------------------------------------------------------------------ values
 
-    def put(self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None) -> list[Handle]:
+    def put(
+        self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None, confirm: bool = False
+    ) -> list[Handle]:
         """Sends tensors, with their gradients, tags and descriptions, in one message.
 
-        They may change once this returns. `allowed`: the users who may read them, None for everyone.
+        They may change once this returns. `allowed`: the users who may read them, None for everyone. Where a failure
+        would lose the values, `confirm` waits until the worker has them.
 
         Raises:
-            UnsupportedTensorError: one that cannot travel. WorkerLostError: the worker is gone.
+            UnsupportedTensorError: one that cannot travel. MessageTooLargeError, OptionError: the message cannot be
+            sent, and was not. WorkerLostError: the worker is gone. RemoteError: it has no room.
         """
+        refuse_to_block("await tensor.async_send(worker)")
+        if self._sent_before(tensors):
+            self.gradients.settle()
         body, payload, handles = self._put_message(tensors, allowed)
-        if sum(tensor.nbytes for tensor in payload) <= COPIED_BYTES:
+        if confirm:
+            run(self._connection.finish(self._ask(body, payload)), instead="await tensor.async_send(worker)")
+        elif sum(tensor.nbytes for tensor in payload) <= COPIED_BYTES:
             self._connection.post(body, [tensor.clone() for tensor in payload])
         else:
             run(self._connection.send(body, payload), instead="await tensor.async_send(worker)")
@@ -194,25 +225,35 @@ class RemoteObjects:
 
     @on_loop
     async def put_async(
-        self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None
+        self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None, confirm: bool = False
     ) -> list[Handle]:
         """`put`, to be awaited on any loop."""
+        if self._sent_before(tensors):
+            await self.gradients.settle_async()
         body, payload, handles = self._put_message(tensors, allowed)
-        await self._connection.send(body, payload)
+        if confirm:
+            await self._connection.finish(self._ask(body, payload))
+        else:
+            await self._connection.send(body, payload)
         return handles
 
     def _put_message(
         self, tensors: Sequence[torch.Tensor], allowed: list[str] | None
     ) -> tuple[m.Put, list[torch.Tensor], list[Handle]]:
-        items, payload, handles = [], [], []
+        items: list[m.PutItem] = []
+        payload: list[torch.Tensor] = []
+        handles: list[Handle] = []
         for tensor in tensors:
             check_travels(tensor)
             grad = tensor.grad if tensor.is_leaf else None
-            handle = Handle(self, new_id())  # type: ignore[arg-type]
+            handle = self._new_handle(pointer_id(tensor), handles)
             handles.append(handle)
+            tags = list(tensor.__dict__.get("_tags", ()))
+            if tags:
+                self.ids.leave(handle.id)
             items.append(
                 m.PutItem(
-                    handle.id, tensor.requires_grad, grad is not None, list(tensor.__dict__.get("_tags", ())),
+                    handle.id, tensor.requires_grad, grad is not None, tags,
                     tensor.__dict__.get("_description", ""), allowed,
                 )
             )  # fmt: skip
@@ -223,45 +264,86 @@ class RemoteObjects:
                 self.gradients.note(handle.id, contiguous(grad))
         return m.Put(items), payload, handles
 
+    # -------------------------------------------------------------------------------- what objects are called
+
+    def _sent_before(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return any(self.ids.holder(pointer_id(tensor)) is not None for tensor in tensors)
+
+    def _new_handle(self, wanted: int, others: Sequence[Handle] = ()) -> Handle:
+        """A handle for an object that is on its way here, under the id `wanted` where that is free.
+
+        An object of this client that has that id, because the same tensor was sent before, gets another one.
+        """
+        handle = Handle(self, new_id())  # type: ignore[arg-type]
+        holder = self.ids.holder(wanted)
+        if holder is not None and holder.connection is self._connection and holder not in others:
+            fresh = new_id()
+            self._connection.post(m.Renumber(wanted, fresh))
+            self.gradients.rename(wanted, fresh)
+            self.ids.claim(holder, fresh)
+        self._connection.post_drop_of(wanted)
+        self.ids.claim(handle, wanted)
+        return handle
+
+    async def settle_drop_of(self, id: int) -> None:
+        """Returns when object `id`, if it was to be dropped, is gone."""
+        if self._connection.post_drop_of(id):
+            await self._connection.request(m.CountObjects())
+
+    def removed(self, handle: Handle, *, published: bool, nbytes: int = 0) -> None:
+        """The object of `handle` has arrived elsewhere: it goes here."""
+        handle.alive = False
+        self.gradients.forget(handle.id)
+        self.ids.gone(handle.id)
+        with contextlib.suppress(WorkerLostError):  # it went with the connection
+            if published:
+                self._connection.post(m.Remove([handle.id]))
+            else:
+                self._connection.drop(handle.id)
+                if nbytes > COPIED_BYTES:
+                    self._connection.flush_drops()
+
+    # ------------------------------------------------------------------------------------------- fetching
+
     def fetch(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
-        """The value behind a pointer, or what it points to."""
-        body, tensors = self._request(m.Fetch(alive(pointer).id, delete), instead="await pointer.async_get()")
-        return self._fetched(pointer, body, tensors, delete=delete)
+        """The value behind a pointer, or what it points to. The worker keeps it until it has arrived here."""
+        refuse_to_block("await pointer.async_get()")
+        return run(self.fetch_async(pointer, delete=delete), instead="await pointer.async_get()")
 
     def begin_fetch(self, pointer: PointerTensor) -> Outgoing:
         """Asks for a value without waiting for it, so that many can be on their way; `end_fetch` waits."""
         refuse_to_block("await pointer.async_get()")
         self.gradients.settle()
-        return self._ask(m.Fetch(alive(pointer).id, True))
+        return self._ask(m.Fetch(alive(pointer).id, False))
 
     def end_fetch(self, pointer: PointerTensor, asked: Outgoing) -> Any:
-        """The value that `begin_fetch` asked for."""
-        body, tensors = run(self._connection.finish(asked), instead="await pointer.async_get()")
-        return self._fetched(pointer, body, tensors, delete=True)
+        """The value that `begin_fetch` asked for. It stays on the worker until `removed` is called."""
+
+        async def end() -> Any:
+            return await self._fetched(pointer, *await self._connection.finish(asked), delete=False)
+
+        return run(end(), instead="await pointer.async_get()")
 
     @on_loop
     async def fetch_async(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
         """`fetch`, to be awaited on any loop."""
         await self.gradients.settle_async()
-        asked = self._ask(m.Fetch(alive(pointer).id, delete))
-        body, tensors = await self._connection.finish(asked)
-        return self._fetched(pointer, body, tensors, delete=delete)
+        asked = self._ask(m.Fetch(alive(pointer).id, False))
+        return await self._fetched(pointer, *await self._connection.finish(asked), delete=delete)
 
-    def _fetched(
+    async def _fetched(
         self, pointer: PointerTensor, body: m.Body, tensors: list[torch.Tensor], *, delete: bool
     ) -> Any:
         handle = pointer._handle
         if isinstance(body, m.FetchedPointer):
             there = handle.via[0]
-            if delete:
-                handle.alive = False
-            there._connection.post(m.Claim([body.object], body.token))
-            return make_pointer(Handle(there, body.object, handle.via[1:]), pointer._spec)
+            await there._connection.request(m.Claim([body.object], body.token))
+            found = make_pointer(Handle(there, body.object, handle.via[1:]), pointer._spec)
+            give_id(found, handle.id)
+            self.removed(handle, published=False)  # what it pointed to is this client's now
+            return found
         if not isinstance(body, m.Fetched) or len(tensors) != 1 + body.has_grad:
             raise self._unexpected(body)
-        if delete:
-            handle.alive = False
-            self.gradients.forget(handle.id)
         value = tensors[0]
         if body.requires_grad:
             value.requires_grad_()
@@ -269,60 +351,10 @@ class RemoteObjects:
             value.grad = tensors[1]
         if body.tags or body.description:
             value.__dict__["_tags"], value.__dict__["_description"] = tuple(body.tags), body.description
+        give_id(value, handle.id)
+        if delete:
+            self.removed(handle, published=bool(body.tags), nbytes=value.nbytes)
         return value
-
-    # --------------------------------------------------------------------------- from worker to worker
-
-    def hand_pointer(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
-        """The blocking form of `hand_pointer_async`."""
-        return run(self.hand_pointer_async(pointer, to), instead="await pointer.async_send(worker)")
-
-    @on_loop
-    async def hand_pointer_async(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
-        """Makes worker `to` hold a pointer to the object here; gives a pointer to that."""
-        handle, token = alive(pointer), secrets.token_hex(16)
-        to.check_open()
-        await self.gradients.settle_async()
-        await self._connection.finish(self._ask(m.HandOver([handle.id], token)))
-        handle.alive = False
-        id = new_id()
-        peer = m.PeerAddress(self.id, self.link_address)
-        to._connection.post(m.PutPointer(id, peer, handle.id, token))
-        return make_pointer(Handle(to, id, (self, *handle.via)), pointer._spec)  # type: ignore[arg-type]
-
-    @on_loop
-    async def move_async(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
-        """Moves an object from this worker to `to`, directly where this one can reach it."""
-        handle = alive(pointer)
-        if handle.via:
-            raise LocalError("a pointer to a pointer cannot be moved: get() it, and move what it points to")
-        if to is self:
-            return pointer
-        to.check_open()
-        await self.gradients.settle_async()
-        s = pointer._spec
-        after = spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
-        if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
-            # No other process can reach a virtual worker of this one: through here, then.
-            value = await self.fetch_async(pointer)
-            (moved,) = await to.put_async([value])
-            return make_pointer(moved, after)
-        id, token = new_id(), secrets.token_hex(16)
-        grad = self.gradients.known(pointer)
-        asked = self._ask(m.Move(handle.id, m.PeerAddress(to.id, to.link_address), id, token))
-        body, _ = await self._connection.finish(asked)
-        if not isinstance(body, m.Done):
-            raise self._unexpected(body)
-        handle.alive = False
-        self.gradients.forget(handle.id)
-        to._connection.post(m.Claim([id], token))
-        if grad is not None:
-            to.gradients.note(id, grad)
-        return make_pointer(Handle(to, id), after)  # type: ignore[arg-type]
-
-    def move(self, pointer: PointerTensor, to: RemoteObjects) -> PointerTensor:
-        """The blocking form of `move_async`."""
-        return run(self.move_async(pointer, to), instead="await pointer.async_move(worker)")
 
     # ------------------------------------------------------------------------------------------- finding
 
@@ -357,7 +389,10 @@ class RemoteObjects:
 
     def describe_object(self, pointer: Pointer, tags: Sequence[str], description: str) -> None:
         """Gives an object tags and a description; tagged ones are published."""
-        self._connection.post(m.Describe(alive(pointer).id, list(tags), description))
+        handle = alive(pointer)
+        self._connection.post(m.Describe(handle.id, list(tags), description))
+        if tags:
+            self.ids.leave(handle.id)
 
     @on_loop
     async def async_gradient(self, pointer: PointerTensor) -> PointerTensor | None:
@@ -388,6 +423,32 @@ class RemoteObjects:
     def clear_objects(self) -> Self:
         """The blocking form of `async_clear_objects`."""
         return run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
+
+
+def fetch_all(pointers: Sequence[PointerTensor]) -> list[Any]:
+    """The values behind several pointers, asked for at once; none leaves its worker before all are here."""
+    asked = [(pointer, pointer.location.begin_fetch(pointer)) for pointer in pointers]
+    values = [pointer.location.end_fetch(pointer, one) for pointer, one in asked]
+    _remove_all(pointers, values)
+    return values
+
+
+async def fetch_all_async(pointers: Sequence[PointerTensor]) -> list[Any]:
+    """`fetch_all`, to be awaited on any loop."""
+    fetches = [pointer.location.fetch_async(pointer, delete=False) for pointer in pointers]
+    done = await asyncio.gather(*fetches, return_exceptions=True)
+    for one in done:
+        if isinstance(one, BaseException):
+            raise one
+    _remove_all(pointers, done)
+    return done
+
+
+def _remove_all(pointers: Sequence[PointerTensor], values: Sequence[Any]) -> None:
+    for pointer, value in zip(pointers, values, strict=True):
+        if pointer._handle.alive:
+            published = bool(value.__dict__.get("_tags"))
+            pointer.location.removed(pointer._handle, published=published, nbytes=value.nbytes)
 
 
 def check_travels(tensor: torch.Tensor) -> None:

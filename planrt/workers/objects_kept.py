@@ -23,7 +23,7 @@ from planrt.workers.private import (
     GetNotPermittedError,
 )
 from planrt.workers.protocol_objects import ProtocolObject
-from planrt.workers.sessions import Session, allowed_list, ask, users_of
+from planrt.workers.sessions import Session, allowed_list, ask, check_fits, users_of
 from planrt.workers.store import (
     ObjectStore,
     PeerRef,
@@ -109,7 +109,14 @@ class KeptObjects:
             return tensor.to(self._device)
         return tensor if alone else tensor.clone()
 
-    def put_pointer(self, session: Session, body: m.PutPointer) -> list[ToPeer]:
+    def put_pointer(self, session: Session, body: m.PutPointer) -> Steps:
+        """Claims an object elsewhere, and stores a pointer to it."""
+        self.store.check_free(body.id)
+        yield from ask(body.peer, m.Claim([body.object], body.token))
+        self.store.add(body.id, StoredObject(PeerRef(body.peer, body.object), session.id))
+        return m.Done(), ()
+
+    def post_pointer(self, session: Session, body: m.PutPointer) -> list[ToPeer]:
         """Stores a pointer to an object elsewhere, and claims the object."""
         self.store.add(body.id, StoredObject(PeerRef(body.peer, body.object), session.id))
         return [ToPeer(body.peer, m.Claim([body.object], body.token))]
@@ -138,17 +145,17 @@ class KeptObjects:
             return m.FetchedPointer(value.peer, value.id, token), ()
         assert value is not None  # noqa: S101 - an object without a value has a failure
         if isinstance(value, PlanObject):
+            parts = [value.record_bytes(), *(one.detach() for one in value.state)]
             if body.delete:
+                check_fits(session.client, parts)
                 self.store.discard(session.id, body.id)
-            return m.FetchedPlan(value.training), [
-                value.record_bytes(),
-                *(one.detach() for one in value.state),
-            ]
+            return m.FetchedPlan(value.training), parts
         if isinstance(value, ProtocolObject):
+            parts = [value.chain_bytes(), *(one.detach() for one in value.state)]
             if body.delete:
-                self.store.discard(session.id, body.id)
-                yield from _drops([stored])
-            return m.FetchedProtocol(), [value.chain_bytes(), *(one.detach() for one in value.state)]
+                check_fits(session.client, parts)
+                yield from self._removed(session, [body.id])
+            return m.FetchedProtocol(), parts
         tensors = [value.detach()]
         grad = grad_of(value)
         if grad is not None:
@@ -160,11 +167,35 @@ class KeptObjects:
                 )
             tensors.append(grad.detach())
         if body.delete:
+            check_fits(session.client, tensors)
             self.store.discard(session.id, body.id)
             session.leaves.pop(body.id, None)
         return m.Fetched(
             value.requires_grad, len(tensors) > 1, list(stored.tags), stored.description
         ), tensors
+
+    def remove(self, session: Session, body: m.Remove) -> list[ToPeer]:
+        """Forgets objects of the session that have arrived elsewhere; returns what other workers can free."""
+        return self._removed(session, body.ids)
+
+    def _removed(self, session: Session, ids: Sequence[int]) -> list[ToPeer]:
+        gone = []
+        for id in ids:
+            session.leaves.pop(id, None)
+            stored = self.store.objects.get(id)
+            if stored is not None and stored.owner == session.id:
+                gone.append(self.store.remove(id))
+        return _drops(gone)
+
+    def renumber(self, session: Session, body: m.Renumber) -> None:
+        """Gives an object another id."""
+        self.store.renumber(session.id, body.id, body.to)
+        if body.id in session.leaves:
+            session.leaves = {body.to if id == body.id else id: None for id in session.leaves}
+
+    def listing(self, session: Session) -> Answer:
+        """What the session has here, without values."""
+        return m.Listed([_listed(id, stored) for id, stored in self.store.of(session.id)]), ()
 
     def describe(self, session: Session, body: m.Describe) -> None:
         """Sets tags and description."""
@@ -222,7 +253,8 @@ class KeptObjects:
                 allowed_list(label), body.token,
             )  # fmt: skip
             yield from ask(body.peer, message, [value.record_bytes(), *(one.detach() for one in value.state)])
-            self.store.discard(session.id, body.id)
+            if not body.keep:
+                self.store.discard(session.id, body.id)
             return m.Done(), ()
         if not isinstance(value, torch.Tensor):
             raise LocalError(
@@ -238,9 +270,12 @@ class KeptObjects:
             allowed_list(label),
         )  # fmt: skip
         tensors = [value.detach(), *([] if grad is None else [grad.detach()])]
+        if body.keep:  # ops that come after this one may change the object while it waits to be sent
+            tensors = [one.clone() for one in tensors]
         yield from ask(body.peer, m.Put([item], body.token), tensors)
-        self.store.discard(session.id, body.id)
-        session.leaves.pop(body.id, None)
+        if not body.keep:
+            self.store.discard(session.id, body.id)
+            session.leaves.pop(body.id, None)
         return m.Done(), ()
 
     def hand_over(self, session: Session, body: m.HandOver) -> Answer:
@@ -279,6 +314,19 @@ class KeptObjects:
             raise OpFailedError(stored.failure)
         if stored.lost is not None and session.may_read(self.store.label_of(stored)):
             raise OpFailedError(stored.lost)
+
+
+def _listed(id: int, stored: StoredObject) -> m.ListedItem:
+    value, about = stored.value, (list(stored.tags), stored.description)
+    if isinstance(value, PeerRef):
+        return m.ListedItem(id, "pointer", None, *about, value.peer, value.id)
+    if isinstance(value, PlanObject):
+        return m.ListedItem(id, "plan", None, *about)
+    if isinstance(value, ProtocolObject):
+        return m.ListedItem(id, "protocol", None, *about)
+    if value is None:
+        return m.ListedItem(id, "failed", None, *about)
+    return m.ListedItem(id, "tensor", spec_of(value), *about)
 
 
 def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:

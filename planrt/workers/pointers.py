@@ -17,6 +17,7 @@ import torch
 
 from planrt.errors import GonePointerError, RemoteOpError
 from planrt.plans.inference import Spec
+from planrt.workers.loop import run
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
@@ -34,7 +35,7 @@ def new_id() -> int:
 class Handle:
     """What a pointer holds on to: the object `id` on `worker`. Going, it lets the worker free the object."""
 
-    __slots__ = ("__weakref__", "alive", "id", "owned", "via", "worker")
+    __slots__ = ("__weakref__", "alive", "connection", "id", "owned", "via", "worker")
 
     def __init__(
         self, worker: BaseWorker, id: int, via: tuple[BaseWorker, ...] = (), *, owned: bool = True
@@ -45,10 +46,14 @@ class Handle:
         """The workers that the object itself points through, in order; empty for a tensor."""
         self.owned = owned
         self.alive = True
+        self.connection = worker._connection
 
     def __del__(self) -> None:
-        if self.owned and self.alive:
-            self.worker.forget(self.id)
+        if self.alive and self.connection is self.worker._connection:
+            if self.owned:
+                self.worker.forget(self.id)
+            else:
+                self.worker.ids.leave(self.id)
 
 
 class PointerTensor(torch.Tensor):
@@ -139,12 +144,33 @@ class PointerTensor(torch.Tensor):
         return self.clone()  # type: ignore[return-value]
 
     def move(self, worker: BaseWorker) -> PointerTensor:
-        """Moves the object to `worker`, straight from its own; this pointer is used up, the new one returned.
+        """Moves the object to `worker`, straight from its own, in place: returns this pointer, which points there.
+
+        The object keeps its id, if that is free there. What moved is a leaf of autograd again. Of a pointer to a
+        pointer, the pointer moves that it points to. If it fails, this still points to the object.
 
         Raises:
-            RemoteError: one of the workers could not. GetNotPermittedError: it is private.
+            RemoteError: one of the workers could not. GetNotPermittedError: it is private. WorkerLostError.
         """
         return alive(self).worker.move(self, worker)
+
+    def remote_send(self, worker: BaseWorker) -> PointerTensor:
+        """Moves the object to `worker` and leaves a pointer to it where it was, which this pointer points to."""
+        here = alive(self).worker
+        here.move(self, worker)
+        if worker is not here:
+            take_place(self, worker.hand_pointer(self, here))
+        return self
+
+    def remote_get(self) -> PointerTensor:
+        """Brings what the pointer on the worker points to there, in place: ``x.send(bob).send(alice).remote_get()``
+        points to a tensor on alice.
+
+        Raises:
+            LocalError: this points to a tensor. RemoteError, WorkerLostError: as of `move`.
+        """
+        worker = alive(self).worker
+        return run(worker.remote_get_async(self), instead="await worker.remote_get_async(pointer)")
 
     async def async_move(self, worker: BaseWorker) -> PointerTensor:
         """`move`, to be awaited on any loop."""
@@ -232,6 +258,14 @@ def become_pointer(tensor: torch.Tensor, handle: Handle, spec: Spec) -> None:
     tensor._spec = spec  # type: ignore[attr-defined]
 
 
+def take_place(pointer: PointerTensor, other: PointerTensor) -> None:
+    """Makes `pointer` point to what `other` points to, which points to nothing from here on."""
+    pointer._handle, pointer._spec = other._handle, other._spec
+    pointer.__dict__.pop("_grad_pointer", None)
+    other._handle = Handle(other._handle.worker, 0, owned=False)
+    other._handle.alive = False
+
+
 def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
     """Turns a pointer that `become_pointer` made back into the tensor it was, with `value`'s data and gradient."""
     with _no_function():
@@ -244,6 +278,8 @@ def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
         pointer.data = value.detach()
         pointer.requires_grad_(value.requires_grad)
         pointer.grad = value.grad
+        pointer.__dict__.pop("_grad_pointer", None)
+        give_id(pointer, pointer_id(value))
 
 
 def _is_swapped(pointer: PointerTensor) -> bool:
@@ -266,8 +302,13 @@ def alive(pointer: Pointer) -> Handle:
     handle = pointer._handle
     if not handle.alive:
         raise GonePointerError(
-            f"this pointer to {handle.id} on worker {handle.worker.id!r} was used up by get() or move(): use what that "
+            f"this pointer to {handle.id} on worker {handle.worker.id!r} was used up by get() or send(): use what that "
             "returned"
+        )
+    if handle.connection is not handle.worker._connection:
+        raise GonePointerError(
+            f"object {handle.id} went with the earlier connection to worker {handle.worker.id!r}: a session's objects "
+            "do not outlive it, unless they are tagged; send it again, or search() for it"
         )
     return handle
 
@@ -345,6 +386,12 @@ def describe(pointer: PointerTensor) -> str:
 def pointer_id(tensor: torch.Tensor) -> int:
     """The id of a tensor or pointer in this process, given at the first question."""
     found = tensor.__dict__.get("_id")
-    if found is None:
-        found = tensor.__dict__["_id"] = new_id()
-    return int(found)
+    if found is None or found[1] != id(tensor):  # a deep copy takes its original's attributes along
+        return give_id(tensor, new_id())
+    return int(found[0])
+
+
+def give_id(tensor: torch.Tensor, number: int) -> int:
+    """Makes `number` the id of `tensor`."""
+    tensor.__dict__["_id"] = (number, id(tensor))
+    return number

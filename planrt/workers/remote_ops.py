@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 
 from planrt.errors import MixedLocationsError, PlanFormatError, RemoteOpError, UnsupportedTensorError
@@ -123,11 +124,21 @@ def packed(op: PostedOp, worker: BaseWorker) -> bytes:
         RemoteOpError: its arguments do not travel.
     """
     try:
-        return op.pack()
+        data = op.pack()
+        if len(data) > worker.op_bytes:
+            raise PlanFormatError(f"an op of {len(data):,} bytes, over the limit of {worker.op_bytes:,}")
+        return data
     except PlanFormatError as error:
         for id in op.drop:
             worker.forget(id)
-        raise RemoteOpError(f"{op.name}: {error}") from None
+        for leaf in leaves((op.args, op.kwargs)):
+            if isinstance(leaf, np.ndarray):
+                raise RemoteOpError(
+                    f"{op.name}: one of its arguments is a NumPy array, which is here and not on worker {worker.id!r}: "
+                    "write torch.from_numpy(array).send(worker)"
+                ) from None
+        reason = str(error).replace("cannot stand in a plan", "cannot go to a worker with an op")
+        raise RemoteOpError(f"{op.name}: {reason}") from None
 
 
 def _wire_results(results: Any, named: Callable[[Any], Any]) -> Any:

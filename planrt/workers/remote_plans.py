@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,8 @@ from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.workers import messages as m
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import COPIED_BYTES, RemoteObjects, allowed_users, check_travels
+from planrt.workers.moving import MovingObjects, check_worker
+from planrt.workers.objects import COPIED_BYTES, allowed_users, check_travels
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, alive, new_id
 
@@ -23,7 +23,7 @@ Fetched = tuple[PlanRecord, list[torch.Tensor], bool]
 """A plan, its state, and whether it is in training mode."""
 
 
-class RemotePlans(RemoteObjects):
+class RemotePlans(MovingObjects):
     """The part of a worker's client that plans use."""
 
     def _init_plans(self) -> None:
@@ -114,7 +114,7 @@ class RemotePlans(RemoteObjects):
 
     def fetch_plan(self, pointer: PointerPlan) -> Fetched:
         """A plan with its state; the worker forgets it."""
-        reply = self._request(m.Fetch(alive(pointer).id, True), instead="await pointer.async_get()")
+        reply = self._request(m.Fetch(alive(pointer).id, False), instead="await pointer.async_get()")
         return self._taken(pointer, *reply)
 
     @on_loop
@@ -122,12 +122,12 @@ class RemotePlans(RemoteObjects):
         """`fetch_plan`, to be awaited on any loop."""
         await self.gradients.settle_async()
         return self._taken(
-            pointer, *await self._connection.finish(self._ask(m.Fetch(alive(pointer).id, True)))
+            pointer, *await self._connection.finish(self._ask(m.Fetch(alive(pointer).id, False)))
         )
 
     def _taken(self, pointer: PointerPlan, body: m.Body, tensors: list[torch.Tensor]) -> Fetched:
         fetched = self._fetched_plan(body, tensors)
-        pointer._handle.alive = False
+        self.removed(pointer._handle, published=bool(pointer._tags))
         return fetched
 
     def _fetched_plan(self, body: m.Body, tensors: list[torch.Tensor]) -> Fetched:
@@ -151,24 +151,23 @@ class RemotePlans(RemoteObjects):
         handle = alive(pointer)
         if handle.via:
             raise LocalError("a pointer to a pointer cannot be moved: get() it, and move what it points to")
+        check_worker(to, "move")
         if to is self:
             return pointer
         to.check_open()
-        id, token = new_id(), secrets.token_hex(16)
         if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
             # No other process can reach a virtual worker of this one: through here, then.
-            record, state, training = await self.fetch_plan_async(pointer)
-            body = m.StorePlan(id, training, list(pointer._tags), pointer.description)
-            await to._connection.send(body, [_as_tensor(record), *state])
+            record, state, training = self._fetched_plan(
+                *await self._connection.request(m.Fetch(handle.id, False))
+            )
+            moved = to._new_handle(handle.id)
+            body = m.StorePlan(moved.id, training, list(pointer._tags), pointer.description)
+            await to._connection.request(body, [_as_tensor(record), *state])
         else:
-            asked = self._ask(m.Move(handle.id, m.PeerAddress(to.id, to.link_address), id, token))
-            answer, _ = await self._connection.finish(asked)
-            if not isinstance(answer, m.Done):
-                raise self._unexpected(answer)
-            handle.alive = False
-            to._connection.post(m.Claim([id], token))
+            moved = await self._send_on(handle, to)
+        await self._forget_moved(handle)
         return PointerPlan(
-            Handle(to, id), name=pointer.name, record=pointer._record, origin=pointer._origin,  # type: ignore[arg-type]
+            moved, name=pointer.name, record=pointer._record, origin=pointer._origin,
             training=pointer.training, tags=pointer._tags, description=pointer.description,
         )  # fmt: skip
 

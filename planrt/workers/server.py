@@ -64,7 +64,7 @@ class WebsocketServerWorker:
         self._threads = threads
         self._limits = limits or Limits()
         self._state = WorkerState(
-            id, device=device, users=users, policy=policy, approvals=decisions_in(approvals)
+            id, device=device, users=users, policy=policy, approvals=decisions_in(approvals), limits=limits
         )
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""

@@ -16,11 +16,13 @@ from planrt.errors import (
     NotApprovedError,
     PolicyRefusedError,
     RemoteError,
+    ReplyTooLargeError,
     UnknownDatasetError,
     UnknownObjectError,
     UnknownPlanError,
     WireError,
 )
+from planrt.serde.frames import Limits
 from planrt.workers import messages as m
 from planrt.workers.state import own_versions
 
@@ -31,6 +33,7 @@ _ERRORS: dict[str, type[RemoteError]] = {
     "GetNotPermittedError": GetNotPermittedError,
     "NotApprovedError": NotApprovedError,
     "PolicyError": PolicyRefusedError,
+    "ReplyTooLargeError": ReplyTooLargeError,
 }
 """The kinds of remote failure that have a class of their own; every other is a plain RemoteError."""
 
@@ -46,8 +49,9 @@ class Answered:
 class ClientSession:
     """One identity on one worker. `worker_id` is the id the caller expects; the handshake checks it."""
 
-    def __init__(self, worker_id: str, *, address: str) -> None:
+    def __init__(self, worker_id: str, *, address: str, limits: Limits | None = None) -> None:
         self.worker_id = worker_id
+        self._mine = own_versions(limits)
         self.address = address
         self.id = secrets.token_hex(16)
         self.versions = own_versions()  # the worker's, once the handshake has told
@@ -60,7 +64,7 @@ class ClientSession:
 
     def hello(self, token: str = "") -> m.Envelope:
         """The first message of a connection; `token` proves to the worker which of its users this is."""
-        return self.request(m.Hello(self.id, own_versions(), token))
+        return self.request(m.Hello(self.id, self._mine, token))
 
     def welcome(self, envelope: m.Envelope) -> None:
         """Takes the answer to `hello`.
@@ -86,7 +90,7 @@ class ClientSession:
 
     def differences(self) -> list[tuple[str, str, str]]:
         """(what, here, there) where the worker runs something else: a plan may then be refused, or bits differ."""
-        mine = own_versions()
+        mine = self._mine
         fields = ("planrt", "torch", "ops")
         pairs = [(name, getattr(mine, name), getattr(self.versions, name)) for name in fields]
         return [(name, here, there) for name, here, there in pairs if here != there]

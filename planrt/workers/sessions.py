@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from planrt.errors import LocalError
+from planrt.serde.tensors import payload_bytes
 from planrt.workers import messages as m
 from planrt.workers.events import ToPeer, Wait
 from planrt.workers.failures import OpFailedError, replace_message
@@ -22,6 +24,8 @@ class Session:
 
     id: str
     user: str | None = None
+    client: m.Versions | None = None
+    """What the client runs and accepts."""
     posted: int = 0
     """Ops taken so far."""
     failure: m.Failure | None = None
@@ -48,6 +52,23 @@ class Session:
     def may_read(self, label: Label) -> bool:
         """Whether this session's user may read what has that label."""
         return label is None or (self.user is not None and self.user in label)
+
+
+class ReplyTooLargeError(LocalError):
+    """Reported to the client under this kind."""
+
+
+def check_fits(client: m.Versions | None, tensors: Sequence[torch.Tensor]) -> None:
+    """Raises ReplyTooLargeError if `client` does not take an answer with `tensors`; called before anything is removed
+    that the answer brings.
+    """
+    nbytes = payload_bytes(tensors)
+    if client is not None and nbytes > client.message_limit:
+        raise ReplyTooLargeError(
+            f"the answer takes {nbytes:,} bytes, over the limit of {client.message_limit:,} bytes that the client "
+            "takes, and was not sent; nothing was removed here: fetch it in parts, or connect with "
+            "limits=Limits(message=...)"
+        )
 
 
 def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> Any:

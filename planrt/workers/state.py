@@ -33,6 +33,7 @@ from planrt.errors import LocalError, OptionError
 from planrt.plans import ops
 from planrt.plans.approvals import Approvals, Status
 from planrt.plans.policy import Policy
+from planrt.serde.frames import Limits
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.backward import BackwardPasses
@@ -77,7 +78,7 @@ class WorkerState:
 
     `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
     token that proves it: private objects name the users who may see them. With a `policy` nothing runs that breaks it;
-    `approvals` are the owner's decisions about plans.
+    `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class WorkerState:
         users: Mapping[str, str] | None = None,
         policy: Policy | None = None,
         approvals: Approvals | None = None,
+        limits: Limits | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
         self.id = id
         self.device = torch.device(device)
+        self.versions = own_versions(limits)
         self.store = ObjectStore()
         self._users = dict(users or {})
         if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
@@ -140,6 +143,11 @@ class WorkerState:
                 original=True,
             ),
         )
+
+    def accepted_by(self, connection: int) -> m.Versions:
+        """What the client of a connection accepts; what everybody does, before it has said so."""
+        session = self._sessions.get(connection)
+        return session.client if session is not None and session.client is not None else self.versions
 
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
@@ -225,11 +233,15 @@ class WorkerState:
                 case m.DeployProtocol():
                     return self._protocols.deploy(session, body)
                 case m.PutPointer():
-                    return self._objects.put_pointer(session, body)
+                    return self._objects.post_pointer(session, body)
                 case m.Describe():
                     self._objects.describe(session, body)
+                case m.Remove():
+                    return self._objects.remove(session, body)
+                case m.Renumber():
+                    self._objects.renumber(session, body)
                 case m.Claim():
-                    self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
+                    self._claim(session, body)
                 case m.HandOver():
                     self._objects.hand_over(session, body)
                 case _:
@@ -238,8 +250,11 @@ class WorkerState:
             session.failure = session.failure or failure_of(error)
         return ()
 
+    def _claim(self, session: Session, body: m.Claim) -> None:
+        self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
+
     def _open(self, connection: int, envelope: m.Envelope, hello: m.Hello) -> list[Instruction]:
-        mine = own_versions()
+        mine = self.versions
         if hello.versions.protocol != mine.protocol:
             failure = m.Failure(
                 "HandshakeError",
@@ -255,7 +270,7 @@ class WorkerState:
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
         # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
         own_name = f"{connection}:{hello.session}"
-        self._sessions[connection] = Session(own_name, self._user(hello.token))
+        self._sessions[connection] = Session(own_name, self._user(hello.token), client=hello.versions)
         welcome = m.Welcome(self.id, mine, dict(self.datasets))
         return [Reply(connection, m.Envelope(envelope.id, welcome))]
 
@@ -318,9 +333,19 @@ class WorkerState:
                 return (yield from self._objects.move(session, body))
             case m.HandOver():
                 return self._objects.hand_over(session, body)
+            case m.Claim():
+                self._claim(session, body)
+                return m.Done(), ()
+            case m.Remove():
+                yield from self._objects.remove(session, body)
+                return m.Done(), ()
+            case m.PutPointer():
+                return (yield from self._objects.put_pointer(session, body))
             case m.Clear():
                 yield from self._objects.clear(session)
                 return m.Done(), ()
+            case m.ListObjects():
+                return self._objects.listing(session)
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():
@@ -338,6 +363,9 @@ class WorkerState:
                 raise LocalError(f"a worker does not take messages of type {type(body).__name__}")
 
 
-def own_versions() -> m.Versions:
-    """What this side runs."""
-    return m.Versions(m.PROTOCOL_VERSION, VERSION, str(torch.__version__), ops.TABLE_HASH)
+def own_versions(limits: Limits | None = None) -> m.Versions:
+    """What this side runs, and accepts."""
+    accepted = limits or Limits()
+    return m.Versions(
+        m.PROTOCOL_VERSION, VERSION, str(torch.__version__), ops.TABLE_HASH, accepted.message, accepted.header
+    )

@@ -284,7 +284,7 @@ def test_no_out_and_no_unseeded_draw(bob):
 def test_messages_that_are_no_requests_and_the_other_way_round(bob):
     bob.tell(m.CountObjects())
     assert bob.value(1) == ("LocalError", "messages of type CountObjects are requests: number them")
-    for body in (m.Done(), m.Welcome("bob", own_versions(), {}), m.Counted(3), m.Claim([1], "t")):
+    for body in (m.Done(), m.Welcome("bob", own_versions(), {}), m.Counted(3), m.Describe(1, [], "")):
         assert bob.ask(body)[0].kind == "LocalError"
 
 

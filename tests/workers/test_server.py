@@ -16,7 +16,14 @@ from torch import nn
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from planrt.errors import ConnectError, HandshakeError, OptionError, RemoteError, WorkerLostError
+from planrt.errors import (
+    ConnectError,
+    HandshakeError,
+    MessageTooLargeError,
+    OptionError,
+    RemoteError,
+    WorkerLostError,
+)
 from planrt.fl import TrainConfig
 from planrt.plans import func2plan
 from planrt.serde.frames import FrameAssembler, Limits, encode
@@ -103,12 +110,11 @@ def test_hostile_bytes_inside_a_session_end_it_and_nothing_else(server):
         assert torch.equal(good.run(double, torch.ones(2)), torch.full((2,), 2.0))
 
 
-def test_a_message_over_the_limit_is_refused_by_name(server):
+def test_a_message_over_the_limit_is_refused_by_name_before_it_is_sent(server):
     with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as worker:
-        with pytest.raises(WorkerLostError, match="over the limit"):
+        with pytest.raises(MessageTooLargeError, match="80,000,000 bytes is over the limit of 67,108,864"):
             worker.run(double, torch.ones(20_000_000))
-        with WebsocketClientWorker("bob", uri=uri) as again:
-            assert torch.equal(again.run(double, torch.ones(2)), torch.full((2,), 2.0))
+        assert torch.equal(worker.run(double, torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_many_clients_each_get_their_own_answers(server):
@@ -166,8 +172,9 @@ def test_a_result_that_does_not_fit_a_message_is_an_error_of_that_request():
     def many(x):
         return [x + number for number in range(400)]
 
-    server = WebsocketServerWorker("bob", threads=1, limits=Limits(header=3000))
-    with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as worker:
+    server = WebsocketServerWorker("bob", threads=1)
+    limits = Limits(header=3000)
+    with server.running() as uri, WebsocketClientWorker("bob", uri=uri, limits=limits) as worker:
         with pytest.raises(RemoteError, match="header takes"):
             worker.run(many, torch.ones(2))
         assert torch.equal(worker.run(double, torch.ones(2)), torch.full((2,), 2.0))
