@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from planrt.errors import OptionError
+from planrt.plans.lifting import attribute_tensors
 
 State = Mapping[str, torch.Tensor]
 Model = TypeVar("Model", nn.Module, State)
@@ -117,11 +118,20 @@ def federated_avg(models: Mapping[str, Model], weights: Mapping[str, float] | No
 def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:
     """The parameters and persistent buffers of `model` by name, detached, sharing memory with it."""
     entries = model.state_dict() if isinstance(model, nn.Module) else model
-    return {name: value.detach() for name, value in entries.items()}
+    return {name: value.detach() for name, value in entries.items() if isinstance(value, torch.Tensor)}
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
     """A copy of `model` that holds `state`; `model` stays as it is."""
-    result = copy.deepcopy(model)
-    result.load_state_dict(dict(state))
+    result = copied(model)
+    result.load_state_dict({**model.state_dict(), **state})
     return result
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`, also where it holds a weight that its forward computes (`weight_norm`, `prune`).
+
+    Such a tensor has a gradient history, which torch refuses to copy; its next forward computes it anew.
+    """
+    computed = [tensor for _, tensor in attribute_tensors(model) if tensor.grad_fn is not None]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})

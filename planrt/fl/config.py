@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from planrt.errors import LocalError, OptionError, UnknownDatasetError
 from planrt.fl.recorded import recorded
+from planrt.plans.model_state import ModelState
 from planrt.plans.training import OPTIMIZERS, EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.serde.dtypes import DTYPES
@@ -25,16 +26,18 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What a worker sent back: the trained entries of the state, by name, and how training went.
+    """What a worker sent back: the trained entries of the state, and how training went.
 
-    `loss` is the mean over the samples seen (nan if there were none).
+    `loss` is the mean over the samples seen (nan if there were none). `changed` has the entries by the names of the
+    model's `state_dict`, `entries` the same tensors by the names of the plan, each once.
     """
 
     worker_id: str
     loss: float
     samples: int
     batches: int
-    changed: dict[str, torch.Tensor]
+    changed: ModelState
+    entries: dict[str, torch.Tensor] = field(repr=False)
 
 
 class TrainConfig:
@@ -110,9 +113,9 @@ class TrainConfig:
         return recorded(self.model, self.loss_fn, *self._example)
 
     @property
-    def state(self) -> dict[str, torch.Tensor]:
-        """The model's parameters and buffers, by name."""
-        return dict(self.plans.state)
+    def state(self) -> ModelState:
+        """The model's state as it is now, as ``model.load_state_dict`` takes it."""
+        return self.plans.state
 
     def trace_for(self, worker: BaseWorker, dataset_key: str) -> ModelPlans:
         """The plans, traced if they are not yet, for the batches of a worker's data set.
@@ -168,7 +171,8 @@ class TrainConfig:
 
         `plans` are `self.plans`, for callers that looked at the model already.
         """
-        plan = (plans or self.plans).training
+        plans = plans or self.plans
+        plan = plans.training
         await worker.put_plan(plan)
         body = m.Fit(
             plan=plan.hash,
@@ -182,13 +186,13 @@ class TrainConfig:
             keep_optimizer_state=self.keep_optimizer_state,
             seed=seed,
         )
-        tensors = [state[entry.name] for entry in plan.state]
+        tensors = list(plans.names.by_entry(state).values())
         reply = await worker.request(body, tensors, plan=plan, allocate=allocate)
         fitted, values = expect(m.Fitted, reply, worker)
         names = [plan.state[index].name for index in fitted.changed]
-        return FitResult(
-            worker.id, fitted.loss, fitted.samples, fitted.batches, dict(zip(names, values, strict=True))
-        )
+        entries = dict(zip(names, values, strict=True))
+        changed = plans.names.keyed(entries)
+        return FitResult(worker.id, fitted.loss, fitted.samples, fitted.batches, changed, entries)
 
     @on_loop
     async def evaluate(
@@ -201,10 +205,11 @@ class TrainConfig:
         bins: int,
     ) -> EvaluationResult:
         """One request and one reply: `state` there, the figures back."""
-        plan = self.plans.evaluation
+        plans = self.plans
+        plan = plans.evaluation
         await worker.put_plan(plan)
         body = m.Evaluate(plan.hash, dataset_key, batch_size, bins)
-        reply = await worker.request(body, [state[entry.name] for entry in plan.state], plan=plan)
+        reply = await worker.request(body, list(plans.names.by_entry(state).values()), plan=plan)
         figures, _ = expect(m.Evaluated, reply, worker)
         return EvaluationResult(
             loss=figures.loss,

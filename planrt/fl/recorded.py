@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
 
 from planrt.plans.fingerprint import Fingerprint, fingerprint
 from planrt.plans.graph import Graph
+from planrt.plans.model_state import StateMap
 from planrt.plans.training import Loss, ModelPlans, trace_model
 
 _KEPT: Final = 32
@@ -24,22 +25,18 @@ _KEPT: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """Both plans without values, and the state that is not the model's own: what a loss brings, say."""
+    """Both plans and the map of their state, without the model's tensors."""
 
     training: Graph
     evaluation: Graph
-    others: dict[str, torch.Tensor]
+    names: StateMap
 
     def of(self, model: nn.Module) -> ModelPlans:
         """The plans with the tensors of `model` as their state."""
-        own = own_tensors(model)
-        state = {
-            entry.name: (self.others if entry.name in self.others else own)[entry.name].detach()
-            for entry in self.training.state
-        }
-        values = tuple(state.values())
+        names = self.names.on(model)
+        values = tuple(names.entries.values())
         return ModelPlans(
-            self.training.with_state_values(values), self.evaluation.with_state_values(values), state
+            self.training.with_state_values(values), self.evaluation.with_state_values(values), names
         )
 
 
@@ -62,23 +59,13 @@ def recorded(model: nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.
         return known.of(model)
     plans = trace_model(model, loss_fn, data, target)
     if key is not None:
-        own = own_tensors(model)
-        others = {
-            name: value.clone()
-            for name, value in plans.state.items()
-            if name not in own or own[name].data_ptr() != value.data_ptr()
-        }
         kept = _Recorded(
-            plans.training.with_state_values(None), plans.evaluation.with_state_values(None), others
+            plans.training.with_state_values(None),
+            plans.evaluation.with_state_values(None),
+            plans.names.forgetful(),
         )
         with _lock:
             _recorded[key] = kept
             while len(_recorded) > _KEPT:
                 _recorded.popitem(last=False)
     return plans
-
-
-def own_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of `model`, under all their names."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}

@@ -19,6 +19,7 @@ import torch
 from planrt.errors import OptionError
 from planrt.fl.averaging import StreamingAverage
 from planrt.fl.config import FitResult, TrainConfig, dataset_of
+from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.serde.frames import MemoryStore, SpoolStore, Store
@@ -49,15 +50,16 @@ class WorkerRound:
 class RoundResult:
     """A round: `seconds` of training and averaging, the averaged state, each worker's part.
 
-    `loss` is the mean over all samples; `worker_states` is filled only if asked for.
+    `loss` is the mean over all samples; `worker_states` is filled only if asked for. States are as
+    ``model.load_state_dict`` takes them.
     """
 
     round: int
     seconds: float
-    state: dict[str, torch.Tensor]
+    state: ModelState
     loss: float
     workers: dict[str, WorkerRound]
-    worker_states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    worker_states: dict[str, ModelState] = field(default_factory=dict)
 
 
 class RoundScheduler:
@@ -140,7 +142,9 @@ class RoundScheduler:
         leases = _Leases(max(0, self._hold - 1) if large else self._hold)
         average = StreamingAverage()
         parts: dict[str, WorkerRound] = {}
-        kept: dict[str, dict[str, torch.Tensor]] = {}
+        kept: dict[str, ModelState] = {}
+        names = plans.names
+        before = names.by_entry(state)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = deque(
@@ -153,10 +157,10 @@ class RoundScheduler:
                     result, part, lease = await tasks.popleft()
                     parts[worker.id] = part
                     if keep_worker_states:
-                        kept[worker.id] = {**state, **result.changed}
+                        kept[worker.id] = names.named({**before, **result.entries})
                     if part.samples or not self._weighted:
                         weight = float(part.samples) if self._weighted else 1.0
-                        fold = partial(average.add, result.changed, weight=weight, own=not keep_worker_states)
+                        fold = partial(average.add, result.entries, weight=weight, own=not keep_worker_states)
                         await asyncio.to_thread(fold) if large else fold()
                         del fold
                     del result
@@ -166,13 +170,11 @@ class RoundScheduler:
         samples = sum(part.samples for part in parts.values())
         loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
         averaged = average.result() if average.count else {}
-        if in_place:
-            for name in list(averaged):
-                state[name].detach().copy_(averaged.pop(name))
+        after = names.assign(state, averaged) if in_place else {**before, **averaged}
         return RoundResult(
             round_number,
             time.perf_counter() - started,
-            {**state, **averaged},
+            names.named(after),
             loss / samples if samples else float("nan"),
             parts,
             kept,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import functional as F
 
-from planrt.fl.averaging import federated_avg, state_of, with_state
+from planrt.fl.averaging import copied, federated_avg
 from planrt.fl.config import Loss, TrainConfig
 from planrt.logs import get_logger
 from planrt.plans.training import EvaluationResult
@@ -57,12 +57,14 @@ async def fit_model_on_worker(
         optimizer_args={"lr": lr},
         max_nr_batches=max_nr_batches,
     )
-    config.trace_for(worker, dataset_key)
-    state = state_of(traced_model)
+    names = config.trace_for(worker, dataset_key).names
+    state = names.of(traced_model)
     result = await config.fit(
         worker, state, dataset_key=dataset_key, seed=derive_seed(seed, curr_round, worker.id)
     )
-    return worker.id, with_state(traced_model, {**state, **result.changed}), result.loss
+    model = copied(traced_model)
+    names.write(model, names.changed(state, result.entries))
+    return worker.id, model, result.loss
 
 
 @on_loop
@@ -86,9 +88,9 @@ async def async_evaluate_model_on_worker(
         TraceError, RemoteError, WorkerLostError.
     """
     config = TrainConfig(model, loss_fn)
-    config.trace_for(worker, dataset_key)
+    state = config.trace_for(worker, dataset_key).names.of(model)
     result = await config.evaluate(
-        worker, state_of(model), dataset_key=dataset_key, batch_size=batch_size, bins=nr_bins
+        worker, state, dataset_key=dataset_key, batch_size=batch_size, bins=nr_bins
     )
     if print_target_hist and result.target_histogram is not None:
         log.info(f"Target histogram: {shares(result.target_histogram)}")

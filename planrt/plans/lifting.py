@@ -45,6 +45,14 @@ def check_plain(tensor: Any, what: str, *, line: str | None = None) -> torch.Ten
     return tensor
 
 
+def attribute_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(path, tensor) of tensors that are plain attributes of a part of `module`: neither parameters nor buffers."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor):
+                yield (f"{path}.{name}" if path else name), value
+
+
 @dataclass(slots=True)
 class StateEntry:
     """One tensor of the state, with what it was before tracing."""
@@ -109,11 +117,19 @@ class StateRegistry:
     A tensor that is there twice (tied weights) is one entry, under its first name. Several recordings may
     share a registry: their plans then have the same state. `also_undo` are modules that run as well, such as
     a loss: their attributes are put back too, but they bring no state unless the function uses it.
+
+    A captured tensor that requires gradients is a parameter of the plan, unless `captured_train` is False: then only
+    the modules' own parameters are, as for an optimizer that is given ``model.parameters()``.
     """
 
     def __init__(
-        self, modules: Sequence[torch.nn.Module] = (), *, also_undo: Sequence[torch.nn.Module] = ()
+        self,
+        modules: Sequence[torch.nn.Module] = (),
+        *,
+        also_undo: Sequence[torch.nn.Module] = (),
+        captured_train: bool = True,
     ) -> None:
+        self._captured_train = captured_train
         self.entries: list[StateEntry] = []
         self.modules = list(
             dict.fromkeys(part for module in (*modules, *also_undo) for part in module.modules())
@@ -123,7 +139,10 @@ class StateRegistry:
         self._index: dict[int, int] = {}
         self._names: dict[int, tuple[str, StateKind | None, torch.Tensor]] = {}
         self._bound: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
+        self._attributes: dict[int, tuple[str, torch.Tensor]] = {}
         for root in modules:
+            for path, tensor in attribute_tensors(root):
+                self._attributes.setdefault(id(tensor), (path, tensor))
             for path, module in root.named_modules():
                 self._lift(module, f"{path}." if path else "")
         for root in also_undo:
@@ -184,10 +203,9 @@ class StateRegistry:
         name, kind, _ = self._names.get(id(tensor), (None, None, None))
         if name is None:
             self.captured.append((TensorSpec.of(tensor), line))
-            name = f"captured.{len(self.entries)}"
-        index = self._add(
-            self._unused(name), tensor, kind or ("parameter" if tensor.requires_grad else "constant")
-        )
+            name, _ = self._attributes.get(id(tensor), (f"captured.{len(self.entries)}", None))
+        trains = tensor.requires_grad and self._captured_train
+        index = self._add(self._unused(name), tensor, kind or ("parameter" if trains else "constant"))
         self.entries[index].hide_gradient()
         return index
 

@@ -20,6 +20,7 @@ from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
 from planrt.plans.graph import Graph
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
+from planrt.plans.model_state import ModelState, StateMap, map_state
 from planrt.plans.torchscript import as_traceable
 from planrt.plans.tracer import Recording, assemble, record
 from planrt.seeding import seeded
@@ -43,14 +44,19 @@ OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
 class ModelPlans:
     """A model with its loss, as two plans over the same state.
 
-    Both take (data, target) and give (loss, prediction), with the batch dimension free. `state` maps the
-    names of the plans' state entries, in their order, to the model's own tensors, detached: they share memory
-    with the model, so clone what must not follow it.
+    Both take (data, target) and give (loss, prediction), with the batch dimension free. `names` joins the entries of
+    their state to those of the model's `state_dict`.
     """
 
     training: Graph
     evaluation: Graph
-    state: dict[str, torch.Tensor]
+    names: StateMap
+
+    @property
+    def state(self) -> ModelState:
+        """The model's state as ``load_state_dict`` takes it: its own tensors, detached. They share memory with the
+        model, so clone what must not follow it."""
+        return self.names.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +107,21 @@ def trace_model(
         target: its targets, dimension 0 the batch.
 
     Raises:
-        TraceError: the model or loss cannot be recorded, or do not fit; the message names the line.
+        TraceError: the model or loss cannot be recorded, or do not fit; the message names the line. Also a loss with
+            parameters of its own, which nothing would train.
     """
     for name, example in (("data", data), ("target", target)):
         check_plain(example, f"the example {name}")
     call, modules = as_traceable(model, (data,))
     loss_modules = [loss_fn] if isinstance(loss_fn, torch.nn.Module) else []
-    registry = StateRegistry(modules, also_undo=loss_modules)
+    registry = StateRegistry(modules, also_undo=loss_modules, captured_train=False)
+    for name, parameter in (one for module in loss_modules for one in module.named_parameters()):
+        if parameter.requires_grad and registry.find(parameter) is None:
+            raise TraceError(
+                f"the loss has a parameter of its own, {name!r}, and only the model's are trained: make the loss a "
+                "part of the model (a module whose forward returns what the loss needs), or freeze it with "
+                "requires_grad_(False)"
+            )
 
     def step(data: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, Any]:
         prediction = call(data)
@@ -130,7 +144,7 @@ def trace_model(
     return ModelPlans(
         training=plan("training", recordings[True]),
         evaluation=plan("evaluation", recordings[False]),
-        state={entry.name: entry.tensor.detach() for entry in registry.entries},
+        names=map_state(model, registry),
     )
 
 

@@ -115,18 +115,18 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
 def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
     """The tensors that lie in `payload` (uint8), in its memory.
 
-    They are tensors of their own, as those that were sent: no views of one another, so that autograd counts their
-    changes apart (`num_batches_tracked.add_(1)` is no change of a weight that came along), and each with a storage
-    that ends where the tensor does.
+    They are no views of one another, as those that were sent were none: autograd counts their changes apart, so that
+    ``num_batches_tracked.add_(1)`` is no change of a weight that came along.
 
     Raises:
         WireError: a bool tensor with bytes other than 0 and 1 (undefined behaviour in torch).
     """
-    memory = memoryview(payload.numpy())  # type: ignore[arg-type]
+    storage = payload.untyped_storage()
     tensors = []
     for layout in layouts:
+        tensor = torch.empty(0, dtype=layout.dtype)
         if layout.nbytes == 0:
-            tensors.append(torch.empty(layout.shape, dtype=layout.dtype))
+            tensors.append(tensor.view(layout.shape))
             continue
         if layout.dtype == torch.bool:
             raw = payload[layout.offset : layout.offset + layout.nbytes]
@@ -134,8 +134,16 @@ def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str
                 raise WireError(
                     "malformed payload: a bool tensor holds bytes other than 0 and 1", address=address
                 )
-        flat = torch.frombuffer(
-            memory, dtype=layout.dtype, count=math.prod(layout.shape), offset=layout.offset
-        )
-        tensors.append(flat.view(layout.shape).data)  # `data`: not a view, with a version counter of its own
+        offset = layout.offset // layout.dtype.itemsize
+        tensors.append(tensor.set_(storage, offset, layout.shape, _contiguous(layout.shape)))
     return tensors
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor in row-major order, as torch counts them."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

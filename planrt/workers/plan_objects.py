@@ -51,9 +51,20 @@ class PlanObject:
         with torch.no_grad():
             return PlanObject(
                 self.record,
-                [_again(tensor, torch._lazy_clone(tensor)) for tensor in self.state],
+                [_again(tensor, shared_copy(tensor)) for tensor in self.state],
                 self.training,
             )
+
+
+def shared_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that shares the memory of `tensor` until either is written to, where torch can do that.
+
+    It cannot where the memory is not of its own allocator: large messages arrive in blocks that are used again.
+    """
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:
+        return tensor.detach().clone()
 
 
 def _again(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

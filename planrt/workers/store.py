@@ -19,7 +19,7 @@ from planrt.errors import DuplicateIdError, LocalError
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.workers import messages as m
 from planrt.workers.labels import Label, MemoryLabels, both
-from planrt.workers.plan_objects import PlanObject
+from planrt.workers.plan_objects import PlanObject, shared_copy
 from planrt.workers.protocol_objects import ProtocolObject
 
 MAX_OBJECTS = 1_000_000
@@ -217,7 +217,7 @@ class ObjectStore:
             own = value.snapshot()
         elif isinstance(value, torch.Tensor):
             with torch.no_grad():
-                own = torch._lazy_clone(value).requires_grad_(value.requires_grad)
+                own = shared_copy(value).requires_grad_(value.requires_grad)
         else:
             raise LocalError("only tensors, plans and protocols can be shared")
         id, label = new_id(), self.label_of(stored)

@@ -44,7 +44,7 @@ def tensors_of(net):
 
 
 def fresh(plans):
-    return [tensor.clone() for tensor in plans.state.values()]
+    return [tensor.clone() for tensor in plans.names.entries.values()]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -211,7 +211,7 @@ def test_state_of_both_plans_is_one_list_with_the_models_names():
     net, loss_fn, batches = make("frozen")
     plans = trace_model(net, loss_fn, *batches[0])
     names = [entry.name for entry in plans.training.state]
-    assert names == [entry.name for entry in plans.evaluation.state] == list(plans.state)
+    assert names == [entry.name for entry in plans.evaluation.state] == list(plans.names.entries)
     assert names[:8] == [
         "calls", "mean", "frozen.weight", "frozen.bias", "unused.weight", "unused.bias", "head.weight",
         "head.bias",
@@ -398,4 +398,4 @@ def test_evaluation_leaves_the_state_alone():
     plans = trace_model(net, loss_fn, *batches[0])
     state = fresh(plans)
     evaluate(plans.training, state, batches)  # traced in training mode: it updates batch norm
-    assert all(torch.equal(a, b) for a, b in zip(state, plans.state.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state, plans.names.entries.values(), strict=True))

@@ -240,15 +240,17 @@ def test_objects_of_another_session_are_not_there(clinic):
     assert (x + 1).get().tolist() == [2, 2]
 
 
-def test_nobody_changes_what_another_published(clinic):
+@pytest.mark.parametrize("numbers", [3, 3_000_000], ids=["small", "over 8 MB, in a block of memory"])
+def test_nobody_changes_what_another_published(clinic, numbers):
     one, other = clinic(), clinic()
-    x = torch.ones(3).tag("#published").send(one)
+    x = torch.ones(numbers).tag("#published").send(one)
     one.objects_count()
     (found,) = other.search("#published")
     found[1:].zero_()
     found.add_(5)
-    assert found.get().tolist() == [6, 5, 5]
-    assert x.get().tolist() == [1, 1, 1]
+    assert found[:3].get().tolist() == [6, 5, 5]
+    assert x[:3].get().tolist() == [1, 1, 1]
+    assert x.sum().get().item() == numbers
 
 
 def test_snapshots_go_with_their_pointers(clinic):
