@@ -73,6 +73,7 @@ _IN_PLACE_LAYERS = {
 }
 _LOSSES = {
     "binary_cross_entropy": "binary_cross_entropy",
+    "binary_cross_entropy_with_logits": "binary_cross_entropy_with_logits",
     "cross_entropy_loss": "cross_entropy",
     "huber_loss": "huber_loss",
     "l1_loss": "l1_loss",

@@ -150,39 +150,126 @@ class _Holder(torch.nn.Module):
 def as_traceable(
     model: torch.nn.Module | Callable[..., Any], examples: Sequence[torch.Tensor]
 ) -> tuple[Callable[..., Any], list[torch.nn.Module]]:
-    """(what to call, the modules with its state): a traced module is translated, others are as they are."""
+    """(what to call, the modules with its state): TorchScript is translated, everything else is as it is."""
     if not is_torchscript(model):
         return model, [model] if isinstance(model, torch.nn.Module) else []
-    plan = from_torchscript(model, examples)
-    state = local_state(plan)
-    compiled = Program(plan, examples[0].device, functions=SIZE_ARITHMETIC)
-    holder = _Holder(
-        dict(zip((entry.name for entry in plan.state), state, strict=True)),
-        lambda *inputs: drive(compiled.run(inputs, state)),
-    )
+    plans = {training: from_torchscript(model, examples, training=training) for training in (True, False)}
+    state = local_state(plans[True])
+    compiled = {
+        mode: Program(plan, examples[0].device, functions=SIZE_ARITHMETIC) for mode, plan in plans.items()
+    }
+    tensors = dict(zip((entry.name for entry in plans[True].state), state, strict=True))
+    holder = _Holder(tensors, lambda *inputs: drive(compiled[holder.training].run(inputs, state)))
     return holder, [holder]
 
 
 def from_torchscript(
-    traced: Any,
+    script: Any,
     examples: Sequence[torch.Tensor] | None = None,
+    *,
+    training: bool = False,
 ) -> Graph:
-    """The plan of a `ScriptModule` (or function) from `torch.jit.trace`, in the mode it was traced in.
+    """The plan of a `ScriptModule` or `ScriptFunction`.
 
-    Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or from the graph
-    where `torch.jit.trace` left them there. State values are the module's own tensors.
+    What `torch.jit.trace` made is in the mode it was traced in, what `torch.jit.script` made in the one that `training`
+    says. Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or from the graph
+    where `torch.jit.trace` left them there. State values are the script's own tensors.
 
     Raises:
-        TraceError: a scripted module, an operator without a place in the table, or unknown input shapes.
+        TraceError: control flow that depends on values or sizes, an operator without a place in the table, or unknown
+            input shapes.
     """
     with _quiet():
-        graph = traced.inlined_graph
-        tensors = _state_of(traced)
-        return _Translation(graph, tensors, examples, _name_of(traced)).plan()
+        graph = _straight(script, training)
+        return _Translation(graph, _state_of(script), _input_specs(graph, examples), _name_of(script)).plan()
+
+
+def script_call(script: Any) -> Callable[..., Any]:
+    """A `ScriptFunction` of tensors as a Python function, for recording: the ops of its graph, one by one.
+
+    Raises:
+        TraceError: as `from_torchscript`.
+    """
+    with _quiet():
+        graph = _straight(script, training=False)
+        specs = tuple(
+            TensorSpec((), torch.float32) for _ in graph.inputs()
+        )  # not looked at: numbers are enough
+        plan = _Translation(graph, {}, specs, _name_of(script)).plan()
+    state = local_state(plan)
+    compiled = Program(plan, torch.device("cpu"), functions=SIZE_ARITHMETIC)
+    return lambda *inputs: drive(compiled.run(inputs, state))
+
+
+def argument_names(script: Any) -> list[str]:
+    """The names of the arguments that a `ScriptFunction`, or the forward of a `ScriptModule`, takes."""
+    schema = script.schema if isinstance(script, torch.jit.ScriptFunction) else script.forward.schema
+    return [argument.name for argument in schema.arguments if argument.name != "self"]
+
+
+_CONTROL = ("prim::If", "prim::Loop")
+_CHECKS = frozenset(
+    {
+        "prim::Constant", "prim::RaiseException", "prim::ListConstruct", "prim::Uninitialized", "aten::warn",
+        "aten::format", "aten::size", "aten::dim", "aten::len", "aten::__getitem__", "aten::add", "aten::mul",
+    }
+)  # fmt: skip
+"""What a branch or loop that only checks sizes is made of."""
+
+
+def _straight(script: Any, training: bool) -> Any:
+    """The graph of `script`. What was scripted and not traced is rid of whatever depends on constants alone, such as
+    the mode, and of checks of sizes, which the ops after them make as well."""
+    graph = script.inlined_graph
+    traced = isinstance(
+        script, torch.jit.TracedModule | torch.jit.TopLevelTracedModule | torch.jit.ScriptFunction
+    )
+    if traced and not any(graph.findNode(kind) for kind in _CONTROL):
+        return graph
+    graph = graph.copy()
+    for node in graph.findAllNodes("prim::GetAttr", recurse=True):
+        value = _attribute(script, node, training)
+        if isinstance(value, bool | int | float | str) or value is None:
+            with graph.insert_point_guard(
+                node
+            ):  # torch ends the process if the point stays at a node that goes
+                constant = graph.insertConstant(value)
+            node.output().replaceAllUsesWith(constant)
+    for _ in range(3):  # a check may hang on another one's outcome
+        torch._C._jit_pass_constant_propagation(graph)
+        torch._C._jit_pass_peephole(graph, True)  # but not by the sizes that tracing saw
+        for node in [node for kind in _CONTROL for node in graph.findAllNodes(kind, recurse=False)]:
+            inner = [part.kind() for block in node.blocks() for part in block.nodes()]
+            if not node.hasUses() and _CHECKS.issuperset(inner):
+                node.destroy()
+        torch._C._jit_pass_dce(graph)
+    return graph
+
+
+def _attribute(script: Any, node: Any, training: bool) -> Any:
+    """What a node that reads an attribute reads; the node itself where that cannot be told."""
+    path = [node.s("name")]
+    owner = node.input().node()
+    while owner.kind() == "prim::GetAttr":
+        path.append(owner.s("name"))
+        owner = owner.input().node()
+    if owner.kind() != "prim::Param":
+        return node
+    if path[0] == "training":
+        return training
+    value = script
+    for name in reversed(path):
+        value = getattr(value, name, node)
+    return value
 
 
 def _name_of(traced: Any) -> str:
     return str(getattr(traced, "original_name", None) or getattr(traced, "name", "torchscript"))
+
+
+def class_name(model: object) -> str:
+    """What the class of `model` is called in Python."""
+    return _name_of(model) if is_torchscript(model) else type(model).__name__
 
 
 def _state_of(traced: Any) -> dict[str, tuple[torch.Tensor, str]]:
@@ -205,7 +292,7 @@ class _Translation:
         self,
         graph: Any,
         tensors: dict[str, tuple[torch.Tensor, str]],
-        examples: Sequence[torch.Tensor] | None,
+        inputs: tuple[TensorSpec, ...],
         name: str,
     ) -> None:
         self._graph = graph
@@ -213,11 +300,11 @@ class _Translation:
         self._ops: list[Op] = []
         self._values: dict[str, Any] = {}  # debug name -> Ref, constant, container of those, or _Path
         self._numbers: set[int] = set()  # results that are sizes, not tensors
-        graph_inputs = list(graph.inputs())
-        if graph_inputs and isinstance(graph_inputs[0].type(), torch._C.ClassType):
-            self._values[graph_inputs.pop(0).debugName()] = _Path("")
-        self._inputs = _input_specs(graph_inputs, examples)
-        for index, value in enumerate(graph_inputs):
+        self._inputs = inputs
+        for value in graph.inputs():
+            if isinstance(value.type(), torch._C.ClassType):
+                self._values[value.debugName()] = _Path("")
+        for index, value in enumerate(_arguments(graph)):
             self._values[value.debugName()] = Ref(index)
 
         self._state: list[StateSpec] = []
@@ -293,14 +380,23 @@ class _Translation:
             self._values[outputs[0]] = tuple(values)
         elif kind in ("prim::TupleUnpack", "prim::ListUnpack"):
             self._values.update(zip(outputs, values[0], strict=True))
-        elif kind in ("prim::NumToTensor", "aten::Int", "aten::ScalarImplicit", "aten::Float"):
+        elif kind in (
+            "prim::NumToTensor",
+            "aten::Int",
+            "aten::ScalarImplicit",
+            "aten::Float",
+            "aten::Bool",
+            "aten::item",
+        ):
             if isinstance(values[0], Ref) and values[0].index not in self._numbers:
-                raise TraceError("the traced module reads the value of a tensor: a plan cannot")
+                raise TraceError(
+                    f"{self._name!r} in TorchScript reads the value of a tensor ({kind}): a plan cannot"
+                )
             self._values[outputs[0]] = values[0]
         elif kind in ("prim::If", "prim::Loop"):
             raise TraceError(
-                "a scripted module, or one with scripted parts (control flow), cannot be translated: pass "
-                "the nn.Module itself"
+                f"control flow of {self._name!r} in TorchScript that depends on values or sizes ({kind}) cannot be "
+                "translated: pass the nn.Module or Python function itself"
             )
         elif kind.startswith("aten::"):
             self._operator(node, kind.removeprefix("aten::"), values, outputs)
@@ -345,7 +441,13 @@ class _Path(str):
         return _Path(f"{self}.{name}" if self else name)
 
 
-def _input_specs(values: Sequence[Any], examples: Sequence[torch.Tensor] | None) -> tuple[TensorSpec, ...]:
+def _arguments(graph: Any) -> list[Any]:
+    """The inputs of a graph that are not the module itself."""
+    return [value for value in graph.inputs() if not isinstance(value.type(), torch._C.ClassType)]
+
+
+def _input_specs(graph: Any, examples: Sequence[torch.Tensor] | None) -> tuple[TensorSpec, ...]:
+    values = _arguments(graph)
     if examples is not None:
         if len(examples) != len(values):
             raise TraceError(f"the traced module takes {len(values)} inputs, got {len(examples)} examples")

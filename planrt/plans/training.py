@@ -21,7 +21,7 @@ from planrt.plans.graph import Graph
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
 from planrt.plans.model_state import ModelState, StateMap, map_state
-from planrt.plans.torchscript import as_traceable
+from planrt.plans.torchscript import argument_names, as_traceable, class_name, is_torchscript, script_call
 from planrt.plans.tracer import Recording, assemble, record
 from planrt.seeding import seeded
 from planrt.types import Ref, TensorSpec
@@ -113,6 +113,7 @@ def trace_model(
     for name, example in (("data", data), ("target", target)):
         check_plain(example, f"the example {name}")
     call, modules = as_traceable(model, (data,))
+    call_loss = loss_call(loss_fn)
     loss_modules = [loss_fn] if isinstance(loss_fn, torch.nn.Module) else []
     registry = StateRegistry(modules, also_undo=loss_modules, captured_train=False)
     for name, parameter in (one for module in loss_modules for one in module.named_parameters()):
@@ -125,7 +126,7 @@ def trace_model(
 
     def step(data: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, Any]:
         prediction = call(data)
-        return _loss(loss_fn, prediction, target), prediction
+        return _loss(call_loss, prediction, target), prediction
 
     free = [(0,) if example.dim() else () for example in (data, target)]
     recordings = {}
@@ -134,10 +135,10 @@ def trace_model(
             recordings[training] = record(
                 step, (data, target), registry=registry, free_dims=free, own_gradients=False
             )
-    registry.notice(type(model).__name__)
+    registry.notice(class_name(model))
 
     def plan(mode: str, recording: Recording) -> Graph:
-        name = f"{type(model).__name__} ({mode})"
+        name = f"{class_name(model)} ({mode})"
         return assemble(recording, registry, name=name, input_names=("data", "target"))
 
     # Both recordings stand before either plan does: what only one of them captured is state of both.
@@ -146,6 +147,44 @@ def trace_model(
         evaluation=plan("evaluation", recordings[False]),
         names=map_state(model, registry),
     )
+
+
+def loss_call(loss_fn: Loss) -> Loss:
+    """`loss_fn` as a function of (prediction, target), in this order.
+
+    A loss with parameters named ``pred`` and ``target`` is called by name, in whatever order they stand; every other
+    one by position. TorchScript functions are translated.
+
+    Raises:
+        TraceError: a loss that takes the target first under another name, and would be given the prediction there; one
+            that cannot be called with two tensors; TorchScript that cannot be translated.
+    """
+    if isinstance(loss_fn, torch.nn.Module) and is_torchscript(loss_fn):
+        raise TraceError("a loss that is a TorchScript module cannot be recorded: pass the nn.Module itself")
+    called = script_call(loss_fn) if is_torchscript(loss_fn) else loss_fn
+    names = argument_names(loss_fn) if is_torchscript(loss_fn) else _parameter_names(loss_fn)
+    if {"pred", "target"} <= set(names):
+        if is_torchscript(loss_fn):  # what was translated takes its arguments by position
+            if names.index("target") > names.index("pred"):
+                return called
+            return lambda prediction, target: called(target, prediction)
+        return lambda prediction, target: loss_fn(pred=prediction, target=target)  # type: ignore[call-arg]
+    if names and names[0].lower() in _TARGETS:
+        raise TraceError(
+            f"the loss takes {names[0]!r} first, and is called with (prediction, target): name its parameters pred and "
+            "target, and it is called by name, or change their order"
+        )
+    return called
+
+
+_TARGETS: Final = frozenset({"target", "targets", "y_true", "label", "labels"})
+
+
+def _parameter_names(function: Any) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of C code
+        return []
 
 
 def warm_up() -> None:

@@ -200,10 +200,81 @@ def test_scripted_code_is_refused():
             return -x
 
     script = quiet(torch.jit.script, Branching())
-    with pytest.raises(TraceError, match=r"pass the nn\.Module itself"):
+    with pytest.raises(TraceError, match=r"'Branching' in TorchScript reads the value"):
         from_torchscript(script, [X])
     with pytest.raises(TraceError, match=r"does not say the shape of input 0: pass examples"):
         from_torchscript(script)
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.factor = 2.0
+
+    def forward(self, x):
+        x = self.drop(F.relu(self.norm(self.first(x)))) * self.factor
+        if self.training:
+            x = x + 1
+        return x.view(x.size(0), -1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scripted_modules_translate_in_both_modes(training):
+    torch.manual_seed(0)
+    net = Scripted().train(training)
+    script = quiet(torch.jit.script, net)
+    plan = Graph.from_bytes(from_torchscript(script, [X], training=training).to_bytes())
+    state = [tensor.clone() for tensor in from_torchscript(script, [X], training=training).state_values]
+    torch.manual_seed(1)
+    expected = net(X)
+    torch.manual_seed(1)
+    assert torch.equal(execute(plan, [X], state), expected)
+    assert torch.equal(
+        execute(plan, [X[:3]], state).shape and execute(plan, [X[:3]], state)[:, :0], X[:3, :0]
+    )
+
+
+def scripted_losses():
+    @torch.jit.script
+    def named(target, pred):
+        return F.nll_loss(input=pred, target=target)
+
+    @torch.jit.script
+    def summed(prediction, target):
+        return F.cross_entropy(prediction, target) + 0.5 * F.mse_loss(prediction, prediction * 2)
+
+    return {"named": named, "summed": summed}
+
+
+@pytest.mark.parametrize("name", ["named", "summed"])
+def test_scripted_losses_translate(name):
+    from planrt.plans.training import trace_model
+
+    script = quiet(scripted_losses)[name]
+    target = torch.tensor([0, 1, 2, 1])
+    net = nn.Linear(6, 3)
+    plans = trace_model(net, script, X, target)
+    loss, prediction = execute(plans.training, [X, target], list(net.parameters()))
+    expected = script(target, prediction) if name == "named" else script(prediction, target)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_scripted_loss_that_branches_on_sizes_is_refused():
+    @torch.jit.script
+    def loss(pred, target):
+        if pred.size(0) > 3:
+            return pred.sum()
+        return (pred - target).sum()
+
+    from planrt.plans.training import trace_model
+
+    with pytest.raises(
+        TraceError, match=r"control flow of 'loss'.*pass the nn\.Module or Python function itself"
+    ):
+        trace_model(nn.Linear(6, 3), loss, X, torch.zeros(4, 3))
 
 
 def test_operators_off_the_table_and_reads_are_refused():
