@@ -26,6 +26,11 @@ from planrt.serde.dtypes import DTYPES
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
 _jit_trace: Callable[..., Any] = torch.jit.trace
+_MADE_BY_TRACE = (
+    torch.jit.TracedModule,  # type: ignore[attr-defined]
+    torch.jit.TopLevelTracedModule,  # type: ignore[attr-defined]
+    torch.jit.ScriptFunction,  # or scripted: no difference is seen
+)
 _TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
 
 _PLACES = re.compile(r"__torch__[\w.]*|#[^\n]*")
@@ -203,8 +208,8 @@ def script_call(script: Any) -> Callable[..., Any]:
 
 def argument_names(script: Any) -> list[str]:
     """The names of the arguments that a `ScriptFunction`, or the forward of a `ScriptModule`, takes."""
-    schema = script.schema if isinstance(script, torch.jit.ScriptFunction) else script.forward.schema
-    return [argument.name for argument in schema.arguments if argument.name != "self"]
+    called: Any = script if isinstance(script, torch.jit.ScriptFunction) else script.forward
+    return [argument.name for argument in called.schema.arguments if argument.name != "self"]
 
 
 _CONTROL = ("prim::If", "prim::Loop")
