@@ -226,10 +226,7 @@ def _straight(script: Any, training: bool) -> Any:
     """The graph of `script`. What was scripted and not traced is rid of whatever depends on constants alone, such as
     the mode, and of checks of sizes, which the ops after them make as well."""
     graph = script.inlined_graph
-    traced = isinstance(
-        script, torch.jit.TracedModule | torch.jit.TopLevelTracedModule | torch.jit.ScriptFunction
-    )
-    if traced and not any(graph.findNode(kind) for kind in _CONTROL):
+    if isinstance(script, _MADE_BY_TRACE) and not any(graph.findNode(kind) for kind in _CONTROL):
         return graph
     graph = graph.copy()
     for node in graph.findAllNodes("prim::GetAttr", recurse=True):
