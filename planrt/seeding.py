@@ -8,9 +8,16 @@ from contextlib import contextmanager
 
 import torch
 
+from planrt.types import as_whole
+
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A seed in [0, 2**63) from `seed` and `parts`: SHA-256 of their text, so that no two streams are related."""
+    """A seed in [0, 2**63) from `seed` and `parts`: SHA-256 of their text, so that no two streams are related.
+
+    Raises:
+        OptionError: `seed` is no whole number.
+    """
+    seed = as_whole(seed, "seed")
     text = "\x1f".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 

@@ -17,6 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 from planrt.errors import LocalError, PointerError
 from planrt.fl import splitting
 from planrt.protocols import pointer as _pointer  # noqa: F401 - searches know protocols then
+from planrt.types import as_text, plain
 from planrt.workers import modules
 from planrt.workers.clients import BaseWorker, VirtualWorker
 from planrt.workers.multipointer import MultiPointerTensor
@@ -125,15 +126,16 @@ def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tenso
 
 def tag(self: torch.Tensor, *tags: str) -> torch.Tensor:
     """Tags the tensor; the tags travel with it, and publish it where it is sent."""
-    if not all(isinstance(one, str) and 0 < len(one) <= 200 for one in tags):
+    texts = [plain(one) for one in tags]
+    if not all(isinstance(one, str) and 0 < len(one) <= 200 for one in texts):
         raise LocalError("tags are strings of 1 to 200 characters")
-    self.__dict__["_tags"] = (*self.__dict__.get("_tags", ()), *tags)
+    self.__dict__["_tags"] = (*self.__dict__.get("_tags", ()), *texts)
     return self
 
 
 def describe(self: torch.Tensor, description: str) -> torch.Tensor:
     """Gives the tensor a description, whose words `search` finds."""
-    self.__dict__["_description"] = str(description)
+    self.__dict__["_description"] = as_text(description, "a description")
     return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+
+from planrt.errors import OptionError
 
 FREE = -1
 """A dimension of a `TensorSpec` that may have any size."""
@@ -93,3 +96,27 @@ def plain(value: Any) -> Any:
         item = value.item()
         return item if isinstance(item, bool | int | float | str) else value
     return value
+
+
+def as_text(value: Any, argument: str) -> str:
+    """`value` as a string, for the argument of that name.
+
+    Raises:
+        OptionError: it is none.
+    """
+    text = plain(value)
+    if not isinstance(text, str):
+        raise OptionError(f"{argument} is a string, not {reprlib.repr(value)} ({type(value).__name__})")
+    return str.__str__(text)
+
+
+def as_whole(value: Any, argument: str) -> int:
+    """`value` as a whole number, for the argument of that name.
+
+    Raises:
+        OptionError: it is none.
+    """
+    number = plain(value)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise OptionError(f"{argument} is a whole number, not {reprlib.repr(value)} ({type(value).__name__})")
+    return int(number)

@@ -248,14 +248,15 @@ class PointerProtocol(ObjectPointer):
 
     def tag(self, *tags: str) -> Self:
         """Tags the protocol, which publishes it: others find it by these tags, and it outlives this session."""
-        self._tags = (*self._tags, *tags)
-        alive(self).worker.describe_object(self, self._tags, self._description)
+        every = (*self._tags, *tags)
+        alive(self).worker.describe_object(self, every, self._description)
+        self._tags = every
         return self
 
     def describe(self, description: str) -> Self:
         """Gives the protocol a description, whose words `search` finds."""
-        self._description = description
         alive(self).worker.describe_object(self, self._tags, description)
+        self._description = description
         return self
 
     def __repr__(self) -> str:

@@ -97,6 +97,8 @@ class BaseWorker(RemotePlans):
 
         The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
         """
+        if not isinstance(plan, str | Plan | Graph):
+            raise OptionError(f"approval is of a plan or its hash, not of {type(plan).__name__}")
         hash = plan if isinstance(plan, str) else plan.hash
         if not re.fullmatch("[0-9a-f]{64}", hash):
             raise OptionError(f"{hash[:80]!r} is not a plan's hash: give the plan, or 64 hex digits")
@@ -180,6 +182,8 @@ class BaseWorker(RemotePlans):
         if isinstance(plan, Plan):
             inputs = plan.record.signature.bind(plan.name, args, kwargs)
             return await self._run(plan.graph, inputs, plan.state_tensors(), seed)
+        if not isinstance(plan, Graph):
+            raise OptionError(f"run takes a plan, not {type(plan).__name__}: make one with func2plan")
         return await self._run(plan, args, local_state(plan), seed)
 
     @on_loop

@@ -22,6 +22,7 @@ from planrt.plans.torchscript import is_torchscript
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker
+from planrt.workers.moving import check_worker
 from planrt.workers.objects import contiguous, fetch_all, fetch_all_async
 from planrt.workers.pointers import (
     Handle,
@@ -57,6 +58,7 @@ def location_of(module: nn.Module) -> BaseWorker | None:
 
 def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """Sends every parameter and buffer to `worker` in one message; returns the module itself."""
+    check_worker(worker, "send")
     local = _local(module)
     if local:
         _become_remote(module, local, worker, worker.put(local, confirm=True))
@@ -65,6 +67,7 @@ def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
 
 async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """`send_module`, to be awaited on any loop."""
+    check_worker(worker, "send")
     local = _local(module)
     if local:
         _become_remote(module, local, worker, await worker.put_async(local, confirm=True))

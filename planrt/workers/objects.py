@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,7 +13,7 @@ from planrt.errors import LocalError, OptionError, UnsupportedTensorError, WireE
 from planrt.plans.inference import Spec, spec, spec_of
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode
-from planrt.types import Ref, map_leaves
+from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Line, Outgoing, Reply
 from planrt.workers.loop import on_loop, refuse_to_block, run
@@ -363,9 +363,13 @@ class RemoteObjects:
         """Pointers to this session's objects, tensors and plans, and to published ones, that match every term exactly.
 
         A term is a tag, an id, or a word of the description.
+
+        Raises:
+            OptionError: a term is no string and no number.
         """
-        terms = [str(query)] if isinstance(query, str | int) else [str(term) for term in query]
-        body, _ = await self._connection.finish(self._ask(m.Search([*terms, *more])))
+        asked = query if isinstance(query, list | tuple | set | frozenset) else [query]
+        terms = [_term(one) for one in (*asked, *more)]
+        body, _ = await self._connection.finish(self._ask(m.Search(terms), drops=True))
         if not isinstance(body, m.Found):
             raise self._unexpected(body)
         return [self._found(item) for item in body.objects]
@@ -425,6 +429,12 @@ class RemoteObjects:
         return run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
 
 
+def _term(value: Any) -> str:
+    """A term of a search, as it is sent."""
+    term = plain(value)
+    return str(term) if type(term) is int else as_text(term, "a term of a search")
+
+
 def fetch_all(pointers: Sequence[PointerTensor]) -> list[Any]:
     """The values behind several pointers, asked for at once; none leaves its worker before all are here."""
     asked = [(pointer, pointer.location.begin_fetch(pointer)) for pointer in pointers]
@@ -449,6 +459,8 @@ def _remove_all(pointers: Sequence[PointerTensor], values: Sequence[Any]) -> Non
         if pointer._handle.alive:
             published = bool(value.__dict__.get("_tags"))
             pointer.location.removed(pointer._handle, published=published, nbytes=value.nbytes)
+    for worker in {pointer.location for pointer in pointers}:
+        worker._connection.flush_drops()
 
 
 def check_travels(tensor: torch.Tensor) -> None:
@@ -491,12 +503,14 @@ def allowed_users(private: bool, users: Sequence[str] | None) -> list[str] | Non
     """Who may read what is sent with these options; None for everyone.
 
     Raises:
-        OptionError: `users` is a single string, or given together with `private`.
+        OptionError: `users` is no list of strings, or given together with `private`.
     """
     if isinstance(users, str):
         raise OptionError(f"allowed_users is a list of user names: write [{users!r}]")
     if users is not None and private:
         raise OptionError("private=True means nobody, and allowed_users names some: give one of them")
+    if users is not None and not isinstance(users, Collection):
+        raise OptionError(f"allowed_users is a list of user names, not {type(users).__name__}")
     if users is not None:
-        return list(users)
+        return [as_text(user, "a name in allowed_users") for user in users]
     return [] if private else None

@@ -11,6 +11,7 @@ from planrt.errors import LocalError, OptionError
 from planrt.plans.graph import Graph
 from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord
+from planrt.types import as_whole
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.plan_calls import call_plan, copy_plan
 from planrt.workers.pointers import Handle, ObjectPointer, alive
@@ -54,7 +55,7 @@ class PointerPlan(ObjectPointer):
             PlanArgumentError: wrong number, shape or dtype of arguments. MixedLocationsError: some are elsewhere.
             GonePointerError: the plan was taken back. Failures on the worker are raised by the results' `get`.
         """
-        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        if seed is not None and not 0 <= (seed := as_whole(seed, "seed")) < 2**63:
             raise OptionError(f"seed is a whole number in [0, 2**63), not {seed!r}")
         return call_plan(self, args, kwargs, seed)
 
@@ -136,14 +137,15 @@ class PointerPlan(ObjectPointer):
 
     def tag(self, *tags: str) -> PointerPlan:
         """Tags the plan, which publishes it: others find it by these tags, and it outlives this session."""
-        self._tags = (*self._tags, *tags)
-        alive(self).worker.describe_object(self, self._tags, self._description)
+        every = (*self._tags, *tags)
+        alive(self).worker.describe_object(self, every, self._description)
+        self._tags = every
         return self
 
     def describe(self, description: str) -> PointerPlan:
         """Gives the plan a description, whose words `search` finds."""
-        self._description = description
         alive(self).worker.describe_object(self, self._tags, description)
+        self._description = description
         return self
 
     @staticmethod

@@ -17,6 +17,7 @@ import torch
 
 from planrt.errors import GonePointerError, RemoteOpError
 from planrt.plans.inference import Spec
+from planrt.types import plain
 from planrt.workers.loop import run
 
 if TYPE_CHECKING:
@@ -196,16 +197,15 @@ class PointerTensor(torch.Tensor):
 
     def tag(self, *tags: str) -> PointerTensor:
         """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
-        self.__dict__["_tags"] = (*self.__dict__.get("_tags", ()), *tags)
-        self._handle.worker.describe_object(
-            self, self.__dict__["_tags"], self.__dict__.get("_description", "")
-        )
+        every = (*self.__dict__.get("_tags", ()), *tags)
+        self._handle.worker.describe_object(self, every, self.__dict__.get("_description", ""))
+        self.__dict__["_tags"] = tuple(plain(tag) for tag in every)
         return self
 
     def describe(self, description: str) -> PointerTensor:
         """Gives the object a description, whose words `search` finds."""
-        self.__dict__["_description"] = description
         self._handle.worker.describe_object(self, self.__dict__.get("_tags", ()), description)
+        self.__dict__["_description"] = plain(description)
         return self
 
 
