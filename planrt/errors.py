@@ -41,6 +41,8 @@ None derives from TypeError: operators swallow that type to try the reflected op
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class PlanrtError(Exception):
     """Root of every error raised by planrt."""
@@ -195,6 +197,13 @@ class RemoteError(PlanrtError):
         self.index = index
         self.cause = cause
         self.step = step
+
+    def found_at(self, place: str) -> Self:
+        """This error, saying as well where the op came from; workers do not know the lines of a plan."""
+        if place and place not in self.reason:
+            self.reason = f"{self.reason} ({place})"
+            self.args = (f"worker {self.worker_id!r}: {self.reason}",)
+        return self
 
 
 class UnknownPlanError(RemoteError):

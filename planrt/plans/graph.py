@@ -93,6 +93,7 @@ class Graph:
     input_names: tuple[str, ...] = field(default=(), kw_only=True)
     state_values: tuple[torch.Tensor, ...] | None = field(default=None, kw_only=True)
     lines: tuple[str | None, ...] = field(default=(), kw_only=True)
+    modules: tuple[str | None, ...] = field(default=(), kw_only=True)
     doc: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -178,6 +179,12 @@ class Graph:
         return self
 
     # For people
+
+    def place(self, index: int) -> str:
+        """Where op `index` came from: ``module layer2.0.bn1 (BatchNorm2d), traced at net.py:12``; empty if unknown."""
+        module = self.modules[index] if index < len(self.modules) else None
+        line = self.lines[index] if index < len(self.lines) else None
+        return ", ".join([f"module {module}"] * bool(module) + [f"traced at {line}"] * bool(line))
 
     def input_name(self, index: int) -> str:
         """The name of an input, or ``argument N`` where the plan came without names."""

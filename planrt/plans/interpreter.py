@@ -364,7 +364,7 @@ def failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
     op = plan.ops[index]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = str(op)
-    source = f" (traced at {plan.lines[index]})" if index < len(plan.lines) and plan.lines[index] else ""
+    source = f" ({place})" if (place := plan.place(index)) else ""
     return ExecutionError(
         f"op {index} of plan {plan.name!r} failed: {line}{source}: {reason}",
         op=op.name,

@@ -140,6 +140,9 @@ class StateRegistry:
         self._names: dict[int, tuple[str, StateKind | None, torch.Tensor]] = {}
         self._bound: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
         self._attributes: dict[int, tuple[str, torch.Tensor]] = {}
+        self._module_names: dict[int, str] = {}
+        for prefix, root in (*(("", root) for root in modules), *(("loss", root) for root in also_undo)):
+            self._name_modules(root, prefix)
         for root in modules:
             for path, tensor in attribute_tensors(root):
                 self._attributes.setdefault(id(tensor), (path, tensor))
@@ -148,6 +151,17 @@ class StateRegistry:
         for root in also_undo:
             for name, tensor in (*root.named_parameters(), *root.named_buffers()):
                 self.name(tensor, f"loss.{name}")
+
+    def module_name(self, module: torch.nn.Module, root: torch.nn.Module) -> str:
+        """What errors call `module`: its path in `root`, the outermost that runs, and its kind."""
+        if id(module) not in self._module_names:
+            self._name_modules(root, "")
+        return self._module_names.get(id(module)) or type(module).__name__
+
+    def _name_modules(self, root: torch.nn.Module, prefix: str) -> None:
+        for path, part in root.named_modules(prefix=prefix):
+            kind = type(part).__name__
+            self._module_names.setdefault(id(part), f"{path} ({kind})" if path else kind)
 
     def name(self, tensor: torch.Tensor, name: str, kind: StateKind | None = None) -> None:
         """What `tensor` is to be called if the function uses it, and what kind of state it is. Named tensors are

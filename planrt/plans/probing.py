@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def _folded(steps: Sequence[Step], outputs: Nested) -> tuple[tuple[Step, ...], N
         if op.name in SIZE_ARITHMETIC and step.value is not None and not any(True for _ in refs_in(op.args)):
             constants[op.results.index] = step.value
             continue
-        folded.append(Step(op, step.line, step.packed, step.value))
+        folded.append(replace(step, op=op))
     outputs = map_leaves(outputs, fold)
 
     used = {ref.index for ref in refs_in(outputs)}

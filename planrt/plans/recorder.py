@@ -23,7 +23,7 @@ from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
-from planrt.plans.source import called_by_user, frames_to_user, user_line
+from planrt.plans.source import called_by_user, frames_to_user, running_modules, user_line
 from planrt.serde.values import DEVICE, encode, pack
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
 
@@ -39,12 +39,14 @@ class SizesFixedError(TraceError):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One recorded op. `value` is the number that a size op gave in this run."""
+    """One recorded op: the user's line, the module whose forward ran (``layer2.0.bn1 (BatchNorm2d)``), and the number
+    that a size op gave in this run."""
 
     op: Op
     line: str | None
     packed: bytes
     value: int | float | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,10 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             self._at, self._inlining = before
+
+    def _module(self) -> str | None:
+        running = running_modules()
+        return self.registry.module_name(running[0], running[-1]) if running else None
 
     def _line(self) -> str | None:
         return self._at or user_line()
@@ -260,7 +266,7 @@ class Recorder(TorchFunctionMode):
             packed = pack([name, encode(args), encode(kwargs), encode(results)])
         except PlanFormatError as error:
             raise TraceError(f"{name}: {error}; leave it out", line=line) from None
-        self.steps.append(Step(Op(name, args, kwargs, results), line, packed))
+        self.steps.append(Step(Op(name, args, kwargs, results), line, packed, module=self._module()))
         if name == "Tensor.data" and FIRST_STATE <= args[0].index < FIRST_RESULT:
             self.registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))
         return result

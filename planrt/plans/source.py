@@ -7,11 +7,13 @@ import sys
 import sysconfig
 from functools import lru_cache
 from types import FrameType
+from typing import cast
 
 import torch
 
 _PLANRT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_MODULE_FILE = torch.nn.Module._call_impl.__code__.co_filename
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 
 
@@ -34,6 +36,20 @@ def user_line() -> str | None:
             break  # what called the tracer is not part of what is traced
         frame = frame.f_back
     return None
+
+
+def running_modules() -> list[torch.nn.Module]:
+    """The modules whose forward is running, innermost first, below the tracer."""
+    found: list[torch.nn.Module] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_call_impl" and code.co_filename == _MODULE_FILE:
+            found.append(cast(torch.nn.Module, frame.f_locals["self"]))
+        if code.co_name == "run_once" and code.co_filename.startswith(_PLANRT):
+            break
+        frame = frame.f_back
+    return found
 
 
 def called_by_user(through: str) -> bool:

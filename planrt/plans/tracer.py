@@ -173,6 +173,7 @@ def assemble(
         input_names=tuple(input_names),
         state_values=tuple(entry.tensor.detach() for entry in registry.entries),
         lines=(*[None] * len(renumber.leaf_ops), *(step.line for step in recording.steps)),
+        modules=(*[None] * len(renumber.leaf_ops), *(step.module for step in recording.steps)),
         doc=doc,
     )
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from planrt.errors import OptionError, PlanArgumentError, PlanError, TraceError
+from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanError, TraceError
 from planrt.plans.graph import Graph
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
@@ -290,7 +290,8 @@ def train(
                 loss.backward()  # type: ignore[no-untyped-call]
                 return loss
 
-            losses.append(_stepped(stepper, closure).detach())
+            with _in_batch(len(sizes), batch):
+                losses.append(_stepped(stepper, closure).detach())
             sizes.append(_sample_count(batch))
     kept: dict[Any, Any] = stepper.state_dict()["state"]
     return TrainResult(
@@ -314,8 +315,8 @@ def evaluate(
 ) -> EvaluationResult:
     """The loss of `state` over `batches`, and with `bins` > 0 what was predicted for how many classes.
 
-    The predicted class is the argmax over dimension 1 of the prediction; it is counted as correct where it
-    equals an integer target of the same shape. Classes outside ``range(bins)`` are in no histogram.
+    The predicted class is the argmax over dimension 1 of a prediction [samples, classes]; it is counted as correct
+    where it equals the integer target [samples]. Classes outside ``range(bins)`` are in no histogram.
 
     Raises:
         OptionError: negative `bins`.
@@ -339,7 +340,8 @@ def evaluate(
         for batch in batches:
             check_inputs(plan, batch)
             inputs = _own(batch, device)
-            loss, prediction = drive(compiled.run(inputs, values, deadline=deadline))
+            with _in_batch(len(sizes), batch):
+                loss, prediction = drive(compiled.run(inputs, values, deadline=deadline))
             losses.append(loss.detach())
             sizes.append(_sample_count(batch))
             if bins:
@@ -354,14 +356,27 @@ def evaluate(
 
 
 def _class_counts(prediction: Any, target: torch.Tensor, bins: int) -> torch.Tensor:
-    if not isinstance(prediction, torch.Tensor) or prediction.dim() < 2:
-        raise PlanArgumentError(f"no classes to count in a prediction {_described(prediction)}: pass bins=0")
-    predicted = prediction.argmax(dim=1)
-    if target.is_floating_point() or target.is_complex() or target.shape != predicted.shape:
-        raise PlanArgumentError(
-            f"no classes to count in a target {_described(target)} for a prediction "
-            f"{_described(prediction)}: pass bins=0"
+    """Predicted classes, target classes and right predictions, of one batch.
+
+    Only where it is plain what they are: one score per class and sample. What one output says about two classes
+    depends on the loss (a logit, a probability?), and classes per pixel are no samples.
+    """
+
+    def refuse(why: str) -> PlanArgumentError:
+        return PlanArgumentError(
+            f"no classes to count in a target {_described(target)} for a prediction {_described(prediction)}: "
+            f"{why}; pass bins=0 (nr_bins=0) for the loss alone"
         )
+
+    if not isinstance(prediction, torch.Tensor) or prediction.is_complex() or prediction.dim() == 0:
+        raise refuse("classes are counted in [samples, classes]")
+    if prediction.dim() == 1 or prediction.shape[1] == 1:
+        raise refuse("one output per sample can be a logit or a probability; classes need an output each")
+    if prediction.dim() > 2:
+        raise refuse("these are several predictions for each sample")
+    if target.is_floating_point() or target.is_complex() or target.shape != prediction.shape[:1]:
+        raise refuse("targets are class numbers, one for each sample")
+    predicted = prediction.argmax(dim=1)
     correct = (predicted == target).sum().reshape(1)
     return torch.cat([_histogram(predicted, bins), _histogram(target, bins), correct])
 
@@ -386,6 +401,17 @@ def _check_loss_plan(plan: Graph) -> None:
 def _own(batch: Batch, device: torch.device) -> list[torch.Tensor]:
     """The batch on `device`, copied: a plan with in-place ops must not change the data owner's tensors."""
     return [tensor.detach().to(device, non_blocking=True, copy=True) for tensor in batch]
+
+
+@contextmanager
+def _in_batch(number: int, batch: Batch) -> Iterator[None]:
+    """An op that fails in here, or its backward pass, says in which batch (from 0), and of how many samples."""
+    try:
+        yield
+    except ExecutionError as error:
+        count = _sample_count(batch)
+        said = f"{error} (in batch {number}, of {count} sample{'s' if count != 1 else ''})"
+        raise ExecutionError(said, op=error.op, index=error.index, line=error.line) from error.__cause__
 
 
 def _sample_count(batch: Batch) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from planrt.errors import LocalError, OptionError, UnknownPlanError, WireError
+from planrt.errors import LocalError, OptionError, RemoteError, UnknownPlanError, WireError
 from planrt.plans.approvals import Approvals, Status
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
@@ -149,7 +149,8 @@ class BaseWorker(RemotePlans):
         If the worker has lost `plan`, which `body` names, it is sent again, and then the request.
 
         Raises:
-            RemoteError: the worker could not do it. WorkerLostError: it is gone.
+            RemoteError: the worker could not do it; says where in the model's code, if an op of `plan` failed.
+            WorkerLostError: it is gone.
         """
         try:
             return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
@@ -159,6 +160,10 @@ class BaseWorker(RemotePlans):
             self._plans.discard(plan.hash)
             await self.put_plan(plan)
             return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
+        except RemoteError as error:
+            if plan is not None and error.index is not None:
+                error.found_at(plan.place(error.index))
+            raise
 
     async def put_plan(self, plan: Graph) -> None:
         """Sends `plan` unless this connection has sent it before; runs on planrt's loop."""

@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import TypeVar
 
 import torch
@@ -30,7 +29,7 @@ from planrt.logs import get_logger
 from planrt.serde.frames import Allocate, Limits, Received, Store, encode, in_memory
 from planrt.workers import messages as m
 from planrt.workers.pipes import Pipe, Traffic
-from planrt.workers.posted import MAX_OP_BYTES
+from planrt.workers.posted import MAX_OP_BYTES, Line
 from planrt.workers.sendable import sendable
 from planrt.workers.session import ClientSession
 
@@ -39,9 +38,6 @@ log = get_logger("planrt.client")
 B = TypeVar("B", bound=m.Body)
 
 Reply = tuple[m.Body, list[torch.Tensor]]
-Line = tuple[CodeType, int]
-"""Where in the user's code an op was made."""
-
 OPS_PER_MESSAGE = 1024
 _HEADER_REST = 4096
 """Bytes of a header beside its ops."""
@@ -107,6 +103,7 @@ class Connection:
         self._header_limit = accepts.header_limit
         self._reader = asyncio.create_task(self._read())
         session.line_of = self.line
+        session.place_of = self.place_in_plan
 
     @classmethod
     async def open(
@@ -281,6 +278,12 @@ class Connection:
         if self._drops and self._ended is None:
             self._flush = True
             self._wake()
+
+    def place_in_plan(self, number: int | None, index: int | None) -> str:
+        """Where op `index` of the plan came from that the posted op of that number called; see `Graph.place`."""
+        found = self._lines.get(number) if number is not None else None
+        graph = found[2]() if found is not None and len(found) == 3 else None
+        return graph.place(index) if graph is not None and index is not None else ""
 
     def _wake_soon(self) -> None:
         if not self._woken:

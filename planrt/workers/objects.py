@@ -15,7 +15,7 @@ from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.values import decode
 from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
-from planrt.workers.connection import Connection, Line, Outgoing, Reply
+from planrt.workers.connection import Connection, Outgoing, Reply
 from planrt.workers.loop import on_loop, refuse_to_block, run
 from planrt.workers.object_ids import ids_of
 from planrt.workers.pointers import (
@@ -28,6 +28,7 @@ from planrt.workers.pointers import (
     new_id,
     pointer_id,
 )
+from planrt.workers.posted import Line
 
 COPIED_BYTES = 1 << 16
 """Tensors up to this size are copied and posted; for larger ones `send` waits until their bytes have left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from planrt.types import Ref, map_leaves
 from planrt.workers import plan_objects
 from planrt.workers.plan_objects import PlanTwin
 from planrt.workers.pointers import Handle, PointerTensor, alive, new_id
-from planrt.workers.posted import PostedOp
+from planrt.workers.posted import Line, PostedOp
 from planrt.workers.remote_ops import calling_line, packed, place_of, post
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
     check_inputs(graph, operands)
     if seed is None and graph.is_random:
         seed = handle.worker.draw_seed()
-    line = calling_line()
+    called = calling_line()
+    line: Line | None = (called[0], called[1], weakref.ref(graph)) if called is not None else None
     inferred = infer(
         plan_objects.CALL, plan_objects.call_on_meta, (PlanTwin(graph), *operands), {}, PointerTensor
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Sequence
-from types import CodeType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -22,8 +21,6 @@ from planrt.workers.loop import run
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
-
-Line = tuple[CodeType, int]
 
 _ids = itertools.count(secrets.randbits(40) << 10)
 

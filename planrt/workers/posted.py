@@ -7,12 +7,18 @@ None among the results stands for one that needs no id (an operand that was chan
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from planrt.errors import PlanFormatError
+from planrt.plans.graph import Graph
 from planrt.serde.values import decode, encode, pack, unpack
 from planrt.types import Nested
+
+Line = tuple[CodeType, int] | tuple[CodeType, int, weakref.ref[Graph]]
+"""Where in the user's code an op was made, and the plan that it calls."""
 
 MAX_OP_BYTES = 1 << 19
 """Longest packed op: several fit into a message's header."""

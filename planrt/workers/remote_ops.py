@@ -20,8 +20,8 @@ from planrt.plans.inference import Inferred, Same, Spec, infer, rebuild
 from planrt.plans.source import is_users
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers.pointers import Handle, Line, PointerTensor, alive, make_pointer, new_id
-from planrt.workers.posted import PostedOp
+from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
+from planrt.workers.posted import Line, PostedOp
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker

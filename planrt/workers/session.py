@@ -58,6 +58,8 @@ class ClientSession:
         self.datasets: dict[str, m.DatasetInfo] = {}
         self.line_of: Callable[[int | None], str | None] = lambda number: None
         """``file:line`` of a posted op by its number; the connection knows."""
+        self.place_of: Callable[[int | None, int | None], str] = lambda number, index: ""
+        """Where an op of a plan came from, by the number of its call and its place there; the connection knows."""
         self._last = 0
         self._pending: set[int] = set()
         self._abandoned: set[int] = set()
@@ -142,4 +144,4 @@ class ClientSession:
             index=failure.index,
             cause=failure.cause,
             step=failure.step,
-        )
+        ).found_at(self.place_of(failure.number, failure.index))
