@@ -18,6 +18,7 @@ from planrt.plans.analysis import analyse
 from planrt.plans.graph import MAX_OPS
 from planrt.plans.interpreter import Program, execute
 from planrt.plans.report import Unforeseen, count_bytes, count_flops
+from planrt.plans.training import trace_model
 from planrt.types import Ref, TensorSpec, leaves
 
 pytestmark = pytest.mark.filterwarnings(
@@ -427,3 +428,45 @@ def test_the_page_and_its_json():
     assert values["outputs"][0]["depends"][0] == {
         "name": "images", "kind": "input", "how": "aggregated", "rows": 64, "aggregates": ["loss"], "lost_in": None,
     }  # fmt: skip
+
+
+FIRST_LAYERS = {
+    "batch norm": (lambda: nn.BatchNorm1d(3), (4, 3)),
+    "batch norm without momentum": (lambda: nn.BatchNorm1d(3, track_running_stats=False), (4, 3)),
+    "batch norm of images": (lambda: nn.BatchNorm2d(3), (4, 3, 5, 5)),
+    "instance norm": (lambda: nn.InstanceNorm1d(3, affine=True), (4, 3, 5)),
+    "instance norm with statistics": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        (4, 3, 5, 5),
+    ),
+    "group norm": (lambda: nn.GroupNorm(3, 6), (4, 6, 5)),
+    "layer norm": (lambda: nn.LayerNorm(3), (4, 3)),
+    "rms norm": (lambda: nn.RMSNorm(3), (4, 3)),
+    "linear": (lambda: nn.Linear(3, 2), (4, 3)),
+    "convolution": (lambda: nn.Conv2d(3, 2, 3), (4, 3, 5, 5)),
+    "convolution by channels": (lambda: nn.Conv1d(3, 6, 2, groups=3), (4, 3, 5)),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(3, 2, 2), (4, 3, 5)),
+    "prelu": (lambda: nn.PReLU(3), (4, 3)),
+    "embedding": (lambda: nn.Embedding(5, 3), torch.zeros(4, 2, dtype=torch.int64)),
+    "embedding bag": (lambda: nn.EmbeddingBag(5, 3), torch.zeros(4, 2, dtype=torch.int64)),
+    "lstm": (lambda: nn.LSTM(3, 2, batch_first=True), (4, 5, 3)),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_LAYERS)
+def test_the_training_of_any_first_layer_is_told(name):
+    """A first layer passes no gradient on to the data: kernels then return less than they could."""
+    make, example = FIRST_LAYERS[name]
+    layer = make()
+    data = torch.randn(example) if isinstance(example, tuple) else example
+    target = torch.zeros(len(data))
+
+    def loss(prediction, target):
+        first = prediction[0] if isinstance(prediction, tuple) else prediction
+        return F.mse_loss(first.flatten(1).sum(1), target)
+
+    plans = trace_model(layer, loss, data, target)
+    report = analyse(plans.training, [data, target], gradients=True)
+    told = {one.path for one in report.gradients}
+    assert told == {f"gradient of {name}" for name, _ in layer.named_parameters()}

@@ -27,5 +27,7 @@ def kernel(function: Any) -> Kernel:
 
 
 def links(call: Call) -> Links:
-    """The links of every output of a call; from every argument, with all rows lost, where there is no rule."""
-    return call.kernel.rule(call) if call.kernel.rule is not None else all_lost(call)
+    """The links of every output of a call; from every argument, with all rows lost, where there is no rule, or one
+    that does not know of all the outputs that came."""
+    found = call.kernel.rule(call) if call.kernel.rule is not None else None
+    return found if found is not None and len(found) == len(call.outputs) else all_lost(call)
