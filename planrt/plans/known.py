@@ -15,7 +15,7 @@ from planrt.plans.ops import RANDOM
 from planrt.plans.sizes import TracedNumber
 from planrt.types import leaves
 
-_Watched = tuple[bool, list[tuple[torch.Tensor, int]]]
+_Watched = tuple[bool, bool, list[tuple[torch.Tensor, int]]]
 
 
 class KnownValues:
@@ -26,6 +26,7 @@ class KnownValues:
 
     def __init__(self) -> None:
         self._memory: set[int] = set()
+        self._sized: set[int] = set()  # also where free sizes have a part
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the values of `tensor` are the same at every run."""
@@ -38,21 +39,27 @@ class KnownValues:
             for leaf in leaves(values)
         )
 
+    def follows_sizes_only(self, tensor: torch.Tensor) -> bool:
+        """Whether nothing but sizes has a part in the values of `tensor`."""
+        return _address(tensor) in self._sized
+
     def before(self, values: Any) -> _Watched:
         """What `after` needs of an op's arguments: to be called before the op may change them."""
         tensors = [leaf for leaf in leaves(values) if isinstance(leaf, torch.Tensor)]
-        watched = [(tensor, tensor._version) for tensor in tensors if self.knows(tensor)]
-        return self.knows_all(values), watched
+        watched = [(tensor, tensor._version) for tensor in tensors if self.follows_sizes_only(tensor)]
+        return self.knows_all(values), all(map(self.follows_sizes_only, tensors)), watched
 
     def after(self, name: str, watched: _Watched, results: Any) -> None:
         """Takes note of what the op `name` made, and of what it wrote to."""
-        all_known, operands = watched
+        all_known, all_sized, operands = watched
         made = [leaf for leaf in leaves(results) if isinstance(leaf, torch.Tensor)]
-        if all_known and name not in RANDOM and "empty" not in name:
-            self._memory.update(address for address in _addresses(made) if address)
-            return
-        written = [tensor for tensor, version in operands if tensor._version != version]
-        self._memory.difference_update(_addresses(written))
+        written = _addresses([tensor for tensor, version in operands if tensor._version != version])
+        fixed = name not in RANDOM and "empty" not in name
+        for memory, holds in ((self._memory, fixed and all_known), (self._sized, fixed and all_sized)):
+            if holds:
+                memory.update(address for address in _addresses(made) if address)
+            else:
+                memory.difference_update(written)
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:

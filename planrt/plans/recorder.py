@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from planrt.errors import PlanFormatError, PlanWarning, TraceError
 from planrt.plans import foreach, seen, sizes, torch_code
+from planrt.plans.chance import Draws, why_not
 from planrt.plans.graph import Op
+from planrt.plans.kept import Left
 from planrt.plans.known import KnownValues
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
@@ -62,10 +64,15 @@ class SecondRunError(TraceError):
     """Something that only a second run shows, and that has nothing to do with sizes."""
 
 
+class DrawnError(TraceError):
+    """Somebody drew Python's or NumPy's random numbers during a run: the function, or another thread."""
+
+
 class Recorder(TorchFunctionMode):
     """Writes down every torch call made under it. One recorder sees one run.
 
-    `values` are the constants by value (arrays turned into tensors) of the first run, for a second one.
+    `values` are the constants by value (arrays turned into tensors) of the first run, for a second one. `left` is what
+    an earlier run left behind, for one that begins there.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Recorder(TorchFunctionMode):
         registry: StateRegistry,
         values: list[torch.Tensor] | None,
         optimizers: OptimizerWatch,
+        left: Left | None = None,
     ) -> None:
         super().__init__()
         self.steps: list[Step] = []
@@ -91,7 +99,11 @@ class Recorder(TorchFunctionMode):
         self.registry = registry
         self._alive: list[torch.Tensor] = [*inputs]  # ids below stay unique while these live
         self._refs = {id(tensor): Ref(index) for index, tensor in enumerate(inputs)}
-        self._known = KnownValues()
+        self._left = left
+        self._draws = Draws()
+        self.known = KnownValues()
+        self.reused = False
+        """Whether the function used a tensor that an earlier run had left for it."""
         self._results = 0
         self._grad_mode = True
         self._closed = False
@@ -180,22 +192,22 @@ class Recorder(TorchFunctionMode):
         if name in GRADIENTS:
             return self._gradients(name, func, args, kwargs)
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)  # before the call may change them
-        watched = self._known.before((args, kwargs))
+        watched = self.known.before((args, kwargs))
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
-        self._known.after(name, watched, result)
+        self.known.after(name, watched, result)
         return self._write(name, recorded_args, recorded_kwargs, result)
 
     def _unlisted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that is no op: the answer, where a plan has one."""
-        asker = torch_code.asker()
+        asker = torch_code.asker() if self._optimizers.stepping is None else None
         if func is torch_code.CHOOSES_NESTED and asker is not None:
             if self._first_values is None:
                 warnings.warn(torch_code.NOT_NESTED, PlanWarning, stacklevel=frames_to_user() + 1)
             return False
         if seen.reads_plain_values(func):
-            if self._known.knows_all((args, kwargs)):
+            if self.known.knows_all((args, kwargs)):
                 return func(*args, **kwargs)
             answer = torch_code.answer(func)
             if answer is not None:
@@ -223,6 +235,13 @@ class Recorder(TorchFunctionMode):
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         return self._write(name, recorded_args, recorded_kwargs, result)
+
+    def check_draws(self, line: str | None) -> None:
+        """Raises where the function drew from a generator that is not torch's."""
+        whose = self._draws.found()
+        if whose is not None:
+            self.failure = self.failure or DrawnError(why_not(whose), line=line)
+            raise self.failure
 
     def _check_hooks(self) -> None:
         for what, tensor in self.registry.named(self._alive[: len(self._specs)]):
@@ -261,6 +280,7 @@ class Recorder(TorchFunctionMode):
 
     def _write(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         line = self._line()
+        self.check_draws(line)
         results = self._named(result, line)
         try:
             packed = pack([name, encode(args), encode(kwargs), encode(results)])
@@ -314,6 +334,11 @@ class Recorder(TorchFunctionMode):
         index = self.registry.find(tensor)
         if index is None:
             line = self._line()
+            if self._left is not None and self._left.reuses(tensor):
+                self.reused = True
+                self._alive.append(tensor)
+                self._refs[id(tensor)] = ref = self._new_ref()
+                return ref
             if self._first_values is not None:
                 raise SecondRunError(seen.why_from_nowhere(tensor), line=line)
             index = self.registry.capture(tensor, line)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from planrt.errors import PlanrtError, TraceError
 from planrt.plans import seen
+from planrt.plans.kept import Left
 from planrt.plans.lifting import StateRegistry
 from planrt.plans.optimizers import OptimizerWatch
 from planrt.plans.recorder import Recorder, Run
@@ -101,14 +102,16 @@ def run_once(
     registry: StateRegistry,
     optimizers: OptimizerWatch,
     values: list[torch.Tensor] | None = None,
+    left: Left | None = None,
 ) -> Run:
-    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a later one.
+    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a later one;
+    `left` is what an earlier run left behind, in one that begins there.
 
     Raises:
         TraceError: whatever went wrong, with the user's line.
     """
     inputs = [example.detach().clone().requires_grad_(example.requires_grad) for example in examples]
-    recorder = Recorder(inputs, specs, registry, values, optimizers)
+    recorder = Recorder(inputs, specs, registry, values, optimizers, left)
     torch.default_generator.manual_seed(_SEED)
     try:
         with _nothing_collected(), torch.enable_grad(), _UnseenWrites(recorder), recorder:
@@ -116,6 +119,7 @@ def run_once(
             outputs = function(*inputs)
         if recorder.failure is not None:
             raise recorder.failure
+        recorder.check_draws(None)
         if torch.initial_seed() != _SEED:
             raise SeededError(
                 "the function seeds torch's generator, which a plan cannot: seed the plan where it runs "
@@ -127,6 +131,7 @@ def run_once(
     except Exception as error:
         if recorder.failure is not None:
             raise recorder.failure from error
+        recorder.check_draws(line_of_error(error))
         reason = (str(error).strip().splitlines() or [""])[0]
         raise TraceError(
             f"the function failed on its example arguments: {type(error).__name__}: {reason}",

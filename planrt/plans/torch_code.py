@@ -8,6 +8,7 @@ values of the run. Everything else is refused under the public name of what the 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from types import FrameType
 from typing import Any, Final
@@ -47,8 +48,6 @@ _INSTEAD: Final = {
 }  # fmt: skip
 """Beginning of a public name (without ``torch.``) -> why, and what to write."""
 
-_CALLS: Final = frozenset({"_call_impl", "_wrapped_call_impl", "inner", "wrapper", "handle_torch_function"})
-
 
 def answer(choice: Any) -> bool | None:
     """What torch's code is told that reads a value just now: False; True where it may see the value; None: refuse.
@@ -65,7 +64,7 @@ def answer(choice: Any) -> bool | None:
 def asker() -> tuple[str, str] | None:
     """The public name of what in torch makes the call that a recorder sees just now, and what to write instead.
 
-    None where the user's own code makes it.
+    None where the user's own code makes it, or nothing that has a public name.
     """
     frame: FrameType | None = _caller()
     function, module = None, None
@@ -73,7 +72,7 @@ def asker() -> tuple[str, str] | None:
         found = frame.f_locals.get("self")
         if module is None and isinstance(found, torch.nn.Module) and _is_of_torch(type(found)):
             module = f"nn.{type(found).__name__}"
-        if frame.f_code.co_name not in _CALLS:
+        if not re.search(r"(^|\.)_(?!_init__)|<", frame.f_code.co_qualname):
             function = _public_name(frame.f_globals.get("__name__", "torch"), frame.f_code.co_qualname)
         frame = frame.f_back
     name = module or function

@@ -16,11 +16,13 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import PlanrtError, TraceError
+from planrt.plans.chance import why_not
 from planrt.plans.graph import Graph, Op, refs_in
+from planrt.plans.kept import KeptError, KeptState, Left, Snapshot, notice, why_kept
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD
 from planrt.plans.probing import grown, in_common, odd_runs
-from planrt.plans.recorder import FIRST_STATE, Run, SecondRunError, SizesFixedError, Step
+from planrt.plans.recorder import FIRST_STATE, DrawnError, Run, SecondRunError, SizesFixedError, Step
 from planrt.plans.runs import SeededError, recording, run_once
 from planrt.plans.source import user_line
 from planrt.types import Nested, Ref, TensorSpec, map_leaves
@@ -101,25 +103,38 @@ def record(
     specs = tuple(
         TensorSpec.of(example, free_dims=dims) for example, dims in zip(examples, free, strict=True)
     )
+    kept = KeptState(function, registry.modules)
     with Undo(registry) as undo:
 
-        def run(inputs: Sequence[torch.Tensor], values: list[torch.Tensor] | None = None) -> Run:
-            for _ in range(_TRIES - 1):
-                try:
-                    return run_once(function, inputs, specs, registry, undo.optimizers, values)
-                except SeededError:  # by another thread, perhaps
-                    continue
-                finally:
-                    undo.restore()
+        def once(
+            inputs: Sequence[torch.Tensor], values: list[torch.Tensor] | None, left: Left | None
+        ) -> tuple[Run, Snapshot]:
+            if left is not None:
+                kept.restore(left.snapshot)
             try:
-                return run_once(function, inputs, specs, registry, undo.optimizers, values)
+                done = run_once(function, inputs, specs, registry, undo.optimizers, values, left)
+                return done, kept.snapshot()
             finally:
                 undo.restore()
+                kept.restore(kept.start)
 
-        first = run(examples)
+        def run(
+            inputs: Sequence[torch.Tensor],
+            values: list[torch.Tensor] | None = None,
+            left: Left | None = None,
+        ) -> tuple[Run, Snapshot]:
+            for _ in range(_TRIES - 1):
+                try:
+                    return once(inputs, values, left)
+                except (SeededError, DrawnError):  # by another thread, perhaps
+                    continue
+            return once(inputs, values, left)
+
+        first, after = run(examples)
         values = first.recorder.values
+        _check_kept(kept, first, after, lambda left: run(examples, values, left))
         try:
-            others = [run(grown(examples, free, lambda size: 2 * size), values)]
+            others = [run(grown(examples, free, lambda size: 2 * size), values)[0]]
         except SecondRunError:
             raise
         except PlanrtError as error:
@@ -127,7 +142,7 @@ def record(
             refused.line = error.line if isinstance(error, TraceError) else None  # which is in the message
             raise refused from error
         if any(free):
-            others += odd_runs(examples, free, lambda examples: run(examples, values))
+            others += odd_runs(examples, free, lambda examples: run(examples, values)[0])
     for entry in registry.entries:
         if entry.reshaped:
             raise TraceError(
@@ -141,6 +156,35 @@ def record(
         frozenset(index for index, example in enumerate(examples) if example.requires_grad),
         own_gradients and any(step.op.name in GRADIENTS for step in steps),
     )
+
+
+def _check_kept(
+    kept: KeptState, first: Run, after: Snapshot, again: Callable[[Left], tuple[Run, Snapshot]]
+) -> None:
+    """Whether what the first run left behind has a part in what the next one does; see `planrt.plans.kept`.
+
+    Raises:
+        KeptError: it has. DrawnError: a random generator that the function holds was drawn from.
+    """
+    changes = kept.changes(kept.start, after, tensors=True)
+    for change in changes:
+        if change.is_generator:
+            raise DrawnError(why_not(f"the random numbers of {change.name}"), line=change.line)
+    if not changes:
+        return
+    try:
+        second, later = again(Left(kept, after, first.recorder.known))
+        if not second.recorder.reused:  # else its ops differ, by those that made what it used again
+            in_common(first, [second])
+    except KeptError:
+        raise
+    except PlanrtError as error:
+        raise KeptError(
+            why_kept(changes), line=next((one.line for one in changes if one.line), None)
+        ) from error
+    going_on = kept.changes(after, later, tensors=False)
+    if going_on:
+        notice(going_on, "the function")
 
 
 def assemble(

@@ -406,6 +406,8 @@ def test_what_is_changed_past_the_version_counter_is_a_buffer():
 # Optimizers
 
 RECORDED = {"Adadelta", "Muon", "RMSprop", "Rprop", "SGD"}
+RECORDED_INSIDE = {"ASGD", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"}
+"""Those which count steps: made in the function, they count from nought at every run, which is no secret."""
 OPTIONS = [(name, {}) for name in OPTIMIZERS] + [
     ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     ("SGD", {"momentum": 0.9, "dampening": 0.5, "maximize": True}),
@@ -445,6 +447,9 @@ def test_every_optimizer_is_recorded_faithfully_or_refused_with_a_reason(name, o
             p.grad = torch.zeros_like(p)
         optimizer.step(lambda: torch.zeros(()))
         kept = copy.deepcopy(optimizer.state_dict())
+        if inside and name in RECORDED_INSIDE:
+            same_steps(step, net)
+            continue
         if name in RECORDED:
             plan = same_steps(step, net)
             assert inside or len(plan.state) == 2 + sum(
@@ -519,7 +524,7 @@ def test_kernels_that_fuse_a_step_are_no_ops():
         torch.optim.SGD(net.parameters(), lr=0.1, fused=True).step()  # here
 
     with pytest.raises(
-        TraceError, match="optimizer SGD cannot step in a plan: _fused_sgd_ is not on the table"
+        TraceError, match="optimizer SGD cannot step in a plan with fused=True.*leave that out"
     ) as e:
         trace(step, [X, Y], modules=[net])
     assert e.value.line == line_of(step)

@@ -3,7 +3,6 @@
 import gc
 import inspect
 import math
-import random
 
 import numpy as np
 import pytest
@@ -197,7 +196,8 @@ class Stateful(nn.Module):
 def test_attributes_that_forward_sets_do_not_leak_and_buffers_are_written_back():
     module = Stateful()
     steps = module.steps
-    plan = trace(module, [X], modules=[module], **FREE)
+    with pytest.warns(PlanWarning, match=r"changes self\.calls of Stateful at every call"):
+        plan = trace(module, [X], modules=[module], **FREE)
     assert (module.calls, module.hidden) == (0, None)
     assert module.steps is steps
     assert steps.item() == 0
@@ -460,7 +460,6 @@ def test_results_that_plans_cannot_return():
         (lambda x: list(x), "frozen|returns something else|doubled|results differ"),
         (lambda x: (x, len(x)), "returns something else"),
         (lambda x: x + torch.tensor(np.ones((len(x), 1), dtype=np.float32)), "depends on the sizes"),
-        (lambda x: x + random.random(), "frozen"),
         (lambda x: x * x.nbytes, "frozen"),
     ],
 )
