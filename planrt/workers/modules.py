@@ -30,6 +30,7 @@ from planrt.workers.pointers import (
     PointerTensor,
     become_pointer,
     become_tensor,
+    is_swapped,
     make_pointer,
     new_id,
 )
@@ -98,20 +99,30 @@ def _become_remote(
 def get_module(module: nn.Module) -> nn.Module:
     """Brings every parameter and buffer back, in place."""
     pointers = _remote(module)
-    _become_local(pointers, fetch_all(pointers))
+    _become_local(module, pointers, fetch_all(pointers))
     _remove_hooks(module)
     return module
 
 
-def _become_local(pointers: list[PointerTensor], values: list[torch.Tensor]) -> None:
+def _become_local(module: nn.Module, pointers: list[PointerTensor], values: list[torch.Tensor]) -> None:
+    """Puts `values` where `pointers` are: in place, or for buffers that forward bound anew (``self.n = self.n + 1``)
+    in the place of the result that stands there."""
+    results: dict[int, torch.Tensor] = {}
     for pointer, value in zip(pointers, values, strict=True):
-        become_tensor(pointer, value)
+        if is_swapped(pointer):
+            become_tensor(pointer, value)
+        else:
+            results[id(pointer)] = value
+    for part in module.modules() if results else ():
+        for name, buffer in part._buffers.items():
+            if id(buffer) in results:
+                part._buffers[name] = results[id(buffer)]
 
 
 async def get_module_async(module: nn.Module) -> nn.Module:
     """`get_module`, to be awaited on any loop."""
     pointers = _remote(module)
-    _become_local(pointers, await fetch_all_async(pointers))
+    _become_local(module, pointers, await fetch_all_async(pointers))
     _remove_hooks(module)
     return module
 

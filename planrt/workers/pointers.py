@@ -266,7 +266,7 @@ def take_place(pointer: PointerTensor, other: PointerTensor) -> None:
 def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
     """Turns a pointer that `become_pointer` made back into the tensor it was, with `value`'s data and gradient."""
     with _no_function():
-        if not _is_swapped(pointer):
+        if not is_swapped(pointer):
             raise RemoteOpError("get_() needs a pointer made by send_(): write x = x.get()")
         is_parameter = isinstance(pointer, PointerParameter)
         del pointer._handle, pointer._spec
@@ -279,7 +279,7 @@ def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
         give_id(pointer, pointer_id(value))
 
 
-def _is_swapped(pointer: PointerTensor) -> bool:
+def is_swapped(pointer: PointerTensor) -> bool:
     """Whether it has memory of its own: `make_pointer`'s have none."""
     return not torch._C._dispatch_keys(pointer).has(torch._C.DispatchKey.Python)
 
