@@ -136,8 +136,8 @@ def test_fit_and_evaluate_on_a_worker_equal_a_plain_loop(make_worker, name):
     assert result.loss == pytest.approx(sum(part * size for part, size in parts) / len(data), rel=1e-5)
 
 
-# A causal mask is looked at by torch, and packing needs lengths: values that pointers do not have here. A tensor that is
-# a plain attribute stays here, as `model.to(device)` leaves it.
+# A causal mask is looked at by torch, and packing needs lengths: values that pointers do not have here. A tensor
+# that is a plain attribute stays here, as `model.to(device)` leaves it.
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("packed", "masked", "counts")])
 def test_a_model_that_was_sent_equals_one_that_was_not(make_worker, name):
     planrt.TorchHook(torch)
@@ -145,7 +145,7 @@ def test_a_model_that_was_sent_equals_one_that_was_not(make_worker, name):
     without_chance(model)
     worker = make_worker("bob")
     want = copy.deepcopy(model)
-    here = copy.deepcopy(loss_fn)
+    here, loss_fn = loss_fn, copy.deepcopy(loss_fn)
     if isinstance(loss_fn, nn.Module):
         loss_fn.send(worker)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
