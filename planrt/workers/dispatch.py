@@ -14,7 +14,7 @@ import torch
 from torch.overrides import resolve_name
 
 from planrt.errors import OptionError, RemoteOpError, RemoteValueError
-from planrt.plans import ops, seen
+from planrt.plans import foreach, ops, seen
 from planrt.plans.inference import Spec
 from planrt.plans.left_out import reason_for
 from planrt.types import map_leaves
@@ -38,6 +38,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return special(*args, **kwargs)
     if func in _METADATA:
         return _metadata(func, args, kwargs)
+    if func in foreach.ON_EACH:
+        return [dispatch(one, its, options) for one, its, options in foreach.calls(func, args, kwargs)]
     name = ops.name_of(func)
     if name is None:
         _refuse(func)
@@ -87,6 +89,11 @@ def _refuse(func: Any) -> NoReturn:
     else:
         name = (resolve_name(func) or short or repr(func)).removeprefix("torch.")
         name = name if "." in name else f"torch.{name}"
+    if name.startswith(("torch._foreach", "torch._fused")):
+        raise RemoteOpError(
+            f"{name.removeprefix('torch.')}, a call on a list of tensors at once, is no op of workers: of an "
+            "optimizer, make it with foreach=False and without fused=True"
+        )
     if seen.reads_values(func):
         raise RemoteValueError(f"{name} reads the value of a tensor that is on a worker: write .get() first")
     reason = reason_for(name)
@@ -187,6 +194,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _Tensor.__repr__: lambda pointer, **kwargs: describe(pointer),
     _Tensor.__format__: _format,
     torch._assert: _assert,
+    torch._has_compatible_shallow_copy_type: lambda tensor, other: True,
     **{getattr(_Tensor, name): _value_read(f"Tensor.{name}") for name in (
         "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "__array__", "item", "tolist",
         "numpy", "equal", "allclose", "is_nonzero", "__dlpack__",

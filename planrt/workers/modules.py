@@ -24,6 +24,7 @@ from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker
 from planrt.workers.moving import check_worker
 from planrt.workers.objects import contiguous, fetch_all, fetch_all_async
+from planrt.workers.optimizers import RemoteState, states_of
 from planrt.workers.pointers import (
     Handle,
     PointerParameter,
@@ -99,20 +100,30 @@ def _become_remote(
 def get_module(module: nn.Module) -> nn.Module:
     """Brings every parameter and buffer back, in place."""
     pointers = _remote(module)
-    _become_local(module, pointers, fetch_all(pointers))
+    states = states_of(pointers)
+    _become_local(module, pointers, states, fetch_all([*pointers, *(one.pointer for one in states)]))
     _remove_hooks(module)
     return module
 
 
-def _become_local(module: nn.Module, pointers: list[PointerTensor], values: list[torch.Tensor]) -> None:
+def _become_local(
+    module: nn.Module,
+    pointers: list[PointerTensor],
+    states: list[RemoteState],
+    values: list[torch.Tensor],
+) -> None:
     """Puts `values` where `pointers` are: in place, or for buffers that forward bound anew (``self.n = self.n + 1``)
-    in the place of the result that stands there."""
+    in the place of the result that stands there. The values after these are the state of optimizers."""
+    rest = iter(values)
     results: dict[int, torch.Tensor] = {}
-    for pointer, value in zip(pointers, values, strict=True):
+    for pointer in pointers:
+        value = next(rest)
         if is_swapped(pointer):
             become_tensor(pointer, value)
         else:
             results[id(pointer)] = value
+    for state, value in zip(states, rest, strict=True):
+        state.entries[state.key] = value
     for part in module.modules() if results else ():
         for name, buffer in part._buffers.items():
             if id(buffer) in results:
@@ -122,14 +133,17 @@ def _become_local(module: nn.Module, pointers: list[PointerTensor], values: list
 async def get_module_async(module: nn.Module) -> nn.Module:
     """`get_module`, to be awaited on any loop."""
     pointers = _remote(module)
-    _become_local(module, pointers, await fetch_all_async(pointers))
+    states = states_of(pointers)
+    values = await fetch_all_async([*pointers, *(one.pointer for one in states)])
+    _become_local(module, pointers, states, values)
     _remove_hooks(module)
     return module
 
 
 async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """`move_module`, to be awaited on any loop."""
-    for pointer in _remote(module):
+    pointers = _remote(module)
+    for pointer in [*(one.pointer for one in states_of(pointers)), *pointers]:
         await pointer.async_move(worker)
     _remove_hooks(module)
     _add_hooks(module, worker)
@@ -138,7 +152,8 @@ async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
 
 def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """Moves every parameter and buffer to `worker`, straight from where they are."""
-    for pointer in _remote(module):
+    pointers = _remote(module)
+    for pointer in [*(one.pointer for one in states_of(pointers)), *pointers]:
         pointer.move(worker)
     _remove_hooks(module)
     _add_hooks(module, worker)

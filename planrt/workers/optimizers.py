@@ -1,16 +1,19 @@
 """`torch.optim` on remote parameters: state follows its parameter, and what cannot work says so.
 
-An optimizer keeps tensors such as momenta beside each parameter. Made while a parameter was on a worker, they
-are there; when the parameter has moved since the last step, they follow it before the next one.
+An optimizer keeps tensors such as momenta beside each parameter. Made while a parameter was on a worker, they are
+there. They come back together with a module, and move with it; what was not moved with it follows before the next step.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from planrt.errors import RemoteOpError
+from planrt.errors import RemoteOpError, WorkerLostError
 from planrt.workers.pointers import PointerTensor
 
 _READ_VALUES = {
@@ -18,46 +21,112 @@ _READ_VALUES = {
     "Adafactor": "it reads the size of parameters and updates",
     "SparseAdam": "it needs sparse gradients",
 }
+_COUNTERS = ("step", "eta", "mu", "mu_product")
+"""State of no dimensions that optimizers read: it stays here."""
+
+_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers that may have state on workers."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoteState:
+    """One tensor of an optimizer's state that is where its parameter is."""
+
+    entries: dict[Any, Any]
+    key: Any
+    pointer: PointerTensor
 
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """A global pre-step hook of `torch.optim`: does nothing for optimizers whose parameters are all here.
 
     Raises:
-        RemoteOpError: an optimizer that cannot work on remote parameters.
+        RemoteOpError: an optimizer that cannot work on remote parameters. WorkerLostError: state is on a worker that
+            is gone.
     """
+    here: list[tuple[dict[Any, Any], Any]] = []
+    to_send: dict[Any, list[tuple[dict[Any, Any], Any]]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            remote = isinstance(parameter, PointerTensor)
-            if remote and type(optimizer).__name__ in _READ_VALUES:
-                name = type(optimizer).__name__
-                raise RemoteOpError(
-                    f"{name} cannot step on remote parameters: {_READ_VALUES[name]}; use another optimizer, such as "
-                    "Adam, or get() the model"
-                )
-            state = optimizer.state.get(parameter)
-            if state:
-                _follow(state, parameter, remote=remote)
+            if isinstance(parameter, PointerTensor):
+                _stepped.add(optimizer)
+                _check(optimizer, group)
+            for entries, key in _apart(optimizer.state.get(parameter), parameter):
+                if isinstance(parameter, PointerTensor):
+                    to_send.setdefault(parameter.location, []).append((entries, key))
+                else:
+                    here.append((entries, key))
+    for entries, key in here:
+        entries[key] = _reached(optimizer, entries[key], lambda pointer: pointer.get())
+    for worker, many in to_send.items():
+        for entries, key in many:
+            if isinstance(entries[key], PointerTensor):
+                _reached(optimizer, entries[key], lambda pointer, worker=worker: pointer.move(worker))
+        local = [(entries, key) for entries, key in many if not isinstance(entries[key], PointerTensor)]
+        for (entries, key), pointer in zip(local, _sent([e[k] for e, k in local], worker), strict=True):
+            entries[key] = pointer
 
 
-def _follow(state: dict[Any, Any], parameter: torch.Tensor, *, remote: bool) -> None:
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or (key == "step" and not isinstance(value, PointerTensor)):
+def states_of(parameters: Sequence[PointerTensor]) -> list[RemoteState]:
+    """What optimizers keep of `parameters` on the workers that these are on."""
+    return [
+        RemoteState(entries, key, value)
+        for optimizer in _stepped
+        for parameter in parameters
+        for entries in [optimizer.state.get(parameter)]
+        if entries
+        for key, value in entries.items()
+        if isinstance(value, PointerTensor) and value._handle.alive and value.location is parameter.location
+    ]
+
+
+def _check(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    name = type(optimizer).__name__
+    if name in _READ_VALUES:
+        raise RemoteOpError(
+            f"{name} cannot step on remote parameters: {_READ_VALUES[name]}; use another optimizer, such as Adam, or "
+            "get() the model"
+        )
+    if group.get("foreach") and name == "ASGD":  # which gives such calls a number that is kept here
+        raise RemoteOpError(
+            f"{name}(foreach=True) cannot step on remote parameters: make it with foreach=False"
+        )
+    if group.get("fused"):
+        raise RemoteOpError(
+            f"{name}(fused=True) cannot step on remote parameters: workers run plain ops; make it without fused=True"
+        )
+
+
+def _apart(entries: dict[Any, Any] | None, parameter: torch.Tensor) -> list[tuple[dict[Any, Any], Any]]:
+    """The tensors of a parameter's state that are somewhere else than the parameter."""
+    found = []
+    for key, value in (entries or {}).items():
+        if not isinstance(value, torch.Tensor):
             continue
-        if remote and isinstance(parameter, PointerTensor):
-            worker = parameter.location
-            if not isinstance(value, PointerTensor):
-                if value.dim() > 0 or key not in ("step", "eta", "mu", "mu_product"):
-                    state[key] = _send(value, worker)
-            elif value.location is not worker:
-                state[key] = value.move(worker)
-        elif isinstance(value, PointerTensor):
-            state[key] = value.get()
+        if isinstance(value, PointerTensor):
+            apart = not isinstance(parameter, PointerTensor) or value.location is not parameter.location
+        else:
+            apart = isinstance(parameter, PointerTensor) and not (key in _COUNTERS and value.dim() == 0)
+        if apart:
+            found.append((entries, key))
+    return found  # type: ignore[return-value]
 
 
-def _send(value: torch.Tensor, worker: Any) -> torch.Tensor:
+def _reached(optimizer: torch.optim.Optimizer, value: PointerTensor, bring: Any) -> Any:
+    try:
+        return bring(value)
+    except WorkerLostError as error:
+        raise WorkerLostError(
+            f"{error}; the state that {type(optimizer).__name__} keeps of a parameter is there: to go on without it, "
+            "write optimizer.state.clear()",
+            address=error.address,
+            worker_id=error.worker_id,
+        ) from error
+
+
+def _sent(values: list[torch.Tensor], worker: Any) -> list[torch.Tensor]:
     from planrt.workers.objects import contiguous
     from planrt.workers.pointers import make_pointer
 
-    (handle,) = worker.put([value])
-    return make_pointer(handle, contiguous(value))
+    handles = worker.put(values) if values else []
+    return [make_pointer(handle, contiguous(value)) for value, handle in zip(values, handles, strict=True)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
-from planrt.errors import GonePointerError, RemoteOpError
+from planrt.errors import GonePointerError, RemoteOpError, RemoteValueError
 from planrt.plans.inference import Spec
 from planrt.types import plain
 from planrt.workers.loop import run
@@ -80,6 +80,13 @@ class PointerTensor(torch.Tensor):
         raise RemoteOpError(
             f"{func} was called below torch's Python functions (by TorchScript or a C++ extension, say): pointers "
             "have no values here; get() them first"
+        )
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+        """NumPy's functions need the values."""
+        raise RemoteValueError(
+            f"numpy.{function.__name__} reads the value of a tensor that is on a worker: write .get() first, or use "
+            f"torch's function"
         )
 
     def __hash__(self) -> int:
@@ -210,7 +217,7 @@ def not_copied() -> NoReturn:
     """Refuses `copy.deepcopy` and `pickle` of a pointer."""
     raise RemoteOpError(
         "a pointer cannot be pickled or deep-copied, it would point to an object that nobody keeps: copy() the object "
-        "on its worker, or get() it"
+        "on its worker, or get() it; of a model, get() it before you save it or its optimizer, whose state comes along"
     )
 
 
