@@ -11,6 +11,7 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.workers.clients import BaseWorker
+from planrt.workers.optimizers import stay
 
 
 class Optims:
@@ -42,6 +43,8 @@ class Optims:
         if twice:
             raise OptionError(f"Optims: {', '.join(twice)} given twice: name each worker once")
         self._optimizers = {id: _fresh(optim) for id in self.workers}
+        for made in self._optimizers.values():
+            stay(made)
 
     def get_optim(self, worker: str | BaseWorker) -> torch.optim.Optimizer:
         """The optimizer for one worker, given its id or itself.

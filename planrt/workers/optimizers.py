@@ -26,6 +26,8 @@ _COUNTERS = ("step", "eta", "mu", "mu_product")
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers that may have state on workers."""
+_staying: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers of one worker each: their state waits there for the model to come again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,15 +51,16 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(parameter, PointerTensor):
-                _stepped.add(optimizer)
+                if optimizer not in _stepped:
+                    _stepped.add(optimizer)
+                    optimizer.register_state_dict_pre_hook(before_state_dict)
                 _check(optimizer, group)
             for entries, key in _apart(optimizer.state.get(parameter), parameter):
                 if isinstance(parameter, PointerTensor):
                     to_send.setdefault(parameter.location, []).append((entries, key))
                 else:
                     here.append((entries, key))
-    for entries, key in here:
-        entries[key] = _reached(optimizer, entries[key], lambda pointer: pointer.get())
+    _bring(optimizer, here)
     for worker, many in to_send.items():
         for entries, key in many:
             if isinstance(entries[key], PointerTensor):
@@ -67,11 +70,29 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             entries[key] = pointer
 
 
+def before_state_dict(optimizer: torch.optim.Optimizer) -> None:
+    """A hook of optimizers that have stepped on workers: what they keep of parameters that are here comes here."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    local = [one for one in parameters if not isinstance(one, PointerTensor)]
+    _bring(optimizer, [found for one in local for found in _apart(optimizer.state.get(one), one)])
+
+
+def stay(optimizer: torch.optim.Optimizer) -> None:
+    """The state of `optimizer` stays where it is when its model leaves: it belongs to one worker, as of `Optims`."""
+    _staying.add(optimizer)
+
+
+def _bring(optimizer: torch.optim.Optimizer, states: list[tuple[dict[Any, Any], Any]]) -> None:
+    for entries, key in states:
+        entries[key] = _reached(optimizer, entries[key], lambda pointer: pointer.get())
+
+
 def states_of(parameters: Sequence[PointerTensor]) -> list[RemoteState]:
     """What optimizers keep of `parameters` on the workers that these are on."""
     return [
         RemoteState(entries, key, value)
         for optimizer in _stepped
+        if optimizer not in _staying
         for parameter in parameters
         for entries in [optimizer.state.get(parameter)]
         if entries

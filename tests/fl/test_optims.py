@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch import nn, optim
@@ -185,3 +187,17 @@ def test_an_unknown_worker_is_named(unknown):
 
 def test_public_names():
     assert planrt.Optims is planrt.fl.Optims is Optims
+
+
+def test_the_state_of_each_is_saved_once_the_model_is_here(make_worker):
+    bob = make_worker("bob")
+    model = model_of()
+    optims = Optims(["bob", "alice"], optim=optim.Adam(model.parameters()))
+    model.send(bob)
+    model(DATA.send(bob)).sum().backward()
+    optims.get_optim("bob").step()
+    model.get()
+    saved = io.BytesIO()
+    torch.save(optims.get_optim("bob").state_dict(), saved)
+    saved.seek(0)
+    assert len(torch.load(saved, weights_only=True)["state"]) == 2
