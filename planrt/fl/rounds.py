@@ -138,13 +138,13 @@ class RoundScheduler:
         """
         started = time.perf_counter()
         plans = self.config.plans
-        large = sum(value.nbytes for value in state.values()) > _LARGE
+        names = plans.names
+        before = names.by_entry(state)
+        large = sum(value.nbytes for value in before.values()) > _LARGE
         leases = _Leases(max(0, self._hold - 1) if large else self._hold)
         average = StreamingAverage()
         parts: dict[str, WorkerRound] = {}
         kept: dict[str, ModelState] = {}
-        names = plans.names
-        before = names.by_entry(state)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = deque(
