@@ -24,6 +24,7 @@ from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.objects import allowed_users, contiguous
 from planrt.workers.optimizers import before_step
 from planrt.workers.pointers import PointerTensor, become_pointer, make_pointer, pointer_id
+from planrt.workers.remote_ops import refuse_hooks
 
 _lock = threading.Lock()
 _hook: TorchHook | None = None
@@ -92,6 +93,7 @@ def send(
     """
     allowed = _allowed(private, allowed_users)
     _check_workers(workers)
+    refuse_hooks(self, "this tensor")
     pointers = []
     for worker in workers:
         (handle,) = worker.put([self], allowed=allowed)
@@ -109,6 +111,7 @@ async def async_send(
     """`send`, to be awaited on any loop."""
     allowed = _allowed(private, allowed_users)
     _check_workers(workers)
+    refuse_hooks(self, "this tensor")
     pointers = [_pointer_to(self, (await worker.put_async([self], allowed=allowed))[0]) for worker in workers]
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
 
@@ -116,6 +119,7 @@ async def async_send(
 def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tensor:
     """`send` in place: this object becomes the pointer, and ``get_()`` turns it back."""
     _check_workers([worker])
+    refuse_hooks(self, "this tensor")
     allowed = allowed_users(options.pop("private", False), options.pop("allowed_users", None))
     if options:
         raise LocalError(f"send_ takes private and allowed_users, not {', '.join(options)}")

@@ -21,6 +21,7 @@ import torch
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError
 from planrt.plans import ops as table
 from planrt.plans.graph import Graph, Op, refs_in
+from planrt.plans.modes import any_autocast, as_recorded, check_default_dtype, default_changed
 from planrt.serde.values import DEVICE
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
@@ -69,6 +70,8 @@ def run(
         inputs, state = ([tensor.to(where) for tensor in part] for part in (inputs, state))
     if plan.differentiates and torch.is_inference_mode_enabled():
         raise PlanError(f"plan {plan.name!r} computes gradients: run it outside torch.inference_mode()")
+    if default_changed():
+        check_default_dtype(plan)
     return program(plan, where).run(inputs, state, isolated=plan.differentiates, deadline=deadline)
 
 
@@ -86,7 +89,11 @@ def execute(
     """
     if state is None:
         state = local_state(plan)
-    return drive(run(plan, inputs, state, device=device, deadline=deadline))
+    execution = run(plan, inputs, state, device=device, deadline=deadline)
+    if not any_autocast():
+        return drive(execution)
+    with as_recorded(plan):
+        return drive(execution)
 
 
 def drive(execution: Execution) -> Nested:

@@ -12,6 +12,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from planrt.errors import PlanWarning, TraceError
+from planrt.plans import seen
 from planrt.plans.graph import StateKind, StateSpec
 from planrt.plans.optimizers import OptimizerWatch
 from planrt.plans.source import frames_to_user
@@ -205,7 +206,7 @@ class StateRegistry:
     def capture(self, tensor: torch.Tensor, line: str | None) -> int:
         """Take in a tensor from outside the traced function."""
         if isinstance(tensor.grad_fn, BackwardCFunction):
-            raise TraceError(LOST_BACKWARD, line=line)
+            raise TraceError(seen.why_lost(tensor) or LOST_BACKWARD, line=line)
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise TraceError("torch.func transforms (vmap, grad) cannot be recorded", line=line)
         if tensor.grad_fn is not None:

@@ -96,6 +96,8 @@ class Plan(torch.nn.Module):
         super().__init__()
         # Not as a submodule: a module that is the function gives its state under its own names.
         self.__dict__["_function"] = function
+        if isinstance(function, torch.nn.Module):
+            self.training = function.training
         self.name: str = name or str(getattr(function, "__name__", type(function or self).__name__))
         self.id: int = secrets.randbits(40)
         self._record: PlanRecord | None = None
@@ -119,6 +121,13 @@ class Plan(torch.nn.Module):
         if len(args) >= place:
             return self._function(*args[:place], self.state, *args[place:], **kwargs)
         return self._function(*args, **kwargs, **{self._state_name(): self.state})
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode of the plan, and of the module that it was made of."""
+        super().train(mode)
+        if isinstance(self._function, torch.nn.Module):
+            self._function.train(mode)
+        return self
 
     # ------------------------------------------------------------------------------------ recording
 

@@ -22,6 +22,7 @@ from planrt.plans.graph import Op
 from planrt.plans.kept import Left
 from planrt.plans.known import KnownValues
 from planrt.plans.lifting import LOST_BACKWARD, StateRegistry, check_plain
+from planrt.plans.modes import default_changed, refuse_modes, write_default_dtype
 from planrt.plans.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.optimizers import OptimizerWatch, why_no_step
 from planrt.plans.sizes import TracedNumber, TracedShape, traced
@@ -197,6 +198,8 @@ class Recorder(TorchFunctionMode):
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
         self.known.after(name, watched, result)
+        if default_changed():
+            write_default_dtype(name, (args, kwargs), recorded_kwargs, result, self._line())
         return self._write(name, recorded_args, recorded_kwargs, result)
 
     def _unlisted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -245,7 +248,7 @@ class Recorder(TorchFunctionMode):
 
     def _check_hooks(self) -> None:
         for what, tensor in self.registry.named(self._alive[: len(self._specs)]):
-            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            if seen.hooked(tensor):
                 raise TraceError(f"{what} has hooks on its gradient; {seen.NO_HOOKS}", line=self._line())
 
     def _on_step(self, optimizer: torch.optim.Optimizer, change: str | None) -> None:
@@ -258,12 +261,10 @@ class Recorder(TorchFunctionMode):
 
     def _check_modes(self) -> None:
         """Modes that change what ops do, and that come about without a call that could be recorded."""
-        if torch.is_inference_mode_enabled():
-            raise TraceError("inference_mode cannot be recorded: use torch.no_grad()", line=self._line())
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise TraceError("torch.autocast cannot be recorded: use .to(dtype)", line=self._line())
+        refuse_modes(self._line)
         if torch.is_grad_enabled() != self._grad_mode:  # its forward runs without, and nobody said no_grad
-            raise TraceError(LOST_BACKWARD, line=self._line())
+            by_hook = torch_code.is_in("utils/hooks.py")
+            raise TraceError(seen.LOST_HOOK if by_hook else LOST_BACKWARD, line=self._line())
 
     def _emit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         return self._write(name, *self._recorded(name, args, kwargs), result)

@@ -97,6 +97,10 @@ _OTHER_MEMORY = (
     "gives a tensor other memory, and a plan changes its state by writing into it: use .copy_() under "
     "torch.no_grad()"
 )
+LOST_HOOK = (
+    "a backward hook of a module (register_full_backward_hook) cannot be recorded: compute with the gradients after "
+    "backward() instead"
+)
 NO_HOOKS = "a plan would lose the hook: compute with the gradient after backward() instead"
 
 
@@ -158,6 +162,11 @@ def why_from_nowhere(tensor: torch.Tensor) -> str:
     )
 
 
+def why_lost(tensor: torch.Tensor) -> str | None:
+    """One line on a tensor that came through a backward hook of a module; None for any other."""
+    return LOST_HOOK if "BackwardHookFunction" in type(tensor.grad_fn).__name__ else None
+
+
 class RecordedNode:
     """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would be used
     behind the recorder's back."""
@@ -181,6 +190,18 @@ def without_numpy(leaf: Any) -> Any:
     if type(leaf).__module__ == "numpy" and getattr(leaf, "shape", None) == () and hasattr(leaf, "item"):
         return leaf.item()
     return leaf
+
+
+def hooked(tensor: torch.Tensor) -> bool:
+    """Whether somebody gets to see, or changes, the gradient of `tensor`."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def backward_hooks(module: torch.nn.Module) -> str | None:
+    """What registered the backward hooks that `module` has; None where it has none."""
+    if module._backward_hooks:
+        return "register_full_backward_hook"
+    return "register_full_backward_pre_hook" if module._backward_pre_hooks else None
 
 
 def is_backward_default(key: str, value: Any) -> bool:

@@ -81,6 +81,16 @@ def asker() -> tuple[str, str] | None:
     return name, next((text for start, text in _INSTEAD.items() if name.startswith(start)), "")
 
 
+def is_in(file: str) -> bool:
+    """Whether the call that a recorder sees just now is made under that file of torch."""
+    frame: FrameType | None = _caller()
+    while frame is not None and _is_torchs(frame):
+        if _place(frame)[0] == file:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _public_name(home: str, qualname: str) -> str:
     """``distributions.Normal`` for ``Normal.__init__`` in ``torch.distributions.normal``: what users write."""
     word, parts = qualname.partition(".")[0], home.split(".")

@@ -9,13 +9,14 @@ The function's side effects on modules, tensors, optimizers and generators are u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from planrt.errors import PlanrtError, TraceError
+from planrt.plans import seen
 from planrt.plans.chance import why_not
 from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.kept import KeptError, KeptState, Left, Snapshot, notice, why_kept
@@ -103,6 +104,7 @@ def record(
     specs = tuple(
         TensorSpec.of(example, free_dims=dims) for example, dims in zip(examples, free, strict=True)
     )
+    _check_hooks(registry, trained=not own_gradients)
     kept = KeptState(function, registry.modules)
     with Undo(registry) as undo:
 
@@ -156,6 +158,34 @@ def record(
         frozenset(index for index, example in enumerate(examples) if example.requires_grad),
         own_gradients and any(step.op.name in GRADIENTS for step in steps),
     )
+
+
+def _check_hooks(registry: StateRegistry, *, trained: bool) -> None:
+    """Raises TraceError for hooks that nobody would call where the plan runs. Forward hooks run while recording."""
+    for path, module in _named_modules(registry.modules):
+        what = seen.backward_hooks(module)
+        if what is not None:
+            raise TraceError(
+                f"module {path} has a backward hook ({what}), which a plan would lose: compute with the gradients "
+                "after backward() instead"
+            )
+    for what, tensor in registry.named(()) if trained else ():
+        if tensor.requires_grad and seen.hooked(tensor):
+            raise TraceError(
+                f"{what} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which nobody "
+                "would call where a round trains it: freeze with requires_grad_(False), mask the weight in forward, or "
+                "let a plan compute with .grad after loss.backward()"
+            )
+
+
+def _named_modules(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Each module once, with its path in the first one that holds it, or its class's name."""
+    met: set[int] = set()
+    for root in modules:
+        for path, part in root.named_modules():
+            if id(part) not in met:
+                met.add(id(part))
+                yield repr(path) if path else type(part).__name__, part
 
 
 def _check_kept(

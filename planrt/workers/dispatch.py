@@ -7,7 +7,10 @@ table at the end names the calls that are something else, those of autograd firs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -154,6 +157,27 @@ def _assert(condition: Any, message: Any = "") -> None:
     """`torch._assert`, in modules of torchvision: it would read a value, and the worker's op checks its input."""
 
 
+_HOOKS_OF_MODULES = os.path.join("torch", "utils", "hooks.py")
+
+
+def _frames(most: int) -> Iterator[FrameType]:
+    """The callers, at most that many."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and most > 0:
+        yield frame
+        frame, most = frame.f_back, most - 1
+
+
+def _grad_fn(pointer: PointerTensor) -> Any:
+    """Stands for the node, except for torch's code that hangs backward hooks of modules on it."""
+    if any(frame.f_code.co_filename.endswith(_HOOKS_OF_MODULES) for frame in _frames(8)):
+        raise RemoteOpError(
+            "a backward hook of a module (register_full_backward_hook) does not run on a worker: remove it, and "
+            "compute with the gradients after backward()"
+        )
+    return remote_autograd.get_grad_fn(pointer)
+
+
 def _getter(name: str) -> Any:
     return getattr(_Tensor, name).__get__
 
@@ -170,7 +194,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _getter("requires_grad"): remote_autograd.get_requires_grad,
     _setter("requires_grad"): remote_autograd.set_requires_grad,
     _getter("is_leaf"): lambda pointer: pointer._spec.leaf,
-    _getter("grad_fn"): remote_autograd.get_grad_fn,
+    _getter("grad_fn"): _grad_fn,
     _getter("device"): _device,
     _getter("is_cpu"): lambda pointer: True,
     _getter("is_meta"): lambda pointer: False,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
-from planrt.plans import ops
+from planrt.plans import ops, seen
 from planrt.plans.inference import spec_of
 from planrt.plans.torchscript import is_torchscript
 from planrt.serde.values import DEVICE
@@ -36,7 +36,7 @@ from planrt.workers.pointers import (
     new_id,
 )
 from planrt.workers.posted import PostedOp
-from planrt.workers.remote_ops import packed, place_of
+from planrt.workers.remote_ops import packed, place_of, refuse_autocast, refuse_hooks
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
@@ -86,7 +86,21 @@ def _local(module: nn.Module) -> list[torch.Tensor]:
     for tensor in tensors:
         if isinstance(tensor, PointerTensor):
             raise LocalError(f"the module is on {place_of(tensor)} already: get() or move() it")
+    _refuse_hooks(module)
     return tensors
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    """Raises LocalError for hooks that nobody would call: backward passes run on the worker."""
+    for path, part in module.named_modules():
+        what = seen.backward_hooks(part)
+        if what is not None:
+            raise LocalError(
+                f"module {path or type(part).__name__} has a backward hook ({what}), which would not run on a worker: "
+                "remove it before send(), and compute with the gradients after backward()"
+            )
+    for name, parameter in module.named_parameters():
+        refuse_hooks(parameter, f"parameter {name!r}")
 
 
 def _become_remote(
@@ -223,7 +237,10 @@ def make_remote(
     worker: BaseWorker, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Makes a tensor on `worker` by the factory `name`."""
+    refuse_autocast(name)
     like = func(*args, **{**kwargs, "device": "meta"})
+    if like.dtype == torch.get_default_dtype():  # of this process
+        kwargs = {**kwargs, "dtype": like.dtype}
     handle = Handle(worker, new_id())
     wire = map_leaves(kwargs, lambda leaf: DEVICE if isinstance(leaf, torch.device) else leaf)
     wire.pop("device", None)

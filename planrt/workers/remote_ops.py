@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 
-from planrt.errors import MixedLocationsError, PlanFormatError, RemoteOpError, UnsupportedTensorError
+from planrt.errors import (
+    LocalError,
+    MixedLocationsError,
+    PlanFormatError,
+    RemoteOpError,
+    UnsupportedTensorError,
+)
 from planrt.plans import ops, seen
 from planrt.plans.inference import Inferred, Same, Spec, infer, rebuild
+from planrt.plans.modes import any_autocast, default_changed
 from planrt.plans.source import is_users
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
@@ -33,6 +40,7 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     """Posts the op `name` to the worker of its operands; gives what `function` would, in pointers."""
     if kwargs.get("out") is not None:
         return _into(name, function, args, dict(kwargs))
+    refuse_autocast(name)
     if name == "Tensor.to":
         args = _on_one_device(args)
     operands: list[PointerTensor] = []
@@ -60,7 +68,42 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     seed = first.worker.draw_seed() if name in ops.RANDOM else None
     line = calling_line()
     inferred = infer(name, ops.BOUNDED.get(name, function), args, kwargs, PointerTensor)
+    if default_changed():
+        _refuse_default_dtype(name, operands, (args, kwargs), inferred)
     return post(name, wire_args, wire_kwargs, first, inferred, operands, seed, line)
+
+
+def refuse_autocast(name: str) -> None:
+    """Raises RemoteOpError under `torch.autocast`, which is this thread's and does not reach the worker."""
+    if any_autocast():
+        raise RemoteOpError(
+            f"{name}: torch.autocast does not reach workers, where the op would run in its operands' dtypes: leave the "
+            "block, and write pointer.to(torch.bfloat16) or model.to(torch.bfloat16)"
+        )
+
+
+def refuse_hooks(tensor: torch.Tensor, name: str) -> None:
+    """Raises LocalError for hooks on the gradient of `tensor`: backward passes run on the worker, and call none."""
+    if seen.hooked(tensor):
+        raise LocalError(
+            f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which would not "
+            "run on a worker: remove them before send(), and change the gradient (pointer.grad) after backward()"
+        )
+
+
+def _refuse_default_dtype(
+    name: str, operands: list[PointerTensor], given: Any, inferred: Inferred | None
+) -> None:
+    """Raises RemoteOpError where a result would have the default dtype of this process, which workers do not have."""
+    default = torch.get_default_dtype()
+    if any(one.dtype == default for one in operands) or torch.dtype in map(type, leaves(given)):
+        return
+    made = leaves(inferred.results) if inferred is not None else ()
+    if any(type(one) is Spec and one.dtype == default for one in made):
+        raise RemoteOpError(
+            f"{name}: its result follows torch.set_default_dtype({default}), which workers do not have: give the "
+            f"dtype, for instance pointer.to({default})"
+        )
 
 
 def post(
