@@ -32,7 +32,7 @@ def measure(size: Size) -> list[Row]:
 def _measure(size: Size) -> list[Row]:
     batches = 2 if size.quick else 2 * BATCHES
     images = torch.randint(0, 256, (batches * BATCH_SIZE, 28, 28), dtype=torch.uint8)
-    dataset = BaseDataset(images, torch.randint(0, 10, (len(images),)), data.normalize)
+    dataset = BaseDataset(images, torch.randint(0, 10, (len(images),)), batch_transform=data.normalize)
     plain = PlainWorkers({"worker": dataset}, batches=batches)
     network = seeded_net(SEED)
     state = {name: value.clone() for name, value in network.state_dict().items()}

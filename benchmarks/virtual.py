@@ -61,7 +61,7 @@ def shares(count: int) -> dict[str, BaseDataset]:
     images = torch.from_numpy(loaded.train_images.copy())
     labels = torch.from_numpy(loaded.train_labels.astype("int64"))
     return {
-        f"worker{number:04}": BaseDataset(part, targets, data.normalize)
+        f"worker{number:04}": BaseDataset(part, targets, batch_transform=data.normalize)
         for number, (part, targets) in enumerate(
             zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
         )

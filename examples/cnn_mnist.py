@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     model = Net()
     optimizer = optim.SGD(model.parameters(), lr=options.lr)
     with workers("bob", "alice", websocket=options.websocket, in_turn=True) as (bob, alice):
-        federated = sy.BaseDataset(images, labels, mnist.normalize).federate((bob, alice))
+        federated = sy.BaseDataset(images, labels, batch_transform=mnist.normalize).federate((bob, alice))
         loader = sy.FederatedDataLoader(federated, batch_size=options.batch_size, shuffle=True)
         print(federated)
         for epoch in range(1, options.epochs + 1):
@@ -102,7 +102,7 @@ def test(model: Net, loaded: mnist.LoadedData) -> tuple[int, float]:
     dataset = sy.BaseDataset(
         torch.from_numpy(loaded.test_images.copy()),
         torch.from_numpy(loaded.test_labels.copy()).long(),
-        mnist.normalize,
+        batch_transform=mnist.normalize,
     )
     correct, loss = 0, 0.0
     with torch.no_grad():

@@ -7,10 +7,10 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
-from typing import TypeVar, cast
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -92,27 +92,52 @@ def _first_term(value: torch.Tensor, weight: float, own: bool) -> torch.Tensor:
     return term if weight == 1.0 else term.mul_(weight)
 
 
-def federated_avg(models: Mapping[str, Model], weights: Mapping[str, float] | None = None) -> Model:
+def federated_avg(
+    models: Mapping[Any, Model] | Sequence[Model],
+    weights: Mapping[Any, float] | Sequence[float] | None = None,
+    *,
+    copy: bool = False,
+) -> Model:
     """The average of `models` (worker id -> model), plain, or weighted by `weights` (worker id -> samples).
 
-    Models are nn.Modules, traced modules or state dicts; the result is a new one of the same kind, and the
-    given ones stay as they are. Models are added in the order of their ids, whatever order the mapping has,
-    so the result does not depend on who answered first.
+    Models are nn.Modules, traced modules or state dicts. Of modules, the first in the mapping is changed to be the
+    average, and returned, as in PySyft 0.2: its parameters stay the same objects, so an optimizer of it goes on. With
+    `copy` it is a new model, and the given ones stay as they are. Of state dicts it is always a new dict.
+
+    Models are added in the order of their ids, whatever order the mapping has, so the result does not depend on who
+    answered first. A sequence is averaged in its own order; its weights then are a sequence, too.
 
     Raises:
         OptionError: no models, models that do not match, or a weight missing or not positive.
     """
-    if not models:
+    if isinstance(models, nn.Module | torch.Tensor) or not isinstance(models, Mapping | Sequence):
+        raise OptionError(
+            f"federated_avg takes models by worker id, {{worker.id: model}}, not a {type(models).__name__}"
+        )
+    by_id: dict[Any, Model] = dict(models) if isinstance(models, Mapping) else dict(enumerate(models))
+    if weights is not None and not isinstance(weights, Mapping):
+        weights = dict(enumerate(weights))
+    if not by_id:
         raise OptionError("federated_avg needs at least one model")
-    if weights is not None and (missing := models.keys() - weights.keys()):
-        raise OptionError(f"no weight for {', '.join(sorted(missing))}: give one per model")
+    for id, one in by_id.items():
+        if not isinstance(one, nn.Module | Mapping):
+            raise OptionError(
+                f"federated_avg averages models or their state dicts; {id!r} is a {type(one).__name__}"
+            )
+    if weights is not None and (missing := by_id.keys() - weights.keys()):
+        raise OptionError(f"no weight for {', '.join(sorted(map(str, missing)))}: give one per model")
     average = StreamingAverage()
-    for worker_id in sorted(models):
-        weight = 1.0 if weights is None else float(weights[worker_id])
-        average.add(state_of(models[worker_id]), weight=weight)
-    first: nn.Module | State = models[min(models)]
+    for id in sorted(by_id, key=str) if isinstance(models, Mapping) else by_id:
+        weight = 1.0 if weights is None else float(weights[id])
+        average.add(state_of(by_id[id]), weight=weight)
     state = average.result()
-    return cast(Model, with_state(first, state) if isinstance(first, nn.Module) else state)
+    first: nn.Module | State = next(iter(by_id.values()))
+    if not isinstance(first, nn.Module):
+        return cast(Model, state)
+    if copy:
+        return with_state(first, state)  # type: ignore[return-value]
+    first.load_state_dict({**first.state_dict(), **state})
+    return first  # type: ignore[return-value]
 
 
 def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:
@@ -134,4 +159,4 @@ def copied(model: nn.Module) -> nn.Module:
     Such a tensor has a gradient history, which torch refuses to copy; its next forward computes it anew.
     """
     computed = [tensor for _, tensor in attribute_tensors(model) if tensor.grad_fn is not None]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    return deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})

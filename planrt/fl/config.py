@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from planrt.errors import LocalError, OptionError, UnknownDatasetError
-from planrt.fl.recorded import recorded
+from planrt.errors import LocalError, OptionError
+from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
+from planrt.fl.options import learning_rate, optimizer_name, optimizer_options, whole
+from planrt.fl.recorded import dataset_of, example_batch, recorded
 from planrt.plans.model_state import ModelState
-from planrt.plans.training import OPTIMIZERS, EvaluationResult, ModelPlans
-from planrt.seeding import derive_seed
-from planrt.serde.dtypes import DTYPES
+from planrt.plans.torchscript import class_name
+from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.serde.frames import Allocate, in_memory
+from planrt.types import plain
 from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.loop import on_loop, run
+from planrt.workers.pointers import new_id
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(prediction, target) -> 0-d loss, the mean over the batch."""
+Loss = Callable[..., torch.Tensor]
+"""(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and ``target``."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
     """What a worker sent back: the trained entries of the state, and how training went.
 
-    `loss` is the mean over the samples seen (nan if there were none). `changed` has the entries by the names of the
-    model's `state_dict`, `entries` the same tensors by the names of the plan, each once.
+    `loss` is the mean over the samples seen (nan if there were none); ``float(result)`` and ``result.item()`` are the
+    same. `changed` has the entries by the names of the model's `state_dict`, `entries` the same tensors by the names of
+    the plan, each once. Both are empty where the model stays on the worker, as with `worker.fit`.
     """
 
     worker_id: str
@@ -37,64 +41,103 @@ class FitResult:
     samples: int
     batches: int
     changed: ModelState
-    entries: dict[str, torch.Tensor] = field(repr=False)
+    entries: dict[str, torch.Tensor]
+
+    def __float__(self) -> float:
+        return self.loss
+
+    def item(self) -> float:
+        """The loss, as scripts read it from a tensor."""
+        return self.loss
+
+    def __repr__(self) -> str:
+        back = f", {len(self.changed)} entries came back" if self.changed else ""
+        return (
+            f"<FitResult of {self.worker_id}: loss {self.loss:.4f}, {self.samples} samples in {self.batches} "
+            f"batches{back}>"
+        )
 
 
 class TrainConfig:
     """A model, its loss and how to train it.
 
-    `model` is an nn.Module or a `torch.jit.trace`d module; `loss_fn` takes (prediction, target) and gives the
-    mean over the batch. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no bound) and `shuffle` say which
-    batches; `optimizer` names a class of torch.optim and `optimizer_args` its arguments. Each round starts a
-    fresh optimizer unless `keep_optimizer_state`, which keeps its state on the worker between rounds.
+    `model` is an nn.Module, or one from `torch.jit.trace` or `torch.jit.script`. `loss_fn` takes (prediction, target)
+    and gives the mean over the batch; if its parameters are named ``pred`` and ``target``, it is called by name, in
+    whatever order they stand. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no bound), `shuffle` and
+    `drop_last` (whether to leave out the short last batch of each pass) say which batches. `optimizer` is a class of
+    torch.optim or its name, and `optimizer_args` its arguments.
 
-    The plans are traced on `example`, a (data, target) batch, or else on zeros of the shapes that the worker
-    announces for its data set; `plans` are used as they are.
+    Each round starts a fresh optimizer unless `keep_optimizer_state`, which keeps its state on the worker between
+    rounds. `worker.fit`, which goes on with a model that was sent, keeps it unless that is False.
+
+    The model is followed: after a layer was frozen or added, the next round trains it as it is then. The plans are
+    traced on `example`, a (data, target) batch, or else on zeros of the shapes that the worker announces for its data
+    set; `plans` are used as they are. `id` and `owner` are what scripts of the 0.2 era give, for show.
 
     Raises:
-        OptionError: a number out of range or an unknown optimizer.
+        OptionError: a number out of range, an unknown optimizer, or arguments it does not accept.
         TraceError: with `example`, a model that cannot be recorded or whose output does not fit the loss.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: Loss,
+        model: nn.Module | None = None,
+        loss_fn: Loss | None = None,
         *,
         batch_size: int = 32,
         epochs: int = 1,
-        optimizer: str = "SGD",
+        optimizer: str | type[torch.optim.Optimizer] = "SGD",
         optimizer_args: Mapping[str, Any] | None = None,
         max_nr_batches: int = -1,
         shuffle: bool = True,
-        keep_optimizer_state: bool = False,
+        drop_last: bool = False,
+        keep_optimizer_state: bool | None = None,
         example: tuple[torch.Tensor, torch.Tensor] | None = None,
         plans: ModelPlans | None = None,
+        id: int | str | None = None,
+        owner: object = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("epochs", epochs, 1),
-            ("max_nr_batches", max_nr_batches, -1),
-        ):
-            if value < least:
-                raise OptionError(f"{name} must be at least {least}, not {value}")
-        if optimizer not in OPTIMIZERS:
+        if model is not None and not isinstance(model, nn.Module):
+            raise OptionError(f"model must be an nn.Module, not {type(model).__name__}")
+        if loss_fn is not None and not callable(loss_fn):
             raise OptionError(
-                f"unknown optimizer {optimizer!r}: choose one of {', '.join(sorted(OPTIMIZERS))}"
+                f"loss_fn must be a function of (prediction, target), not {type(loss_fn).__name__}"
             )
         self.model = model
         self.loss_fn = loss_fn
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.optimizer = optimizer
-        self.optimizer_args = dict(optimizer_args if optimizer_args is not None else {"lr": 0.1})
-        self.max_nr_batches = max_nr_batches
-        self.shuffle = shuffle
+        self.batch_size = whole("batch_size", batch_size, at_least=1)
+        self.epochs = whole("epochs", epochs, at_least=1)
+        self.optimizer = optimizer_name(optimizer)
+        self.optimizer_args = optimizer_options(self.optimizer, optimizer_args)
+        self.max_nr_batches = whole("max_nr_batches", max_nr_batches, at_least=-1)
+        self.shuffle = bool(plain(shuffle))
+        self.drop_last = bool(plain(drop_last))
         self.keep_optimizer_state = keep_optimizer_state
+        self.id = new_id() if id is None else id
+        self.owner = owner
+        self.model_ptr: ModelPointer | None = None
+        """The model on the worker that this was last sent to."""
+        self.loss_fn_ptr: LossPointer | None = None
         self._given = plans
         self._example = example
         if example is not None:
             _ = self.plans
+
+    def __repr__(self) -> str:
+        parts = [f"id:{self.id}", f"owner:{getattr(self.owner, 'id', 'me')}"]
+        if self.model is not None:
+            parts.append(f"model: {class_name(self.model)}")
+        if self.loss_fn is not None:
+            parts.append(f"loss_fn: {getattr(self.loss_fn, '__name__', class_name(self.loss_fn))}")
+        if self.optimizer != "SGD":
+            parts.append(f"optimizer: {self.optimizer}")
+        parts += [f"epochs: {self.epochs}", f"batch_size: {self.batch_size}"]
+        return f"<TrainConfig {' '.join(parts)} optimizer_args: {self.optimizer_args}>"
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether it is known what batches look like, so that there are plans."""
+        return self._given is not None or self._example is not None
 
     @property
     def plans(self) -> ModelPlans:
@@ -107,14 +150,20 @@ class TrainConfig:
             return self._given
         if self._example is None:
             raise LocalError(
-                "nothing is traced yet: call prepare() of the scheduler or evaluator first, or give TrainConfig an "
-                "example=(data, target) batch"
+                "nothing is traced yet, as it is not known what a batch looks like: await scheduler.prepare() first, "
+                "or give TrainConfig an example=(data, target) batch"
             )
+        if self.model is None or self.loss_fn is None:
+            raise LocalError("this TrainConfig has no model or no loss: TrainConfig(model=..., loss_fn=...)")
         return recorded(self.model, self.loss_fn, *self._example)
 
     @property
     def state(self) -> ModelState:
-        """The model's state as it is now, as ``model.load_state_dict`` takes it."""
+        """The model's state as it is now, as ``model.load_state_dict`` takes it.
+
+        Raises:
+            LocalError: nothing was traced yet: see `plans`.
+        """
         return self.plans.state
 
     def trace_for(self, worker: BaseWorker, dataset_key: str) -> ModelPlans:
@@ -128,32 +177,44 @@ class TrainConfig:
             self._example = example_batch(info)
         return self.plans
 
+    def fit_options(self, lr: float | None = None) -> dict[str, Any]:
+        """The fields of a `Fit` message that are this config's, with another learning rate if given."""
+        return {
+            "batch_size": self.batch_size,
+            "epochs": self.epochs,
+            "max_nr_batches": self.max_nr_batches,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "optimizer": self.optimizer,
+            "optimizer_args": self.optimizer_args if lr is None else {**self.optimizer_args, "lr": lr},
+        }
+
     # ------------------------------------------------------------------------------- on a worker
 
     @on_loop
-    async def async_send(self, worker: BaseWorker) -> None:
-        """Leaves this job with `worker`, for its `fit` and `evaluate`; sends the plans that are traced."""
-        if self._given is not None or self._example is not None:
-            await worker.put_plan(self.plans.training)
-        worker.train_job = self
+    async def async_send(self, worker: BaseWorker) -> TrainConfig:
+        """Puts the model on `worker`, for its `fit` and `evaluate`; `model_ptr` brings it back from there.
 
-    def send(self, worker: BaseWorker) -> None:
+        What is there is the config and the model as they are now: later changes here do not reach it.
+
+        Returns:
+            This config.
+
+        Raises:
+            LocalError: the model is on a worker itself. WorkerLostError.
+        """
+        if not isinstance(worker, BaseWorker):
+            raise LocalError(f"send takes a worker, not {type(worker).__name__}")
+        job = SentJob(self)
+        await job.put(worker)
+        worker.leave_job(job)
+        self.model_ptr = None if self.model is None else ModelPointer(job, worker)
+        self.loss_fn_ptr = None if self.loss_fn is None else LossPointer(self.loss_fn, worker)
+        return self
+
+    def send(self, worker: BaseWorker) -> TrainConfig:
         """The blocking form of `async_send`."""
-        run(self.async_send(worker), instead="await config.async_send(worker)")
-
-    async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> FitResult:
-        """Trains the state as it was traced on `worker`'s data, once."""
-        self.trace_for(worker, dataset_key)
-        return await self.fit(
-            worker, self.state, dataset_key=dataset_key, seed=derive_seed(seed, 1, worker.id)
-        )
-
-    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, *, bins: int) -> EvaluationResult:
-        """Evaluates the state as it was traced on `worker`'s data."""
-        self.trace_for(worker, dataset_key)
-        return await self.evaluate(
-            worker, self.state, dataset_key=dataset_key, batch_size=self.batch_size, bins=bins
-        )
+        return run(self.async_send(worker), instead="await config.async_send(worker)")
 
     @on_loop
     async def fit(
@@ -177,14 +238,9 @@ class TrainConfig:
         body = m.Fit(
             plan=plan.hash,
             dataset=dataset_key,
-            batch_size=self.batch_size,
-            epochs=self.epochs,
-            max_nr_batches=self.max_nr_batches,
-            shuffle=self.shuffle,
-            optimizer=self.optimizer,
-            optimizer_args=self.optimizer_args if lr is None else {**self.optimizer_args, "lr": lr},
-            keep_optimizer_state=self.keep_optimizer_state,
-            seed=seed,
+            keep_optimizer_state=bool(self.keep_optimizer_state),
+            seed=whole("seed", seed, at_least=0),
+            **self.fit_options(None if lr is None else learning_rate(lr)),
         )
         tensors = list(plans.names.by_entry(state).values())
         reply = await worker.request(body, tensors, plan=plan, allocate=allocate)
@@ -208,39 +264,11 @@ class TrainConfig:
         plans = self.plans
         plan = plans.evaluation
         await worker.put_plan(plan)
-        body = m.Evaluate(plan.hash, dataset_key, batch_size, bins)
+        body = m.Evaluate(
+            plan.hash,
+            dataset_key,
+            whole("batch_size", batch_size, at_least=1),
+            whole("bins", bins, at_least=0),
+        )
         reply = await worker.request(body, list(plans.names.by_entry(state).values()), plan=plan)
-        figures, _ = expect(m.Evaluated, reply, worker)
-        return EvaluationResult(
-            loss=figures.loss,
-            correct=figures.correct,
-            samples=figures.samples,
-            histogram=figures.histogram,
-            target_histogram=figures.target_histogram,
-        )
-
-
-def dataset_of(worker: BaseWorker, key: str) -> m.DatasetInfo:
-    """What `worker` says about its data set `key`.
-
-    Raises:
-        UnknownDatasetError: it has none under that key.
-    """
-    info = worker.datasets.get(key)
-    if info is None:
-        keys = ", ".join(sorted(worker.datasets)) or "none"
-        raise UnknownDatasetError(
-            f"no data set under the key {key!r}; it has: {keys}",
-            worker_id=worker.id,
-            kind="UnknownDatasetError",
-        )
-    return info
-
-
-def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of `size` zeros with the shapes and dtypes a worker announces: enough to trace on."""
-    data, target = (
-        torch.zeros([size if extent == -1 else extent for extent in shape], dtype=DTYPES[dtype])
-        for dtype, shape in (info.data, info.target)
-    )
-    return data, target
+        return evaluated(expect(m.Evaluated, reply, worker)[0])

@@ -159,7 +159,9 @@ def partition_for(worker_id: str, loaded: LoadedData, *, testing: bool = False) 
         images, labels = loaded.train_images[mine], loaded.train_labels[mine]
     else:
         raise DataError(no_partition(worker_id))
-    return BaseDataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), normalize)
+    return BaseDataset(
+        torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), batch_transform=normalize
+    )
 
 
 def no_partition(worker_id: str) -> str:

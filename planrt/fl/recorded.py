@@ -15,10 +15,14 @@ from typing import Final
 import torch
 from torch import nn
 
+from planrt.errors import UnknownDatasetError
 from planrt.plans.fingerprint import Fingerprint, fingerprint
 from planrt.plans.graph import Graph
 from planrt.plans.model_state import StateMap
 from planrt.plans.training import Loss, ModelPlans, trace_model
+from planrt.serde.dtypes import DTYPES
+from planrt.workers import messages as m
+from planrt.workers.clients import BaseWorker
 
 _KEPT: Final = 32
 
@@ -69,3 +73,29 @@ def recorded(model: nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.
             while len(_recorded) > _KEPT:
                 _recorded.popitem(last=False)
     return plans
+
+
+def dataset_of(worker: BaseWorker, key: str) -> m.DatasetInfo:
+    """What `worker` says about its data set `key`.
+
+    Raises:
+        UnknownDatasetError: it has none under that key.
+    """
+    info = worker.datasets.get(key)
+    if info is None:
+        keys = ", ".join(sorted(worker.datasets)) or "none"
+        raise UnknownDatasetError(
+            f"no data set under the key {key!r}; it has: {keys}",
+            worker_id=worker.id,
+            kind="UnknownDatasetError",
+        )
+    return info
+
+
+def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of `size` zeros with the shapes and dtypes a worker announces: enough to trace on."""
+    data, target = (
+        torch.zeros([size if extent == -1 else extent for extent in shape], dtype=DTYPES[dtype])
+        for dtype, shape in (info.data, info.target)
+    )
+    return data, target

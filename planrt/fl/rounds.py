@@ -18,7 +18,9 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.fl.averaging import StreamingAverage
-from planrt.fl.config import FitResult, TrainConfig, dataset_of
+from planrt.fl.config import FitResult, TrainConfig
+from planrt.fl.options import learning_rate, whole
+from planrt.fl.recorded import dataset_of
 from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
@@ -61,6 +63,10 @@ class RoundResult:
     workers: dict[str, WorkerRound]
     worker_states: dict[str, ModelState] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        workers = ", ".join(f"{id}: {part.loss:.4f}" for id, part in self.workers.items())
+        return f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s>"
+
 
 class RoundScheduler:
     """Runs rounds of `config` on `workers`, each on its data set `dataset_key`.
@@ -87,19 +93,28 @@ class RoundScheduler:
         hold: int = 2,
         weighted: bool = False,
     ) -> None:
+        for one in workers:
+            if not isinstance(one, BaseWorker):
+                raise OptionError(f"a round runs on workers, not on {type(one).__name__}: {str(one)[:80]!r}")
         self.workers = sorted(workers, key=lambda worker: worker.id)
         ids = [worker.id for worker in self.workers]
         if not ids:
             raise OptionError("a round needs at least one worker")
         if len(set(ids)) < len(ids):
             raise OptionError(f"worker ids must differ, these do not: {', '.join(ids)}")
-        if hold < 0:
-            raise OptionError(f"hold must be 0 or more replies, not {hold}")
+        if not isinstance(config, TrainConfig):
+            raise OptionError(f"RoundScheduler takes workers and a TrainConfig, not {type(config).__name__}")
         self.config = config
         self.dataset_key = dataset_key
-        self.seed = seed
-        self._hold = hold
+        self.seed = whole("seed", seed, at_least=0)
+        self._hold = whole("hold", hold, at_least=0)
         self._weighted = weighted
+
+    def __repr__(self) -> str:
+        ids = ", ".join(worker.id for worker in self.workers)
+        return (
+            f"<RoundScheduler of {self.config!r} on {ids}: data set {self.dataset_key!r}, seed {self.seed}>"
+        )
 
     @on_loop
     async def prepare(self) -> None:
@@ -134,8 +149,18 @@ class RoundScheduler:
         (a model each).
 
         Raises:
+            A worker that has trained on nothing (its data set is empty, or `drop_last` left nothing) does not count.
+
+        Raises:
+            OptionError: the arguments are swapped, or the state does not fit the model.
             WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
         """
+        if isinstance(round_number, Mapping):
+            raise OptionError("run_round takes the number of the round first: run_round(1, state)")
+        if isinstance(state, torch.nn.Module):
+            raise OptionError("run_round takes a state, not a model: pass model.state_dict()")
+        round_number = whole("round_number", round_number, at_least=0)
+        lr = None if lr is None else learning_rate(lr)
         started = time.perf_counter()
         plans = self.config.plans
         names = plans.names
@@ -158,7 +183,7 @@ class RoundScheduler:
                     parts[worker.id] = part
                     if keep_worker_states:
                         kept[worker.id] = names.named({**before, **result.entries})
-                    if part.samples or not self._weighted:
+                    if part.samples:
                         weight = float(part.samples) if self._weighted else 1.0
                         fold = partial(average.add, result.entries, weight=weight, own=not keep_worker_states)
                         await asyncio.to_thread(fold) if large else fold()
@@ -220,13 +245,11 @@ class ModelEvaluator:
     def __init__(
         self, worker: BaseWorker, config: TrainConfig, *, dataset_key: str, batch_size: int, bins: int = 10
     ) -> None:
-        if batch_size < 1:
-            raise OptionError(f"the test batch size must be at least 1, not {batch_size}")
         self.worker = worker
         self.config = config
         self.dataset_key = dataset_key
-        self.batch_size = batch_size
-        self.bins = bins
+        self.batch_size = whole("the test batch size", batch_size, at_least=1)
+        self.bins = whole("bins", bins, at_least=0)
 
     @on_loop
     async def prepare(self) -> None:

@@ -88,7 +88,8 @@ def _split(dataset: Any, workers: Any) -> list[BaseDataset]:
         )
     whole = _whole(dataset)
     data, targets = whole.data.tensor_split(len(workers)), whole.targets.tensor_split(len(workers))
-    return [BaseDataset(*part, whole.transform) for part in zip(data, targets, strict=True)]
+    transform = whole.batch_transform
+    return [BaseDataset(*part, batch_transform=transform) for part in zip(data, targets, strict=True)]
 
 
 def _check_workers(workers: Any) -> None:
@@ -115,13 +116,15 @@ def _by_tensors(dataset: Any) -> BaseDataset | None:
     """`dataset` as tensors that it holds already; None if it is not of a kind known here."""
     if isinstance(dataset, BaseDataset | TensorDataset):
         known = as_batches(dataset)
-        return known if isinstance(known, BaseDataset) and type(known).fetch is BaseDataset.fetch else None
+        if not isinstance(known, BaseDataset) or type(known).fetch is not BaseDataset.fetch:
+            return None
+        return known if known.transform_ is None else None
     if type(dataset) is Subset:
         whole = _by_tensors(dataset.dataset)
         chosen = torch.as_tensor(dataset.indices, dtype=torch.int64)
-        return (
-            None if whole is None else BaseDataset(whole.data[chosen], whole.targets[chosen], whole.transform)
-        )
+        if whole is None:
+            return None
+        return BaseDataset(whole.data[chosen], whole.targets[chosen], batch_transform=whole.batch_transform)
     return _by_mnist(dataset)
 
 
@@ -156,7 +159,9 @@ def _by_mnist(dataset: Any) -> BaseDataset | None:
     if not tensors or dataset.data.dtype != torch.uint8:
         return None
     transform = _whole_batches(dataset.transform, torchvision.transforms)
-    return None if transform is None else BaseDataset(dataset.data, dataset.targets, transform)
+    return (
+        None if transform is None else BaseDataset(dataset.data, dataset.targets, batch_transform=transform)
+    )
 
 
 def _whole_batches(transform: Any, transforms: Any) -> Transform | None:

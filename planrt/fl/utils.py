@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn import functional as F
 
+from planrt.errors import OptionError
 from planrt.fl.averaging import copied, federated_avg
 from planrt.fl.config import Loss, TrainConfig
+from planrt.fl.federated import FederatedDataLoader
+from planrt.fl.options import whole
 from planrt.logs import get_logger
 from planrt.plans.training import EvaluationResult
 from planrt.seeding import derive_seed
-from planrt.workers.clients import BaseWorker
+from planrt.workers.clients import BaseWorker, check_device
 from planrt.workers.loop import on_loop, run
 
 __all__ = [
+    "accuracy",
+    "add_model",
     "async_evaluate_model_on_worker",
+    "create_gaussian_mixture_toy_data",
     "evaluate_model_on_worker",
+    "extract_batches_per_worker",
     "federated_avg",
     "fit_model_on_worker",
+    "iris_data_partial",
+    "scale_model",
 ]
 
 log = get_logger("planrt.fl")
@@ -34,7 +46,7 @@ async def fit_model_on_worker(
     *,
     dataset_key: str = "mnist",
     loss_fn: Loss = F.nll_loss,
-    optimizer: str = "SGD",
+    optimizer: str | type[torch.optim.Optimizer] = "SGD",
     seed: int = 1,
 ) -> tuple[str, nn.Module, float]:
     """Trains a copy of `traced_model` on `worker`'s data; awaitable from any loop.
@@ -49,6 +61,7 @@ async def fit_model_on_worker(
     Raises:
         OptionError, TraceError, RemoteError, WorkerLostError.
     """
+    curr_round = whole("curr_round", curr_round, at_least=0)
     config = TrainConfig(
         traced_model,
         loss_fn,
@@ -75,33 +88,37 @@ async def async_evaluate_model_on_worker(
     model: nn.Module,
     nr_bins: int,
     batch_size: int,
+    device: str | torch.device | None = None,
+    print_target_hist: bool = False,
     *,
     loss_fn: Loss = F.nll_loss,
-    print_target_hist: bool = False,
 ) -> EvaluationResult:
     """Evaluates `model` on `worker`'s data and logs what came out, under the name `model_identifier`.
 
-    `nr_bins` classes are counted (10 for digits); shares are logged in thirds as in the digits' tutorials when
-    there are ten. `print_target_hist` logs the data's own shares first.
+    `nr_bins` classes are counted (10 for digits); their shares are logged in thirds as in the digits' tutorials when
+    there are ten. `print_target_hist` logs the data's own counts first. `device` is taken as scripts of the 0.2 era
+    give it: a worker computes on its own. Lines go to the logger ``planrt.fl``; without handlers of its own Python
+    shows warnings only, so call `logging.basicConfig(level=logging.INFO)` to see them.
 
     Raises:
         TraceError, RemoteError, WorkerLostError.
     """
+    check_device(device)
     config = TrainConfig(model, loss_fn)
     state = config.trace_for(worker, dataset_key).names.of(model)
     result = await config.evaluate(
         worker, state, dataset_key=dataset_key, batch_size=batch_size, bins=nr_bins
     )
     if print_target_hist and result.target_histogram is not None:
-        log.info(f"Target histogram: {shares(result.target_histogram)}")
+        log.info(f"Target histogram: {result.target_histogram}")
     if result.histogram is not None:
         log.info(f"{model_identifier}: {shares(result.histogram)}")
     accuracy = (
-        f", accuracy: {result.correct}/{result.samples} ({result.correct / max(1, result.samples):.2%})"
+        f", Accuracy: {result.correct}/{result.samples} ({result.correct / max(1, result.samples):.2%})"
         if result.correct is not None
         else ""
     )
-    log.info(f"{model_identifier}: average loss: {result.loss:.4f}{accuracy}")
+    log.info(f"{model_identifier}: Average loss: {result.loss:.4f}{accuracy}")
     return result
 
 
@@ -112,9 +129,10 @@ def evaluate_model_on_worker(
     model: nn.Module,
     nr_bins: int,
     batch_size: int,
+    device: str | torch.device | None = None,
+    print_target_hist: bool = False,
     *,
     loss_fn: Loss = F.nll_loss,
-    print_target_hist: bool = False,
 ) -> EvaluationResult:
     """The blocking form of `async_evaluate_model_on_worker`."""
     evaluation = async_evaluate_model_on_worker(
@@ -124,8 +142,9 @@ def evaluate_model_on_worker(
         model,
         nr_bins,
         batch_size,
+        device,
+        print_target_hist,
         loss_fn=loss_fn,
-        print_target_hist=print_target_hist,
     )
     return run(evaluation, instead="await async_evaluate_model_on_worker(...)")
 
@@ -133,7 +152,81 @@ def evaluate_model_on_worker(
 def shares(histogram: list[int]) -> str:
     """The shares of predictions in 0-3, 4-6 and 7-9, for ten classes; else the counts."""
     if len(histogram) != 10:
-        return f"predictions per class: {histogram}"
+        return f"Predictions per class: {histogram}"
     total = max(1, sum(histogram))
     groups = (("0-3", histogram[:4]), ("4-6", histogram[4:7]), ("7-9", histogram[7:]))
-    return "predictions in " + ", ".join(f"{name}: {sum(part) / total:.0%}" for name, part in groups)
+    return "Percentage numbers " + ", ".join(f"{name}: {sum(part) / total:.0%}" for name, part in groups)
+
+
+# ------------------------------------------------------------------- parts of rounds that scripts put together
+
+
+def add_model(dst_model: nn.Module, src_model: nn.Module) -> nn.Module:
+    """Adds the parameters of `src_model` to those of `dst_model`, by name and in place; returns `dst_model`.
+
+    Raises:
+        OptionError: they have parameters of other shapes.
+    """
+    others = dict(src_model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in dst_model.named_parameters():
+            if name in others:
+                if others[name].shape != parameter.shape:
+                    shapes = (
+                        f"{tuple(parameter.shape)} in one model and {tuple(others[name].shape)} in the other"
+                    )
+                    raise OptionError(f"add_model: {name} is {shapes}")
+                parameter.add_(others[name])
+    return dst_model
+
+
+def scale_model(model: nn.Module, scale: float) -> nn.Module:
+    """Multiplies the parameters of `model` by `scale`, in place; returns `model`."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model
+
+
+def accuracy(pred_softmax: torch.Tensor, target: torch.Tensor) -> float:
+    """The share of rows of `pred_softmax` [N, classes] whose largest entry is at `target` [N] or [N, 1].
+
+    Raises:
+        OptionError: other shapes.
+    """
+    if pred_softmax.dim() != 2 or target.numel() != len(pred_softmax):
+        raise OptionError(
+            f"accuracy takes scores [N, classes] and N targets, not {tuple(pred_softmax.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    right = pred_softmax.argmax(dim=1) == target.reshape(-1)
+    return float(right.sum().item()) / max(1, len(pred_softmax))
+
+
+def extract_batches_per_worker(
+    federated_train_loader: FederatedDataLoader,
+) -> dict[BaseWorker, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """All batches of one pass over `federated_train_loader`, by the worker they are on."""
+    datasets = federated_train_loader.federated_dataset.datasets
+    batches: dict[Any, list[Any]] = {dataset.location: [] for dataset in datasets.values()}
+    for step in federated_train_loader:
+        for data, target in step.values() if isinstance(step, dict) else (step,):
+            batches[data.location].append((data, target))
+    return batches
+
+
+def create_gaussian_mixture_toy_data(nr_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [N, 2] around (-5, -5) and (5, 5), as many of each, and their classes 0 and 1 (int64): N is `nr_samples`,
+    rounded down to an even number."""
+    half = whole("nr_samples", nr_samples, at_least=0) // 2
+    points = torch.cat([torch.randn(half, 2) - 5, torch.randn(half, 2) + 5])
+    return points, torch.arange(2).repeat_interleave(half)
+
+
+def iris_data_partial() -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two classes of scikit-learn's iris data: float32 [100, 4] and int64 [100]."""
+    from sklearn.datasets import load_iris
+
+    iris = load_iris()
+    two = iris.target < 2
+    return torch.tensor(iris.data[two], dtype=torch.float32), torch.tensor(iris.target[two])

@@ -10,10 +10,11 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanError, TraceError
@@ -81,11 +82,18 @@ class TrainResult:
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationResult:
-    """What one call of `evaluate` gave.
+class EvaluationResult(Mapping[str, Any]):
+    """What one call of `evaluate` gave, with names as below and as a mapping with those of the 0.2 era.
 
-    `loss` is the mean per sample (nan without samples). Where classes are counted, `correct` is how many
-    predictions were right, and the histograms say how often each class was predicted and was the target.
+    As a mapping it has ``loss``; where classes are counted also ``nr_correct_predictions`` and ``nr_predictions``; with
+    histograms ``histogram_predictions`` and ``histogram_target``, as arrays.
+
+    Attributes:
+        loss: the mean per sample (nan without samples).
+        samples: how many.
+        correct: how many predictions were right; None where no classes are counted.
+        histogram, target_histogram: how often each class was predicted, and was the target.
+        hidden: keys that the mapping leaves out, since they were not asked for.
     """
 
     loss: float
@@ -93,6 +101,31 @@ class EvaluationResult:
     correct: int | None = None
     histogram: list[int] | None = None
     target_histogram: list[int] | None = None
+    hidden: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of predictions that were right, from 0 to 1; None where no classes are counted."""
+        return None if self.correct is None or not self.samples else self.correct / self.samples
+
+    def _entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = {"loss": self.loss}
+        if self.correct is not None:
+            entries |= {"nr_correct_predictions": self.correct, "nr_predictions": self.samples}
+        if self.histogram is not None:
+            entries["histogram_predictions"] = np.asarray(self.histogram)
+        if self.target_histogram is not None:
+            entries["histogram_target"] = np.asarray(self.target_histogram)
+        return {key: value for key, value in entries.items() if key not in self.hidden}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries())
+
+    def __len__(self) -> int:
+        return len(self._entries())
 
 
 def trace_model(

@@ -27,7 +27,7 @@ from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan
 from planrt.plans.policy import Policy
 from planrt.serde.frames import Allocate, Limits, in_memory
-from planrt.types import Ref, map_leaves
+from planrt.types import Ref, map_leaves, plain
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Reply
 from planrt.workers.host import WorkerHost, virtual_compute
@@ -50,10 +50,10 @@ class TrainJob(Protocol):
     """What `planrt.fl.TrainConfig.send` leaves with a worker, for `fit` and `evaluate`."""
 
     async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> Any:
-        """One round of training on `worker`."""
+        """Trains the model on `worker`, from where it is."""
 
-    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, *, bins: int) -> Any:
-        """The current state, evaluated on `worker`."""
+    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, **options: Any) -> Any:
+        """The model as it is on `worker`, evaluated there; `options` as of `BaseWorker.evaluate`."""
 
 
 class BaseWorker(RemotePlans):
@@ -134,6 +134,11 @@ class BaseWorker(RemotePlans):
         waiting = self.async_wait_for_approval(plan, timeout=timeout, every=every)
         return run(waiting, instead="await worker.async_wait_for_approval(plan)")
 
+    def leave_job(self, job: TrainJob) -> None:
+        """`fit` and `evaluate` are about `job` from here on; the one before goes, if nobody points at its model."""
+        self.train_job = job
+        self._connection.post_drops()
+
     # ------------------------------------------------------------------------------------- requests
 
     async def request(
@@ -213,31 +218,93 @@ class BaseWorker(RemotePlans):
         return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
 
     @on_loop
-    async def async_fit(self, dataset_key: str, *, seed: int = 0) -> Any:
+    async def async_fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> Any:
         """Trains what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
 
-        Returns a `planrt.fl.FitResult`. `seed` decides the order of samples and every random op.
+        It goes on from where the last fit ended; ``config.model_ptr.get().obj`` is the trained model. `seed` decides
+        the order of samples and every random op, together with how many fits there were. `device` is taken as scripts
+        of the 0.2 era give it: a worker computes on the device that its owner chose.
+
+        Returns:
+            A `planrt.fl.FitResult`; or with `return_ids`, as 0.2 did, the loss as a tensor: the mean over the samples.
 
         Raises:
             LocalError: no TrainConfig was sent. UnknownDatasetError, RemoteError, WorkerLostError.
         """
-        return await self._job("fit").fit_on(self, dataset_key, seed=seed)
+        check_device(device)
+        result = await self._job("fit").fit_on(self, dataset_key, seed=_seed(seed))
+        return result if return_ids is None else torch.tensor(result.loss)
 
-    def fit(self, dataset_key: str, *, seed: int = 0) -> Any:
+    def fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> Any:
         """The blocking form of `async_fit`."""
-        return run(self.async_fit(dataset_key, seed=seed), instead="await worker.async_fit(...)")
+        fitting = self.async_fit(dataset_key, device, return_ids, seed=seed)
+        return run(fitting, instead="await worker.async_fit(...)")
 
     @on_loop
-    async def async_evaluate(self, dataset_key: str, *, bins: int = 0) -> Any:
-        """Evaluates what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
+    async def async_evaluate(
+        self,
+        dataset_key: str,
+        return_histograms: bool = False,
+        nr_bins: int = -1,
+        return_loss: bool = True,
+        return_raw_accuracy: bool = True,
+        device: str | torch.device | None = None,
+        *,
+        bins: int = 0,
+    ) -> Any:
+        """Evaluates what ``TrainConfig.send(worker)`` left here, as it is now, on the data set `dataset_key`.
 
-        Returns a `planrt.plans.training.EvaluationResult`; `bins` classes are counted (0: no classes).
+        `nr_bins` classes are counted for `return_histograms`; `bins` says both at once. Right answers are counted where
+        there are classes. `device` as of `async_fit`.
+
+        Returns:
+            A `planrt.plans.training.EvaluationResult`, which is also a mapping with the keys of the 0.2 era.
+
+        Raises:
+            LocalError: no TrainConfig was sent. OptionError: histograms without a number of classes.
+            UnknownDatasetError, RemoteError, WorkerLostError.
         """
-        return await self._job("evaluate").evaluate_on(self, dataset_key, bins=bins)
+        check_device(device)
+        return await self._job("evaluate").evaluate_on(
+            self,
+            dataset_key,
+            bins=bins,
+            return_histograms=return_histograms,
+            nr_bins=nr_bins,
+            return_loss=return_loss,
+            return_raw_accuracy=return_raw_accuracy,
+        )
 
-    def evaluate(self, dataset_key: str, *, bins: int = 0) -> Any:
+    def evaluate(
+        self,
+        dataset_key: str,
+        return_histograms: bool = False,
+        nr_bins: int = -1,
+        return_loss: bool = True,
+        return_raw_accuracy: bool = True,
+        device: str | torch.device | None = None,
+        *,
+        bins: int = 0,
+    ) -> Any:
         """The blocking form of `async_evaluate`."""
-        return run(self.async_evaluate(dataset_key, bins=bins), instead="await worker.async_evaluate(...)")
+        evaluating = self.async_evaluate(
+            dataset_key, return_histograms, nr_bins, return_loss, return_raw_accuracy, device, bins=bins
+        )
+        return run(evaluating, instead="await worker.async_evaluate(...)")
 
     @on_loop
     async def async_close(self) -> None:
@@ -265,6 +332,24 @@ class BaseWorker(RemotePlans):
                 f"nothing to {verb} on worker {self.id!r}: call TrainConfig(...).send(worker) first"
             )
         return self.train_job
+
+
+def _seed(value: Any) -> int:
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise OptionError(f"a seed must be a whole number of at least 0, got {value!r}")
+    return number
+
+
+def check_device(device: Any) -> None:
+    """Raises OptionError for what is no device."""
+    try:
+        _ = device is None or torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(
+            f"{device!r} is no device ({reason}); a worker computes on its own: leave it out"
+        ) from error
 
 
 def expect(kind: type[B], reply: Reply, worker: BaseWorker) -> tuple[B, list[torch.Tensor]]:
@@ -425,6 +510,15 @@ class VirtualWorker(BaseWorker):
         """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
         info = self._host.state.add_dataset(dataset, key, tags=tags, description=description)
         self._connection.session.datasets[key] = info
+
+    def remove_dataset(self, key: str) -> None:
+        """Serves the data set `key` no longer.
+
+        Raises:
+            OptionError: there is none under that key.
+        """
+        self._host.state.remove_dataset(key)
+        self._connection.session.datasets.pop(key, None)
 
     async def _close(self) -> None:
         await super()._close()

@@ -8,16 +8,17 @@ A client's `BaseDataset` may itself lie on a worker: its tensors are pointers th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from planrt.errors import DataError, LocalError, MixedLocationsError, OptionError
 from planrt.types import TensorSpec
 from planrt.workers.loop import on_loop
-from planrt.workers.pointers import Handle, PointerTensor, make_pointer
+from planrt.workers.pointers import Handle, PointerTensor, make_pointer, new_id
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
@@ -38,40 +39,66 @@ class BatchSource(Protocol):
 
 
 class BaseDataset(Dataset[Batch]):
-    """Tensors with an optional batch transform, here or on a worker.
+    """Tensors with an optional transform, here or on a worker.
 
     `send` gives a data set of pointers; pointers that a search found make one just as well. Its batches are
-    pointers too: they are put together on the worker, and the transform's torch calls run there.
+    pointers too: they are put together on the worker, and the batch transform's torch calls run there.
 
     Args:
-        data: any dtype, items along dimension 0. Kept as it is: uint8 images stay uint8 until fetched.
+        data: a tensor or NumPy array of any dtype, items along dimension 0. Kept as it is: uint8 images stay uint8
+            until they are read.
         targets: as many items as `data`, in the same place.
-        transform: maps a whole batch of `data` (not one item) to what the model gets, dimension 0 unchanged.
+        transform: maps one item of `data`, as a NumPy array, to what the model gets, as torchvision's transforms do. It
+            runs whenever an item is read; `send` runs it once over all items, before they leave.
+        batch_transform: maps a whole batch of `data`, as a tensor, to what the model gets, dimension 0 unchanged:
+            faster where it can be written, and goes along to a worker.
+        id, owner, tags, description: as scripts of the 0.2 era give them; tags and description are what `search` finds.
 
     Raises:
         DataError: `data` and `targets` are not tensors with the same number of items.
+        OptionError: both a transform and a batch transform.
         MixedLocationsError: they are in different places.
     """
 
     def __init__(
         self,
-        data: torch.Tensor,
-        targets: torch.Tensor,
-        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        data: torch.Tensor | np.ndarray[Any, Any],
+        targets: torch.Tensor | np.ndarray[Any, Any],
+        transform: ItemTransform | None = None,
+        *,
+        batch_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        id: int | str | None = None,
+        owner: object = None,
+        tags: Sequence[str] = (),
+        description: str = "",
     ) -> None:
-        for name, value in (("data", data), ("targets", targets)):
-            if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                raise DataError(f"BaseDataset: {name} must be a tensor with items along dimension 0")
-        if len(data) != len(targets):
+        self.data = _tensor("data", data)
+        self.targets = _tensor("targets", targets)
+        if len(self.data) != len(self.targets):
             raise DataError(f"BaseDataset: {len(data)} items of data but {len(targets)} targets")
-        if _location(data) is not _location(targets):
+        if _location(self.data) is not _location(self.targets):
             raise MixedLocationsError(
-                f"BaseDataset: its data is {_place(data)} and its targets are {_place(targets)}: bring them together "
-                "with move() or get()"
+                f"BaseDataset: its data is {_place(self.data)} and its targets are {_place(self.targets)}: bring them "
+                "together with move() or get()"
             )
-        self.data = data
-        self.targets = targets
-        self.transform = transform
+        for name, function in (("transform", transform), ("batch_transform", batch_transform)):
+            if function is not None and not callable(function):
+                raise OptionError(f"BaseDataset: {name} must be a function, not {type(function).__name__}")
+        if transform is not None and batch_transform is not None:
+            raise OptionError("BaseDataset: give a transform of items or a batch_transform, not both")
+        if transform is not None and _location(self.data) is not None:
+            raise OptionError(
+                "BaseDataset: a transform gets items as NumPy arrays, and these are on a worker: write a "
+                "batch_transform with torch's functions, which run there"
+            )
+        self.transform_ = transform
+        self.batch_transform = batch_transform
+        self.id = new_id() if id is None else id
+        self.owner = owner
+        if tags:
+            self.tag(*tags)
+        if description:
+            self.describe(description)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -84,15 +111,64 @@ class BaseDataset(Dataset[Batch]):
         return data[0], target[0]
 
     def fetch(self, indices: torch.Tensor) -> Batch:
-        """The items at `indices` (int64, one dimension): selected first, transformed as one batch.
+        """The items at `indices` (int64, one dimension): selected first, then transformed.
 
         Of a data set on a worker only the indices travel, and the call does not wait.
         """
         worker = self.location
         if worker is not None:
             (indices,) = _pointers([indices], worker.put([indices]))
-        data = self.data.index_select(0, indices)
-        return (self.transform(data) if self.transform else data), self.targets.index_select(0, indices)
+        data, targets = self.data.index_select(0, indices), self.targets.index_select(0, indices)
+        if self.batch_transform is not None:
+            data = self.batch_transform(data)
+        elif self.transform_ is not None and len(data):
+            data = torch.stack(
+                [
+                    _item(self.transform_, one, position)
+                    for one, position in zip(data, indices.tolist(), strict=True)
+                ]
+            )
+        return data, targets
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> BaseDataset:
+        """Replaces the data by ``function(data)``, now and once, for all items together; returns this data set.
+
+        Raises:
+            DataError: the data is on a worker, or the function changes the number of items.
+        """
+        if self.location is not None:
+            raise DataError(
+                f"the data set is {_place(self.data)}: transform it before it is sent, or get() it"
+            )
+        changed = _tensor("data", function(self.data))
+        if len(changed) != len(self.targets):
+            raise DataError(f"transform: {len(self.targets)} items became {len(changed)}")
+        self.data = changed
+        return self
+
+    def get_data(self) -> torch.Tensor:
+        """The data, untransformed."""
+        return self.data
+
+    def get_targets(self) -> torch.Tensor:
+        """The targets."""
+        return self.targets
+
+    @property
+    def description(self) -> str:
+        """What `describe` said."""
+        return str(self.data.__dict__.get("_description", "") or getattr(self.data, "description", "") or "")
+
+    @property
+    def id_at_location(self) -> int:
+        """The id of the data on its worker.
+
+        Raises:
+            LocalError: the data set is here.
+        """
+        if not isinstance(self.data, PointerTensor):
+            raise LocalError("the data set is here: send() it to a worker, then its pointer has an id there")
+        return int(self.data.id_at_location)
 
     @property
     def location(self) -> BaseWorker | None:
@@ -116,14 +192,16 @@ class BaseDataset(Dataset[Batch]):
             LocalError: it is on a worker already. WorkerLostError: the worker's connection has ended.
         """
         allowed = self._allowed(worker, private, allowed_users)
-        return self._with(_pointers(self._tensors(), worker.put(self._tensors(), allowed=allowed)))
+        tensors = self._tensors()
+        return self._with(_pointers(tensors, worker.put(tensors, allowed=allowed)))
 
     async def async_send(
         self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
     ) -> BaseDataset:
         """`send`, to be awaited on any loop."""
         allowed = self._allowed(worker, private, allowed_users)
-        return self._with(_pointers(self._tensors(), await _put(worker, self._tensors(), allowed)))
+        tensors = self._tensors()
+        return self._with(_pointers(tensors, await _put(worker, tensors, allowed)))
 
     def get(self) -> BaseDataset:
         """Brings data and targets back; the pointers are used up.
@@ -162,7 +240,12 @@ class BaseDataset(Dataset[Batch]):
         return self
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [self.data, self.targets]
+        """What is sent: items go transformed where the transform needs them one by one."""
+        if self.transform_ is None:
+            return [self.data, self.targets]
+        data = self.fetch(torch.arange(len(self)))[0]
+        data.__dict__.update({name: self.data.__dict__[name] for name in _KEPT if name in self.data.__dict__})
+        return [data, self.targets]
 
     def _allowed(self, worker: Any, private: bool, users: Sequence[str] | None) -> list[str] | None:
         if self.location is not None:
@@ -181,12 +264,57 @@ class BaseDataset(Dataset[Batch]):
         return [self.data, self.targets]
 
     def _with(self, tensors: Sequence[torch.Tensor]) -> BaseDataset:
-        return BaseDataset(tensors[0], tensors[1], self.transform)
+        return BaseDataset(tensors[0], tensors[1], batch_transform=self.batch_transform, id=self.id)
 
     def __repr__(self) -> str:
         data, targets = TensorSpec.of(self.data), TensorSpec.of(self.targets)
         where = f", {_place(self.data)}" if self.location is not None else ""
         return f"BaseDataset(data={data}, targets={targets}{where})"
+
+
+ItemTransform: TypeAlias = Callable[[Any], Any]
+"""One item, as a NumPy array -> a tensor or an array."""
+
+_KEPT = ("_tags", "_description")
+
+
+def _item(transform: ItemTransform, item: torch.Tensor, position: int) -> torch.Tensor:
+    try:
+        return torch.as_tensor(transform(item.numpy()))
+    except Exception as error:
+        hint = (
+            ": it gets one item as a NumPy array; a function of a whole batch as a tensor is a batch_transform"
+            if isinstance(error, AttributeError)
+            else ""
+        )
+        raise DataError(
+            f"the transform of item {position} failed: {type(error).__name__}: {_first_line(error)}{hint}"
+        ) from error
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    """`value` as a tensor with items along dimension 0."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject or value.dtype.kind in "USMm":
+            raise DataError(f"BaseDataset: {name} is an array of {value.dtype}: make it an array of numbers")
+        value = torch.from_numpy(value if value.flags.writeable else value.copy())
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        raise DataError(
+            f"BaseDataset: {name} must be a tensor or array with items along dimension 0, not {_describe(value)}"
+            f"{_instead(value)}"
+        )
+    return value
+
+
+def _instead(value: Any) -> str:
+    """What to write for a value of a kind that people have."""
+    if type(value).__module__.partition(".")[0] == "pandas":
+        return ": write torch.tensor(df.values)"
+    return ": write torch.tensor(...)" if isinstance(value, list | tuple) else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _location(tensor: torch.Tensor) -> BaseWorker | None:
@@ -229,14 +357,11 @@ class _MapStyle:
 
     def fetch(self, indices: torch.Tensor) -> Batch:
         positions = indices.tolist()
-        if hasattr(self._dataset, "__getitems__"):
-            items = self._dataset.__getitems__(positions)
-        else:
-            items = [self._dataset[position] for position in positions]
+        items = self._items(positions)
         for item in items:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
                 raise DataError(
-                    f"{_name(self._key)} must give (data, target) pairs, but gave {_describe(item)}"
+                    f"{_name(self._key)} must give (data, target) pairs, but gave {_describe(item)}{_pair_of(item)}"
                 )
         try:
             data, target = default_collate([tuple(item) for item in items])
@@ -246,6 +371,36 @@ class _MapStyle:
                 f"{_name(self._key)}: its items cannot be put into one batch: {reason}"
             ) from error
         return data, target
+
+    def _items(self, positions: list[int]) -> list[Any]:
+        position: int | None = None
+        try:
+            if hasattr(self._dataset, "__getitems__"):
+                return list(self._dataset.__getitems__(positions))
+            items = []
+            for position in positions:
+                items.append(self._dataset[position])
+            return items
+        except Exception as error:  # whatever the owner's code raises
+            which = f"item {position}" if position is not None else f"items {_listed(positions)}"
+            raise DataError(
+                f"{_name(self._key)}: {which} cannot be read: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+
+
+def _listed(positions: list[int]) -> str:
+    shown = ", ".join(map(str, positions[:8]))
+    return shown + (f" and {len(positions) - 8} more" if len(positions) > 8 else "")
+
+
+def _pair_of(item: Any) -> str:
+    """What to write instead of items that are no pairs."""
+    wrap = "a data set whose __getitem__ returns"
+    if isinstance(item, Mapping):
+        return f': write {wrap} (item["x"], item["y"]) with the names of your columns'
+    if isinstance(item, tuple | list) and len(item) > 2:
+        return f": write {wrap} two of them; several inputs of a model can be one tensor that its forward takes apart"
+    return ""
 
 
 def as_batches(dataset: Any, *, key: str = "") -> BatchSource:
@@ -265,6 +420,15 @@ def as_batches(dataset: Any, *, key: str = "") -> BatchSource:
                 f"{len(dataset.tensors)} tensors: keep two"
             )
         dataset = BaseDataset(*dataset.tensors)
+    if isinstance(dataset, DataLoader):
+        raise DataError(
+            f"{_name(key)} is a DataLoader: give its .dataset; batch sizes are said when it is trained on"
+        )
+    if type(dataset).__module__.partition(".")[0] == "pandas":
+        raise DataError(
+            f"{_name(key)} is a pandas {type(dataset).__name__}: write BaseDataset(torch.tensor(df[columns].values), "
+            "torch.tensor(df[target].values))"
+        )
     if isinstance(dataset, BaseDataset) and dataset.location is not None:
         raise DataError(f"{_name(key)} is {_place(dataset.data)}: get() it first")
     if isinstance(dataset, BatchSource):
@@ -279,18 +443,25 @@ def as_batches(dataset: Any, *, key: str = "") -> BatchSource:
 def sample_specs(source: BatchSource, *, key: str = "") -> tuple[TensorSpec, TensorSpec]:
     """Specs of a batch (data, target), dimension 0 free. Fetches the first item, once.
 
+    Of an empty data set they are known where it is made of tensors without a transform of items.
+
     Raises:
-        DataError: the data set is empty, or does not give tensors with one row per item.
+        DataError: the data set is empty and does not say what an item would look like, or it does not give tensors with
+            one row per item.
     """
-    if len(source) == 0:
-        raise DataError(f"{_name(key)} is empty")
-    batch = source.fetch(torch.zeros(1, dtype=torch.int64))
+    rows = min(1, len(source))
+    if not rows and (not isinstance(source, BaseDataset) or source.transform_ is not None):
+        raise DataError(
+            f"{_name(key)} is empty, and what its items would look like is not known: give tensors of no rows, such as "
+            "BaseDataset(torch.zeros(0, 30), torch.zeros(0)), or add it when it has items"
+        )
+    batch = source.fetch(torch.zeros(rows, dtype=torch.int64))
     for role, value in zip(("data", "target"), batch, strict=True):
         if not isinstance(value, torch.Tensor):
             raise DataError(f"{_name(key)}: {role} must be a tensor or a number, but is {_describe(value)}")
-        if value.dim() == 0 or len(value) != 1:
+        if value.dim() == 0 or len(value) != rows:
             raise DataError(
-                f"{_name(key)}: {role} of a batch of 1 item has shape {list(value.shape)}, wanted [1, ...]"
+                f"{_name(key)}: {role} of a batch of {rows} item has shape {list(value.shape)}, wanted [{rows}, ...]"
             )
     data, target = batch
     return TensorSpec.of(data, free_dims=(0,)), TensorSpec.of(target, free_dims=(0,))
@@ -304,11 +475,13 @@ def iterate(
     epochs: int = 1,
     shuffle: bool,
     seed: int,
+    drop_last: bool = False,
 ) -> Iterator[Batch]:
     """Batches of `source` over `epochs` passes, at most `max_nr_batches` in all (-1: no bound, 0: none).
 
     With `shuffle`, one generator seeded with `seed` draws a new permutation for each pass; without it items
-    come in order. The last batch of a pass may be short. Nothing is fetched before it is asked for.
+    come in order. The last batch of a pass may be short; `drop_last` leaves it out, so that fewer items than a batch
+    give no batches at all. Nothing is fetched before it is asked for.
 
     Raises:
         OptionError: an option out of range (at the call, not at the first batch).
@@ -317,12 +490,16 @@ def iterate(
     _require("epochs", epochs, at_least=1)
     _require("max_nr_batches", max_nr_batches, at_least=-1)
     _require("seed", seed, at_least=0, below=2**63)
-    return _batches(source, batch_size, max_nr_batches, epochs, shuffle, seed)
+    return _batches(source, batch_size, max_nr_batches, epochs, shuffle, seed, drop_last)
 
 
-def smallest_batch(items: int, batch_size: int, max_nr_batches: int = -1, epochs: int = 1) -> int:
+def smallest_batch(
+    items: int, batch_size: int, max_nr_batches: int = -1, epochs: int = 1, *, drop_last: bool = False
+) -> int:
     """Items in the smallest batch of `iterate`; 0 without batches."""
     whole, rest = divmod(items, batch_size)
+    if drop_last:
+        return batch_size if whole and max_nr_batches else 0
     if max_nr_batches == 0 or items == 0:
         return 0
     short_one_comes = rest and (max_nr_batches < 0 or max_nr_batches > whole)
@@ -330,15 +507,16 @@ def smallest_batch(items: int, batch_size: int, max_nr_batches: int = -1, epochs
 
 
 def _batches(
-    source: BatchSource, batch_size: int, bound: int, epochs: int, shuffle: bool, seed: int
+    source: BatchSource, batch_size: int, bound: int, epochs: int, shuffle: bool, seed: int, drop_last: bool
 ) -> Iterator[Batch]:
     left = bound
-    if left == 0 or len(source) == 0:
+    items = len(source) - (len(source) % batch_size if drop_last else 0)
+    if left == 0 or items == 0:
         return
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(source), generator=generator) if shuffle else torch.arange(len(source))
-        for start in range(0, len(order), batch_size):
+        for start in range(0, items, batch_size):
             yield source.fetch(order[start : start + batch_size])
             left -= 1
             if left == 0:

@@ -151,6 +151,11 @@ class Fit(Message, frozen=True, tag="fit"):
     optimizer_args: Options
     keep_optimizer_state: bool
     seed: Count
+    drop_last: bool = False
+    """Whether the short last batch of each pass is left out."""
+    objects: Annotated[list[ObjectId], Meta(max_length=100_000)] = []
+    """If not empty: objects of the session that are the state instead of tensors. They are trained where they are, and
+    no tensors come back."""
 
 
 class Evaluate(Message, frozen=True, tag="evaluate"):
@@ -161,6 +166,8 @@ class Evaluate(Message, frozen=True, tag="evaluate"):
     batch_size: Annotated[int, Meta(ge=1)]
     bins: Annotated[int, Meta(ge=0, le=100_000)]
     """Number of classes to count predictions in; 0 for outputs that are no class scores."""
+    objects: Annotated[list[ObjectId], Meta(max_length=100_000)] = []
+    """As of a `Fit`."""
 
 
 class Post(Message, frozen=True, tag="post"):

@@ -308,6 +308,38 @@ class KeptObjects:
         self.check_failure(session, stored)
         return stored
 
+    def state(self, session: Session, ids: Sequence[int]) -> list[torch.Tensor]:
+        """The session's tensors `ids`, for a plan that is run on them as its state.
+
+        Raises:
+            UnknownObjectError, OpFailedError: one is not there. GetNotPermittedError: one that the session may not
+            read, as the figures of a run would tell of it. LocalError: one is no tensor.
+        """
+        values = []
+        for id in ids:
+            stored = self.ready(session, id)
+            if not isinstance(stored.value, torch.Tensor):
+                raise LocalError(f"object {id} is no tensor: it cannot be the state of a plan")
+            if not session.may_read(self.store.label_of(stored)):
+                raise GetNotPermittedError(
+                    f"object {id} is private: it cannot be the state of a plan that is trained"
+                )
+            values.append(stored.value.detach())
+        return values
+
+    def replace_state(self, session: Session, id: int, value: torch.Tensor) -> None:
+        """What a plan made of a tensor of its state takes that tensor's place, with its label."""
+        stored = self.store.find(session.id, id)
+        stored.label = self.store.label_of(stored)
+        stored.value = value
+        stored.source = None
+
+    def forget_optimizers(self, session: Session) -> None:
+        """Drops what optimizers keep for objects that are gone."""
+        gone = [key for key in session.optimizer_states if key[3] and key[3] not in self.store.objects]
+        for key in gone:
+            del session.optimizer_states[key]
+
     def check_failure(self, session: Session, stored: StoredObject) -> None:
         """Raises why there is no value, unless that tells somebody about values that are not for them."""
         if stored.failure is not None:

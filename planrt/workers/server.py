@@ -77,6 +77,14 @@ class WebsocketServerWorker:
         """
         self._state.add_dataset(dataset, key, tags=tags, description=description)
 
+    def remove_dataset(self, key: str) -> None:
+        """Serves the data set `key` no longer; clients that are connected are told when they ask for it.
+
+        Raises:
+            OptionError: there is none under that key.
+        """
+        self._state.remove_dataset(key)
+
     @property
     def datasets(self) -> Mapping[str, DatasetInfo]:
         """key -> what clients are told about the data set."""

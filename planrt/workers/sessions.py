@@ -32,7 +32,8 @@ class Session:
     """Of an op or message that left no result; shows at the next request."""
     leaves: dict[int, None] = field(default_factory=dict)
     """Objects that a backward pass may give a gradient to."""
-    optimizer_states: dict[tuple[str, str, str], Any] = field(default_factory=dict)
+    optimizer_states: dict[tuple[str, str, str, int], Any] = field(default_factory=dict)
+    """(plan, data set, optimizer, first object of the state or 0) -> what the optimizer keeps."""
     graphs: Graphs[Session] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -108,7 +108,7 @@ class WorkerState:
         self._passes = BackwardPasses(self._objects, peers)
         self._eager = EagerOps(self._objects, self._passes, peers, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device)
-        self._training = TrainingOps(id, self.device, self._gate)
+        self._training = TrainingOps(id, self.device, self._gate, self._objects)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -119,6 +119,10 @@ class WorkerState:
     ) -> m.DatasetInfo:
         """See `TrainingOps.add_dataset`."""
         return self._training.add_dataset(dataset, key, tags=tags, description=description)
+
+    def remove_dataset(self, key: str) -> None:
+        """See `TrainingOps.remove_dataset`."""
+        self._training.remove_dataset(key)
 
     def own(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
@@ -358,7 +362,7 @@ class WorkerState:
             case m.Fit():
                 return self._training.fit(session, body, tensors)
             case m.Evaluate():
-                return self._training.evaluate(body, tensors)
+                return self._training.evaluate(session, body, tensors)
             case _:
                 raise LocalError(f"a worker does not take messages of type {type(body).__name__}")
 

@@ -1,7 +1,8 @@
 """What a worker does with its data sets: trains and evaluates plans on them. No sockets, no loop.
 
 The requests of rounds. Apart from `planrt.workers.state`, since they are a world of their own: they need no other
-worker and no objects, tensors come with each message, and plans are known by their hashes to all sessions.
+worker, the state comes with each message or is held as objects of the session, and plans are known by their hashes to
+all sessions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanError
+from planrt.errors import LocalError, OptionError, PlanError, PolicyError
 from planrt.plans import interpreter, training
 from planrt.plans.graph import Graph
 from planrt.seeding import derive_seed, seeded
@@ -26,6 +27,7 @@ from planrt.workers import messages as m
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.events import Answer
 from planrt.workers.gate import Gate
+from planrt.workers.objects_kept import KeptObjects
 from planrt.workers.sessions import Session
 
 MAX_PLANS = 256
@@ -49,10 +51,11 @@ class _Dataset:
 class TrainingOps:
     """The data sets of one worker, and the plans that run on them."""
 
-    def __init__(self, worker_id: str, device: torch.device, gate: Gate | None) -> None:
+    def __init__(self, worker_id: str, device: torch.device, gate: Gate | None, objects: KeptObjects) -> None:
         self._worker_id = worker_id
         self._device = device
         self._gate = gate
+        self._objects = objects
         self._datasets: dict[str, _Dataset] = {}
         self._plans: OrderedDict[str, Graph] = OrderedDict()
 
@@ -72,6 +75,18 @@ class TrainingOps:
         info = m.DatasetInfo(len(source), data, target, list(tags), description)
         self._datasets[key] = _Dataset(source, info)
         return info
+
+    def remove_dataset(self, key: str) -> None:
+        """Serves the data set `key` no longer.
+
+        Raises:
+            OptionError: there is none under that key.
+        """
+        if self._datasets.pop(key, None) is None:
+            keys = ", ".join(sorted(self._datasets)) or "none"
+            raise OptionError(
+                f"worker {self._worker_id!r} has no data set under the key {key!r}; it has: {keys}"
+            )
 
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
@@ -110,15 +125,19 @@ class TrainingOps:
         return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
 
     def fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
-        """Trains a model on a data set: one worker's part of a round."""
+        """Trains a model on a data set: one worker's part of a round, or what a client left here."""
         plan = self._plan(body.plan)
         deadline = math.inf
         source = self._dataset(body.dataset)
         if self._gate is not None:
-            smallest = smallest_batch(len(source), body.batch_size, body.max_nr_batches, body.epochs)
-            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
-            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
+            self._admit_training(plan, body, len(source))
             deadline = self._gate.deadline()
+        state = self._state(session, body, tensors)
+        if body.objects:  # what fails half-way leaves them as they were
+            state = [
+                value.clone() if entry.can_change else value
+                for entry, value in zip(plan.state, state, strict=False)
+            ]
         batches = iterate(
             source,
             batch_size=body.batch_size,
@@ -126,11 +145,12 @@ class TrainingOps:
             epochs=body.epochs,
             shuffle=body.shuffle,
             seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
+            drop_last=body.drop_last,
         )
-        kept = (body.plan, body.dataset, body.optimizer)
+        kept = (body.plan, body.dataset, body.optimizer, body.objects[0] if body.objects else 0)
         result = training.train(
             plan,
-            tensors,
+            state,
             batches,
             optimizer=body.optimizer,
             optimizer_args=body.optimizer_args,
@@ -140,10 +160,39 @@ class TrainingOps:
             deadline=deadline,
         )
         if body.keep_optimizer_state:
+            self._objects.forget_optimizers(session)
             session.optimizer_states[kept] = result.optimizer_state
-        return m.Fitted(result.loss, result.samples, result.batches, list(result.changed)), result.state
+        answer = m.Fitted(result.loss, result.samples, result.batches, list(result.changed))
+        if not body.objects:
+            return answer, result.state
+        for index, value in zip(result.changed, result.state, strict=True):
+            self._objects.replace_state(session, body.objects[index], value)
+        return answer, ()
 
-    def evaluate(self, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
+    def _admit_training(self, plan: Graph, body: m.Fit, items: int) -> None:
+        assert self._gate is not None  # noqa: S101 - the caller has looked
+        smallest = smallest_batch(
+            items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
+        )
+        specs = self._batch_specs(body.dataset, min(body.batch_size, items))
+        try:
+            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
+        except PolicyError as error:
+            if error.rule != "release" or not 0 < smallest < min(body.batch_size, items):
+                raise
+            raise PolicyError(
+                f"{error}: TrainConfig(drop_last=True) leaves short last batches out", rule=error.rule, op=error.op,
+                index=error.index, line=error.line,
+            ) from None  # fmt: skip
+
+    def _state(
+        self, session: Session, body: m.Fit | m.Evaluate, tensors: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        if body.objects and tensors:
+            raise LocalError("the state of a plan comes as tensors or as objects, not as both")
+        return self._objects.state(session, body.objects) if body.objects else tensors
+
+    def evaluate(self, session: Session, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
         """Evaluates a model on a data set."""
         plan = self._plan(body.plan)
         source, deadline = self._dataset(body.dataset), math.inf
@@ -153,9 +202,10 @@ class TrainingOps:
             tags = self._datasets[body.dataset].info.tags
             self._gate.admit_evaluation(plan, specs, tags, smallest, len(source))
             deadline = self._gate.deadline()
+        state = self._state(session, body, tensors)
         batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
         result = training.evaluate(
-            plan, tensors, batches, bins=body.bins, device=self._device, deadline=deadline
+            plan, state, batches, bins=body.bins, device=self._device, deadline=deadline
         )
         return m.Evaluated(
             result.loss, result.samples, result.correct, result.histogram, result.target_histogram

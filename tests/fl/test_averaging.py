@@ -15,10 +15,31 @@ def models(count=3):
     return {f"worker{number}": seeded_classifier(number) for number in range(count)}
 
 
-def test_the_plain_average_of_modules_is_a_new_module():
+def test_the_average_is_the_first_model_changed():
+    """As in PySyft 0.2, whose scripts go on with models[0]."""
+    given = dict(reversed(models().items()))
+    expected = federated_avg(given, copy=True)
+    first = given["worker2"]
+    parameters = list(first.parameters())
+    assert federated_avg(given) is first
+    assert all(one is other for one, other in zip(first.parameters(), parameters, strict=True))
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+    for id in ("worker0", "worker1"):
+        assert torch.equal(given[id].first.weight, models()[id].first.weight)
+
+
+def test_a_sequence_of_models_is_averaged_too():
+    average = federated_avg([{"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}], [3, 1])
+    assert average["w"].item() == 1.0
+    one, two = seeded_classifier(0), seeded_classifier(1)
+    assert federated_avg([one, two]) is one
+
+
+def test_the_plain_average_can_be_a_new_module():
     given = models()
     before = {id: copy.deepcopy(model.state_dict()) for id, model in given.items()}
-    average = federated_avg(given)
+    average = federated_avg(given, copy=True)
     assert type(average) is type(given["worker0"])
     for name, value in average.state_dict().items():
         if value.is_floating_point():
@@ -38,7 +59,7 @@ def test_the_weighted_average():
 
 def test_the_order_of_arrival_does_not_change_a_bit():
     given = models(4)
-    forward = federated_avg(given).state_dict()
+    forward = federated_avg(given, copy=True).state_dict()
     backward = federated_avg(dict(reversed(given.items()))).state_dict()
     assert all(torch.equal(forward[name], backward[name]) for name in forward)
 

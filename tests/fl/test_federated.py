@@ -82,7 +82,7 @@ def targets_by_step(loader) -> list[tuple[str, list[int]]]:
 
 
 def test_a_data_set_goes_to_a_worker_and_comes_back(bob):
-    here = BaseDataset(torch.arange(6.0).view(3, 2), torch.arange(3), lambda batch: batch + 1)
+    here = BaseDataset(torch.arange(6.0).view(3, 2), torch.arange(3), batch_transform=lambda batch: batch + 1)
     there = here.send(bob)
     assert isinstance(there.data, PointerTensor)
     assert there.location is bob
@@ -93,13 +93,13 @@ def test_a_data_set_goes_to_a_worker_and_comes_back(bob):
     back = there.get()
     assert torch.equal(back.data, here.data)
     assert torch.equal(back.targets, here.targets)
-    assert back.transform is here.transform
+    assert back.batch_transform is here.batch_transform
     assert bob.objects_count() == 0
 
 
 def test_batches_of_a_remote_data_set_are_made_and_transformed_there(bob):
     images = torch.randint(0, 256, (9, 28, 28), dtype=torch.uint8)
-    there = BaseDataset(images, torch.arange(9), normalize).send(bob)
+    there = BaseDataset(images, torch.arange(9), batch_transform=normalize).send(bob)
     data, target = there.fetch(torch.tensor([4, 0, 4]))
     assert data.location is bob
     assert target.location is bob
@@ -114,11 +114,33 @@ def test_batches_of_a_remote_data_set_are_made_and_transformed_there(bob):
 
 
 def test_a_transform_that_needs_values_says_that_they_are_elsewhere(bob):
-    there = BaseDataset(torch.ones(3, 2), torch.arange(3), lambda batch: torch.tensor(batch.tolist())).send(
-        bob
-    )
+    there = BaseDataset(
+        torch.ones(3, 2), torch.arange(3), batch_transform=lambda batch: torch.tensor(batch.tolist())
+    ).send(bob)
     with pytest.raises(LocalError, match="get"):
         there.fetch(torch.tensor([0]))
+
+
+def test_a_transform_of_items_runs_before_the_data_leaves(bob, alice):
+    images = torch.arange(24, dtype=torch.uint8).view(6, 2, 2)
+    here = BaseDataset(images, torch.arange(6), torchvision_like).tag("#small")
+    there = here.send(bob)
+    expected = images.float().unsqueeze(1) / 255
+    assert torch.equal(there.fetch(torch.tensor([2, 5]))[0].get(), expected[[2, 5]])
+    assert there.id == here.id
+    assert there.id_at_location == there.data.id_at_location
+    assert len(bob.search("#small")) == 2
+    parts = BaseDataset(images, torch.arange(6), torchvision_like).federate((bob, alice))
+    assert torch.equal(parts["alice"].data.get(), expected[3:])
+    with pytest.raises(OptionError, match="write a batch_transform"):
+        BaseDataset(there.data, there.targets, torchvision_like)
+    with pytest.raises(DataError, match="transform it before it is sent"):
+        there.transform(torch.relu)
+
+
+def torchvision_like(image):
+    assert type(image).__module__ == "numpy"
+    return torch.from_numpy(image).unsqueeze(0).float() / 255
 
 
 def test_tags_and_descriptions_travel_before_and_after_the_send(bob):
@@ -251,7 +273,7 @@ def test_random_split_parts_are_federated(bob, alice):
 
 def test_the_transform_of_a_data_set_goes_on_on_the_workers(bob, alice):
     images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
-    federated = BaseDataset(images, torch.arange(5), normalize).federate((bob, alice))
+    federated = BaseDataset(images, torch.arange(5), batch_transform=normalize).federate((bob, alice))
     assert federated["alice"].data.dtype == torch.uint8
     assert torch.equal(federated["alice"].fetch(torch.tensor([1]))[0].get(), normalize(images[4:]))
 

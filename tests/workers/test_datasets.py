@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from planrt.errors import DataError, OptionError
+from planrt.errors import DataError, LocalError, OptionError
 from planrt.types import FREE, TensorSpec
 from planrt.workers.datasets import BaseDataset, as_batches, iterate, sample_specs
 
@@ -72,7 +72,7 @@ def test_base_dataset_keeps_the_dtype_and_transforms_whole_batches():
         return batch.float() / 255
 
     images = torch.arange(5 * 4, dtype=torch.uint8).view(5, 2, 2)
-    dataset = BaseDataset(images, torch.arange(5), transform)
+    dataset = BaseDataset(images, torch.arange(5), batch_transform=transform)
     data, target = dataset.fetch(torch.tensor([3, 1]))
     assert dataset.data.dtype == torch.uint8
     assert seen == [(2, 2, 2)]
@@ -81,7 +81,9 @@ def test_base_dataset_keeps_the_dtype_and_transforms_whole_batches():
 
 
 def test_base_dataset_is_map_style():
-    dataset = BaseDataset(torch.arange(6).view(3, 2), torch.tensor([7, 8, 9]), lambda batch: batch * 10)
+    dataset = BaseDataset(
+        torch.arange(6).view(3, 2), torch.tensor([7, 8, 9]), batch_transform=lambda batch: batch * 10
+    )
     assert len(dataset) == 3
     data, target = dataset[-1]
     assert data.tolist() == [40, 50]
@@ -173,9 +175,109 @@ def test_specs_leave_the_batch_dimension_free_and_read_one_item():
     assert dataset.reads == [0]
 
 
+def test_a_transform_is_per_item_on_arrays_as_torchvisions_are():
+    from torchvision import transforms
+
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    images = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)
+    dataset = BaseDataset(images, torch.arange(4), transform=steps)
+    assert dataset[0][0].shape == (1, 28, 28)
+    batch, targets = dataset.fetch(torch.tensor([2, 0]))
+    assert torch.equal(batch, torch.stack([steps(images[2].numpy()), steps(images[0].numpy())]))
+    assert targets.tolist() == [2, 0]
+    assert sample_specs(as_batches(dataset))[0].shape == (FREE, 1, 28, 28)
+    with pytest.raises(OptionError, match="not both"):
+        BaseDataset(images, torch.arange(4), steps, batch_transform=torch.relu)
+    with pytest.raises(OptionError, match="transform must be a function"):
+        BaseDataset(images, torch.arange(4), 3)
+
+
+def test_a_transform_that_fails_names_the_item():
+    dataset = BaseDataset(torch.zeros(3, 2), torch.zeros(3), lambda item: item.float())
+    with pytest.raises(DataError, match="item 1 failed: AttributeError.*is a batch_transform"):
+        dataset.fetch(torch.tensor([1]))
+
+
+def test_the_methods_of_a_data_set():
+    dataset = BaseDataset(torch.ones(3, 2), torch.arange(3), id=7, owner="me", description="three things")
+    assert (dataset.id, dataset.owner, dataset.description) == (7, "me", "three things")
+    assert dataset.transform(lambda data: data * 2) is dataset
+    assert torch.equal(dataset.get_data(), torch.full((3, 2), 2.0))
+    assert torch.equal(dataset.get_targets(), torch.arange(3))
+    assert BaseDataset(torch.ones(1), torch.ones(1)).id != BaseDataset(torch.ones(1), torch.ones(1)).id
+    with pytest.raises(DataError, match="3 items became 1"):
+        dataset.transform(lambda data: data[:1])
+    with pytest.raises(LocalError, match=r"send\(\) it to a worker"):
+        _ = dataset.id_at_location
+
+
+def test_arrays_are_data_and_other_kinds_say_what_to_write():
+    dataset = BaseDataset(np.ones((3, 2), dtype=np.float32), np.arange(3))
+    assert torch.equal(dataset.fetch(torch.tensor([1]))[0], torch.ones(1, 2))
+    frozen = np.ones(3)
+    frozen.flags.writeable = False
+    assert len(BaseDataset(frozen, frozen)) == 3
+    frame = type("DataFrame", (), {"__module__": "pandas.core.frame"})()
+    loader = DataLoader(TensorDataset(torch.ones(2), torch.ones(2)))
+    dicts = Listed([{"x": 1, "y": 2}])
+    for make, says in [
+        (lambda: BaseDataset([1.0], [2.0]), r"write torch\.tensor\("),
+        (lambda: BaseDataset(frame, torch.ones(1)), r"write torch\.tensor\(df\.values\)"),
+        (lambda: BaseDataset(np.array(["a"]), torch.ones(1)), "array of numbers"),
+        (lambda: as_batches(frame, key="d"), r"pandas DataFrame: write BaseDataset\("),
+        (lambda: as_batches(loader, key="d"), r"data set 'd' is a DataLoader: give its \.dataset"),
+        (lambda: sample_specs(as_batches(dicts)), r'returns \(item\["x"\], item\["y"\]\)'),
+        (lambda: sample_specs(as_batches(Listed([(1, 2, 3)]))), "a tuple of 3: write a data set whose"),
+    ]:
+        with pytest.raises(DataError, match=says):
+            make()
+
+
+class Listed:
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_an_item_that_cannot_be_read_is_named():
+    class Broken(Listed):
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("no such file")
+            return torch.ones(2), 0
+
+    source = as_batches(Broken([0] * 4), key="scans")
+    with pytest.raises(DataError, match="data set 'scans': item 2 cannot be read: OSError: no such file"):
+        source.fetch(torch.tensor([0, 2]))
+
+
+def test_an_empty_data_set_has_specs_where_they_are_known():
+    data, target = sample_specs(as_batches(TensorDataset(torch.zeros(0, 3), torch.zeros(0))))
+    assert (data.shape, target.shape) == ((FREE, 3), (FREE,))
+    with pytest.raises(DataError, match=r"'d' is empty, .* BaseDataset\(torch\.zeros\(0, 30\)"):
+        sample_specs(as_batches(Listed([]), key="d"), key="d")
+
+
+def test_the_short_batch_can_be_left_out():
+    from planrt.workers.datasets import smallest_batch
+
+    batches = iterate(numbered(7), batch_size=3, shuffle=True, seed=0, epochs=2, drop_last=True)
+    assert [len(data) for data, _ in batches] == [3, 3, 3, 3]
+    assert smallest_batch(7, 3, drop_last=True) == 3
+    assert smallest_batch(2, 3, drop_last=True) == 0
+    assert list(iterate(numbered(2), batch_size=3, shuffle=False, seed=0, drop_last=True)) == []
+
+
 def test_a_transform_that_loses_the_batch_is_refused():
     with pytest.raises(DataError, match=r"data of a batch of 1 item has shape \[3\]"):
-        sample_specs(BaseDataset(torch.zeros(2, 3), torch.zeros(2), lambda batch: batch.sum(0)))
+        sample_specs(
+            BaseDataset(torch.zeros(2, 3), torch.zeros(2), batch_transform=lambda batch: batch.sum(0))
+        )
 
 
 # ---------------------------------------------------------------------------------------------- iterate
