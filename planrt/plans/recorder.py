@@ -212,7 +212,7 @@ class Recorder(TorchFunctionMode):
         if seen.reads_plain_values(func):
             if self.known.knows_all((args, kwargs)):
                 return func(*args, **kwargs)
-            answer = torch_code.answer(func)
+            answer = torch_code.answer(getattr(func, "__name__", ""))
             if answer is not None:
                 return func(*args, **kwargs) if answer else False
         raise TraceError(seen.why_refused(func, resolve_name(func), asker), line=self._line())

@@ -1,6 +1,7 @@
 """Torch's own Python code under a recorder: where it looks at values, and what it is told.
 
-Modules and functions of torch that are written in Python look at values in a few places. Some choose a faster way to
+Modules and functions of torch that are written in Python look at values in a few places, and so do those
+of transformers. Some choose a faster way to
 the same result: they are told to take the general one. Some check their arguments: a check that only raises sees the
 values of the run. Everything else is refused under the public name of what the user called, with what to write.
 """
@@ -11,7 +12,7 @@ import os
 import re
 import sys
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -29,14 +30,19 @@ NOT_NESTED: Final = (
     "encoder.use_nested_tensor = False)"
 )
 
-_CHOICES: Final = {("nn/modules/transformer.py", "_detect_is_causal_mask")}
-"""(file, function) of torch where False takes a general way, which gives what the special one gives."""
+_CHOICES: Final = {
+    ("torch.nn.modules.transformer", "_detect_is_causal_mask"),
+    ("transformers.masking_utils", "_ignore_causal_mask_sdpa"),
+    ("transformers.masking_utils", "_ignore_bidirectional_mask_sdpa"),
+    ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask"),
+}
+"""(module, function) where False takes a general way, which gives what the special one gives."""
 
 _CHECKS: Final = {
-    ("nn/modules/rnn.py", "get_expected_hidden_size"),
-    ("nn/modules/rnn.py", "get_expected_cell_size"),
+    ("torch.nn.modules.rnn", "get_expected_hidden_size"),
+    ("torch.nn.modules.rnn", "get_expected_cell_size"),
 }
-"""(file, function) of torch whose only use of a value is to raise, as the op that follows does."""
+"""(module, function) whose only use of a value is to raise, as the op that follows does."""
 
 _INSTEAD: Final = {
     **dict.fromkeys(("nn.BatchNorm", "nn.SyncBatchNorm"), "with momentum=None it averages by its count of batches: "
@@ -49,14 +55,14 @@ _INSTEAD: Final = {
 """Beginning of a public name (without ``torch.``) -> why, and what to write."""
 
 
-def answer(choice: Any) -> bool | None:
-    """What torch's code is told that reads a value just now: False; True where it may see the value; None: refuse.
+def answer(read: str) -> bool | None:
+    """What the code is told that reads a value just now: False; True where it may see the value; None: refuse.
 
-    `choice` is the function that reads.
+    `read` is the last part of the name of what reads (``__bool__``).
     """
     frame = _caller()
-    place = _place(frame)
-    if place in _CHOICES and getattr(choice, "__name__", "") == "__bool__":
+    place = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+    if place in _CHOICES and read in ("__bool__", "__contains__"):
         return False
     return True if place in _CHECKS else None
 
@@ -85,7 +91,7 @@ def is_in(file: str) -> bool:
     """Whether the call that a recorder sees just now is made under that file of torch."""
     frame: FrameType | None = _caller()
     while frame is not None and _is_torchs(frame):
-        if _place(frame)[0] == file:
+        if frame.f_code.co_filename == _TORCH + file.replace("/", os.sep):
             return True
         frame = frame.f_back
     return False
@@ -103,9 +109,12 @@ def _public_name(home: str, qualname: str) -> str:
 
 
 def _caller() -> FrameType:
-    """The innermost frame above the recorder's own."""
+    """The innermost frame above the recorder's own, and above what torch's methods go through."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and not (is_users(frame.f_code.co_filename) or _is_torchs(frame)):
+    while frame.f_back is not None and (
+        not (is_users(frame.f_code.co_filename) or _is_torchs(frame))
+        or frame.f_globals.get("__name__") in ("torch.overrides", "torch._tensor")
+    ):
         frame = frame.f_back
     return frame
 
@@ -116,8 +125,3 @@ def _is_torchs(frame: FrameType) -> bool:
 
 def _is_of_torch(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.")
-
-
-def _place(frame: FrameType) -> tuple[str, str]:
-    code = frame.f_code
-    return code.co_filename.removeprefix(_TORCH).replace(os.sep, "/"), code.co_name

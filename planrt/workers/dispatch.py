@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,10 +17,11 @@ from typing import Any, NoReturn
 import torch
 from torch.overrides import resolve_name
 
-from planrt.errors import OptionError, RemoteOpError, RemoteValueError
-from planrt.plans import foreach, ops, seen
+from planrt.errors import OptionError, PlanWarning, RemoteOpError, RemoteValueError
+from planrt.plans import foreach, ops, seen, torch_code
 from planrt.plans.inference import Spec
 from planrt.plans.left_out import reason_for
+from planrt.plans.source import frames_to_user
 from planrt.types import map_leaves
 from planrt.workers import remote_autograd
 from planrt.workers.pointers import PointerTensor, describe
@@ -45,6 +47,9 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return [dispatch(one, its, options) for one, its, options in foreach.calls(func, args, kwargs)]
     name = ops.name_of(func)
     if name is None:
+        if func is torch_code.CHOOSES_NESTED and torch_code.asker() is not None:
+            warnings.warn(torch_code.NOT_NESTED, PlanWarning, stacklevel=frames_to_user() + 1)
+            return False
         _refuse(func)
     return apply(name, func, args, kwargs)
 
@@ -106,8 +111,10 @@ def _refuse(func: Any) -> NoReturn:
     )
 
 
-def _value_read(name: str) -> Callable[..., NoReturn]:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+def _value_read(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if torch_code.answer(name.rpartition(".")[2]) is False:
+            return False  # torch's own code, which looks for a faster way
         raise RemoteValueError(f"{name} reads the value of a tensor that is on a worker: write .get() first")
 
     return refuse

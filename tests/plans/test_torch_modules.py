@@ -252,6 +252,17 @@ def test_a_mask_that_is_an_argument_is_applied_as_given():
         torch.testing.assert_close(plan(x, mask), encoder(x, mask=mask))
 
 
+@pytest.mark.parametrize("masks", ["padding", "causal", "whole"])
+def test_transformers_with_masks_that_were_sent(masks, make_worker):
+    planrt.TorchHook(torch)
+    bob = make_worker("bob")
+    torch.manual_seed(0)
+    x, model = sentences(), Masked(masks, enable_nested_tensor=False).eval()
+    want = model(x)
+    model.send(bob)
+    torch.testing.assert_close(model(x.send(bob)).get(), want)
+
+
 # ------------------------------------------------------------------------------------------- packed sequences
 
 
