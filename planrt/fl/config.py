@@ -12,7 +12,7 @@ from torch import nn
 from planrt.errors import LocalError, OptionError
 from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
 from planrt.fl.options import learning_rate, optimizer_name, optimizer_options, whole
-from planrt.fl.recorded import dataset_of, example_batch, recorded
+from planrt.fl.recorded import casting_hint, dataset_of, example_batch, recorded
 from planrt.plans.model_state import ModelState
 from planrt.plans.torchscript import class_name
 from planrt.plans.training import EvaluationResult, ModelPlans
@@ -174,7 +174,14 @@ class TrainConfig:
         """
         info = dataset_of(worker, dataset_key)
         if self._example is None:
-            self._example = example_batch(info)
+            example = example_batch(info)
+            with casting_hint(self.model, example[0], dataset_key):
+                self._example = example
+                try:
+                    return self.plans
+                except BaseException:
+                    self._example = None  # another data set may fit
+                    raise
         return self.plans
 
     def fit_options(self, lr: float | None = None) -> dict[str, Any]:

@@ -86,8 +86,8 @@ class FederatedDataLoader:
         drop_last: leave out each worker's short last batch.
         num_iterators: how many workers are read at a time. With more than one, a pass gives
             ``{worker: (data, target)}`` instead of pairs: one batch of each worker that is being read.
-        iter_per_worker: read all workers at a time, as ``num_iterators=len(federated_dataset.workers)`` does; gives
-            such mappings in any case.
+        iter_per_worker: every step gives ``{worker: (data, target)}`` with a batch of *every* worker. A pass is as long
+            as the longest of them needs; whoever has given all starts again meanwhile, in a new order if shuffled.
         seed: for `shuffle`. None: torch's own generator here, which `torch.manual_seed` sets.
         num_workers, pin_memory: what scripts pass to a `DataLoader`; without effect here, where no data is.
 
@@ -125,6 +125,7 @@ class FederatedDataLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.num_iterators = workers if iter_per_worker else num_iterators
+        self.iter_per_worker = iter_per_worker
         self._one_at_a_time = num_iterators == 1 and not iter_per_worker
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -138,6 +139,8 @@ class FederatedDataLoader:
         counts = {
             id: self._batches_of(len(dataset)) for id, dataset in self.federated_dataset.datasets.items()
         }
+        if self.iter_per_worker:
+            return max(counts.values())
         return sum(1 for _ in _turns(counts, self.num_iterators))
 
     def __iter__(self) -> Iterator[Any]:
@@ -153,10 +156,22 @@ class FederatedDataLoader:
         return {self.federated_dataset[id].location: batch for id, batch in fetched.items()}
 
     def _steps(self) -> Iterator[Step]:
-        """Whose which items come when: all orders are drawn at the start of the pass."""
+        """Whose which items come when: all orders are drawn at the start of the pass, but of what is read again."""
+        if self.iter_per_worker:
+            yield from self._all_at_every_step()
+            return
         chunks = {id: self._chunks(len(dataset)) for id, dataset in self.federated_dataset.datasets.items()}
         for turn in _turns({id: len(parts) for id, parts in chunks.items()}, self.num_iterators):
             yield [(id, chunks[id][number]) for id, number in turn]
+
+    def _all_at_every_step(self) -> Iterator[Step]:
+        datasets = self.federated_dataset.datasets
+        chunks = {id: found for id, dataset in datasets.items() if (found := self._chunks(len(dataset)))}
+        for number in range(max(map(len, chunks.values()), default=0)):
+            for id, parts in chunks.items():
+                if number and number % len(parts) == 0:
+                    chunks[id] = self._chunks(len(datasets[id]))
+            yield [(id, parts[number % len(parts)]) for id, parts in chunks.items()]
 
     def _chunks(self, items: int) -> list[torch.Tensor]:
         order = torch.randperm(items, generator=self._generator) if self.shuffle else torch.arange(items)

@@ -12,7 +12,7 @@ from torch import nn
 from planrt.errors import LocalError, OptionError, RemoteError
 from planrt.fl.averaging import copied
 from planrt.fl.options import whole
-from planrt.fl.recorded import dataset_of, example_batch, recorded
+from planrt.fl.recorded import casting_hint, dataset_of, example_batch, recorded
 from planrt.plans.fingerprint import fingerprint
 from planrt.plans.graph import Graph
 from planrt.plans.training import EvaluationResult, ModelPlans
@@ -94,7 +94,9 @@ class SentJob:
                 raise LocalError(
                     f"the model was changed after it was sent to worker {worker.id!r}: send the TrainConfig again"
                 )
-            plans = recorded(self._model, self._loss_fn, *example_batch(dataset_of(worker, dataset_key)))
+            example = example_batch(dataset_of(worker, dataset_key))
+            with casting_hint(self._model, example[0], dataset_key):
+                plans = recorded(self._model, self._loss_fn, *example)
             names, by_key = plans.names, dict(self._there)
             self._there = {name: by_key[key] for key, name in names.keys.items() if key in by_key}
             rest = {name: value for name, value in names.entries.items() if name not in self._there}

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import nn
 
-from planrt.errors import UnknownDatasetError
+from planrt.errors import TraceError, UnknownDatasetError
 from planrt.plans.fingerprint import Fingerprint, fingerprint
 from planrt.plans.graph import Graph
 from planrt.plans.model_state import StateMap
@@ -99,3 +101,25 @@ def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, tor
         for dtype, shape in (info.data, info.target)
     )
     return data, target
+
+
+@contextmanager
+def casting_hint(model: nn.Module | None, data: torch.Tensor, key: str) -> Iterator[None]:
+    """What goes wrong with floating-point data of another dtype than the model's says how to cast."""
+    try:
+        yield
+    except TraceError as error:
+        floats = {
+            one.dtype for one in (model.parameters() if model is not None else ()) if one.is_floating_point()
+        }
+        if not data.is_floating_point() or not floats or data.dtype in floats:
+            raise
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats))
+        there = str(data.dtype).removeprefix("torch.")
+        raise TraceError(
+            f"{error}: data set {key!r} is {there} and the model {names}: cast one of them, the data where it is held "
+            f"(data.to(torch.{names.split(', ')[0]})) or the model (model.{_CASTS.get(data.dtype, 'to')}())"
+        ) from error
+
+
+_CASTS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}

@@ -465,9 +465,12 @@ def test_several_workers_are_read_side_by_side(make_worker):
     ]
     assert len(loader) == 4
     everybody = FederatedDataLoader(federated, batch_size=2, iter_per_worker=True)
-    assert [[worker.id for worker in step] for step in everybody] == [
-        ["bob", "alice", "carol"], ["alice", "carol"], ["alice", "carol"],
-    ]  # fmt: skip
+    found = [{worker.id: target.get().tolist() for worker, (_, target) in step.items()} for step in everybody]
+    assert found == [  # a batch of everybody at every step: who has few starts again
+        {"bob": [0, 1], "alice": [0, 1], "carol": [0, 1]},
+        {"bob": [0, 1], "alice": [2, 3], "carol": [2, 3]},
+        {"bob": [0, 1], "alice": [4, 5], "carol": [4]},
+    ]
     assert len(everybody) == 3
 
 
