@@ -196,6 +196,7 @@ def mnist_children(
     first_port: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    fast_kernels: bool = False,
     verbose: bool = False,
 ) -> list[ChildOptions]:
     """Alice, bob, charlie and testing with their parts of `source`.
@@ -206,6 +207,7 @@ def mnist_children(
         threads: torch threads of each. None: the training workers, which compute at the same time, get
             ``max(1, cores // 3)`` each; the testing worker, which computes while they wait, gets all cores.
         device: where they compute.
+        fast_kernels: on a GPU, whether they may take kernels that do not repeat their bits.
         verbose: they log what happens.
     """
     cores = available_cores()
@@ -215,6 +217,7 @@ def mnist_children(
         options = ["--dataset", source.name, "--threads", str(threads or share), "--device", device]
         options += ["--data", str(source.folder)] if source.folder is not None else []
         options += ["--testing"] if worker_id == TESTING else []
+        options += ["--fast-kernels"] if fast_kernels else []
         options += ["--verbose"] if verbose else []
         port = 0 if first_port is None else first_port + number
         children.append(ChildOptions(worker_id, port, tuple(options)))

@@ -66,6 +66,11 @@ def parser() -> Parser:
     add("--test-batch-size", type=count, default=128, help="test images per batch (%(default)s)")
     add("--seed", type=seed, default=1, help="what every random choice derives from (%(default)s)")
     add("--device", default="cpu", help="where the workers started here compute (%(default)s)")
+    add(
+        "--fast-kernels",
+        action="store_true",
+        help="on a GPU: the fastest kernels, though runs then need not repeat bit for bit",
+    )
     add("--save-model", metavar="PATH", help="save the model there too: .safetensors, .pt or .pth")
     add("--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors")
     add("--data", metavar="DIR", help="folder that holds MNIST/raw")
@@ -91,9 +96,10 @@ def run(options: argparse.Namespace) -> None:
             children = None
             if addresses is None:
                 children = stack.enter_context(WorkerProcesses(_children(options)))
-            elif options.data is not None or options.device != "cpu":
+            elif options.data is not None or options.device != "cpu" or options.fast_kernels:
                 print(
-                    "Notice: --data and --device do nothing here: the workers that run hold data and device"
+                    "Notice: --data, --device and --fast-kernels do nothing here: the workers that run hold data and "
+                    "device"
                 )
             # Only now, so that this process imports torch at the same time as its children.
             import torch
@@ -115,7 +121,7 @@ async def _train(
     options: argparse.Namespace, addresses: Mapping[str, str], network: torch.nn.Module, began: float
 ) -> tuple[Report, Mapping[str, torch.Tensor]]:
     import torch.nn.functional as F
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from planrt.fl.config import TrainConfig
     from planrt.fl.rounds import ModelEvaluator, RoundScheduler
@@ -146,14 +152,13 @@ async def _train(
 
         state: Mapping[str, torch.Tensor] = config.state
         lr = options.lr
-        # The bar shows on terminals only; what is printed goes above it.
-        with tqdm(
-            total=options.rounds, unit="round", mininterval=0, disable=not sys.stderr.isatty(), leave=False
-        ) as bar:
+        # The bar shows on terminals and in notebooks only; what is printed goes above it.
+        with tqdm(total=options.rounds, unit="round", mininterval=0, disable=None, leave=False) as bar:
             for number in range(1, options.rounds + 1):
                 evaluating = number % EVALUATE_EVERY == 1 or number == options.rounds
                 result = await scheduler.run_round(number, state, lr=lr, keep_worker_states=evaluating)
                 state = result.state
+                bar.update()
                 title = f"Training round {number}/{options.rounds}"
                 _say(f"{title}: loss {result.loss:.4f}, {result.seconds:.2f} s")
                 evaluations = {}
@@ -172,7 +177,6 @@ async def _train(
                     )
                 )
                 lr = max(LR_DECAY * lr, LR_FLOOR * options.lr)
-                bar.update()
     return report, state
 
 
@@ -181,14 +185,16 @@ def _children(options: argparse.Namespace) -> list[ChildOptions]:
     if source.notice:
         print(f"Notice: {source.notice}")
     print("No workers are running: starting alice, bob, charlie and testing", flush=True)
-    return mnist_children(source, device=options.device, verbose=options.verbose)
+    return mnist_children(
+        source, device=options.device, fast_kernels=options.fast_kernels, verbose=options.verbose
+    )
 
 
 # ------------------------------------------------------------------------------------------- output
 
 
 def _say(text: str) -> None:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     tqdm.write(text)
     sys.stdout.flush()

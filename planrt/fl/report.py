@@ -106,9 +106,13 @@ def plot(report: Report, path: Path) -> None:
         loss.plot(numbers, [result.loss for result in results], label=label, **style)
     every = [r.round for r in report.rounds]
     training = [statistics.fmean(w.loss for w in r.workers.values()) for r in report.rounds]
+    loss.set_yscale("log")
     loss.plot(every, training, color="grey", linewidth=1, linestyle=":", label="training loss")
+    low, high = loss.get_ylim()
+    loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # 0.5, not 5 x 10^-1
+    loss.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if high < 10 * low or _leads(value) else "")
     accuracy.set(ylabel="accuracy on test images (%)", ylim=(0, 101))
-    loss.set(ylabel="loss (mean negative log-likelihood)", yscale="log")
+    loss.set(ylabel="loss (mean negative log-likelihood)")
     for axes in (accuracy, loss):
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -120,6 +124,11 @@ def plot(report: Report, path: Path) -> None:
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _leads(value: float) -> bool:
+    """Whether the first digit of `value` is 2 or 5: what is labelled between powers of ten."""
+    return f"{value:e}"[0] in "25"
 
 
 def _finite(value: Any) -> Any:

@@ -60,9 +60,12 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         served = _served(options) if not options.empty else _nothing(options)
 
         from planrt.logs import configure
+        from planrt.workers.determinism import prepare_process
         from planrt.workers.server import WebsocketServerWorker
 
         policy = _policy(options)
+        if options.device.startswith("cuda") and not options.fast_kernels:
+            prepare_process()  # before CUDA starts
         _check_device(options.device)
         configure(verbose=options.verbose, json=options.json_logs)
         worker = WebsocketServerWorker(
@@ -71,6 +74,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             port=options.port,
             threads=options.threads,
             device=options.device,
+            deterministic=False if options.fast_kernels else None,
             users=_users(options.users),
             policy=policy,
             approvals=options.approvals,
@@ -128,6 +132,11 @@ def _parser() -> Parser:
     add("--tag", action="append", default=[], help="tag of the data set (repeatable)")
     add("--threads", type=whole_number(at_least=1), help="torch threads (as many as cores)")
     add("--device", default="cpu", help="device that computes (%(default)s)")
+    add(
+        "--fast-kernels",
+        action="store_true",
+        help="on a GPU: take the fastest kernels, though results then need not repeat bit for bit",
+    )
     add("--users", metavar="FILE", help="users and their tokens, a line `name: token` each, for private data")
     add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")
     add(

@@ -439,6 +439,7 @@ class VirtualWorker(BaseWorker):
         token: which of these users this client is.
         policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
         device, limits: where it computes; the sizes of messages it takes.
+        deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
     """
 
     def __init__(
@@ -453,6 +454,7 @@ class VirtualWorker(BaseWorker):
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
         device: str | torch.device = "cpu",
+        deterministic: bool | None = None,
         limits: Limits | None = None,
         is_client_worker: bool = False,
     ) -> None:
@@ -461,7 +463,13 @@ class VirtualWorker(BaseWorker):
             raise OptionError('a worker needs an id: VirtualWorker(hook, id="bob")')
         self.is_client_worker = is_client_worker
         state = WorkerState(
-            id, device=device, users=users, policy=policy, approvals=decisions_in(approvals), limits=limits
+            id,
+            device=device,
+            users=users,
+            policy=policy,
+            approvals=decisions_in(approvals),
+            limits=limits,
+            deterministic=deterministic,
         )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)

@@ -12,6 +12,7 @@ from typing import Any
 
 from planrt.errors import ExecutionError, LocalError, PolicyError
 from planrt.workers import messages as m
+from planrt.workers.determinism import explained
 from planrt.workers.gate import NotApprovedError
 from planrt.workers.posted import PostedOp
 from planrt.workers.private import GetNotPermittedError
@@ -39,7 +40,7 @@ def failure_of(error: Exception) -> m.Failure:
     if isinstance(error, OpFailedError):
         return error.failure
     kind = type(error).__name__.removeprefix("_")
-    text = str(error) if isinstance(error, LocalError) else f"{kind}: {error}"
+    text = explained(str(error) if isinstance(error, LocalError) else f"{kind}: {error}")
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, PolicyError):
         return m.Failure(kind, cut(text), error.op, error.line, index=error.index)
@@ -65,7 +66,7 @@ def failure_of_op(
             op.name, number=number,
         )  # fmt: skip
     reason = (str(error).strip().splitlines() or [kind])[0]
-    text = reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}"
+    text = explained(reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}")
     trace = "".join(traceback.format_exception(error))
     kind = kind if isinstance(error, LocalError) else "ExecutionError"
     inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}

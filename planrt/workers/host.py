@@ -20,7 +20,8 @@ from planrt.errors import LocalError, TransportError, WireError
 from planrt.logs import get_logger
 from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers import messages as m
-from planrt.workers.events import Close, Disconnected, Event, Received, Reply, ToPeer, Wait
+from planrt.workers.determinism import deterministic_kernels
+from planrt.workers.events import Close, Disconnected, Event, Instruction, Received, Reply, ToPeer, Wait
 from planrt.workers.failures import failure_of
 from planrt.workers.links import Links
 from planrt.workers.pipes import Pipe
@@ -144,8 +145,12 @@ class WorkerHost:
         await self._handle(Disconnected(number))
         await pipe.close()
 
+    def _work(self, event: Event) -> list[Instruction]:
+        with deterministic_kernels(self.state.deterministic):
+            return self.state.handle(event)
+
     async def _handle(self, event: Event) -> None:
-        for instruction in await self._compute.run(self.state.handle, event):
+        for instruction in await self._compute.run(self._work, event):
             match instruction:
                 case Reply(connection, envelope, tensors):
                     if pipe := self._pipes.get(connection):

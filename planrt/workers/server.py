@@ -32,7 +32,8 @@ class WebsocketServerWorker:
 
     `port` 0 takes a free port. `threads` is the number of torch threads: None for as many as torch takes by
     itself (all cores). Give workers that share a machine ``cores // workers`` each, at least 1, or they fight
-    over the cores. Results are bit-identical only between workers with the same number of threads.
+    over the cores. Results are bit-identical only between workers with the same number of threads. `deterministic`
+    says whether only torch's deterministic kernels run; None: on everything but a CPU.
 
     `users` maps user names to the tokens that prove them: private data names the users who may see it. `policy` is
     what the owner allows, and `approvals` the folder of the owner's decisions about plans. `hook` and `verbose` are
@@ -47,6 +48,7 @@ class WebsocketServerWorker:
         *,
         threads: int | None = None,
         device: str = "cpu",
+        deterministic: bool | None = None,
         limits: Limits | None = None,
         users: Mapping[str, str] | None = None,
         policy: Policy | None = None,
@@ -64,7 +66,13 @@ class WebsocketServerWorker:
         self._threads = threads
         self._limits = limits or Limits()
         self._state = WorkerState(
-            id, device=device, users=users, policy=policy, approvals=decisions_in(approvals), limits=limits
+            id,
+            device=device,
+            users=users,
+            policy=policy,
+            approvals=decisions_in(approvals),
+            limits=limits,
+            deterministic=deterministic,
         )
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""

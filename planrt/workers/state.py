@@ -37,6 +37,7 @@ from planrt.serde.frames import Limits
 from planrt.version import VERSION
 from planrt.workers import messages as m
 from planrt.workers.backward import BackwardPasses
+from planrt.workers.determinism import wanted
 from planrt.workers.eager import EagerOps
 from planrt.workers.events import (
     Close,
@@ -79,6 +80,7 @@ class WorkerState:
     `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
     token that proves it: private objects name the users who may see them. With a `policy` nothing runs that breaks it;
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
+    `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU.
     """
 
     def __init__(
@@ -90,11 +92,14 @@ class WorkerState:
         policy: Policy | None = None,
         approvals: Approvals | None = None,
         limits: Limits | None = None,
+        deterministic: bool | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
         self.id = id
         self.device = torch.device(device)
+        self.deterministic = wanted(self.device, deterministic)
+        """Whether whoever hands it events must see to deterministic kernels."""
         self.versions = own_versions(limits)
         self.store = ObjectStore()
         self._users = dict(users or {})

@@ -1,0 +1,63 @@
+"""The same bits twice on a GPU: torch's deterministic kernels, for as long as a worker computes.
+
+Some CUDA kernels add numbers in whatever order their threads finish. A worker on anything but a CPU therefore asks
+torch for the deterministic ones, unless its owner trades repeatable bits for speed (``--fast-kernels``). The settings
+belong to the process, so they are put back after each piece of work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+
+_WORKSPACE: Final = "CUBLAS_WORKSPACE_CONFIG"
+_FLAG_HINT: Final = (
+    "; the worker computes with deterministic kernels: its owner can start it with --fast-kernels "
+    "(deterministic=False), and results then need not repeat bit for bit"
+)
+_SIGNS: Final = ("use_deterministic_algorithms", _WORKSPACE)
+
+
+def wanted(device: torch.device, deterministic: bool | None) -> bool:
+    """Whether a worker on `device` computes deterministically: as it was told, or on everything but a CPU.
+
+    Also prepares the process for it, which must happen before it first uses CUDA.
+    """
+    chosen = device.type not in ("cpu", "meta") if deterministic is None else deterministic
+    if chosen and device.type == "cuda":
+        prepare_process()
+    return chosen
+
+
+def prepare_process() -> None:
+    """Sets what cuBLAS reads when CUDA starts; whoever has set it otherwise keeps that."""
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+
+
+@contextmanager
+def deterministic_kernels(on: bool) -> Iterator[None]:
+    """torch's deterministic kernels for the block, if `on`; then the settings are as they were."""
+    if not on:
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def explained(text: str) -> str:
+    """`text` of an error, with what to do where an op has no deterministic kernel."""
+    return text + _FLAG_HINT if any(sign in text for sign in _SIGNS) else text

@@ -1,0 +1,105 @@
+"""Deterministic kernels: on while a worker computes that asks for them, off again afterwards; untried on a GPU here."""
+
+import os
+
+import pytest
+import torch
+
+from planrt.errors import RemoteError
+from planrt.fl.serve import _parser
+from planrt.torch_hook import TorchHook
+from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.determinism import deterministic_kernels, explained, wanted
+
+
+class Watched(torch.utils.data.Dataset):
+    """Notes the settings whenever an item is read."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        self.seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return torch.ones(3), 0
+
+
+def fit(worker):
+    from planrt.fl import TrainConfig
+
+    TrainConfig(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy).send(worker)
+    worker.fit("d")
+
+
+@pytest.mark.parametrize("deterministic", [True, False, None])
+def test_the_settings_hold_while_a_worker_computes_and_not_after(deterministic, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    virtual, remote = Watched(), Watched()
+    with VirtualWorker("bob", datasets={"d": virtual}, deterministic=deterministic) as bob:
+        virtual.seen.clear()
+        fit(bob)
+    server = WebsocketServerWorker("carol", threads=1, deterministic=deterministic)
+    server.add_dataset(remote, "d")
+    remote.seen.clear()
+    with server.running() as uri, WebsocketClientWorker("carol", uri=uri) as carol:
+        fit(carol)
+    expected = (True, False) if deterministic else (False, True)  # None: this is a CPU
+    assert set(virtual.seen) == set(remote.seen) == {expected}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+
+
+def test_settings_are_put_back_as_they_were():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic_kernels(True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.raises(KeyError), deterministic_kernels(True):
+            raise KeyError
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_op_without_a_deterministic_kernel_names_the_flag():
+    TorchHook(torch)
+    with VirtualWorker("bob", deterministic=True) as bob, VirtualWorker("alice") as alice:
+        for worker in (bob, alice):
+            x = torch.zeros(3).send(worker)
+            index, values = torch.tensor([0, 2]).send(worker), torch.ones(2).send(worker)
+            y = torch.put(x, index, values)
+            if worker is alice:
+                assert y.get().tolist() == [1, 0, 1]
+                continue
+            with pytest.raises(RemoteError, match=r"put_.*--fast-kernels \(deterministic=False\)"):
+                y.get()
+
+
+def test_who_asks_for_it(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert not wanted(torch.device("cpu"), None)
+    assert wanted(torch.device("cpu"), True)
+    assert not wanted(torch.device("cuda"), False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert wanted(torch.device("cuda"), None)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert wanted(torch.device("cuda:1"), None)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert explained("no such file") == "no such file"
+
+
+def test_the_flag_of_the_commands():
+    from planrt.fl.children import mnist_children
+    from planrt.fl.data import DataSource
+    from planrt.fl.mnist_async import parser
+
+    assert _parser().parse_args(["--id", "alice", "--fast-kernels"]).fast_kernels
+    assert not _parser().parse_args(["--id", "alice"]).fast_kernels
+    assert parser().parse_args(["--fast-kernels"]).fast_kernels
+    source = DataSource("digits", None)
+    assert all("--fast-kernels" in child.options for child in mnist_children(source, fast_kernels=True))
+    assert not any("--fast-kernels" in child.options for child in mnist_children(source))
