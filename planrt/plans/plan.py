@@ -14,6 +14,7 @@ import inspect
 import os
 import secrets
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +23,7 @@ import torch
 
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.plans.building import examples_of, leading_dims, record_in_both_modes
+from planrt.plans.forms import Forms, fits, form_for, has_code
 from planrt.plans.graph import Graph
 from planrt.plans.holding import hold
 from planrt.plans.inlining import inline
@@ -82,6 +84,8 @@ class Plan(torch.nn.Module):
         function: what the plan does; leave it out in classes with a `forward`.
         name: by default the function's or the class's.
         state: tensors that the function gets as a `PlanState`, after its other arguments.
+        strict: refuse arguments of other sizes, ranks or dtypes than the plan was built with, instead of recording
+            a form of it for them (`planrt.plans.forms`).
     """
 
     _function: Callable[..., Any] | None
@@ -92,6 +96,7 @@ class Plan(torch.nn.Module):
         *,
         name: str | None = None,
         state: Sequence[torch.Tensor] | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         # Not as a submodule: a module that is the function gives its state under its own names.
@@ -101,7 +106,9 @@ class Plan(torch.nn.Module):
         self.name: str = name or str(getattr(function, "__name__", type(function or self).__name__))
         self.id: int = secrets.randbits(40)
         self._record: PlanRecord | None = None
+        self.strict: bool = strict
         self._captured: dict[str, torch.Tensor] = {}
+        self._forms: Forms = OrderedDict()
         self._pointers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         """worker -> where the plan was sent by a call with pointers, so that the next call need not send it."""
         self._tags: tuple[str, ...] = ()
@@ -159,7 +166,11 @@ class Plan(torch.nn.Module):
         return self.record.graph(training=self.training)
 
     def build(
-        self, *examples: Any, free_dims: Sequence[Sequence[int]] | None = None, **keywords: Any
+        self,
+        *examples: Any,
+        free_dims: Sequence[Sequence[int]] | None = None,
+        strict: bool | None = None,
+        **keywords: Any,
     ) -> Self:
         """Record the plan on example arguments, and return it. Building again replaces what was recorded.
 
@@ -171,11 +182,14 @@ class Plan(torch.nn.Module):
             free_dims: per input tensor, the dimensions that may differ at run time. By default dimension 0 is
                 free as far as the function takes that: of every tensor, else of those that share the size of the
                 first one's, else of the first one, else of none. Modules' tensors have fixed sizes.
+            strict: whether calls with other sizes, ranks or dtypes are refused; by default as the plan was made.
 
         Raises:
             PlanArgumentError: arguments that do not fit the function, or that no plan can take.
             TraceError: the function cannot be recorded; names the line.
         """
+        if strict is not None:
+            self.strict = bool(strict)
         signature, tensors, modules = recorded_signature(self._signature(), self.name, examples, keywords)
         if free_dims is not None:
             return self._built(signature, tensors, modules, free_dims)
@@ -227,6 +241,7 @@ class Plan(torch.nn.Module):
             entry.name: entry.tensor for entry in registry.entries if own.get(entry.name) is not entry.tensor
         }
         self._record = found
+        self._forms.clear()
         return self
 
     def _signature(self) -> inspect.Signature:
@@ -256,19 +271,26 @@ class Plan(torch.nn.Module):
         Given pointers, it is sent to their worker and runs there.
 
         Raises:
-            PlanArgumentError: arguments that do not fit. ExecutionError: an op failed.
+            PlanArgumentError: arguments that do not fit, and for which the plan cannot be recorded.
+        ExecutionError: an op failed.
         """
         if self._record is None:
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
         if active_recorder() is not None:
+            if not fits(self, inputs) and has_code(self) and not self.strict:
+                return super().__call__(*args, **kwargs)  # recorded as part of what calls it
             return inline(self.graph, inputs, self.state_tensors())
         for tensor in inputs:
             location = getattr(tensor, "location", None)
             if location is not None:
                 pointer = self._pointers[location] = location.send_plan(self)
                 return pointer(*args, **kwargs)
-        return execute(self.graph, inputs, self.state_tensors())
+        try:
+            return execute(self.graph, inputs, self.state_tensors())
+        except PlanArgumentError as error:
+            form = form_for(self, args, kwargs, inputs, error)
+        return form(*args, **kwargs)
 
     def state_tensors(self) -> list[torch.Tensor]:
         """The tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
@@ -348,7 +370,7 @@ class Plan(torch.nn.Module):
         raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pointers": weakref.WeakKeyDictionary()}
+        return {**self.__dict__, "_pointers": weakref.WeakKeyDictionary(), "_forms": OrderedDict()}
 
     def copy(self) -> Self:
         """A plan of its own, with a copy of the state: neither changes the other."""
@@ -526,12 +548,14 @@ def func2plan(
     *,
     args_shape: Sequence[Sequence[int]] | None = None,
     state: Sequence[torch.Tensor] | None = None,
+    strict: bool = False,
 ) -> Any:
     """Turns a function of tensors into a `Plan`: ``@func2plan()``, or ``func2plan(function, args_shape=[(-1, 3)])``.
 
     With `args_shape`, one shape per argument (-1 for a size that stays free), it is built at once, on float32
     tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or as
-    the one called ``state``), which callers do not pass.
+    the one called ``state``), which callers do not pass. With `strict`, calls with other sizes, ranks or dtypes are
+    refused; without, the plan is recorded for them too, which is a form of it with a hash of its own.
 
     Raises:
         PlanArgumentError: wrong number of shapes, or impossible ones.
@@ -541,7 +565,9 @@ def func2plan(
     def decorate(function: Callable[..., Any]) -> Plan:
         if not callable(function):
             raise PlanArgumentError(f"func2plan makes a plan of a function, not of {type(function).__name__}")
-        made = Plan(function, state=state)
-        return made if args_shape is None else made.build_from_shapes(args_shape)
+        made = Plan(function, state=state, strict=strict)
+        if args_shape is None or (len(args_shape) == 0 and made._signature().parameters):
+            return made  # ``args_shape=()``: not built yet
+        return made.build_from_shapes(args_shape)
 
     return decorate if function is None else decorate(function)

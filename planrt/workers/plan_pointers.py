@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from planrt.errors import LocalError, OptionError
+from planrt.errors import LocalError, OptionError, PlanArgumentError
+from planrt.plans import forms
 from planrt.plans.graph import Graph
 from planrt.plans.plan import Plan
-from planrt.plans.record import PlanRecord
+from planrt.plans.record import PlanRecord, state_hash
 from planrt.types import as_whole
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.plan_calls import call_plan, copy_plan
@@ -42,6 +44,9 @@ class PointerPlan(ObjectPointer):
         super().__init__(handle, tags, description)
         self._record = record
         self._origin = origin
+        self._sent: tuple[str, tuple[str, ...] | None] | None = None
+        """The hash of the state that was sent from here, and who may get it."""
+        self._forms: weakref.WeakKeyDictionary[Plan, PointerPlan] = weakref.WeakKeyDictionary()
         self.name = name
         self.training = training
 
@@ -57,7 +62,50 @@ class PointerPlan(ObjectPointer):
         """
         if seed is not None and not 0 <= (seed := as_whole(seed, "seed")) < 2**63:
             raise OptionError(f"seed is a whole number in [0, 2**63), not {seed!r}")
-        return call_plan(self, args, kwargs, seed)
+        try:
+            return call_plan(self, args, kwargs, seed)
+        except PlanArgumentError as error:
+            form = self._form_for(args, kwargs, error)
+        return form(*args, seed=seed, **kwargs)
+
+    def _form_for(self, args: Any, kwargs: Any, error: PlanArgumentError) -> PointerPlan:
+        """A pointer to the form of the plan that takes these arguments, which is sent if it is not there yet.
+
+        Raises:
+            PlanArgumentError: `error`, where a form could not stand for the plan.
+        """
+        origin = self._origin
+        inputs = self.record.signature.bind(self.name, args, kwargs)
+        if forms.fits(self, inputs):
+            raise error
+        if (
+            origin is None
+            or self._sent is None
+            or not origin.is_built
+            or origin.record.hash != self.record.hash
+        ):
+            raise PlanArgumentError(
+                f"{error}. It came from a worker, and takes what it was built with: {forms.INSTEAD}"
+            )
+        form = forms.form_for(origin, args, kwargs, inputs, error)
+        pointer = self._forms.get(form)
+        if pointer is None or not pointer._handle.alive:
+            state, allowed = self._sent
+            if self.record.state and (
+                forms.writes(self.graph)
+                or forms.writes(form.graph)
+                or state_hash(origin.state_tensors()) != state
+            ):
+                raise PlanArgumentError(
+                    f"{error}. A form of it for these would have a state of its own, apart from what is on worker "
+                    f"{self.location.id!r}: {forms.INSTEAD}"
+                )
+            options: Any = (
+                {} if allowed is None else {"allowed_users": allowed} if allowed else {"private": True}
+            )
+            pointer = self._forms[form] = self.location.send_plan(form, **options)
+        pointer.training = self.training
+        return pointer
 
     # ------------------------------------------------------------------------------------- what it is
 

@@ -46,7 +46,7 @@ class RemotePlans(MovingObjects):
             self._connection.post(body, [tensor.clone() for tensor in payload])
         else:
             run(self._connection.send(body, payload), instead="await plan.async_send(worker)")
-        return self._pointer(plan, handle)
+        return self._pointer(plan, handle, key)
 
     async def async_send_plan(
         self, plan: Plan, *, private: bool = False, allowed_users: Sequence[str] | None = None
@@ -57,7 +57,7 @@ class RemotePlans(MovingObjects):
             return known
         handle, body, payload = self._message(plan, plan.state_tensors(), key)
         await self._send_async(body, payload)
-        return self._pointer(plan, handle)
+        return self._pointer(plan, handle, key)
 
     @on_loop
     async def _send_async(self, body: m.StorePlan, payload: Sequence[torch.Tensor]) -> None:
@@ -79,7 +79,7 @@ class RemotePlans(MovingObjects):
         if handle is None or not handle.alive:
             return None
         self.check_open()
-        return self._pointer(plan, handle)
+        return self._pointer(plan, handle, key)
 
     def _message(
         self, plan: Plan, state: Sequence[torch.Tensor], key: tuple[Any, ...]
@@ -91,11 +91,13 @@ class RemotePlans(MovingObjects):
         return handle, body, [_as_tensor(plan.record), *(tensor.detach() for tensor in state)]
 
     @staticmethod
-    def _pointer(plan: Plan, handle: Handle) -> PointerPlan:
-        return PointerPlan(
+    def _pointer(plan: Plan, handle: Handle, key: tuple[Any, ...]) -> PointerPlan:
+        pointer = PointerPlan(
             handle, name=plan.name, record=plan.record, origin=plan, training=plan.training, tags=plan._tags,
             description=plan.description,
         )  # fmt: skip
+        pointer._sent = key[1:3]
+        return pointer
 
     def _found(self, item: m.FoundItem) -> Any:
         if item.kind != "plan":
