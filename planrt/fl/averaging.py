@@ -128,8 +128,7 @@ def federated_avg(
         raise OptionError(f"no weight for {', '.join(sorted(map(str, missing)))}: give one per model")
     average = StreamingAverage()
     for id in sorted(by_id, key=str) if isinstance(models, Mapping) else by_id:
-        weight = 1.0 if weights is None else float(weights[id])
-        average.add(state_of(by_id[id]), weight=weight)
+        average.add(state_of(by_id[id]), weight=1.0 if weights is None else _number(weights[id]))
     state = average.result()
     first: nn.Module | State = next(iter(by_id.values()))
     if not isinstance(first, nn.Module):
@@ -138,6 +137,13 @@ def federated_avg(
         return with_state(first, state)  # type: ignore[return-value]
     first.load_state_dict({**first.state_dict(), **state})
     return first  # type: ignore[return-value]
+
+
+def _number(weight: Any) -> float:
+    try:
+        return float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"a weight in an average must be a positive number, not {weight!r}") from error
 
 
 def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:

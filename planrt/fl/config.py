@@ -97,8 +97,8 @@ class TrainConfig:
         id: int | str | None = None,
         owner: object = None,
     ) -> None:
-        if model is not None and not isinstance(model, nn.Module):
-            raise OptionError(f"model must be an nn.Module, not {type(model).__name__}")
+        if not isinstance(model, nn.Module | None):
+            raise OptionError(_no_module(model))
         if loss_fn is not None and not callable(loss_fn):
             raise OptionError(
                 f"loss_fn must be a function of (prediction, target), not {type(loss_fn).__name__}"
@@ -279,3 +279,9 @@ class TrainConfig:
         )
         reply = await worker.request(body, list(plans.names.by_entry(state).values()), plan=plan)
         return evaluated(expect(m.Evaluated, reply, worker)[0])
+
+
+def _no_module(given: Any) -> str:
+    if isinstance(given, type):
+        return f"model must be an nn.Module, not the class {given.__name__}: write {given.__name__}()"
+    return f"model must be an nn.Module, not {type(given).__name__}"

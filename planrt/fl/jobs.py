@@ -12,7 +12,7 @@ from torch import nn
 from planrt.errors import LocalError, OptionError, RemoteError
 from planrt.fl.averaging import copied
 from planrt.fl.options import whole
-from planrt.fl.recorded import casting_hint, dataset_of, example_batch, recorded
+from planrt.fl.recorded import casting_hint, check_here, dataset_of, example_batch, recorded
 from planrt.plans.fingerprint import fingerprint
 from planrt.plans.graph import Graph
 from planrt.plans.training import EvaluationResult, ModelPlans
@@ -62,6 +62,7 @@ class SentJob:
         """Puts the model's state on the worker, each tensor once."""
         if self._model is None:
             return
+        check_here(self._model)
         if self._plans is not None:
             await self._put(worker, dict(self._plans.names.entries))
             return
@@ -70,12 +71,6 @@ class SentJob:
         await self._put(worker, {key: saved[key] for key in reversed(first.values())})
 
     async def _put(self, worker: BaseWorker, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if isinstance(tensor, PointerTensor):
-                raise LocalError(
-                    f"{name!r} of the model is on worker {tensor.location.id!r}: get() the model before a TrainConfig "
-                    "is sent"
-                )
         values = [tensor.detach() for tensor in tensors.values()]
         handles = await worker.put_async(values)
         for name, value, handle in zip(tensors, values, handles, strict=True):

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from planrt.errors import TraceError, UnknownDatasetError
+from planrt.errors import LocalError, TraceError, UnknownDatasetError
 from planrt.plans.fingerprint import Fingerprint, fingerprint
 from planrt.plans.graph import Graph
 from planrt.plans.model_state import StateMap
@@ -25,6 +25,7 @@ from planrt.plans.training import Loss, ModelPlans, trace_model
 from planrt.serde.dtypes import DTYPES
 from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker
+from planrt.workers.pointers import PointerTensor
 
 _KEPT: Final = 32
 
@@ -54,8 +55,9 @@ def recorded(model: nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.
     """As `trace_model`, which it calls unless an equal model was recorded with an equal loss before.
 
     Raises:
-        TraceError: see `trace_model`.
+        TraceError: see `trace_model`. LocalError: the model is on a worker.
     """
+    check_here(model)
     key = fingerprint(model, loss_fn, data, target)
     with _lock:
         known = None if key is None else _recorded.get(key)
@@ -75,6 +77,16 @@ def recorded(model: nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.
             while len(_recorded) > _KEPT:
                 _recorded.popitem(last=False)
     return plans
+
+
+def check_here(model: nn.Module) -> None:
+    """Raises LocalError for a model that was sent to a worker."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, PointerTensor):
+            raise LocalError(
+                f"{name!r} of the model is on worker {tensor.location.id!r}: get() the model before it is given to a "
+                "TrainConfig"
+            )
 
 
 def dataset_of(worker: BaseWorker, key: str) -> m.DatasetInfo:

@@ -22,10 +22,11 @@ import torch
 
 from planrt.errors import PlanError, PlanFormatError
 from planrt.plans.graph import Graph, StateSpec
-from planrt.plans.signature import Signature
+from planrt.plans.signature import Parameter, Signature
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.serde.tensors import raw_bytes
 from planrt.serde.values import pack, unpack_sections
+from planrt.types import Ref
 
 RECORD_VERSION: Final = 1
 _MAGIC: Final = "planrt-record"
@@ -146,6 +147,37 @@ class PlanRecord:
         if made.to_bytes() != data:
             raise PlanFormatError("these bytes are not the canonical form of a plan")
         return made
+
+
+def with_names(graph: Graph) -> bytes:
+    """The bytes of a record of `graph` alone, so that its name and those of its inputs and state travel along; where
+    these are no names of parameters, its canonical bytes."""
+    names = graph.input_names
+    if (
+        len(names) != len(graph.inputs)
+        or len(set(names)) < len(names)
+        or not all(map(str.isidentifier, names))
+    ):
+        return graph.to_bytes()
+    signature = Signature(
+        tuple(Parameter(name, "positional", False) for name in names),
+        {name: Ref(place) for place, name in enumerate(names)},
+    )
+    return PlanRecord(graph.name, graph.doc, signature, None, graph).to_bytes()
+
+
+def alone(data: bytes) -> Graph:
+    """The graph that `with_names` gave these bytes for; safe on bytes from anyone.
+
+    Raises:
+        PlanFormatError: other bytes, or a record of two graphs. OpNotAllowedError: an op off the table.
+    """
+    if not is_record(data):
+        return Graph.from_bytes(data)
+    graphs = PlanRecord.from_bytes(data).graphs
+    if len(graphs) != 1:
+        raise PlanFormatError("a record of one plan is wanted, this is one of two")
+    return graphs[0]
 
 
 def is_record(data: bytes) -> bool:

@@ -26,6 +26,7 @@ from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan
 from planrt.plans.policy import Policy
+from planrt.plans.record import with_names
 from planrt.serde.frames import Allocate, Limits, in_memory
 from planrt.types import Ref, map_leaves, plain
 from planrt.workers import messages as m
@@ -174,8 +175,8 @@ class BaseWorker(RemotePlans):
         """Sends `plan` unless this connection has sent it before; runs on planrt's loop."""
         if plan.hash in self._plans:
             return
-        canonical = torch.frombuffer(bytearray(plan.to_bytes()), dtype=torch.uint8)
-        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash), [canonical]), self)
+        data = torch.frombuffer(bytearray(with_names(plan)), dtype=torch.uint8)
+        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash), [data]), self)
         self._plans.add(plan.hash)
 
     async def async_run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:

@@ -122,12 +122,13 @@ class BaseDataset(Dataset[Batch]):
         if self.batch_transform is not None:
             data = self.batch_transform(data)
         elif self.transform_ is not None and len(data):
-            data = torch.stack(
-                [
-                    _item(self.transform_, one, position)
-                    for one, position in zip(data, indices.tolist(), strict=True)
-                ]
-            )
+            positions = indices.tolist()
+            items = [_item(self.transform_, *one) for one in zip(data, positions, strict=True)]
+            if len({(one.shape, one.dtype) for one in items}) > 1:
+                raise DataError(
+                    f"the transform gives different shapes or dtypes for items {_listed(positions)}"
+                )
+            data = torch.stack(items)
         return data, targets
 
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> BaseDataset:

@@ -126,7 +126,8 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class PutPlan(Message, frozen=True, tag="put_plan"):
-    """Hands over a plan. One uint8 tensor: its canonical bytes. Answered by Done."""
+    """Hands over a plan. One uint8 tensor: its canonical bytes, or a record of it alone, which has names for its owner
+    to read. Answered by Done."""
 
     plan: Hash
 

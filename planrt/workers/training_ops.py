@@ -20,6 +20,7 @@ import torch
 from planrt.errors import LocalError, OptionError, PlanError, PolicyError
 from planrt.plans import interpreter, training
 from planrt.plans.graph import Graph
+from planrt.plans.record import alone
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.types import Ref, TensorSpec, leaves
@@ -96,12 +97,13 @@ class TrainingOps:
     def put_plan(self, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
         """Keeps a plan that a client sends."""
         if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
-            raise PlanError("a plan travels as one uint8 tensor: its canonical bytes")
-        plan = _decoded(tensors[0].numpy().tobytes())
+            raise PlanError("a plan travels as one uint8 tensor: its canonical bytes, or a record of it")
+        data = tensors[0].numpy().tobytes()
+        plan = _decoded(data)
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         if self._gate is not None:
-            self._gate.arrived([plan], plan.to_bytes())
+            self._gate.arrived([plan], data)
         self._plans[plan.hash] = plan
         self._plans.move_to_end(plan.hash)
         while len(self._plans) > MAX_PLANS:
@@ -238,7 +240,7 @@ def _decoded(data: bytes) -> Graph:
     key = hashlib.sha256(data).hexdigest()
     plan = _plans_by_hash.get(key)
     if plan is None:
-        plan = _plans_by_hash[key] = Graph.from_bytes(data)
+        plan = _plans_by_hash[key] = alone(data)
     return plan
 
 

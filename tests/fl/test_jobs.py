@@ -12,7 +12,10 @@ from torch import nn
 
 from planrt.errors import LocalError, OptionError, RemoteError, TraceError, UnknownDatasetError
 from planrt.fl import RoundScheduler, TrainConfig, federated_avg
-from planrt.workers import BaseDataset
+from planrt.torch_hook import TorchHook
+from planrt.workers import BaseDataset, VirtualWorker
+from planrt.workers import messages as m
+from planrt.workers.loop import on_loop
 from tests.models import classification_data, seeded_classifier
 
 
@@ -338,6 +341,10 @@ def test_wrong_calls_say_what_to_write(alice):
         federated_avg(net())
     with pytest.raises(OptionError, match="'a' is a int"):
         federated_avg({"a": 1})
+    with pytest.raises(OptionError, match="not 'x'"):
+        federated_avg({"a": net()}, {"a": "x"})
+    with pytest.raises(OptionError, match=r"not the class Linear: write Linear\(\)"):
+        TrainConfig(nn.Linear, F.cross_entropy)
     with pytest.raises(LocalError, match="send takes a worker"):
         config.send("alice")
     with pytest.raises(OptionError, match="no device"):
@@ -350,6 +357,58 @@ def test_wrong_calls_say_what_to_write(alice):
         alice.fit("nothing")
     with pytest.raises(TraceError, match="takes 'target' first.*name its parameters pred and target"):
         TrainConfig(net(), lambda target, output: output.sum(), example=(torch.zeros(2, 6), torch.zeros(2)))
+
+
+def test_a_model_on_a_worker_is_refused(alice):
+    TorchHook(torch)
+    config = TrainConfig(net().send(alice), F.cross_entropy)
+    for ask in (lambda: config.send(alice), lambda: config.trace_for(alice, "d")):
+        with pytest.raises(
+            LocalError, match=r"'weight' of the model is on worker 'alice': get\(\) the model"
+        ):
+            ask()
+
+
+def test_a_plan_trains_the_sessions_own_readable_tensors_only(make_worker):
+    """Whatever ids a message names: others' objects, private ones and plans are no state, nor are too few."""
+    TorchHook(torch)
+    worker = VirtualWorker(
+        "clinic", datasets={"d": classification_data(1)}, users={"ann": "a", "ben": "b"}, token="a"
+    )
+    ben = worker.connect_as("b")
+    mine = TrainConfig(net(), F.cross_entropy)
+    plan = mine.trace_for(worker, "d").training
+    asyncio.run(on_loop(worker.put_plan)(plan))
+    weight, bias = (one.detach().clone().send(worker) for one in mine.model.parameters())
+    secret = torch.zeros(3).send(worker, allowed_users=["ben"])
+    theirs = torch.zeros(3).send(ben)
+
+    def fit(*objects, tensors=()):
+        body = m.Fit(plan.hash, "d", 60, 1, -1, False, "SGD", {"lr": 0.5}, False, 0, objects=list(objects))
+        return asyncio.run(on_loop(worker.request)(body, tensors))
+
+    def evaluate(*objects):
+        return asyncio.run(on_loop(worker.request)(m.Evaluate(plan.hash, "d", 60, 0, list(objects))))
+
+    ids = [weight.id_at_location, bias.id_at_location]
+    for objects, says in [
+        ([ids[0], secret.id_at_location], "is private: it cannot be the state"),
+        ([ids[0], theirs.id_at_location], "no object"),
+        ([ids[0], 12345], "no object"),
+        (ids[:1], "state"),
+        (ids[::-1], "wanted"),
+        ([ids[0]] * 2, "wanted"),
+    ]:
+        for ask in (fit, evaluate):
+            with pytest.raises(RemoteError, match=says):
+                ask(*objects)
+    with pytest.raises(RemoteError, match="not as both"):
+        fit(*ids, tensors=[torch.zeros(3, 6), torch.zeros(3)])
+    before = weight.copy().get()
+    fitted, tensors = fit(*ids)
+    assert tensors == []
+    assert fitted.samples == 60
+    assert not torch.equal(weight.get(), before)
 
 
 def test_a_target_that_comes_first_is_not_given_the_prediction(make_worker):

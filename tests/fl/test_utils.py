@@ -115,3 +115,42 @@ def test_an_item_that_cannot_be_read_is_told_with_its_key(make_worker):
     TrainConfig(nn.Linear(6, 3), F.cross_entropy).send(bob)
     with pytest.raises(RemoteError, match="data set 'scans': item 3 cannot be read: OSError: no such file"):
         bob.fit("scans")
+
+
+def test_an_owner_sees_the_names_of_a_plan(tmp_path, capsys):
+    """What waits for an owner says which model it is of, and what its inputs are."""
+    from planrt.cli import main
+    from planrt.errors import NotApprovedError
+    from planrt.plans.policy import Policy
+
+    folder = tmp_path / "approvals"
+    policy = Policy(approval="ask")
+    clinic = VirtualWorker("clinic", datasets={"d": classification_data(0)}, policy=policy, approvals=folder)
+    config = TrainConfig(nn.Linear(6, 3), F.cross_entropy)
+    config.send(clinic)
+    with pytest.raises(NotApprovedError, match=r"'Linear \(training\)'"):
+        clinic.fit("d")
+    hash = config.trace_for(clinic, "d").training.hash
+    (waiting,) = [path for path in folder.rglob("*.plan") if hash in path.name]
+    assert main(["inspect", str(waiting), "--training", "--input", "data=32x6", "--input", "target=32"]) in (
+        0,
+        None,
+    )
+    assert "Linear (training)" in capsys.readouterr().out
+
+
+def test_a_short_last_batch_that_a_policy_forbids_names_the_way_out():
+    from planrt.errors import PolicyRefusedError
+    from planrt.plans.policy import Policy
+
+    policy = Policy.from_values({"approval": "open", "release": [{"tag": "#patients", "min_rows": 10}]})
+    clinic = VirtualWorker("clinic", policy=policy)
+    clinic.add_dataset(classification_data(0, samples=60), "d", tags=["#patients"])
+    options = {"batch_size": 16, "optimizer_args": {"lr": 0.1}}
+    clinic.add_dataset(classification_data(0, samples=53), "odd", tags=["#patients"])
+    TrainConfig(nn.Linear(6, 3), F.cross_entropy, **options).send(clinic)
+    assert clinic.fit("d").samples == 60
+    with pytest.raises(PolicyRefusedError, match=r"smallest batch has 5 rows: TrainConfig\(drop_last=True\)"):
+        clinic.fit("odd")
+    TrainConfig(nn.Linear(6, 3), F.cross_entropy, drop_last=True, **options).send(clinic)
+    assert clinic.fit("odd").samples == 48
