@@ -11,13 +11,12 @@ from torch import nn
 
 from planrt.errors import LocalError, OptionError
 from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
-from planrt.fl.options import learning_rate, optimizer_name, optimizer_options, whole
+from planrt.fl.options import flag, learning_rate, optimizer_name, optimizer_options, whole
 from planrt.fl.recorded import casting_hint, dataset_of, example_batch, recorded
 from planrt.plans.model_state import ModelState
 from planrt.plans.torchscript import class_name
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.serde.frames import Allocate, in_memory
-from planrt.types import plain
 from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.loop import on_loop, run
@@ -110,9 +109,11 @@ class TrainConfig:
         self.optimizer = optimizer_name(optimizer)
         self.optimizer_args = optimizer_options(self.optimizer, optimizer_args)
         self.max_nr_batches = whole("max_nr_batches", max_nr_batches, at_least=-1)
-        self.shuffle = bool(plain(shuffle))
-        self.drop_last = bool(plain(drop_last))
-        self.keep_optimizer_state = keep_optimizer_state
+        self.shuffle = flag("shuffle", shuffle)
+        self.drop_last = flag("drop_last", drop_last)
+        self.keep_optimizer_state = (
+            None if keep_optimizer_state is None else flag("keep_optimizer_state", keep_optimizer_state)
+        )
         self.id = new_id() if id is None else id
         self.owner = owner
         self.model_ptr: ModelPointer | None = None
@@ -121,6 +122,10 @@ class TrainConfig:
         self._given = plans
         self._example = example
         if example is not None:
+            if not isinstance(example, tuple | list) or len(example) != 2:
+                raise OptionError(
+                    f"example must be a batch (data, target), not a {type(example).__name__}: write example=(x, y)"
+                )
             _ = self.plans
 
     def __repr__(self) -> str:
@@ -184,6 +189,9 @@ class TrainConfig:
                     raise
         return self.plans
 
+    def _plans_for(self, worker: BaseWorker, dataset_key: str) -> ModelPlans:
+        return self.plans if self.is_traced else self.trace_for(worker, dataset_key)
+
     def fit_options(self, lr: float | None = None) -> dict[str, Any]:
         """The fields of a `Fit` message that are this config's, with another learning rate if given."""
         return {
@@ -239,7 +247,7 @@ class TrainConfig:
 
         `plans` are `self.plans`, for callers that looked at the model already.
         """
-        plans = plans or self.plans
+        plans = plans or self._plans_for(worker, dataset_key)
         plan = plans.training
         await worker.put_plan(plan)
         body = m.Fit(
@@ -268,7 +276,7 @@ class TrainConfig:
         bins: int,
     ) -> EvaluationResult:
         """One request and one reply: `state` there, the figures back."""
-        plans = self.plans
+        plans = self._plans_for(worker, dataset_key)
         plan = plans.evaluation
         await worker.put_plan(plan)
         body = m.Evaluate(

@@ -28,6 +28,18 @@ def whole(name: str, value: Any, *, at_least: int) -> int:
     return number
 
 
+def flag(name: str, value: Any) -> bool:
+    """`value` as a bool: True or False, of Python, NumPy or a 0-d tensor.
+
+    Raises:
+        OptionError: it is something else, which Python would take for true.
+    """
+    given = plain(value)
+    if not isinstance(given, bool):
+        raise OptionError(f"{name} must be True or False, got {_shown(value)}")
+    return given
+
+
 def learning_rate(value: Any) -> float:
     """`value` as a learning rate: a finite number of at least 0.
 
@@ -61,9 +73,15 @@ def optimizer_name(given: Any) -> str:
             f"optimizer takes a class or a name, since each worker makes its own: write optimizer={name!r} and "
             "optimizer_args={'lr': ...}"
         )
+    if isinstance(given, type) and given.__name__.lower() in _BY_LOWER_CASE:
+        if OPTIMIZERS[_BY_LOWER_CASE[given.__name__.lower()]] is given:
+            return given.__name__
+        raise OptionError(
+            f"{given.__module__}.{given.__name__} is not torch.optim's: workers know the optimizers of torch.optim only"
+        )
     shown = str(getattr(given, "__name__", given))
     name = _BY_LOWER_CASE.get(shown.lower(), "")
-    if not name or not (isinstance(given, str) or OPTIMIZERS[name] is given):
+    if not name or not isinstance(given, str):
         raise OptionError(f"unknown optimizer {shown!r}: choose one of {', '.join(sorted(OPTIMIZERS))}")
     return name
 

@@ -248,6 +248,7 @@ class _Walk:
     def _object(self, value: Any) -> Fingerprint:
         """Containers, and whatever says what it is made of, as for a copy."""
         kind = type(value)
+        attributes = getattr(value, "__dict__", {})  # first: asking for them may make an empty dict
         if isinstance(value, set | frozenset):
             items: Fingerprint = frozenset(map(self, value))
         elif isinstance(value, dict):
@@ -258,7 +259,6 @@ class _Walk:
             made = value.__reduce_ex__(4)  # raises for what has no parts: locks, files, sockets
             parts = (made,) if isinstance(made, str) else made
             items = tuple(self(tuple(part) if hasattr(part, "__next__") else part) for part in parts)
-        attributes = getattr(value, "__dict__", {})
         return self(kind), items, self._entries(attributes)
 
 

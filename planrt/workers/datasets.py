@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from planrt.errors import DataError, LocalError, MixedLocationsError, OptionError
+from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec
 from planrt.workers.loop import on_loop
 from planrt.workers.pointers import Handle, PointerTensor, make_pointer, new_id
@@ -298,6 +299,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject or value.dtype.kind in "USMm":
             raise DataError(f"BaseDataset: {name} is an array of {value.dtype}: make it an array of numbers")
+        value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))  # torch knows no other byte order
         value = torch.from_numpy(value if value.flags.writeable else value.copy())
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         raise DataError(
@@ -425,6 +427,11 @@ def as_batches(dataset: Any, *, key: str = "") -> BatchSource:
         raise DataError(
             f"{_name(key)} is a DataLoader: give its .dataset; batch sizes are said when it is trained on"
         )
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"{_name(key)} is a {type(dataset).__name__}, which is read by names: give one whose items are (data, "
+            "target) pairs, by number"
+        )
     if type(dataset).__module__.partition(".")[0] == "pandas":
         raise DataError(
             f"{_name(key)} is a pandas {type(dataset).__name__}: write BaseDataset(torch.tensor(df[columns].values), "
@@ -460,6 +467,10 @@ def sample_specs(source: BatchSource, *, key: str = "") -> tuple[TensorSpec, Ten
     for role, value in zip(("data", "target"), batch, strict=True):
         if not isinstance(value, torch.Tensor):
             raise DataError(f"{_name(key)}: {role} must be a tensor or a number, but is {_describe(value)}")
+        if value.dtype not in DTYPE_NAMES:
+            raise DataError(
+                f"{_name(key)}: {role} is of {value.dtype}, which does not travel: convert it, to int64 say"
+            )
         if value.dim() == 0 or len(value) != rows:
             raise DataError(
                 f"{_name(key)}: {role} of a batch of {rows} item has shape {list(value.shape)}, wanted [{rows}, ...]"

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import types
 
 import pytest
@@ -240,6 +241,11 @@ def test_equal_models_have_equal_fingerprints_and_others_do_not():
     before = fingerprint(tied)
     tied[1].weight = tied[0].weight
     assert fingerprint(tied) != before
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    assert fingerprint(tied, smooth) == fingerprint(tied, smooth) is not None
+    assert fingerprint(tied, smooth) != fingerprint(
+        tied, functools.partial(F.cross_entropy, label_smoothing=0.2)
+    )
     weights = [torch.ones(3), torch.ones(3), torch.full((3,), 2.0)]
     one, same, other = (fingerprint(tied, nn.CrossEntropyLoss(weight=weight)) for weight in weights)
     assert one == same != other

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -56,7 +57,19 @@ def named_loss(target, pred):
     return F.cross_entropy(input=pred, target=target)
 
 
+class Weighted:
+    """A loss that is an object."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def __call__(self, prediction, target):
+        return F.cross_entropy(prediction, target, weight=self.weights)
+
+
 LOSSES = {
+    "a partial": lambda: functools.partial(F.cross_entropy, label_smoothing=0.0),
+    "an object": lambda: Weighted(torch.ones(3)),
     "plain": lambda: F.cross_entropy,
     "by name": lambda: named_loss,
     "scripted": lambda: scripted(named_loss),
@@ -64,6 +77,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:plan 'Linear' captured 1 tensor")  # the object's weights
 @pytest.mark.parametrize("loss", LOSSES)
 def test_five_fits_keep_learning_there(alice, loss):
     model = net()
@@ -286,6 +300,10 @@ def test_numbers_of_other_libraries_are_numbers(alice, kind):
     ("options", "says"),
     [
         ({"batch_size": 4.0}, r"batch_size must be a whole number of at least 1, got 4\.0: write 4"),
+        ({"drop_last": "no"}, "drop_last must be True or False, got 'no'"),
+        ({"shuffle": 2}, "shuffle must be True or False"),
+        ({"example": torch.zeros(2, 6)}, r"example must be a batch \(data, target\), not a Tensor"),
+        ({"optimizer": type("SGD", (torch.optim.SGD,), {})}, r"SGD is not torch\.optim's"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"batch_size": True}, "batch_size"),
         ({"batch_size": "8"}, "batch_size"),

@@ -214,6 +214,8 @@ def test_the_methods_of_a_data_set():
 def test_arrays_are_data_and_other_kinds_say_what_to_write():
     dataset = BaseDataset(np.ones((3, 2), dtype=np.float32), np.arange(3))
     assert torch.equal(dataset.fetch(torch.tensor([1]))[0], torch.ones(1, 2))
+    backward = BaseDataset(np.arange(3, dtype=">f4")[::-1], np.arange(3))
+    assert backward.data.tolist() == [2, 1, 0]
     frozen = np.ones(3)
     frozen.flags.writeable = False
     assert len(BaseDataset(frozen, frozen)) == 3
@@ -225,6 +227,11 @@ def test_arrays_are_data_and_other_kinds_say_what_to_write():
         (lambda: BaseDataset(frame, torch.ones(1)), r"write torch\.tensor\(df\.values\)"),
         (lambda: BaseDataset(np.array(["a"]), torch.ones(1)), "array of numbers"),
         (lambda: as_batches(frame, key="d"), r"pandas DataFrame: write BaseDataset\("),
+        (lambda: as_batches({"a": 1}, key="d"), "data set 'd' is a dict, which is read by names"),
+        (
+            lambda: sample_specs(as_batches(BaseDataset(np.ones(2, "u2"), np.ones(2)))),
+            "uint16, which does not travel",
+        ),
         (lambda: as_batches(loader, key="d"), r"data set 'd' is a DataLoader: give its \.dataset"),
         (lambda: sample_specs(as_batches(dicts)), r'returns \(item\["x"\], item\["y"\]\)'),
         (lambda: sample_specs(as_batches(Listed([(1, 2, 3)]))), "a tuple of 3: write a data set whose"),
