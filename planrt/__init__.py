@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
     from planrt.workers.multipointer import MultiPointerTensor
-    from planrt.workers.pointers import PointerTensor
+    from planrt.workers.pointers import PointerTensor, combine_pointers
 
     hook: TorchHook
     local_worker: VirtualWorker
@@ -40,6 +40,7 @@ _HOMES = {
     "WebsocketServerWorker": "planrt.workers",
     "TorchHook": "planrt.torch_hook",
     "PointerTensor": "planrt.workers.pointers",
+    "combine_pointers": "planrt.workers.pointers",
     "MultiPointerTensor": "planrt.workers.multipointer",
     "FederatedDataLoader": "planrt.fl",
     "FederatedDataset": "planrt.fl",
@@ -68,6 +69,7 @@ __all__ = [
     "WebsocketServerWorker",
     "TorchHook",
     "PointerTensor",
+    "combine_pointers",
     "MultiPointerTensor",
     "hook",
     "local_worker",

@@ -12,6 +12,8 @@
     │   ├── ProtocolError          a protocol described, deployed or run in a way that cannot work (also a ValueError)
     │   ├── ExecutionError         an op of a plan failed; names the op, its place and its plan line
     │   ├── OptionError            an option or configuration value out of range (also a ValueError)
+    │   │   └── UnknownWorkerError     no worker of that id in this process (also a KeyError)
+    │   ├── UnknownNameError       no op of the table has that name (also an AttributeError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
     │   ├── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
     │   └── PointerError           a pointer was used in a way that pointers cannot be
@@ -36,7 +38,11 @@
         ├── MessageTooLargeError   a message over a configured limit; on the way out, nothing was sent
         └── WorkerLostError        the connection to a worker ended while an answer was due
 
-None derives from TypeError: operators swallow that type to try the reflected operand.
+Many derive from a class of Python's as well, so that what catches these there catches them here, retry loops above
+all: `PlanError`, `PointerError`, `RemoteError` and `BlockingCallError` from RuntimeError, `ProtocolError` from that and
+ValueError; wrong values from ValueError, names that are not there from KeyError or AttributeError, and what happens to
+connections from ConnectionRefusedError and ConnectionResetError. None derives from TypeError: operators swallow that
+type to try the reflected operand.
 """
 
 from __future__ import annotations
@@ -46,6 +52,10 @@ from typing import Self
 
 class PlanrtError(Exception):
     """Root of every error raised by planrt."""
+
+    def __str__(self) -> str:
+        """The message as it was given: KeyError, which some derive from, would put it in quotes."""
+        return Exception.__str__(self)
 
 
 class PlanWarning(UserWarning):
@@ -67,11 +77,11 @@ class TraceError(LocalError):
         self.line = line
 
 
-class PlanError(LocalError):
+class PlanError(LocalError, RuntimeError):
     """A plan cannot be used in the way it was."""
 
 
-class PlanFormatError(PlanError):
+class PlanFormatError(PlanError, ValueError):
     """Bytes or an op list that are not a valid plan."""
 
 
@@ -109,7 +119,7 @@ class ApprovalError(LocalError):
     """The record of a data owner's decisions is broken or full, or a decision cannot be made."""
 
 
-class ProtocolError(LocalError, ValueError):
+class ProtocolError(LocalError, ValueError, RuntimeError):
     """A protocol was described, deployed or run in a way that cannot work; names the step or the worker."""
 
 
@@ -130,15 +140,23 @@ class OptionError(LocalError, ValueError):
     """An option or configuration value that cannot be used."""
 
 
+class UnknownWorkerError(OptionError, KeyError):
+    """This process knows no worker of that id."""
+
+
+class UnknownNameError(LocalError, AttributeError):
+    """A name that does not stand for an op that workers run."""
+
+
 class DataError(LocalError):
     """A data set that is missing, incomplete or malformed."""
 
 
-class BlockingCallError(LocalError):
+class BlockingCallError(LocalError, RuntimeError):
     """A blocking call was made on planrt's own loop thread; use the `await` form it names."""
 
 
-class PointerError(LocalError):
+class PointerError(LocalError, RuntimeError):
     """A pointer was used in a way that pointers cannot be."""
 
 
@@ -166,7 +184,7 @@ class UnsupportedTensorError(PointerError):
     """A tensor of a kind that cannot travel."""
 
 
-class RemoteError(PlanrtError):
+class RemoteError(PlanrtError, RuntimeError):
     """A worker reports that it could not do what was asked.
 
     `kind` names the class of the error on the worker. Where the failure was inside a plan, `op`, `index` and
@@ -206,15 +224,15 @@ class RemoteError(PlanrtError):
         return self
 
 
-class UnknownPlanError(RemoteError):
+class UnknownPlanError(RemoteError, KeyError):
     """The worker does not hold a plan with that hash."""
 
 
-class UnknownDatasetError(RemoteError):
+class UnknownDatasetError(RemoteError, ValueError, KeyError):
     """The worker has no data set under that key."""
 
 
-class UnknownObjectError(RemoteError):
+class UnknownObjectError(RemoteError, KeyError):
     """The worker holds no object under that id for this session."""
 
 
@@ -242,7 +260,7 @@ class TransportError(PlanrtError):
         self.address = address
 
 
-class ConnectError(TransportError):
+class ConnectError(TransportError, ConnectionRefusedError):
     """Nobody listens at the address, it is malformed, refused the connection or did not answer in time."""
 
 
@@ -258,7 +276,7 @@ class MessageTooLargeError(TransportError):
     """A message is over a configured limit. On the way out, nothing was sent, and the connection goes on."""
 
 
-class WorkerLostError(TransportError):
+class WorkerLostError(TransportError, ConnectionResetError):
     """The connection to a worker ended while an answer was due; `worker_id` names it, `step` a protocol's step."""
 
     def __init__(self, message: str, *, address: str, worker_id: str, step: str | None = None) -> None:

@@ -113,6 +113,8 @@ def _labelled(tensor: Any, *tags: str, text: str) -> torch.Tensor:
 
 
 def _distribute(whole: Any, workers: list[BaseWorker]) -> None:
-    """Sends each worker its part of `whole`, with the whole's tags and description."""
+    """Sends each worker its part of `whole`, with the whole's tags and description, unless it has that already."""
     for part, worker in zip(whole.tensor_split(len(workers)), workers, strict=True):
+        if worker.search(sorted(whole.tags)):
+            continue
         part.tag(*sorted(whole.tags)).describe(whole.description).send(worker, garbage_collection=False)

@@ -1,21 +1,24 @@
 """`TorchHook`: gives `torch.Tensor`, `torch.nn.Module` and `torch.utils.data.Dataset` their remote methods, and
 this process a worker.
 
-These methods are all that planrt adds to torch; none of its functions is replaced.
+These methods are all that planrt adds to torch; none of its functions is replaced. Names that
+begin with ``native_``, as PySyft 0.2 called torch's own functions, are the tensors' methods, or say what to write.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from planrt.errors import LocalError, PointerError
+from planrt.errors import LocalError, OptionError, PointerError, UnknownNameError
 from planrt.fl import splitting
+from planrt.plans import ops
 from planrt.protocols import pointer as _pointer  # noqa: F401 - searches know protocols then
 from planrt.types import as_text, plain
 from planrt.workers import modules
@@ -36,20 +39,29 @@ def current_hook() -> TorchHook:
 
 
 class TorchHook:
-    """``hook = planrt.TorchHook(torch)``. Making it again gives the same one.
+    """``hook = planrt.TorchHook(torch)``. Making it again gives the same one: a process has one hook.
+
+    Args:
+        module: `torch`.
+        local_worker: the worker that stands for this process, in place of the one called ``me``.
+        is_client: kept as `is_client_worker`.
+        verbose: taken, and without effect.
+        seed: refused: ids must differ, and torch's own random numbers are seeded with `torch.manual_seed`.
 
     Attributes:
         local_worker: the worker ``me``, for this process; it can hold objects too.
         is_client_worker: as the tutorials set it; planrt frees objects by their pointers either way.
+        torch: the module.
 
     Raises:
-        LocalError: given anything but `torch`.
+        LocalError: given anything but `torch`, or a local worker that is no virtual one.
     """
 
     local_worker: VirtualWorker
     is_client_worker: bool
+    torch = torch
 
-    def __new__(cls, module: Any = torch, **options: Any) -> TorchHook:
+    def __new__(cls, module: Any = torch, *args: Any, **options: Any) -> TorchHook:
         """The one hook of this process."""
         global _hook
         if module is not torch:
@@ -64,8 +76,25 @@ class TorchHook:
                 _hook = made
         return _hook
 
-    def __init__(self, module: Any = torch, *, is_client: bool = True, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        module: Any = torch,
+        local_worker: VirtualWorker | None = None,
+        is_client: bool = True,
+        verbose: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        if seed is not None:
+            raise OptionError(
+                "seed= is not taken: ids must differ; for random tensors write torch.manual_seed"
+            )
+        if local_worker is not None and not isinstance(local_worker, VirtualWorker):
+            raise OptionError(
+                f"local_worker is a VirtualWorker, not {type(local_worker).__name__}: it stands for this process"
+            )
         self.is_client_worker = is_client
+        if local_worker is not None:
+            self.local_worker = local_worker
 
     def __repr__(self) -> str:
         return "<TorchHook of this process>"
@@ -80,24 +109,31 @@ def send(
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
     garbage_collection: bool = True,
+    inplace: bool = False,
+    garbage_collect_data: bool = True,
 ) -> PointerTensor | MultiPointerTensor:
     """Sends the tensor, with `requires_grad`, `.grad`, tags and description; gives a pointer, at once.
 
     To several workers it gives one pointer that stands for all. `private`: nobody may read it or what is
-    computed from it. `allowed_users`: only these may. With ``garbage_collection=False`` the object stays when
-    its last pointer goes.
+    computed from it. `allowed_users`: only these may. With ``garbage_collection=False``, which may be written
+    ``garbage_collect_data=False``, the object stays when its last pointer goes. The object has the tensor's `id` on the
+    worker; what an earlier `send` put there under that id gets another one. `inplace` is `send_`.
 
     Raises:
         UnsupportedTensorError: sparse, quantised, nested, or of a dtype that does not travel.
         WorkerLostError: the worker's connection has ended.
     """
+    if inplace:
+        if len(workers) != 1:
+            raise LocalError("inplace=True is for one worker: a tensor becomes one pointer")
+        return send_(self, *workers, private=private, allowed_users=allowed_users)  # type: ignore[return-value]
     allowed = _allowed(private, allowed_users)
     _check_workers(workers)
     refuse_hooks(self, "this tensor")
     pointers = []
     for worker in workers:
         (handle,) = worker.put([self], allowed=allowed)
-        handle.owned = garbage_collection
+        handle.owned = garbage_collection and garbage_collect_data
         pointers.append(_pointer_to(self, handle))
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
 
@@ -165,6 +201,29 @@ def _allowed(private: bool, users: Sequence[str] | None) -> list[str] | None:
     return allowed_users(private, users)
 
 
+class _NotReplaced:
+    """Stands for ``torch.native_...``: torch's own functions have their own names here."""
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnknownNameError(
+            f"torch.native_{self._word}: planrt replaces none of torch's functions, so write torch.{self._word}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<not there: write torch.{self._word}>"
+
+
+def _private_tensor(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Not here: who may see a tensor is said when it is sent."""
+    raise PointerError(
+        "private_tensor() is not taken: write x.send(worker, allowed_users=[...]), or private=True for nobody; the "
+        "worker tells users by their tokens, and results of private data are private too"
+    )
+
+
 def _not_remote(name: str) -> Any:
     def refuse(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise PointerError(f"{name}() is for pointers, and this tensor is here: send() it first")
@@ -189,8 +248,18 @@ def _add_methods() -> None:
         "owner": property(_owner),
         "tags": property(lambda self: set(self.__dict__.get("_tags", ()))),
         "description": property(lambda self: self.__dict__.get("_description", "")),
-        "copy": torch.Tensor.clone,
+        "copy": torch.Tensor.clone, "is_wrapper": property(lambda self: False, doc="False: this is no pointer."),
+        "private_tensor": _private_tensor, "remote_get": _not_remote("remote_get"),
+        "remote_send": _not_remote("remote_send"),
     }  # fmt: skip
+    for name in ops.TABLE:  # PySyft 0.2 replaced torch's functions, and called torch's own by these names
+        home, _, word = name.rpartition(".")
+        if hasattr(torch.Tensor if home == "Tensor" else torch, f"native_{word}"):
+            continue  # torch has a few of its own
+        if home == "Tensor" and not word.startswith("_") and callable(getattr(torch.Tensor, word, None)):
+            additions[f"native_{word}"] = property(operator.attrgetter(word), doc=f"`Tensor.{word}`.")
+        elif home == "torch":
+            setattr(torch, f"native_{word}", _NotReplaced(word))
     for name, value in additions.items():
         setattr(torch.Tensor, name, value)
     for name, value in {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
-from planrt.errors import GonePointerError, RemoteOpError, RemoteValueError
+from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteValueError
 from planrt.plans.inference import Spec
 from planrt.types import plain
 from planrt.workers.loop import run
@@ -118,20 +118,62 @@ class PointerTensor(torch.Tensor):
     def garbage_collection(self, value: bool) -> None:
         self._handle.owned = bool(value)
 
-    def get(self) -> Any:
+    @property
+    def gc(self) -> bool:
+        """The same as `garbage_collection`."""
+        return self._handle.owned
+
+    @gc.setter
+    def gc(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    @property
+    def garbage_collect_data(self) -> bool:
+        """The same as `garbage_collection`."""
+        return self._handle.owned
+
+    @garbage_collect_data.setter
+    def garbage_collect_data(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    @property
+    def disable_gc(self) -> PointerTensor:
+        """This pointer, whose object stays from here on when the last pointer to it goes."""
+        self._handle.owned = False
+        return self
+
+    @property
+    def child(self) -> PointerTensor:
+        """This pointer: in PySyft 0.2 a wrapper held the pointer, here it is both."""
+        return self
+
+    @property
+    def is_wrapper(self) -> bool:
+        """True, as of what held a pointer in PySyft 0.2."""
+        return True
+
+    def get(self, user: str | None = None, reason: str = "") -> Any:
         """The value, with `requires_grad` and `.grad` as they stand there; the worker forgets the object.
 
-        A pointer to a pointer gives the pointer it points to.
+        A pointer to a pointer gives the pointer it points to. The object goes once its value has arrived: whatever
+        fails, it is still there. `user` is refused, with what to write instead; `reason` is taken, and not passed on.
 
         Raises:
             RemoteError: the op that made it, or one before it, failed; names the op, its line and the worker.
             GetNotPermittedError: it is private. GonePointerError: it was used up before. WorkerLostError.
+            ReplyTooLargeError: it is larger than this client takes.
         """
+        refuse_user(user)
         return alive(self).worker.fetch(self)
 
-    async def async_get(self) -> Any:
+    async def async_get(self, user: str | None = None, reason: str = "") -> Any:
         """`get`, to be awaited on any loop."""
+        refuse_user(user)
         return await alive(self).worker.fetch_async(self)
+
+    def combine(self, *others: PointerTensor) -> Any:
+        """This pointer and `others`, each on a worker of its own, as one `MultiPointerTensor`."""
+        return combine_pointers(self, *others)
 
     def get_(self) -> PointerTensor:
         """`get` in place: this object, made a pointer by ``send_``, becomes a tensor again."""
@@ -211,6 +253,28 @@ class PointerTensor(torch.Tensor):
         self._handle.worker.describe_object(self, self.__dict__.get("_tags", ()), description)
         self.__dict__["_description"] = plain(description)
         return self
+
+
+def combine_pointers(*pointers: PointerTensor) -> Any:
+    """One `MultiPointerTensor` that stands for `pointers`, each on a worker of its own.
+
+    Raises:
+        OptionError: one of them is no pointer. MixedLocationsError: two are on the same worker.
+    """
+    from planrt.workers.multipointer import MultiPointerTensor  # it imports this module
+
+    if not pointers or not all(isinstance(one, PointerTensor) for one in pointers):
+        raise OptionError("combine_pointers takes pointers: send() the tensors first")
+    return MultiPointerTensor.of(pointers)
+
+
+def refuse_user(user: object) -> None:
+    """Says how a client shows whose it is, where PySyft 0.2 took anybody's word."""
+    if user is not None:
+        raise OptionError(
+            "user= is not taken: a client shows a token when it connects, with WebsocketClientWorker(..., token=...) "
+            "or worker.connect_as(token), and gets what its user may see"
+        )
 
 
 def not_copied() -> NoReturn:

@@ -137,9 +137,10 @@ def backward(
     retain_graph: bool | None = None,
     create_graph: bool = False,
     inputs: Any = None,
-) -> None:
-    """`pointer.backward()`; see `backward_all`."""
+) -> PointerTensor:
+    """`pointer.backward()`; see `backward_all`. Returns the pointer, as PySyft 0.2 gave one."""
     backward_all((pointer,), (gradient,), retain_graph, create_graph, inputs=inputs)
+    return pointer
 
 
 def backward_all(

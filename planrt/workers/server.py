@@ -10,25 +10,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from planrt.errors import OptionError
 from planrt.plans import training
 from planrt.plans.approvals import Approvals
 from planrt.plans.policy import Policy
 from planrt.serde.frames import Limits
+from planrt.types import as_text, as_whole
 from planrt.workers.allocator import keep_freed_memory
-from planrt.workers.clients import decisions_in
+from planrt.workers.clients import decisions_in, worker_id
 from planrt.workers.host import ComputeThread, WorkerHost
 from planrt.workers.loop import background_loop, new_event_loop
 from planrt.workers.messages import DatasetInfo
+from planrt.workers.objects import check_travels
+from planrt.workers.pointers import pointer_id
 from planrt.workers.state import WorkerState
-from planrt.workers.websocket import listen
+from planrt.workers.websocket import listen, server_tls
 
 Ready = Callable[[int], None]
 """Called with the port once the worker listens."""
 
 
 class WebsocketServerWorker:
-    """A worker served over websockets.
+    """A worker served over websockets: ``WebsocketServerWorker("alice", port=8777)``, or as in PySyft 0.2
+    ``WebsocketServerWorker(hook, "127.0.0.1", 8777, id="alice")``.
 
     `port` 0 takes a free port. `threads` is the number of torch threads: None for as many as torch takes by
     itself (all cores). Give workers that share a machine ``cores // workers`` each, at least 1, or they fight
@@ -36,15 +42,25 @@ class WebsocketServerWorker:
     says whether only torch's deterministic kernels run; None: on everything but a CPU.
 
     `users` maps user names to the tokens that prove them: private data names the users who may see it. `policy` is
-    what the owner allows, and `approvals` the folder of the owner's decisions about plans. `hook` and `verbose` are
-    taken as the tutorials give them, and do nothing.
+    what the owner allows, and `approvals` the folder of the owner's decisions about plans. `data` are tensors that it
+    holds from the start, with their tags and descriptions. `cert_path` and `key_path` are files in PEM, the certificate
+    and its private key: with them the worker is reached at ``wss://``, and no longer at ``ws://``.
+
+    `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
     """
 
     def __init__(
         self,
-        id: str,
+        hook: object = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        id: str | None = None,
+        log_msgs: bool = False,
+        verbose: bool = False,
+        data: Sequence[torch.Tensor] = (),
+        loop: None = None,
+        cert_path: str | Path | None = None,
+        key_path: str | Path | None = None,
         *,
         threads: int | None = None,
         device: str = "cpu",
@@ -53,9 +69,13 @@ class WebsocketServerWorker:
         users: Mapping[str, str] | None = None,
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
-        hook: object = None,
-        verbose: bool = False,
     ) -> None:
+        id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
+        if loop is not None:
+            raise OptionError(
+                "loop= is not taken: start() has a loop of its own, and `await serve()` runs on yours"
+            )
+        host, port = as_text(host, "host"), as_whole(port, "port")
         if not 0 <= port <= 65_535:
             raise OptionError(f"a port is a number from 0 (any free one) to 65535, not {port}")
         if threads is not None and threads < 1:
@@ -63,6 +83,7 @@ class WebsocketServerWorker:
         self.id = id
         self.host = host
         self.port = port
+        self._tls = server_tls(cert_path, key_path)
         self._threads = threads
         self._limits = limits or Limits()
         self._state = WorkerState(
@@ -74,6 +95,9 @@ class WebsocketServerWorker:
             limits=limits,
             deterministic=deterministic,
         )
+        for tensor in data:
+            check_travels(tensor)
+            self._state.own(pointer_id(tensor), tensor)
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
 
@@ -107,7 +131,9 @@ class WebsocketServerWorker:
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
         host = WorkerHost(self._state, compute, limits=self._limits)
         try:
-            async with listen(self.host, self.port, limits=self._limits, serve_pipe=host.serve) as port:
+            async with listen(
+                self.host, self.port, limits=self._limits, serve_pipe=host.serve, tls=self._tls
+            ) as port:
                 self.port = port
                 warming_up = asyncio.ensure_future(compute.run(training.warm_up))  # while nobody asks yet
                 if ready is not None:
@@ -151,7 +177,7 @@ class WebsocketServerWorker:
         try:
             if serving.done():
                 serving.result()  # raises why it does not listen
-            yield f"ws://{self.host}:{self.port}"
+            yield f"{'wss' if self._tls else 'ws'}://{self.host}:{self.port}"
         finally:
             # Not so where a block that nobody left is taken apart at the process's end: the server is gone then.
             if loop.is_running():

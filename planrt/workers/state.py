@@ -153,6 +153,17 @@ class WorkerState:
             ),
         )
 
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether the worker holds such a tensor of its own: the same values, tags and description."""
+        tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
+        return any(
+            isinstance(stored.value, torch.Tensor)
+            and (stored.tags, stored.description) == (tuple(tags), description)
+            and torch.equal(stored.value.detach().to(tensor.device), tensor.detach())
+            for stored in self.store.objects.values()
+            if stored.owner == ""
+        )
+
     def accepted_by(self, connection: int) -> m.Versions:
         """What the client of a connection accepts; what everybody does, before it has said so."""
         session = self._sessions.get(connection)

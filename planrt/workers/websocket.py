@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -19,7 +22,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import InvalidHandshake, InvalidURI
 
-from planrt.errors import ConnectError, HandshakeError
+from planrt.errors import ConnectError, HandshakeError, OptionError
 from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
 from planrt.workers.messages import Envelope
 from planrt.workers.pipes import Traffic, assembler
@@ -86,12 +89,15 @@ class WebsocketPipe:
         await self._connection.close()
 
 
-async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
+async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | None = None) -> WebsocketPipe:
     """Connects to the worker at `uri` (``ws://host:port`` or ``wss://host:port``) within `timeout` seconds.
+
+    `ca` is a file of the authorities to trust, in place of the system's, for ``wss://``.
 
     Raises:
         ConnectError: malformed address, nobody listens, refused, or no answer in time.
-        HandshakeError: something listens there, but it is no websocket server.
+        HandshakeError: something listens there, but it is no websocket server, or its certificate is not trusted.
+        OptionError: `ca` cannot be read, or is given for ``ws://``.
     """
     try:
         parts = urlsplit(uri)
@@ -100,10 +106,17 @@ async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
         valid = False
     if not valid:
         raise ConnectError(f"{uri!r} is no worker address: write ws://HOST:PORT", address=uri)
+    tls = _client_tls(uri, ca)
     try:
         connection = await connect(
-            uri, open_timeout=timeout, proxy=None, create_connection=_ClientConnection, **_OPTIONS
+            uri, open_timeout=timeout, proxy=None, create_connection=_ClientConnection, ssl=tls, **_OPTIONS
         )
+    except ssl.SSLError as error:
+        raise HandshakeError(
+            f"no TLS connection to {uri}: {error.reason or error}; does it serve wss://, with a certificate for that "
+            "name from an authority that you trust (ca=...)?",
+            address=uri,
+        ) from error
     except TimeoutError as error:
         raise ConnectError(
             f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
@@ -119,6 +132,37 @@ async def dial(uri: str, *, timeout: float, limits: Limits) -> WebsocketPipe:
     return WebsocketPipe(cast(_ClientConnection, connection), uri, limits)
 
 
+def _client_tls(uri: str, ca: str | Path | None) -> ssl.SSLContext | None:
+    if ca is not None and not uri.startswith("wss://"):
+        raise OptionError(f"ca= is for TLS, and {uri} is without: write wss://, or secure=True")
+    if not uri.startswith("wss://"):
+        return None
+    try:
+        return ssl.create_default_context(cafile=None if ca is None else os.fspath(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise OptionError(f"ca={os.fspath(ca or '')!r} cannot be read: {error}") from error
+
+
+def server_tls(cert: str | Path | None, key: str | Path | None) -> ssl.SSLContext | None:
+    """What a server with that certificate (and chain) and private key listens with, both files in PEM; None without.
+
+    Raises:
+        OptionError: one of them is missing, cannot be read, or they do not fit.
+    """
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise OptionError("TLS takes both cert_path=, the certificate, and key_path=, its private key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(os.fspath(cert), os.fspath(key), password=lambda: b"")
+    except (OSError, ssl.SSLError) as error:
+        raise OptionError(
+            f"cert_path={os.fspath(cert)!r}, key_path={os.fspath(key)!r} are no certificate and its key: {error}"
+        ) from error
+    return context
+
+
 def _why_not_listening(error: OSError, host: str, port: int) -> str:
     if isinstance(error, socket.gaierror):
         return f"the host {host!r} is not known"
@@ -132,9 +176,15 @@ def _why_not_listening(error: OSError, host: str, port: int) -> str:
 
 @asynccontextmanager
 async def listen(
-    host: str, port: int, *, limits: Limits, serve_pipe: Callable[[WebsocketPipe], Awaitable[None]]
+    host: str,
+    port: int,
+    *,
+    limits: Limits,
+    serve_pipe: Callable[[WebsocketPipe], Awaitable[None]],
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
-    """Listens on `host`:`port` (0: a free port) and runs `serve_pipe` for every client; yields the port.
+    """Listens on `host`:`port` (0: a free port) and runs `serve_pipe` for every client; yields the port. With `tls`
+    clients connect to ``wss://``.
 
     Raises:
         ConnectError: the port is taken, or the host is not one of this machine's.
@@ -147,7 +197,7 @@ async def listen(
 
     address = f"ws://{host}:{port}"
     try:
-        server = await serve(handler, host, port, create_connection=_ServerConnection, **_OPTIONS)
+        server = await serve(handler, host, port, create_connection=_ServerConnection, ssl=tls, **_OPTIONS)
     except OSError as error:
         raise ConnectError(
             f"cannot listen on {address}: {_why_not_listening(error, host, port)}", address=address

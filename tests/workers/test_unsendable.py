@@ -183,6 +183,7 @@ def test_every_public_coroutine_of_a_worker_is_walked():
     """A new one belongs into `CALLS`, or here with the reason."""
     apart = {
         "async_close", "async_objects_count", "async_clear_objects",  # take nothing
+        "async_list_objects", "async_reconnect",  # ... nor do these
         "async_gradient", "fetch_async", "put_async", "fetch_plan_async",  # what pointers and tensors call
         "move_async", "hand_pointer_async", "remote_get_async", "async_move_plan",  # ... see move(to), send(to)
         "async_send_plan", "async_wait_for_approval",  # see plan.send, approval
