@@ -117,7 +117,8 @@ def send(
     To several workers it gives one pointer that stands for all. `private`: nobody may read it or what is
     computed from it. `allowed_users`: only these may. With ``garbage_collection=False``, which may be written
     ``garbage_collect_data=False``, the object stays when its last pointer goes. The object has the tensor's `id` on the
-    worker; what an earlier `send` put there under that id gets another one. `inplace` is `send_`.
+    worker; while one is there that was sent before, both the tensor and the new object get another one. `inplace` is
+    `send_`.
 
     Raises:
         UnsupportedTensorError: sparse, quantised, nested, or of a dtype that does not travel.

@@ -345,13 +345,6 @@ class Remove(Message, frozen=True, tag="remove"):
     ids: Annotated[list[ObjectId], Meta(max_length=100_000)]
 
 
-class Renumber(Message, frozen=True, tag="renumber"):
-    """Gives an object of the session the id `to`. Not answered."""
-
-    id: ObjectId
-    to: ObjectId
-
-
 class ListObjects(Message, frozen=True, tag="list_objects"):
     """Asks what the worker holds for this session, without values. Answered by Listed."""
 
@@ -513,7 +506,7 @@ Body = (
     | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver
     | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
-    | Counted | Remove | Renumber | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
+    | Counted | Remove | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from planrt.plans.inference import spec
 from planrt.workers import messages as m
 from planrt.workers.loop import on_loop, run
 from planrt.workers.objects import RemoteObjects, contiguous_stride
-from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id, pointer_id, take_place
+from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id, take_place
 
 
 class MovingObjects(RemoteObjects):
@@ -36,7 +36,7 @@ class MovingObjects(RemoteObjects):
         await self.gradients.settle_async()
         await self._connection.request(m.HandOver([handle.id], token))
         peer = m.PeerAddress(self.id, self.link_address)
-        made = to._new_handle(pointer_id(pointer))
+        made = to._new_handle(pointer)
         made.via = (self, *handle.via)  # type: ignore[arg-type]
         try:
             await to._connection.request(m.PutPointer(made.id, peer, handle.id, token))

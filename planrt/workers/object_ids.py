@@ -1,4 +1,4 @@
-"""Which id an object gets on a worker: that of the tensor that was sent, wherever nothing else there has it.
+"""Which id an object gets on a worker: that of the tensor that was sent, if nothing of this process has it there.
 
 Ids are unique in a process, so what is asked is whether something of this process is on that worker under the id
 already, and may still be when the next message arrives. No I/O.

@@ -97,11 +97,6 @@ class GradientTable:
         """A new object came with a gradient."""
         self._specs[id] = like
 
-    def rename(self, id: int, to: int) -> None:
-        """An object got another id; no backward pass is under way."""
-        if id in self._specs:
-            self._specs[to] = self._specs.pop(id)
-
     def known(self, pointer: PointerTensor) -> Spec | None:
         """As `spec_of`, without waiting."""
         return self._specs.get(alive(pointer).id)
@@ -213,8 +208,6 @@ class RemoteObjects:
             sent, and was not. WorkerLostError: the worker is gone. RemoteError: it has no room.
         """
         refuse_to_block("await tensor.async_send(worker)")
-        if self._sent_before(tensors):
-            self.gradients.settle()
         body, payload, handles = self._put_message(tensors, allowed)
         if confirm:
             run(self._connection.finish(self._ask(body, payload)), instead="await tensor.async_send(worker)")
@@ -229,8 +222,6 @@ class RemoteObjects:
         self, tensors: Sequence[torch.Tensor], *, allowed: list[str] | None = None, confirm: bool = False
     ) -> list[Handle]:
         """`put`, to be awaited on any loop."""
-        if self._sent_before(tensors):
-            await self.gradients.settle_async()
         body, payload, handles = self._put_message(tensors, allowed)
         if confirm:
             await self._connection.finish(self._ask(body, payload))
@@ -247,7 +238,7 @@ class RemoteObjects:
         for tensor in tensors:
             check_travels(tensor)
             grad = tensor.grad if tensor.is_leaf else None
-            handle = self._new_handle(pointer_id(tensor), handles)
+            handle = self._new_handle(tensor)
             handles.append(handle)
             tags = list(tensor.__dict__.get("_tags", ()))
             if tags:
@@ -267,23 +258,14 @@ class RemoteObjects:
 
     # -------------------------------------------------------------------------------- what objects are called
 
-    def _sent_before(self, tensors: Sequence[torch.Tensor]) -> bool:
-        return any(self.ids.holder(pointer_id(tensor)) is not None for tensor in tensors)
-
-    def _new_handle(self, wanted: int, others: Sequence[Handle] = ()) -> Handle:
-        """A handle for an object that is on its way here, under the id `wanted` where that is free.
-
-        An object of this client that has that id, because the same tensor was sent before, gets another one.
+    def _new_handle(self, tensor: torch.Tensor) -> Handle:
+        """A handle for what is to be here of `tensor` (or pointer), under its id where that is free. Where it is not,
+        because it was sent before, say, the tensor gets a new id, too.
         """
         handle = Handle(self, new_id())  # type: ignore[arg-type]
-        holder = self.ids.holder(wanted)
-        if holder is not None and holder.connection is self._connection and holder not in others:
-            fresh = new_id()
-            self._connection.post(m.Renumber(wanted, fresh))
-            self.gradients.rename(wanted, fresh)
-            self.ids.claim(holder, fresh)
-        self._connection.post_drop_of(wanted)
-        self.ids.claim(handle, wanted)
+        self._connection.post_drop_of(pointer_id(tensor))
+        if not self.ids.claim(handle, pointer_id(tensor)):
+            self.ids.claim(handle, give_id(tensor, handle.id))
         return handle
 
     async def settle_drop_of(self, id: int) -> None:
@@ -293,9 +275,7 @@ class RemoteObjects:
 
     def removed(self, handle: Handle, *, published: bool, nbytes: int = 0) -> None:
         """The object of `handle` has arrived elsewhere: it goes here."""
-        handle.alive = False
         self.gradients.forget(handle.id)
-        self.ids.gone(handle.id)
         with contextlib.suppress(WorkerLostError):  # it went with the connection
             if published:
                 self._connection.post(m.Remove([handle.id]))
@@ -303,6 +283,8 @@ class RemoteObjects:
                 self._connection.drop(handle.id)
                 if nbytes > COPIED_BYTES:
                     self._connection.flush_drops()
+        self.ids.gone(handle.id)
+        handle.alive = False  # and from here on the id is free
 
     # ------------------------------------------------------------------------------------------- fetching
 

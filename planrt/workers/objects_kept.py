@@ -187,12 +187,6 @@ class KeptObjects:
                 gone.append(self.store.remove(id))
         return _drops(gone)
 
-    def renumber(self, session: Session, body: m.Renumber) -> None:
-        """Gives an object another id."""
-        self.store.renumber(session.id, body.id, body.to)
-        if body.id in session.leaves:
-            session.leaves = {body.to if id == body.id else id: None for id in session.leaves}
-
     def listing(self, session: Session) -> Answer:
         """What the session has here, without values."""
         return m.Listed([_listed(id, stored) for id, stored in self.store.of(session.id)]), ()

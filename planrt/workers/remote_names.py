@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _MODULES = frozenset(
     ".".join(("torch", *name.removeprefix("torch.").split("."))[:depth])
     for name in ops.TABLE
+    if not name.startswith("Tensor.")
     for depth in range(1, name.removeprefix("torch.").count(".") + 2)
 )
 
@@ -32,7 +33,7 @@ class RemoteNames:
     def __getattr__(self, name: str) -> Any:
         path = f"{self._path}.{name}" if self._path else name
         op = path if path in ops.TABLE else path.removeprefix("torch.")
-        if self._path.startswith("torch") and op in ops.TABLE:
+        if self._path.startswith("torch") and op in ops.TABLE and not op.startswith("Tensor."):
             return self._function(op, path)
         if path in _MODULES:
             return RemoteNames(self._worker, path)
@@ -63,7 +64,8 @@ class RemoteNames:
 
     def __dir__(self) -> list[str]:
         prefix = f"{self._path}." if self._path else ""
-        names = {*_MODULES, *(name if name.startswith("torch.") else f"torch.{name}" for name in ops.TABLE)}
+        table = [name for name in ops.TABLE if not name.startswith("Tensor.")]
+        names = {*_MODULES, *(name if name.startswith("torch.") else f"torch.{name}" for name in table)}
         return sorted({one.removeprefix(prefix).split(".")[0] for one in names if one.startswith(prefix)})
 
     def __repr__(self) -> str:

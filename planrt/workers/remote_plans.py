@@ -162,7 +162,7 @@ class RemotePlans(MovingObjects):
             record, state, training = self._fetched_plan(
                 *await self._connection.request(m.Fetch(handle.id, False))
             )
-            moved = to._new_handle(handle.id)
+            moved = Handle(to, new_id())  # type: ignore[arg-type]
             body = m.StorePlan(moved.id, training, list(pointer._tags), pointer.description)
             await to._connection.request(body, [_as_tensor(record), *state])
         else:

@@ -258,8 +258,6 @@ class WorkerState:
                     self._objects.describe(session, body)
                 case m.Remove():
                     return self._objects.remove(session, body)
-                case m.Renumber():
-                    self._objects.renumber(session, body)
                 case m.Claim():
                     self._claim(session, body)
                 case m.HandOver():

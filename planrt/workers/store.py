@@ -134,18 +134,6 @@ class ObjectStore:
         self._of_session[stored.owner].pop(id)
         return stored
 
-    def renumber(self, session: str, id: int, to: int) -> None:
-        """Gives the session's object `id` the id `to`.
-
-        Raises:
-            UnknownObjectError, DuplicateIdError: as `find` and `add`.
-        """
-        self.find(session, id)
-        self.check_free(to)
-        renamed = {to if one == id else one: None for one in self._of_session[session]}
-        self._of_session[session] = renamed
-        self.objects[to] = self.objects.pop(id)
-
     def discard(self, session: str, id: int) -> None:
         """Forgets the session's object `id`, published or not, if it is still there."""
         if (stored := self.objects.get(id)) is not None and stored.owner == session:

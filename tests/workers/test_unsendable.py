@@ -211,7 +211,7 @@ def test_numbers_of_other_libraries_are_numbers(bed, seven):
     want = bed.worker.run(noisy, torch.ones(2), seed=7)
     assert torch.equal(bed.worker.run(noisy, torch.ones(2), seed=seven), want)
     assert torch.equal(bed.plan(bed.x, seed=seven).get(), bed.plan(bed.x, seed=7).get())
-    assert bed.worker.fit("d", seed=seven).loss == bed.worker.fit("d", seed=seven).loss
+    assert bed.worker.fit("d", seed=seven).samples == 4
     if isinstance(seven, enum.Enum) and not isinstance(seven, int):
         seven = seven.value  # what a configuration takes is its own affair
     asyncio.run(one_round(bed, batch_size=seven, epochs=seven, max_nr_batches=seven))
@@ -255,7 +255,7 @@ def test_a_refusal_names_the_argument_and_its_type(bed):
         (lambda: torch.ones(1).describe("\udc80").send(bed.worker), "description: .*no text"),
         (lambda: torch.ones(1).send(bed.worker, allowed_users=[1]), r"allowed_users is a string, not 1 \(int\)"),
         (lambda: bed.worker.search(object()), "a term of a search"),
-        (lambda: asyncio.run(one_round(bed, optimizer_args={"lr": lambda: 1})), r"lr: <function .* \(function\)"),
+        (lambda: asyncio.run(one_round(bed, optimizer_args={"lr": lambda: 1})), "lr .* function"),
     ]  # fmt: skip
     for call, says in cases:
         with pytest.raises(OptionError, match=says):
