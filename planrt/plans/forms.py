@@ -52,9 +52,9 @@ def form_for(
             form.training = plan.training
             return form
     if plan.strict or not has_code(plan):
-        why = "it is strict" if plan.strict else "it came without its Python code"
+        why = "It is strict" if plan.strict else "It came without its Python code"
         raise PlanArgumentError(
-            f"{error}. {why.capitalize()}, and takes what it was built with: {INSTEAD}"
+            f"{error}. {why}, and takes what it was built with: {INSTEAD}"
         ) from None
     form = _shadow(plan)
     try:

@@ -140,7 +140,7 @@ def test_strict_plans_and_plans_without_code_say_what_to_write(make_worker, tmp_
     loose.save(tmp_path / "f.plan")
     loaded, (found,) = planrt.load_plan(tmp_path / "f.plan"), (loose.tag("#f").send(bob) and bob.search("#f"))
     x = torch.zeros(2, 2)
-    for plan, why in ((strict, "strict"), (late, "strict"), (loaded, "without its Python code")):
+    for plan, why in ((strict, "It is strict"), (late, "It is strict"), (loaded, "without its Python code")):
         with pytest.raises(
             PlanArgumentError, match=rf"wanted float32\[\*\], got float32\[2, 2\].*{why}.*args_shape"
         ):
