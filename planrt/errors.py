@@ -47,6 +47,8 @@ type to try the reflected operand.
 
 from __future__ import annotations
 
+import linecache
+import sys
 from typing import Self
 
 
@@ -73,8 +75,24 @@ class TraceError(LocalError):
     """
 
     def __init__(self, message: str, *, line: str | None = None) -> None:
-        super().__init__(f"{message} (at {line})" if line else message)
+        super().__init__(f"{message} (at {_shown(line)})" if line else message)
+        self.message = message
         self.line = line
+        if line and (source := linecache.getline(line.rpartition(":")[0], _number(line)).strip()):
+            self.add_note(f"    {source}")  # what tracebacks show below
+
+
+def _number(line: str) -> int:
+    number = line.rpartition(":")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _shown(line: str) -> str:
+    """``file:line``, or in a notebook the cell, as its own tracebacks name it."""
+    file = line.rpartition(":")[0]
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    named = getattr(getattr(shell, "compile", None), "format_code_name", lambda name: None)(file)
+    return f"{' '.join(named)}, line {_number(line)}" if named else line
 
 
 class PlanError(LocalError, RuntimeError):

@@ -53,9 +53,7 @@ def form_for(
             return form
     if plan.strict or not has_code(plan):
         why = "It is strict" if plan.strict else "It came without its Python code"
-        raise PlanArgumentError(
-            f"{error}. {why}, and takes what it was built with: {INSTEAD}"
-        ) from None
+        raise PlanArgumentError(f"{error}. {why}, and takes what it was built with: {INSTEAD}") from None
     form = _shadow(plan)
     try:
         form.build(*map_leaves(tuple(args), _example), **map_leaves(dict(kwargs), _example))

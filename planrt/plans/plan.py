@@ -28,6 +28,7 @@ from planrt.plans.graph import Graph
 from planrt.plans.holding import hold
 from planrt.plans.inlining import inline
 from planrt.plans.interpreter import execute
+from planrt.plans.notices import told_once
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.plans.recorder import SizesFixedError
 from planrt.plans.runs import active_recorder
@@ -165,6 +166,7 @@ class Plan(torch.nn.Module):
         """
         return self.record.graph(training=self.training)
 
+    @told_once()
     def build(
         self,
         *examples: Any,

@@ -123,7 +123,7 @@ class Recorder(TorchFunctionMode):
             return self._call(func, args, kwargs or {})
         except TraceError as error:
             if self._optimizers.stepping is not None:
-                reason = str(error).removesuffix(f" (at {error.line})").partition(":")[0]
+                reason = error.message.partition(":")[0]
                 error = type(error)(why_no_step(self._optimizers.stepping, reason), line=error.line)
             self.failure = self.failure or error  # user code may swallow it
             raise error

@@ -10,6 +10,7 @@ The function's side effects on modules, tensors, optimizers and generators are u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from planrt.plans.chance import why_not
 from planrt.plans.graph import Graph, Op, refs_in
 from planrt.plans.kept import KeptError, KeptState, Left, Snapshot, notice, why_kept
 from planrt.plans.lifting import StateRegistry, Undo, check_plain
+from planrt.plans.notices import quiet, told_once
 from planrt.plans.ops import GRADIENTS, REQUIRES_GRAD
 from planrt.plans.probing import grown, in_common, odd_runs
 from planrt.plans.recorder import FIRST_STATE, DrawnError, Run, SecondRunError, SizesFixedError, Step
@@ -44,6 +46,7 @@ class Recording:
     """Whether it differentiates, on gradients of its own."""
 
 
+@told_once()
 def trace(
     function: Callable[..., Any],
     examples: Sequence[torch.Tensor],
@@ -82,6 +85,7 @@ def trace(
     return graph
 
 
+@told_once()
 def record(
     function: Callable[..., Any],
     examples: Sequence[torch.Tensor],
@@ -114,7 +118,8 @@ def record(
             if left is not None:
                 kept.restore(left.snapshot)
             try:
-                done = run_once(function, inputs, specs, registry, undo.optimizers, values, left)
+                with quiet() if values is not None else nullcontext():  # what warns warns in the first run
+                    done = run_once(function, inputs, specs, registry, undo.optimizers, values, left)
                 return done, kept.snapshot()
             finally:
                 undo.restore()

@@ -22,6 +22,7 @@ from planrt.plans.graph import Graph
 from planrt.plans.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.lifting import StateRegistry, check_plain
 from planrt.plans.model_state import ModelState, StateMap, map_state
+from planrt.plans.notices import told_once
 from planrt.plans.torchscript import argument_names, as_traceable, class_name, is_torchscript, script_call
 from planrt.plans.tracer import Recording, assemble, record
 from planrt.seeding import seeded
@@ -128,6 +129,7 @@ class EvaluationResult(Mapping[str, Any]):
         return len(self._entries())
 
 
+@told_once()
 def trace_model(
     model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.Tensor
 ) -> ModelPlans:

@@ -148,7 +148,7 @@ def test_strict_plans_and_plans_without_code_say_what_to_write(make_worker, tmp_
     for plan in (strict, loaded):
         with pytest.raises(PlanArgumentError, match=r"args_shape=\[\(-1,\)\]"):
             plan.send(bob)(x.send(bob))
-    with pytest.raises(PlanArgumentError, match=r"Found there.*args_shape=\[\(-1,\)\]"):
+    with pytest.raises(PlanArgumentError, match=r"came from a worker.*args_shape=\[\(-1,\)\]"):
         found(x.send(bob))
 
 

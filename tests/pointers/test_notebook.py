@@ -49,3 +49,30 @@ def test_a_notebook_uses_pointers_in_both_forms():
         manager.shutdown_kernel(now=True)
     assert printed[:4] == ["[2.0, 2.0]", "[3.0, 3.0]", "[1.0, 1.0]", "[2.0, 2.0]"]
     assert printed[4].startswith("(Wrapper)>[PointerTensor | me:")
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_error_in_a_recorded_function_names_the_cell_and_quotes_its_line():
+    manager = jupyter_client.KernelManager()
+    manager.kernel_spec.argv[0] = sys.executable
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    problems = []
+
+    def collect(message):
+        if message["msg_type"] == "error":
+            problems.append((message["content"]["evalue"], "\n".join(message["content"]["traceback"])))
+
+    try:
+        client.wait_for_ready(timeout=60)
+        client.execute_interactive("import torch, planrt as sy", timeout=60, output_hook=collect)
+        cell = "def f(x):\n    y = x.sum()\n    return x if y > 0 else -x\n\nsy.func2plan()(f).build(torch.ones(2))"
+        client.execute_interactive(cell, timeout=60, output_hook=collect)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    ((message, traceback),) = problems
+    assert "(at Cell In[2], line 3)" in message
+    assert "ipykernel" not in message
+    assert "return x if y > 0 else -x" in traceback
