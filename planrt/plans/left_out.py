@@ -45,6 +45,10 @@ LEFT_OUT: Final[dict[str, str]] = {
     "plans and pointers write another op for it": """
         Tensor.__iter__ Tensor.cpu Tensor.cuda Tensor.type
     """,
+    # LAPACK takes pivots as they come.
+    "its kernel does not check its arguments, and would use memory that is not its own": """
+        linalg.ldl_solve
+    """,
     # What plans and pointers do with gradients is in `ops.GRADIENTS`.
     "it is autograd's own: use backward() and .grad, the graph stays on the worker": """
         Tensor._base Tensor._grad Tensor._grad_fn Tensor.grad_dtype

@@ -5,10 +5,11 @@ Names are spelled as users know them: `torch.add`, `Tensor.view`, `Tensor.T` (a 
 a name that the installed torch does not have is simply absent, and `TABLE_HASH` tells two sides whether their
 tables agree. What torch has and the table has not stands in `planrt.plans.left_out`, with the reasons.
 
-The callables are torch's own, with four exceptions: `torch.empty` and its kin give zeros, because
+The callables are torch's own, with these exceptions: `torch.empty` and its kin give zeros, because
 uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
 checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`; `unbind`,
-`split` and their kin (`planrt.plans.counts`) refuse to give more results than memory holds.
+`split` and their kin (`planrt.plans.counts`) refuse to give more results than memory holds; and kernels that trust
+their callers are checked first (`planrt.plans.guards`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from planrt.errors import OpNotAllowedError
 from planrt.plans.counts import MANY, bounded
+from planrt.plans.guards import GUARDS
 
 # Functions of torch: pointwise maths, reductions, comparison, shape, indexing, products, convolution,
 # pooling, normalisation, recurrent nets, random draws. Left out: quantised, sparse, nested and vendor kernels
@@ -180,7 +182,7 @@ _INIT = "constant_ kaiming_uniform_ normal_ uniform_"
 
 _LINALG = """
     cholesky cholesky_ex cond cross det diagonal eig eigh eigvals eigvalsh householder_product inv inv_ex
-    ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matmul matrix_exp
+    ldl_factor ldl_factor_ex lstsq lu lu_factor lu_factor_ex lu_solve matmul matrix_exp
     matrix_norm matrix_power matrix_rank matrix_sqrth multi_dot norm pinv polar qr slogdet solve solve_ex
     solve_triangular svd svdvals tensorinv tensorsolve vander vecdot vector_norm
 """
@@ -296,7 +298,22 @@ def _pack_padded_sequence(input: torch.Tensor, lengths: torch.Tensor, batch_firs
 _ON_CPU: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "torch._pack_padded_sequence": (torch._pack_padded_sequence, _pack_padded_sequence)
 }
+
+
+def _home(prefix: str) -> Any:
+    return {"torch": torch, "Tensor": torch.Tensor, "special": torch.special}[prefix]
+
+
+_GUARDED: dict[str, Callable[..., Any]] = {
+    name: function
+    for name in GUARDS
+    if (function := getattr(_home(name.partition(".")[0]), name.partition(".")[2], None)) is not None
+}
+CHECKED: Final = {**BOUNDED, **{name: GUARDS[name](function) for name, function in _GUARDED.items()}}
+"""Name -> torch's function behind a check of its arguments."""
+
 UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
+    **_GUARDED,
     **SIZE_ARITHMETIC,
     **_MANY,
     **{name: function for name, (function, _) in _ON_CPU.items()},
@@ -333,7 +350,7 @@ def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
     for name, factory in _EMPTY.items():
         table[name] = _zeroed(factory)
         names[factory] = name
-    table.update({name: function for name, function in BOUNDED.items() if name in table})
+    table.update({name: function for name, function in CHECKED.items() if name in table})
     for name, function in SIZE_ARITHMETIC.items():
         table[name] = _on_sizes(function)
     table.update({name: function for name, (_, function) in _ON_CPU.items()})

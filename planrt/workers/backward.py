@@ -8,7 +8,7 @@ inner tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -18,16 +18,16 @@ from planrt.errors import LocalError
 from planrt.workers import messages as m
 from planrt.workers.events import Steps
 from planrt.workers.failures import OpFailedError, failure_of_op
-from planrt.workers.labels import Label, both
-from planrt.workers.objects_kept import KeptObjects, grad_of, tensor_of
+from planrt.workers.labels import Label, MemoryLabels, both
+from planrt.workers.objects_kept import KeptObjects, tensor_of
 from planrt.workers.peer_ops import PeerOps
 from planrt.workers.posted import PostedOp
 from planrt.workers.private import leaf_tensors
 from planrt.workers.sessions import Session
-from planrt.workers.store import PeerRef, spec_of
+from planrt.workers.store import PeerRef, grad_of, spec_of
 
-RetainedGradients: TypeAlias = dict[int, tuple[torch.Tensor | None, Label]]
-"""id() of an inner tensor -> the gradient that it retains, and who may read it."""
+GradientsBefore: TypeAlias = list[tuple[torch.Tensor | None, int, Label]]
+"""For each tensor its gradient, that one's version, and who may read it."""
 
 
 class BackwardPasses:
@@ -59,10 +59,12 @@ class BackwardPasses:
             label = both(label, self._store.label_of(stored))
         if self._objects.gate is not None:
             self._objects.gate.admit_op("Tensor.backward")
-        labelled = label is not None or bool(self._store.memory)
-        reached = leaf_tensors([tensor_of(stored) for stored in inputs or roots]) if labelled else []
-        labels = [both(label, self._label_of_gradient(tensor)) for tensor in reached]
-        retained = self.retained() if labelled else {}
+        for id, stored in zip(body.inputs or (), inputs or (), strict=True):
+            session.leaves[id] = None  # has a gradient afterwards, wherever it is in the graph
+            if not tensor_of(stored).is_leaf:  # torch retains its gradient, from this pass on
+                self.retain(tensor_of(stored))
+        written = self._written_by([tensor_of(stored) for stored in roots], session)
+        before = self.gradients_before(written)
         with torch.enable_grad():
             try:
                 torch.autograd.backward(
@@ -76,35 +78,41 @@ class BackwardPasses:
                 op = PostedOp("Tensor.backward", (), {}, None, True)
                 raise OpFailedError(failure_of_op(error, op, None, everything, self._store)) from error
             finally:  # a pass that fails may have left gradients before
-                for tensor, its_label in zip(reached, labels, strict=True):
-                    if tensor.grad is not None:  # the old one and what was added to it
-                        self._store.memory.add(tensor.grad, its_label)
-                self.label_retained(retained, label)
+                self.account(written, before, label)
         return m.Gradients(list(self._gradients(session))), ()
 
     def retain(self, tensor: torch.Tensor) -> None:
         """`retain_grad` was called on an inner tensor."""
         self._retaining[tensor] = None
 
-    def retained(self) -> RetainedGradients:
-        """The gradients at inner tensors, before a pass."""
-        return {
-            id(tensor): (tensor.grad, self._label_of_gradient(tensor))
-            for tensor in self._retaining
-            if tensor.retains_grad
-        }
+    def inner(self) -> list[torch.Tensor]:
+        """Inner tensors that retain their gradients: a pass may write to any of them."""
+        return list(self._retaining) if self._store.memory.watching else []
 
-    def label_retained(self, before: RetainedGradients, label: Label) -> None:
-        """Labels the gradients that a pass left at inner tensors, `before` being what `retained` gave."""
-        for tensor in list(self._retaining):
-            grad = tensor.grad if tensor.retains_grad else None
-            old, old_label = before.get(id(tensor), (None, None))
-            if grad is not None and grad is not old:
-                self._store.memory.add(grad, both(label, old_label))
+    def _written_by(self, roots: Sequence[torch.Tensor], session: Session) -> list[torch.Tensor]:
+        """Tensors whose gradients a pass from `roots` may write: leaves of the graph, whoever knows them, inner tensors
+        that retain theirs, and every object of the sessions that share graphs which has a gradient. Nobody asks
+        before there is a private value."""
+        if not self._store.memory.watching:
+            return []
+        found = [*leaf_tensors(roots), *self._retaining]
+        for member in {id(member): member for member in (session, *session.graphs.members)}.values():
+            for number in member.leaves:
+                stored = self._store.objects.get(number)
+                if stored is not None and isinstance(stored.value, torch.Tensor):
+                    found.append(stored.value)
+        return list({id(tensor): tensor for tensor in found}.values())
 
-    def _label_of_gradient(self, tensor: torch.Tensor) -> Label:
-        grad = grad_of(tensor)
-        return None if grad is None else self._store.memory.of(grad)
+    def gradients_before(self, tensors: Sequence[torch.Tensor]) -> GradientsBefore:
+        """The gradients at `tensors`, before a pass."""
+        return [_seen(grad_of(tensor), self._store.memory) for tensor in tensors]
+
+    def account(self, tensors: Sequence[torch.Tensor], before: GradientsBefore, label: Label) -> None:
+        """Labels the gradients at `tensors` that a pass of that label made or changed."""
+        for tensor, (old, version, old_label) in zip(tensors, before, strict=True):
+            grad = grad_of(tensor)
+            if grad is not None and (grad is not old or grad._version != version):
+                self._store.memory.account(grad, both(label, old_label))
 
     def _gradients(self, session: Session) -> Iterator[tuple[int, m.ObjectSpec]]:
         """Which objects of the session have gradients, and what these look like."""
@@ -114,3 +122,7 @@ class BackwardPasses:
                 del session.leaves[id]  # handed over
             elif isinstance(stored.value, torch.Tensor) and (grad := grad_of(stored.value)) is not None:
                 yield id, spec_of(grad)
+
+
+def _seen(grad: torch.Tensor | None, memory: MemoryLabels) -> tuple[torch.Tensor | None, int, Label]:
+    return (None, 0, None) if grad is None else (grad, grad._version, memory.of_gradient(grad))

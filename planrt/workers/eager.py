@@ -144,7 +144,8 @@ class EagerOps:
                 label = readable_label(self._store, session, used)
         # A released result has no history: its gradients would be of rows where it is of an aggregate.
         torch.set_grad_enabled(op.grad and not released)
-        retained = self._passes.retained() if op.name == "autograd.grad" else {}
+        inner = self._passes.inner() if op.name == "autograd.grad" else []
+        retained = self._passes.gradients_before(inner)
         foreseen = None if session.may_read(label) else foresee(op, function, [one.value for one in used])
         before = [] if label is None else [_version(stored.value) for stored in used]
         try:
@@ -164,9 +165,11 @@ class EagerOps:
             if label is not None:
                 self._label_what_changed(session, op, used, before, label)
             if op.name == "autograd.grad":
-                self._passes.label_retained(retained, label)
-        if op.name == "Tensor.grad.__set__" and len(used) > 1:
-            self._store.memory.add(tensor_of(used[1]), label)
+                self._passes.account(inner, retained, label)
+        if op.name == "Tensor.grad" and isinstance(result, torch.Tensor):
+            label = self._store.memory.of_gradient(result)
+        elif op.name == "Tensor.grad.__set__" and len(used) > 1:
+            self._store.memory.account(tensor_of(used[1]), label)
         elif op.name == "Tensor.retain_grad" or op.name == "Tensor.requires_grad_":
             session.leaves[_ids(op.args[0])[0]] = None
             if op.name == "Tensor.retain_grad":

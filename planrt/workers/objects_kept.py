@@ -29,6 +29,7 @@ from planrt.workers.store import (
     PeerRef,
     StoredObject,
     UnknownObjectError,
+    grad_of,
     spec_of,
 )
 
@@ -69,13 +70,14 @@ class KeptObjects:
             label = None if item.allowed is None else frozenset(item.allowed)
             if item.has_grad:
                 value.grad = self._own(next(rest), alone=alone)
-                self.store.memory.add(value.grad, label)
             stored = StoredObject(
                 value, session.id, label, tags=tuple(item.tags), description=item.description
             )
             stored.handover = body.handover
             stored.source, stored.original = frozenset(item.tags), True
             self.store.add(item.id, stored)
+            if value.grad is not None:
+                self.store.memory.account(value.grad, label)
             if item.requires_grad:
                 session.leaves[item.id] = None
         return m.Done(), ()
@@ -159,7 +161,7 @@ class KeptObjects:
         tensors = [value.detach()]
         grad = grad_of(value)
         if grad is not None:
-            label = self.store.memory.of(grad)
+            label = self.store.memory.of_gradient(grad)
             if not session.may_read(label):
                 raise GetNotPermittedError(
                     f"the gradient of object {body.id} was computed from private data: {users_of(label)} may get it; "
@@ -233,7 +235,7 @@ class KeptObjects:
         grad = grad_of(stored.value) if isinstance(stored.value, torch.Tensor) and not body.copy else None
         label = self.store.label_of(stored)
         if grad is not None:
-            label = both(label, self.store.memory.of(grad))
+            label = both(label, self.store.memory.of_gradient(grad))
         if not session.may_read(label):
             raise GetNotPermittedError(
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
@@ -376,8 +378,3 @@ def tensor_of(stored: StoredObject) -> torch.Tensor:
     if not isinstance(stored.value, torch.Tensor):
         raise LocalError("not a tensor")
     return stored.value
-
-
-def grad_of(value: torch.Tensor) -> torch.Tensor | None:
-    """The gradient, where a tensor can have one: torch warns about the question elsewhere."""
-    return value.grad if value.is_leaf or value.retains_grad else None

@@ -67,7 +67,7 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         raise RemoteOpError(f"{name}: no pointer among the arguments")
     seed = first.worker.draw_seed() if name in ops.RANDOM else None
     line = calling_line()
-    inferred = infer(name, ops.BOUNDED.get(name, function), args, kwargs, PointerTensor)
+    inferred = infer(name, ops.CHECKED.get(name, function), args, kwargs, PointerTensor)
     if default_changed():
         _refuse_default_dtype(name, operands, (args, kwargs), inferred)
     return post(name, wire_args, wire_kwargs, first, inferred, operands, seed, line)

@@ -102,6 +102,15 @@ class ObjectStore:
             raise LocalError(f"the worker holds {self.limit:,} objects, its limit: drop some pointers")
         self.objects[id] = stored
         self._of_session.setdefault(stored.owner, {})[id] = None
+        if stored.label is not None and not self.memory.watching:
+            self.memory.watch(self._gradients())
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        """Every gradient that an object has."""
+        for stored in self.objects.values():
+            for tensor in tensors_of(stored.value):
+                if (grad := grad_of(tensor)) is not None:
+                    yield grad
 
     def check_free(self, id: int) -> None:
         """Raises DuplicateIdError if the id is in use."""
@@ -214,6 +223,11 @@ class ObjectStore:
         )
         self.add(id, copy)
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
+
+
+def grad_of(value: torch.Tensor) -> torch.Tensor | None:
+    """The gradient, where a tensor can have one: torch warns about the question elsewhere."""
+    return value.grad if value.is_leaf or value.retains_grad else None
 
 
 def tensors_of(value: Value) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import planrt
-from planrt.errors import GetNotPermittedError, HandshakeError, OptionError, RemoteError
+from planrt.errors import GetNotPermittedError, HandshakeError, OptionError, PlanrtError, RemoteError
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
 USERS = {"ann": "token of ann", "ben": "token of ben"}
@@ -404,3 +404,100 @@ def test_a_private_plan(clinic):
     (own,) = ann.search("#shift")
     assert own(torch.zeros(1).send(ann)).get().item() == 5.0
     assert own.get().state_dict()["state.0"].item() == 5.0
+
+
+def _inner(worker):
+    """An inner tensor of a graph of the client's own, with its leaf."""
+    leaf = torch.ones(2, requires_grad=True).send(worker)
+    return leaf, leaf * 1
+
+
+def _as_input(x, leaf, t):
+    (t * x).sum().backward(inputs=[t])
+
+
+def _as_input_with_a_graph(x, leaf, t):
+    (t * x).sum().backward(inputs=[t], create_graph=True)
+
+
+def _given_as_the_gradient(x, leaf, t):
+    t.backward(x, inputs=[t])
+
+
+def _retained_by_an_earlier_pass(x, leaf, t):
+    t.sum().backward(inputs=[t], retain_graph=True)
+    (t * x).sum().backward()
+
+
+def _retained_and_differentiated(x, leaf, t):
+    t.retain_grad()
+    torch.autograd.grad((t * x).sum(), [leaf], retain_graph=True)
+    (t * x).sum().backward()
+
+
+def _hessian(x, leaf, t):
+    (first,) = torch.autograd.grad((t * t * x).sum(), [t], create_graph=True)
+    first.sum().backward(inputs=[t])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+@pytest.mark.parametrize(
+    "attack",
+    [
+        _as_input,
+        _as_input_with_a_graph,
+        _given_as_the_gradient,
+        _retained_by_an_earlier_pass,
+        _retained_and_differentiated,
+        _hessian,
+    ],
+)
+@pytest.mark.parametrize("read", ["the value with its gradient", "the gradient", "a move"])
+def test_gradients_at_inner_tensors_are_private(clinic, attack, read):
+    """Autograd writes to tensors that nobody named: the inputs of a pass, from then on, are some."""
+    owner = clinic()
+    torch.tensor([123.25, 2.0]).tag("#x").send(owner, private=True)
+    owner.objects_count()
+    mallory = clinic()
+    (x,) = mallory.search("#x")
+    leaf, t = _inner(mallory)
+    attack(x, leaf, t)
+    match read:
+        case "the value with its gradient":
+            refused(t.get)
+        case "the gradient":
+            refused(t.grad.get)
+        case "a move":
+            with VirtualWorker("elsewhere") as elsewhere:
+                with pytest.raises(PlanrtError):
+                    t.move(elsewhere)
+                assert elsewhere.objects_count() == 0
+
+
+def test_gradients_of_public_values_beside_private_ones_are_read(clinic):
+    worker = clinic()
+    early = torch.ones(2, requires_grad=True).send(worker)
+    (early * 3).sum().backward()
+    torch.ones(2).tag("#x").send(worker, private=True)
+    leaf, t = _inner(worker)
+    (t * 2).sum().backward(inputs=[t], retain_graph=True)
+    assert t.grad.get().tolist() == [2, 2]
+    assert t.get().grad.tolist() == [2, 2]
+    (leaf * 5).sum().backward()
+    assert leaf.get().grad.tolist() == [5, 5]
+    assert early.grad.get().tolist() == [3, 3]
+    net = nn.Linear(2, 1).send(worker)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.ones(3, 2).send(worker)).sum().backward()
+        optimizer.step()
+    assert net.get().weight.grad.tolist() == [[3, 3]]
+
+
+def test_inner_inputs_of_a_pass_have_gradients_as_in_torch(clinic):
+    worker = clinic()
+    leaf, t = _inner(worker)
+    (t * 4).sum().backward(inputs=[t])
+    assert leaf.grad is None
+    assert t.grad.get().tolist() == [4, 4]

@@ -202,19 +202,11 @@ class Program:
             case 4 | 5 | 6:
                 self.write(self.random.choice(WRITES))
             case 7:
-                self.ask(
-                    m.Backward(
-                        [self.pick().index], [self.random.choice([None, self.pick().index])], True, False
-                    )
-                )
+                self.backward()
             case 9:
                 self.by_value(self.random.choice(BY_VALUE))
             case 8:
-                id = self.take_id()
-                self.post(
-                    "autograd.grad", ((self.pick(),), (self.pick(),)), (Ref(id),), {"retain_graph": True}
-                )
-                self.pool.append(id)
+                self.differentiate()
             case 10:
                 self.ask(m.Fetch(self.pick().index, False))
             case 11:
@@ -232,6 +224,45 @@ class Program:
                 self.odd_message()
             case _:
                 self.tell(MALLORY, m.Post([], [self.pick().index]))
+
+    def backward(self):
+        """With inner tensors as inputs, graphs of gradients, and graphs that are gone afterwards."""
+        roots = [self.pick().index for _ in range(self.random.randrange(1, 3))]
+        given = [self.random.choice([None, self.pick().index]) for _ in roots]
+        inputs = [self.pick().index for _ in range(self.random.randrange(1, 3))]
+        if self.random.random() < 0.5:  # from a graph made for it, in which something private stands
+            leaf, inner, outer, total = (
+                self.pool[self.random.randrange(2)],
+                *(self.take_id() for _ in range(3)),
+            )
+            self.post("Tensor.mul", (Ref(leaf), self.pick()), Ref(inner))
+            private = self.pick() if self.random.random() < 0.5 else Ref(self.random.choice(self.private))
+            self.post("Tensor.mul", (Ref(inner), private), Ref(outer))
+            self.post("Tensor.sum", (Ref(outer),), Ref(total))
+            self.pool += [inner, outer, total]
+            roots, given = [self.random.choice([total, outer])], [None]
+            inputs = self.random.sample([leaf, inner, outer, self.pick().index], 2)
+        self.ask(
+            m.Backward(
+                roots,
+                given,
+                self.random.random() < 0.8,
+                self.random.random() < 0.3,
+                self.random.choice([None, inputs]),
+            )
+        )
+
+    def differentiate(self):
+        """A gradient, sometimes with a graph, from which another one (a row of a hessian) is taken."""
+        id, source = self.take_id(), self.pick()
+        options = {"retain_graph": True, "create_graph": self.random.random() < 0.5, "allow_unused": True}
+        self.post("autograd.grad", ((self.pick(),), (source,)), (Ref(id),), options)
+        self.pool.append(id)
+        if options["create_graph"]:
+            second, total = self.take_id(), self.take_id()
+            self.post("Tensor.sum", (Ref(id),), Ref(total))
+            self.post("autograd.grad", ((Ref(total),), (source,)), (Ref(second),), {"retain_graph": True})
+            self.pool += [total, second]
 
     def use_plan(self):
         choice = self.random.randrange(10)
@@ -311,7 +342,28 @@ class Program:
 
     def odd_message(self):
         target = self.pick().index
-        match self.random.randrange(6):
+        match self.random.randrange(13):
+            case 6:
+                self.tell(MALLORY, m.Remove([target]))
+            case 7:
+                new = self.take_id()
+                self.tell(MALLORY, m.Renumber(target, new))
+                self.pool.append(new)
+            case 8:
+                self.ask(m.ListObjects())
+            case 9:
+                id = self.take_id()
+                item = m.PutItem(id, True, True, [], "", self.random.choice([None, None, ["dr"]]))
+                values = [torch.full((3, 3), float(id % 7)), torch.ones(3, 3)]
+                self.tell(MALLORY, m.Put([item]), values)
+                self.pool.append(id)
+            case 10:
+                self.ask(m.Fetch(target, self.random.random() < 0.5))
+            case 11:
+                self.ask(self.random.choice([m.ReadPlan(target), m.AskApproval("0" * 64), m.ReadRun(target)]))
+            case 12:
+                if self.random.random() < 0.05:
+                    self.ask(m.Clear())
             case 0:
                 self.tell(MALLORY, m.Describe(target, ["#found"], "again"))
             case 1:

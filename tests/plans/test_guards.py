@@ -1,0 +1,151 @@
+"""Ops whose kernels trust their callers are checked first, wherever they run: here, in plans, on workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import planrt
+from planrt.errors import ExecutionError, OpNotAllowedError, PlanrtError
+from planrt.plans import Graph, Op, ops
+from planrt.plans.guards import GUARDS
+from planrt.plans.interpreter import execute
+from planrt.types import Ref, TensorSpec
+
+LEAST, MINUS_ONE = torch.full((4,), -(2**63)), torch.full((4,), -1)
+
+HOSTILE = {
+    "norms from behind the weight": ("torch._weight_norm", (torch.ones(6), torch.tensor(1.0)), {}),
+    "norms of nothing": ("torch._weight_norm", (torch.zeros(0), torch.zeros(1, 3)), {}),
+    "norms along a dimension that is not there": (
+        "torch._weight_norm",
+        (torch.ones(6), torch.ones(1), 7),
+        {},
+    ),
+    "an unknown mode": (
+        "torch.grid_sampler_3d",
+        (torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 9, 1, 1, 3), -1, 0, False),
+        {},
+    ),
+    "an unknown mode, flat": (
+        "torch.grid_sampler_2d",
+        (torch.ones(1, 1, 1, 1), torch.zeros(1, 9, 1, 2), 7, 0, False),
+        {},
+    ),
+    "an unknown padding": (
+        "torch.grid_sampler",
+        (torch.ones(1, 1, 1, 1), torch.zeros(1, 9, 1, 2), 0, 9, False),
+        {},
+    ),
+    "bicubic in space": (
+        "torch.grid_sampler",
+        (torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 9, 1, 1, 3), 2, 0, False),
+        {},
+    ),
+    "a division that traps": ("Tensor.div", (LEAST, MINUS_ONE), {"rounding_mode": "trunc"}),
+    "a division by a number that traps": ("torch.div", (LEAST, -1), {"rounding_mode": "trunc"}),
+    "a division of 32 bits that traps": (
+        "Tensor.div_",
+        (LEAST.new_full((4,), -(2**31), dtype=torch.int32), MINUS_ONE.int()),
+        {"rounding_mode": "trunc"},
+    ),
+    "a division under its other name": ("torch.divide", (LEAST, MINUS_ONE), {"rounding_mode": "trunc"}),
+    "endless combinations": ("torch.combinations", (torch.ones(3), 2**31 - 1, True), {}),
+    "an endless polynomial": ("special.hermite_polynomial_h", (torch.ones(3), 2**31), {}),
+    "endless polynomials by a tensor": (
+        "special.chebyshev_polynomial_t",
+        (torch.ones(3), torch.full((3,), 2.0**40)),
+        {},
+    ),
+    "endless iterations": ("torch.svd_lowrank", (torch.ones(3, 3),), {"niter": 2**40}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_plan_refuses(name):
+    op, args, kwargs = HOSTILE[name]
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    numbers = iter(range(len(tensors)))
+    refs = tuple(Ref(next(numbers)) if isinstance(arg, torch.Tensor) else arg for arg in args)
+    result = Ref(len(tensors))
+    graph = Graph(tuple(map(TensorSpec.of, tensors)), (), (Op(op, refs, kwargs, result),), result)
+    with pytest.raises(ExecutionError, match=op.rpartition(".")[2].strip("_").partition("_")[0][:4]):
+        execute(graph, tensors)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_worker_refuses_and_goes_on(make_worker, name):
+    planrt.TorchHook(torch)
+    op, args, kwargs = HOSTILE[name]
+    home, _, word = op.partition(".")
+    function = getattr({"torch": torch, "Tensor": torch.Tensor, "special": torch.special}[home], word)
+    worker = make_worker("bob")
+    with pytest.raises((PlanrtError, ValueError)):
+        function(
+            *(a.clone().send(worker) if isinstance(a, torch.Tensor) else a for a in args), **kwargs
+        ).get()
+    assert (torch.ones(2).send(worker) + 1).get().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [
+        ("torch.div(torch.tensor([-2**63] * 16), torch.tensor([-1] * 16), rounding_mode='trunc')", True),
+        ("torch._weight_norm(torch.zeros(0), torch.zeros(1, 3))", True),
+    ],
+)
+def test_without_the_check_the_process_ends(code, ends):
+    """Why there is one: when a torch mends its kernel, this says that the check may go."""
+    ended = subprocess.run([sys.executable, "-c", f"import torch; {code}"], capture_output=True, timeout=120)
+    assert (ended.returncode < 0) is ends
+
+
+def test_what_is_off_the_table_says_why(make_worker):
+    planrt.TorchHook(torch)
+    worker = make_worker("bob")
+    with pytest.raises(PlanrtError, match="does not check its arguments"):
+        torch.linalg.ldl_solve(torch.eye(3).send(worker), torch.ones(3, dtype=torch.int32), torch.ones(3, 1))
+    with pytest.raises(OpNotAllowedError):
+        ops.lookup("linalg.ldl_solve")
+
+
+def test_what_users_write_is_as_it_was():
+    weight = torch.randn(4, 3)
+    for dim in (0, 1, -1):
+        norms = torch.norm_except_dim(weight, 2, dim)
+        got = ops.lookup("torch._weight_norm")(weight, norms, dim)
+        assert torch.equal(got, torch._weight_norm(weight, norms, dim))
+    image, grid = torch.randn(2, 3, 5, 5), torch.rand(2, 4, 4, 2) * 2 - 1
+    for mode, number in (("bilinear", 0), ("nearest", 1), ("bicubic", 2)):
+        got = ops.lookup("torch.grid_sampler")(image, grid, number, 1, False)
+        assert torch.equal(got, F.grid_sample(image, grid, mode, "border", align_corners=False))
+    division = ops.lookup("Tensor.div")
+    assert division(LEAST, torch.full((4,), 2), rounding_mode="trunc").tolist() == [-(2**62)] * 4
+    assert division(torch.tensor([7, -7]), -1, rounding_mode="trunc").tolist() == [-7, 7]
+    assert division(torch.tensor([7.0]), -1, rounding_mode="trunc").tolist() == [-7]
+    assert division(torch.tensor([200], dtype=torch.uint8), 3, rounding_mode="trunc").tolist() == [66]
+    assert division(torch.tensor([True]), torch.tensor([True])).tolist() == [1]
+    polynomial = ops.lookup("special.legendre_polynomial_p")
+    assert torch.equal(polynomial(torch.ones(2), 3), torch.special.legendre_polynomial_p(torch.ones(2), 3))
+    assert len(ops.lookup("torch.combinations")(torch.arange(5), 3)) == 10
+
+
+def test_weight_normed_layers_are_recorded_and_run(make_worker):
+    planrt.TorchHook(torch)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    plan = planrt.func2plan(layer)
+    plan.build(torch.randn(4, 3))
+    worker = make_worker("bob")
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(plan.send(worker)(x.send(worker)).get(), layer(x))
+    assert torch.equal(plan(x), layer(x))
+
+
+def test_every_guard_stands_before_an_op():
+    assert {name for name in GUARDS if name not in ops.TABLE} <= {"Tensor.polygamma_", "Tensor.mvlgamma_"}
+    assert all(ops.TABLE[name].__wrapped__ is not None for name in GUARDS if name in ops.TABLE)
