@@ -88,6 +88,11 @@ def __getattr__(name: str) -> Any:
         made = import_module("planrt.torch_hook").current_hook()
         return made if name == "hook" else made.local_worker
     home = _HOMES.get(name)
+    if name == "method2plan":
+        raise AttributeError(
+            "planrt has no method2plan: derive the class from planrt.Plan, whose forward build() records, or write "
+            "planrt.func2plan()(object.method)"
+        )
     if home is None:
         raise AttributeError(f"module 'planrt' has no attribute {name!r}")
     module = import_module(home)

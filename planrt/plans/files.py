@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import secrets
 import stat
@@ -34,7 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias, cast
 
 import torch
 
@@ -81,7 +82,7 @@ class PlanFile:
     state_bytes: int
 
 
-def save_plan(plan: Plan, path: AnyPath) -> None:
+def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
     """Write `plan` to a file; see `Plan.save`. What stands at `path` is replaced at the end, or not at all."""
     if len(plan.description) > _MAX_DESCRIPTION:
         raise OptionError(
@@ -101,7 +102,7 @@ def save_plan(plan: Plan, path: AnyPath) -> None:
     )
     if len(header) > MAX_HEADER:
         raise OptionError(f"plan {plan.name!r} is too large for a file: its ops take {len(header)} bytes")
-    with replacing(path) as file:
+    with _written_to(path) as file:
         digest = hashlib.sha256()
         prefix = _PREFIX.pack(_MAGIC, FILE_VERSION, len(header), sum(value.nbytes for value in values))
         for part in (prefix, header):
@@ -122,10 +123,11 @@ def is_plan_file(path: AnyPath) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def load_plan(path: AnyPath) -> Plan:
+def load_plan(path: AnyPath | BinaryIO) -> Plan:
     """The plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
 
-    It has no Python code, and runs its ops. No code of the file runs, because there is none in it.
+    `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to its end. It
+    has no Python code, and runs its ops. No code of the file runs, because there is none in it.
 
     Raises:
         OptionError: no file there, or one that cannot be read.
@@ -166,6 +168,23 @@ def _keys(plan: Plan, state: Sequence[torch.Tensor]) -> dict[str, str]:
 
 
 # Writing
+
+
+@contextlib.contextmanager
+def _written_to(target: AnyPath | BinaryIO) -> Iterator[BinaryIO]:
+    """`target` itself where it is a binary file that is open for writing, or else a new file; see `replacing`."""
+    if isinstance(target, io.TextIOBase):
+        raise OptionError("cannot save to a text file: open it in binary mode, or give its path")
+    if isinstance(target, str | os.PathLike) or not hasattr(target, "write"):
+        with replacing(cast(AnyPath, target)) as file:  # or what is neither, which is refused
+            yield file
+        return
+    whole = io.BytesIO()
+    yield whole
+    try:
+        target.write(whole.getbuffer())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot save to {target!r}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -220,9 +239,15 @@ def _path(path: AnyPath) -> Path:
 
 
 @contextlib.contextmanager
-def _reading(path: AnyPath) -> Iterator[tuple[BinaryIO, int]]:
+def _reading(path: AnyPath | BinaryIO) -> Iterator[tuple[BinaryIO, int]]:
     """The open file and its size; errors inside name the file."""
-    where = _path(path)
+    if not isinstance(path, str | os.PathLike) and hasattr(path, "read"):
+        data = path.read()
+        if not isinstance(data, bytes):
+            raise OptionError("a plan is read from a file that is open in binary mode")
+        yield io.BytesIO(data), len(data)
+        return
+    where = _path(cast(AnyPath, path))
     try:
         mode = os.stat(where).st_mode  # before it is opened: opening a pipe would wait
         if stat.S_ISDIR(mode):

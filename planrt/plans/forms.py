@@ -96,6 +96,7 @@ def _shadow(plan: Plan) -> Plan:
     made.__dict__.update(plan.__dict__)
     made._record, made._captured = None, {}
     made._pointers, made._forms = weakref.WeakKeyDictionary(), OrderedDict()
+    made._sent_to = weakref.WeakValueDictionary()
     made._tags, made._description = (), ""
     made.strict = True
     return made

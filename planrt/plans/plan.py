@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import torch
 
@@ -112,6 +112,7 @@ class Plan(torch.nn.Module):
         self._forms: Forms = OrderedDict()
         self._pointers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         """worker -> where the plan was sent by a call with pointers, so that the next call need not send it."""
+        self._sent_to: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._tags: tuple[str, ...] = ()
         self._description = ""
         self.state: PlanState | None = None if state is None else PlanState(state)
@@ -359,20 +360,31 @@ class Plan(torch.nn.Module):
             if not hasattr(worker, "send_plan"):
                 raise LocalError(f"send takes workers, not {type(worker).__name__}")
         pointers = [worker.send_plan(self, **options) for worker in workers]
+        self._sent_to.update({worker.id: one for worker, one in zip(workers, pointers, strict=True)})
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 
     async def async_send(self, *workers: Any, **options: Any) -> Any:
         """`send`, to be awaited on any loop."""
         self.record  # noqa: B018 - raises if there is none
         pointers = [await worker.async_send_plan(self, **options) for worker in workers]
+        self._sent_to.update({worker.id: one for worker, one in zip(workers, pointers, strict=True)})
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
+
+    def get_pointers(self) -> dict[str, Any]:
+        """Worker's id -> the pointer that `send` gave last for that worker, as long as somebody holds it."""
+        return {id: pointer for id, pointer in self._sent_to.items() if pointer._handle.alive}
 
     def get(self) -> Any:
         """Not for plans that are here: see `PointerPlan.get`."""
         raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pointers": weakref.WeakKeyDictionary(), "_forms": OrderedDict()}
+        return {
+            **self.__dict__,
+            "_pointers": weakref.WeakKeyDictionary(),
+            "_forms": OrderedDict(),
+            "_sent_to": weakref.WeakValueDictionary(),
+        }
 
     def copy(self) -> Self:
         """A plan of its own, with a copy of the state: neither changes the other."""
@@ -402,8 +414,10 @@ class Plan(torch.nn.Module):
         """Its description."""
         return self._description
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
         """Writes the plan with its state, mode, tags and description to a file; `planrt.load_plan` reads it.
+
+        `path` may be a binary file that is open for writing, such as an `io.BytesIO`.
 
         The file holds data only, in the format that `planrt.plans.files` describes. It is complete or not there: a
         failed save leaves what stood at `path`.
@@ -488,6 +502,11 @@ class Plan(torch.nn.Module):
     def code(self) -> str:
         """The recorded ops, one per line."""
         return self.graph.code
+
+    @property
+    def readable_plan(self) -> str:
+        """The same as `code`, by the name that PySyft 0.2 had for it."""
+        return self.code
 
     @property
     def torchscript(self) -> torch.nn.Module:

@@ -115,6 +115,11 @@ class Protocol:
         return self._description.chain.places
 
     @property
+    def plans(self) -> list[tuple[str, Plan | PointerPlan]]:
+        """(place, plan) of every step, in their order."""
+        return [(step.place, self._description.plans[step.plan]) for step in self._description.chain.steps]
+
+    @property
     def is_resolved(self) -> bool:
         """Whether it is known which worker stands at each place."""
         return bool(self._workers)

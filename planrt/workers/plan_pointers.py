@@ -131,6 +131,18 @@ class PointerPlan(ObjectPointer):
         """The recorded ops, one per line."""
         return self.graph.code
 
+    @property
+    def readable_plan(self) -> str:
+        """The same as `code`, by the name that PySyft 0.2 had for it."""
+        return self.code
+
+    def parameters(self) -> NoReturn:
+        """Not for plans that are on a worker: their state is part of them."""
+        raise LocalError(
+            f"the parameters of plan {self.name!r} are on worker {self.location.id!r}, inside the plan: write "
+            "pointer.get().parameters(), or send the module instead of a plan (module.send(worker).parameters())"
+        )
+
     # ------------------------------------------------------------------------------------- what it does
 
     def train(self, mode: bool = True) -> PointerPlan:
