@@ -23,7 +23,7 @@ def test_the_floor_does_the_arithmetic_of_a_round_bit_for_bit():
         name: BaseDataset(
             torch.randint(0, 256, (90, 28, 28), dtype=torch.uint8, generator=generator),
             torch.randint(0, 10, (90,), generator=generator),
-            data.normalize,
+            batch_transform=data.normalize,
         )
         for name in data.PARTITIONS
     }

@@ -38,7 +38,7 @@ _LIBRARIES: Final = frozenset({"torch", "torchvision", "numpy", "planrt", *sys.s
 _NO_BEHAVIOUR: Final = frozenset({
     "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__annotate__", "__annotate_func__",
     "__annotations_cache__", "__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl",
-    "__orig_bases__", "__parameters__", "__slots__", "__classcell__", "__jit_unused_properties__",
+    "__orig_bases__", "__parameters__", "__slots__", "__slotnames__", "__classcell__", "__jit_unused_properties__",
 })  # fmt: skip
 """Attributes of classes that no call depends on."""
 _DESCRIPTORS: Final = (

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import functools
+import random
 import types
 
 import pytest
@@ -70,6 +71,25 @@ class Net(nn.Module):
 
     def bent(self, x):
         return x**self.power
+
+
+class Config:
+    def __init__(self):
+        self.layers = [1, 2]
+
+
+class Odd(nn.Module):
+    """With a config object, a closure over itself, a circle and generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = Config()
+        self.scaled = lambda x: x * self.factor
+        self.factor = 2.0
+        self.circle = [self]
+        self.drawn = random.Random(1)
+        self.generator = torch.Generator().manual_seed(1)
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
 
 
 def locally(model, batch_size=5, lr=0.1):
@@ -237,6 +257,10 @@ def test_equal_models_have_equal_fingerprints_and_others_do_not():
             assert one != other(lambda model, change=change: change(model, None)), name
     for model in (seeded_classifier(), nn.LSTM(3, 4), nn.TransformerEncoderLayer(8, 2, batch_first=True)):
         assert fingerprint(model) == fingerprint(copy.deepcopy(model)) is not None
+    odd = Odd()
+    assert fingerprint(odd) == fingerprint(odd) is not None  # looking leaves nothing behind
+    odd.config.layers.append(3)
+    assert fingerprint(odd) != fingerprint(Odd())
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     before = fingerprint(tied)
     tied[1].weight = tied[0].weight
