@@ -19,7 +19,8 @@ from planrt.fl.command import available_cores
 from planrt.fl.config import TrainConfig
 from planrt.fl.rounds import RoundResult, RoundScheduler
 from planrt.workers import loop
-from planrt.workers.clients import BaseWorker, WebsocketClientWorker, close_all
+from planrt.workers.clients import BaseWorker, close_all
+from planrt.workers.websocket_client import WebsocketClientWorker
 
 T = TypeVar("T")
 

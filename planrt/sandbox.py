@@ -12,7 +12,8 @@ from planrt.errors import OptionError
 from planrt.fl import boston
 from planrt.grid import PrivateGridNetwork
 from planrt.torch_hook import TorchHook
-from planrt.workers.clients import BaseWorker, VirtualWorker
+from planrt.workers.clients import BaseWorker
+from planrt.workers.virtual import VirtualWorker
 
 WORKERS = ("bob", "theo", "jason", "alice", "andy", "jon")
 """The ids of a sandbox's workers."""

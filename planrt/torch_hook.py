@@ -22,12 +22,13 @@ from planrt.plans import ops
 from planrt.protocols import pointer as _pointer  # noqa: F401 - searches know protocols then
 from planrt.types import as_text, plain
 from planrt.workers import modules
-from planrt.workers.clients import BaseWorker, VirtualWorker
+from planrt.workers.clients import BaseWorker
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.objects import allowed_users, contiguous
 from planrt.workers.optimizers import before_step
 from planrt.workers.pointers import PointerTensor, become_pointer, make_pointer, pointer_id
 from planrt.workers.remote_ops import refuse_hooks
+from planrt.workers.virtual import VirtualWorker
 
 _lock = threading.Lock()
 _hook: TorchHook | None = None

@@ -1,5 +1,144 @@
-"""Where scripts written for PySyft 0.2 look for `WebsocketClientWorker`."""
+"""`WebsocketClientWorker`: a worker behind a websocket, as its client sees it."""
 
-from planrt.workers.clients import WebsocketClientWorker
+from __future__ import annotations
 
-__all__ = ["WebsocketClientWorker"]
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from planrt.errors import OptionError
+from planrt.serde.frames import Limits
+from planrt.types import as_text, as_whole
+from planrt.workers.clients import DEFAULT_TIMEOUT, BaseWorker, worker_id
+from planrt.workers.connection import Connection
+from planrt.workers.loop import on_loop, run
+from planrt.workers.websocket import dial
+
+
+class Reconnecting:
+    """`connect`, which is two things: of the class, it connects to a worker, to be awaited; of a worker, which it
+    returns, it connects again.
+    """
+
+    def __init__(self, first: Any) -> None:
+        self._first = first
+
+    def __get__(self, worker: WebsocketClientWorker | None, kind: type[WebsocketClientWorker]) -> Any:
+        if worker is None:
+            return self._first.__get__(None, kind)
+        again: WebsocketClientWorker = worker
+
+        def connect() -> WebsocketClientWorker:
+            """Connects again after `close`, or after the connection was lost; see `async_reconnect`."""
+            return run(again.async_reconnect(), instead="await worker.async_reconnect()")
+
+        return connect
+
+
+class WebsocketClientWorker(BaseWorker):
+    """A worker behind a websocket: ``WebsocketClientWorker("alice", "127.0.0.1", 8777)``, or as in PySyft 0.2
+    ``WebsocketClientWorker(hook, "127.0.0.1", 8777, id="alice")``.
+
+    Connects and shakes hands at once; ``await WebsocketClientWorker.connect(id, uri)`` is the form for event loops.
+    ``worker.connect()`` connects again after `close`, or after the connection was lost; the objects of the session
+    before are gone then.
+
+    Args:
+        hook: the `TorchHook`, as the tutorials pass it, or the id.
+        host, port: where it listens; or `uri`, ``ws://host:port`` or ``wss://host:port``.
+        secure: over TLS, ``wss://``. The server's certificate is checked against the system's authorities, or against
+            those in the file `ca`.
+        id: the worker's name, which it must answer with.
+        is_client_worker: kept as an attribute; objects are freed with their pointers either way.
+        log_msgs, verbose: taken, and without effect: `traffic` counts messages, and planrt logs to the logger "planrt".
+        data: not taken: a server holds its own data.
+        timeout: seconds to wait for the connection and its handshake. limits: the sizes of messages that it takes.
+        token: tells the worker which of its users this is.
+        auto_add: whether `get_worker` finds it.
+
+    Raises:
+        ConnectError: nobody answers there. HandshakeError: not a planrt worker called `id`, or an unknown token.
+        OptionError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        hook: object = None,
+        host: str = "127.0.0.1",
+        port: int = 8777,
+        secure: bool = False,
+        id: str | None = None,
+        is_client_worker: bool = False,
+        log_msgs: bool = False,
+        verbose: bool = False,
+        data: Sequence[torch.Tensor] | None = None,
+        timeout: float | None = None,
+        *,
+        uri: str | None = None,
+        token: str = "",
+        limits: Limits | None = None,
+        ca: str | Path | None = None,
+        auto_add: bool = True,
+    ) -> None:
+        id = worker_id(hook, id, 'WebsocketClientWorker(hook, host, port, id="alice")')
+        if data:
+            raise OptionError(
+                "data= is for the worker that holds it: give it to WebsocketServerWorker(data=...), or send() tensors"
+            )
+        if uri is None:
+            uri = f"{'wss' if secure else 'ws'}://{as_text(host, 'host')}:{as_whole(port, 'port')}"
+        elif secure and not uri.startswith("wss://"):
+            raise OptionError(f"secure=True means wss://, and uri is {uri!r}: write wss:// there")
+        self._opening = Opening(uri, timeout or DEFAULT_TIMEOUT, limits or Limits(), token, ca)
+        opened = run(self._opening.open(id), instead="await WebsocketClientWorker.connect(id, uri)")
+        super().__init__(id, opened, is_client_worker=is_client_worker, auto_add=auto_add)
+
+    @classmethod
+    async def _connect(
+        cls,
+        id: str,
+        uri: str,
+        *,
+        token: str = "",
+        timeout: float = DEFAULT_TIMEOUT,
+        limits: Limits | None = None,
+        ca: str | Path | None = None,
+    ) -> Self:
+        """Connects to the worker `id` at `uri` within `timeout` seconds; awaitable from any loop."""
+        worker = cls.__new__(cls)
+        worker._opening = Opening(uri, timeout, limits or Limits(), token, ca)
+        BaseWorker.__init__(worker, id, await worker._opening.open(id))
+        return worker
+
+    connect = Reconnecting(_connect)
+
+    @on_loop
+    async def async_reconnect(self) -> Self:
+        """Connects again, if the connection has ended. The objects of the session before are gone.
+
+        Raises:
+            ConnectError, HandshakeError: as when it was made.
+        """
+        if self._connection.closed:
+            self._reconnected(await self._opening.open(self.id))
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How the connection to a worker is opened, every time."""
+
+    uri: str
+    timeout: float
+    limits: Limits
+    token: str
+    ca: str | Path | None = None
+
+    @on_loop
+    async def open(self, id: str) -> Connection:
+        """A new connection, and a new session."""
+        pipe = await dial(self.uri, timeout=self.timeout, limits=self.limits, ca=self.ca)
+        return await Connection.open(pipe, id, timeout=self.timeout, limits=self.limits, token=self.token)

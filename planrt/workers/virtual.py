@@ -1,0 +1,266 @@
+"""`VirtualWorker`: a worker inside this process, and its client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+
+from planrt.errors import OptionError
+from planrt.logs import get_logger
+from planrt.plans.approvals import Approvals
+from planrt.plans.policy import Policy
+from planrt.serde.frames import Limits
+from planrt.workers import registry
+from planrt.workers.clients import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worker_id
+from planrt.workers.connection import Connection
+from planrt.workers.contents import held_pointer
+from planrt.workers.host import WorkerHost, virtual_compute
+from planrt.workers.links import register_virtual
+from planrt.workers.loop import on_loop_thread, run
+from planrt.workers.objects import check_travels
+from planrt.workers.pipes import memory_pipes
+from planrt.workers.pointers import pointer_id
+from planrt.workers.state import WorkerState
+from planrt.workers.store import PeerRef
+
+V = TypeVar("V", bound="VirtualWorker")
+
+log = get_logger("planrt.client")
+
+_virtual_turns: asyncio.Semaphore | None = None
+
+
+class VirtualWorker(BaseWorker):
+    """A worker inside this process: ``VirtualWorker(hook, id="bob")``, or ``VirtualWorker("bob")``.
+
+    It takes and gives the same bytes as one behind a socket. All virtual workers of a process compute one
+    after the other on one thread, with one torch thread.
+
+    Made again under the id of one that is not closed, it is that one, with its objects, and a line in the log says so
+    (logger "planrt.client"; where it holds something a warning, which Python shows). Data sets and tensors that it has
+    not yet are added; arguments that contradict it are refused.
+
+    Args:
+        hook: the `TorchHook`, as the tutorials pass it, or the id.
+        id: the worker's name.
+        data: tensors that it holds from the start, with their tags and descriptions; `search` finds them.
+        datasets: key -> map-style data set of (data, target) pairs to train on.
+        users: user name -> token; private data names the users who may see it.
+        token: which of these users this client is.
+        policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
+        device, limits: where it computes; the sizes of messages it takes.
+        deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
+        is_client_worker: kept as an attribute; objects are freed with their pointers either way.
+        log_msgs, verbose: taken, and without effect: `traffic` counts messages, and planrt logs to the logger "planrt".
+        auto_add: whether `get_worker` finds it, and making it again gives the same.
+
+    Raises:
+        OptionError: no id, or arguments that contradict a living worker of that id.
+    """
+
+    def __new__(cls, hook: object = None, id: str | None = None, *args: Any, **options: Any) -> Self:
+        """The living worker of that id, or a new one."""
+        if options.get("auto_add", True):
+            name = hook if id is None and isinstance(hook, str) else id
+            if _living(cls, name):
+                gc.collect()  # one that nobody refers to any more is in nobody's way
+                if (living := _living(cls, name)) is not None:
+                    return living
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        hook: object = None,
+        id: str | None = None,
+        data: Sequence[torch.Tensor] = (),
+        is_client_worker: bool = False,
+        log_msgs: bool = False,
+        verbose: bool = False,
+        auto_add: bool = True,
+        *,
+        datasets: Mapping[str, Any] | None = None,
+        users: Mapping[str, str] | None = None,
+        token: str = "",
+        policy: Policy | None = None,
+        approvals: Approvals | str | Path | None = None,
+        device: str | torch.device = "cpu",
+        deterministic: bool | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        id = worker_id(hook, id, 'VirtualWorker(hook, id="bob")')
+        made_with: dict[str, Any] = {
+            "users": users, "token": token or None, "policy": policy, "approvals": approvals,
+            "device": torch.device(device), "limits": limits, "deterministic": deterministic,
+        }  # fmt: skip
+        if "_made_with" in self.__dict__:
+            self._made_again(made_with, data, datasets or {})
+            return
+        state = WorkerState(
+            id,
+            device=device,
+            users=users,
+            policy=policy,
+            approvals=decisions_in(approvals),
+            limits=limits,
+            deterministic=deterministic,
+        )
+        for key, dataset in (datasets or {}).items():
+            state.add_dataset(dataset, key)
+        for tensor in data:
+            check_travels(tensor)
+            state.own(pointer_id(tensor), tensor)
+        self._host = WorkerHost(state, virtual_compute(), limits=limits)
+        self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
+        """All clients of the host, this one included."""
+        self._link_address = register_virtual(id, self._host)
+        self._token, self._datasets_given = token, dict(datasets or {})
+        opening = _open_memory(id, self._host, limits or Limits(), token)
+        connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
+        super().__init__(id, connection, is_client_worker=is_client_worker, auto_add=auto_add)
+        self._made_with = made_with
+
+    def _made_again(
+        self, options: Mapping[str, Any], data: Sequence[torch.Tensor], datasets: Mapping[str, Any]
+    ) -> None:
+        """The program makes a worker that it has: nothing may contradict, and what is new is added."""
+        advice = "close() it first, or give the new one another id"
+        for name, value in options.items():
+            if value is not None and value != self._made_with[name]:
+                raise OptionError(f"worker {self.id!r} is there already, with another {name}: {advice}")
+        for key, dataset in datasets.items():
+            if key in self.datasets and self._datasets_given.get(key) is not dataset:
+                raise OptionError(
+                    f"worker {self.id!r} is there already, with another data set {key!r}: {advice}"
+                )
+        for key, dataset in datasets.items():
+            if key not in self.datasets:
+                self.add_dataset(dataset, key)
+                self._datasets_given[key] = dataset
+        for tensor in data:
+            check_travels(tensor)
+            if not self._host.state.owns(tensor):
+                self._host.state.own(pointer_id(tensor), tensor)
+        held = len(self._objects)
+        tell = log.warning if held else log.info
+        tell(f"worker {self.id!r} is there already: this is the same one, with its objects ({held})")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} id:{self.id} #objects:{len(self._objects)}>"
+
+    @property
+    def link_address(self) -> str:
+        """Where other workers of this process reach this one."""
+        return self._link_address
+
+    @property
+    def _objects(self) -> dict[int, Any]:
+        """What the worker holds, whoever's it is, by id: tensors, plans, protocols, and a `HeldPointer` for what is on
+        other workers."""
+        if not self._connection.closed and not on_loop_thread():
+            self.objects_count()  # everything posted has been done then
+        return {
+            id: held_pointer(self.id, id, stored.value.peer, stored.value.id)
+            if isinstance(stored.value, PeerRef)
+            else stored.value
+            for id, stored in list(self._host.state.store.objects.items())
+        }
+
+    def connect_as(self, token: str = "") -> VirtualWorker:
+        """Another client of this worker, with a session of its own: as the user whose `token` it shows, or nobody.
+
+        Raises:
+            HandshakeError: the token is none of the worker's users'.
+        """
+        other = object.__new__(type(self))
+        other._host = self._host
+        other._link_address, other._clients = self._link_address, self._clients
+        other._clients.add(other)
+        other._token = token
+        opening = _open_memory(self.id, self._host, self._connection.limits, token)
+        connection, other._serving = run(opening, instead="a thread of its own: connect_as(...) blocks")
+        BaseWorker.__init__(
+            other, self.id, connection, is_client_worker=self.is_client_worker, auto_add=False
+        )
+        return other
+
+    def connect(self) -> Self:
+        """Connects again after `close`. The objects of the session before are gone, those with tags excepted."""
+        if self._connection.closed:
+            opening = _open_memory(self.id, self._host, self._connection.limits, self._token)
+            connection, self._serving = run(opening, instead="a thread of its own: connect() blocks")
+            self._reconnected(connection)
+        return self
+
+    def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
+        """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
+        info = self._host.state.add_dataset(dataset, key, tags=tags, description=description)
+        self._connection.session.datasets[key] = info
+
+    def remove_dataset(self, key: str) -> None:
+        """Serves the data set `key` no longer.
+
+        Raises:
+            OptionError: there is none under that key.
+        """
+        self._host.state.remove_dataset(key)
+        self._connection.session.datasets.pop(key, None)
+
+    async def _close(self) -> None:
+        await super()._close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
+
+    def __del__(self) -> None:
+        """A worker that nobody refers to any more: its tasks must end, whether it has been closed or not, and with its
+        last client its connections to other workers.
+        """
+        connection = self.__dict__.get("_connection")
+        if connection is not None and not sys.is_finalizing():
+            last = all(one is self for one in self._clients)
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                connection.loop.call_soon_threadsafe(
+                    _close_soon, connection, self._serving, self._host if last else None
+                )
+
+
+def _living(kind: type[V], id: object) -> V | None:
+    """The virtual worker of that id, if there is one that is not closed."""
+    found = registry.find(id) if isinstance(id, str) else None
+    return found if type(found) is kind and not found._connection.closed else None
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _close_soon(connection: Connection, serving: asyncio.Task[None], host: WorkerHost | None) -> None:
+    async def close() -> None:
+        await connection.close()
+        await asyncio.wait([serving])
+        if host is not None:
+            host.stop()
+
+    task = asyncio.create_task(close())
+    _closing.add(task)  # a loop keeps weak references only
+    task.add_done_callback(_closing.discard)
+
+
+async def _open_memory(
+    id: str, host: WorkerHost, limits: Limits, token: str
+) -> tuple[Connection, asyncio.Task[None]]:
+    global _virtual_turns
+    if _virtual_turns is None:
+        _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
+    near, far = memory_pipes(f"memory://{id}", limits)
+    serving = asyncio.create_task(host.serve(far))
+    connection = await Connection.open(
+        near, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns, token=token
+    )
+    return connection, serving
