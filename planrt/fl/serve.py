@@ -78,6 +78,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             users=_users(options.users),
             policy=policy,
             approvals=options.approvals,
+            origins=options.allow_origin,
+            hosts=options.allow_host,
         )
         if served.dataset is not None:
             worker.add_dataset(
@@ -143,6 +145,20 @@ def _parser() -> Parser:
         "--approvals",
         metavar="DIR",
         help="folder where plans wait, and decisions are kept, for `planrt approve`",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="web page that may connect, such as https://dashboard.example (repeatable); others are refused",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which clients may address this worker, besides its IP addresses (repeatable)",
     )
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.

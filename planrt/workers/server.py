@@ -19,6 +19,7 @@ from planrt.plans.policy import Policy
 from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.allocator import keep_freed_memory
+from planrt.workers.callers import Callers
 from planrt.workers.clients import decisions_in, worker_id
 from planrt.workers.host import ComputeThread, WorkerHost
 from planrt.workers.loop import background_loop, new_event_loop
@@ -46,6 +47,9 @@ class WebsocketServerWorker:
     holds from the start, with their tags and descriptions. `cert_path` and `key_path` are files in PEM, the certificate
     and its private key: with them the worker is reached at ``wss://``, and no longer at ``ws://``.
 
+    Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
+    the worker may be addressed, besides IP addresses and those of this machine.
+
     `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
     """
 
@@ -69,6 +73,8 @@ class WebsocketServerWorker:
         users: Mapping[str, str] | None = None,
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
     ) -> None:
         id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
         if loop is not None:
@@ -84,6 +90,7 @@ class WebsocketServerWorker:
         self.host = host
         self.port = port
         self._tls = server_tls(cert_path, key_path)
+        self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
         self._threads = threads
         self._limits = limits or Limits()
         self._state = WorkerState(
@@ -132,7 +139,12 @@ class WebsocketServerWorker:
         host = WorkerHost(self._state, compute, limits=self._limits)
         try:
             async with listen(
-                self.host, self.port, limits=self._limits, serve_pipe=host.serve, tls=self._tls
+                self.host,
+                self.port,
+                limits=self._limits,
+                serve_pipe=host.serve,
+                tls=self._tls,
+                callers=self._callers,
             ) as port:
                 self.port = port
                 warming_up = asyncio.ensure_future(compute.run(training.warm_up))  # while nobody asks yet

@@ -14,16 +14,20 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.exceptions import InvalidHandshake, InvalidURI
+from websockets.datastructures import MultipleValuesError
+from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.http11 import Request, Response
 
 from planrt.errors import ConnectError, HandshakeError, OptionError
 from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
+from planrt.workers.callers import Callers
 from planrt.workers.messages import Envelope
 from planrt.workers.pipes import Traffic, assembler
 from planrt.workers.websocket_stream import FrameStream
@@ -121,6 +125,11 @@ async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | Non
         raise ConnectError(
             f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
         ) from error
+    except InvalidStatus as error:
+        said = (error.response.body or b"")[:500].decode(errors="replace").strip()
+        raise HandshakeError(
+            f"{uri} refused the connection: {said or f'HTTP {error.response.status_code}'}", address=uri
+        ) from error
     except (InvalidHandshake, InvalidURI, EOFError) as error:
         raise HandshakeError(f"{uri} does not speak websocket: {error}", address=uri) from error
     except socket.gaierror as error:
@@ -182,9 +191,10 @@ async def listen(
     limits: Limits,
     serve_pipe: Callable[[WebsocketPipe], Awaitable[None]],
     tls: ssl.SSLContext | None = None,
+    callers: Callers | None = None,
 ) -> AsyncIterator[int]:
     """Listens on `host`:`port` (0: a free port) and runs `serve_pipe` for every client; yields the port. With `tls`
-    clients connect to ``wss://``.
+    clients connect to ``wss://``. `callers` says who may; by default no web page.
 
     Raises:
         ConnectError: the port is taken, or the host is not one of this machine's.
@@ -195,9 +205,26 @@ async def listen(
         address = f"client {peer[0]}:{peer[1]}" if peer else "client"
         await serve_pipe(WebsocketPipe(cast(_ServerConnection, connection), address, limits))
 
+    welcome = callers or Callers(host, tls=tls is not None)
+
+    def check(connection: ServerConnection, request: Request) -> Response | None:
+        try:
+            refusal = welcome.refusal(request.headers)
+        except MultipleValuesError:
+            refusal = "one Host and one Origin at most"
+        return None if refusal is None else connection.respond(HTTPStatus.FORBIDDEN, f"{refusal}\n")
+
     address = f"ws://{host}:{port}"
     try:
-        server = await serve(handler, host, port, create_connection=_ServerConnection, ssl=tls, **_OPTIONS)
+        server = await serve(
+            handler,
+            host,
+            port,
+            create_connection=_ServerConnection,
+            ssl=tls,
+            process_request=check,
+            **_OPTIONS,
+        )
     except OSError as error:
         raise ConnectError(
             f"cannot listen on {address}: {_why_not_listening(error, host, port)}", address=address
