@@ -158,7 +158,7 @@ def why_from_nowhere(tensor: torch.Tensor) -> str:
         return "a parameter made in the function: make modules and parameters before, and use them in it"
     return (
         "a tensor that no recorded op made: by from_numpy or FloatTensor (use torch.tensor), by a custom "
-        "autograd.Function, or by a library that works behind torch's public functions"
+        "autograd.Function, in an earlier call (functools.lru_cache), or by a library that works behind torch's"
     )
 
 

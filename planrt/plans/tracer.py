@@ -150,12 +150,16 @@ def record(
             raise refused from error
         if any(free):
             others += odd_runs(examples, free, lambda examples: run(examples, values)[0])
-    for entry in registry.entries:
-        if entry.reshaped:
-            raise TraceError(
-                f"the function gives its state {entry.name!r} another shape in place: a plan cannot"
-            )
-    steps, outputs = in_common(first, others)
+        for entry in registry.entries:
+            if entry.reshaped:
+                raise TraceError(
+                    f"the function gives its state {entry.name!r} another shape in place: a plan cannot"
+                )
+        try:
+            steps, outputs = in_common(first, others)
+        except SizesFixedError as error:
+            _check_repeats(first, lambda: run(examples, values)[0], error)
+            raise
     return Recording(
         specs,
         steps,
@@ -191,6 +195,19 @@ def _named_modules(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, to
             if id(part) not in met:
                 met.add(id(part))
                 yield repr(path) if path else type(part).__name__, part
+
+
+def _check_repeats(first: Run, again: Callable[[], Run], error: SizesFixedError) -> None:
+    """Raises TraceError where a run with the same arguments differs too: the sizes are not to blame."""
+    try:
+        in_common(first, [again()])
+    except SizesFixedError as same:
+        raise TraceError(
+            "the function does something else each time it is called, with the same arguments too: a clock, a counter, "
+            "a generator or random numbers that are not torch's have a part in it, and a plan would freeze what they "
+            "gave; pass it as an argument, keep it in a buffer, or draw with torch.rand",
+            line=same.line or error.line,
+        ) from None
 
 
 def _check_kept(

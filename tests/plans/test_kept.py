@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import copy
+import itertools
 import random
 import re
+import time
 import warnings
 
 import numpy as np
@@ -261,6 +263,39 @@ def test_a_counter_in_a_closure_is_seen():
     with pytest.raises(TraceError, match="variable count"):
         planrt.func2plan()(f).build(X)
     assert count == 0
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+    def __next__(self):
+        self.count += 1
+        return self.count
+
+
+def numbers():
+    yield from range(1, 100)
+
+
+@pytest.mark.parametrize("make", [itertools.count, numbers, Slotted])
+@pytest.mark.parametrize("free", [[(0,)], [()]])
+def test_what_cannot_be_looked_into_is_found_by_what_it_does(make, free):
+    kept = make()
+
+    def f(x):
+        return x * next(kept)  # here
+
+    with pytest.raises(TraceError, match="something else each time it is called") as caught:
+        planrt.func2plan()(f).build(X, free_dims=free)
+    assert caught.value.line == line_of(f)
+
+
+def test_a_clock_is_no_matter_of_sizes():
+    with pytest.raises(TraceError, match="a clock, a counter"):
+        planrt.func2plan()(lambda x: x * time.perf_counter()).build(X)
 
 
 # -------------------------------------------------------------------------------------------- random numbers

@@ -251,17 +251,26 @@ def test_equal_sizes_that_the_function_asks_for_are_checked():
         execute(plan, [x, x[:4]])
 
 
+class Note:
+    """Something to write to that recording does not put back."""
+
+    __slots__ = ("value",)
+
+    def __init__(self):
+        self.value = None
+
+
 def test_warnings_about_sizes_that_nobody_asked_for_are_not_shown():
-    told = []
+    told = Note()
 
     def f(x, y):
-        if len(told) < 9 and x.numel() != y.numel():
-            told.append(True)
+        if x.numel() != y.numel():
+            told.value = True
             warnings.warn("other sizes", stacklevel=1)
         return x * y.sum()
 
     trace(f, [torch.randn(4), torch.randn(4)], free_dims=[[0], [0]])
-    assert told
+    assert told.value
 
 
 def test_functions_that_want_even_sizes():
@@ -279,23 +288,21 @@ def test_a_broadcast_example_of_size_one():
 
 
 def test_sizes_are_numbers_to_python():
-    seen = {}
+    seen = Note()
 
     def f(x):
         n = x.shape[0]
-        seen.update(
-            {
-                "hash": hash(n),
-                "sorted": sorted([n, 2, 9]),
-                "shape": repr(x.shape),
-                "power": 2**n,
-                "mod": pow(n, 2, 3),
-            }
-        )
+        seen.value = {
+            "hash": hash(n),
+            "sorted": sorted([n, 2, 9]),
+            "shape": repr(x.shape),
+            "power": 2**n,
+            "mod": pow(n, 2, 3),
+        }
         return x
 
     trace(f, [torch.randn(4, 6)])
-    assert seen == {
+    assert seen.value == {
         "hash": hash(4),
         "sorted": [2, 4, 9],
         "shape": "torch.Size([4, 6])",
