@@ -115,7 +115,7 @@ class TrainConfig:
             None if keep_optimizer_state is None else flag("keep_optimizer_state", keep_optimizer_state)
         )
         self.id = new_id() if id is None else id
-        self.owner = owner
+        self._owner = owner
         self.model_ptr: ModelPointer | None = None
         """The model on the worker that this was last sent to."""
         self.loss_fn_ptr: LossPointer | None = None
@@ -127,6 +127,11 @@ class TrainConfig:
                     f"example must be a batch (data, target), not a {type(example).__name__}: write example=(x, y)"
                 )
             _ = self.plans
+
+    @property
+    def owner(self) -> Any:
+        """As given, or the worker that stands for this process, once there is a `TorchHook`."""
+        return self._owner if self._owner is not None else getattr(torch.empty(0), "owner", None)
 
     def __repr__(self) -> str:
         parts = [f"id:{self.id}", f"owner:{getattr(self.owner, 'id', 'me')}"]

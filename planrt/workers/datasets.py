@@ -95,7 +95,7 @@ class BaseDataset(Dataset[Batch]):
         self.transform_ = transform
         self.batch_transform = batch_transform
         self.id = new_id() if id is None else id
-        self.owner = owner
+        self._owner = owner
         if tags:
             self.tag(*tags)
         if description:
@@ -155,6 +155,11 @@ class BaseDataset(Dataset[Batch]):
     def get_targets(self) -> torch.Tensor:
         """The targets."""
         return self.targets
+
+    @property
+    def owner(self) -> Any:
+        """As given, or the worker that stands for this process, once there is a `TorchHook`."""
+        return self._owner if self._owner is not None else getattr(self.data, "owner", None)
 
     @property
     def description(self) -> str:

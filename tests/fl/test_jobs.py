@@ -260,6 +260,9 @@ def test_texts():
     assert str(TrainConfig(model=None, loss_fn=None, id=9, batch_size=2)) == (
         "<TrainConfig id:9 owner:me epochs: 1 batch_size: 2 optimizer_args: {'lr': 0.1}>"
     )
+    hook = TorchHook(torch)
+    assert TrainConfig().owner is hook.local_worker
+    assert BaseDataset(torch.ones(1), torch.ones(1)).owner is hook.local_worker
     config = TrainConfig(net(), F.cross_entropy, id=1, optimizer=torch.optim.AdamW)
     assert repr(config).startswith(
         "<TrainConfig id:1 owner:me model: Linear loss_fn: cross_entropy optimizer: AdamW"
