@@ -392,7 +392,8 @@ class _Translation:
         ):
             if isinstance(values[0], Ref) and values[0].index not in self._numbers:
                 raise TraceError(
-                    f"{self._name!r} in TorchScript reads the value of a tensor ({kind}): a plan cannot"
+                    f"{self._name!r} in TorchScript reads the value of a tensor ({kind}), which a plan cannot: pass "
+                    "the nn.Module itself, with torch.where in place of what depends on values"
                 )
             self._values[outputs[0]] = values[0]
         elif kind in ("prim::If", "prim::Loop"):
