@@ -490,7 +490,7 @@ def test_errors_are_caught_as_programs_of_0_2_catch_them(bob):
         (RuntimeError, lambda: torch.zeros(2, 2).send(bob).inverse().get()),
         (ConnectionRefusedError, lambda: WebsocketClientWorker("bob", "127.0.0.1", 1)),
         (ConnectionError, lambda: WebsocketClientWorker("bob", "127.0.0.1", 1)),
-        (ValueError, lambda: double(torch.ones(3))),
+        (ValueError, lambda: double(torch.ones(2), torch.ones(2))),
         (KeyError, lambda: bob.get_worker("zed")),
         (KeyError, lambda: bob.get_obj(3)),
         (ValueError, lambda: torch.ones(1).send(bob, allowed_users="ann")),
