@@ -86,6 +86,7 @@ class Connection:
         self._posted = 0
         self._lines: dict[int, Line | None] = {}
         self._drops: deque[int] = deque()
+        self._dropping = threading.Lock()  # held by who takes from them; finalizers only add
         self._sender: asyncio.Task[None] | None = None
         self._drained: asyncio.Event = asyncio.Event()
         self._pending: dict[int, Outgoing] = {}
@@ -249,11 +250,9 @@ class Connection:
         """Objects to free before the next op, which takes them along."""
         if not self._drops:
             return ()
-        taken: list[int] = []
-        with contextlib.suppress(IndexError):
-            while len(taken) < min(OPS_PER_MESSAGE, max(1, self.op_bytes // 16)):
-                taken.append(self._drops.popleft())
-        return tuple(taken)
+        with self._dropping:
+            count = min(len(self._drops), OPS_PER_MESSAGE, max(1, self.op_bytes // 16))
+            return tuple([self._drops.popleft() for _ in range(count)])
 
     def line(self, number: int | None) -> str | None:
         """``file:line`` that made the posted op of that number, where it is still known."""
@@ -412,7 +411,13 @@ class Connection:
 
     def _gathered(self) -> m.Post:
         """A message of the ops at the head of the queue; when none are left, with what nobody points at."""
-        drops = list(self._drops)  # before the ops: whatever uses these is in the queue by now
+        with (
+            self._dropping
+        ):  # or others would take those that are counted now, and later ones would go in their place
+            return self._gather(len(self._drops))
+
+    def _gather(self, drops: int) -> m.Post:
+        """`drops` is how many freed pointers there were before: whatever uses these is in the queue by now."""
         ops: list[bytes] = []
         room = self.op_bytes
         while self._outbox and len(ops) < OPS_PER_MESSAGE:
@@ -424,11 +429,7 @@ class Connection:
             self._outbox.popleft()
         if self._outbox:
             return m.Post(ops)
-        freed: list[int] = []
-        with contextlib.suppress(IndexError):
-            while len(freed) < min(len(drops), max(1, room // 16)):
-                freed.append(self._drops.popleft())
-        return m.Post(ops, freed)
+        return m.Post(ops, [self._drops.popleft() for _ in range(min(drops, max(1, room // 16)))])
 
     async def _send_one(self, outgoing: Outgoing) -> None:
         if outgoing.given_up:

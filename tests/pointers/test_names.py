@@ -176,6 +176,27 @@ def test_a_dropped_pointer_frees_its_object_over_a_socket(hook):
         assert bob.objects_count() == 0
 
 
+def test_drops_that_leave_by_themselves_never_overtake_ops(bob):
+    x, done = torch.ones(2).send(bob), threading.Event()
+
+    def flush():
+        while not done.is_set():
+            bob._connection.flush_drops()
+            time.sleep(0)
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    try:
+        for _ in range(300):
+            y = x
+            for _ in range(10):
+                y = (y + 1) - 1
+            assert y.get().tolist() == [1, 1]
+    finally:
+        done.set()
+        flushing.join()
+
+
 def test_many_threads_drop_and_send_the_same_tensor(bob):
     x, wrong = torch.arange(4.0), []
 
