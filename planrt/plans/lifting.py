@@ -67,6 +67,8 @@ class StateEntry:
     grad: torch.Tensor | None = None
     """The user's own gradient, put aside while the function runs."""
     geometry: tuple[torch.Size, tuple[int, ...]] = field(init=False)
+    written: bool = False
+    """Whether the function wrote to it in place."""
     reshaped: bool = False
     """Whether the function gave it another shape in place (`Tensor.t_`)."""
     unversioned: list[tuple[torch.Tensor, int]] = field(default_factory=list)
@@ -96,6 +98,7 @@ class StateEntry:
         written = tensor._version != self.version or any(
             alias._version != version for alias, version in self.unversioned
         )
+        self.written = self.written or written
         if written and self.kind == "constant":
             self.kind = "buffer"
         self.unversioned.clear()

@@ -171,6 +171,10 @@ def trace_model(
                 step, (data, target), registry=registry, free_dims=free, own_gradients=False
             )
     registry.notice(class_name(model))
+    for entry in registry.entries:
+        # A moving average of weights, say: no optimizer changes it, forward does.
+        if entry.written and entry.kind == "parameter" and not entry.requires_grad:
+            entry.kind = "buffer"
 
     def plan(mode: str, recording: Recording) -> Graph:
         name = f"{class_name(model)} ({mode})"

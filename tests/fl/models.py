@@ -105,6 +105,22 @@ class Counts(nn.Module):
         return self.layer((x - self.mean) * self.scale)
 
 
+class Averaged(nn.Module):
+    """A frozen copy that forward moves towards the trained layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.average = nn.Linear(8, 3).requires_grad_(False)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                for mean, weight in zip(self.average.parameters(), self.layer.parameters(), strict=True):
+                    mean.lerp_(weight, 0.1)
+        return self.layer(x) + 0.1 * self.average(x)
+
+
 class LinearFirstNorm(nn.Module):
     """Two batch norms behind two linear layers: what broke rounds once."""
 
@@ -141,6 +157,7 @@ MODELS = {
     "lora": (Lora, F.cross_entropy, classes((8,))),
     "siamese": (Siamese, F.cross_entropy, classes((8,), 4)),
     "counts": (Counts, F.cross_entropy, classes((8,))),
+    "averaged": (Averaged, F.cross_entropy, classes((8,))),
     "norms": (LinearFirstNorm, nn.CrossEntropyLoss(torch.tensor([1.0, 4.0, 2.0])), classes((8,))),
     "multilabel": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)),

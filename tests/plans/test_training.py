@@ -79,7 +79,7 @@ def test_training_equals_the_plain_loop_bit_for_bit(name):
 def test_evaluation_equals_plain_pytorch(name, tolerance):
     net, loss_fn, batches = make(name)
     plans = trace_model(net, loss_fn, *batches[0])
-    histogram = None if name == "tied" else 10
+    histogram = None if name in ("tied", "unet") else 10  # no classes, and several for each sample
     result = evaluate(through_bytes(plans.evaluation), fresh(plans), batches, bins=histogram or 0)
     net.eval()
     with torch.no_grad():
@@ -373,6 +373,48 @@ def test_evaluation_without_samples_or_without_classes():
     regression = trace_model(nn.Linear(8, 3), F.mse_loss, torch.randn(4, 8), torch.randn(4, 3))
     with pytest.raises(PlanArgumentError, match="no classes to count"):
         evaluate(regression.evaluation, fresh(regression), [(torch.randn(4, 8), torch.randn(4, 3))], bins=3)
+
+
+COUNTS = {
+    "a class per pixel": (
+        lambda p: p,
+        torch.randn(4, 3, 2, 2),
+        torch.zeros(4, 2, 2, dtype=torch.int64),
+        "several",
+    ),
+    "one output for two classes": (
+        lambda p: p,
+        torch.randn(4, 1),
+        torch.zeros(4, dtype=torch.int64),
+        "logit",
+    ),
+    "one number": (lambda p: p[:, 0], torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), "logit"),
+    "one-hot targets": (lambda p: p, torch.randn(4, 3), torch.zeros(4, 3), "class numbers"),
+    "targets in a column": (
+        lambda p: p,
+        torch.randn(4, 3),
+        torch.zeros(4, 1, dtype=torch.int64),
+        "class numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_classes_are_counted_only_where_it_is_plain_what_they_are(name):
+    output, data, target, says = COUNTS[name]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return output(x * self.scale)
+
+    plans = trace_model(Net(), lambda p, t: p.sum() + t.sum() * 0.0, data, target)
+    with pytest.raises(PlanArgumentError, match=f"no classes to count.*{says}.*bins=0"):
+        evaluate(plans.evaluation, fresh(plans), [(data, target)], bins=3)
+    assert evaluate(plans.evaluation, fresh(plans), [(data, target)]).samples == 4
 
 
 def test_classes_outside_the_bins_are_in_no_histogram():
