@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from planrt.tracebacks import install
 from planrt.version import VERSION
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ _HOMES = {
 """Public name -> the module that defines it, imported at first use (PEP 562): commands start before torch loads."""
 
 __version__ = VERSION
+
+install()
 
 __all__ = [
     "__version__",

@@ -49,7 +49,10 @@ from __future__ import annotations
 
 import linecache
 import sys
+import traceback
 from typing import Self
+
+from planrt.tracebacks import full_wanted, short
 
 
 class PlanrtError(Exception):
@@ -58,6 +61,12 @@ class PlanrtError(Exception):
     def __str__(self) -> str:
         """The message as it was given: KeyError, which some derive from, would put it in quotes."""
         return Exception.__str__(self)
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter show of this error, in place of every frame with its neighbouring lines."""
+        if full_wanted():
+            return "".join(traceback.format_exception(self)).splitlines()
+        return short(self, _shown)
 
 
 class PlanWarning(UserWarning):

@@ -187,7 +187,7 @@ def _infer(
     except Exception as error:
         if needs_values(error):
             raise _UnforeseeableError from error
-        raise
+        raise error.with_traceback(None) from None  # torch's way through its meta kernels helps nobody
 
     def seen(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
@@ -95,17 +96,18 @@ def run(coroutine: Coroutine[Any, Any, T], *, instead: str) -> T:
 def on_loop(
     function: Callable[P, Coroutine[Any, Any, T]],
 ) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Makes a coroutine function awaitable from any loop: its body always runs on the background loop."""
+    """Makes a coroutine function awaitable from any loop: its body always runs on the background loop.
 
+    `help` and `inspect.signature` show the function as it was written.
+    """
+
+    @functools.wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         loop = background_loop()
         if asyncio.get_running_loop() is loop:
             return await function(*args, **kwargs)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(*args, **kwargs), loop))
 
-    call.__name__ = function.__name__
-    call.__qualname__ = function.__qualname__
-    call.__doc__ = function.__doc__
     return call
 
 

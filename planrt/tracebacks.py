@@ -1,0 +1,101 @@
+"""Tracebacks of planrt's errors as users are shown them: their own lines, and not the way through planrt.
+
+What went wrong, and where on a worker, is in the error's words; the frames between the user's line and these words are
+planrt's, torch's and asyncio's. Notebooks ask an error how it wants to be shown, scripts ask `sys.excepthook`. Nothing
+is taken from the error itself: debuggers, loggers and test runners see every frame. ``PLANRT_FULL_TRACEBACK=1`` in
+the environment shows all of them everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+VARIABLE = "PLANRT_FULL_TRACEBACK"
+"""Set to anything but an empty text or 0, it shows whole tracebacks."""
+
+
+def full_wanted() -> bool:
+    """Whether the user asked for whole tracebacks."""
+    return os.environ.get(VARIABLE, "") not in ("", "0")
+
+
+def short(error: BaseException, name_line: Callable[[str], str] | None = None) -> list[str]:
+    """The lines of `error`'s traceback with the frames of the user's code only.
+
+    A cause that has no frame of the user's is left out; what it said is in the words of `error`. `name_line` gives the
+    place ``file:line`` another name, as notebooks do with their cells.
+    """
+    shown = traceback.TracebackException.from_exception(error)
+    _shorten(shown)
+    if name_line is None:
+        return "".join(shown.format()).splitlines()
+    lines = [f"{type(error).__name__}: Traceback (most recent call last)"] if shown.stack else []
+    for frame in shown.stack:
+        lines.append(f"{name_line(f'{frame.filename}:{frame.lineno}')}")
+        lines += [f"    {frame.line}"] if frame.line else []
+    return lines + "".join(shown.format_exception_only()).splitlines()
+
+
+def _shorten(shown: traceback.TracebackException) -> None:
+    kept = [frame for frame in shown.stack if not _internal(frame.filename)]
+    if kept:  # an error that never met the user's code shows all of it
+        shown.stack = traceback.StackSummary.from_list(kept)
+    for name in ("__cause__", "__context__"):
+        before: traceback.TracebackException | None = getattr(shown, name)
+        if before is None:
+            continue
+        if all(_internal(frame.filename) for frame in before.stack):
+            setattr(shown, name, None)
+        else:
+            _shorten(before)
+
+
+def _internal(filename: str) -> bool:
+    return filename.startswith(_folders())
+
+
+def _folders() -> tuple[str, ...]:
+    global _internal_folders
+    if not _internal_folders:
+        homes = [Path(module.__file__ or "").parent for module in (asyncio, concurrent.futures)]
+        for name in ("torch", "websockets", "IPython"):
+            loaded = sys.modules.get(name)
+            if loaded is not None and loaded.__file__ is not None:
+                homes.append(Path(loaded.__file__).parent)
+        homes.append(Path(__file__).parent)
+        files = (contextlib.__file__, "<frozen ", "uvloop/")
+        _internal_folders = (*files, *(f"{home}{os.sep}" for home in homes))
+    return _internal_folders
+
+
+_internal_folders: tuple[str, ...] = ()
+
+
+def install() -> None:
+    """Uncaught errors of planrt in scripts show the short form, unless a hook of somebody else's is there already."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _hook
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if full_wanted() or not (hasattr(error, "_render_traceback_") or _of_torch(trace)):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("\n".join(short(error)), file=sys.stderr)
+
+
+def _of_torch(trace: TracebackType | None) -> bool:
+    """Whether torch refused, at a pointer, what the user gave: the innermost frames are planrt's way there."""
+    frames = [summary.filename for summary in traceback.extract_tb(trace)]
+    return bool(frames) and frames[-1] == _INFERENCE
+
+
+_INFERENCE = str(Path(__file__).parent / "plans" / "inference.py")

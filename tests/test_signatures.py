@@ -1,0 +1,57 @@
+"""What `help` shows of planrt's coroutines: the arguments that they take."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import planrt
+
+
+def on_loop_coroutines():
+    """Every function that `on_loop` wraps, by the name under which it is found."""
+    found = {}
+    for module_info in pkgutil.walk_packages(planrt.__path__, "planrt."):
+        if module_info.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(module_info.name)
+        classes = [value for value in vars(module).values() if inspect.isclass(value)]
+        for holder in (module, *(one for one in classes if one.__module__ == module.__name__)):
+            for name, value in vars(holder).items():
+                code = getattr(value, "__code__", None)
+                if code is not None and code.co_qualname.startswith("on_loop."):
+                    found[f"{holder.__name__}.{name}"] = value
+    return found
+
+
+COROUTINES = on_loop_coroutines()
+
+
+def test_there_are_some_to_walk():
+    assert {"planrt.fl.utils.fit_model_on_worker", "RoundScheduler.run_round"} <= COROUTINES.keys()
+    assert len(COROUTINES) > 25
+
+
+@pytest.mark.parametrize("name", COROUTINES)
+def test_a_coroutine_shows_its_signature_and_module(name):
+    coroutine = COROUTINES[name]
+    written = inspect.unwrap(coroutine)
+    assert written is not coroutine
+    assert inspect.iscoroutinefunction(coroutine)
+    assert inspect.signature(coroutine) == inspect.signature(written)
+    assert not any(
+        parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        and parameter.name == "args"
+        and "P." in str(parameter)
+        for parameter in inspect.signature(coroutine).parameters.values()
+    )
+    assert coroutine.__module__ == written.__module__ != "planrt.workers.loop"
+
+
+def test_help_of_a_round_names_its_arguments():
+    from planrt.fl import RoundScheduler
+
+    text = inspect.getdoc(RoundScheduler.run_round)
+    assert text
+    assert list(inspect.signature(RoundScheduler.run_round).parameters)[:2] == ["self", "round_number"]
