@@ -15,6 +15,10 @@ from planrt.types import plain
 _BY_LOWER_CASE: Final = {name.lower(): name for name in OPTIMIZERS}
 
 
+_LARGEST: Final = 2**63 - 1
+"""What a message can carry."""
+
+
 def whole(name: str, value: Any, *, at_least: int) -> int:
     """`value` as an int, if it is a whole number of at least that: a Python or NumPy integer or a 0-d tensor of one.
 
@@ -25,6 +29,8 @@ def whole(name: str, value: Any, *, at_least: int) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or number < at_least:
         hint = f": write {int(number)}" if isinstance(number, float) and number.is_integer() else ""
         raise OptionError(f"{name} must be a whole number of at least {at_least}, got {_shown(value)}{hint}")
+    if number > _LARGEST:
+        raise OptionError(f"{name} must be under 2**63, got {_shown(value)}")
     return number
 
 

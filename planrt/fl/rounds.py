@@ -93,6 +93,8 @@ class RoundScheduler:
         hold: int = 2,
         weighted: bool = False,
     ) -> None:
+        if isinstance(workers, BaseWorker):
+            raise OptionError("workers is a list: write RoundScheduler([worker], config, ...)")
         for one in workers:
             if not isinstance(one, BaseWorker):
                 raise OptionError(f"a round runs on workers, not on {type(one).__name__}: {str(one)[:80]!r}")

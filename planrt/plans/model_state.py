@@ -89,6 +89,12 @@ class StateMap:
             tensor = state[key]
             if not isinstance(tensor, torch.Tensor):
                 raise OptionError(f"{key!r} of the state must be a tensor, not {type(tensor).__name__}")
+            like = TensorSpec.of(self.entries[name])
+            if tensor.layout is not torch.strided or not like.accepts(tensor):
+                kind = "" if tensor.layout is torch.strided else f" ({tensor.layout})"
+                raise OptionError(
+                    f"{key!r} of the state is {TensorSpec.of(tensor)}{kind}, and the model's is {like}"
+                )
             first = found.setdefault(name, tensor)
             if first is not tensor and not _equal(first, tensor):
                 other = next(one for one, entry in self.keys.items() if entry == name)
@@ -161,9 +167,9 @@ class StateMap:
     def forgetful(self) -> StateMap:
         """The map without the model's own tensors: it keeps none of them alive. `on` gives it some again."""
         model = set(self.keys.values()) | self.unsaved
-        nothing = torch.empty(0)
         entries = {
-            name: nothing if name in model else tensor.clone() for name, tensor in self.entries.items()
+            name: torch.empty_like(tensor, device="meta") if name in model else tensor.clone()
+            for name, tensor in self.entries.items()
         }
         return replace(self, entries=entries, extra=dict.fromkeys(self.extra))
 

@@ -23,7 +23,7 @@ from planrt.plans.graph import Graph
 from planrt.plans.record import alone
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
-from planrt.types import Ref, TensorSpec, leaves
+from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers import messages as m
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.events import Answer
@@ -67,8 +67,9 @@ class TrainingOps:
 
         Raises:
             DataError: no map-style data set, or its items are no pairs of tensors or numbers.
-            OptionError: the key is taken.
+            OptionError: the key is no string, or taken.
         """
+        key, tags, description = as_text(key, "key"), _tags(tags), as_text(description, "description")
         if key in self._datasets:
             raise OptionError(f"worker {self._worker_id!r} already has a data set under the key {key!r}")
         source = as_batches(dataset, key=key)
@@ -230,6 +231,12 @@ class TrainingOps:
         except KeyError:
             keys = ", ".join(sorted(self._datasets)) or "none"
             raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
+
+
+def _tags(tags: Sequence[str]) -> list[str]:
+    if isinstance(tags, str):
+        raise OptionError(f"tags is a list of strings: write tags=[{tags!r}]")
+    return [as_text(tag, "a tag") for tag in tags]
 
 
 _plans_by_hash: weakref.WeakValueDictionary[str, Graph] = weakref.WeakValueDictionary()

@@ -18,6 +18,7 @@ from planrt.logs import get_logger
 from planrt.plans.approvals import Approvals
 from planrt.plans.policy import Policy
 from planrt.serde.frames import Limits
+from planrt.types import as_text
 from planrt.workers import registry
 from planrt.workers.clients import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worker_id
 from planrt.workers.connection import Connection
@@ -202,7 +203,7 @@ class VirtualWorker(BaseWorker):
     def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
         """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
         info = self._host.state.add_dataset(dataset, key, tags=tags, description=description)
-        self._connection.session.datasets[key] = info
+        self._connection.session.datasets[as_text(key, "key")] = info
 
     def remove_dataset(self, key: str) -> None:
         """Serves the data set `key` no longer.

@@ -228,6 +228,12 @@ def tied():
             "'0.weight' and '2.weight' are one tensor",
         ),
         (lambda state: state.update({"2.weight": 5}), "'2.weight' of the state must be a tensor, not int"),
+        (
+            lambda state: state.update({"2.weight": torch.ones(3)}),
+            r"'2.weight' of the state is float32\[3\], and the",
+        ),
+        (lambda state: state.update({"0.weight": torch.ones(3, 3).double()}), "is float64"),
+        (lambda state: state.update({"0.weight": torch.ones(3, 3).to_sparse()}), "torch.sparse_coo"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_before_it_is_sent(make_worker, change, says):

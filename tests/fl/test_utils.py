@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from planrt.errors import OptionError, RemoteError, TraceError, UnknownDatasetError
 from planrt.fl import FederatedDataLoader, RoundScheduler, TrainConfig, evaluate_model_on_worker, utils
@@ -154,3 +155,20 @@ def test_a_short_last_batch_that_a_policy_forbids_names_the_way_out():
         clinic.fit("odd")
     TrainConfig(nn.Linear(6, 3), F.cross_entropy, drop_last=True, **options).send(clinic)
     assert clinic.fit("odd").samples == 48
+
+
+@pytest.mark.parametrize("key", [5, None, b"d", ["d"]])
+def test_a_data_set_is_served_under_a_string(key):
+    with VirtualWorker("bob") as worker:
+        with pytest.raises(OptionError, match="key is a string"):
+            worker.add_dataset(TensorDataset(torch.zeros(3, 2), torch.zeros(3)), key)
+        with pytest.raises(OptionError, match=r"tags=\['#x'\]"):
+            worker.add_dataset(TensorDataset(torch.zeros(3, 2), torch.zeros(3)), "d", tags="#x")
+        assert not worker.datasets
+
+
+def test_workers_come_in_a_list():
+    with VirtualWorker("bob") as worker, pytest.raises(OptionError, match=r"RoundScheduler\(\[worker\]"):
+        RoundScheduler(worker, TrainConfig(nn.Linear(2, 2), F.mse_loss), dataset_key="d", seed=1)
+    with pytest.raises(OptionError, match=r"under 2\*\*63"):
+        TrainConfig(nn.Linear(2, 2), F.mse_loss, batch_size=2**70)
