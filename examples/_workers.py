@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 
 import planrt as sy
-from planrt.fl.children import ChildOptions, WorkerProcesses
 from planrt.fl.command import Parser, available_cores
 from planrt.workers import BaseWorker
 
@@ -35,9 +34,7 @@ def workers(*ids: str, websocket: bool, in_turn: bool = False) -> Iterator[list[
         if not websocket:
             yield [stack.enter_context(sy.VirtualWorker(hook, id=id)) for id in ids]
             return
-        threads = available_cores() if in_turn else max(1, available_cores() // len(ids))
-        children = [ChildOptions(id, options=("--empty", "--threads", str(threads))) for id in ids]
-        processes = stack.enter_context(WorkerProcesses(children))
-        ready = processes.wait_ready()
-        print(f"Worker processes: {', '.join(f'{id} at {ready[id].uri}' for id in ids)}")
-        yield [stack.enter_context(sy.WebsocketClientWorker(id, uri=ready[id].uri)) for id in ids]
+        local = sy.local_workers(*ids, threads=available_cores() if in_turn else None)
+        started = stack.enter_context(local)
+        print(f"Worker processes: {', '.join(f'{one.id} at {one.address}' for one in started)}")
+        yield list(started)

@@ -15,6 +15,7 @@ from planrt.version import VERSION
 if TYPE_CHECKING:
     from planrt import errors
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
+    from planrt.fl.local import local_workers
     from planrt.grid import PrivateGridNetwork
     from planrt.plans import Plan, func2plan, load_plan
     from planrt.protocols import PointerProtocol, Protocol, Step
@@ -48,6 +49,7 @@ _HOMES = {
     "Optims": "planrt.fl",
     "PrivateGridNetwork": "planrt.grid",
     "create_sandbox": "planrt.sandbox",
+    "local_workers": "planrt.fl.local",
     "TrainConfig": "planrt.fl",
     "federated_avg": "planrt.fl",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "Optims",
     "PrivateGridNetwork",
     "create_sandbox",
+    "local_workers",
     "TrainConfig",
     "federated_avg",
 ]

@@ -110,7 +110,7 @@ class WorkerProcesses:
             raise
 
     def _start_one(self, child: ChildOptions) -> None:
-        command = [sys.executable, "-m", "planrt.fl.serve", "--supervised", "--id", child.id]
+        command = [sys.executable, "-m", "planrt.fl.serve", "--supervised", f"--id={child.id}"]
         command += ["--host", self._host, "--port", str(child.port), *child.options]
         # OpenMP threads that wait must not burn the cores that other workers compute on.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
@@ -142,7 +142,7 @@ class WorkerProcesses:
             except queue.Empty:
                 late = ", ".join(sorted(self._processes.keys() - ready.keys()))
                 raise ConnectError(
-                    f"workers not ready after {self._ready_timeout:.0f} s: {late}; --verbose shows logs",
+                    f"workers not ready after {self._ready_timeout:g} s: {late}; --verbose shows logs",
                     address=self._host,
                 ) from None
             ready[worker_id] = self._parse(worker_id, line)

@@ -85,6 +85,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             worker.add_dataset(
                 served.dataset, served.key, tags=list(served.tags), description=served.description
             )
+        for path in options.saved:
+            worker.add_dataset(*_from_file(path))
 
         def ready(port: int) -> None:
             items = 0 if served.dataset is None else len(served.dataset)
@@ -163,6 +165,8 @@ def _parser() -> Parser:
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)
+    # A data set that `planrt.fl.local` put into a file.
+    add("--saved", action="append", default=[], help=argparse.SUPPRESS)
     return parser
 
 
@@ -215,6 +219,16 @@ def _own(options: argparse.Namespace) -> Served:
         what = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"--dataset {options.dataset} does not give a data set ({what})") from error
     return Served(dataset, options.key, tuple(options.tag), options.dataset, {})
+
+
+def _from_file(path: str) -> tuple[Any, str]:
+    """A data set and its key."""
+    from safetensors import safe_open
+
+    from planrt.workers.datasets import BaseDataset
+
+    with safe_open(path, framework="pt") as file:
+        return BaseDataset(file.get_tensor("data"), file.get_tensor("targets")), file.metadata()["key"]
 
 
 def _users(path: str | None) -> dict[str, str]:
