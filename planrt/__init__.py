@@ -13,7 +13,7 @@ from planrt.tracebacks import install
 from planrt.version import VERSION
 
 if TYPE_CHECKING:
-    from planrt import errors
+    from planrt import errors, exceptions, serde, version
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.fl.local import local_workers
     from planrt.grid import PrivateGridNetwork
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
     from planrt.workers.multipointer import MultiPointerTensor
-    from planrt.workers.pointers import PointerTensor, combine_pointers
+    from planrt.workers.pointers import ID_PROVIDER, PointerTensor, combine_pointers
 
     hook: TorchHook
     local_worker: VirtualWorker
 
 _HOMES = {
-    "errors": "planrt.errors",
     "Plan": "planrt.plans",
     "func2plan": "planrt.plans",
     "load_plan": "planrt.plans",
@@ -43,6 +42,7 @@ _HOMES = {
     "TorchHook": "planrt.torch_hook",
     "PointerTensor": "planrt.workers.pointers",
     "combine_pointers": "planrt.workers.pointers",
+    "ID_PROVIDER": "planrt.workers.pointers",
     "MultiPointerTensor": "planrt.workers.multipointer",
     "FederatedDataLoader": "planrt.fl",
     "FederatedDataset": "planrt.fl",
@@ -55,6 +55,9 @@ _HOMES = {
 }
 """Public name -> the module that defines it, imported at first use (PEP 562): commands start before torch loads."""
 
+_MODULES = {"errors": "errors", "exceptions": "exceptions", "serde": "plans", "version": "version"}
+"""Public module -> the module to import for it: what is serialised, plans say."""
+
 __version__ = VERSION
 
 install()
@@ -62,6 +65,9 @@ install()
 __all__ = [
     "__version__",
     "errors",
+    "exceptions",
+    "serde",
+    "version",
     "Plan",
     "func2plan",
     "load_plan",
@@ -75,6 +81,7 @@ __all__ = [
     "TorchHook",
     "PointerTensor",
     "combine_pointers",
+    "ID_PROVIDER",
     "MultiPointerTensor",
     "hook",
     "local_worker",
@@ -93,6 +100,9 @@ def __getattr__(name: str) -> Any:
     if name in ("hook", "local_worker"):
         made = import_module("planrt.torch_hook").current_hook()
         return made if name == "hook" else made.local_worker
+    if name in _MODULES:
+        import_module(f"planrt.{_MODULES[name]}")
+        return import_module(f"planrt.{name}")
     home = _HOMES.get(name)
     if name == "method2plan":
         raise AttributeError(
@@ -101,8 +111,7 @@ def __getattr__(name: str) -> Any:
         )
     if home is None:
         raise AttributeError(f"module 'planrt' has no attribute {name!r}")
-    module = import_module(home)
-    value = module if name == "errors" else getattr(module, name)
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

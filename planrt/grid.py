@@ -41,13 +41,13 @@ class PrivateGridNetwork:
         """What the workers hold that matches every term of `query`; all are asked at the same time.
 
         Args:
-            query: tags, ids, or words of descriptions, exactly as they are there.
+            query: tags, ids, or words of descriptions, exactly as they are there. Without any, what is tagged.
 
         Returns:
             Worker id -> pointers, for the workers that have some, in the workers' order.
 
         Raises:
-            OptionError: no terms. RemoteError, WorkerLostError: one of the workers could not answer.
+            OptionError: a term is no text. RemoteError, WorkerLostError: one of the workers could not answer.
         """
         return run(self.async_search(*query), instead="await grid.async_search(...)")
 
@@ -55,6 +55,8 @@ class PrivateGridNetwork:
         """`search`, to be awaited on any loop."""
         terms = _terms(query)
         answers = await asyncio.gather(*(worker.async_search(terms) for worker in self.workers))
+        if not terms:
+            answers = [[one for one in found if one.tags] for found in answers]
         return {worker.id: found for worker, found in zip(self.workers, answers, strict=True) if found}
 
     def __repr__(self) -> str:
@@ -63,6 +65,6 @@ class PrivateGridNetwork:
 
 def _terms(query: tuple[Any, ...]) -> list[str]:
     terms = list(query[0]) if len(query) == 1 and isinstance(query[0], list | tuple) else list(query)
-    if not terms or not all(isinstance(term, str) and term for term in terms):
+    if not all(isinstance(term, str) and term for term in terms):
         raise OptionError('search takes the tags or words to look for: write grid.search("#boston", "#data")')
     return terms

@@ -77,10 +77,18 @@ def test_wrong_workers_are_refused(workers):
         PrivateGridNetwork(workers[0], workers[0])
 
 
-@pytest.mark.parametrize("query", [(), ([],), ("",), (3,), ("#boston", None)])
-def test_a_search_for_nothing_is_refused(workers, query):
+@pytest.mark.parametrize("query", [("",), (3,), ("#boston", None)])
+def test_a_search_for_what_is_no_text_is_refused(workers, query):
     with pytest.raises(OptionError, match="tags or words to look for"):
         PrivateGridNetwork(*workers).search(*query)
+
+
+@pytest.mark.parametrize("query", [(), ([],)])
+def test_a_search_without_terms_gives_all_that_is_tagged(workers, query):
+    untagged = torch.ones(3).send(workers[2])
+    found = PrivateGridNetwork(*workers).search(*query)
+    assert found_in(found) == {"bob": [[2, 4], [2]], "alice": [[3, 4], [3], [7]]}
+    assert untagged.get().tolist() == [1, 1, 1]
 
 
 def test_public_names():

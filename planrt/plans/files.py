@@ -44,6 +44,7 @@ from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.serde.tensors import raw_bytes
 from planrt.serde.values import pack, unpack
+from planrt.serde.whole import register
 
 if TYPE_CHECKING:
     from _hashlib import HASH
@@ -165,6 +166,15 @@ def _keys(plan: Plan, state: Sequence[torch.Tensor]) -> dict[str, str]:
     """What `state_dict()` calls the state: key -> name in the record, of the plan or of the module it is made of."""
     names = {id(tensor): entry.name for entry, tensor in zip(plan.record.state, state, strict=True)}
     return {key: names[id(one)] for key, one in plan.named_state().items() if id(one) in names}
+
+
+def _to_bytes(plan: Plan) -> bytes:
+    whole = io.BytesIO()
+    save_plan(plan, whole)
+    return whole.getvalue()
+
+
+register(Plan, _MAGIC, _to_bytes, lambda data: load_plan(io.BytesIO(data)))
 
 
 # Writing

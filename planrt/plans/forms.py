@@ -8,6 +8,7 @@ its state has no forms there: they would part.
 
 from __future__ import annotations
 
+import secrets
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,7 @@ def _shadow(plan: Plan) -> Plan:
     made._pointers, made._forms = weakref.WeakKeyDictionary(), OrderedDict()
     made._sent_to = weakref.WeakValueDictionary()
     made._tags, made._description = (), ""
+    made.id = secrets.randbits(40)
     made.strict = True
     return made
 

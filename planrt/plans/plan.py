@@ -372,7 +372,7 @@ class Plan(torch.nn.Module):
 
     def get_pointers(self) -> dict[str, Any]:
         """Worker's id -> the pointer that `send` gave last for that worker, as long as somebody holds it."""
-        return {id: pointer for id, pointer in self._sent_to.items() if pointer._handle.alive}
+        return {one.location.id: one for one in self._sent_to.values() if one._handle.alive}
 
     def get(self) -> Any:
         """Not for plans that are here: see `PointerPlan.get`."""
@@ -386,11 +386,13 @@ class Plan(torch.nn.Module):
             "_sent_to": weakref.WeakValueDictionary(),
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.id = secrets.randbits(40)  # a copy is another plan: both may go to one worker
+
     def copy(self) -> Self:
         """A plan of its own, with a copy of the state: neither changes the other."""
-        made = copy.deepcopy(self)
-        made.id = secrets.randbits(40)
-        return made
+        return copy.deepcopy(self)
 
     def tag(self, *tags: str) -> Self:
         """Tags the plan; the tags travel with it, and publish it where it is sent."""
@@ -502,6 +504,11 @@ class Plan(torch.nn.Module):
     def code(self) -> str:
         """The recorded ops, one per line."""
         return self.graph.code
+
+    @property
+    def owner(self) -> Any:
+        """The worker that stands for this process."""
+        return getattr(torch.empty(0), "owner", None)
 
     @property
     def readable_plan(self) -> str:

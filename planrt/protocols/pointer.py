@@ -31,7 +31,15 @@ from planrt.workers.loop import on_loop, run
 from planrt.workers.objects import allowed_users as allowed_list
 from planrt.workers.objects import check_travels, kinds, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
-from planrt.workers.pointers import Handle, ObjectPointer, PointerTensor, alive, make_pointer, new_id
+from planrt.workers.pointers import (
+    Handle,
+    ObjectPointer,
+    PointerTensor,
+    alive,
+    handle_at,
+    make_pointer,
+    new_id,
+)
 
 if TYPE_CHECKING:
     from planrt.protocols.protocol import Protocol
@@ -45,20 +53,24 @@ NewProgress = Callable[[Mapping[str, BaseWorker], OnProgress | None], Progress]
 class PointerProtocol(ObjectPointer):
     """A protocol on a worker: what `Protocol.send` returns, and what `search` finds.
 
+    ``PointerProtocol(location=bob, id_at_location=protocol.id)`` points to one that is there, which stays when it goes.
+
     Attributes:
         id: the pointer's own id, here. tags, description: as the protocol was given them.
     """
 
     def __init__(
         self,
-        handle: Handle,
+        handle: Handle | None = None,
         *,
         chain: Chain | None = None,
         workers: Mapping[str, BaseWorker] | None = None,
         tags: Sequence[str] = (),
         description: str = "",
+        location: BaseWorker | None = None,
+        id_at_location: int | None = None,
     ) -> None:
-        super().__init__(handle, tags, description)
+        super().__init__(handle_at(location, id_at_location) if handle is None else handle, tags, description)
         self._chain = chain
         self._workers = dict(workers or {})
 
@@ -243,6 +255,7 @@ class PointerProtocol(ObjectPointer):
         body, tensors = await worker._connection.finish(worker._ask(m.Fetch(handle.id, False)))
         made = _rebuilt(*expect(m.FetchedProtocol, (body, tensors), worker))
         worker.removed(handle, published=bool(self._tags))
+        made.id = handle.id
         made._tags, made._text = self._tags, self._description
         return made
 
@@ -271,6 +284,7 @@ def _quiet(workers: Mapping[str, BaseWorker], on_progress: OnProgress | None) ->
 
 async def send_protocol(
     worker: BaseWorker,
+    id: int,
     chain: Chain,
     plans: Sequence[Plan | PointerPlan],
     workers: Mapping[str, BaseWorker],
@@ -280,8 +294,10 @@ async def send_protocol(
     private: bool,
     allowed_users: Sequence[str] | None,
 ) -> PointerProtocol:
-    """Stores a protocol on `worker`. The state of plans that are on workers is brought here for it."""
-    handle = Handle(worker, new_id())
+    """Stores a protocol on `worker`, under `id` if that is free. State of plans on workers is brought here for it."""
+    handle = worker.handle_called(id)
+    if tags:
+        worker.ids.leave(handle.id)
     body = m.StoreProtocol(handle.id, list(tags), description, allowed_list(private, allowed_users))
     states = [plan.state_tensors() if isinstance(plan, Plan) else None for plan in plans]
 

@@ -125,6 +125,16 @@ class Protocol:
         return bool(self._workers)
 
     @property
+    def workers_resolved(self) -> bool:
+        """The same as `is_resolved`."""
+        return self.is_resolved
+
+    @property
+    def owner(self) -> Any:
+        """The worker that stands for this process."""
+        return getattr(torch.empty(0), "owner", None)
+
+    @property
     def workers(self) -> dict[str, BaseWorker]:
         """Place -> worker, once resolved."""
         return dict(self._workers)
@@ -331,9 +341,10 @@ class Protocol:
                 "or make them inputs"
             )
         self._sent = await send_protocol(
-            worker, self._description.chain, self._description.plans, self._workers, tags=self._tags,
+            worker, self.id, self._description.chain, self._description.plans, self._workers, tags=self._tags,
             description=self._text, private=private, allowed_users=allowed_users,
         )  # fmt: skip
+        self.id = self._sent.id_at_location
         return self._sent
 
     def get(self) -> Self:

@@ -157,6 +157,11 @@ class BaseDataset(Dataset[Batch]):
         return self.targets
 
     @property
+    def tags(self) -> set[str]:
+        """The tags of its data."""
+        return set(getattr(self.data, "tags", ()))
+
+    @property
     def owner(self) -> Any:
         """As given, or the worker that stands for this process, once there is a `TorchHook`."""
         return self._owner if self._owner is not None else getattr(self.data, "owner", None)

@@ -262,10 +262,16 @@ class RemoteObjects:
         """A handle for what is to be here of `tensor` (or pointer), under its id where that is free. Where it is not,
         because it was sent before, say, the tensor gets a new id, too.
         """
+        handle = self.handle_called(pointer_id(tensor))
+        give_id(tensor, handle.id)
+        return handle
+
+    def handle_called(self, wanted: int) -> Handle:
+        """A handle for what is to be here under the id `wanted`, or, where that is taken, under another one."""
         handle = Handle(self, new_id())  # type: ignore[arg-type]
-        self._connection.post_drop_of(pointer_id(tensor))
-        if not self.ids.claim(handle, pointer_id(tensor)):
-            self.ids.claim(handle, give_id(tensor, handle.id))
+        self._connection.post_drop_of(wanted)
+        if not self.ids.claim(handle, wanted):
+            self.ids.claim(handle, handle.id)
         return handle
 
     async def settle_drop_of(self, id: int) -> None:

@@ -16,7 +16,7 @@ from planrt.plans.record import PlanRecord, state_hash
 from planrt.types import as_whole
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.plan_calls import call_plan, copy_plan
-from planrt.workers.pointers import Handle, ObjectPointer, alive
+from planrt.workers.pointers import Handle, ObjectPointer, alive, handle_at
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class PointerPlan(ObjectPointer):
     """A plan on a worker: ``pointer = plan.send(bob)``, and then ``pointer(x_on_bob)``.
 
+    ``PointerPlan(location=bob, id_at_location=plan.id)`` points to one that is there; the plan stays when it goes.
+
     Attributes:
         training: the mode that calls run in.
         tags, description: as the plan was given them.
@@ -32,16 +34,18 @@ class PointerPlan(ObjectPointer):
 
     def __init__(
         self,
-        handle: Handle,
+        handle: Handle | None = None,
         *,
-        name: str,
+        name: str = "plan",
         record: PlanRecord | None = None,
         origin: Plan | None = None,
         training: bool = True,
         tags: Sequence[str] = (),
         description: str = "",
+        location: BaseWorker | None = None,
+        id_at_location: int | None = None,
     ) -> None:
-        super().__init__(handle, tags, description)
+        super().__init__(handle_at(location, id_at_location) if handle is None else handle, tags, description)
         self._record = record
         self._origin = origin
         self._sent: tuple[str, tuple[str, ...] | None] | None = None
@@ -160,11 +164,11 @@ class PointerPlan(ObjectPointer):
         Raises:
             GetNotPermittedError: its state is private, or private data was written to it. GonePointerError.
         """
-        return self._taken(*alive(self).worker.fetch_plan(self))
+        return self._taken(*alive(self).worker.take_plan(self))
 
     async def async_get(self) -> Plan:
         """`get`, to be awaited on any loop."""
-        return self._taken(*await alive(self).worker.fetch_plan_async(self))
+        return self._taken(*await alive(self).worker.take_plan_async(self))
 
     def _taken(self, record: PlanRecord, state: Sequence[torch.Tensor], training: bool) -> Plan:
         if self._origin is None or self._origin.record.hash != record.hash:
@@ -182,7 +186,9 @@ class PointerPlan(ObjectPointer):
         return copy_plan(self)
 
     def move(self, worker: BaseWorker) -> PointerPlan:
-        """Moves the plan to `worker`, straight from its own; this pointer is used up, the new one returned.
+        """Moves the plan to `worker`, straight from its own, in place: returns this pointer, which points there.
+
+        The plan keeps its id, if that is free there. If it fails, this still points to the plan.
 
         Raises:
             GetNotPermittedError: its state is private. RemoteError: one of the workers could not.

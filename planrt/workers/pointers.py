@@ -16,7 +16,7 @@ import torch
 
 from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteValueError
 from planrt.plans.inference import Spec
-from planrt.types import plain
+from planrt.types import as_whole, plain
 from planrt.workers.loop import run
 
 if TYPE_CHECKING:
@@ -28,6 +28,17 @@ _ids = itertools.count(secrets.randbits(40) << 10)
 def new_id() -> int:
     """An object id, in [0, 2**63), that no other process will choose either."""
     return next(_ids)
+
+
+class IdProvider:
+    """New ids, by the name that PySyft 0.2 had for it: ``planrt.ID_PROVIDER.pop()``."""
+
+    def pop(self, *args: object) -> int:
+        """See `new_id`."""
+        return new_id()
+
+
+ID_PROVIDER = IdProvider()
 
 
 class Handle:
@@ -381,6 +392,20 @@ def alive(pointer: Pointer) -> Handle:
     return handle
 
 
+def handle_at(location: object, id_at_location: object) -> Handle:
+    """A handle of what worker `location` holds under that id; it stays there when the handle goes.
+
+    Raises:
+        OptionError: no worker, or no id.
+    """
+    if not hasattr(location, "ids") or id_at_location is None:
+        raise OptionError("a pointer is made with location=worker and id_at_location=the object's id there")
+    worker: Any = location
+    number = as_whole(id_at_location, "id_at_location")
+    held: Handle | None = worker.ids.holder(number)
+    return held or Handle(worker, number, owned=False)
+
+
 class ObjectPointer:
     """What pointers to plans and to protocols have in common: they are no tensors, and stand for a worker's object.
 
@@ -403,6 +428,12 @@ class ObjectPointer:
     def id_at_location(self) -> int:
         """The object's id on its worker."""
         return self._handle.id
+
+    @property
+    def owner(self) -> BaseWorker:
+        """The worker that stands for this process."""
+        here: BaseWorker = getattr(torch.empty(0), "owner", None) or self._handle.worker
+        return here
 
     @property
     def tags(self) -> set[str]:

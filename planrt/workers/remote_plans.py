@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, PlanFormatError
+from planrt.errors import LocalError, OptionError, PlanFormatError
 from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord, state_hash
+from planrt.types import as_whole
 from planrt.workers import messages as m
 from planrt.workers.loop import on_loop, run
 from planrt.workers.moving import MovingObjects, check_worker
@@ -84,7 +85,10 @@ class RemotePlans(MovingObjects):
     def _message(
         self, plan: Plan, state: Sequence[torch.Tensor], key: tuple[Any, ...]
     ) -> tuple[Handle, m.StorePlan, list[torch.Tensor]]:
-        handle = Handle(self, new_id())  # type: ignore[arg-type]
+        handle = self.handle_called(plan.id)
+        plan.id = handle.id
+        if plan._tags:
+            self.ids.leave(handle.id)
         self._sent[key] = handle
         allowed = None if key[2] is None else list(key[2])
         body = m.StorePlan(handle.id, plan.training, list(plan._tags), plan.description, allowed)
@@ -114,14 +118,14 @@ class RemotePlans(MovingObjects):
         reply = self._request(m.ReadPlan(alive(pointer).id), instead="pointer.record, from a thread")
         return self._fetched_plan(*reply)[0]
 
-    def fetch_plan(self, pointer: PointerPlan) -> Fetched:
+    def take_plan(self, pointer: PointerPlan) -> Fetched:
         """A plan with its state; the worker forgets it."""
         reply = self._request(m.Fetch(alive(pointer).id, False), instead="await pointer.async_get()")
         return self._taken(pointer, *reply)
 
     @on_loop
-    async def fetch_plan_async(self, pointer: PointerPlan) -> Fetched:
-        """`fetch_plan`, to be awaited on any loop."""
+    async def take_plan_async(self, pointer: PointerPlan) -> Fetched:
+        """`take_plan`, to be awaited on any loop."""
         await self.gradients.settle_async()
         return self._taken(
             pointer, *await self._connection.finish(self._ask(m.Fetch(alive(pointer).id, False)))
@@ -141,10 +145,38 @@ class RemotePlans(MovingObjects):
             raise self._unexpected(body) from error
         return record, tensors[1:], body.training
 
+    def fetch_plan(self, plan_id: int, location: RemotePlans, copy: bool = False) -> Plan:
+        """The plan that worker `location` holds under that id, which stays there: ``plan.owner.fetch_plan(id, bob)``.
+
+        What comes is a plan of its own either way, as ``copy=True`` says; `PointerPlan.get` takes a plan back instead.
+
+        Raises:
+            UnknownObjectError: this client has nothing there under that id. GetNotPermittedError: its state is private.
+            OptionError: `location` is no worker, or what is there is no plan.
+        """
+        fetching = self.async_fetch_plan(plan_id, location, copy)
+        return run(fetching, instead="await worker.async_fetch_plan(plan_id, location)")
+
+    @on_loop
+    async def async_fetch_plan(self, plan_id: int, location: RemotePlans, copy: bool = False) -> Plan:
+        """`fetch_plan`, to be awaited on any loop."""
+        number = as_whole(plan_id, "a plan's id")
+        if not isinstance(location, RemotePlans):
+            raise OptionError(
+                f"fetch_plan takes the worker that holds the plan, not {type(location).__name__}: write "
+                "fetch_plan(pointer.id_at_location, pointer.location)"
+            )
+        await location.gradients.settle_async()
+        body, tensors = await location._connection.finish(location._ask(m.Fetch(number, False)))
+        if not isinstance(body, m.FetchedPlan):
+            raise OptionError(f"object {number} on worker {location.id!r} is no plan: get() a pointer to it")
+        record, state, training = location._fetched_plan(body, tensors)
+        return Plan.from_record(record, state, training=training)
+
     # ------------------------------------------------------------------------------------------- moving
 
     def move_plan(self, pointer: PointerPlan, to: RemotePlans) -> PointerPlan:
-        """Moves a plan from this worker to `to`, directly where this one can reach it."""
+        """Moves a plan from this worker to `to`, directly where this one can reach it; `pointer` follows it."""
         return run(self.async_move_plan(pointer, to), instead="await worker.async_move_plan(pointer, to)")
 
     @on_loop
@@ -167,11 +199,12 @@ class RemotePlans(MovingObjects):
             await to._connection.request(body, [_as_tensor(record), *state])
         else:
             moved = await self._send_on(handle, to)
+        if pointer._tags:
+            to.ids.leave(moved.id)
         await self._forget_moved(handle)
-        return PointerPlan(
-            moved, name=pointer.name, record=pointer._record, origin=pointer._origin,
-            training=pointer.training, tags=pointer._tags, description=pointer.description,
-        )  # fmt: skip
+        pointer._handle = moved
+        pointer._forms.clear()  # they are where the plan was
+        return pointer
 
 
 def _as_tensor(record: PlanRecord) -> torch.Tensor:

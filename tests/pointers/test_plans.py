@@ -302,7 +302,8 @@ def test_moving_a_plan(bob, alice, net):
     assert repr(moved).startswith("[PointerPlan | me:")
     assert moved.location is alice
     assert torch.equal(moved(x.send(alice)).get(), net(x))
-    with pytest.raises(GonePointerError):
+    assert moved is there
+    with pytest.raises(MixedLocationsError):
         there(x.send(bob))
     assert bob.objects_count() == 0
     with pytest.raises(LocalError, match="is on worker 'alice' already"):

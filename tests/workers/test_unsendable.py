@@ -25,6 +25,7 @@ from planrt.fl import RoundScheduler, TrainConfig
 from planrt.plans import func2plan
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.plan_pointers import PointerPlan
 
 TOO_LONG = 30
 """Seconds after which a call counts as hanging."""
@@ -125,6 +126,10 @@ CALLS = {
     "optimizer_args": lambda bed, bad: one_round(bed, optimizer_args=bad),
     "lr in optimizer_args": lambda bed, bad: one_round(bed, optimizer_args={"lr": bad}),
     "lr": lambda bed, bad: one_round(bed, lr=bad),
+    "async_fetch_plan(id)": lambda bed, bad: bed.other.async_fetch_plan(bad, bed.worker),
+    "fetch_plan(from)": lambda bed, bad: bed.other.fetch_plan(bed.plan.id_at_location, bad),
+    "PointerPlan(id)": lambda bed, bad: PointerPlan(location=bed.worker, id_at_location=bad)(bed.x).get(),
+    "PointerPlan(location)": lambda bed, bad: PointerPlan(location=bad, id_at_location=1)(bed.x).get(),
     "request_search": lambda bed, bad: bed.worker.request_search([bad], location=bed.worker),
 }  # fmt: skip
 
@@ -184,7 +189,7 @@ def test_every_public_coroutine_of_a_worker_is_walked():
     apart = {
         "async_close", "async_objects_count", "async_clear_objects",  # take nothing
         "async_list_objects", "async_reconnect",  # ... nor do these
-        "async_gradient", "fetch_async", "put_async", "fetch_plan_async",  # what pointers and tensors call
+        "async_gradient", "fetch_async", "put_async", "take_plan_async",  # what pointers and tensors call
         "move_async", "hand_pointer_async", "remote_get_async", "async_move_plan",  # ... see move(to), send(to)
         "async_send_plan", "async_wait_for_approval",  # see plan.send, approval
         "settle_drop_of", "put_plan", "request", "connect",  # no argument of a user's
