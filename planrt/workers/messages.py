@@ -430,6 +430,8 @@ class Fetched(Message, frozen=True, tag="fetched"):
     has_grad: bool
     tags: list[str] = []
     description: str = ""
+    allowed: list[str] | None = None
+    """Who may read it: who was told the value, and moves it on, hands this on as well."""
 
 
 class Approval(Message, frozen=True, tag="approval"):
@@ -443,6 +445,8 @@ class FetchedPlan(Message, frozen=True, tag="fetched_plan"):
     """A plan. Tensors as of `StorePlan`."""
 
     training: bool
+    allowed: list[str] | None = None
+    """Who may read its state."""
 
 
 class FetchedProtocol(Message, frozen=True, tag="fetched_protocol"):

@@ -87,8 +87,10 @@ class MovingObjects(RemoteObjects):
         after = spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
         if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
             # No other process can reach a virtual worker of this one: through here, then.
-            value = await self.fetch_async(pointer, delete=False)
-            (moved,) = await to.put_async([value], confirm=True)
+            body, tensors = await self._connection.finish(self._ask(m.Fetch(handle.id, False)))
+            value = await self._fetched(pointer, body, tensors, delete=False)
+            allowed = body.allowed if isinstance(body, m.Fetched) else None
+            (moved,) = await to.put_async([value], allowed=allowed, confirm=True)
         else:
             moved = await self._send_on(handle, to)
             if (grad := self.gradients.known(pointer)) is not None:

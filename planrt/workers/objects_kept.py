@@ -151,14 +151,14 @@ class KeptObjects:
             if body.delete:
                 check_fits(session.client, parts)
                 self.store.discard(session.id, body.id)
-            return m.FetchedPlan(value.training), parts
+            return m.FetchedPlan(value.training, allowed_list(label)), parts
         if isinstance(value, ProtocolObject):
             parts = [value.chain_bytes(), *(one.detach() for one in value.state)]
             if body.delete:
                 check_fits(session.client, parts)
                 yield from self._removed(session, [body.id])
             return m.FetchedProtocol(), parts
-        tensors = [value.detach()]
+        tensors, shared = [value.detach()], label
         grad = grad_of(value)
         if grad is not None:
             label = self.store.memory.of_gradient(grad)
@@ -168,12 +168,13 @@ class KeptObjects:
                     "set .grad = None to fetch the value alone"
                 )
             tensors.append(grad.detach())
+            shared = both(shared, label)
         if body.delete:
             check_fits(session.client, tensors)
             self.store.discard(session.id, body.id)
             session.leaves.pop(body.id, None)
         return m.Fetched(
-            value.requires_grad, len(tensors) > 1, list(stored.tags), stored.description
+            value.requires_grad, len(tensors) > 1, list(stored.tags), stored.description, allowed_list(shared)
         ), tensors
 
     def remove(self, session: Session, body: m.Remove) -> list[ToPeer]:

@@ -191,11 +191,11 @@ class RemotePlans(MovingObjects):
         to.check_open()
         if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
             # No other process can reach a virtual worker of this one: through here, then.
-            record, state, training = self._fetched_plan(
-                *await self._connection.request(m.Fetch(handle.id, False))
-            )
+            reply = await self._connection.request(m.Fetch(handle.id, False))
+            record, state, training = self._fetched_plan(*reply)
+            allowed = reply[0].allowed if isinstance(reply[0], m.FetchedPlan) else None
             moved = Handle(to, new_id())  # type: ignore[arg-type]
-            body = m.StorePlan(moved.id, training, list(pointer._tags), pointer.description)
+            body = m.StorePlan(moved.id, training, list(pointer._tags), pointer.description, allowed)
             await to._connection.request(body, [_as_tensor(record), *state])
         else:
             moved = await self._send_on(handle, to)

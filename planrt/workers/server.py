@@ -147,12 +147,15 @@ class WebsocketServerWorker:
                 callers=self._callers,
             ) as port:
                 self.port = port
-                warming_up = asyncio.ensure_future(compute.run(training.warm_up))  # while nobody asks yet
+                # While nobody computes yet, and beside the compute thread: a handshake would have to wait there for
+                # imports that take many seconds on a busy machine.
+                threading.Thread(
+                    target=training.warm_up, name=f"planrt-{self.id}-warm-up", daemon=True
+                ).start()
                 if ready is not None:
                     ready(port)
                 await (stop or asyncio.Event()).wait()
                 host.stop()
-                warming_up.cancel()
         finally:
             compute.close()
             self.computing = compute.busy

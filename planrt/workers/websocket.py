@@ -125,12 +125,10 @@ async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | Non
         raise ConnectError(
             f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
         ) from error
-    except InvalidStatus as error:
-        said = (error.response.body or b"")[:500].decode(errors="replace").strip()
-        raise HandshakeError(
-            f"{uri} refused the connection: {said or f'HTTP {error.response.status_code}'}", address=uri
-        ) from error
     except (InvalidHandshake, InvalidURI, EOFError) as error:
+        if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.FORBIDDEN:
+            said = (error.response.body or b"")[:500].decode(errors="replace").strip()
+            raise HandshakeError(f"{uri} refused the connection: {said or error}", address=uri) from error
         raise HandshakeError(f"{uri} does not speak websocket: {error}", address=uri) from error
     except socket.gaierror as error:
         raise ConnectError(f"the host of {uri} is not known: check the name", address=uri) from error

@@ -501,3 +501,23 @@ def test_inner_inputs_of_a_pass_have_gradients_as_in_torch(clinic):
     (t * 4).sum().backward(inputs=[t])
     assert leaf.grad is None
     assert t.grad.get().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "plan"])
+def test_what_is_moved_stays_private(clinic, kind):
+    """To a virtual worker it goes through its client, who may read it, and others there may not."""
+    ann = clinic(USERS["ann"])
+    if kind == "tensor":
+        there = torch.tensor([1.0, 2.0]).send(ann, allowed_users=["ann"])
+    else:
+        plan = planrt.func2plan(nn.Linear(2, 2))
+        plan.build(torch.ones(1, 2))
+        there = plan.send(ann, allowed_users=["ann"])
+    with VirtualWorker("elsewhere", users=USERS, token=USERS["ann"]) as to:
+        moved = there.move(to).tag("#moved")
+        to.objects_count()
+        with to.connect_as(USERS["ben"]) as ben:
+            (found,) = ben.search("#moved")
+            refused(found.get)
+            del found
+        moved.get()
