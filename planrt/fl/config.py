@@ -291,7 +291,7 @@ class TrainConfig:
             whole("bins", bins, at_least=0),
         )
         reply = await worker.request(body, list(plans.names.by_entry(state).values()), plan=plan)
-        return evaluated(expect(m.Evaluated, reply, worker)[0])
+        return evaluated(expect(m.Evaluated, reply, worker)[0], bins=bins)
 
 
 def _no_module(given: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,8 @@ class SentJob:
                 objects=self._objects(plans.evaluation),
             )
             return evaluated(
-                expect(m.Evaluated, await worker.request(body, plan=plans.evaluation), worker)[0]
+                expect(m.Evaluated, await worker.request(body, plan=plans.evaluation), worker)[0],
+                bins=counted,
             )
 
         if counted or not return_raw_accuracy or self._counts_classes is False:
@@ -203,8 +205,15 @@ def _saved(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def evaluated(figures: m.Evaluated) -> EvaluationResult:
-    """What a worker answered, as a result."""
+def evaluated(figures: m.Evaluated, *, bins: int = 0) -> EvaluationResult:
+    """What a worker answered, as a result; with `bins`, counts were asked for, and it warns where there are none."""
+    if bins and figures.correct is None:
+        warnings.warn(
+            "the worker's owner lets counts out only where each is of enough rows (min_rows), and here one is not: "
+            "there is the loss, and no number of right predictions and no histogram",
+            UserWarning,
+            stacklevel=2,
+        )
     return EvaluationResult(
         loss=figures.loss,
         samples=figures.samples,

@@ -21,7 +21,7 @@ from planrt.plans.graph import Op, refs_in
 from planrt.plans.inference import Spec, spec
 from planrt.plans.interpreter import failure, last_uses
 from planrt.plans.report import Report, Unforeseen
-from planrt.plans.rows import Trace, fold, lost
+from planrt.plans.rows import Trace, lost
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
 
@@ -260,14 +260,9 @@ def _shown(like: Spec) -> TensorSpec:
 
 def _unforeseen_info(name: str, operands: Sequence[tuple[Info, tuple[int, ...]]], index: int) -> Info:
     """What results depend on of an op that cannot be run without values: on everything, rows lost."""
-    counts = name.rpartition(".")[2] == "bincount"
     total = INDEPENDENT
-    for info, shape in operands:
-        if counts and len(shape) == 1:
-            part = info.through(shape, (fold(shape[0], "count"),))
-        else:
-            part = all_lost(info, name.rpartition(".")[2], index)
-        total = joined(total, part)
+    for info, _ in operands:
+        total = joined(total, all_lost(info, name.rpartition(".")[2], index))
     return Info(total.sources, total.ops | 1 << index, total.rows)
 
 

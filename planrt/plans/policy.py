@@ -11,6 +11,11 @@ respect to shared parameters is one; a gradient with respect to something with a
 **What they do not stop.** They look at the form of a program. They catch mistakes and plain requests for data; they
 are no proof of privacy:
 
+A rule is about the form of one run. Against an attacker who is patient it is a price on each question, not a lock.
+Counts by value (``bincount``, ``histc``) are a table to look values up in, so they lose the rows. An evaluation's
+counts of classes leave only where each is of none or of at least ``min_rows`` rows, and a batch's predictions must each
+be about its own row.
+
 * *Weights.* A weighted sum whose weights are 0 but for one row is that row. Masks, `where`, losses with weights,
   an `ignore_index` and writes of zeros into a copy do the same, and the weights may be computed inside the plan.
 * *Differences.* The sum over 100 rows and the sum over 99 of them, in one plan or in two, give the last one.
@@ -18,7 +23,10 @@ are no proof of privacy:
 * *Gradients.* A permitted gradient over k rows can often be inverted to the rows it came from when k is small, and a
   trained model can remember them. What is learnt over many rounds adds up.
 * *Repetition.* A row may appear in the data more than once, and one person may own many rows: the rule counts rows.
-* *Facts besides values.* Sizes of results, time, and whether a plan fails.
+* *Lookup by hand.* ``(x == k).float().sum(0)`` counts who has the value k, and nobody sees how few they are.
+* *Facts besides values.* Sizes of results, time, whether counts were withheld, and at which op a plan fails: the
+  logarithm of the number of its ops in bits, `Policy.max_failures` times a session. Nothing counts over sessions but
+  the owner, who finds each failure in the worker's log.
 
 Against somebody who wants to find out about a single person only noise helps (differential privacy), or reading the
 plan before approving it. That is what ``approval = "ask"`` is for.
@@ -98,6 +106,8 @@ class Policy:
         max_memory: bytes at the peak of one run, inputs and state included.
         max_input_bytes, max_output_bytes: of one run.
         max_seconds: that one run may take.
+        max_failures: runs of one session that may fail on data which it may not see, before the session is ended. Each
+            failure tells one of the plan's ops, or that it was none of them.
         release: rules for private data.
 
     A limit of None is none. Bytes of memory and time are those that a run needs for the inputs it is given.
@@ -116,6 +126,7 @@ class Policy:
     max_input_bytes: int | None = 4 * 2**30
     max_output_bytes: int | None = 2**30
     max_seconds: float | None = 600.0
+    max_failures: int | None = 20
     release: tuple[ReleaseRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -133,6 +144,8 @@ class Policy:
         for name in ("max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
+        if self.max_failures is not None:
+            _integer("max_failures", self.max_failures, 1)
         seconds = self.max_seconds
         if seconds is not None and (
             isinstance(seconds, bool)
@@ -181,8 +194,14 @@ class Policy:
 
     @cached_property
     def version(self) -> str:
-        """12 hex digits that tell this policy from others: of the SHA-256 of its canonical form."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """12 hex digits that tell this policy from others: of the SHA-256 of its canonical form.
+
+        Keys that policies did not have from the beginning count where they differ from their defaults.
+        """
+        values = asdict(self)
+        if self.max_failures == type(self).max_failures:
+            del values["max_failures"]
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @cached_property
@@ -201,6 +220,7 @@ class Policy:
             ("bytes in", self.max_input_bytes, count_bytes),
             ("bytes out", self.max_output_bytes, count_bytes),
             ("seconds", self.max_seconds, "{:g}".format),
+            ("failures on private data, a session", self.max_failures, "{:,}".format),
         ]
         says = {
             "open": "any plan within these rules runs",
@@ -284,6 +304,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_ops": _limit,
     "max_flops": _limit,
     "max_seconds": _limit,
+    "max_failures": _limit,
     "max_memory": _bytes,
     "max_input_bytes": _bytes,
     "max_output_bytes": _bytes,

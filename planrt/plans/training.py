@@ -307,16 +307,16 @@ def train(
     losses: list[torch.Tensor] = []
     sizes: list[int] = []
     with seeded(seed, device), torch.enable_grad():  # batches are drawn in here too: data sets may be random
-        remaining = iter(batches)
-        first = next(remaining, None)
-        if first is None:
-            return TrainResult(math.nan, 0, 0, [state[index] for index in changed], changed, optimizer_state)
         values = [  # `data`: what shares memory with another tensor does not share its count of changes
             tensor.data.to(device).requires_grad_(entry.trainable)
             for entry, tensor in zip(plan.state, state, strict=True)
         ]
         stepper = _optimizer(optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state)
         compiled = program(plan, device)
+        remaining = iter(batches)  # from here on failures can depend on data
+        first = next(remaining, None)
+        if first is None:
+            return TrainResult(math.nan, 0, 0, [state[index] for index in changed], changed, optimizer_state)
         for batch in chain([first], remaining):
             check_inputs(plan, batch)
             on_device = _own(batch, device)
@@ -394,27 +394,36 @@ def evaluate(
     )
 
 
-def _class_counts(prediction: Any, target: torch.Tensor, bins: int) -> torch.Tensor:
-    """Predicted classes, target classes and right predictions, of one batch.
+def check_classes(prediction: TensorSpec | None, target: TensorSpec) -> None:
+    """Raises unless classes can be counted in such tensors; None is no tensor.
 
     Only where it is plain what they are: one score per class and sample. What one output says about two classes
     depends on the loss (a logit, a probability?), and classes per pixel are no samples.
+
+    Raises:
+        PlanArgumentError: they cannot; says why, and what to write.
     """
 
     def refuse(why: str) -> PlanArgumentError:
         return PlanArgumentError(
-            f"no classes to count in a target {_described(target)} for a prediction {_described(prediction)}: "
+            f"no classes to count in a target {target} for a prediction {prediction or 'that is no tensor'}: "
             f"{why}; pass bins=0 (nr_bins=0) for the loss alone"
         )
 
-    if not isinstance(prediction, torch.Tensor) or prediction.is_complex() or prediction.dim() == 0:
+    if prediction is None or prediction.dtype.is_complex or not prediction.shape:
         raise refuse("classes are counted in [samples, classes]")
-    if prediction.dim() == 1 or prediction.shape[1] == 1:
+    if len(prediction.shape) == 1 or prediction.shape[1] == 1:
         raise refuse("one output per sample can be a logit or a probability; classes need an output each")
-    if prediction.dim() > 2:
+    if len(prediction.shape) > 2:
         raise refuse("these are several predictions for each sample")
-    if target.is_floating_point() or target.is_complex() or target.shape != prediction.shape[:1]:
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.shape != prediction.shape[:1]:
         raise refuse("targets are class numbers, one for each sample")
+
+
+def _class_counts(prediction: Any, target: torch.Tensor, bins: int) -> torch.Tensor:
+    """Predicted classes, target classes and right predictions, of one batch."""
+    known = TensorSpec.of(prediction) if isinstance(prediction, torch.Tensor) else None
+    check_classes(known, TensorSpec.of(target))
     predicted = prediction.argmax(dim=1)
     correct = (predicted == target).sum().reshape(1)
     return torch.cat([_histogram(predicted, bins), _histogram(target, bins), correct])

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from planrt.errors import PolicyError
+from planrt.errors import ExecutionError, PolicyError
+from planrt.logs import get_logger
 from planrt.plans import interpreter
 from planrt.plans.graph import Graph
 from planrt.types import TensorSpec
@@ -25,6 +26,8 @@ from planrt.workers.posted import PostedOp
 from planrt.workers.private import written_operands
 from planrt.workers.sessions import Session
 from planrt.workers.store import ObjectStore, StoredObject
+
+log = get_logger("planrt.worker")
 
 
 def admit(
@@ -62,6 +65,23 @@ def admit(
     if released:
         _check_memory(graph, args[0], args[2:])
     return released, gate.deadline()
+
+
+def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:
+    """Counts a run that failed on data which the session may not see, and tells the owner; `on` says on what.
+
+    That it failed is a fact about the data, so a session has only so many of them. The reason is for who looks at the
+    worker's debug log: it can hold a value.
+    """
+    session.failures += 1
+    most = gate.policy.max_failures
+    session.over = session.over or (most is not None and session.failures >= most)
+    failed = error.op if isinstance(error, ExecutionError) else ""
+    log.warning(
+        "failed_on_private_data", user=session.user or "nobody", session=session.id, op=failed,
+        kind=type(error).__name__, failures=session.failures, ended=session.over, **on,
+    )  # fmt: skip
+    log.debug("failed_on_private_data", session=session.id, exc_info=error)
 
 
 def readable_label(store: ObjectStore, session: Session, used: Sequence[StoredObject]) -> Label:

@@ -27,7 +27,7 @@ from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, leaves, map_leaves
 from planrt.workers import messages as m
 from planrt.workers import plan_objects
-from planrt.workers.admission import admit, label_overwritten, readable_label
+from planrt.workers.admission import admit, failed_on_data, label_overwritten, readable_label
 from planrt.workers.backward import BackwardPasses
 from planrt.workers.events import Steps, ToPeer
 from planrt.workers.failures import OpFailedError, cut, failure_of_op
@@ -155,6 +155,8 @@ class EagerOps:
             if foreseen is not None and op.name == plan_objects.CALL:
                 result = unaliased(result, foreseen, self._device)
         except Exception as error:
+            if released and self._gate is not None:
+                failed_on_data(self._gate, session, error, plan=plan_objects.called_graph(args).hash)
             if foreseen is None:
                 raise
             lost = lost or failure_of_op(error, op, None, used, self._store)

@@ -1,13 +1,16 @@
 """How a worker tells a client of what failed: errors as `Failure` messages. No I/O.
 
 Requests and ops fail in many modules. What a client may hear of it is decided here: where it happened and why, with
-the traceback, but nothing that follows from values which are not for it.
+the traceback, but nothing that follows from values which are not for it (`failure_on_data`, `failure_of_op`), and
+nothing of where the worker's files are: tracebacks name modules, and texts the last part of a path.
 """
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from planrt.errors import ExecutionError, LocalError, PolicyError
@@ -20,6 +23,12 @@ from planrt.workers.store import ObjectStore, StoredObject
 
 _LONGEST = 60_000
 """Characters of a message or a traceback that are told: a header has to hold them."""
+
+
+_DIRECTORIES = re.compile(
+    r"""(?P<quote>['"])(?:[A-Za-z]:\\|/)[^'"\n]*[/\\](?P<last>[^'"/\\\n]*)(?P=quote)"""  # in quotes: may have spaces
+    r"""|(?<![\w/.:*])(?:[A-Za-z]:\\|/)(?:[^\s/\\'"`,;()<>]+[/\\])+"""
+)
 
 
 class OpFailedError(LocalError):
@@ -35,16 +44,70 @@ def cut(text: str) -> str:
     return text[:_LONGEST].encode(errors="backslashreplace").decode()
 
 
+def without_directories(text: str) -> str:
+    """`text` with only the last part of each absolute path in it."""
+
+    def last(found: re.Match[str]) -> str:
+        quote = found["quote"]
+        return f"{quote}{found['last']}{quote}" if quote else ""
+
+    return _DIRECTORIES.sub(last, text)
+
+
+def _trace_of(error: BaseException) -> str:
+    """The traceback, with files named by their modules: where the worker keeps them is its own affair."""
+    told = traceback.TracebackException.from_exception(error)
+    waiting, seen = [told], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for frame in part.stack:
+            frame.filename = _module_file(frame.filename)
+        waiting += [
+            one for one in (part.__cause__, part.__context__, *(part.exceptions or ())) if one is not None
+        ]
+    return without_directories("".join(told.format()))
+
+
+def _module_file(name: str) -> str:
+    """``planrt/workers/state.py`` for that file, wherever it is installed; of files in no package the last part."""
+    parts = PurePath(name).parts
+    for place in range(len(parts) - 1, 0, -1):
+        if parts[place - 1] in ("site-packages", "dist-packages") or (parts[place] == "planrt" and place > 1):
+            return "/".join(parts[place:])
+    return parts[-1] if parts else name
+
+
+def failure_on_data(error: Exception) -> m.Failure:
+    """`error`, of a run on data that its client may not see: the op, its place and its line, which the client knows.
+
+    Why it failed, and in which batch, can be a value of that data. Only that its time was over is said.
+    """
+    if isinstance(error, ExecutionError):
+        late = (
+            ": the time that the plan may take is over" if isinstance(error.__cause__, TimeoutError) else ""
+        )
+        text = f"op {error.index} of the plan failed: {error.line}{late or _UNSAID}"
+        return m.Failure("ExecutionError", cut(text), error.op, cut(error.line[:2_000]), index=error.index)
+    return m.Failure("ExecutionError", f"{_ELSEWHERE}{_UNSAID}")
+
+
+_ELSEWHERE = "the run failed in the data set, a backward pass, the optimizer or the counting of classes"
+_UNSAID = "; why can depend on the data, so it is for the worker's owner only"
+
+
 def failure_of(error: Exception) -> m.Failure:
     """`error` as the client is told of it."""
     if isinstance(error, OpFailedError):
         return error.failure
     kind = type(error).__name__.removeprefix("_")
     text = explained(str(error) if isinstance(error, LocalError) else f"{kind}: {error}")
-    trace = "".join(traceback.format_exception(error))
+    text = cut(without_directories(text))
     if isinstance(error, PolicyError):
-        return m.Failure(kind, cut(text), error.op, error.line, index=error.index)
-    return m.Failure(kind, cut(text), traceback=cut(trace[-_LONGEST:]), **in_plan(error))
+        return m.Failure(kind, text, error.op, error.line, index=error.index)
+    return m.Failure(kind, text, traceback=cut(_trace_of(error)[-_LONGEST:]), **in_plan(error))
 
 
 def failure_of_op(
@@ -67,10 +130,10 @@ def failure_of_op(
         )  # fmt: skip
     reason = (str(error).strip().splitlines() or [kind])[0]
     text = explained(reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}")
-    trace = "".join(traceback.format_exception(error))
     kind = kind if isinstance(error, LocalError) else "ExecutionError"
     inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
-    return m.Failure(kind, cut(text), traceback=cut(trace[-_LONGEST:]), number=number, **inside)
+    text, trace = cut(without_directories(text)), cut(_trace_of(error)[-_LONGEST:])
+    return m.Failure(kind, text, traceback=trace, number=number, **inside)
 
 
 def in_plan(error: Exception) -> dict[str, Any]:
@@ -78,8 +141,8 @@ def in_plan(error: Exception) -> dict[str, Any]:
     if not isinstance(error, ExecutionError):
         return {}
     cause = error.__cause__
-    said = "" if cause is None else cut(f"{type(cause).__name__}: {cause}"[:2_000])
-    return {"op": error.op, "line": cut(error.line[:2_000]), "index": error.index, "cause": said}
+    said = "" if cause is None else without_directories(f"{type(cause).__name__}: {cause}")
+    return {"op": error.op, "line": cut(error.line[:2_000]), "index": error.index, "cause": cut(said[:2_000])}
 
 
 def replace_message(failure: m.Failure, message: str) -> m.Failure:

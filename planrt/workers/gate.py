@@ -21,11 +21,12 @@ from typing import Final
 from planrt.errors import ApprovalError, LocalError, OptionError, PolicyError
 from planrt.plans import ops
 from planrt.plans.approvals import Approvals, Status
-from planrt.plans.graph import Graph
-from planrt.plans.policy import ALL_PRIVATE, Policy
-from planrt.plans.report import Report
+from planrt.plans.graph import Graph, Op
+from planrt.plans.policy import ALL_PRIVATE, Policy, ReleaseRule
+from planrt.plans.report import Report, Unforeseen
+from planrt.plans.training import check_classes
 from planrt.plans.verify import check
-from planrt.types import TensorSpec
+from planrt.types import Ref, TensorSpec, leaves
 
 _REPORTS: Final = 1_000
 """Reports that are kept: a plan is checked once for inputs of one size."""
@@ -119,8 +120,7 @@ class Gate:
 
     def covers(self, tags: Iterable[str]) -> bool:
         """Whether a release rule is about private data with these tags."""
-        names = set(tags)
-        return any(rule.tag == ALL_PRIVATE or rule.tag in names for rule in self.policy.release)
+        return bool(self._about(tags))
 
     def admit_training(
         self, graph: Graph, inputs: Sequence[TensorSpec], tags: Iterable[str], smallest: int
@@ -137,27 +137,53 @@ class Gate:
             self._check_release(graph, inputs, tags, smallest, gradients=True)
 
     def admit_evaluation(
-        self, graph: Graph, inputs: Sequence[TensorSpec], tags: Iterable[str], smallest: int, rows: int
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Iterable[str],
+        smallest: int,
+        rows: int,
+        *,
+        bins: int,
     ) -> None:
         """Raises unless a plan may be evaluated on a data set with these tags.
 
-        What leaves are the loss, of batches of which the smallest has `smallest` rows, and counts over all `rows`.
+        What leaves are the loss, of batches of which the smallest has `smallest` rows, and with `bins` counts of the
+        predicted and the target classes over all `rows` (see `counts_leave`). Each of a batch's predictions must be
+        about its own row: else they spell one row's value, a digit in each place.
 
         Raises:
-            NotApprovedError, PolicyError: as `admit`.
+            NotApprovedError, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
         """
-        self.admit(graph, inputs)
+        prediction = self.admit(graph, inputs).outputs[1:2]
+        if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
+            spec = prediction[0].spec if prediction and isinstance(graph.outputs[1], Ref) else None
+            check_classes(spec if isinstance(spec, TensorSpec) else None, inputs[1])
         if not self.covers(tags):
             return
         loss: Graph = replace(graph, outputs=(graph.outputs[0],))
         self._check_release(loss, inputs, tags, smallest, gradients=False)
-        names = set(tags)
-        for rule in self.policy.release:
-            if (rule.tag in names or rule.tag == ALL_PRIVATE) and rows < rule.min_rows:
+        if bins:
+            self._check_release(_counted(graph), inputs, tags, smallest, gradients=False, kinds=False)
+        for rule in self._about(tags):
+            if rows < rule.min_rows:
                 raise PolicyError(
                     f"counts over {rows} rows; the release of {rule.tag} asks for at least {rule.min_rows}",
                     rule="release",
                 )
+
+    def counts_leave(self, tags: Iterable[str], counts: Iterable[int]) -> bool:
+        """Whether counts of rows with these tags may leave: each is of none, or of as many as the rules ask for."""
+        least = 0
+        for rule in self._about(tags):
+            if rule.aggregates is not None and "count" not in rule.aggregates:
+                return False
+            least = max(least, rule.min_rows)
+        return all(count == 0 or count >= least for count in counts)
+
+    def _about(self, tags: Iterable[str]) -> list[ReleaseRule]:
+        names = set(tags)
+        return [rule for rule in self.policy.release if rule.tag == ALL_PRIVATE or rule.tag in names]
 
     def _check_release(
         self,
@@ -167,10 +193,19 @@ class Gate:
         smallest: int,
         *,
         gradients: bool,
+        kinds: bool = True,
     ) -> None:
-        """Raises if release rules are broken for batches of `smallest` rows with these tags, data and targets."""
+        """Raises if release rules are broken for batches of `smallest` rows with these tags, data and targets.
+
+        Without `kinds` any kind of aggregate will do.
+        """
         fewest = [_with_rows(spec, smallest) for spec in inputs]
-        report = self._report(graph, fewest, dict.fromkeys(range(len(inputs)), tuple(tags)), gradients)
+        marked = dict.fromkeys(range(len(inputs)), tuple(tags))
+        if kinds:
+            report = self._report(graph, fewest, marked, gradients)
+        else:
+            rules = tuple([replace(rule, aggregates=None) for rule in self.policy.release])
+            report = check(graph, replace(self.policy, release=rules), fewest, marked, gradients=gradients)
         broken = [one for one in report.violations if one.rule == "release"]
         try:
             report.with_violations(broken, report.policy_version, report.tags).raise_for_violations()
@@ -198,6 +233,20 @@ class Gate:
         """When a run that begins now must be over, on `time.monotonic`'s clock."""
         limit = self.policy.max_seconds
         return math.inf if limit is None else time.monotonic() + limit
+
+
+def _counted(graph: Graph) -> Graph:
+    """The plan with a sum over its predicted classes as its one output: for release rules what their counts are."""
+    first = (
+        len(graph.inputs)
+        + len(graph.state)
+        + sum(isinstance(leaf, Ref) for op in graph.ops for leaf in leaves(op.results))
+    )
+    ops = (
+        Op("torch.argmax", (graph.outputs[1], 1), {}, Ref(first)),
+        Op("torch.sum", (Ref(first), 0), {}, Ref(first + 1)),
+    )
+    return replace(graph, ops=(*graph.ops, *ops), outputs=(Ref(first + 1),), lines=(), modules=())
 
 
 def _with_rows(spec: TensorSpec, rows: int) -> TensorSpec:

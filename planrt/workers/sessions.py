@@ -30,6 +30,10 @@ class Session:
     """Ops taken so far."""
     failure: m.Failure | None = None
     """Of an op or message that left no result; shows at the next request."""
+    failures: int = 0
+    """Runs that failed on data which it may not see: each tells it something of that data."""
+    over: bool = False
+    """Whether those were as many as the owner allows: it gets no more than the answer that is under way."""
     leaves: dict[int, None] = field(default_factory=dict)
     """Objects that a backward pass may give a gradient to."""
     optimizer_states: dict[tuple[str, str, str, int], Any] = field(default_factory=dict)

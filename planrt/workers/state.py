@@ -228,6 +228,8 @@ class WorkerState:
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        if session.over:
+            return [Close(connection)]
         if envelope.id == 0:
             if isinstance(envelope.body, m.CancelRun):
                 return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
@@ -317,6 +319,9 @@ class WorkerState:
         except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
             body, tensors = failure_of(error), ()
         instructions.append(Reply(request.connection, m.Envelope(request.id, body), tensors))
+        session = self._sessions.get(request.connection)
+        if session is not None and session.over:
+            instructions.append(Close(request.connection))
         return instructions
 
     # ----------------------------------------------------------------------------------- the requests

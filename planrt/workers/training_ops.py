@@ -11,7 +11,8 @@ import hashlib
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +22,23 @@ from planrt.errors import LocalError, OptionError, PlanError, PolicyError
 from planrt.plans import interpreter, training
 from planrt.plans.graph import Graph
 from planrt.plans.record import alone
+from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers import messages as m
+from planrt.workers.admission import failed_on_data
 from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.events import Answer
+from planrt.workers.failures import OpFailedError, failure_on_data
 from planrt.workers.gate import Gate
 from planrt.workers.objects_kept import KeptObjects
 from planrt.workers.sessions import Session
 
 MAX_PLANS = 256
 """Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
+
+_Draw = Callable[[Iterator[Batch]], Iterator[Batch]]
 
 
 class _UnknownPlanError(LocalError):
@@ -151,17 +157,18 @@ class TrainingOps:
             drop_last=body.drop_last,
         )
         kept = (body.plan, body.dataset, body.optimizer, body.objects[0] if body.objects else 0)
-        result = training.train(
-            plan,
-            state,
-            batches,
-            optimizer=body.optimizer,
-            optimizer_args=body.optimizer_args,
-            optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
-            device=self._device,
-            seed=body.seed,
-            deadline=deadline,
-        )
+        with self._unseen(session, body) as drawing:
+            result = training.train(
+                plan,
+                state,
+                drawing(batches),
+                optimizer=body.optimizer,
+                optimizer_args=body.optimizer_args,
+                optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
+                device=self._device,
+                seed=body.seed,
+                deadline=deadline,
+            )
         if body.keep_optimizer_state:
             self._objects.forget_optimizers(session)
             session.optimizer_states[kept] = result.optimizer_state
@@ -203,16 +210,51 @@ class TrainingOps:
             smallest = smallest_batch(len(source), body.batch_size)
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source))
+            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source), bins=body.bins)
             deadline = self._gate.deadline()
         state = self._state(session, body, tensors)
         batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
-        result = training.evaluate(
-            plan, state, batches, bins=body.bins, device=self._device, deadline=deadline
-        )
-        return m.Evaluated(
-            result.loss, result.samples, result.correct, result.histogram, result.target_histogram
-        ), ()
+        with self._unseen(session, body) as drawing:
+            result = training.evaluate(
+                plan, state, drawing(batches), bins=body.bins, device=self._device, deadline=deadline
+            )
+        if result.correct is None or self._counts_leave(body.dataset, result):
+            return m.Evaluated(
+                result.loss, result.samples, result.correct, result.histogram, result.target_histogram
+            ), ()
+        return m.Evaluated(result.loss, result.samples, None, None, None), ()
+
+    def _counts_leave(self, key: str, result: training.EvaluationResult) -> bool:
+        """Whether the owner's rules let all counts of an evaluation out; together, as one is the rest of the others."""
+        if self._gate is None:
+            return True
+        correct, samples = result.correct or 0, result.samples
+        counts = [correct, samples - correct]
+        for histogram in (result.histogram or [], result.target_histogram or []):
+            counts += [*histogram, samples - sum(histogram)]
+        return self._gate.counts_leave(self._datasets[key].info.tags, counts)
+
+    @contextmanager
+    def _unseen(self, session: Session, body: m.Fit | m.Evaluate) -> Iterator[_Draw]:
+        """For a run on a data set; gives what its batches are to be drawn through.
+
+        Where there is a policy, a client is not told why the run failed once data has been asked for: neither torch's
+        words nor those of the owner's data set. What fails before, as unknown options do, is about the request alone.
+        """
+        drawn = False
+
+        def drawing(batches: Iterator[Batch]) -> Iterator[Batch]:
+            nonlocal drawn
+            drawn = True
+            yield from batches
+
+        try:
+            yield drawing
+        except Exception as error:
+            if self._gate is None or not drawn:
+                raise
+            failed_on_data(self._gate, session, error, plan=body.plan, dataset=body.dataset)
+            raise OpFailedError(failure_on_data(error)) from error
 
     def _plan(self, hash: str) -> Graph:
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,37 +18,10 @@ from planrt.errors import (
 from planrt.fl import TrainConfig
 from planrt.plans.approvals import Approvals
 from planrt.plans.policy import Policy, ReleaseRule
-from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers import BaseDataset, VirtualWorker
+from tests.pointers.conftest import OWNER
 
-OWNER = "the owner's token"
 PATIENTS = ReleaseRule("#patients", min_rows=20)
-
-
-@pytest.fixture
-def hospital(transport):
-    """``hospital(policy, approvals=..., datasets=...)`` -> ``connect(token)``, which gives a client of it."""
-    with contextlib.ExitStack() as stack:
-
-        def start(policy, *, approvals=None, datasets=None, tags=()):
-            users = {"owner": OWNER}
-            if transport == "memory":
-                worker = stack.enter_context(
-                    VirtualWorker("hospital", users=users, policy=policy, approvals=approvals)
-                )
-                for key, dataset in (datasets or {}).items():
-                    worker.add_dataset(dataset, key, tags=tags)
-                return lambda token="": stack.enter_context(worker.connect_as(token))
-            server = WebsocketServerWorker(
-                "hospital", threads=1, users=users, policy=policy, approvals=approvals
-            )
-            for key, dataset in (datasets or {}).items():
-                server.add_dataset(dataset, key, tags=tags)
-            uri = stack.enter_context(server.running())
-            return lambda token="": stack.enter_context(
-                WebsocketClientWorker("hospital", uri=uri, token=token)
-            )
-
-        yield start
 
 
 def put_patients(connect, rows=100, tag="#patients"):

@@ -305,8 +305,3 @@ def attention(call: Call) -> Links:
         else:
             every.append(linked(call, one, lambda dim, size: None))
     return [every for _ in call.outputs]
-
-
-def bincount(call: Call) -> Links:
-    """Counts entries, whichever they are."""
-    return [[linked(call, tensor, lambda dim, size: fold(size, "count")) for tensor in call.tensors]]

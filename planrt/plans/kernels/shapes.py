@@ -272,9 +272,13 @@ def index_select(call: Call) -> Links:
 
 
 def gather(call: Call) -> Links:
-    """`gather` and the scatters: other dimensions run in step, as far as their sizes are the same."""
+    """`gather` and the scatters: other dimensions run in step, as far as the index goes along them whole.
+
+    The index says how far: a shorter one takes the first rows only, whatever the other sizes are.
+    """
     shape = call.outputs[0].shape
     (cut,) = dims_of(call["dim"], len(shape))
+    index = call.shape(call["index"])
     in_place = (
         "index" if call.kernel.name == "gather" else "self"
     )  # has the entries where the result has them
@@ -283,7 +287,9 @@ def gather(call: Call) -> Links:
         whole = tensor is call[in_place]
 
         def to(dim: int, size: int, whole: bool = whole) -> int | None:
-            return dim if dim < len(shape) and size == shape[dim] and (whole or dim != cut) else None
+            if dim >= len(shape) or size != shape[dim]:
+                return None
+            return dim if whole or (dim != cut and index[dim] == size) else None
 
         every.append(linked(call, tensor, to))
     return [every]

@@ -25,7 +25,6 @@ from planrt.plans.kernels.maths import (
     attention,
     batch_norm,
     batch_norm_backward,
-    bincount,
     cdist,
     contract,
     convolution,
@@ -126,7 +125,7 @@ RULES: Final[dict[str, Callable[[Call], Links]]] = {
     **named("linalg_vector_norm", norm_of("norm", "ord")),
     **named("norm", norm_of("norm", "p")),
     **named("trace", all_lost),
-    **named("bincount histc", bincount),
+    **named("bincount histc", all_lost),  # how many have this value: a row's value wherever that is one
     # selections
     **named("max min amax amin aminmax argmax argmin median nanmedian mode kthvalue all any prod", select),
     **named(
