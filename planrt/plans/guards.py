@@ -146,7 +146,7 @@ def _largest(count: Any) -> float:
     if isinstance(count, torch.Tensor):
         if count.is_meta or not count.numel() or count.is_complex():
             return 0
-        return float(count.detach().abs().nan_to_num().max())
+        return float(count.detach().double().abs().nan_to_num().max())
     return abs(count) if isinstance(count, int | float) and count == count else 0
 
 

@@ -50,12 +50,14 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
     )
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    if benchmark:  # by default it is off, and a process can have frozen the flag that way
+        torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
+        if benchmark:
+            torch.backends.cudnn.benchmark = True
 
 
 def explained(text: str) -> str:

@@ -160,6 +160,8 @@ def torchs_own_list():
     listed = {}
     for home, word in [(home, word) for home, holder in HOMES.items() for word in dir(holder)]:
         name = f"{home}.{word}"
+        if word.startswith("native_") and isinstance(vars(HOMES[home]).get(word), property):
+            continue  # a name of 0.2 that planrt's hook gives tensors
         function = function_at(name)
         if not callable(function) or not getattr(function, "__hash__", None):
             continue

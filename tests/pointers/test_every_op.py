@@ -40,7 +40,7 @@ LEFT_OUT = {
     "as_strided": "raw memory", "as_strided_copy": "raw memory", "as_strided_scatter": "raw memory",
     "resize_": "uninitialised memory", "resize_as_": "uninitialised memory",
     "unsafe_chunk": "chunk", "unsafe_split": "split", "lu": "linalg.lu_factor",
-    "triangular_solve": "linalg.solve_triangular",
+    "triangular_solve": "linalg.solve_triangular", "linalg.ldl_solve": "takes pivots as they come",
     "to_sparse": "sparse", "hash_tensor": "gives uint64", "_segment_reduce": "can read out of bounds",
     "nn.functional.triplet_margin_with_distance_loss": "takes a callable",
     "nn.functional.linear_cross_entropy": "takes an options object",

@@ -288,7 +288,7 @@ def test_a_plan_trains_in_rounds_as_the_module_that_it_is(bob, built):
         job = TrainConfig(model, F.nll_loss, batch_size=8, max_nr_batches=5, optimizer_args={"lr": 0.1})
         job.send(bob)
         result = bob.fit("flowers", seed=3)
-        return result.loss, {name: value.clone() for name, value in job.state.items()}
+        return result.loss, job.model_ptr.get().obj.state_dict()
 
     plan = ClassifierPlan()
     if built:

@@ -33,6 +33,15 @@ def fit(worker):
     worker.fit("d")
 
 
+@pytest.fixture(autouse=True)
+def flags_that_can_be_set():
+    """torch's own test tools freeze them for the whole process, and other tests import these."""
+    from torch.backends import __allow_nonbracketed_mutation
+
+    with __allow_nonbracketed_mutation():
+        yield
+
+
 @pytest.mark.parametrize("deterministic", [True, False, None])
 def test_the_settings_hold_while_a_worker_computes_and_not_after(deterministic, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)

@@ -346,9 +346,7 @@ class Program:
             case 6:
                 self.tell(MALLORY, m.Remove([target]))
             case 7:
-                new = self.take_id()
-                self.tell(MALLORY, m.Renumber(target, new))
-                self.pool.append(new)
+                self.ask(m.Fetch(target, True))
             case 8:
                 self.ask(m.ListObjects())
             case 9:
