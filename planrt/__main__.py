@@ -1,7 +1,5 @@
 """``python -m planrt`` is the command ``planrt``."""
 
-import sys
+from planrt.cli import command
 
-from planrt.cli import main
-
-sys.exit(main())
+command()

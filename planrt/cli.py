@@ -1,7 +1,9 @@
-"""``planrt``: for data owners. Look into plans, approve and deny them, and see what was decided.
+"""``planrt``: serve a worker, run the main job, and for data owners: look into plans, approve and deny them.
 
-Exit codes: 0 done (for ``inspect``: the plan keeps the policy), 1 it breaks the policy, 2 wrong options or a file that
-cannot be read, 130 interrupted.
+What needs no torch starts without it: `pending`, `approve`, `deny` and `decisions` answer at once.
+
+Exit codes (those of `serve` and `run` are in `planrt.fl.command`): 0 done (for ``inspect``: the plan keeps the policy),
+1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from planrt.errors import OptionError, PlanrtError
-from planrt.fl.command import Parser, run_command
+from planrt.fl.command import Parser, leave, run_command
+from planrt.shown import shown
+from planrt.version import VERSION
 
 if TYPE_CHECKING:
-    from planrt.plans.approvals import Approvals
+    from planrt.plans.approvals import Approvals, Asking
     from planrt.plans.graph import Graph
     from planrt.plans.record import PlanRecord
     from planrt.types import TensorSpec
@@ -30,7 +34,16 @@ _BROKEN = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["serve"]:
+        from planrt.fl import serve
+
+        return serve.main(words[1:], prog="planrt serve")
+    if words[:1] == ["run"]:
+        from planrt.fl import mnist_async
+
+        return mnist_async.main(words[1:], prog="planrt run")
+    options = _parser().parse_args(words)
     action: Callable[[argparse.Namespace], int] = options.action
     outcome = 0
 
@@ -47,9 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or outcome
 
 
+def command() -> NoReturn:
+    """The command `planrt` of a terminal."""
+    leave(main())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="planrt", description="Look into plans, and decide which may run on your data.")
+    parser = Parser(
+        prog="planrt", description="Serve workers, look into plans, and decide which may run on your data."
+    )
+    parser.add_argument("--version", action="version", version=f"planrt {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, help in (  # handed on before this parser sees them: for --help
+        ("serve", "serve one worker (planrt serve --help)"),
+        ("run", "train the MNIST network on workers (planrt run --help)"),
+    ):
+        commands.add_parser(name, help=help, description=help)
 
     inspect = _command(commands, "inspect", _inspect, "say what a plan does, and whether it keeps a policy")
     inspect.add_argument(
@@ -162,19 +188,44 @@ def _deny(options: argparse.Namespace) -> int:
 
 
 def _pending(options: argparse.Namespace) -> int:
-    waiting = _record(options).pending()
+    record = _record(options)
+    waiting = record.pending()
     if options.json:
         rows = [
-            {"plan": one.plan, "file": str(one.path), "bytes": one.size, "since": one.since}
+            {
+                "plan": one.plan, "file": str(one.path), "bytes": one.size, "since": one.since,
+                "asked": [asdict(asking) for asking in record.askings(one.plan)],
+            }
             for one in waiting
-        ]
+        ]  # fmt: skip
         print(json.dumps(rows, indent=1))
-    elif not waiting:
-        print("no plan waits")
+        return 0
+    for one in waiting:
+        print(f"{one.plan}  {one.since}  {one.size:,} bytes")
+        for line in _asked(record.askings(one.plan)):
+            print(f"  {line}")
+        print(f"  planrt inspect {one.path}")
+    if waiting:
+        print("Names and purposes are what the askers say; users are proved by their tokens.")
     else:
-        for one in waiting:
-            print(f"{one.plan}  {one.since}  {one.size:,} bytes\n  planrt inspect {one.path}")
+        print("no plan waits")
     return 0
+
+
+def _asked(askings: Sequence[Asking]) -> list[str]:
+    """What is said of a plan, a line each: names and inputs once, then who asks."""
+    lines = []
+    for name, inputs in dict.fromkeys((one.name, one.inputs) for one in askings):
+        takes = ", ".join(shown(text, 40) for text in inputs)
+        lines.append(f"called {shown(name, 80) or '(no name)'}({takes})")
+    asked: dict[tuple[str, str], dict[str, None]] = {}
+    for one in askings:
+        asked.setdefault((one.user, one.purpose), {}).update(dict.fromkeys(one.data))
+    for (user, purpose), data in asked.items():
+        who = f"user {shown(user, 80)}" if user else "somebody without a token"
+        on = f", on {', '.join(shown(text, 80) for text in data)}" if data else ""
+        lines.append(f"asked for by {who}{on}" + (f", for: {shown(purpose, 400)}" if purpose else ""))
+    return lines
 
 
 def _decisions(options: argparse.Namespace) -> int:
@@ -184,9 +235,9 @@ def _decisions(options: argparse.Namespace) -> int:
         print(json.dumps({"head": record.head, "decisions": [asdict(one) for one in decisions]}, indent=1))
         return 0
     for one in decisions:
-        policy = f", policy {one.policy}" if one.policy else ""
-        why = f": {one.why}" if one.why else ""
-        print(f"{one.time}  {one.decision:<8}  {one.plan}  by {one.by}{policy}{why}")
+        policy = f", policy {shown(one.policy)}" if one.policy else ""
+        why = f": {shown(one.why)}" if one.why else ""
+        print(f"{shown(one.time)}  {one.decision:<8}  {one.plan}  by {shown(one.by)}{policy}{why}")
     print(f"{len(decisions)} decisions, the record's hash is {record.head}")
     return 0
 
@@ -290,4 +341,4 @@ def _assigned(graph: Graph, option: str, text: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

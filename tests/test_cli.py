@@ -7,9 +7,13 @@ import sys
 import pytest
 import torch
 
+import planrt
 from planrt.cli import main
 from planrt.plans import trace
-from planrt.plans.approvals import Approvals
+from planrt.plans.approvals import MAX_ASKINGS, Approvals, Asking
+from planrt.plans.record import PlanRecord
+from planrt.plans.signature import Parameter, Signature
+from planrt.types import Ref
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::planrt.errors.PlanWarning"
@@ -204,3 +208,116 @@ def test_as_a_module(plan):
     )
     for command in ("inspect", "approve", "deny", "pending", "decisions"):
         assert command in helped.stdout
+
+
+# Who asks, and starting fast
+
+
+def test_pending_says_who_asks_for_what_safely(tmp_path, graph, capsys):
+    record = Approvals(tmp_path / "approvals")
+    record.submit(graph.hash, graph.to_bytes())
+    record.asked(graph.hash, Asking("mean\x1b[2J", ("x", "y\u202e"), "ann", (), "ages\nPlan approved"))
+    record.asked(graph.hash, Asking("mean\x1b[2J", ("x", "y\u202e"), "", ("scans",)))
+    assert main(["pending", "--folder", str(record.folder)]) == 0
+    page = capsys.readouterr().out
+    assert r"called mean\x1b[2J(x, y\u202e)" in page
+    assert r"asked for by user ann, for: ages\x0aPlan approved" in page
+    assert "asked for by somebody without a token, on scans" in page
+    assert "what the askers say" in page
+    assert main(["pending", "--json", "--folder", str(record.folder)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert [one["user"] for one in row["asked"]] == ["ann", ""]
+
+
+def test_askings_are_bounded_and_noted_once(tmp_path, graph):
+    record = Approvals(tmp_path / "approvals")
+    record.asked(graph.hash, Asking("early"))
+    assert record.askings(graph.hash) == []  # nothing waits yet
+    record.submit(graph.hash, graph.to_bytes())
+    for number in range(3 * MAX_ASKINGS):
+        for _ in range(2):
+            record.asked(
+                graph.hash, Asking("x" * 10_000, ("i" * 1000,) * 100, f"user {number}", purpose="p" * 5000)
+            )
+    found = record.askings(graph.hash)
+    assert len(found) == MAX_ASKINGS
+    assert len({one.user for one in found}) == MAX_ASKINGS
+    assert (record.folder / "asked" / f"{graph.hash}.jsonl").stat().st_size < 500_000
+    assert len(Approvals(record.folder).pending()) == 1
+    record.approve(graph.hash)
+    record.asked(graph.hash, Asking("late"))
+    assert record.askings(graph.hash) == found
+
+
+def test_what_somebody_wrote_into_the_askings_is_left_out(tmp_path, graph, capsys):
+    record = Approvals(tmp_path / "approvals")
+    record.submit(graph.hash, graph.to_bytes())
+    lines = [
+        "{",
+        "[1]",
+        '{"name": 3}',
+        '{"name": "a", "inputs": [4], "data": []}',
+        '{"inputs": [], "data": [], "z": 1}',
+    ]
+    (record.folder / "asked" / f"{graph.hash}.jsonl").write_text("\n".join(lines))
+    assert record.askings(graph.hash) == []
+    assert main(["pending", "--folder", str(record.folder)]) == 0
+
+
+def test_inspect_shows_names_safely(tmp_path, capsys):
+    made = trace(lambda x: x.sum(), [torch.rand(3)], name="sum\u202e\x1b[2J")
+    path = tmp_path / "sum.plan"
+    signature = Signature((Parameter("x", "positional", False),), {"x": Ref(0)})
+    path.write_bytes(PlanRecord(made.name, made.doc, signature, made, made).to_bytes())
+    assert main(["inspect", str(path)]) == 0
+    page = capsys.readouterr().out
+    assert r"Plan sum\u202e" in page
+    assert "author's" in page
+    assert "\x1b" not in page
+
+
+def test_inspect_takes_sizes_by_name(tmp_path, capsys):
+    plan = planrt.func2plan(args_shape=[(-1, 30)])(lambda data: data.mean(0))
+    path = tmp_path / "mean.plan"
+    plan.save(path)
+    assert main(["inspect", str(path), "--input", "data=32x30", "--tag", "data=#patients"]) == 0
+    assert "data: aggregated over 32 rows" in capsys.readouterr().out
+
+
+COMMANDS = [["--version"], ["pending"], ["decisions"]]
+
+
+def test_what_needs_no_torch_starts_without_it(folder, graph):
+    for words in COMMANDS:
+        given = [graph.hash if word == "HASH" else word for word in words]
+        given += ["--folder", folder] if words != ["--version"] else []
+        code = (
+            "import sys, planrt.cli\n"
+            "try:\n    code = planrt.cli.main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+            "assert not code\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+def test_version_serve_and_run_are_commands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"planrt {planrt.__version__}\n"
+    for words, message in (
+        (["serve", "--id", "a", "--port", "x"], "planrt serve: error: argument --port"),
+        (["run", "--rounds", "0"], "planrt run: error: argument --rounds"),
+        (["serve"], "planrt serve: error: the following arguments are required: --id"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    assert main(["serve", "--id", "bob", "--empty", "--testing"]) == 2
+    assert "worker bob: error: --empty serves no data set" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = capsys.readouterr().out
+    assert "serve one worker" in listed
+    assert "pending" in listed

@@ -21,6 +21,7 @@ from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.loop import on_loop, run
 from planrt.workers.pointers import new_id
+from planrt.workers.remote_plans import purpose_text
 
 Loss = Callable[..., torch.Tensor]
 """(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and ``target``."""
@@ -72,6 +73,7 @@ class TrainConfig:
     The model is followed: after a layer was frozen or added, the next round trains it as it is then. The plans are
     traced on `example`, a (data, target) batch, or else on zeros of the shapes that the worker announces for its data
     set; `plans` are used as they are. `id` and `owner` are what scripts of the 0.2 era give, for show.
+    `purpose` says what the training is for, to owners who have to approve its plans.
 
     Raises:
         OptionError: a number out of range, an unknown optimizer, or arguments it does not accept.
@@ -95,6 +97,7 @@ class TrainConfig:
         plans: ModelPlans | None = None,
         id: int | str | None = None,
         owner: object = None,
+        purpose: str = "",
     ) -> None:
         if not isinstance(model, nn.Module | None):
             raise OptionError(_no_module(model))
@@ -116,6 +119,7 @@ class TrainConfig:
         )
         self.id = new_id() if id is None else id
         self._owner = owner
+        self.purpose = purpose_text(purpose)
         self.model_ptr: ModelPointer | None = None
         """The model on the worker that this was last sent to."""
         self.loss_fn_ptr: LossPointer | None = None
@@ -254,7 +258,7 @@ class TrainConfig:
         """
         plans = plans or self._plans_for(worker, dataset_key)
         plan = plans.training
-        await worker.put_plan(plan)
+        await worker.put_plan(plan, purpose=self.purpose)
         body = m.Fit(
             plan=plan.hash,
             dataset=dataset_key,
@@ -283,7 +287,7 @@ class TrainConfig:
         """One request and one reply: `state` there, the figures back."""
         plans = self._plans_for(worker, dataset_key)
         plan = plans.evaluation
-        await worker.put_plan(plan)
+        await worker.put_plan(plan, purpose=self.purpose)
         body = m.Evaluate(
             plan.hash,
             dataset_key,

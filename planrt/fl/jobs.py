@@ -48,6 +48,7 @@ class SentJob:
         self._loss_fn = config.loss_fn
         self._batch_size = config.batch_size
         self._options = config.fit_options()
+        self._purpose = config.purpose
         self._fingerprint = None if self._model is None else fingerprint(self._model, self._loss_fn)
         self._plans: ModelPlans | None = (
             config.plans if config.is_traced and config.model is not None else None
@@ -108,7 +109,7 @@ class SentJob:
         from planrt.fl.config import FitResult
 
         plans = await self._ready(worker, dataset_key)
-        await worker.put_plan(plans.training)
+        await worker.put_plan(plans.training, purpose=self._purpose)
         body = m.Fit(
             plan=plans.training.hash,
             dataset=dataset_key,
@@ -144,7 +145,7 @@ class SentJob:
         if return_histograms and max(bins, nr_bins) < 1:
             raise OptionError("return_histograms needs the number of classes: nr_bins=10")
         counted = max(bins, nr_bins) if return_histograms or bins else 0
-        await worker.put_plan(plans.evaluation)
+        await worker.put_plan(plans.evaluation, purpose=self._purpose)
 
         async def figures(classes: int) -> EvaluationResult:
             body = m.Evaluate(

@@ -1,8 +1,8 @@
-"""The main job: ``python -m planrt.fl.mnist_async --rounds 40`` trains the MNIST network on workers.
+"""The main job: ``planrt run --rounds 40`` trains the MNIST network on workers.
 
-Three workers train on digits 0-3, 4-6 and 7-9, their models are averaged every round, and a fourth, called
-testing, evaluates. Workers that already run are used (`--worker`, or ports 8777-8780); otherwise four
-processes are started and stopped again. Exit codes: see `planrt.fl.command`.
+``python -m planrt.fl.mnist_async`` is the same command. Three workers train on digits 0-3, 4-6 and 7-9, their models
+are averaged every round, and a fourth, called testing, evaluates. Workers that already run are used (`--worker`, or
+ports 8777-8780); otherwise four processes are started and stopped again. Exit codes: see `planrt.fl.command`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ LR_FLOOR = 0.01  # of the initial learning rate
 DIGIT_GROUPS = ((0, 3), (4, 6), (7, 9))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    options = parser().parse_args(arguments)
-    return run_command("mnist_async", lambda: run(options), verbose=options.verbose)
+def main(arguments: Sequence[str] | None = None, *, prog: str = "mnist_async") -> int:
+    """Runs the command; returns its exit code. `prog` is what it was called by."""
+    options = parser(prog).parse_args(arguments)
+    return run_command(prog, lambda: run(options), verbose=options.verbose)
 
 
-def parser() -> Parser:
+def parser(prog: str = "mnist_async") -> Parser:
     """The command's options."""
-    parser = Parser(prog="mnist_async", description="Train the MNIST network on federated workers.")
+    parser = Parser(prog=prog, description="Train the MNIST network on federated workers.")
     count = whole_number(at_least=1)
     seed = whole_number(at_least=0)
     add = parser.add_argument

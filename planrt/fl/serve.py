@@ -1,4 +1,4 @@
-"""One worker by hand: ``python -m planrt.fl.serve --id alice --port 8777``.
+"""One worker by hand: ``planrt serve --id alice --port 8777``, or ``python -m planrt.fl.serve ...``.
 
 Serves a partition of MNIST (or the digits), the test images, or the owner's own data set, until Ctrl-C or
 SIGTERM, which end it with exit code 0. Options and data are checked before torch is imported, so that
@@ -43,9 +43,9 @@ class Served:
     notice: str = ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, *, prog: str = "planrt.fl.serve") -> int:
+    """Runs the command; returns its exit code. `prog` is what it was called by."""
+    options = parser(prog).parse_args(arguments)
     status = _supervised_status() if options.supervised else None
     return run_command(f"worker {options.id}", lambda: serve(options, status), verbose=options.verbose)
 
@@ -120,8 +120,9 @@ def describe(worker_id: str, key: str, description: str, items: int, digits: dic
     return "\n".join(lines)
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="planrt.fl.serve", description="Serve one worker's data over a websocket.")
+def parser(prog: str) -> Parser:
+    """The command's options."""
+    parser = Parser(prog=prog, description="Serve one worker's data over a websocket.")
     port = whole_number(at_least=0, at_most=65535)
     add = parser.add_argument
     add("--id", required=True, help="the worker's name; alice, bob and charlie have their partitions")

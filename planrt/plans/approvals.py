@@ -4,6 +4,7 @@
       decisions.jsonl     one decision a line, each with the SHA-256 of the line before
       pending/HASH.plan   plans that clients asked for and nobody has decided yet
       decided/HASH.plan   the same after a decision, to look at later
+      asked/HASH.jsonl    who asked for the plan, on which data, and what for: an `Asking` a line
 
 A line is a JSON object with the keys of `Decision` and ``previous``: 64 hex digits, the SHA-256 of the line before
 without its newline, zeros for the first. So a line that was changed, removed or put in between later shows, and is an
@@ -24,7 +25,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -42,6 +43,8 @@ MIN_PREFIX: Final = 8
 """Fewest digits by which a plan may be named."""
 MAX_TEXT: Final = 1000
 """Longest reason or name, in characters."""
+MAX_ASKINGS: Final = 20
+"""Most different askings that are kept of a plan; later ones are not."""
 
 _FIRST = "0" * 64
 
@@ -75,6 +78,23 @@ class Pending:
     since: str
 
 
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What is known of somebody who asked for a plan. `time` is ISO 8601 in UTC.
+
+    `user` was proved by a token, and is ``""`` for a client that showed none; `data` (keys of data sets, or tags of
+    private tensors) is what the worker was asked to run it on. The rest is what the asker says: the plan's name, those
+    of its inputs, and the purpose.
+    """
+
+    name: str = ""
+    inputs: tuple[str, ...] = ()
+    user: str = ""
+    data: tuple[str, ...] = ()
+    purpose: str = ""
+    time: str = ""
+
+
 class Approvals:
     """The decisions in `folder`, which is made if it is not there.
 
@@ -96,6 +116,7 @@ class Approvals:
         self.max_pending_bytes = max_pending_bytes
         self._file = self.folder / "decisions.jsonl"
         self._waiting = self.folder / "pending"
+        self._asked = self.folder / "asked"
         self._seen: tuple[int, int, int] | None = None
         self._decisions: list[Decision] = []
         self._latest: dict[str, Decision] = {}
@@ -103,6 +124,7 @@ class Approvals:
         try:
             self._waiting.mkdir(parents=True, exist_ok=True)
             (self.folder / "decided").mkdir(exist_ok=True)
+            self._asked.mkdir(exist_ok=True)
         except OSError as error:
             raise ApprovalError(f"{self.folder} cannot hold decisions: {error.strerror or error}") from None
         self._refresh()
@@ -142,6 +164,14 @@ class Approvals:
                 about = path.stat()
                 found.append((about.st_mtime_ns, Pending(plan, path, about.st_size, _iso(about.st_mtime))))
         return [one for _, one in sorted(found, key=lambda pair: (pair[0], pair[1].plan))]
+
+    def askings(self, plan: str) -> list[Asking]:
+        """Who asked for a plan, the first one first. What cannot be read is left out: nothing depends on it."""
+        try:
+            lines = (self._asked / f"{plan}.jsonl").read_bytes().splitlines()
+        except OSError:
+            return []
+        return [found for line in lines[:MAX_ASKINGS] if (found := _asking(line)) is not None]
 
     def resolve(self, prefix: str) -> str:
         """The hash that begins with `prefix`, among the plans that wait and those decided. A whole hash is itself.
@@ -199,6 +229,26 @@ class Approvals:
                 os.unlink(name)
                 raise
         return Status("pending")
+
+    def asked(self, plan: str, asking: Asking) -> None:
+        """Note who asks for a plan that waits. Texts are cut; the same is noted once, and `MAX_ASKINGS` in all.
+
+        Raises:
+            ApprovalError: it cannot be written.
+        """
+        if self.status(plan).status != "pending":
+            return
+        cut = _cut(asking)
+        try:
+            with self._locked():
+                before = self.askings(plan)
+                if len(before) >= MAX_ASKINGS or any(_same(cut, one) for one in before):
+                    return
+                line = json.dumps(asdict(replace(cut, time=_iso()))) + "\n"
+                with open(self._asked / f"{plan}.jsonl", "a", encoding="utf-8") as file:
+                    file.write(line)
+        except OSError as error:
+            raise ApprovalError(f"{self._asked}: {error.strerror or error}") from None
 
     def approve(self, plan: str, *, by: str | None = None, why: str = "", policy: str = "") -> Decision:
         """Record that the plan (its hash, or enough of it) may run; a later decision about it counts.
@@ -317,6 +367,38 @@ def _decision(values: dict[str, Any], where: str) -> Decision:
     if not _is_hash(values["plan"]) or values["decision"] not in ("approved", "denied"):
         raise ApprovalError(f"{where}: not a decision about a plan")
     return Decision(**values)
+
+
+def _cut(asking: Asking) -> Asking:
+    """An asking of bounded size, in characters that can be written."""
+
+    def text(value: str, longest: int = 200) -> str:
+        return value.encode(errors="backslashreplace").decode()[:longest]
+
+    return Asking(
+        text(asking.name),
+        tuple(text(one) for one in asking.inputs[:32]),
+        text(asking.user),
+        tuple(text(one) for one in asking.data[:32]),
+        text(asking.purpose, MAX_TEXT),
+    )
+
+
+def _same(one: Asking, other: Asking) -> bool:
+    """Whether `other` says all that `one` does."""
+    return replace(one, time="", data=()) == replace(other, time="", data=()) and set(one.data) <= set(
+        other.data
+    )
+
+
+def _asking(line: bytes) -> Asking | None:
+    try:
+        values = json.loads(line)
+        made = Asking(**{**values, "inputs": tuple(values["inputs"]), "data": tuple(values["data"])})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    texts = [made.name, made.user, made.purpose, made.time, *made.inputs, *made.data]
+    return made if all(isinstance(text, str) for text in texts) else None
 
 
 def _is_hash(text: str) -> bool:

@@ -348,7 +348,7 @@ class Plan(torch.nn.Module):
         """Sends the plan with its state to workers; gives a pointer to call there, or one that stands for several.
 
         What a worker has already is not sent again. `private` and `allowed_users` are as for tensors: who may
-        get the state back.
+        get the state back. `purpose` says what the plan is for, to an owner who has to approve it.
 
         Raises:
             PlanError: not built yet. WorkerLostError: a worker's connection has ended.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from planrt.errors import PolicyError
 from planrt.plans.graph import Graph
+from planrt.shown import shown
 from planrt.types import TensorSpec
 
 How = Literal["raw", "aggregated", "used"]
@@ -276,6 +277,10 @@ def _page(report: Report) -> list[str]:
     lines = [f"Plan {graph.name}  {graph.hash}"]
     if graph.doc:
         lines.append(f"  {graph.doc.splitlines()[0]}")
+    if graph.name or graph.doc or graph.input_names:
+        lines.append(
+            "  (Names and words are its author's, and may say anything; the hash, ops and sizes are what runs.)"
+        )
     lines += _verdict(report)
     lines += ["", "Takes"]
     for index, spec in enumerate(report.inputs):
@@ -307,7 +312,7 @@ def _page(report: Report) -> list[str]:
     if report.unknown_kernels:
         names = ", ".join(name.strip("_") for name in report.unknown_kernels)
         lines.append(f"  rows are not followed through: {names}")
-    return [*lines, "", *_op_lines(report)]
+    return [*[shown(line) for line in lines], "", *_op_lines(report)]
 
 
 def _verdict(report: Report) -> list[str]:
@@ -336,8 +341,8 @@ def _value_lines(value: ValueReport) -> list[str]:
     lines += [f"      {one}" for one in followed]
     if used:
         names = [one.name for one in used]
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"      uses {shown}")
+        rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        lines.append(f"      uses {', '.join(names[:4])}{rest}")
     if not value.depends and value.spec is not None:
         lines.append("      depends on no input and no state")
     if value.ops:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from planrt.serde.values import DEVICE
+from planrt.shown import shown
 from planrt.types import Nested, Ref
 
 if TYPE_CHECKING:
@@ -137,17 +138,10 @@ def code_lines(graph: Graph) -> Iterator[str]:
 def graph_text(graph: Graph) -> str:
     """The whole plan as text; see the module's docstring."""
     lines = [f"plan {show_name(graph.name)} sha256:{graph.hash}"]
-    lines += [f"  # {_comment(line)}".rstrip() for line in graph.doc.split("\n") if graph.doc]
+    lines += [f"  # {shown(line)}".rstrip() for line in graph.doc.split("\n") if graph.doc]
     for index, spec in enumerate(graph.inputs):
         name = graph.input_names[index] if index < len(graph.input_names) else None
         lines.append(f"  {input_line(index, name, spec)}")
     for index, entry in enumerate(graph.state, start=len(graph.inputs)):
         lines.append(f"  {state_line(index, entry)}")
     return "\n".join([*lines, *(f"  {line}" for line in code_lines(graph))])
-
-
-def _comment(line: str) -> str:
-    """A line of a docstring: printable characters as they are, anything else escaped."""
-    return "".join(
-        "\\\\" if char == "\\" else char if char.isprintable() else ascii(char)[1:-1] for char in line
-    )

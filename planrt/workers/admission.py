@@ -60,6 +60,7 @@ def admit(
             others = True
         else:
             tags[place] = source
+    gate.asked(graph, session.user, sorted({one for names in tags.values() for one in names}))
     gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags)
     released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
     if released:

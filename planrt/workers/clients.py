@@ -115,16 +115,18 @@ class BaseWorker(Contents, KnowsWorkers):
         return run(self.async_approval(plan), instead="await worker.async_approval(plan)")
 
     async def async_wait_for_approval(
-        self, plan: Plan, *, timeout: float | None = None, every: float = 1.0
+        self, plan: Plan, *, timeout: float | None = None, every: float = 1.0, purpose: str = ""
     ) -> Status:
         """Sends the plan to be looked at, and waits until its owner has decided: (status, why).
+
+        The owner reads `purpose`, what it is for, next to it.
 
         Asks `every` so many seconds; after `timeout` seconds it gives "pending" back.
 
         Raises:
             PlanError: the plan is not built. WorkerLostError.
         """
-        pointer = await self.async_send_plan(plan)
+        pointer = await self.async_send_plan(plan, purpose=purpose)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (status := await self.async_approval(plan)).status == "pending":
             left = deadline - time.monotonic()
@@ -134,9 +136,11 @@ class BaseWorker(Contents, KnowsWorkers):
         del pointer  # it was to keep the plan there meanwhile
         return status
 
-    def wait_for_approval(self, plan: Plan, *, timeout: float | None = None, every: float = 1.0) -> Status:
+    def wait_for_approval(
+        self, plan: Plan, *, timeout: float | None = None, every: float = 1.0, purpose: str = ""
+    ) -> Status:
         """The blocking form of `async_wait_for_approval`."""
-        waiting = self.async_wait_for_approval(plan, timeout=timeout, every=every)
+        waiting = self.async_wait_for_approval(plan, timeout=timeout, every=every, purpose=purpose)
         return run(waiting, instead="await worker.async_wait_for_approval(plan)")
 
     def leave_job(self, job: TrainJob) -> None:
@@ -175,13 +179,13 @@ class BaseWorker(Contents, KnowsWorkers):
                 error.found_at(plan.place(error.index))
             raise
 
-    async def put_plan(self, plan: Graph) -> None:
-        """Sends `plan` unless this connection has sent it before; runs on planrt's loop."""
-        if plan.hash in self._plans:
+    async def put_plan(self, plan: Graph, *, purpose: str = "") -> None:
+        """Sends `plan`, and what it is for, unless this connection has sent it before; runs on planrt's loop."""
+        if plan.hash in self._plans and (not purpose or f"{plan.hash} {purpose}" in self._plans):
             return
         data = torch.frombuffer(bytearray(with_names(plan)), dtype=torch.uint8)
-        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash), [data]), self)
-        self._plans.add(plan.hash)
+        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash, purpose), [data]), self)
+        self._plans |= {plan.hash, f"{plan.hash} {purpose}"}
 
     async def async_run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.

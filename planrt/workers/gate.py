@@ -11,6 +11,7 @@ runs none of them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from typing import Final
 
 from planrt.errors import ApprovalError, LocalError, OptionError, PolicyError
 from planrt.plans import ops
-from planrt.plans.approvals import Approvals, Status
+from planrt.plans.approvals import Approvals, Asking, Status
 from planrt.plans.graph import Graph, Op
 from planrt.plans.policy import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.report import Report, Unforeseen
@@ -65,6 +66,15 @@ class Gate:
         for graph in graphs:
             if graph.hash not in self.policy.approved:
                 self._approvals.submit(graph.hash, data)
+
+    def asked(self, graph: Graph, user: str | None, data: Iterable[str] = (), purpose: str = "") -> None:
+        """Tells the owner who asks for a plan that waits, for which data sets or tags of data, and what they say it is
+        for.
+        """
+        if self.policy.approval == "ask" and self._approvals is not None:
+            asking = Asking(graph.name, graph.input_names, user or "", tuple(data), purpose)
+            with contextlib.suppress(ApprovalError):  # it is for the owner to read, and decides nothing
+                self._approvals.asked(graph.hash, asking)
 
     def standing(self, plan: str) -> Status:
         """How it stands with the plan of that hash: approved, denied, pending or unknown, and the owner's words."""

@@ -29,6 +29,7 @@ ObjectId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """The number of an object on a worker, chosen at random by whoever makes it."""
 Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=64)]
 Users = Annotated[list[Id], Meta(max_length=1000)]
+Purpose = Annotated[str, Meta(max_length=1000)]
 Token = Annotated[str, Meta(max_length=200)]
 
 
@@ -125,11 +126,13 @@ class Hello(Message, frozen=True, tag="hello"):
     """What tells the worker which user this is; without one the session is nobody's."""
 
 
-class PutPlan(Message, frozen=True, tag="put_plan"):
+class PutPlan(Message, frozen=True, tag="put_plan", omit_defaults=True):
     """Hands over a plan. One uint8 tensor: its canonical bytes, or a record of it alone, which has names for its owner
     to read. Answered by Done."""
 
     plan: Hash
+    purpose: Purpose = ""
+    """What it is for, in the asker's words, for the worker's owner to read; left out where there are none."""
 
 
 class RunPlan(Message, frozen=True, tag="run_plan"):
@@ -202,7 +205,7 @@ class AskApproval(Message, frozen=True, tag="ask_approval"):
     plan: Hash
 
 
-class StorePlan(Message, frozen=True, tag="store_plan"):
+class StorePlan(Message, frozen=True, tag="store_plan", omit_defaults=True):
     """Stores a plan as an object. Tensors: its record as bytes (uint8), then its state, in the plan's order.
 
     Answered by Done if numbered.
@@ -217,6 +220,8 @@ class StorePlan(Message, frozen=True, tag="store_plan"):
     """As of a `PutItem`."""
     handover: Token = ""
     """As of a `Put`."""
+    purpose: Purpose = ""
+    """As of a `PutPlan`."""
 
 
 class ReadPlan(Message, frozen=True, tag="read_plan"):

@@ -89,6 +89,8 @@ class KeptObjects:
         record = plan_objects.record_of(tensors[0])
         if self.gate is not None:
             self.gate.arrived(record.graphs, record.to_bytes())
+            for graph in record.graphs:
+                self.gate.asked(graph, session.user, purpose=body.purpose)
         state = [self._own(tensor, alone=False) for tensor in tensors[1:]]
         plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
         label = None if body.allowed is None else frozenset(body.allowed)

@@ -12,7 +12,7 @@ import torch
 from planrt.errors import LocalError, OptionError, PlanFormatError
 from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord, state_hash
-from planrt.types import as_whole
+from planrt.types import as_text, as_whole
 from planrt.workers import messages as m
 from planrt.workers.loop import on_loop, run
 from planrt.workers.moving import MovingObjects, check_worker
@@ -32,14 +32,21 @@ class RemotePlans(MovingObjects):
         self._sent: weakref.WeakValueDictionary[tuple[Any, ...], Handle] = weakref.WeakValueDictionary()
 
     def send_plan(
-        self, plan: Plan, *, private: bool = False, allowed_users: Sequence[str] | None = None
+        self,
+        plan: Plan,
+        *,
+        private: bool = False,
+        allowed_users: Sequence[str] | None = None,
+        purpose: str = "",
     ) -> PointerPlan:
         """Sends a plan with its state; gives a pointer, at once. What is there already is not sent again.
+
+        `purpose` says what the plan is for, to an owner who has to approve it.
 
         Raises:
             PlanError: not built yet. WorkerLostError: the connection has ended.
         """
-        state, key = plan.state_tensors(), self._key(plan, private, allowed_users)
+        state, key = plan.state_tensors(), self._key(plan, private, allowed_users, purpose)
         if (known := self._known(plan, key)) is not None:
             return known
         handle, body, payload = self._message(plan, state, key)
@@ -50,10 +57,15 @@ class RemotePlans(MovingObjects):
         return self._pointer(plan, handle, key)
 
     async def async_send_plan(
-        self, plan: Plan, *, private: bool = False, allowed_users: Sequence[str] | None = None
+        self,
+        plan: Plan,
+        *,
+        private: bool = False,
+        allowed_users: Sequence[str] | None = None,
+        purpose: str = "",
     ) -> PointerPlan:
         """`send_plan`, to be awaited on any loop."""
-        key = await asyncio.to_thread(self._key, plan, private, allowed_users)
+        key = await asyncio.to_thread(self._key, plan, private, allowed_users, purpose)
         if (known := self._known(plan, key)) is not None:
             return known
         handle, body, payload = self._message(plan, plan.state_tensors(), key)
@@ -64,15 +76,15 @@ class RemotePlans(MovingObjects):
     async def _send_async(self, body: m.StorePlan, payload: Sequence[torch.Tensor]) -> None:
         await self._connection.send(body, payload)
 
-    def _key(self, plan: Plan, private: bool, users: Sequence[str] | None) -> tuple[Any, ...]:
-        """What makes two plans the same on a worker: ops, names, state, and who may get it."""
+    def _key(self, plan: Plan, private: bool, users: Sequence[str] | None, purpose: str) -> tuple[Any, ...]:
+        """What makes two plans the same on a worker: ops, names, state, who may get it, and what it is for."""
         state = plan.state_tensors()
         for tensor in state:
             check_travels(tensor)
         allowed = allowed_users(private, users)
         return (
             plan.record.hash, state_hash(state), None if allowed is None else tuple(sorted(allowed)), plan._tags,
-            plan.description,
+            plan.description, purpose_text(purpose),
         )  # fmt: skip
 
     def _known(self, plan: Plan, key: tuple[Any, ...]) -> PointerPlan | None:
@@ -91,7 +103,9 @@ class RemotePlans(MovingObjects):
             self.ids.leave(handle.id)
         self._sent[key] = handle
         allowed = None if key[2] is None else list(key[2])
-        body = m.StorePlan(handle.id, plan.training, list(plan._tags), plan.description, allowed)
+        body = m.StorePlan(
+            handle.id, plan.training, list(plan._tags), plan.description, allowed, purpose=key[5]
+        )
         return handle, body, [_as_tensor(plan.record), *(tensor.detach() for tensor in state)]
 
     @staticmethod
@@ -209,3 +223,15 @@ class RemotePlans(MovingObjects):
 
 def _as_tensor(record: PlanRecord) -> torch.Tensor:
     return torch.frombuffer(bytearray(record.to_bytes()), dtype=torch.uint8)
+
+
+def purpose_text(given: object) -> str:
+    """What a plan is for, as a text that travels.
+
+    Raises:
+        OptionError: it is no string, or longer than 1,000 characters.
+    """
+    text = as_text(given, "purpose")
+    if len(text) > 1000:
+        raise OptionError(f"purpose is a sentence or two, of at most 1,000 characters, not {len(text):,}")
+    return text

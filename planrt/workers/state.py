@@ -374,7 +374,7 @@ class WorkerState:
             case m.RunPlan():
                 return self._training.run_plan(body, tensors)
             case m.PutPlan():
-                return self._training.put_plan(body, tensors)
+                return self._training.put_plan(session, body, tensors)
             case m.AskApproval():
                 status = Status("approved") if self._gate is None else self._gate.standing(body.plan)
                 return m.Approval(status.status, status.why), ()

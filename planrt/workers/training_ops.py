@@ -101,7 +101,7 @@ class TrainingOps:
         """key -> what clients are told about the data set."""
         return {key: dataset.info for key, dataset in self._datasets.items()}
 
-    def put_plan(self, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
+    def put_plan(self, session: Session, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
         """Keeps a plan that a client sends."""
         if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
             raise PlanError("a plan travels as one uint8 tensor: its canonical bytes, or a record of it")
@@ -111,6 +111,7 @@ class TrainingOps:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         if self._gate is not None:
             self._gate.arrived([plan], data)
+            self._gate.asked(plan, session.user, purpose=body.purpose)
         self._plans[plan.hash] = plan
         self._plans.move_to_end(plan.hash)
         while len(self._plans) > MAX_PLANS:
@@ -139,6 +140,7 @@ class TrainingOps:
         deadline = math.inf
         source = self._dataset(body.dataset)
         if self._gate is not None:
+            self._gate.asked(plan, session.user, [body.dataset])
             self._admit_training(plan, body, len(source))
             deadline = self._gate.deadline()
         state = self._state(session, body, tensors)
@@ -207,6 +209,7 @@ class TrainingOps:
         plan = self._plan(body.plan)
         source, deadline = self._dataset(body.dataset), math.inf
         if self._gate is not None:
+            self._gate.asked(plan, session.user, [body.dataset])
             smallest = smallest_batch(len(source), body.batch_size)
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags

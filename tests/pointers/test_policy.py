@@ -430,3 +430,42 @@ def test_what_a_client_may_read_needs_no_release(hospital):
     values, owner = put_patients(connect)
     (x,) = owner.search("#patients")
     assert torch.equal(doubled.send(owner)(x).get(), values * 2)
+
+
+def test_the_owner_reads_who_asks_on_which_data_and_what_for(hospital, tmp_path, capsys):
+    from planrt.cli import main
+
+    approvals = Approvals(tmp_path / "approvals")
+    dataset = BaseDataset(torch.randn(40, 3), torch.arange(40) % 2)
+    connect = hospital(Policy(approval="ask"), approvals=approvals, datasets={"scans": dataset})
+    known, nobody = connect(OWNER), connect()
+
+    plan = planrt.func2plan(args_shape=[(-1, 3)])(lambda table: table.mean(0))
+    pointer = plan.send(known, purpose="mean age, for the annual report")
+    assert known.approval(plan).status == "pending"
+    config = TrainConfig(nn.Linear(3, 2), F.cross_entropy, purpose="who comes back?")
+    config.send(nobody)
+    with pytest.raises(NotApprovedError):
+        nobody.fit("scans")
+
+    assert main(["pending", "--folder", str(approvals.folder)]) == 0
+    page = capsys.readouterr().out
+    assert "(table)" in page
+    assert "asked for by user owner, for: mean age, for the annual report" in page
+    assert "asked for by somebody without a token, for: who comes back?" in page
+    assert "asked for by somebody without a token, on scans" in page
+    del pointer
+
+
+@pytest.mark.parametrize("purpose", [3, "x" * 1001])
+def test_a_purpose_that_does_not_travel_is_refused_here(hospital, tmp_path, purpose):
+    plan = planrt.func2plan(args_shape=[(2,)])(lambda x: x + 1)
+    worker = hospital(Policy(approval="open"))()
+    for wrong in (
+        lambda: plan.send(worker, purpose=purpose),
+        lambda: TrainConfig(nn.Linear(3, 2), F.cross_entropy, purpose=purpose),
+        lambda: worker.wait_for_approval(plan, purpose=purpose),
+    ):
+        with pytest.raises(OptionError, match="purpose"):
+            wrong()
+    assert plan.send(worker)(torch.ones(2).send(worker)).get().tolist() == [2.0, 2.0]
