@@ -254,9 +254,11 @@ def _record(options: argparse.Namespace) -> Approvals:
 
 
 def _policy_version(options: argparse.Namespace) -> str:
-    from planrt.plans.policy import Policy
+    if not options.policy:
+        return ""
+    from planrt.plans.policy import Policy  # needs torch
 
-    return Policy.from_file(options.policy).version if options.policy else ""
+    return Policy.from_file(options.policy).version
 
 
 def _plan_file(options: argparse.Namespace) -> Path:

@@ -284,7 +284,7 @@ def test_inspect_takes_sizes_by_name(tmp_path, capsys):
     assert "data: aggregated over 32 rows" in capsys.readouterr().out
 
 
-COMMANDS = [["--version"], ["pending"], ["decisions"]]
+COMMANDS = [["--version"], ["pending"], ["approve", "HASH", "--why", "fine"], ["decisions"]]
 
 
 def test_what_needs_no_torch_starts_without_it(folder, graph):
