@@ -1,5 +1,6 @@
 # make run    the main job: a federated run over four websocket workers (all set-up included)
 # make test   the whole test suite and the static checks
+# make check  the static checks and a part of the suite, in about two minutes: for daily use
 # make bench  the speed claims, measured
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +9,21 @@ ROUNDS ?= 40
 # Two processes, each with whole files: tests of one file may share ports.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: run test bench lint clean
+.PHONY: run test check bench lint clean
+
+# What breaks first: the table of ops, recording, the border of states, rounds and pointers on both transports.
+CHECKED := tests/test_architecture.py tests/serde tests/plans/test_graph.py tests/plans/test_guards.py \
+	tests/plans/test_tracer.py tests/workers/test_state.py tests/workers/test_behaviour.py \
+	tests/pointers/test_names.py tests/fl/test_errors.py tests/fl/test_readme.py
 
 run: $(VENV)/.installed
 	$(BIN)/python -m planrt.fl.mnist_async --rounds $(ROUNDS) $(ARGS)
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+check: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest $(PARALLEL) $(CHECKED) $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
