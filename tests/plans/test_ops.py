@@ -181,7 +181,12 @@ def is_reviewed(name, function):
 
 def test_every_function_that_torch_lists_has_been_reviewed():
     listed = torchs_own_list()
-    assert overridable() <= {*listed.values()}, "torch lists functions of a home that HOMES lacks"
+    given = {
+        value.__get__
+        for name, value in vars(torch.Tensor).items()
+        if name.startswith("native_") and isinstance(value, property)
+    }  # names of 0.2, by planrt's hook
+    assert overridable() - given <= {*listed.values()}, "torch lists functions of a home that HOMES lacks"
     unreviewed = sorted(name for name, function in listed.items() if not is_reviewed(name, function))
     assert not unreviewed, (
         f"torch {torch.__version__} has functions that nobody has reviewed: {' '.join(unreviewed)}. Put each into the "
