@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from planrt.errors import RemoteError
-from planrt.fl.serve import parser
+from planrt.fl.serve import parser as serve_parser
 from planrt.torch_hook import TorchHook
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.determinism import deterministic_kernels, explained, wanted
@@ -106,8 +106,8 @@ def test_the_flag_of_the_commands():
     from planrt.fl.data import DataSource
     from planrt.fl.mnist_async import parser
 
-    assert parser("planrt serve").parse_args(["--id", "alice", "--fast-kernels"]).fast_kernels
-    assert not parser("planrt serve").parse_args(["--id", "alice"]).fast_kernels
+    assert serve_parser("planrt serve").parse_args(["--id", "alice", "--fast-kernels"]).fast_kernels
+    assert not serve_parser("planrt serve").parse_args(["--id", "alice"]).fast_kernels
     assert parser().parse_args(["--fast-kernels"]).fast_kernels
     source = DataSource("digits", None)
     assert all("--fast-kernels" in child.options for child in mnist_children(source, fast_kernels=True))
