@@ -56,3 +56,23 @@ def make_worker(transport):
             return stack.enter_context(WebsocketClientWorker(id, uri=uri))
 
         yield make
+
+
+@pytest.fixture
+def alice(make_worker):
+    return make_worker("alice")
+
+
+@pytest.fixture
+def bob(make_worker):
+    return make_worker("bob")
+
+
+@pytest.fixture
+def charlie(make_worker):
+    return make_worker("charlie")
+
+
+@pytest.fixture
+def james(make_worker):
+    return make_worker("james")

@@ -167,6 +167,7 @@ class RoundScheduler:
         plans = self.config.plans
         names = plans.names
         before = names.by_entry(state)
+        checked = names.named(before)  # once for all workers: tied weights may have to be compared
         large = sum(value.nbytes for value in before.values()) > _LARGE
         leases = _Leases(max(0, self._hold - 1) if large else self._hold)
         average = StreamingAverage()
@@ -176,7 +177,7 @@ class RoundScheduler:
             async with asyncio.TaskGroup() as group:
                 tasks = deque(
                     group.create_task(
-                        self._fit(worker, plans, round_number, state, lr, leases.lease(first=index == 0))
+                        self._fit(worker, plans, round_number, checked, lr, leases.lease(first=index == 0))
                     )
                     for index, worker in enumerate(self.workers)
                 )

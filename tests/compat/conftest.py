@@ -16,20 +16,5 @@ def hook():
 
 
 @pytest.fixture
-def bob(make_worker):
-    return make_worker("bob")
-
-
-@pytest.fixture
-def alice(make_worker):
-    return make_worker("alice")
-
-
-@pytest.fixture
-def james(make_worker):
-    return make_worker("james")
-
-
-@pytest.fixture
 def me(hook):
     return hook.local_worker

@@ -16,16 +16,6 @@ def hook():
     return planrt.TorchHook(torch)
 
 
-@pytest.fixture
-def bob(make_worker):
-    return make_worker("bob")
-
-
-@pytest.fixture
-def alice(make_worker):
-    return make_worker("alice")
-
-
 OWNER = "the owner's token"
 
 

@@ -16,26 +16,6 @@ def hook():
     return planrt.TorchHook(torch)
 
 
-@pytest.fixture
-def alice(make_worker):
-    return make_worker("alice")
-
-
-@pytest.fixture
-def bob(make_worker):
-    return make_worker("bob")
-
-
-@pytest.fixture
-def charlie(make_worker):
-    return make_worker("charlie")
-
-
-@pytest.fixture
-def james(make_worker):
-    return make_worker("james")
-
-
 def _count(workers) -> list[int]:
     gc.collect()
     return [len(one._objects) if hasattr(one, "_host") else one.objects_count() for one in workers]

@@ -14,16 +14,6 @@ def hook():
 
 
 @pytest.fixture
-def bob(make_worker):
-    return make_worker("bob")
-
-
-@pytest.fixture
-def alice(make_worker):
-    return make_worker("alice")
-
-
-@pytest.fixture
 def four_points():
     """The four points that all the tutorials start with: the class is the first coordinate."""
     data = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]], requires_grad=True)
