@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -20,6 +21,10 @@ from planrt.serde.values import pack, unpack
 _TENSOR: Final = b"\x89ptensor"
 _LENGTH: Final = struct.Struct("<I")
 _WHERE: Final = "the bytes given to deserialize"
+
+_OTHERS: Final = ("planrt.plans.files",)
+"""Modules of later rooms that `register` what they have. They are imported at the first call, since nothing else that a
+program did need have imported them."""
 
 _kinds: list[tuple[type, bytes, Callable[[Any], bytes], Callable[[bytes], Any]]] = []
 
@@ -38,6 +43,7 @@ def serialize(value: Any, **options: Any) -> bytes:
     """
     if options:
         raise OptionError(f"serialize takes no {', '.join(options)}: there is one format")
+    _import_others()
     for kind, _, write, _ in _kinds:
         if isinstance(value, kind):
             return write(value)
@@ -58,10 +64,16 @@ def deserialize(data: bytes, **options: Any) -> Any:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise OptionError(f"deserialize takes the bytes that serialize gave, not {type(data).__name__}")
     whole = bytes(data)
+    _import_others()
     for _, magic, _, read in _kinds:
         if whole.startswith(magic):
             return read(whole)
     raise WireError("these bytes are no plan and no tensor of planrt's serialize", address=_WHERE)
+
+
+def _import_others() -> None:
+    for name in _OTHERS:
+        import_module(name)
 
 
 def _write_tensor(tensor: torch.Tensor) -> bytes:

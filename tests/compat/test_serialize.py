@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 
 import pytest
 import syft as sy
 import torch
 from torch import nn
 
+import planrt
 from planrt.errors import LocalError, OptionError, PlanError, PlanFormatError, PlanrtError
 from planrt.serde.dtypes import DTYPES
 
@@ -118,3 +121,19 @@ def test_a_header_that_lies():
     ):  # fmt: skip
         with pytest.raises(PlanrtError):
             deserialize(made(*parts))
+
+
+@pytest.mark.parametrize("first", ["serialize", "deserialize"])
+def test_a_process_that_did_nothing_else_knows_plans(tmp_path, first):
+    """Nobody imported the format of plans before."""
+    plan = planrt.func2plan(args_shape=[(2,)])(lambda x: x + 1)
+    data = tmp_path / "plan"
+    data.write_bytes(planrt.serde.serialize(plan))
+    code = {
+        "serialize": "plan = planrt.func2plan(args_shape=[(2,)])(lambda x: x + 1); planrt.serde.serialize(plan)",
+        "deserialize": f"planrt.serde.deserialize(open({str(data)!r}, 'rb').read())(torch.ones(2))",
+    }[first]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch, planrt; {code}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
