@@ -13,7 +13,7 @@ from planrt.types import as_whole
 from planrt.workers import messages as m
 from planrt.workers import registry
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import kinds, spec_from_wire
+from planrt.workers.objects import maker_of, spec_from_wire
 from planrt.workers.pointers import Handle, make_pointer, refuse_user
 from planrt.workers.remote_plans import RemotePlans
 
@@ -65,7 +65,7 @@ class Contents(RemotePlans):
     def _listed(self, item: m.ListedItem) -> Any:
         if item.peer is not None:
             return held_pointer(self.id, item.id, item.peer, item.object)
-        if item.kind in ("plan", *kinds):
+        if item.kind == "plan" or maker_of(item.kind) is not None:
             found = m.FoundItem(item.id, None, item.tags, item.description, False, False, item.kind)  # type: ignore[arg-type]
             return self._found(found)
         if item.spec is None:

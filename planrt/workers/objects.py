@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Self
+from importlib import import_module
+from typing import Any, Final, Self
 
 import torch
 
@@ -36,6 +37,16 @@ COPIED_BYTES = 1 << 16
 
 kinds: dict[str, Callable[[Any, m.FoundItem], Any]] = {}
 """Kind of object -> what makes a pointer of one that a search found. Later rooms put theirs here."""
+
+_HOMES: Final = {"protocol": "planrt.protocols.pointer"}
+"""The modules that do: a worker can hold what this process has not imported yet."""
+
+
+def maker_of(kind: str) -> Callable[[Any, m.FoundItem], Any] | None:
+    """What makes a pointer of an object of that kind; None for tensors, plans, and kinds that nobody knows."""
+    if kind in _HOMES:
+        import_module(_HOMES[kind])
+    return kinds.get(kind)
 
 
 def spec_from_wire(wire: m.ObjectSpec) -> Spec:
@@ -364,7 +375,7 @@ class RemoteObjects:
         return [self._found(item) for item in body.objects]
 
     def _found(self, item: m.FoundItem) -> Any:
-        if (make := kinds.get(item.kind)) is not None:
+        if (make := maker_of(item.kind)) is not None:
             return make(self, item)
         if item.spec is None:
             raise self._unexpected(item)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from planrt.errors import (
     UnknownObjectError,
 )
 from planrt.fl.children import ChildOptions, WorkerProcesses
-from planrt.workers import WebsocketClientWorker
+from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 
 THREE = ("worker1", "worker2", "worker3")
 
@@ -262,3 +264,21 @@ def test_between_processes(inc, pick):
         assert (x + 1).get().tolist() == [1, 0]
         for worker in (alice, bob, james):
             worker.close()
+
+
+def test_a_process_that_did_nothing_else_finds_protocols():
+    """Nobody imported protocols there before."""
+    server = WebsocketServerWorker(id="bob", threads=1)
+    with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as worker:
+        plan = planrt.func2plan(args_shape=[(1,)])(lambda x: x + 1)
+        protocol = planrt.Protocol([("one", plan)])
+        protocol.tag("#p")
+        kept = protocol.send(worker)
+        worker.objects_count()
+        code = (
+            f"import planrt\nwith planrt.WebsocketClientWorker('bob', uri={uri!r}) as bob:\n"
+            "    (found,) = bob.search('#p')\n    print(type(found).__name__, [*bob._objects])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.stdout.startswith("PointerProtocol ["), done.stderr
+        del kept
