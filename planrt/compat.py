@@ -32,6 +32,9 @@ class _Alias(ModuleType):
     def __getattr__(self, name: str) -> Any:
         full = f"{self.__name__}.{name}"
         row = BY_OLD.get(full)
+        if name.startswith("__") and row is None:
+            # `inspect` asks every module in the process, at each frame that it shows: no place to look for near names.
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if full in MODULES:
             value: Any = import_module(full)
         elif row is not None and row.new:

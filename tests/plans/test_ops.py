@@ -5,10 +5,7 @@ import hashlib
 import inspect
 import itertools
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -312,19 +309,6 @@ class Writes(TorchFunctionMode):
 
 
 def test_ops_that_write_are_known():
-    """In a process of its own: at the end of a whole run the samples take ten times as long."""
-    code = "from tests.plans.test_ops import check_writes; check_writes()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def check_writes():
     noted = Writes()
     torch.manual_seed(0)
     with warnings.catch_warnings():
