@@ -147,7 +147,9 @@ def test_an_op_that_is_not_allowed_is_named_with_its_line():
     (violation,) = report.violations
     assert (violation.rule, violation.op_index, violation.op) == ("ops", 1, "Tensor.sort")
     assert violation.line == "_2, _3 = _1.sort(0)"
-    assert str(report).splitlines()[2:4] == [
+    assert str(report).splitlines()[1:5] == [
+        "  (Names and words are its author's, and may say anything; the hash, ops and sizes are what runs.)",
+        "",
         f"BREAKS policy {report.policy_version}: 1 violation",
         "  ! [ops] op 1, _2, _3 = _1.sort(0): the policy does not allow Tensor.sort",
     ]
