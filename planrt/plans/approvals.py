@@ -347,7 +347,7 @@ def _read(data: bytes, where: str) -> tuple[list[Decision], str]:
             break
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ApprovalError(f"{where}, line {number}: not JSON") from None
         wanted = [*[one.name for one in fields(Decision)], "previous"]
         if not isinstance(values, dict) or sorted(values) != sorted(wanted):

@@ -22,7 +22,7 @@ from planrt.plans.approvals import Approvals, Status
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan
-from planrt.plans.record import with_names
+from planrt.plans.record import approval_hash, with_names
 from planrt.serde.frames import Allocate, in_memory
 from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
@@ -104,7 +104,10 @@ class BaseWorker(Contents, KnowsWorkers):
         """
         if not isinstance(plan, str | Plan | Graph):
             raise OptionError(f"approval is of a plan or its hash, not of {type(plan).__name__}")
-        hash = plan if isinstance(plan, str) else plan.hash
+        if isinstance(plan, Plan):
+            hash = approval_hash(plan.graph, plan.state_here())
+        else:
+            hash = plan if isinstance(plan, str) else approval_hash(plan, plan.state_values or ())
         if not re.fullmatch("[0-9a-f]{64}", hash):
             raise OptionError(f"{hash[:80]!r} is not a plan's hash: give the plan, or 64 hex digits")
         answer, _ = expect(m.Approval, await self._connection.request(m.AskApproval(hash)), self)

@@ -19,11 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+import torch
+
 from planrt.errors import ApprovalError, LocalError, OptionError, PolicyError
 from planrt.plans import ops
 from planrt.plans.approvals import Approvals, Asking, Status
 from planrt.plans.graph import Graph, Op
 from planrt.plans.policy import ALL_PRIVATE, Policy, ReleaseRule
+from planrt.plans.record import approval_hash, has_constants
 from planrt.plans.report import Report, Unforeseen
 from planrt.plans.training import check_classes
 from planrt.plans.verify import check
@@ -59,13 +62,21 @@ class Gate:
 
     # ------------------------------------------------------------------------------------ approval
 
-    def arrived(self, graphs: Iterable[Graph], data: bytes) -> None:
-        """A client sent a plan: it is put before the owner, if it has to be. `data` is the file of it."""
+    def arrived(
+        self, graphs: Iterable[Graph], data: bytes, state: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        """A client sent a plan: it is put before the owner, if it has to be. `data` is the file of it.
+
+        A plan with constants is asked for with their values; without `state`, when it is to run.
+        """
         if self.policy.approval != "ask" or self._approvals is None:
             return
         for graph in graphs:
-            if graph.hash not in self.policy.approved:
-                self._approvals.submit(graph.hash, data)
+            if state is None and has_constants(graph):
+                continue
+            asked = approval_hash(graph, state or ())
+            if asked not in self.policy.approved:
+                self._approvals.submit(asked, data)
 
     def asked(self, graph: Graph, user: str | None, data: Iterable[str] = (), purpose: str = "") -> None:
         """Tells the owner who asks for a plan that waits, for which data sets or tags of data, and what they say it is
@@ -84,9 +95,14 @@ class Gate:
             return Status("denied", "it is not on the owner's list")
         return self._approvals.status(plan)
 
-    def _check_approved(self, graph: Graph) -> None:
+    def _check_approved(self, graph: Graph, state: Sequence[torch.Tensor]) -> None:
+        if self.policy.approval == "open":
+            return
+        asked = approval_hash(graph, state)
         try:
-            status, why = self.standing(graph.hash)
+            status, why = self.standing(asked)
+            if status == "unknown" and has_constants(graph) and self._approvals is not None:
+                status, why = self._approvals.submit(asked, graph.to_bytes())
         except ApprovalError:
             raise NotApprovedError(
                 "the record of the owner's decisions cannot be read, so nothing runs: the owner must look at it"
@@ -96,7 +112,7 @@ class Gate:
         said = {"denied": "was not approved", "pending": "waits for the owner's approval"}.get(
             status, "is not known to the owner yet: send it first"
         )
-        raise NotApprovedError(f"plan {graph.name!r} ({graph.hash}) {said}{f': {why}' if why else ''}")
+        raise NotApprovedError(f"plan {graph.name!r} ({asked}) {said}{f': {why}' if why else ''}")
 
     # --------------------------------------------------------------------------------------- rules
 
@@ -106,14 +122,16 @@ class Gate:
         inputs: Sequence[TensorSpec],
         tags: Mapping[int, Iterable[str]] | None = None,
         *,
+        state: Sequence[torch.Tensor],
         gradients: bool = False,
     ) -> Report:
-        """The report on a plan that may run on such inputs; `tags` as `planrt.plans.verify.check` takes them.
+        """The report on a plan that may run on such inputs; `tags` as `planrt.plans.verify.check` takes them. With the
+        values of its `state`, of which the constants are part of what is approved.
 
         Raises:
             NotApprovedError: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
         """
-        self._check_approved(graph)
+        self._check_approved(graph, state)
         return self._report(graph, inputs, tags or {}, gradients).raise_for_violations()
 
     def _report(
@@ -123,7 +141,11 @@ class Gate:
                gradients)  # fmt: skip
         found = self._reports.get(key)
         if found is None:
-            found = self._reports[key] = check(graph, self.policy, inputs, tags, gradients=gradients)
+            found = check(graph, self.policy, inputs, tags, gradients=gradients)
+            others = [
+                one for one in found.violations if one.rule != "approval"
+            ]  # asked for with its constants
+            found = self._reports[key] = found.with_violations(others, found.policy_version, found.tags)
             while len(self._reports) > _REPORTS:
                 self._reports.popitem(last=False)
         return found
@@ -133,7 +155,13 @@ class Gate:
         return bool(self._about(tags))
 
     def admit_training(
-        self, graph: Graph, inputs: Sequence[TensorSpec], tags: Iterable[str], smallest: int
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Iterable[str],
+        smallest: int,
+        *,
+        state: Sequence[torch.Tensor],
     ) -> None:
         """Raises unless rounds of training may run on a data set with these tags.
 
@@ -142,7 +170,7 @@ class Gate:
         Raises:
             NotApprovedError, PolicyError: as `admit`.
         """
-        self.admit(graph, inputs, gradients=True)
+        self.admit(graph, inputs, state=state, gradients=True)
         if self.covers(tags):
             self._check_release(graph, inputs, tags, smallest, gradients=True)
 
@@ -155,6 +183,7 @@ class Gate:
         rows: int,
         *,
         bins: int,
+        state: Sequence[torch.Tensor],
     ) -> None:
         """Raises unless a plan may be evaluated on a data set with these tags.
 
@@ -165,7 +194,7 @@ class Gate:
         Raises:
             NotApprovedError, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
         """
-        prediction = self.admit(graph, inputs).outputs[1:2]
+        prediction = self.admit(graph, inputs, state=state).outputs[1:2]
         if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
             spec = prediction[0].spec if prediction and isinstance(graph.outputs[1], Ref) else None
             check_classes(spec if isinstance(spec, TensorSpec) else None, inputs[1])

@@ -88,7 +88,7 @@ class KeptObjects:
             raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
         record = plan_objects.record_of(tensors[0])
         if self.gate is not None:
-            self.gate.arrived(record.graphs, record.to_bytes())
+            self.gate.arrived(record.graphs, record.to_bytes(), tensors[1:])
             for graph in record.graphs:
                 self.gate.asked(graph, session.user, purpose=body.purpose)
         state = [self._own(tensor, alone=False) for tensor in tensors[1:]]

@@ -125,7 +125,7 @@ class TrainingOps:
         deadline = math.inf
         if self._gate is not None:
             interpreter.check_inputs(plan, inputs)
-            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs])
+            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs], state=state)
             deadline = self._gate.deadline()
         with seeded(body.seed, self._device):
             outputs = interpreter.execute(plan, inputs, state, device=self._device, deadline=deadline)
@@ -139,11 +139,11 @@ class TrainingOps:
         plan = self._plan(body.plan)
         deadline = math.inf
         source = self._dataset(body.dataset)
+        state = self._state(session, body, tensors)
         if self._gate is not None:
             self._gate.asked(plan, session.user, [body.dataset])
-            self._admit_training(plan, body, len(source))
+            self._admit_training(plan, state, body, len(source))
             deadline = self._gate.deadline()
-        state = self._state(session, body, tensors)
         if body.objects:  # what fails half-way leaves them as they were
             state = [
                 value.clone() if entry.can_change else value
@@ -181,14 +181,15 @@ class TrainingOps:
             self._objects.replace_state(session, body.objects[index], value)
         return answer, ()
 
-    def _admit_training(self, plan: Graph, body: m.Fit, items: int) -> None:
+    def _admit_training(self, plan: Graph, state: Sequence[torch.Tensor], body: m.Fit, items: int) -> None:
         assert self._gate is not None  # noqa: S101 - the caller has looked
         smallest = smallest_batch(
             items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
         )
         specs = self._batch_specs(body.dataset, min(body.batch_size, items))
         try:
-            self._gate.admit_training(plan, specs, self._datasets[body.dataset].info.tags, smallest)
+            tags = self._datasets[body.dataset].info.tags
+            self._gate.admit_training(plan, specs, tags, smallest, state=state)
         except PolicyError as error:
             if error.rule != "release" or not 0 < smallest < min(body.batch_size, items):
                 raise
@@ -208,14 +209,14 @@ class TrainingOps:
         """Evaluates a model on a data set."""
         plan = self._plan(body.plan)
         source, deadline = self._dataset(body.dataset), math.inf
+        state = self._state(session, body, tensors)
         if self._gate is not None:
             self._gate.asked(plan, session.user, [body.dataset])
             smallest = smallest_batch(len(source), body.batch_size)
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source), bins=body.bins)
+            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source), bins=body.bins, state=state)
             deadline = self._gate.deadline()
-        state = self._state(session, body, tensors)
         batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
         with self._unseen(session, body) as drawing:
             result = training.evaluate(

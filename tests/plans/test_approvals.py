@@ -107,6 +107,7 @@ def test_the_chain_is_what_the_docs_say(record):
         (lambda a, b, c: [a, b, c[:-1]], "line 3: it is not complete"),
         (lambda a, b, c: [a, b[:20] + b"\n", c], "line 2: not JSON"),
         (lambda a, b, c: [a, b"[]\n", c], "line 2: not a decision"),
+        (lambda a, b, c: [a, b"[" * 100_000 + b"\n", c], "line 2: not JSON"),
         (lambda a, b, c: [a, b"\n", c], "line 2: not JSON"),
         (lambda a, b, c: [a.replace(b'"why"', b'"how"'), b, c], "line 1: not a decision"),
         (lambda a, b, c: [a.replace(A.encode(), b"abc"), b, c], "line 1: not a decision about a plan"),
