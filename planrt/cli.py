@@ -23,7 +23,8 @@ from planrt.shown import shown
 from planrt.version import VERSION
 
 if TYPE_CHECKING:
-    from planrt.plans.approvals import Approvals, Asking
+    from planrt.plans.approvals import Approvals, Asking, Pending
+    from planrt.plans.constants import Constant
     from planrt.plans.graph import Graph
     from planrt.plans.record import PlanRecord
     from planrt.types import TensorSpec
@@ -108,11 +109,21 @@ def _parser() -> argparse.ArgumentParser:
     approve = _command(commands, "approve", _approve, "record that a plan may run")
     deny = _command(commands, "deny", _deny, "record that a plan may not run")
     for one in (approve, deny):
-        one.add_argument("plan", metavar="HASH", help="the plan's hash, or its first 8 digits or more")
+        one.add_argument(
+            "plan",
+            metavar="HASH",
+            nargs="?" if one is deny else None,
+            help="the plan's hash, or its first 8 digits or more",
+        )
         one.add_argument("--by", metavar="NAME", help="who decides (default: the user of this computer)")
         one.add_argument("--policy", metavar="FILE", help="record that this policy held at the time")
         _folder(one)
     approve.add_argument("--why", default="", metavar="TEXT", help="a remark")
+    deny.add_argument(
+        "--all-of",
+        metavar="USER",
+        help="deny all plans that wait and only this user asked for; '' is everybody without a token",
+    )
     deny.add_argument("--why", required=True, metavar="TEXT", help="the reason; the plan's author is told")
 
     waiting = _command(commands, "pending", _pending, "list the plans that wait for a decision")
@@ -148,7 +159,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from planrt.plans.verify import check
 
     policy = Policy.from_file(options.policy) if options.policy else None
-    graphs = _graphs(_plan_file(options))
+    path, askings = _plan_file(options)
+    graphs, constants = _graphs(path)
     if options.graph is not None:
         if options.graph not in graphs:
             raise OptionError(f"--graph: the file holds {', '.join(graphs)}, not {options.graph!r}")
@@ -158,15 +170,19 @@ def _inspect(options: argparse.Namespace) -> int:
         inputs = _inputs(graph, options.input)
         tags = _tags(graph, options.tag)
         if policy is None:
-            report = analyse(graph, inputs, gradients=options.training)
+            report = analyse(graph, inputs, gradients=options.training).with_constants(constants)
             reports[name] = report.with_violations((), None, tags)
         else:
-            reports[name] = check(graph, policy, inputs, tags, gradients=options.training)
+            reports[name] = check(
+                graph, policy, inputs, tags, constants=constants, gradients=options.training
+            )
     if options.json:
         print(json.dumps({name: report.as_json() for name, report in reports.items()}, indent=1))
     else:
         if policy is not None:
             print(f"{policy}\n")
+        for line in _asked(askings):
+            print(line[0].upper() + line[1:])
         print("\n\n".join(str(report) for report in reports.values()))
     return 0 if all(report.ok for report in reports.values()) else _BROKEN
 
@@ -180,10 +196,20 @@ def _approve(options: argparse.Namespace) -> int:
 
 
 def _deny(options: argparse.Namespace) -> int:
-    decision = _record(options).deny(
-        options.plan, why=options.why, by=options.by, policy=_policy_version(options)
-    )
-    print(f"denied {decision.plan} by {decision.by}, {decision.time}: {decision.why}")
+    if (options.plan is None) == (options.all_of is None):
+        raise OptionError("name one plan by its hash, or a user with --all-of USER")
+    record, about = _record(options), {"by": options.by, "policy": _policy_version(options)}
+    left: list[Pending] = []
+    if options.all_of is None:
+        decisions = [record.deny(options.plan, why=options.why, **about)]
+    else:
+        decisions, left = record.deny_all_of(options.all_of, why=options.why, **about)
+    for decision in decisions:
+        print(f"denied {decision.plan} by {decision.by}, {decision.time}: {decision.why}")
+    for one in left:
+        print(f"not denied, as others asked for it too: {one.plan}")
+    if options.all_of is not None and not decisions:
+        print(f"no plan waits that only {_who(options.all_of)} asked for")
     return 0
 
 
@@ -222,10 +248,14 @@ def _asked(askings: Sequence[Asking]) -> list[str]:
     for one in askings:
         asked.setdefault((one.user, one.purpose), {}).update(dict.fromkeys(one.data))
     for (user, purpose), data in asked.items():
-        who = f"user {shown(user, 80)}" if user else "somebody without a token"
+        who = _who(user)
         on = f", on {', '.join(shown(text, 80) for text in data)}" if data else ""
         lines.append(f"asked for by {who}{on}" + (f", for: {shown(purpose, 400)}" if purpose else ""))
     return lines
+
+
+def _who(user: str) -> str:
+    return f"user {shown(user, 80)}" if user else "somebody without a token"
 
 
 def _decisions(options: argparse.Namespace) -> int:
@@ -261,30 +291,51 @@ def _policy_version(options: argparse.Namespace) -> str:
     return Policy.from_file(options.policy).version
 
 
-def _plan_file(options: argparse.Namespace) -> Path:
+def _plan_file(options: argparse.Namespace) -> tuple[Path, list[Asking]]:
+    """The file to look into, and who asked for the plan where it is one that waits."""
     path = Path(options.file)
     if path.exists() or not re.fullmatch(r"[0-9a-f]{8,64}", options.file):
-        return path
+        return path, _askings_beside(path)
     record = _record(options)
     plan = record.resolve(options.file)
     for folder in ("pending", "decided"):
         for found in (record.folder / folder).glob(f"{plan}.*"):
-            return found
+            return found, record.askings(plan)
     raise OptionError(f"the plan {plan} is not in {record.folder}")
 
 
-def _graphs(path: Path) -> dict[str, Graph]:
-    """What a plan's file holds, by mode. Plans that wait are without state: they are a record, or a graph alone."""
-    from planrt.plans.files import is_plan_file, load_file
+def _askings_beside(path: Path) -> list[Asking]:
+    """Who asked for the plan in a file of a worker's folder."""
+    from planrt.plans.approvals import Approvals
+
+    folder = path.absolute().parent
+    if folder.name not in ("pending", "decided") or not (folder.parent / "asked").is_dir():
+        return []
+    return Approvals(folder.parent).askings(path.stem)
+
+
+def _graphs(path: Path) -> tuple[dict[str, Graph], tuple[Constant, ...] | None]:
+    """What a plan's file holds: its graphs by mode, and its constants if they are known.
+
+    Plans that wait have no other state: they are a record, or a graph alone, and the constants where it has some.
+    """
+    from planrt.plans.constants import constants_of, decoded, has_constants, is_waiting, plan_that_waits
+    from planrt.plans.files import is_plan_file, load_file, load_plan
     from planrt.plans.graph import MAX_BYTES, Graph
     from planrt.plans.record import PlanRecord, is_record
 
     try:
         if is_plan_file(path):
-            return _modes(load_file(path).record)
+            record = load_file(path).record
+            if not has_constants(record.graphs[0]):
+                return _modes(record), ()
+            return _modes(record), constants_of(record.graphs[0], load_plan(path).state_tensors())
         with open(path, "rb") as file:
             data = file.read(2 * MAX_BYTES + 1)
-        return _modes(PlanRecord.from_bytes(data)) if is_record(data) else {"plan": Graph.from_bytes(data)}
+        data, kept = plan_that_waits(data) if is_waiting(data) else (data, None)
+        graphs = _modes(PlanRecord.from_bytes(data)) if is_record(data) else {"plan": Graph.from_bytes(data)}
+        graph = next(iter(graphs.values()))
+        return graphs, None if kept is None and has_constants(graph) else decoded(graph, kept or [])
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror or error}") from None
     except OptionError:

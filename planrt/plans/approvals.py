@@ -6,6 +6,9 @@
       decided/HASH.plan   the same after a decision, to look at later
       asked/HASH.jsonl    who asked for the plan, on which data, and what for: an `Asking` a line
 
+HASH is what decisions are filed under: the plan's hash, or where the plan has constants one of the plan and their
+values (`planrt.plans.constants`).
+
 A line is a JSON object with the keys of `Decision` and ``previous``: 64 hex digits, the SHA-256 of the line before
 without its newline, zeros for the first. So a line that was changed, removed or put in between later shows, and is an
 error. The last lines can be cut off unseen, and who may write the file may write a new one: keep a copy of the last
@@ -23,7 +26,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -45,8 +48,14 @@ MAX_TEXT: Final = 1000
 """Longest reason or name, in characters."""
 MAX_ASKINGS: Final = 20
 """Most different askings that are kept of a plan; later ones are not."""
+MAX_ASKINGS_OF_ONE: Final = 5
+"""Most of them by one user; clients without a token are one."""
 
 _FIRST = "0" * 64
+
+
+class QueueFullError(ApprovalError):
+    """No more plans can wait for the owner: of this user, or of all."""
 
 
 class Status(NamedTuple):
@@ -196,59 +205,89 @@ class Approvals:
 
     # Writing
 
-    def submit(self, plan: str, data: bytes, *, suffix: str = ".plan") -> Status:
+    def submit(
+        self,
+        plan: str,
+        data: bytes,
+        *,
+        asking: Asking | None = None,
+        most: int | None = None,
+        suffix: str = ".plan",
+    ) -> Status:
         """Put a plan before the owner, unless it waits already or was decided. Returns how it stands.
 
+        `asking` is noted next to it, as `asked` does. `most` bounds the plans that wait and that its user was the first
+        to ask for, and their bytes in proportion; clients without a token are one user.
+
         Raises:
-            ApprovalError: no hash, or the queue is full.
+            QueueFullError: no more can wait. ApprovalError: no hash, or it cannot be written.
         """
         if not _is_hash(plan) or not re.fullmatch(r"\.[a-z]{1,16}", suffix):
             raise ApprovalError(
                 f"{_shown(plan)!r}{_shown(suffix)} is not a plan's file: its hash has 64 digits"
             )
-        with self._locked():
+        with self._writing():
             standing = self.status(plan)
-            if standing.status != "unknown":
-                return standing
-            waiting = self.pending()
-            if len(waiting) >= self.max_pending:
-                raise ApprovalError(f"{len(waiting)} plans wait for the owner already: ask again later")
-            if sum(one.size for one in waiting) + len(data) > self.max_pending_bytes:
-                raise ApprovalError(
-                    f"a plan of {len(data):,} bytes, with those that wait for the owner, is more than "
-                    f"{self.max_pending_bytes:,} bytes"
-                )
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix="incoming-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(name, self._waiting / f"{plan}{suffix}")
-            except BaseException:
-                os.unlink(name)
-                raise
-        return Status("pending")
+            if standing.status == "unknown":
+                waiting = self.pending()
+                self._check_room(waiting, len(data), self.max_pending, "wait")
+                if asking is not None and most is not None:
+                    own = [
+                        one
+                        for one in waiting
+                        if [each.user for each in self.askings(one.plan)][:1] == [asking.user]
+                    ]
+                    self._check_room(own, len(data), most, "of one user wait")
+                self._add(self._waiting / f"{plan}{suffix}", data)
+                standing = Status("pending")
+            if asking is not None and standing.status == "pending":
+                self._note(plan, asking)
+            return standing
+
+    def _check_room(self, waiting: Sequence[Pending], size: int, most: int, what: str) -> None:
+        if len(waiting) >= most:
+            raise QueueFullError(f"{len(waiting)} plans {what} for the owner already: ask again later")
+        limit = self.max_pending_bytes * min(most, self.max_pending) // self.max_pending
+        if sum(one.size for one in waiting) + size > limit:
+            raise QueueFullError(
+                f"a plan of {size:,} bytes, with those that {what} for the owner, is more than {limit:,} bytes"
+            )
+
+    def _add(self, path: Path, data: bytes) -> None:
+        handle, name = tempfile.mkstemp(dir=self.folder, prefix="incoming-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
 
     def asked(self, plan: str, asking: Asking) -> None:
-        """Note who asks for a plan that waits. Texts are cut; the same is noted once, and `MAX_ASKINGS` in all.
+        """Note who asks for a plan that waits. Texts are cut; the same is noted once, `MAX_ASKINGS` in all, and
+        `MAX_ASKINGS_OF_ONE` of one user.
 
         Raises:
             ApprovalError: it cannot be written.
         """
-        if self.status(plan).status != "pending":
+        if self.status(plan).status == "pending":
+            with self._writing():
+                self._note(plan, asking)
+
+    def _note(self, plan: str, asking: Asking) -> None:
+        cut, before = _cut(asking), self.askings(plan)
+        of_one = sum(one.user == cut.user for one in before)
+        if (
+            len(before) >= MAX_ASKINGS
+            or of_one >= MAX_ASKINGS_OF_ONE
+            or any(_same(cut, one) for one in before)
+        ):
             return
-        cut = _cut(asking)
-        try:
-            with self._locked():
-                before = self.askings(plan)
-                if len(before) >= MAX_ASKINGS or any(_same(cut, one) for one in before):
-                    return
-                line = json.dumps(asdict(replace(cut, time=_iso()))) + "\n"
-                with open(self._asked / f"{plan}.jsonl", "a", encoding="utf-8") as file:
-                    file.write(line)
-        except OSError as error:
-            raise ApprovalError(f"{self._asked}: {error.strerror or error}") from None
+        line = json.dumps(asdict(replace(cut, time=_iso()))) + "\n"
+        with open(self._asked / f"{plan}.jsonl", "a", encoding="utf-8") as file:
+            file.write(line)
 
     def approve(self, plan: str, *, by: str | None = None, why: str = "", policy: str = "") -> Decision:
         """Record that the plan (its hash, or enough of it) may run; a later decision about it counts.
@@ -263,6 +302,25 @@ class Approvals:
         if not why.strip():
             raise ApprovalError("say why the plan is denied: its author is told")
         return self._decide(plan, "denied", by, why, policy)
+
+    def deny_all_of(
+        self, user: str, *, why: str, by: str | None = None, policy: str = ""
+    ) -> tuple[list[Decision], list[Pending]]:
+        """Deny every plan that waits and that only `user` asked for; ``""`` is everybody without a token.
+
+        Returns the decisions, and the plans that wait still because others asked for them as well.
+
+        Raises:
+            ApprovalError: as `deny`.
+        """
+        made, left = [], []
+        for one in self.pending():
+            users = {asking.user for asking in self.askings(one.plan)}
+            if users == {user}:
+                made.append(self.deny(one.plan, why=why, by=by, policy=policy))
+            elif user in users:
+                left.append(one)
+        return made, left
 
     def _decide(self, plan: str, verdict: Verdict, by: str | None, why: str, policy: str) -> Decision:
         full = self.resolve(plan)
@@ -297,6 +355,15 @@ class Approvals:
             raise ApprovalError(
                 f"{self._file}: only {written} of {len(line)} bytes were written (disk full?)"
             )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """`_locked`; what the system says against it is an `ApprovalError`."""
+        try:
+            with self._locked():
+                yield
+        except OSError as error:
+            raise ApprovalError(f"{self.folder} cannot be written: {error.strerror or error}") from None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -485,6 +485,7 @@ class Plan(torch.nn.Module):
             PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run on such.
         """
         from planrt.plans.analysis import analyse  # plans that are only run do without it
+        from planrt.plans.constants import constants_of
         from planrt.plans.verify import check
 
         graph = self.graph
@@ -494,9 +495,10 @@ class Plan(torch.nn.Module):
             known = ", ".join(graph.input_names)
             raise PlanArgumentError(f"plan {self.name!r} has no input {unknown[0]!r}: it has {known}")
         places = {graph.input_names.index(name): tuple(names) for name, names in (tags or {}).items()}
+        constants = constants_of(graph, self.state_tensors())
         if policy is None:
-            return analyse(graph, specs).with_violations((), None, places)
-        return check(graph, policy, specs, places)
+            return analyse(graph, specs).with_constants(constants).with_violations((), None, places)
+        return check(graph, policy, specs, places, constants=constants)
 
     # ------------------------------------------------------------------------------------- for people
 

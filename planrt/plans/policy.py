@@ -99,7 +99,8 @@ class Policy:
     Attributes:
         approval: "open": any plan within the rules runs. "list": only those whose hash is in `approved`. "ask": those,
             and others once the owner approved them; until then they wait.
-        approved: hashes of plans (64 hex digits).
+        approved: hashes of plans (64 hex digits), as `planrt inspect` prints them: those of plans with constants are of
+            the constants too.
         allow, deny: patterns (``nn.functional.*``) of op names: an op must match one of `allow` and none of `deny`.
         max_ops: ops of a plan.
         max_flops: floating-point operations of one run.
@@ -108,6 +109,8 @@ class Policy:
         max_seconds: that one run may take.
         max_failures: runs of one session that may fail on data which it may not see, before the session is ended. Each
             failure tells one of the plan's ops, or that it was none of them.
+        max_pending: plans that one user was the first to ask for and that wait for the owner; clients without a token
+            are one user. They may take the same part of the bytes that are there for plans that wait.
         release: rules for private data.
 
     A limit of None is none. Bytes of memory and time are those that a run needs for the inputs it is given.
@@ -127,6 +130,7 @@ class Policy:
     max_output_bytes: int | None = 2**30
     max_seconds: float | None = 600.0
     max_failures: int | None = 20
+    max_pending: int | None = 20
     release: tuple[ReleaseRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -144,8 +148,9 @@ class Policy:
         for name in ("max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
-        if self.max_failures is not None:
-            _integer("max_failures", self.max_failures, 1)
+        for name in ("max_failures", "max_pending"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
         seconds = self.max_seconds
         if seconds is not None and (
             isinstance(seconds, bool)
@@ -199,8 +204,9 @@ class Policy:
         Keys that policies did not have from the beginning count where they differ from their defaults.
         """
         values = asdict(self)
-        if self.max_failures == type(self).max_failures:
-            del values["max_failures"]
+        for name in ("max_failures", "max_pending"):
+            if getattr(self, name) == getattr(type(self), name):
+                del values[name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -221,6 +227,7 @@ class Policy:
             ("bytes out", self.max_output_bytes, count_bytes),
             ("seconds", self.max_seconds, "{:g}".format),
             ("failures on private data, a session", self.max_failures, "{:,}".format),
+            ("plans that wait, a user", self.max_pending, "{:,}".format),
         ]
         says = {
             "open": "any plan within these rules runs",
@@ -305,6 +312,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_flops": _limit,
     "max_seconds": _limit,
     "max_failures": _limit,
+    "max_pending": _limit,
     "max_memory": _bytes,
     "max_input_bytes": _bytes,
     "max_output_bytes": _bytes,

@@ -205,22 +205,3 @@ def state_hash(tensors: Sequence[torch.Tensor]) -> str:
         digest.update(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
-
-
-def approval_hash(graph: Graph, state: Sequence[torch.Tensor]) -> str:
-    """What an owner's decision about a plan is filed under, as 64 hex digits: of its program and its constants.
-
-    That is the plan's hash where it has no constants. Else it is the SHA-256 of the hash and of what `state_hash` says
-    of the constants among `state`: another mask is another program. Parameters and buffers are the client's to change.
-    """
-    constants = [
-        tensor for entry, tensor in zip(graph.state, state, strict=False) if entry.kind == "constant"
-    ]
-    if not has_constants(graph):
-        return graph.hash
-    return hashlib.sha256(f"{graph.hash} with constants {state_hash(constants)}".encode()).hexdigest()
-
-
-def has_constants(graph: Graph) -> bool:
-    """Whether some of the plan's state are constants, which an approval is about as well."""
-    return any(entry.kind == "constant" for entry in graph.state)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from planrt.errors import PolicyError
+from planrt.plans.constants import Constant, approval_hash, known_constants
 from planrt.plans.graph import Graph
 from planrt.shown import shown
 from planrt.types import TensorSpec
@@ -140,6 +141,7 @@ class Report:
     """What `planrt.plans.analysis.analyse` found, and the policy's `violations`, if it was held against one.
 
     `gradients` are those that a training loop gets of the plan's parameters, where it was analysed for training.
+    `constants` are those of the plan, None where their values are not known.
     """
 
     graph: Graph
@@ -153,6 +155,13 @@ class Report:
     violations: tuple[Violation, ...] = ()
     policy_version: str | None = None
     tags: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    constants: tuple[Constant, ...] | None = None
+
+    @property
+    def filed(self) -> str | None:
+        """The hash that decisions about the plan are filed under; None where its constants are not known."""
+        constants = known_constants(self.graph) if self.constants is None else self.constants
+        return None if constants is None else approval_hash(self.graph, constants)
 
     @property
     def ok(self) -> bool:
@@ -188,13 +197,22 @@ class Report:
         """A copy with what a policy (by its version, None for none) says, and the tags of inputs."""
         return replace(self, violations=tuple(violations), policy_version=version, tags=tags)
 
+    def with_constants(self, constants: Sequence[Constant] | None) -> Report:
+        """A copy that knows the plan's constants."""
+        return replace(self, constants=None if constants is None else tuple(constants))
+
     def __str__(self) -> str:
         return "\n".join(_page(self))
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in values that JSON has."""
         return {
-            "plan": {"name": self.graph.name, "hash": self.graph.hash, "ops": len(self.graph.ops)},
+            "plan": {
+                "name": self.graph.name,
+                "hash": self.graph.hash,
+                "filed": self.filed,
+                "ops": len(self.graph.ops),
+            },
             "policy": self.policy_version,
             "ok": self.ok,
             "violations": [
@@ -217,6 +235,10 @@ class Report:
             ],
             "state": [
                 {"name": one.name, "kind": one.kind, "spec": str(one.spec)} for one in self.graph.state
+            ],
+            "constants": [
+                {"name": name, "sha256": one.digest, "values": one.listed()}
+                for name, one in _named_constants(self)
             ],
             "ops": [
                 {
@@ -267,6 +289,7 @@ def _value_json(value: ValueReport) -> dict[str, Any]:
 # The page
 
 
+_SHOWN_CONSTANTS = 100
 _SHOWN_OPS = 400  # a longer table is cut in the middle: `as_json` has everything
 _LINE = 60
 
@@ -275,6 +298,12 @@ def _page(report: Report) -> list[str]:
     graph, totals = report.graph, report.totals
     at_least = "" if report.exact else "at least "
     lines = [f"Plan {graph.name}  {graph.hash}"]
+    if report.filed != graph.hash:
+        lines.append(
+            f"  approve as {report.filed}: its ops, and the constants below"
+            if report.filed
+            else "  An approval is of its constants too, whose values are not here: inspect the plan that waits."
+        )
     if graph.doc:
         lines.append(f"  {graph.doc.splitlines()[0]}")
     if graph.name or graph.doc or graph.input_names:
@@ -326,10 +355,32 @@ def _verdict(report: Report) -> list[str]:
 
 def _state_lines(report: Report) -> list[str]:
     first, state = len(report.inputs), report.graph.state
-    lines = [f"  _{first + place} {one.name}: {one.kind} {one.spec}" for place, one in enumerate(state)]
-    if len(lines) > 12:
-        lines = [*lines[:6], f"  ... {len(lines) - 8} more ...", *lines[-2:]]
-    return lines
+    lines = {
+        place: f"  _{first + place} {one.name}: {one.kind} {one.spec}" for place, one in enumerate(state)
+    }
+    known = dict(_named_constants(report))
+    constants = [
+        f"{lines.pop(place)}  {known.get(one.name, '')}".rstrip()
+        for place, one in enumerate(state)
+        if one.kind == "constant"
+    ]
+    shown = list(lines.values())
+    if len(shown) > 12:
+        shown = [*shown[:6], f"  ... {len(shown) - 8} more ...", *shown[-2:]]
+    if shown:
+        shown += ["  (Values of parameters and buffers are the client's, and no part of what you approve.)"]
+    if len(constants) > _SHOWN_CONSTANTS:
+        constants = [
+            *constants[:_SHOWN_CONSTANTS],
+            f"  ... {len(constants) - _SHOWN_CONSTANTS} more: see --json",
+        ]
+    return [*shown, *(["", "Constants, which you approve with it", *constants] if constants else [])]
+
+
+def _named_constants(report: Report) -> list[tuple[str, Constant]]:
+    names = [one.name for one in report.graph.state if one.kind == "constant"]
+    constants = known_constants(report.graph) if report.constants is None else report.constants
+    return [] if constants is None else list(zip(names, constants, strict=True))
 
 
 def _value_lines(value: ValueReport) -> list[str]:

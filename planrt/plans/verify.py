@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from planrt.plans.analysis import analyse, concrete_inputs
 from planrt.plans.approvals import Approvals
+from planrt.plans.constants import Constant, approval_hash, known_constants
 from planrt.plans.graph import Graph
 from planrt.plans.policy import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.report import Dependence, Report, Totals, ValueReport, Violation, count_bytes, count_flops
@@ -19,9 +20,10 @@ def check(
     tags: Mapping[int, Iterable[str]] | None = None,
     *,
     approvals: Approvals | None = None,
+    constants: Sequence[Constant] | None = None,
     gradients: bool = False,
 ) -> Report:
-    """The report on `graph` for inputs of these specs, with what it breaks of `policy`.
+    """The report on `graph` for inputs of these specs, with what it breaks of `policy`, approval included.
 
     Args:
         graph: the plan.
@@ -29,6 +31,30 @@ def check(
         inputs: see `planrt.plans.analysis.analyse`.
         tags: for each input that is private data its place and its tags, possibly none. Release rules are about these.
         approvals: the owner's decisions. Without them a plan that has to be asked for is not held up here.
+        constants: the plan's constants, of which an approval is too; where None, from the state that `graph` has.
+        gradients: as `check_rules` takes it.
+
+    Raises:
+        PlanArgumentError, ExecutionError: as `check_rules`.
+    """
+    constants = known_constants(graph) if constants is None else constants
+    report = check_rules(graph, policy, inputs, tags, gradients=gradients).with_constants(constants)
+    violations = [*_approval(graph, policy, approvals, constants), *report.violations]
+    return report.with_violations(violations, report.policy_version, report.tags)
+
+
+def check_rules(
+    graph: Graph,
+    policy: Policy,
+    inputs: Sequence[TensorSpec | None] = (),
+    tags: Mapping[int, Iterable[str]] | None = None,
+    *,
+    gradients: bool = False,
+) -> Report:
+    """The report on `graph`, with what it breaks of the rules of `policy`, whether it was approved or not.
+
+    Args:
+        graph, policy, inputs, tags: as `check` takes them.
         gradients: the plan is to be trained with; see `planrt.plans.analysis.analyse`. Then the loss, the gradients and
             what the plan changes leave, and its other outputs (predictions) stay.
 
@@ -40,7 +66,7 @@ def check(
     """
     marked = {place: tuple(sorted(set(names))) for place, names in (tags or {}).items()}
     given = concrete_inputs(graph, inputs)
-    violations = list(_approval(graph, policy, approvals))
+    violations: list[Violation] = []
     if policy.max_ops is not None and len(graph.ops) > policy.max_ops:
         message = f"{len(graph.ops):,} ops are more than the {policy.max_ops:,} that are allowed"
         violations.append(Violation("max_ops", message))
@@ -54,20 +80,32 @@ def check(
     return report.with_violations(violations, policy.version, marked)
 
 
-def _approval(graph: Graph, policy: Policy, approvals: Approvals | None) -> Iterator[Violation]:
-    if policy.approval == "open" or graph.hash in policy.approved:
+def _approval(
+    graph: Graph, policy: Policy, approvals: Approvals | None, constants: Sequence[Constant] | None
+) -> Iterator[Violation]:
+    if policy.approval == "open" or (policy.approval == "ask" and approvals is None):
         return
-    if policy.approval == "list":
-        yield Violation("approval", f"plan {graph.hash} is not on the owner's list")
-    elif approvals is not None:
-        status, why = approvals.status(graph.hash)
-        if status != "approved":
-            said = {"denied": "was denied by the owner", "pending": "waits for the owner's approval"}
-            reason = f": {why}" if why else ""
-            yield Violation(
-                "approval",
-                f"plan {graph.hash} {said.get(status, 'has not been approved by the owner')}{reason}",
-            )
+    if constants is None:
+        yield Violation(
+            "approval",
+            f"an approval of plan {graph.hash} is of its constants too, whose values are not known here",
+        )
+        return
+    filed = approval_hash(graph, constants)
+    if filed in policy.approved:
+        return
+    if policy.approval == "list" or approvals is None:
+        yield Violation("approval", f"plan {filed} is not on the owner's list")
+        return
+    status, why = approvals.status(graph.hash)
+    if status != "denied":  # a denial of a plan's own hash is one with any constants
+        status, why = approvals.status(filed)
+    if status != "approved":
+        said = {"denied": "was denied by the owner", "pending": "waits for the owner's approval"}
+        reason = f": {why}" if why else ""
+        yield Violation(
+            "approval", f"plan {filed} {said.get(status, 'has not been approved by the owner')}{reason}"
+        )
 
 
 def _at(graph: Graph, index: int | None, rule: str, message: str) -> Violation:

@@ -60,8 +60,9 @@ def admit(
             others = True
         else:
             tags[place] = source
-    gate.asked(graph, session.user, sorted({one for names in tags.values() for one in names}))
-    gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, state=args[0].state)
+    constants = args[0].constants() if gate.policy.approval != "open" else ()
+    gate.asked(graph, constants, session.user, sorted({one for names in tags.values() for one in names}))
+    gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
     released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
     if released:
         _check_memory(graph, args[0], args[2:])

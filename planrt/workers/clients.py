@@ -19,10 +19,11 @@ import torch
 
 from planrt.errors import LocalError, OptionError, RemoteError, UnknownPlanError, WireError
 from planrt.plans.approvals import Approvals, Status
+from planrt.plans.constants import approval_hash, constants_of, has_constants
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
 from planrt.plans.plan import Plan
-from planrt.plans.record import approval_hash, with_names
+from planrt.plans.record import with_names
 from planrt.serde.frames import Allocate, in_memory
 from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
@@ -102,15 +103,9 @@ class BaseWorker(Contents, KnowsWorkers):
 
         The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
         """
-        if not isinstance(plan, str | Plan | Graph):
-            raise OptionError(f"approval is of a plan or its hash, not of {type(plan).__name__}")
-        if isinstance(plan, Plan):
-            hash = approval_hash(plan.graph, plan.state_here())
-        else:
-            hash = plan if isinstance(plan, str) else approval_hash(plan, plan.state_values or ())
-        if not re.fullmatch("[0-9a-f]{64}", hash):
-            raise OptionError(f"{hash[:80]!r} is not a plan's hash: give the plan, or 64 hex digits")
-        answer, _ = expect(m.Approval, await self._connection.request(m.AskApproval(hash)), self)
+        answer, _ = expect(
+            m.Approval, await self._connection.request(m.AskApproval(_filed_under(plan))), self
+        )
         return Status(answer.status, answer.why)
 
     def approval(self, plan: Plan | Graph | str) -> Status:
@@ -368,6 +363,32 @@ def check_device(device: Any) -> None:
         raise OptionError(
             f"{device!r} is no device ({reason}); a worker computes on its own: leave it out"
         ) from error
+
+
+def _filed_under(plan: Plan | Graph | str) -> str:
+    """The hash of what an owner decides about.
+
+    Raises:
+        OptionError: it is no plan and no hash, or a graph with constants whose values are not known.
+    """
+    if isinstance(plan, str):
+        if not re.fullmatch("[0-9a-f]{64}", plan):
+            raise OptionError(f"{plan[:80]!r} is not a plan's hash: give the plan, or 64 hex digits")
+        return plan
+    if isinstance(plan, Plan):
+        graph, state = plan.graph, tuple(plan.state_tensors())
+    elif isinstance(plan, Graph):
+        graph, state = plan, plan.state_values or ()
+    else:
+        raise OptionError(f"approval is of a plan or its hash, not of {type(plan).__name__}")
+    if not has_constants(graph):
+        return graph.hash
+    if not state:
+        raise OptionError(
+            f"an approval of plan {graph.name!r} is of its constants too, and this graph came without their values: "
+            "give the hash that the worker named when it refused"
+        )
+    return approval_hash(graph, constants_of(graph, state))
 
 
 def expect(kind: type[B], reply: Reply, worker: BaseWorker) -> tuple[B, list[torch.Tensor]]:

@@ -11,7 +11,6 @@ runs none of them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import OrderedDict
@@ -23,17 +22,25 @@ import torch
 
 from planrt.errors import ApprovalError, LocalError, OptionError, PolicyError
 from planrt.plans import ops
-from planrt.plans.approvals import Approvals, Asking, Status
+from planrt.plans.approvals import Approvals, Asking, QueueFullError, Status
+from planrt.plans.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
 from planrt.plans.graph import Graph, Op
 from planrt.plans.policy import ALL_PRIVATE, Policy, ReleaseRule
-from planrt.plans.record import approval_hash, has_constants
+from planrt.plans.record import with_names
 from planrt.plans.report import Report, Unforeseen
 from planrt.plans.training import check_classes
-from planrt.plans.verify import check
+from planrt.plans.verify import check_rules
 from planrt.types import Ref, TensorSpec, leaves
 
 _REPORTS: Final = 1_000
 """Reports that are kept: a plan is checked once for inputs of one size."""
+_PROGRAMS: Final = 10_000
+"""Plans with constants whose own hash is known by the one that decisions are filed under."""
+
+
+_UNREADABLE: Final = (
+    "the record of the owner's decisions cannot be read or written: the owner must look there"
+)
 
 
 class NotApprovedError(LocalError):
@@ -59,60 +66,122 @@ class Gate:
         self.policy = policy
         self._approvals = approvals
         self._reports: OrderedDict[object, Report] = OrderedDict()
+        self._programs: OrderedDict[str, str] = OrderedDict()
 
     # ------------------------------------------------------------------------------------ approval
 
     def arrived(
-        self, graphs: Iterable[Graph], data: bytes, state: Sequence[torch.Tensor] | None = None
+        self,
+        graphs: Iterable[Graph],
+        data: bytes,
+        state: Sequence[torch.Tensor] | None,
+        user: str | None,
+        purpose: str = "",
     ) -> None:
-        """A client sent a plan: it is put before the owner, if it has to be. `data` is the file of it.
+        """A client sent a plan: it is put before the owner, if it has to be, with who asks and what they say it is for.
 
-        A plan with constants is asked for with their values; without `state`, when it is to run.
+        `data` is the file of it. `state` is None where its values are to come when it runs: a plan with constants is
+        put before the owner then (`asked`).
+
+        Raises:
+            NotApprovedError: it cannot wait for the owner.
         """
+        for graph in graphs:
+            if state is not None or not has_constants(graph):
+                constants = self.constants(graph, state or ())
+                self._put_before_owner(graph, constants, data, user, (), purpose)
+
+    def asked(
+        self,
+        graph: Graph,
+        constants: Sequence[Constant],
+        user: str | None,
+        data: Iterable[str] = (),
+        purpose: str = "",
+    ) -> None:
+        """A client wants to run a plan: the owner, if not asked before, is asked, and told who asks and for which data
+        sets or tags of data.
+
+        Raises:
+            NotApprovedError: it cannot wait for the owner.
+        """
+        self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
+
+    def constants(self, graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant, ...]:
+        """The plan's constants, where approvals are of plans."""
+        if self.policy.approval == "open" or not has_constants(graph):
+            return ()
+        return constants_of(graph, state)
+
+    def _put_before_owner(
+        self,
+        graph: Graph,
+        constants: Sequence[Constant],
+        data: bytes | None,
+        user: str | None,
+        on: tuple[str, ...],
+        purpose: str,
+    ) -> None:
         if self.policy.approval != "ask" or self._approvals is None:
             return
-        for graph in graphs:
-            if state is None and has_constants(graph):
-                continue
-            asked = approval_hash(graph, state or ())
-            if asked not in self.policy.approved:
-                self._approvals.submit(asked, data)
+        filed = self._filed(graph, constants)
+        if self.standing(filed).status not in ("unknown", "pending"):
+            return
+        try:
+            asking = Asking(graph.name, graph.input_names, user or "", on, purpose)
+            waiting = waiting_bytes(with_names(graph) if data is None else data, constants)
+            self._approvals.submit(filed, waiting, asking=asking, most=self.policy.max_pending)
+        except QueueFullError as error:
+            raise NotApprovedError(
+                f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}"
+            ) from None
+        except ApprovalError:
+            raise NotApprovedError(_UNREADABLE) from None
 
-    def asked(self, graph: Graph, user: str | None, data: Iterable[str] = (), purpose: str = "") -> None:
-        """Tells the owner who asks for a plan that waits, for which data sets or tags of data, and what they say it is
-        for.
+    def standing(self, filed: str) -> Status:
+        """How it stands with what is filed under it: approved, denied, pending or unknown, and the owner's words.
+
+        A denial of a plan's own hash is one of the plan with any constants.
+
+        Raises:
+            NotApprovedError: the record cannot be read.
         """
-        if self.policy.approval == "ask" and self._approvals is not None:
-            asking = Asking(graph.name, graph.input_names, user or "", tuple(data), purpose)
-            with contextlib.suppress(ApprovalError):  # it is for the owner to read, and decides nothing
-                self._approvals.asked(graph.hash, asking)
-
-    def standing(self, plan: str) -> Status:
-        """How it stands with the plan of that hash: approved, denied, pending or unknown, and the owner's words."""
-        if self.policy.approval == "open" or plan in self.policy.approved:
+        if self.policy.approval == "open" or filed in self.policy.approved:
             return Status("approved")
         if self.policy.approval == "list" or self._approvals is None:
             return Status("denied", "it is not on the owner's list")
-        return self._approvals.status(plan)
+        try:
+            program = self._programs.get(filed)
+            if program is not None and (whole := self._approvals.status(program)).status == "denied":
+                return whole
+            return self._approvals.status(filed)
+        except ApprovalError:
+            raise NotApprovedError(_UNREADABLE) from None
 
-    def _check_approved(self, graph: Graph, state: Sequence[torch.Tensor]) -> None:
+    def _filed(self, graph: Graph, constants: Sequence[Constant]) -> str:
+        """The hash under which decisions about the plan are filed."""
+        filed = approval_hash(graph, constants)
+        if constants:
+            self._programs[filed] = graph.hash
+            self._programs.move_to_end(filed)
+            while len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        return filed
+
+    def _check_approved(self, graph: Graph, constants: Sequence[Constant]) -> None:
         if self.policy.approval == "open":
             return
-        asked = approval_hash(graph, state)
-        try:
-            status, why = self.standing(asked)
-            if status == "unknown" and has_constants(graph) and self._approvals is not None:
-                status, why = self._approvals.submit(asked, graph.to_bytes())
-        except ApprovalError:
-            raise NotApprovedError(
-                "the record of the owner's decisions cannot be read, so nothing runs: the owner must look at it"
-            ) from None
+        filed = self._filed(graph, constants)
+        status, why = self.standing(filed)
         if status == "approved":
             return
+        if constants and self.standing(graph.hash).status == "approved":
+            own = "its ops were approved, and an approval is of a plan's constants too"
+            why = f"{why}; {own}" if why else own
         said = {"denied": "was not approved", "pending": "waits for the owner's approval"}.get(
             status, "is not known to the owner yet: send it first"
         )
-        raise NotApprovedError(f"plan {graph.name!r} ({asked}) {said}{f': {why}' if why else ''}")
+        raise NotApprovedError(f"plan {graph.name!r} ({filed}) {said}{f': {why}' if why else ''}")
 
     # --------------------------------------------------------------------------------------- rules
 
@@ -122,16 +191,16 @@ class Gate:
         inputs: Sequence[TensorSpec],
         tags: Mapping[int, Iterable[str]] | None = None,
         *,
-        state: Sequence[torch.Tensor],
+        constants: Sequence[Constant],
         gradients: bool = False,
     ) -> Report:
-        """The report on a plan that may run on such inputs; `tags` as `planrt.plans.verify.check` takes them. With the
-        values of its `state`, of which the constants are part of what is approved.
+        """The report on a plan that may run on such inputs; `tags` as `planrt.plans.verify.check` takes them, and its
+        constants as `constants` gives them.
 
         Raises:
             NotApprovedError: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
         """
-        self._check_approved(graph, state)
+        self._check_approved(graph, constants)
         return self._report(graph, inputs, tags or {}, gradients).raise_for_violations()
 
     def _report(
@@ -141,11 +210,7 @@ class Gate:
                gradients)  # fmt: skip
         found = self._reports.get(key)
         if found is None:
-            found = check(graph, self.policy, inputs, tags, gradients=gradients)
-            others = [
-                one for one in found.violations if one.rule != "approval"
-            ]  # asked for with its constants
-            found = self._reports[key] = found.with_violations(others, found.policy_version, found.tags)
+            found = self._reports[key] = check_rules(graph, self.policy, inputs, tags, gradients=gradients)
             while len(self._reports) > _REPORTS:
                 self._reports.popitem(last=False)
         return found
@@ -161,7 +226,7 @@ class Gate:
         tags: Iterable[str],
         smallest: int,
         *,
-        state: Sequence[torch.Tensor],
+        constants: Sequence[Constant],
     ) -> None:
         """Raises unless rounds of training may run on a data set with these tags.
 
@@ -170,7 +235,7 @@ class Gate:
         Raises:
             NotApprovedError, PolicyError: as `admit`.
         """
-        self.admit(graph, inputs, state=state, gradients=True)
+        self.admit(graph, inputs, constants=constants, gradients=True)
         if self.covers(tags):
             self._check_release(graph, inputs, tags, smallest, gradients=True)
 
@@ -183,7 +248,7 @@ class Gate:
         rows: int,
         *,
         bins: int,
-        state: Sequence[torch.Tensor],
+        constants: Sequence[Constant],
     ) -> None:
         """Raises unless a plan may be evaluated on a data set with these tags.
 
@@ -194,7 +259,7 @@ class Gate:
         Raises:
             NotApprovedError, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
         """
-        prediction = self.admit(graph, inputs, state=state).outputs[1:2]
+        prediction = self.admit(graph, inputs, constants=constants).outputs[1:2]
         if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
             spec = prediction[0].spec if prediction and isinstance(graph.outputs[1], Ref) else None
             check_classes(spec if isinstance(spec, TensorSpec) else None, inputs[1])
@@ -244,7 +309,8 @@ class Gate:
             report = self._report(graph, fewest, marked, gradients)
         else:
             rules = tuple([replace(rule, aggregates=None) for rule in self.policy.release])
-            report = check(graph, replace(self.policy, release=rules), fewest, marked, gradients=gradients)
+            policy = replace(self.policy, release=rules)
+            report = check_rules(graph, policy, fewest, marked, gradients=gradients)
         broken = [one for one in report.violations if one.rule == "release"]
         try:
             report.with_violations(broken, report.policy_version, report.tags).raise_for_violations()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from planrt.errors import LocalError
+from planrt.plans import interpreter
 from planrt.workers import messages as m
 from planrt.workers import plan_objects
 from planrt.workers.events import Answer, Steps, ToPeer
@@ -88,9 +89,8 @@ class KeptObjects:
             raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
         record = plan_objects.record_of(tensors[0])
         if self.gate is not None:
-            self.gate.arrived(record.graphs, record.to_bytes(), tensors[1:])
-            for graph in record.graphs:
-                self.gate.asked(graph, session.user, purpose=body.purpose)
+            interpreter.check_state(record.graphs[0], tensors[1:])
+            self.gate.arrived(record.graphs, record.to_bytes(), tensors[1:], session.user, body.purpose)
         state = [self._own(tensor, alone=False) for tensor in tensors[1:]]
         plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
         label = None if body.allowed is None else frozenset(body.allowed)

@@ -18,6 +18,7 @@ import torch
 
 from planrt.errors import LocalError, PlanArgumentError
 from planrt.plans import interpreter, ops
+from planrt.plans.constants import Constant, constants_of
 from planrt.plans.graph import Graph
 from planrt.plans.inference import Spec, spec_of
 from planrt.plans.record import PlanRecord
@@ -36,6 +37,18 @@ class PlanObject:
     record: PlanRecord
     state: list[torch.Tensor]
     training: bool
+    _constants: tuple[Constant, ...] | None = None
+
+    def constants(self) -> tuple[Constant, ...]:
+        """Its constants as they were when this was first asked for, without values.
+
+        A worker that wants plans approved asks before the first run. What planrt records never writes to constants;
+        what another approved plan writes to them later is its own doing.
+        """
+        if self._constants is None:
+            found = constants_of(self.record.graphs[0], self.state)
+            self._constants = tuple([Constant(one.digest) for one in found])
+        return self._constants
 
     def record_bytes(self) -> torch.Tensor:
         """Its record, as it travels."""
@@ -44,7 +57,7 @@ class PlanObject:
     def copy(self) -> PlanObject:
         """A plan with a state of its own."""
         return PlanObject(self.record, [_again(tensor, tensor.detach().clone()) for tensor in self.state],
-                          self.training)  # fmt: skip
+                          self.training, self._constants)  # fmt: skip
 
     def snapshot(self) -> PlanObject:
         """The same, sharing memory until somebody writes."""
@@ -53,6 +66,7 @@ class PlanObject:
                 self.record,
                 [_again(tensor, shared_copy(tensor)) for tensor in self.state],
                 self.training,
+                self._constants,
             )
 
 

@@ -38,6 +38,8 @@ class Session:
     """Objects that a backward pass may give a gradient to."""
     optimizer_states: dict[tuple[str, str, str, int], Any] = field(default_factory=dict)
     """(plan, data set, optimizer, first object of the state or 0) -> what the optimizer keeps."""
+    purposes: dict[str, str] = field(default_factory=dict)
+    """Hash of a plan that was sent -> what its client says it is for."""
     graphs: Graphs[Session] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -372,7 +372,7 @@ class WorkerState:
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():
-                return self._training.run_plan(body, tensors)
+                return self._training.run_plan(session, body, tensors)
             case m.PutPlan():
                 return self._training.put_plan(session, body, tensors)
             case m.AskApproval():

@@ -20,6 +20,7 @@ import torch
 
 from planrt.errors import LocalError, OptionError, PlanError, PolicyError
 from planrt.plans import interpreter, training
+from planrt.plans.constants import Constant
 from planrt.plans.graph import Graph
 from planrt.plans.record import alone
 from planrt.plans.training import Batch
@@ -110,22 +111,25 @@ class TrainingOps:
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         if self._gate is not None:
-            self._gate.arrived([plan], data)
-            self._gate.asked(plan, session.user, purpose=body.purpose)
+            self._gate.arrived([plan], data, None, session.user, body.purpose)
+            session.purposes[plan.hash] = body.purpose
+            while len(session.purposes) > MAX_PLANS:
+                del session.purposes[next(iter(session.purposes))]
         self._plans[plan.hash] = plan
         self._plans.move_to_end(plan.hash)
         while len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
         return m.Done(), ()
 
-    def run_plan(self, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
+    def run_plan(self, session: Session, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
         """Runs a plan once, on tensors that came with the message."""
         plan = self._plan(body.plan)
         inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
         deadline = math.inf
         if self._gate is not None:
             interpreter.check_inputs(plan, inputs)
-            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs], state=state)
+            constants = self._asked(self._gate, session, plan, state)
+            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs], constants=constants)
             deadline = self._gate.deadline()
         with seeded(body.seed, self._device):
             outputs = interpreter.execute(plan, inputs, state, device=self._device, deadline=deadline)
@@ -141,8 +145,8 @@ class TrainingOps:
         source = self._dataset(body.dataset)
         state = self._state(session, body, tensors)
         if self._gate is not None:
-            self._gate.asked(plan, session.user, [body.dataset])
-            self._admit_training(plan, state, body, len(source))
+            constants = self._asked(self._gate, session, plan, state, body.dataset)
+            self._admit_training(plan, constants, body, len(source))
             deadline = self._gate.deadline()
         if body.objects:  # what fails half-way leaves them as they were
             state = [
@@ -181,7 +185,16 @@ class TrainingOps:
             self._objects.replace_state(session, body.objects[index], value)
         return answer, ()
 
-    def _admit_training(self, plan: Graph, state: Sequence[torch.Tensor], body: m.Fit, items: int) -> None:
+    def _asked(
+        self, gate: Gate, session: Session, plan: Graph, state: Sequence[torch.Tensor], *data: str
+    ) -> tuple[Constant, ...]:
+        """The plan's constants, once its owner has been asked for it."""
+        interpreter.check_state(plan, state)
+        constants = gate.constants(plan, state)
+        gate.asked(plan, constants, session.user, data, session.purposes.get(plan.hash, ""))
+        return constants
+
+    def _admit_training(self, plan: Graph, constants: Sequence[Constant], body: m.Fit, items: int) -> None:
         assert self._gate is not None  # noqa: S101 - the caller has looked
         smallest = smallest_batch(
             items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
@@ -189,7 +202,7 @@ class TrainingOps:
         specs = self._batch_specs(body.dataset, min(body.batch_size, items))
         try:
             tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_training(plan, specs, tags, smallest, state=state)
+            self._gate.admit_training(plan, specs, tags, smallest, constants=constants)
         except PolicyError as error:
             if error.rule != "release" or not 0 < smallest < min(body.batch_size, items):
                 raise
@@ -211,11 +224,13 @@ class TrainingOps:
         source, deadline = self._dataset(body.dataset), math.inf
         state = self._state(session, body, tensors)
         if self._gate is not None:
-            self._gate.asked(plan, session.user, [body.dataset])
+            constants = self._asked(self._gate, session, plan, state, body.dataset)
             smallest = smallest_batch(len(source), body.batch_size)
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_evaluation(plan, specs, tags, smallest, len(source), bins=body.bins, state=state)
+            self._gate.admit_evaluation(
+                plan, specs, tags, smallest, len(source), bins=body.bins, constants=constants
+            )
             deadline = self._gate.deadline()
         batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
         with self._unseen(session, body) as drawing:
