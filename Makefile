@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROUNDS ?= 40
+ROUNDS ?=
 # Two processes, each with whole files: tests of one file may share ports.
 PARALLEL ?= -n 2 --dist loadfile
 
@@ -14,10 +14,10 @@ PARALLEL ?= -n 2 --dist loadfile
 # What breaks first: the table of ops, recording, the border of states, rounds and pointers on both transports.
 CHECKED := tests/test_architecture.py tests/serde tests/plans/test_graph.py tests/plans/test_guards.py \
 	tests/plans/test_tracer.py tests/workers/test_state.py tests/workers/test_behaviour.py \
-	tests/pointers/test_names.py tests/fl/test_errors.py tests/fl/test_readme.py
+	tests/pointers/test_names.py tests/fl/test_errors.py tests/docs
 
 run: $(VENV)/.installed
-	$(BIN)/python -m planrt.fl.mnist_async --rounds $(ROUNDS) $(ARGS)
+	$(BIN)/python -m planrt.fl.mnist_async $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
@@ -43,7 +43,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	@echo "Installing planrt and PyTorch into $(VENV) (a few GB, some minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[run]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml

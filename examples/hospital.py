@@ -25,6 +25,7 @@ from torch import nn
 
 import planrt as sy
 from planrt.errors import GetNotPermittedError, NotApprovedError, PolicyRefusedError, RemoteError
+from planrt.extras import needed
 from planrt.fl.children import ChildOptions, WorkerProcesses
 from planrt.fl.command import positive_number, run_command, whole_number
 from planrt.plans.policy import Policy
@@ -118,9 +119,7 @@ def hospital(folder: Path, *, websocket: bool) -> Iterator[Connect]:
 
 def admit_patients(owner: BaseWorker) -> None:
     """The hospital's staff puts its data on its worker; only they may read it."""
-    from sklearn.datasets import load_breast_cancer
-
-    found = load_breast_cancer()
+    found = needed("sklearn.datasets", by="this example").load_breast_cancer()
     x = torch.from_numpy(found.data).float()
     x = (x - x.mean(0)) / x.std(0)
     y = torch.from_numpy(found.target).float().view(-1, 1)

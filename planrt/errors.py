@@ -15,6 +15,7 @@
     │   │   └── UnknownWorkerError     no worker of that id in this process (also a KeyError)
     │   ├── UnknownNameError       no op of the table has that name (also an AttributeError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
+    │   ├── MissingPackageError    a package that a job needs is not installed (also an ImportError)
     │   ├── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
     │   └── PointerError           a pointer was used in a way that pointers cannot be
     │       ├── RemoteValueError       its value was read here: write `.get()` first
@@ -177,6 +178,10 @@ class UnknownNameError(LocalError, AttributeError):
 
 class DataError(LocalError):
     """A data set that is missing, incomplete or malformed."""
+
+
+class MissingPackageError(LocalError, ImportError):
+    """A job needs a package that is not installed; says which, and what to install. `name` is the module."""
 
 
 class BlockingCallError(LocalError, RuntimeError):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from planrt.errors import OptionError
+from planrt.extras import needed
 from planrt.fl import boston
 from planrt.grid import PrivateGridNetwork
 from planrt.torch_hook import TorchHook
@@ -55,6 +56,8 @@ def create_sandbox(
 
     Raises:
         OptionError: `gbs` is no dict.
+        MissingPackageError: there is to be data, and scikit-learn is not installed.
+        DataError: ``PLANRT_DATA`` names no folder.
     """
     if not isinstance(gbs, dict):
         raise OptionError(
@@ -65,13 +68,17 @@ def create_sandbox(
         if verbose:
             print(line)
 
+    bundled = None
+    if download_data:  # what is missing is told before anything is made
+        bundled = needed("sklearn.datasets", by="a sandbox with data")
+        boston.find()
     say("Setting up the sandbox")
     hook = TorchHook(torch)
     say("  torch is hooked: tensors and modules can be sent")
     workers = [make_worker(id) if make_worker else VirtualWorker(hook, id=id) for id in WORKERS]
     say(f"  workers: {', '.join(WORKERS)}")
     if download_data:
-        for name, data, targets in _datasets(say):
+        for name, data, targets in _datasets(bundled, say):
             _distribute(data, workers)
             _distribute(targets, workers)
             say(f"  {name}: {len(data):,} items of {data.shape[1]} columns, split over the workers")
@@ -82,8 +89,8 @@ def create_sandbox(
     say("Done: hook, the workers by their names, workers, grid, torch and sy are in your globals")
 
 
-def _datasets(say: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, data and targets of each data set, tagged and described."""
+def _datasets(bundled: Any, say: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, data and targets of each data set, tagged and described. `bundled` is ``sklearn.datasets``."""
     if boston.find() is not None:
         loaded = boston.load()
         yield (
@@ -94,10 +101,8 @@ def _datasets(say: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor, t
     else:
         say(f"  Boston Housing: left out, set PLANRT_DATA to a folder that holds {boston.FILE}")
 
-    from sklearn import datasets  # slow to import, so not before somebody wants a sandbox
-
     for name, (loader, tags) in _BUNDLED.items():
-        bunch = getattr(datasets, loader)()
+        bunch = getattr(bundled, loader)()
         target = torch.from_numpy(bunch.target)
         yield (
             name,

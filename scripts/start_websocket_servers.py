@@ -1,7 +1,8 @@
 """Starts the workers alice, bob, charlie and testing as processes of this machine.
 
 They listen on ports 8777 to 8780, each with its part of MNIST (or of scikit-learn's digits), until Ctrl-C,
-SIGTERM, or until one of them ends. None outlives this process. Exit codes: see `planrt.fl.command`.
+SIGTERM, or until one of them ends. None outlives this process. In the background of a shell script (``nohup ... &``)
+Ctrl-C is ignored, as shells want it, and SIGTERM stops it. Exit codes: see `planrt.fl.command`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from planrt.fl import data
 from planrt.fl.children import WorkerProcesses, mnist_children
-from planrt.fl.command import Parser, run_command, whole_number
+from planrt.fl.command import Parser, run_command, stopped_by, whole_number
 from planrt.fl.serve import describe
 
 
@@ -34,22 +35,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace) -> None:
-    """Starts the four, says what they hold and waits."""
+    """Starts the four, says what they hold, and waits; Ctrl-C and SIGTERM are how this command is meant to end."""
     source = data.find(options.dataset, options.data)  # found once, so that all four serve the same
     if source.notice:
         print(f"Notice: {source.notice}")
     children = mnist_children(
         source, first_port=options.port, threads=options.threads, verbose=options.verbose
     )
-    with WorkerProcesses(children, host=options.host) as workers:
+    workers = WorkerProcesses(children, host=options.host)
+    try:
+        workers.start()
         for worker in workers.wait_ready().values():
             print(describe(worker.id, worker.key, worker.description, worker.images, worker.digits))
             print(f"  at {worker.uri}")
-        print("All four workers serve; Ctrl-C stops them", flush=True)
-        try:
-            workers.wait()
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM: how this command is meant to end
-            print("Stopping the workers", flush=True)
+        print(f"All four workers serve; {stopped_by()} stops them", flush=True)
+        workers.wait()
+    except KeyboardInterrupt:
+        print("Interrupted: stopping the workers", flush=True)
+    except SystemExit:  # of SIGTERM, see `run_command`
+        print("Terminated: stopping the workers", flush=True)
+    finally:
+        workers.stop()
+    print("All four workers are stopped", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,23 @@ import planrt as sy  # was: import syft as sy
 ```
 
 Other imports follow the table. For a script that cannot be edited, `import planrt.compat` makes `import syft` and
-all modules of the table's left column work; it refuses where a real PySyft is installed. So
-`python -c "import planrt.compat, runpy; runpy.run_path('script.py', run_name='__main__')"` runs it as it stands.
+all modules of the table's left column work; it refuses where a real PySyft is installed. So this runs `script.py` as it
+stands:
+
+```text
+# script.py
+import syft as sy
+import torch
+
+hook = sy.TorchHook(torch)
+bob = sy.VirtualWorker(hook, id="bob")
+print(torch.tensor([1, 2]).send(bob).get())
+```
+
+```console
+$ python -c "import planrt.compat, runpy; runpy.run_path('script.py', run_name='__main__')"
+tensor([1, 2])
+```
 
 A row without a name of planrt says why there is none and what to write. This page is written by
 `python scripts/write_migration.py` from `planrt/compat_names.py`.

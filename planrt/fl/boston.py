@@ -8,7 +8,6 @@ value of owner-occupied homes in thousands of dollars. scikit-learn no longer br
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from planrt.errors import DataError
-from planrt.fl.data import cache_folder
+from planrt.fl.data import usual_places
 
 FILE = "boston_housing.npz"
 """The file's name, in the folder given, in ``PLANRT_DATA`` or in the user's cache folder."""
@@ -57,7 +56,11 @@ class BostonHousing:
 
 
 def find(folder: str | Path | None = None) -> Path | None:
-    """Where the file is: in `folder`, or without one in ``PLANRT_DATA`` or the user's cache folder. None: nowhere."""
+    """Where the file is: in `folder`, or without one in ``PLANRT_DATA`` or the user's cache folder. None: nowhere.
+
+    Raises:
+        DataError: ``PLANRT_DATA`` names no folder.
+    """
     found = [place / FILE for place in _places(folder) if (place / FILE).is_file()]
     return found[0] if found else None
 
@@ -94,7 +97,4 @@ def load(folder: str | Path | None = None) -> BostonHousing:
 
 
 def _places(folder: str | Path | None) -> list[Path]:
-    if folder is not None:
-        return [Path(folder)]
-    from_environment = os.environ.get("PLANRT_DATA")
-    return ([Path(from_environment)] if from_environment else []) + [cache_folder()]
+    return usual_places() if folder is None else [Path(folder)]

@@ -92,6 +92,11 @@ def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:
     return 0
 
 
+def stopped_by() -> str:
+    """What stops this process: Ctrl-C, or a signal where that is ignored, as in a job in the background of a script."""
+    return "Ctrl-C" if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else f"kill {os.getpid()}"
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process at once, without waiting for a computation on another thread.
 

@@ -1,17 +1,19 @@
 """MNIST and its stand-in: found, read and split over the workers.
 
 `find` says which data set there is and checks its files, `read` loads it, `load` does both, with numpy only.
-Torch is imported by `partition_for` alone, which makes the data set that a worker serves, and torchvision
-only to download, so that a worker process finds out early and fast whether it has data.
+Torch is imported by `partition_for` alone, which makes the data set that a worker serves, torchvision only to
+download, and scikit-learn only for the digits, so that a worker process finds out early and fast whether it has data.
 
 Search order: the folder given; else the folder in ``PLANRT_DATA``, then the user's cache folder, then a
-download into that. A folder given by hand is the only place looked at, and nothing is downloaded for it.
+download into that. A folder given by hand is the only place looked at, and nothing is downloaded for it. A
+variable that names no folder is an error, and not passed over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import math
 import os
 import shutil
@@ -19,6 +21,7 @@ import socket
 import struct
 import sys
 import tempfile
+import textwrap
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +30,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from planrt.errors import DataError, OptionError
+from planrt.errors import DataError, MissingPackageError, OptionError
+from planrt.extras import needed
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from planrt.workers.datasets import BaseDataset
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+VARIABLE = "PLANRT_DATA"
+"""The environment variable that names the folder of data sets."""
 
 DATASETS = ("auto", "mnist", "digits")
 """What `find` takes: one of the two by name, or MNIST if it can be had and the digits if not."""
@@ -96,7 +103,8 @@ def find(dataset: str = "auto", folder: str | Path | None = None) -> DataSource:
 
     Raises:
         OptionError: `dataset` is not one of `DATASETS`.
-        DataError: MNIST was asked for and cannot be had, or some of its files are missing or damaged.
+        DataError: MNIST was asked for and cannot be had, some of its files are missing or damaged, or ``PLANRT_DATA``
+            names no folder.
     """
     if dataset not in DATASETS:
         raise OptionError(f"unknown data set {dataset!r}: use one of {', '.join(DATASETS)}")
@@ -104,11 +112,11 @@ def find(dataset: str = "auto", folder: str | Path | None = None) -> DataSource:
         return DataSource("digits")
     if folder is not None and not Path(folder).is_dir():
         raise DataError(f"data folder {str(folder)!r} does not exist: give the folder that holds MNIST/raw")
-    places = [Path(folder)] if folder is not None else _usual_places()
+    places = [Path(folder)] if folder is not None else usual_places()
     for place in places:
         if _mnist_files(place) is not None:
             return DataSource("mnist", place)
-    reason = f"no MNIST in {', '.join(str(place) for place in places)}"
+    reason = f"no MNIST in {' or '.join(str(place) for place in places)}"
     if folder is None:
         problem = _download(cache_folder())
         if problem is None:
@@ -118,9 +126,7 @@ def find(dataset: str = "auto", folder: str | Path | None = None) -> DataSource:
         raise DataError(
             f"{reason}: give --data a folder with MNIST/raw/{_TRAIN_FILES[0]} and its three siblings"
         )
-    return DataSource(
-        "digits", notice=f"{reason}: using scikit-learn's 1,797 handwritten digits instead (--dataset digits)"
-    )
+    return DataSource("digits", notice=f"{reason}: using scikit-learn's 1,797 handwritten digits instead")
 
 
 def read(source: DataSource) -> LoadedData:
@@ -198,9 +204,18 @@ def cache_folder() -> Path:
     return base / "planrt"
 
 
-def _usual_places() -> list[Path]:
-    from_environment = os.environ.get("PLANRT_DATA")
-    return ([Path(from_environment)] if from_environment else []) + [cache_folder()]
+def usual_places() -> list[Path]:
+    """Where data is looked for if no folder is given: where ``PLANRT_DATA`` says, and in the user's cache folder.
+
+    Raises:
+        DataError: ``PLANRT_DATA`` names no folder.
+    """
+    named = os.environ.get(VARIABLE)
+    if not named:
+        return [cache_folder()]
+    if not Path(named).is_dir():
+        raise DataError(f"{VARIABLE} names {named!r}, which is no folder: correct the variable, or unset it")
+    return [Path(named), cache_folder()]
 
 
 def _mnist_files(folder: Path) -> dict[str, Path] | None:
@@ -296,21 +311,28 @@ def _download(folder: Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         arrived = Path(tempfile.mkdtemp(prefix="download-", dir=folder))
-        from torchvision.datasets import MNIST
-
-        with contextlib.redirect_stdout(sys.stderr):
-            MNIST(arrived, download=True)
+        datasets = needed("torchvision.datasets", by="the download of MNIST")
+        with contextlib.redirect_stdout(io.StringIO()):  # what went wrong is told once, below
+            datasets.MNIST(arrived, download=True)
         raw = folder / "MNIST" / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         for name in _TRAIN_FILES + _TEST_FILES:
             (arrived / "MNIST" / "raw" / name).replace(raw / name)
-    except (OSError, RuntimeError, EOFError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+    except (OSError, RuntimeError, EOFError, MissingPackageError) as error:
+        return _in_short(error)
     finally:
         socket.setdefaulttimeout(before)
         if arrived is not None:
             shutil.rmtree(arrived, ignore_errors=True)
     return None
+
+
+def _in_short(error: Exception) -> str:
+    """What `error` says, without the addresses that torchvision tried one after the other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Error downloading ", "Tried "))] or lines
+    words = told[0].removeprefix("<urlopen error ").removesuffix(">") if told else type(error).__name__
+    return textwrap.shorten(words, 120, placeholder=" ...")
 
 
 def _read_digits(notice: str) -> LoadedData:
@@ -319,9 +341,9 @@ def _read_digits(notice: str) -> LoadedData:
     Interpolation leaves strokes with softer edges than MNIST's; more contrast gives the pixels about MNIST's
     standard deviation (0.32 and 0.31, in [0, 1]; 0.28 without). Of each digit every sixth image is for testing.
     """
-    from sklearn.datasets import load_digits
-
-    small, labels = load_digits(return_X_y=True)
+    what = f"{notice}, which" if notice else "the data set of handwritten digits"
+    datasets = needed("sklearn.datasets", by=what)
+    small, labels = datasets.load_digits(return_X_y=True)
     enlarge = _linear_interpolation(8, 20)
     digits = enlarge @ small.reshape(-1, 8, 8) @ enlarge.T / 16
     digits = np.clip((digits - 0.5) * _CONTRAST + 0.5, 0, 1)

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planrt.errors import OptionError
+from planrt.extras import needed
 from planrt.fl import data
 from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.command import Parser, positive_number, run_command, whole_number
@@ -88,8 +89,14 @@ def parser(prog: str = "mnist_async") -> Parser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, evaluates, writes the run folder and says what came out."""
+    """Trains, evaluates, writes the run folder and says what came out.
+
+    Raises:
+        MissingPackageError: a package is not installed that the extra ``run`` brings. Nothing was started.
+    """
     began = time.perf_counter()
+    for module in ("tqdm", "matplotlib"):
+        needed(module, by="this run")
     with _run_folder(options) as folder:
         addresses = given_addresses(options.worker) if options.worker else running_addresses()
         with contextlib.ExitStack() as stack:
@@ -121,7 +128,6 @@ async def _train(
     options: argparse.Namespace, addresses: Mapping[str, str], network: torch.nn.Module, began: float
 ) -> tuple[Report, Mapping[str, torch.Tensor]]:
     import torch.nn.functional as F
-    from tqdm.auto import tqdm
 
     from planrt.fl.config import TrainConfig
     from planrt.fl.rounds import ModelEvaluator, RoundScheduler
@@ -153,7 +159,7 @@ async def _train(
         state: Mapping[str, torch.Tensor] = config.state
         lr = options.lr
         # The bar shows on terminals and in notebooks only; what is printed goes above it.
-        with tqdm(total=options.rounds, unit="round", mininterval=0, disable=None, leave=False) as bar:
+        with _bars()(total=options.rounds, unit="round", mininterval=0, disable=None, leave=False) as bar:
             for number in range(1, options.rounds + 1):
                 evaluating = number % EVALUATE_EVERY == 1 or number == options.rounds
                 result = await scheduler.run_round(number, state, lr=lr, keep_worker_states=evaluating)
@@ -193,10 +199,13 @@ def _children(options: argparse.Namespace) -> list[ChildOptions]:
 # ------------------------------------------------------------------------------------------- output
 
 
-def _say(text: str) -> None:
-    from tqdm.auto import tqdm
+def _bars() -> Any:
+    """tqdm's class of progress bars, for terminals or for notebooks."""
+    return needed("tqdm.auto", by="this run").tqdm
 
-    tqdm.write(text)
+
+def _say(text: str) -> None:
+    _bars().write(text)
     sys.stdout.flush()
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planrt.extras import needed
+
 if TYPE_CHECKING:  # it imports torch, which the commands do later
     from planrt.fl.rounds import WorkerRound
 
@@ -86,16 +88,17 @@ class Report:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draws accuracy and loss of the averaged and the workers' models on the test images, as a PNG."""
-    import matplotlib
+    """Draws accuracy and loss of the averaged and the workers' models on the test images, as a PNG.
 
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    figures = needed("matplotlib.figure", by="the plot of a run")
     evaluated = [r for r in report.rounds if r.evaluation]
     numbers = [r.round for r in evaluated]
     names = [name for name in evaluated[0].evaluation if name != FEDERATED]
-    figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure = figures.Figure(figsize=(11, 4.6), layout="constrained")  # not pyplot's, which wants a display
+    accuracy, loss = figure.subplots(1, 2)
     for name in [*names, FEDERATED]:
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "alpha": 0.8}
         if name == FEDERATED:
@@ -123,7 +126,6 @@ def plot(report: Report, path: Path) -> None:
         f"{report.dataset}, seed {report.seed}: {100 * report.final_accuracy:.2f}% after {every[-1]} rounds"
     )
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _leads(value: float) -> bool:

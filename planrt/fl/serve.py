@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from planrt.errors import DataError, OptionError
 from planrt.fl import data
-from planrt.fl.command import Parser, first_line, leave, one_line, run_command, whole_number
+from planrt.fl.command import Parser, first_line, leave, one_line, run_command, stopped_by, whole_number
 
 if TYPE_CHECKING:
     from planrt.plans.policy import Policy
@@ -102,7 +102,10 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
                 print(describe(options.id, served.key, served.description, items, served.digits))
             if policy is not None:
                 print(_about(policy, options.approvals))
-            print(f"Worker {options.id} serves at ws://{options.host}:{port}; Ctrl-C stops it", flush=True)
+            print(
+                f"Worker {options.id} serves at ws://{options.host}:{port}; {stopped_by()} stops it",
+                flush=True,
+            )
 
         worker.start(ready=ready)
     except Exception as error:

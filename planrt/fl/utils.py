@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planrt.errors import OptionError
+from planrt.extras import needed
 from planrt.fl.averaging import copied, federated_avg
 from planrt.fl.config import Loss, TrainConfig
 from planrt.fl.federated import FederatedDataLoader
@@ -224,9 +225,11 @@ def create_gaussian_mixture_toy_data(nr_samples: int) -> tuple[torch.Tensor, tor
 
 
 def iris_data_partial() -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two classes of scikit-learn's iris data: float32 [100, 4] and int64 [100]."""
-    from sklearn.datasets import load_iris
+    """The first two classes of scikit-learn's iris data: float32 [100, 4] and int64 [100].
 
-    iris = load_iris()
+    Raises:
+        MissingPackageError: scikit-learn is not installed.
+    """
+    iris = needed("sklearn.datasets", by="the iris data").load_iris()
     two = iris.target < 2
     return torch.tensor(iris.data[two], dtype=torch.float32), torch.tensor(iris.target[two])

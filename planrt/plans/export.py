@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, Final, TypeVar
 
 import torch
 from torch.export import Dim, ExportedProgram
 
 from planrt.errors import ExecutionError, OptionError, PlanError
+from planrt.extras import needed
 from planrt.plans.files import AnyPath, replacing
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.holding import hold
@@ -50,10 +50,7 @@ def to_exported_program(plan: Plan, examples: Sequence[Any], keywords: Mapping[s
 def to_onnx(plan: Plan, path: AnyPath, examples: Sequence[Any], keywords: Mapping[str, Any]) -> None:
     """`plan` as an ONNX file; see `Plan.to_onnx`."""
     for package in ("onnx", "onnxscript"):
-        try:
-            import_module(package)
-        except ImportError:
-            raise PlanError(f"to_onnx needs the package {package}: pip install planrt[onnx]") from None
+        needed(package, by="to_onnx", extra="onnx")
     for leaf in leaves(plan.graph.outputs):
         if leaf is not None and not isinstance(leaf, Ref):
             raise PlanError(

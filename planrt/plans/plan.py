@@ -449,7 +449,7 @@ class Plan(torch.nn.Module):
         return to_exported_program(self, examples, keywords)
 
     def to_onnx(self, path: str | os.PathLike[str], *examples: Any, **keywords: Any) -> None:
-        """Writes the plan in its current mode as an ONNX model, with its state; needs ``pip install planrt[onnx]``.
+        """Writes the plan in its current mode as an ONNX model, with its state; needs ``pip install 'planrt[onnx]'``.
 
         Inputs and outputs are the tensors of a call in order. Free sizes stay free. State of more than 1 GiB goes
         into a second file, ``PATH.data``.
@@ -461,6 +461,7 @@ class Plan(torch.nn.Module):
         Raises:
             PlanError: not built; an op that ONNX has no form for, or that changes state or inputs: says which.
             PlanArgumentError: examples that do not fit. OptionError: a path that cannot be written.
+            MissingPackageError: onnx or onnxscript is not installed.
         """
         from planrt.plans.export import to_onnx  # it imports this module
 

@@ -163,6 +163,9 @@ class WebsocketServerWorker:
     def start(self, *, ready: Ready | None = None) -> None:
         """Serves clients until SIGINT or SIGTERM; blocks. For the main thread of a process of its own.
 
+        A process that was started with SIGINT ignored, as jobs in the background of a shell script are, goes on
+        ignoring it.
+
         The process keeps some of the memory that it frees: see `planrt.workers.allocator`.
         """
         keep_freed_memory()
@@ -171,6 +174,8 @@ class WebsocketServerWorker:
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers on loops
                     loop.add_signal_handler(number, stop.set)
             await self.serve(ready=ready, stop=stop)

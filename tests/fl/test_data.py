@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from planrt.errors import DataError, OptionError
-from planrt.fl import data
+from planrt.fl import boston, data
+from planrt.sandbox import create_sandbox
 from tests.processes import MNIST_FILES as NAMES
 from tests.processes import idx, write_small_mnist
 
@@ -216,8 +217,22 @@ def test_the_environment_comes_before_the_cache(nowhere, small_mnist, tmp_path, 
     assert data.find("auto").folder == nowhere
     monkeypatch.setenv("PLANRT_DATA", str(small_mnist))
     assert data.find("auto").folder == small_mnist
-    monkeypatch.setenv("PLANRT_DATA", str(tmp_path / "absent"))
+    monkeypatch.setenv("PLANRT_DATA", "")
     assert data.find("auto").folder == nowhere
+
+
+@pytest.mark.parametrize("job", [data.find, data.load, boston.find, boston.load, lambda: create_sandbox({})])
+def test_a_variable_that_names_no_folder_is_an_error_and_not_passed_over(
+    nowhere, small_mnist, monkeypatch, job, capsys
+):
+    shutil.copytree(small_mnist, nowhere)
+    for wrong in (nowhere / "typo", small_mnist / "MNIST" / "raw" / NAMES[0]):
+        monkeypatch.setenv("PLANRT_DATA", str(wrong))
+        with pytest.raises(DataError, match=f"^PLANRT_DATA names '{wrong}', which is no folder: correct"):
+            job()
+    assert capsys.readouterr().out == ""
+    assert data.find("digits").folder is None  # needs no folder
+    assert data.find("auto", small_mnist).folder == small_mnist
 
 
 def test_half_a_dataset_in_the_environment_is_never_passed_over(nowhere, small_mnist, tmp_path, monkeypatch):
@@ -237,6 +252,39 @@ def test_without_data_and_network_the_digits_take_over_with_a_notice(nowhere):
     with pytest.raises(DataError, match=r"could not be downloaded.*--data"):
         data.find("mnist")
     assert list(nowhere.iterdir()) == []  # nothing left of the attempts
+
+
+NO_NETWORK = """Error downloading train-images-idx3-ubyte.gz:
+Tried https://first.example/mnist/, got:
+<urlopen error [Errno -2] Name or service not known>
+Tried http://second.example/mnist/, got:
+<urlopen error [Errno -2] Name or service not known>
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError(NO_NETWORK), "[Errno -2] Name or service not known"),
+        (RuntimeError("one " * 100), f"{'one ' * 29}..."),
+        (OSError(), "OSError"),
+    ],
+)
+def test_why_there_is_no_mnist_is_told_in_one_short_line(nowhere, monkeypatch, capfd, error, told):
+    from torchvision import datasets
+
+    def fail(*args, **kwargs):
+        print("Downloading https://first.example/mnist/train-images-idx3-ubyte.gz")
+        raise error
+
+    monkeypatch.setattr(datasets, "MNIST", fail)
+    assert data.find("auto").notice == (
+        f"no MNIST in {nowhere}, and it could not be downloaded ({told}): using scikit-learn's 1,797 handwritten "
+        "digits instead"
+    )
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"Looking for MNIST on the network, to keep in {nowhere}\n"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nets import make
 from torch import nn
 
-from planrt.errors import OptionError, PlanArgumentError, PlanError
+from planrt.errors import MissingPackageError, OptionError, PlanArgumentError, PlanError
 from planrt.plans import Plan
 from planrt.types import leaves
 
@@ -286,6 +286,8 @@ def test_bad_arguments(tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="No such file or directory"):
         plan.to_onnx(tmp_path / "no" / "place")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(PlanError, match=r"needs the package onnxscript: pip install planrt\[onnx\]"):
+    with pytest.raises(
+        MissingPackageError, match=r"needs the package onnxscript: pip install 'planrt\[onnx\]'"
+    ):
         plan.to_onnx(tmp_path / "f.onnx")
     assert not list(tmp_path.iterdir())

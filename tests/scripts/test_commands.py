@@ -29,6 +29,12 @@ ROOT = Path(__file__).parents[2]
 SERVE = ["-m", "planrt.fl.serve"]
 START = [str(ROOT / "scripts" / "start_websocket_servers.py")]
 TRAIN = ["-m", "planrt.fl.mnist_async"]
+BACKGROUND = [
+    "-c",
+    "import os, signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as shells do for what a script starts with `&`
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+]
 QUICK = ["--batch-size", "4", "--federate-after-n-batches", "1"]
 
 
@@ -218,6 +224,18 @@ def test_serving_says_what_and_where_and_stops_cleanly(commands, small, number):
     assert [line.split() for line in lines[1:4]] == [[f"{digit}:", "4", "images"] for digit in (7, 8, 9)]
     assert "serves at ws://127.0.0.1:" in lines[4]
     process.send_signal(number)
+    ended = commands.finish(process)
+    assert (ended.code, ended.err) == (0, "")
+
+
+def test_serving_in_the_background_ignores_ctrl_c_and_says_what_stops_it(commands):
+    process = commands.start([*BACKGROUND, *SERVE, "--id", "bob", "--empty", "--port", "0"])
+    line = lines_until(process, " serves at ")[-1]
+    assert line.endswith(f"; kill {process.pid} stops it")
+    process.send_signal(signal.SIGINT)
+    with WebsocketClientWorker("bob", uri=line.split(" at ")[1].partition(";")[0]) as client:
+        assert client.objects_count() == 0
+    process.terminate()
     ended = commands.finish(process)
     assert (ended.code, ended.err) == (0, "")
 
@@ -483,6 +501,28 @@ def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands,
     servers.send_signal(signal.SIGINT)
     ended = commands.finish(servers)
     assert (ended.code, ended.err) == (0, "")
+    assert ended.out.endswith("Interrupted: stopping the workers\nAll four workers are stopped\n")
+
+
+@pytest.mark.usefixtures("usual_ports_are_free")
+def test_the_script_in_the_background_ignores_ctrl_c_and_says_what_stops_it(commands, small):
+    servers = commands.start([*BACKGROUND, *START, "--data", small])
+    assert lines_until(servers, "All four")[-1] == f"All four workers serve; kill {servers.pid} stops them"
+    servers.send_signal(signal.SIGINT)
+    servers.terminate()
+    ended = commands.finish(servers)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == "Terminated: stopping the workers\nAll four workers are stopped\n"
+
+
+@pytest.mark.usefixtures("usual_ports_are_free")
+def test_the_script_is_stopped_while_it_starts(commands, small):
+    servers = commands.start([*START, "--data", small])
+    assert eventually(lambda: len(marked(commands.token)) == 5)
+    servers.terminate()
+    ended = commands.finish(servers)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.endswith("Terminated: stopping the workers\nAll four workers are stopped\n")
 
 
 @pytest.mark.usefixtures("usual_ports_are_free")
