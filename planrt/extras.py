@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any, Final
 
@@ -20,9 +21,27 @@ def needed(module: str, *, by: str, extra: str = "run") -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        top = module.partition(".")[0]
-        missing = (error.name or top).partition(".")[0] == top
-        why = "" if missing else f" (importing it failed: {error})"
-        raise MissingPackageError(
-            f"{by} needs the package {_PACKAGES.get(top, top)}{why}: pip install 'planrt[{extra}]'", name=top
-        ) from error
+        absent = (error.name or module).partition(".")[0] == module.partition(".")[0]
+        raise _missing(module, by, extra, "" if absent else f" (importing it failed: {error})") from error
+
+
+def check_installed(*modules: str, by: str, extra: str = "run") -> None:
+    """Sees that `needed` will find `modules`, without the time that importing them takes.
+
+    Raises:
+        MissingPackageError: one is not installed.
+    """
+    for module in modules:
+        if module not in sys.modules:
+            found = any(finder.find_spec(module, None) is not None for finder in sys.meta_path)
+        else:
+            found = sys.modules[module] is not None
+        if not found:
+            raise _missing(module, by, extra)
+
+
+def _missing(module: str, by: str, extra: str, why: str = "") -> MissingPackageError:
+    top = module.partition(".")[0]
+    return MissingPackageError(
+        f"{by} needs the package {_PACKAGES.get(top, top)}{why}: pip install 'planrt[{extra}]'", name=top
+    )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planrt.errors import OptionError
-from planrt.extras import needed
+from planrt.extras import check_installed, needed
 from planrt.fl import data
 from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.command import Parser, positive_number, run_command, whole_number
@@ -95,8 +95,7 @@ def run(options: argparse.Namespace) -> None:
         MissingPackageError: a package is not installed that the extra ``run`` brings. Nothing was started.
     """
     began = time.perf_counter()
-    for module in ("tqdm", "matplotlib"):
-        needed(module, by="this run")
+    check_installed("tqdm", "matplotlib", by="this run")
     with _run_folder(options) as folder:
         addresses = given_addresses(options.worker) if options.worker else running_addresses()
         with contextlib.ExitStack() as stack:
