@@ -166,5 +166,5 @@ def _training(size: Size, remote: BaseWorker) -> Row:
     milliseconds = {name: sample.map(lambda s: 1000 * s / steps) for name, sample in times.items()}
     return Row(
         "eager training step, websocket", "ms", milliseconds["ours"], milliseconds["local"], "eager PyTorch here",
-        Goal(at_most=1.6), f"MNIST network, batch of 32, SGD, one thread, {steps} steps",
+        Goal(at_most=1.3), f"MNIST network, batch of 32, SGD, one thread, {steps} steps",
     )  # fmt: skip

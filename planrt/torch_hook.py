@@ -24,7 +24,8 @@ from planrt.types import as_text, plain
 from planrt.workers import modules
 from planrt.workers.clients import BaseWorker
 from planrt.workers.multipointer import MultiPointerTensor
-from planrt.workers.objects import allowed_users, contiguous
+from planrt.workers.object_specs import contiguous
+from planrt.workers.objects import allowed_users
 from planrt.workers.optimizers import before_step
 from planrt.workers.pointers import PointerTensor, become_pointer, make_pointer, pointer_id
 from planrt.workers.remote_ops import refuse_hooks

@@ -20,7 +20,8 @@ from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
-from planrt.workers.objects import contiguous, fetch_all, fetch_all_async
+from planrt.workers.object_specs import contiguous
+from planrt.workers.objects import fetch_all, fetch_all_async
 from planrt.workers.pointers import PointerTensor, alive, make_pointer, new_id
 
 if TYPE_CHECKING:

@@ -28,8 +28,9 @@ from planrt.types import Ref, map_leaves
 from planrt.workers import messages as m
 from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.loop import on_loop, run
+from planrt.workers.object_specs import check_travels, spec_from_wire
 from planrt.workers.objects import allowed_users as allowed_list
-from planrt.workers.objects import check_travels, kinds, spec_from_wire
+from planrt.workers.objects import kinds
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import (
     Handle,

@@ -24,7 +24,7 @@ from planrt.workers import messages as m
 from planrt.workers.chain_runs import ChainRun, Given, Output
 from planrt.workers.clients import BaseWorker
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import check_travels, spec_from_wire
+from planrt.workers.object_specs import check_travels, spec_from_wire
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, alive, make_pointer
 

@@ -16,8 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from planrt.errors import LocalError
 from planrt.workers import messages as m
-from planrt.workers.events import Steps
-from planrt.workers.failures import OpFailedError, failure_of_op
+from planrt.workers.events import Answer, Steps
+from planrt.workers.failures import OpFailedError, failure_of, failure_of_op
 from planrt.workers.labels import Label, MemoryLabels, both
 from planrt.workers.objects_kept import KeptObjects, tensor_of
 from planrt.workers.peer_ops import PeerOps
@@ -42,6 +42,21 @@ class BackwardPasses:
 
     def run(self, session: Session, body: m.Backward) -> Steps:
         """A backward pass; says which objects of the session have gradients then."""
+        if session.halted is not None:
+            raise OpFailedError(session.halted)
+        try:
+            return (yield from self._run(session, body))
+        except Exception as error:
+            if body.halts:
+                session.halted = failure_of(error)
+            raise
+
+    def resume(self, session: Session) -> Answer:
+        """The client knows of the pass that failed; says which objects of the session have gradients."""
+        session.halted = None
+        return m.Gradients(list(self._gradients(session))), ()
+
+    def _run(self, session: Session, body: m.Backward) -> Steps:
         if not body.roots:
             raise LocalError("a backward pass starts somewhere: no tensors were given")
         if len(body.roots) != len(body.gradients):

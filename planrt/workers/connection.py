@@ -284,6 +284,11 @@ class Connection:
         graph = found[2]() if found is not None and len(found) == 3 else None
         return graph.place(index) if graph is not None and index is not None else ""
 
+    def forget_soon(self, outgoing: Sequence[Outgoing]) -> None:
+        """`forget` of several requests, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
+            self.loop.call_soon_threadsafe(lambda: deque(map(self.forget, outgoing), maxlen=0))
+
     def _wake_soon(self) -> None:
         if not self._woken:
             self._woken = True
@@ -332,10 +337,14 @@ class Connection:
         except ConnectionError as error:
             raise self._lost(type(outgoing.body).__name__) from error
         finally:
-            outgoing.given_up = True
-            outgoing.reply = None
-            self._pending.pop(outgoing.id, None)
-            self.session.forget(outgoing.id)
+            self.forget(outgoing)
+
+    def forget(self, outgoing: Outgoing) -> None:
+        """Nobody waits for the reply to a request any more. To be called on planrt's loop."""
+        outgoing.given_up = True
+        outgoing.reply = None
+        self._pending.pop(outgoing.id, None)
+        self.session.forget(outgoing.id)
 
     async def send(self, body: m.Body, tensors: Sequence[torch.Tensor]) -> None:
         """Posts a message and waits until it has left: the tensors may change then.

@@ -13,7 +13,8 @@ from planrt.types import as_whole
 from planrt.workers import messages as m
 from planrt.workers import registry
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import maker_of, spec_from_wire
+from planrt.workers.object_specs import spec_from_wire
+from planrt.workers.objects import maker_of
 from planrt.workers.pointers import Handle, make_pointer, refuse_user
 from planrt.workers.remote_plans import RemotePlans
 

@@ -341,7 +341,7 @@ def _place(tensor: torch.Tensor) -> str:
 
 def _pointers(tensors: Sequence[torch.Tensor], handles: Sequence[Handle]) -> list[PointerTensor]:
     """Pointers to what `tensors` became when they were put on a worker; they know its tags and description."""
-    from planrt.workers.objects import contiguous
+    from planrt.workers.object_specs import contiguous
 
     made = []
     for tensor, handle in zip(tensors, handles, strict=True):

@@ -13,6 +13,7 @@ Backward passes are `planrt.workers.backward`; ops on pointers to objects elsewh
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,9 @@ class EagerOps:
             )
             return
         self._drop(session, op.drop, outgoing)
+        if session.halted is not None:
+            self._skip(session, op, session.halted)
+            return
         used: list[StoredObject] = []
         try:
             made = self._run(session, op, used, outgoing)
@@ -230,6 +234,12 @@ class EagerOps:
             raise LocalError(f"the op gave {count} results, not as many as were expected")
         for part, item in zip(results, value, strict=True):
             self._keep(session, part, item, of)
+
+    def _skip(self, session: Session, op: PostedOp, failure: m.Failure) -> None:
+        """An op after a backward pass whose failure its client has not heard of: nothing runs then."""
+        for id in _ids(op.results):
+            with contextlib.suppress(LocalError):  # the id is in use, or the worker is full
+                self._store.add(id, StoredObject(None, session.id, failure=failure))
 
     def _poison(
         self, session: Session, op: PostedOp, used: Sequence[StoredObject], failure: m.Failure

@@ -49,6 +49,8 @@ class Versions(msgspec.Struct, frozen=True):
     """Bytes of tensors that it takes in one message."""
     header_limit: Count = HEADER_BYTES
     """Bytes of a message's header that it takes."""
+    halts: bool = False
+    """Of a worker: whether it knows `Backward.halts`."""
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
@@ -293,7 +295,7 @@ class Fetch(Message, frozen=True, tag="fetch"):
     delete: bool
 
 
-class Backward(Message, frozen=True, tag="backward"):
+class Backward(Message, frozen=True, tag="backward", omit_defaults=True):
     """`torch.autograd.backward` from `roots`. Answered by Gradients."""
 
     roots: list[ObjectId]
@@ -301,6 +303,13 @@ class Backward(Message, frozen=True, tag="backward"):
     retain_graph: bool
     create_graph: bool
     inputs: list[ObjectId] | None = None
+    halts: bool = False
+    """Its client does not wait for the answer. If the pass fails, ops that are posted after it are not run (their
+    results fail as it did, and what they would change stays as it is), until the session has sent Resume."""
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """The client knows that a backward pass failed: ops run again. Answered by Gradients."""
 
 
 class Describe(Message, frozen=True, tag="describe"):
@@ -512,7 +521,8 @@ class Counted(Message, frozen=True, tag="counted"):
 
 Body = (
     Hello | PutPlan | RunPlan | Fit | Evaluate
-    | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Describe | Search | Move | HandOver
+    | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Resume | Describe | Search | Move
+    | HandOver
     | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
     | Counted | Remove | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure

@@ -23,7 +23,8 @@ from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.clients import BaseWorker
 from planrt.workers.moving import check_worker
-from planrt.workers.objects import contiguous, fetch_all, fetch_all_async
+from planrt.workers.object_specs import contiguous
+from planrt.workers.objects import fetch_all, fetch_all_async
 from planrt.workers.optimizers import RemoteState, states_of
 from planrt.workers.pointers import (
     Handle,

@@ -14,7 +14,8 @@ from planrt.errors import LocalError, OptionError, RemoteError, WorkerLostError
 from planrt.plans.inference import spec
 from planrt.workers import messages as m
 from planrt.workers.loop import on_loop, run
-from planrt.workers.objects import RemoteObjects, contiguous_stride
+from planrt.workers.object_specs import contiguous_stride
+from planrt.workers.objects import RemoteObjects
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id, take_place
 
 

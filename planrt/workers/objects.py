@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Final, Self
 
 import torch
 
-from planrt.errors import LocalError, OptionError, UnsupportedTensorError, WireError, WorkerLostError
-from planrt.plans.inference import Spec, spec, spec_of
-from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.errors import LocalError, OptionError, WireError, WorkerLostError
+from planrt.plans.inference import Spec
 from planrt.serde.values import decode
 from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
 from planrt.workers.connection import Connection, Outgoing, Reply
+from planrt.workers.gradients import GradientTable
 from planrt.workers.loop import on_loop, refuse_to_block, run
 from planrt.workers.object_ids import ids_of
+from planrt.workers.object_specs import check_travels, contiguous, spec_from_wire
 from planrt.workers.pointers import (
     Handle,
     Pointer,
@@ -47,74 +48,6 @@ def maker_of(kind: str) -> Callable[[Any, m.FoundItem], Any] | None:
     if kind in _HOMES:
         import_module(_HOMES[kind])
     return kinds.get(kind)
-
-
-def spec_from_wire(wire: m.ObjectSpec) -> Spec:
-    """The spec that a worker sent.
-
-    Raises:
-        KeyError: a dtype that does not travel.
-    """
-    return spec(tuple(wire.shape), tuple(wire.stride), DTYPES[wire.dtype], wire.requires_grad, wire.leaf)
-
-
-class GradientTable:
-    """Which objects on a worker have gradients. Kept by the answers to backward passes, which nobody awaits until
-    somebody wants to know."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        """Grows when the gradients there may be other tensors than before."""
-        self._specs: dict[int, Spec] = {}
-        self._pending: list[tuple[Connection, Outgoing]] = []
-
-    def expect(self, connection: Connection, asked: Outgoing) -> None:
-        """A backward pass is under way."""
-        self.epoch += 1
-        self._pending.append((connection, asked))
-
-    def settle(self) -> None:
-        """Waits for backward passes under way.
-
-        Raises:
-            RemoteError: one of them failed.
-        """
-        if self._pending:
-            run(self.settle_async(), instead="await pointer.async_grad()")
-
-    async def settle_async(self) -> None:
-        """`settle`, on planrt's loop."""
-        while self._pending:
-            connection, asked = self._pending.pop(0)
-            body, _ = await connection.finish(asked)
-            if isinstance(body, m.Gradients):  # a backward pass only adds gradients
-                self._specs.update({id: spec_from_wire(wire) for id, wire in body.objects})
-
-    def spec_of(self, pointer: PointerTensor) -> Spec | None:
-        """What the gradient of an object looks like; None where it has none. May wait for a backward pass."""
-        self.settle()
-        return self.known(pointer)
-
-    def set(self, id: int, like: Spec | None) -> None:
-        """The client itself set or removed a gradient."""
-        self.settle()
-        self.epoch += 1
-        if like is None:
-            self._specs.pop(id, None)
-        else:
-            self._specs[id] = like
-
-    def note(self, id: int, like: Spec) -> None:
-        """A new object came with a gradient."""
-        self._specs[id] = like
-
-    def known(self, pointer: PointerTensor) -> Spec | None:
-        """As `spec_of`, without waiting."""
-        return self._specs.get(alive(pointer).id)
-
-    def forget(self, id: int) -> None:
-        """The object is gone."""
-        self._specs.pop(id, None)
 
 
 class RemoteObjects:
@@ -180,10 +113,17 @@ class RemoteObjects:
         retain_graph: bool,
         create_graph: bool,
         inputs: list[int] | None,
+        foreseen: Mapping[int, Spec] | None = None,
     ) -> None:
-        """A backward pass there; who asks for a gradient afterwards waits for it."""
-        asked = self._ask(m.Backward(roots, given, retain_graph, create_graph, inputs))
-        self.gradients.expect(self._connection, asked)
+        """A backward pass there; who asks for a gradient afterwards waits for it, unless it was `foreseen`."""
+        halts = foreseen is not None
+        asked = self._ask(m.Backward(roots, given, retain_graph, create_graph, inputs, halts))
+        self.gradients.expect(self._connection, asked, foreseen)
+
+    @property
+    def halts(self) -> bool:
+        """Whether the worker stops at a backward pass that failed until its client has heard of it."""
+        return self._connection.session.versions.halts
 
     def check_open(self) -> None:
         """Raises WorkerLostError if the connection has ended."""
@@ -327,8 +267,12 @@ class RemoteObjects:
     @on_loop
     async def fetch_async(self, pointer: PointerTensor, *, delete: bool = True) -> Any:
         """`fetch`, to be awaited on any loop."""
-        await self.gradients.settle_async()
-        asked = self._ask(m.Fetch(alive(pointer).id, False))
+        asked = self._ask(m.Fetch(alive(pointer).id, False))  # it removes nothing, and so need not wait
+        try:
+            await self.gradients.settle_async()
+        except BaseException:
+            self._connection.forget(asked)
+            raise
         return await self._fetched(pointer, *await self._connection.finish(asked), delete=delete)
 
     async def _fetched(
@@ -461,42 +405,6 @@ def _remove_all(pointers: Sequence[PointerTensor], values: Sequence[Any]) -> Non
             pointer.location.removed(pointer._handle, published=published, nbytes=value.nbytes)
     for worker in {pointer.location for pointer in pointers}:
         worker._connection.flush_drops()
-
-
-def check_travels(tensor: torch.Tensor) -> None:
-    """Raises UnsupportedTensorError for a tensor that cannot go to a worker, with what to do instead."""
-    kind = ""
-    if tensor.is_quantized:
-        kind, instead = "a quantised tensor", "dequantize()"
-    elif tensor.layout != torch.strided:
-        kind, instead = f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}", "to_dense()"
-    elif tensor.is_nested:
-        kind, instead = "a nested tensor", "to_padded_tensor()"
-    elif tensor.is_meta:
-        kind, instead = "a meta tensor (it has no values)", "to_empty()"
-    elif tensor.dtype not in DTYPE_NAMES:
-        kind, instead = (
-            f"a tensor of {tensor.dtype}",
-            f".to(one of {', '.join(sorted(DTYPE_NAMES.values()))})",
-        )
-    if kind:
-        raise UnsupportedTensorError(f"{kind} cannot go to a worker: convert it first, with {instead}")
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of a contiguous tensor of that shape."""
-    stride = []
-    step = 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
-
-
-def contiguous(tensor: torch.Tensor) -> Spec:
-    """The spec that `tensor` has once it has travelled: contiguous, and a leaf."""
-    s = spec_of(tensor)
-    return spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
 
 
 def allowed_users(private: bool, users: Sequence[str] | None) -> list[str] | None:

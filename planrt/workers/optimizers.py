@@ -146,7 +146,7 @@ def _reached(optimizer: torch.optim.Optimizer, value: PointerTensor, bring: Any)
 
 
 def _sent(values: list[torch.Tensor], worker: Any) -> list[torch.Tensor]:
-    from planrt.workers.objects import contiguous
+    from planrt.workers.object_specs import contiguous
     from planrt.workers.pointers import make_pointer
 
     handles = worker.put(values) if values else []

@@ -50,6 +50,8 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
     )
     wire = (Ref(handle.id), plan.training, *(Ref(one._handle.id) for one in operands))
     values = iter(post(plan_objects.CALL, wire, {}, handle, inferred, operands, seed, line))
+    if any(one._spec.requires_grad for one in operands):
+        handle.worker.gradients.histories.rewrite()  # a plan may write to its operands
     return map_leaves(graph.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
 

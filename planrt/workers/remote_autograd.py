@@ -107,6 +107,7 @@ def set_memory(pointer: PointerTensor, source: Any = None, *args: Any, **kwargs:
     if torch.is_grad_enabled() and pointer._spec.requires_grad and pointer._spec.leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     _assign("Tensor.set_", pointer, source)
+    alive(pointer).worker.gradients.histories.rewrite()
     old, new = pointer._spec, source._spec
     set_spec(pointer, spec(new.shape, new.stride, new.dtype, old.requires_grad, old.leaf))
     return pointer
@@ -129,6 +130,7 @@ def retain_grad(pointer: PointerTensor) -> None:
         raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
     op = PostedOp("Tensor.retain_grad", (Ref(handle.id),), {}, None, True, None, handle.worker.take_drops())
     handle.worker.post_op(packed(op, handle.worker), calling_line())
+    handle.worker.gradients.histories.rewrite()  # passes leave more gradients from here on
 
 
 def backward(
@@ -168,12 +170,14 @@ def backward_all(
             raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
         if one is None and torch.Size(root._spec.shape).numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    simple = only is None and not create_graph and not first.via and first.worker.halts
     first.worker.backward(
         [root._handle.id for root in roots],
         [None if one is None else one._handle.id for one in given],
         create_graph if retain_graph is None else retain_graph,
         create_graph,
         None if only is None else [one._handle.id for one in only],
+        first.worker.gradients.foresee(roots) if simple else None,
     )
 
 

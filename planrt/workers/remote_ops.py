@@ -27,6 +27,7 @@ from planrt.plans.modes import any_autocast, default_changed
 from planrt.plans.source import is_users
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
+from planrt.workers.gradients import sources_of
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 from planrt.workers.posted import Line, PostedOp
 
@@ -65,12 +66,16 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     wire_args, wire_kwargs = map_leaves(args, referred), map_leaves(kwargs, referred) if kwargs else {}
     if first is None:
         raise RemoteOpError(f"{name}: no pointer among the arguments")
+    sources = sources_of(operands) if torch.is_grad_enabled() else None
     seed = first.worker.draw_seed() if name in ops.RANDOM else None
     line = calling_line()
     inferred = infer(name, ops.CHECKED.get(name, function), args, kwargs, PointerTensor)
     if default_changed():
         _refuse_default_dtype(name, operands, (args, kwargs), inferred)
-    return post(name, wire_args, wire_kwargs, first, inferred, operands, seed, line)
+    result = post(name, wire_args, wire_kwargs, first, inferred, operands, seed, line)
+    if sources:
+        first.worker.gradients.histories.record(name, sources, operands, result, args, kwargs)
+    return result
 
 
 def refuse_autocast(name: str) -> None:

@@ -16,7 +16,8 @@ from planrt.types import as_text, as_whole
 from planrt.workers import messages as m
 from planrt.workers.loop import on_loop, run
 from planrt.workers.moving import MovingObjects, check_worker
-from planrt.workers.objects import COPIED_BYTES, allowed_users, check_travels
+from planrt.workers.object_specs import check_travels
+from planrt.workers.objects import COPIED_BYTES, allowed_users
 from planrt.workers.plan_pointers import PointerPlan
 from planrt.workers.pointers import Handle, alive, new_id
 

@@ -24,7 +24,7 @@ from planrt.workers.clients import decisions_in, worker_id
 from planrt.workers.host import ComputeThread, WorkerHost
 from planrt.workers.loop import background_loop, new_event_loop
 from planrt.workers.messages import DatasetInfo
-from planrt.workers.objects import check_travels
+from planrt.workers.object_specs import check_travels
 from planrt.workers.pointers import pointer_id
 from planrt.workers.state import WorkerState
 from planrt.workers.websocket import listen, server_tls

@@ -32,6 +32,8 @@ class Session:
     """Of an op or message that left no result; shows at the next request."""
     failures: int = 0
     """Runs that failed on data which it may not see: each tells it something of that data."""
+    halted: m.Failure | None = None
+    """Of a backward pass whose client has not heard of it yet: ops are not run (`planrt.workers.messages.Backward`)."""
     over: bool = False
     """Whether those were as many as the owner allows: it gets no more than the answer that is under way."""
     leaves: dict[int, None] = field(default_factory=dict)

@@ -327,6 +327,8 @@ class WorkerState:
     # ----------------------------------------------------------------------------------- the requests
 
     def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
+        if isinstance(body, m.Resume):  # which nothing keeps from being heard
+            return self._passes.resume(session)
         self._objects.raise_unseen(session)
         match body:
             case m.Fetch():
@@ -390,5 +392,11 @@ def own_versions(limits: Limits | None = None) -> m.Versions:
     """What this side runs, and accepts."""
     accepted = limits or Limits()
     return m.Versions(
-        m.PROTOCOL_VERSION, VERSION, str(torch.__version__), ops.TABLE_HASH, accepted.message, accepted.header
+        m.PROTOCOL_VERSION,
+        VERSION,
+        str(torch.__version__),
+        ops.TABLE_HASH,
+        accepted.message,
+        accepted.header,
+        True,
     )

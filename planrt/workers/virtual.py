@@ -26,7 +26,7 @@ from planrt.workers.contents import held_pointer
 from planrt.workers.host import WorkerHost, virtual_compute
 from planrt.workers.links import register_virtual
 from planrt.workers.loop import on_loop_thread, run
-from planrt.workers.objects import check_travels
+from planrt.workers.object_specs import check_travels
 from planrt.workers.pipes import memory_pipes
 from planrt.workers.pointers import pointer_id
 from planrt.workers.state import WorkerState
