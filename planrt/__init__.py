@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.fl.local import local_workers
     from planrt.grid import PrivateGridNetwork
-    from planrt.plans import Plan, func2plan, load_plan
+    from planrt.plans import Plan, func2plan, load_plan, method2plan
     from planrt.protocols import PointerProtocol, Protocol, Step
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
@@ -32,6 +32,7 @@ _HOMES = {
     "Plan": "planrt.plans",
     "func2plan": "planrt.plans",
     "load_plan": "planrt.plans",
+    "method2plan": "planrt.plans",
     "PointerProtocol": "planrt.protocols",
     "Protocol": "planrt.protocols",
     "Step": "planrt.protocols",
@@ -71,6 +72,7 @@ __all__ = [
     "Plan",
     "func2plan",
     "load_plan",
+    "method2plan",
     "Protocol",
     "Step",
     "PointerProtocol",
@@ -104,11 +106,6 @@ def __getattr__(name: str) -> Any:
         import_module(f"planrt.{_MODULES[name]}")
         return import_module(f"planrt.{name}")
     home = _HOMES.get(name)
-    if name == "method2plan":
-        raise AttributeError(
-            "planrt has no method2plan: derive the class from planrt.Plan, whose forward build() records, or write "
-            "planrt.func2plan()(object.method)"
-        )
     if home is None:
         raise AttributeError(f"module 'planrt' has no attribute {name!r}")
     value = getattr(import_module(home), name)

@@ -31,9 +31,6 @@ class Name:
 _ENCRYPTED = (
     "encrypted tensors are not part of planrt yet: compute on pointers, or average with a third worker"
 )
-_METHOD = (
-    "derive the class from planrt.Plan, whose forward build() records, or planrt.func2plan()(object.method)"
-)
 _FUNCTIONS = "a name for a number in 0.2's messages; planrt's are not made of such"
 _PRIVATE = "read what private=True and allowed_users= protect, and write x.send(worker, private=True)"
 
@@ -48,7 +45,7 @@ syft.WebsocketServerWorker                            planrt.WebsocketServerWork
 syft.BaseWorker                                       planrt.workers.BaseWorker
 syft.Plan                                             planrt.Plan
 syft.func2plan                                        planrt.func2plan
-syft.method2plan - | {_METHOD}
+syft.method2plan planrt.method2plan
 syft.Protocol                                         planrt.Protocol
 syft.TrainConfig                                      planrt.TrainConfig
 syft.BaseDataset                                      planrt.BaseDataset
@@ -141,10 +138,10 @@ syft.workers.tfe.TFEWorker                            - | planrt is for PyTorch:
 
 syft.messaging.plan.Plan                              planrt.Plan
 syft.messaging.plan.func2plan                         planrt.func2plan
-syft.messaging.plan.method2plan - | {_METHOD}
+syft.messaging.plan.method2plan planrt.method2plan
 syft.messaging.plan.plan.Plan                         planrt.Plan
 syft.messaging.plan.plan.func2plan                    planrt.func2plan
-syft.messaging.plan.plan.method2plan - | {_METHOD}
+syft.messaging.plan.plan.method2plan planrt.method2plan
 syft.messaging.plan.state.State                       planrt.plans.plan.PlanState
 syft.messaging.plan.procedure.Procedure               planrt.plans.graph.Graph
 syft.messaging.protocol.Protocol                      planrt.Protocol
@@ -152,10 +149,20 @@ syft.messaging.message.Message                        - | messages are planrt.wo
 syft.messaging.message.ObjectMessage                  - | write x.send(worker)
 syft.messaging.message.ObjectRequestMessage           - | write pointer.get()
 syft.messaging.message.Operation                      - | call torch's functions on pointers
+syft.messaging.message.OperationMessage               - | call torch's functions on pointers
+syft.messaging.message.PlanCommandMessage             - | write me.fetch_plan(id, worker)
+syft.messaging.message.ForceObjectDeleteMessage       - | write del pointer, or worker.rm_obj(id)
+syft.messaging.message.GetShapeMessage                - | write pointer.shape, which asks nobody
+syft.messaging.message.IsNoneMessage                  - | write id in worker._objects
+syft.messaging.message.ExecuteWorkerFunctionMessage   - | nothing from a peer is run: send a Plan made with func2plan
 syft.messaging.message.SearchMessage                  - | write worker.search(["#tag"])
 syft.execution.plan.Plan                              planrt.Plan
 syft.execution.plan.func2plan                         planrt.func2plan
+syft.execution.plan.method2plan planrt.method2plan
 syft.execution.protocol.Protocol                      planrt.Protocol
+syft.execution.placeholder.PlaceHolder                - | arguments of a plan are those of its function: give build() example tensors
+syft.execution.translation.torchscript.PlanTranslatorTorchscript - | plan.torchscript is the plan as TorchScript
+syft.execution.translation.default.PlanTranslatorDefault - | plan.code shows its ops; plan.torchscript is it as TorchScript
 syft.execution.state.State                            planrt.plans.plan.PlanState
 
 syft.generic.pointers.pointer_tensor.PointerTensor    planrt.PointerTensor
@@ -233,6 +240,7 @@ Tensor.description            torch.Tensor.description
 Tensor.gc                     planrt.PointerTensor.gc
 Tensor.garbage_collection     planrt.PointerTensor.garbage_collection
 Tensor.disable_gc             planrt.PointerTensor.disable_gc
+Tensor.create_pointer         - | x.send(worker) gives a pointer, PointerTensor(location=worker, id_at_location=id) one to what is there
 Tensor.private_tensor         - | {_PRIVATE}
 Tensor.allow                  - | allowed_users= of send says who may read, and a token who asks: worker.connect_as(token)
 Tensor.share                  - | {_ENCRYPTED}
@@ -255,11 +263,22 @@ BaseWorker.search             planrt.VirtualWorker.search | gives pointers, on v
 BaseWorker.request_search     planrt.VirtualWorker.request_search
 BaseWorker.request_obj        planrt.VirtualWorker.request_obj
 BaseWorker.get_obj            planrt.VirtualWorker.get_obj
-BaseWorker.set_obj            - | write x.send(worker)
-BaseWorker.rm_obj             - | del the pointer, or pointer.get()
-BaseWorker.register_obj       - | write x.send(worker)
-BaseWorker.de_register_obj    - | del the pointer, or pointer.get()
-BaseWorker.load_data          - | write VirtualWorker(hook, id="bob", data=[x, y])
+BaseWorker.set_obj            planrt.VirtualWorker.set_obj
+BaseWorker.rm_obj             planrt.VirtualWorker.rm_obj
+BaseWorker.register_obj       planrt.VirtualWorker.register_obj
+BaseWorker.de_register_obj    planrt.VirtualWorker.de_register_obj
+BaseWorker.load_data          planrt.VirtualWorker.load_data
+BaseWorker.send               planrt.VirtualWorker.send
+BaseWorker.send_obj           planrt.VirtualWorker.send_obj
+BaseWorker.train_config       planrt.VirtualWorker.train_config
+BaseWorker.registration_enabled planrt.VirtualWorker.registration_enabled | is_client_worker is False meanwhile; objects go with their pointers either way
+BaseWorker.log_msgs           planrt.VirtualWorker.log_msgs
+BaseWorker.msg_history        planrt.VirtualWorker | a list of planrt's own messages, once log_msgs is set
+BaseWorker.message_pending_time planrt.VirtualWorker.message_pending_time
+BaseWorker.is_framework_supported planrt.VirtualWorker.is_framework_supported
+BaseWorker._known_workers     planrt.VirtualWorker._known_workers
+BaseWorker.recv_msg           - | messages are planrt.workers.messages, and workers answer those of their connections only
+BaseWorker.execute_command    - | call torch's functions on pointers
 BaseWorker.send_msg           - | messages are sent by pointers and plans: write x.send(worker), pointer.get()
 BaseWorker.send_command       - | call torch's functions on pointers, or worker.remote.torch.zeros(2, 3)
 BaseWorker.remote             planrt.VirtualWorker.remote
@@ -286,7 +305,7 @@ WebsocketServerWorker.start   planrt.WebsocketServerWorker.start
 WebsocketServerWorker.add_dataset planrt.WebsocketServerWorker.add_dataset
 TrainConfig.send              planrt.TrainConfig.send
 TrainConfig.model_ptr         planrt.TrainConfig | an attribute, once it was sent: config.model_ptr.get().obj
-TrainConfig.loss_fn_ptr       - | the loss goes along with the model: write config.send(worker)
+TrainConfig.loss_fn_ptr       planrt.TrainConfig | an attribute, once it was sent: config.loss_fn_ptr.get().obj
 Plan.build                    planrt.Plan.build
 Plan.is_built                 planrt.Plan.is_built
 Plan.send                     planrt.Plan.send
@@ -294,11 +313,14 @@ Plan.copy                     planrt.Plan.copy
 Plan.get_pointers             planrt.Plan.get_pointers
 Plan.readable_plan            planrt.Plan.readable_plan
 Plan.owner                    planrt.Plan.owner
+Plan.state                    planrt.Plan | of func2plan(state=...): state.read(), state.tensors(), len(state)
+Plan.add_translation          - | plan.torchscript is the plan as TorchScript
+Plan.remove_translation       - | there are none to remove: plan.torchscript makes one when it is asked for
 Plan.fix_precision            - | {_ENCRYPTED}
 Plan.share                    - | {_ENCRYPTED}
 PointerPlan.get               planrt.workers.plan_pointers.PointerPlan.get
 PointerPlan.move              planrt.workers.plan_pointers.PointerPlan.move
-PointerPlan.parameters        - | they are part of the plan: pointer.get().parameters(), or module.send(worker).parameters()
+PointerPlan.parameters        planrt.workers.plan_pointers.PointerPlan.parameters
 Protocol.deploy               planrt.Protocol.deploy
 Protocol.run                  planrt.Protocol.run | prints what goes where with verbose=True; inputs that are here are sent
 Protocol.send                 planrt.Protocol.send
@@ -313,6 +335,7 @@ BaseDataset.transform         planrt.BaseDataset.transform
 BaseDataset.get_data          planrt.BaseDataset.get_data
 BaseDataset.get_targets       planrt.BaseDataset.get_targets
 FederatedDataset.workers      planrt.FederatedDataset.workers
+FederatedDataset.get_dataset  planrt.FederatedDataset.get_dataset
 Optims.get_optim              planrt.Optims.get_optim
 """
 """Methods and attributes, by the class that users know. ``Tensor`` is a tensor here or a pointer."""

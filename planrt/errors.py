@@ -296,7 +296,7 @@ class ConnectError(TransportError, ConnectionRefusedError):
     """Nobody listens at the address, it is malformed, refused the connection or did not answer in time."""
 
 
-class HandshakeError(TransportError):
+class HandshakeError(TransportError, RuntimeError):
     """The other side answered, but is not a worker (or client) that fits this one."""
 
 

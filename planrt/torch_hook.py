@@ -20,14 +20,21 @@ from planrt.errors import LocalError, OptionError, PointerError, UnknownNameErro
 from planrt.fl import splitting
 from planrt.plans import ops
 from planrt.protocols import pointer as _pointer  # noqa: F401 - searches know protocols then
-from planrt.types import as_text, plain
+from planrt.types import as_text, as_whole, plain
 from planrt.workers import modules
 from planrt.workers.clients import BaseWorker
 from planrt.workers.multipointer import MultiPointerTensor
 from planrt.workers.object_specs import contiguous
 from planrt.workers.objects import allowed_users
 from planrt.workers.optimizers import before_step
-from planrt.workers.pointers import PointerTensor, become_pointer, make_pointer, pointer_id
+from planrt.workers.pointers import (
+    PointerTensor,
+    become_pointer,
+    give_id,
+    make_pointer,
+    pointer_id,
+    refuse_options,
+)
 from planrt.workers.remote_ops import refuse_hooks
 from planrt.workers.virtual import VirtualWorker
 
@@ -113,6 +120,11 @@ def send(
     garbage_collection: bool = True,
     inplace: bool = False,
     garbage_collect_data: bool = True,
+    no_wrap: bool = False,
+    requires_grad: bool = False,
+    local_autograd: bool = False,
+    preinitialize_grad: bool = False,
+    user: object = None,
 ) -> PointerTensor | MultiPointerTensor:
     """Sends the tensor, with `requires_grad`, `.grad`, tags and description; gives a pointer, at once.
 
@@ -120,12 +132,19 @@ def send(
     computed from it. `allowed_users`: only these may. With ``garbage_collection=False``, which may be written
     ``garbage_collect_data=False``, the object stays when its last pointer goes. The object has the tensor's `id` on the
     worker; while one is there that was sent before, both the tensor and the new object get another one. `inplace` is
-    `send_`.
+    `send_`. `no_wrap` is without effect, and the other options of PySyft 0.2 are refused, saying what to write instead.
 
     Raises:
         UnsupportedTensorError: sparse, quantised, nested, or of a dtype that does not travel.
         WorkerLostError: the worker's connection has ended.
     """
+    refuse_options(
+        "send",
+        requires_grad=requires_grad,
+        local_autograd=local_autograd,
+        preinitialize_grad=preinitialize_grad,
+        user=user,
+    )
     if inplace:
         if len(workers) != 1:
             raise LocalError("inplace=True is for one worker: a tensor becomes one pointer")
@@ -227,6 +246,21 @@ def _private_tensor(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _create_pointer(self: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    """Not here: a pointer is made by sending."""
+    raise PointerError(
+        "create_pointer() is not taken: x.send(worker) gives a pointer, and PointerTensor(location=worker, "
+        "id_at_location=id) one to what is there"
+    )
+
+
+def _set_id(self: torch.Tensor, number: int) -> None:
+    id = as_whole(number, "a tensor's id")
+    if not 0 <= id < 2**63:
+        raise OptionError(f"a tensor's id is in [0, 2**63), not {id}")
+    give_id(self, id)
+
+
 def _not_remote(name: str) -> Any:
     def refuse(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise PointerError(f"{name}() is for pointers, and this tensor is here: send() it first")
@@ -247,7 +281,8 @@ def _add_methods() -> None:
     additions: dict[str, Any] = {
         "send": send, "async_send": async_send, "send_": send_, "tag": tag, "describe": describe,
         "get": _not_remote("get"), "get_": _not_remote("get_"), "move": _not_remote("move"),
-        "id": property(pointer_id, doc="A number of this tensor in this process."),
+        "id": property(pointer_id, _set_id, doc="A number of this tensor in this process; under which it is sent."),
+        "create_pointer": _create_pointer,
         "owner": property(_owner),
         "tags": property(lambda self: set(self.__dict__.get("_tags", ()))),
         "description": property(lambda self: self.__dict__.get("_description", "")),
@@ -263,6 +298,7 @@ def _add_methods() -> None:
             additions[f"native_{word}"] = property(operator.attrgetter(word), doc=f"`Tensor.{word}`.")
         elif home == "torch":
             setattr(torch, f"native_{word}", _NotReplaced(word))
+    setattr(torch, "torch_hooked", True)  # noqa: B010 - torch declares no such name
     for name, value in additions.items():
         setattr(torch.Tensor, name, value)
     for name, value in {

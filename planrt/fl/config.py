@@ -98,7 +98,14 @@ class TrainConfig:
         id: int | str | None = None,
         owner: object = None,
         purpose: str = "",
+        model_id: object = None,
+        loss_fn_id: object = None,
     ) -> None:
+        if model_id is not None or loss_fn_id is not None:
+            raise OptionError(
+                "model_id= and loss_fn_id= are not taken: give the model and the loss, TrainConfig(model=..., "
+                "loss_fn=...); send() puts them on the worker"
+            )
         if not isinstance(model, nn.Module | None):
             raise OptionError(_no_module(model))
         if loss_fn is not None and not callable(loss_fn):

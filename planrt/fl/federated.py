@@ -42,6 +42,8 @@ class FederatedDataset:
                     "leave one out"
                 )
             self.datasets[worker.id] = dataset
+        for dataset in self.datasets.values():
+            dataset.federated = True
         if not self.datasets:
             raise DataError("FederatedDataset: no data sets: give one BaseDataset per worker")
 
@@ -66,6 +68,22 @@ class FederatedDataset:
                 f"no data on {worker_id!r}: ask by the id of a worker, one of {', '.join(map(repr, self.datasets))}"
             )
         return found
+
+    def get_dataset(self, worker_id: str) -> BaseDataset:
+        """Takes the data of one worker back: it is here then, and no longer part of this.
+
+        Raises:
+            LocalError: none is there. GetNotPermittedError: it is private.
+        """
+        found = self[worker_id]
+        found.federated = False
+        try:
+            back = found.get()
+        except BaseException:
+            found.federated = True
+            raise
+        del self.datasets[worker_id]
+        return back
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{id}: {len(dataset):,}" for id, dataset in self.datasets.items())
@@ -127,6 +145,7 @@ class FederatedDataLoader:
         self.num_iterators = workers if iter_per_worker else num_iterators
         self.iter_per_worker = iter_per_worker
         self._one_at_a_time = num_iterators == 1 and not iter_per_worker
+        self._pass: Iterator[Any] | None = None
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     @property
@@ -145,6 +164,14 @@ class FederatedDataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """One pass over the data."""
+        self._pass = self._batches()
+        return self._pass
+
+    def __next__(self) -> Any:
+        """What comes next in the pass that `iter` of this loader began last; a new one begins if there was none."""
+        return next(self._pass if self._pass is not None else iter(self))
+
+    def _batches(self) -> Iterator[Any]:
         for step in self._steps():
             fetched = {id: self.federated_dataset[id].fetch(indices) for id, indices in step}
             if self._one_at_a_time:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ class SentJob:
 
     def __init__(self, config: TrainConfig) -> None:
         self.id = new_id()
+        self.config = copy.copy(config)
         self._model = config.model
         self._loss_fn = config.loss_fn
         self._batch_size = config.batch_size

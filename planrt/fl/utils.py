@@ -225,11 +225,11 @@ def create_gaussian_mixture_toy_data(nr_samples: int) -> tuple[torch.Tensor, tor
 
 
 def iris_data_partial() -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two classes of scikit-learn's iris data: float32 [100, 4] and int64 [100].
+    """The first ten flowers of each of the three classes of the iris data: float32 [30, 4] and int64 [30].
 
     Raises:
         MissingPackageError: scikit-learn is not installed.
     """
     iris = needed("sklearn.datasets", by="the iris data").load_iris()
-    two = iris.target < 2
-    return torch.tensor(iris.data[two], dtype=torch.float32), torch.tensor(iris.target[two])
+    some = [row for start in (0, 50, 100) for row in range(start, start + 10)]
+    return torch.tensor(iris.data[some], dtype=torch.float32), torch.tensor(iris.target[some])

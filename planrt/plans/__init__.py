@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planrt.plans.files import PlanFile, load_file, load_plan
     from planrt.plans.graph import Graph, Op, StateSpec
+    from planrt.plans.methods import method2plan
     from planrt.plans.parsing import parse
     from planrt.plans.plan import Plan, func2plan
     from planrt.plans.tracer import trace
@@ -21,6 +22,7 @@ _HOMES = {
     "func2plan": "planrt.plans.plan",
     "load_file": "planrt.plans.files",
     "load_plan": "planrt.plans.files",
+    "method2plan": "planrt.plans.methods",
     "parse": "planrt.plans.parsing",
     "trace": "planrt.plans.tracer",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "func2plan",
     "load_file",
     "load_plan",
+    "method2plan",
     "parse",
     "trace",
 ]

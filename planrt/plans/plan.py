@@ -59,6 +59,13 @@ class PlanState(torch.nn.Module):
         held: dict[str, Any] = {**self._parameters, **self._buffers}
         return [held[key] for key in sorted(held, key=int)]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The same as `read`."""
+        return self.read()
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
 
 class Plan(torch.nn.Module):
     """A PyTorch program that is recorded once and runs on workers with one message.
@@ -280,6 +287,10 @@ class Plan(torch.nn.Module):
         if self._record is None:
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
+        if torch._C._is_tracing():
+            from planrt.plans.torchscript import under_trace  # it imports much that plans do not need
+
+            return under_trace(self.graph, inputs, self.state_tensors())
         if active_recorder() is not None:
             if not fits(self, inputs) and has_code(self) and not self.strict:
                 return super().__call__(*args, **kwargs)  # recorded as part of what calls it
@@ -575,7 +586,7 @@ class Plan(torch.nn.Module):
 
 
 def func2plan(
-    function: Callable[..., Any] | None = None,
+    function: Callable[..., Any] | list[Any] | tuple[Any, ...] | None = None,
     *,
     args_shape: Sequence[Sequence[int]] | None = None,
     state: Sequence[torch.Tensor] | None = None,
@@ -587,11 +598,15 @@ def func2plan(
     tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or as
     the one called ``state``), which callers do not pass. With `strict`, calls with other sizes, ranks or dtypes are
     refused; without, the plan is recorded for them too, which is a form of it with a hash of its own.
+    A list in place of the function is taken as `args_shape`.
 
     Raises:
         PlanArgumentError: wrong number of shapes, or impossible ones.
         TraceError: the function cannot be recorded.
     """
+
+    if isinstance(function, list | tuple):
+        return func2plan(args_shape=function, state=state, strict=strict)
 
     def decorate(function: Callable[..., Any]) -> Plan:
         if not callable(function):

@@ -82,6 +82,26 @@ def check_only_forward(plan: Graph, form: str) -> None:
             )
 
 
+def _check_traceable(plan: Graph) -> None:
+    check_only_forward(plan, "TorchScript")
+    for index, op in enumerate(plan.ops):
+        if op.name == "torch.set_grad_enabled":
+            raise PlanError(
+                f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose (op {index}: {op}): see "
+                "Plan.to_exported_program"
+            )
+
+
+def under_trace(plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Nested:
+    """Runs `plan` while `torch.jit.trace` writes down what happens; what it assumes of its sizes is not checked then.
+
+    Raises:
+        PlanError: no TorchScript can be made of it.
+    """
+    _check_traceable(plan)
+    return drive(Program(plan, torch.device("cpu"), functions=_ON_TRACED_SIZES).run(inputs, state))
+
+
 def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
 
@@ -95,13 +115,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     Raises:
         PlanError: no TorchScript can be made of it; the message says why.
     """
-    check_only_forward(plan, "TorchScript")
-    for index, op in enumerate(plan.ops):
-        if op.name == "torch.set_grad_enabled":
-            raise PlanError(
-                f"plan {plan.name!r} has no_grad regions, which torch.jit.trace would lose (op {index}: {op}): see "
-                "Plan.to_exported_program"
-            )
+    _check_traceable(plan)
     if not examples:
         examples = tuple(_zeros(spec) for spec in plan.inputs)
     originals = local_state(plan)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from planrt.errors import LocalError, OptionError, RemoteError, UnknownPlanError, WireError
+from planrt.errors import OptionError, RemoteError, UnknownPlanError, WireError
 from planrt.plans.approvals import Approvals, Status
 from planrt.plans.constants import approval_hash, constants_of, has_constants
 from planrt.plans.graph import Graph, refs_in
@@ -29,8 +29,8 @@ from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
 from planrt.workers import registry
 from planrt.workers.connection import Connection, Reply
-from planrt.workers.contents import Contents
 from planrt.workers.loop import on_loop, run
+from planrt.workers.names_of_02 import NamesOf02
 from planrt.workers.pipes import Traffic
 from planrt.workers.registry import KnowsWorkers
 from planrt.workers.remote_names import RemoteNames
@@ -45,6 +45,9 @@ DEFAULT_TIMEOUT = 10.0
 class TrainJob(Protocol):
     """What `planrt.fl.TrainConfig.send` leaves with a worker, for `fit` and `evaluate`."""
 
+    config: Any
+    """The TrainConfig, as it was sent."""
+
     async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> Any:
         """Trains the model on `worker`, from where it is."""
 
@@ -52,11 +55,18 @@ class TrainJob(Protocol):
         """The model as it is on `worker`, evaluated there; `options` as of `BaseWorker.evaluate`."""
 
 
-class BaseWorker(Contents, KnowsWorkers):
+class BaseWorker(NamesOf02, KnowsWorkers):
     """A worker at the other end of a connection. Use one of its subclasses."""
 
     def __init__(
-        self, id: str, connection: Connection, *, is_client_worker: bool = False, auto_add: bool = True
+        self,
+        id: str,
+        connection: Connection,
+        *,
+        is_client_worker: bool = False,
+        auto_add: bool = True,
+        log_msgs: bool = False,
+        message_pending_time: float = 0.0,
     ) -> None:
         self.id = id
         self.is_client_worker = is_client_worker
@@ -64,6 +74,8 @@ class BaseWorker(Contents, KnowsWorkers):
         self._connection = connection
         self._plans: set[str] = set()
         self._init_plans()
+        self.msg_history = []
+        self.log_msgs, self.message_pending_time = log_msgs, message_pending_time
         if auto_add:
             registry.add(self)
 
@@ -324,6 +336,7 @@ class BaseWorker(Contents, KnowsWorkers):
 
     def _reconnected(self, connection: Connection) -> None:
         """What was known of the earlier connection's objects and plans goes with it."""
+        connection.history, connection.latency = self._connection.history, self._connection.latency
         self._connection = connection
         self._plans = set()
         self._init_plans()
@@ -341,7 +354,7 @@ class BaseWorker(Contents, KnowsWorkers):
 
     def _job(self, verb: str) -> TrainJob:
         if self.train_job is None:
-            raise LocalError(
+            raise OptionError(
                 f"nothing to {verb} on worker {self.id!r}: call TrainConfig(...).send(worker) first"
             )
         return self.train_job

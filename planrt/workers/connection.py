@@ -79,6 +79,10 @@ class Connection:
         self.loop = asyncio.get_running_loop()
         self._pipe = pipe
         self.limits = limits
+        self.history: list[m.Body] | None = None
+        """Where what is handed over is written down, if somebody wants to see it: without tensors."""
+        self.latency = 0.0
+        """Seconds that each message waits before it leaves, to try a slow network."""
         self._turns = turns
         self._outbox: deque[bytes | Outgoing] = deque()
         self._posting = threading.Lock()
@@ -166,6 +170,8 @@ class Connection:
         """
         if self._ended is not None:
             raise self._lost("a posted op") from self._ended
+        if self.history is not None:
+            self.history.append(m.Post([packed]))
         with self._posting:
             self._lines[self._posted] = line
             self._posted += 1
@@ -188,9 +194,12 @@ class Connection:
 
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:
         session = self.session
-        return sendable(
+        checked = sendable(
             body, tensors, to=session.versions, worker=session.worker_id, address=self._pipe.address
         )
+        if self.history is not None:
+            self.history.append(checked)
+        return checked
 
     def enqueue(
         self,
@@ -392,6 +401,8 @@ class Connection:
         try:
             while self._outbox or len(self._drops) > _DROPS_WAITING or (self._flush and self._drops):
                 outgoing = None
+                if self.latency:
+                    await asyncio.sleep(self.latency)
                 if not self._outbox or isinstance(self._outbox[0], bytes):
                     self._flush = False
                     await self._pipe.send(

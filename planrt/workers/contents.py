@@ -15,7 +15,7 @@ from planrt.workers import registry
 from planrt.workers.loop import on_loop, run
 from planrt.workers.object_specs import spec_from_wire
 from planrt.workers.objects import maker_of
-from planrt.workers.pointers import Handle, make_pointer, refuse_user
+from planrt.workers.pointers import Handle, PointerTensor, make_pointer, refuse_user
 from planrt.workers.remote_plans import RemotePlans
 
 _NOTHING = spec((), (), torch.float32, False, True)
@@ -79,6 +79,32 @@ class Contents(RemotePlans):
     def _objects(self) -> dict[int, Any]:
         """What the worker holds for this client, by id; see `async_list_objects`."""
         return run(self.async_list_objects(), instead="await worker.async_list_objects()")
+
+    @_objects.setter
+    def _objects(self, value: object) -> None:
+        self._replace_objects(value)
+
+    def _replace_objects(self, value: object) -> None:
+        if value:
+            raise OptionError(
+                "_objects is a listing: worker.set_obj(x) puts something there, rm_obj(id) removes it"
+            )
+        run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
+
+    def tensor_at(self, id: int) -> PointerTensor:
+        """A pointer to this client's tensor of that id, which stays there when the pointer goes.
+
+        Raises:
+            UnknownObjectError: there is nothing under that id. OptionError: it is no tensor.
+        """
+        number = as_whole(id, "id_at_location")
+        found = run(self.async_list_objects(), instead="await worker.async_list_objects()")
+        if number not in found:
+            self._request(m.Fetch(number, False), instead="await worker.async_list_objects()")
+        if not isinstance(found.get(number), PointerTensor):
+            raise OptionError(f"object {number} on worker {self.id!r} is no tensor: search for it")
+        pointer: PointerTensor = found[number]
+        return pointer
 
     def list_objects(self) -> str:
         """What the worker holds, in words."""

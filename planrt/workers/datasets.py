@@ -95,6 +95,8 @@ class BaseDataset(Dataset[Batch]):
         self.transform_ = transform
         self.batch_transform = batch_transform
         self.id = new_id() if id is None else id
+        self.federated = False
+        """Whether it is part of a `FederatedDataset`, whose `get_dataset` takes it back."""
         self._owner = owner
         if tags:
             self.tag(*tags)
@@ -167,9 +169,9 @@ class BaseDataset(Dataset[Batch]):
         return self._owner if self._owner is not None else getattr(self.data, "owner", None)
 
     @property
-    def description(self) -> str:
-        """What `describe` said."""
-        return str(self.data.__dict__.get("_description", "") or getattr(self.data, "description", "") or "")
+    def description(self) -> str | None:
+        """What `describe` said; None before."""
+        return self.data.__dict__.get("_description") or getattr(self.data, "description", None) or None
 
     @property
     def id_at_location(self) -> int:
@@ -273,6 +275,11 @@ class BaseDataset(Dataset[Batch]):
     def _remote(self) -> list[PointerTensor]:
         if not isinstance(self.data, PointerTensor) or not isinstance(self.targets, PointerTensor):
             raise LocalError("the data set is here: get() is for what send() returned")
+        if self.federated:
+            raise OptionError(
+                f"the data set on worker {self.data.location.id!r} is part of a FederatedDataset: take it back with "
+                f"federated_dataset.get_dataset({self.data.location.id!r})"
+            )
         return [self.data, self.targets]
 
     def _with(self, tensors: Sequence[torch.Tensor]) -> BaseDataset:

@@ -17,7 +17,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -342,10 +342,15 @@ class EagerOps:
         return m.Made(encode(named), objects), ()
 
 
+_OF_PLANS: Final[dict[str, Callable[..., Any]]] = {
+    plan_objects.CALL: plan_objects.call,
+    plan_objects.COPY: PlanObject.copy,
+    plan_objects.STATE: PlanObject.tensors,
+}
+
+
 def _function(op: PostedOp) -> Callable[..., Any]:
-    if op.name == plan_objects.CALL:
-        return plan_objects.call
-    return PlanObject.copy if op.name == plan_objects.COPY else ops.lookup_eager(op.name)
+    return _OF_PLANS.get(op.name) or ops.lookup_eager(op.name)
 
 
 def _ids(nested: Nested) -> list[int]:

@@ -35,6 +35,7 @@ from planrt.workers.pointers import (
     is_swapped,
     make_pointer,
     new_id,
+    take_place,
 )
 from planrt.workers.posted import PostedOp
 from planrt.workers.remote_ops import packed, place_of, refuse_autocast, refuse_hooks
@@ -60,8 +61,15 @@ def location_of(module: nn.Module) -> BaseWorker | None:
 
 
 def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
-    """Sends every parameter and buffer to `worker` in one message; returns the module itself."""
+    """Sends every parameter and buffer to `worker` in one message; returns the module itself.
+
+    Of a module that is on a worker, `worker` gets pointers, and `get` brings these back.
+    """
     check_worker(worker, "send")
+    if location_of(module) is not None:
+        for pointer in _remote(module):
+            take_place(pointer, pointer.send(worker))
+        return _placed(module, worker)
     local = _local(module)
     if local:
         _become_remote(module, local, worker, worker.put(local, confirm=True))
@@ -71,6 +79,10 @@ def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
 async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """`send_module`, to be awaited on any loop."""
     check_worker(worker, "send")
+    if location_of(module) is not None:
+        for pointer in _remote(module):
+            take_place(pointer, await pointer.async_send(worker))
+        return _placed(module, worker)
     local = _local(module)
     if local:
         _become_remote(module, local, worker, await worker.put_async(local, confirm=True))
@@ -117,8 +129,7 @@ def get_module(module: nn.Module) -> nn.Module:
     pointers = _remote(module)
     states = states_of(pointers)
     _become_local(module, pointers, states, fetch_all([*pointers, *(one.pointer for one in states)]))
-    _remove_hooks(module)
-    return module
+    return _placed(module, location_of(module))
 
 
 def _become_local(
@@ -133,7 +144,9 @@ def _become_local(
     results: dict[int, torch.Tensor] = {}
     for pointer in pointers:
         value = next(rest)
-        if is_swapped(pointer):
+        if isinstance(value, PointerTensor):
+            take_place(pointer, value)
+        elif is_swapped(pointer):
             become_tensor(pointer, value)
         else:
             results[id(pointer)] = value
@@ -151,8 +164,7 @@ async def get_module_async(module: nn.Module) -> nn.Module:
     states = states_of(pointers)
     values = await fetch_all_async([*pointers, *(one.pointer for one in states)])
     _become_local(module, pointers, states, values)
-    _remove_hooks(module)
-    return module
+    return _placed(module, location_of(module))
 
 
 async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
@@ -160,9 +172,7 @@ async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     pointers = _remote(module)
     for pointer in [*(one.pointer for one in states_of(pointers)), *pointers]:
         await pointer.async_move(worker)
-    _remove_hooks(module)
-    _add_hooks(module, worker)
-    return module
+    return _placed(module, worker)
 
 
 def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
@@ -170,8 +180,14 @@ def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     pointers = _remote(module)
     for pointer in [*(one.pointer for one in states_of(pointers)), *pointers]:
         pointer.move(worker)
+    return _placed(module, worker)
+
+
+def _placed(module: nn.Module, worker: BaseWorker | None) -> nn.Module:
+    """The module, which is on `worker` now, or here."""
     _remove_hooks(module)
-    _add_hooks(module, worker)
+    if worker is not None:
+        _add_hooks(module, worker)
     return module
 
 

@@ -1,4 +1,5 @@
-"""What happens when a pointer to a plan is called: one posted op, as for any torch call on pointers."""
+"""What happens when a pointer to a plan is called, copied or asked for its state: one posted op, as for any torch call
+on pointers."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from planrt.errors import MixedLocationsError
-from planrt.plans.inference import infer
+from planrt.plans.inference import infer, spec
 from planrt.plans.interpreter import check_inputs
 from planrt.types import Ref, map_leaves
 from planrt.workers import plan_objects
+from planrt.workers.objects import contiguous_stride
 from planrt.workers.plan_objects import PlanTwin
-from planrt.workers.pointers import Handle, PointerTensor, alive, new_id
+from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 from planrt.workers.posted import Line, PostedOp
 from planrt.workers.remote_ops import calling_line, packed, place_of, post
 
@@ -76,3 +78,22 @@ def copy_plan(plan: PointerPlan) -> PointerPlan:
         made, name=plan.name, record=plan._record, origin=plan._origin, training=plan.training,
         description=plan.description,
     )  # fmt: skip
+
+
+def state_pointers(plan: PointerPlan) -> list[PointerTensor]:
+    """Pointers to the tensors of the plan's state on its worker, in the order of its record; posts one op."""
+    handle = alive(plan)
+    worker, entries = handle.worker, plan.record.state
+    if not entries:
+        return []
+    made = [Handle(worker, new_id(), handle.via) for _ in entries]
+    results = tuple([Ref(one.id) for one in made])
+    op = PostedOp(
+        plan_objects.STATE, (Ref(handle.id),), {}, results, torch.is_grad_enabled(), None, worker.take_drops()
+    )
+    worker.post_op(packed(op, worker), calling_line())
+    likes = [
+        spec(one.spec.shape, contiguous_stride(one.spec.shape), one.spec.dtype, one.trainable, True)
+        for one in entries
+    ]
+    return [make_pointer(one, like) for one, like in zip(made, likes, strict=True)]

@@ -28,6 +28,8 @@ CALL: Final = "plan"
 """Runs a plan: args are the plan's object, its mode, and its inputs; results are those of `output_values`."""
 COPY: Final = "plan.copy"
 """Copies a plan's object, its state included."""
+STATE: Final = "plan.state"
+"""The tensors of a plan's state, themselves, as objects: whoever writes to one changes the plan."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -49,6 +51,10 @@ class PlanObject:
             found = constants_of(self.record.graphs[0], self.state)
             self._constants = tuple([Constant(one.digest) for one in found])
         return self._constants
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its state, each tensor itself."""
+        return tuple(self.state)
 
     def record_bytes(self) -> torch.Tensor:
         """Its record, as it travels."""

@@ -15,8 +15,8 @@ from planrt.plans.plan import Plan
 from planrt.plans.record import PlanRecord, state_hash
 from planrt.types import as_whole
 from planrt.workers.multipointer import MultiPointerTensor
-from planrt.workers.plan_calls import call_plan, copy_plan
-from planrt.workers.pointers import Handle, ObjectPointer, alive, handle_at
+from planrt.workers.plan_calls import call_plan, copy_plan, state_pointers
+from planrt.workers.pointers import Handle, ObjectPointer, PointerTensor, alive, handle_at
 
 if TYPE_CHECKING:
     from planrt.workers.clients import BaseWorker
@@ -96,7 +96,8 @@ class PointerPlan(ObjectPointer):
         if pointer is None or not pointer._handle.alive:
             state, allowed = self._sent
             if self.record.state and (
-                forms.writes(self.graph)
+                self.location.state_exposed(self._handle)
+                or forms.writes(self.graph)
                 or forms.writes(form.graph)
                 or state_hash(origin.state_tensors()) != state
             ):
@@ -140,12 +141,13 @@ class PointerPlan(ObjectPointer):
         """The same as `code`, by the name that PySyft 0.2 had for it."""
         return self.code
 
-    def parameters(self) -> NoReturn:
-        """Not for plans that are on a worker: their state is part of them."""
-        raise LocalError(
-            f"the parameters of plan {self.name!r} are on worker {self.location.id!r}, inside the plan: write "
-            "pointer.get().parameters(), or send the module instead of a plan (module.send(worker).parameters())"
-        )
+    def parameters(self) -> list[PointerTensor]:
+        """Pointers to the plan's parameters, where they are: what is written to one changes the plan there, so
+        ``torch.optim.SGD(pointer.parameters(), lr=0.1)`` trains it. Each call gives new pointers.
+        """
+        self.location.expose_state(alive(self))
+        kinds = [entry.kind for entry in self.record.state]
+        return [one for one, kind in zip(state_pointers(self), kinds, strict=True) if kind == "parameter"]
 
     # ------------------------------------------------------------------------------------- what it does
 

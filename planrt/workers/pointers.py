@@ -77,6 +77,31 @@ class PointerTensor(torch.Tensor):
     _spec: Spec
     _id: int
 
+    def __new__(
+        cls,
+        location: Any = None,
+        id_at_location: Any = None,
+        owner: object = None,
+        id: int | None = None,
+        garbage_collect_data: bool = False,
+    ) -> PointerTensor:
+        """``PointerTensor(location=bob, id_at_location=x.id)`` points to a tensor of this client that is there. It
+        stays when the pointer goes, unless with `garbage_collect_data`. `owner` is taken, and is this process.
+
+        Raises:
+            OptionError: no worker, no id, or no tensor. UnknownObjectError: there is nothing under that id.
+        """
+        handle_at(location, id_at_location)
+        pointer: PointerTensor = location.tensor_at(id_at_location)
+        if garbage_collect_data:
+            pointer._handle.owned = True
+        if id is not None:
+            give_id(pointer, as_whole(id, "id"))
+        return pointer
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """All was done when it was made."""
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,15 +226,17 @@ class PointerTensor(torch.Tensor):
         """A pointer to a copy on the same worker."""
         return self.clone()  # type: ignore[return-value]
 
-    def move(self, worker: BaseWorker) -> PointerTensor:
+    def move(self, worker: BaseWorker, requires_grad: bool = False) -> PointerTensor:
         """Moves the object to `worker`, straight from its own, in place: returns this pointer, which points there.
 
         The object keeps its id, if that is free there. What moved is a leaf of autograd again. Of a pointer to a
-        pointer, the pointer moves that it points to. If it fails, this still points to the object.
+        pointer, the pointer moves that it points to. If it fails, this still points to the object. `requires_grad`, by
+        which PySyft 0.2 passed gradients on from worker to worker, is refused.
 
         Raises:
             RemoteError: one of the workers could not. GetNotPermittedError: it is private. WorkerLostError.
         """
+        refuse_options("move", requires_grad=requires_grad)
         return alive(self).worker.move(self, worker)
 
     def remote_send(self, worker: BaseWorker) -> PointerTensor:
@@ -286,6 +313,29 @@ def refuse_user(user: object) -> None:
             "user= is not taken: a client shows a token when it connects, with WebsocketClientWorker(..., token=...) "
             "or worker.connect_as(token), and gets what its user may see"
         )
+
+
+_GRADIENTS_STAY = (
+    "gradients do not pass from worker to worker: send y.detach().requires_grad_() instead, and after the backward "
+    "pass there write y.backward(pointer.grad.get())"
+)
+_NOT_TAKEN = {
+    "requires_grad": _GRADIENTS_STAY,
+    "local_autograd": "gradients of pointers are computed on their worker: call loss.backward()",
+    "preinitialize_grad": "gradients are there after a backward pass: set x.grad before send()",
+    "user": "a token says who asks: worker.connect_as(token), or WebsocketClientWorker(..., token=...)",
+}
+
+
+def refuse_options(call: str, **options: object) -> None:
+    """Says what to write instead of options of PySyft 0.2's that were set; those that are false are its defaults.
+
+    Raises:
+        OptionError: one of them is set.
+    """
+    for name, value in options.items():
+        if value:
+            raise OptionError(f"{call} takes no {name}=: {_NOT_TAKEN[name]}")
 
 
 def not_copied() -> NoReturn:

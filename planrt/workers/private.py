@@ -63,7 +63,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
     Raises:
         GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
     """
-    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name == plan_objects.COPY:
+    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name in (plan_objects.COPY, plan_objects.STATE):
         return None
     rest = iter(operands)
     twins: dict[int, _Operand] = {}

@@ -31,6 +31,8 @@ class RemoteNames:
         self._path = path
 
     def __getattr__(self, name: str) -> Any:
+        if name == "frameworks" and not self._path:
+            return {"torch"}
         path = f"{self._path}.{name}" if self._path else name
         op = path if path in ops.TABLE else path.removeprefix("torch.")
         if self._path.startswith("torch") and op in ops.TABLE and not op.startswith("Tensor."):

@@ -31,6 +31,8 @@ class RemotePlans(MovingObjects):
     def _init_plans(self) -> None:
         self._init_objects()
         self._sent: weakref.WeakValueDictionary[tuple[Any, ...], Handle] = weakref.WeakValueDictionary()
+        self._exposed: weakref.WeakSet[Handle] = weakref.WeakSet()
+        """Plans whose state there may be another than what was sent, since there are pointers to it."""
 
     def send_plan(
         self,
@@ -93,7 +95,21 @@ class RemotePlans(MovingObjects):
         if handle is None or not handle.alive:
             return None
         self.check_open()
+        last = plan._sent_to.get(self.id)
+        if last is not None and last._handle is handle and last.training == plan.training:
+            return last  # type: ignore[no-any-return]
         return self._pointer(plan, handle, key)
+
+    def expose_state(self, handle: Handle) -> None:
+        """There are pointers to the state of the plan of `handle`: it stands for what was sent no longer."""
+        self._exposed.add(handle)
+        for key, held in list(self._sent.items()):
+            if held is handle:
+                del self._sent[key]
+
+    def state_exposed(self, handle: Handle) -> bool:
+        """Whether there are, or were, pointers to the state of the plan of `handle`."""
+        return handle in self._exposed
 
     def _message(
         self, plan: Plan, state: Sequence[torch.Tensor], key: tuple[Any, ...]
@@ -216,6 +232,8 @@ class RemotePlans(MovingObjects):
             moved = await self._send_on(handle, to)
         if pointer._tags:
             to.ids.leave(moved.id)
+        if self.state_exposed(handle):
+            to.expose_state(moved)
         await self._forget_moved(handle)
         pointer._handle = moved
         pointer._forms.clear()  # they are where the plan was

@@ -18,7 +18,7 @@ from planrt.logs import get_logger
 from planrt.plans.approvals import Approvals
 from planrt.plans.policy import Policy
 from planrt.serde.frames import Limits
-from planrt.types import as_text
+from planrt.types import as_text, as_whole
 from planrt.workers import registry
 from planrt.workers.clients import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worker_id
 from planrt.workers.connection import Connection
@@ -60,7 +60,9 @@ class VirtualWorker(BaseWorker):
         device, limits: where it computes; the sizes of messages it takes.
         deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
-        log_msgs, verbose: taken, and without effect: `traffic` counts messages, and planrt logs to the logger "planrt".
+        log_msgs: keep what is sent to the worker in `msg_history`.
+        verbose: taken, and without effect: planrt logs to the logger "planrt".
+        message_pending_time: seconds that every message waits before it leaves, to try a slow network.
         auto_add: whether `get_worker` finds it, and making it again gives the same.
 
     Raises:
@@ -86,6 +88,7 @@ class VirtualWorker(BaseWorker):
         log_msgs: bool = False,
         verbose: bool = False,
         auto_add: bool = True,
+        message_pending_time: float = 0.0,
         *,
         datasets: Mapping[str, Any] | None = None,
         users: Mapping[str, str] | None = None,
@@ -125,7 +128,10 @@ class VirtualWorker(BaseWorker):
         self._token, self._datasets_given = token, dict(datasets or {})
         opening = _open_memory(id, self._host, limits or Limits(), token)
         connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
-        super().__init__(id, connection, is_client_worker=is_client_worker, auto_add=auto_add)
+        super().__init__(
+            id, connection, is_client_worker=is_client_worker, auto_add=auto_add, log_msgs=log_msgs,
+            message_pending_time=message_pending_time,
+        )  # fmt: skip
         self._made_with = made_with
 
     def _made_again(
@@ -174,6 +180,10 @@ class VirtualWorker(BaseWorker):
             for id, stored in list(self._host.state.store.objects.items())
         }
 
+    @_objects.setter
+    def _objects(self, value: object) -> None:
+        self._replace_objects(value)
+
     def connect_as(self, token: str = "") -> VirtualWorker:
         """Another client of this worker, with a session of its own: as the user whose `token` it shows, or nobody.
 
@@ -213,6 +223,11 @@ class VirtualWorker(BaseWorker):
         """
         self._host.state.remove_dataset(key)
         self._connection.session.datasets.pop(key, None)
+
+    def rm_obj(self, id: int) -> None:
+        """Removes what is there under that id, if it is this client's or the worker's own."""
+        super().rm_obj(id)
+        self._host.state.store.discard("", as_whole(id, "an object's id"))
 
     async def _close(self) -> None:
         await super()._close()

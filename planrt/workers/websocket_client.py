@@ -53,7 +53,9 @@ class WebsocketClientWorker(BaseWorker):
             those in the file `ca`.
         id: the worker's name, which it must answer with.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
-        log_msgs, verbose: taken, and without effect: `traffic` counts messages, and planrt logs to the logger "planrt".
+        log_msgs: keep what is sent to the worker in `msg_history`.
+        verbose: taken, and without effect: planrt logs to the logger "planrt".
+        message_pending_time: seconds that every message waits before it leaves, to try a slow network.
         data: not taken: a server holds its own data.
         timeout: seconds to wait for the connection and its handshake. limits: the sizes of messages that it takes.
         token: tells the worker which of its users this is.
@@ -82,6 +84,7 @@ class WebsocketClientWorker(BaseWorker):
         limits: Limits | None = None,
         ca: str | Path | None = None,
         auto_add: bool = True,
+        message_pending_time: float = 0.0,
     ) -> None:
         id = worker_id(hook, id, 'WebsocketClientWorker(hook, host, port, id="alice")')
         if data:
@@ -94,7 +97,10 @@ class WebsocketClientWorker(BaseWorker):
             raise OptionError(f"secure=True means wss://, and uri is {uri!r}: write wss:// there")
         self._opening = Opening(uri, timeout or DEFAULT_TIMEOUT, limits or Limits(), token, ca)
         opened = run(self._opening.open(id), instead="await WebsocketClientWorker.connect(id, uri)")
-        super().__init__(id, opened, is_client_worker=is_client_worker, auto_add=auto_add)
+        super().__init__(
+            id, opened, is_client_worker=is_client_worker, auto_add=auto_add, log_msgs=log_msgs,
+            message_pending_time=message_pending_time,
+        )  # fmt: skip
 
     @classmethod
     async def _connect(

@@ -184,12 +184,5 @@ def test_a_move_that_fails_leaves_the_plan_where_it_is(bob):
     assert pointer(torch.ones(1).send(bob)).get().item() == 2.0
 
 
-def test_parameters_of_a_plan_on_a_worker_say_where_they_are(bob):
-    net = Net()
-    net.build(torch.zeros(1, 2))
-    with pytest.raises(LocalError, match=r"get\(\)\.parameters\(\)"):
-        net.send(bob).parameters()
-
-
 def test_new_ids():
     assert len({sy.ID_PROVIDER.pop() for _ in range(100)}) == 100

@@ -46,7 +46,7 @@ def test_toy_data():
     data, target = utils.create_gaussian_mixture_toy_data(100)
     assert (data.shape, target.shape, target.sum().item()) == ((100, 2), (100,), 50)
     data, target = utils.iris_data_partial()
-    assert (data.shape, data.dtype, sorted(set(target.tolist()))) == ((100, 4), torch.float32, [0, 1])
+    assert (data.shape, data.dtype, sorted(set(target.tolist()))) == ((30, 4), torch.float32, [0, 1, 2])
 
 
 def test_batches_per_worker(make_worker):

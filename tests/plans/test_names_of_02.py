@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import planrt
-from planrt.errors import LocalError, OptionError, PlanFormatError
+from planrt.errors import OptionError, PlanFormatError
 
 X = torch.tensor([[-1.0, 2.0]])
 
@@ -43,21 +43,11 @@ def test_get_pointers_has_those_that_somebody_holds(plan, make_worker):
     assert plan.copy().get_pointers() == {}
 
 
-def test_parameters_of_a_pointer_say_where_they_are(plan, make_worker):
-    with pytest.raises(LocalError, match=r"pointer\.get\(\)\.parameters\(\)"):
-        plan.send(make_worker("bob")).parameters()
-
-
 def test_plans_of_a_protocol():
     f = planrt.func2plan(args_shape=[(-1,)])(lambda x: x + 1)
     g = planrt.func2plan(args_shape=[(-1,)])(lambda x: x * 2)
     protocol = planrt.Protocol([("worker1", f), ("worker2", g), ("worker1", f)])
     assert protocol.plans == [("worker1", f), ("worker2", g), ("worker1", f)]
-
-
-def test_method2plan_says_what_to_write():
-    with pytest.raises(AttributeError, match=r"planrt\.Plan.*func2plan"):
-        planrt.method2plan  # noqa: B018
 
 
 def test_a_plan_goes_through_a_file_that_is_open(plan, tmp_path):

@@ -1,0 +1,145 @@
+"""What scripts of PySyft 0.2 ask workers for, by the names it had there. `BaseWorker` inherits this.
+
+Each does with planrt's own messages what its namesake did. Whatever these put on a worker belongs to this client, as
+what `send` puts there does, but stays until it is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from planrt.errors import OptionError
+from planrt.plans.plan import Plan
+from planrt.types import as_whole, plain
+from planrt.workers import messages as m
+from planrt.workers.contents import Contents
+from planrt.workers.pointers import PointerTensor, give_id
+
+
+class NamesOf02(Contents):
+    """The part of a worker's client that has PySyft 0.2's names, and nothing that others need."""
+
+    is_client_worker: bool
+    train_job: Any
+    msg_history: list[m.Body]
+    """What was sent to this worker while `log_msgs` was set, oldest first: messages of planrt, without tensors."""
+
+    # ------------------------------------------------------------------------------------ objects
+
+    def send(self, obj: Any, *workers: Any, **options: Any) -> Any:
+        """``me.send(x, bob)``, the same as ``x.send(bob)``."""
+        _check_sendable(obj)
+        return obj.send(*workers, **options)
+
+    def send_obj(self, obj: Any, location: NamesOf02) -> None:
+        """Puts `obj` on worker `location`, where it stays: see `set_obj`."""
+        if not isinstance(location, NamesOf02):
+            raise OptionError(f"send_obj takes an object and a worker, not {type(location).__name__}")
+        location.set_obj(obj)
+
+    def set_obj(self, obj: Any) -> None:
+        """Puts a tensor, plan, protocol, data set or TrainConfig on this worker; it stays until `rm_obj` of its id.
+
+        Raises:
+            OptionError: it is nothing of the kind. WorkerLostError.
+        """
+        _check_sendable(obj)
+        pointer = obj.send(self)
+        for one in (pointer, *(getattr(pointer, name, None) for name in ("data", "targets"))):
+            if hasattr(one, "garbage_collection"):
+                one.garbage_collection = False
+
+    def register_obj(self, obj: Any, obj_id: int | None = None) -> None:
+        """`set_obj`, under the id `obj_id` where one is given, which becomes that of a tensor."""
+        if obj_id is not None:
+            number = as_whole(obj_id, "obj_id")
+            if isinstance(obj, torch.Tensor):
+                give_id(obj, number)
+            else:
+                _check_sendable(obj)
+                obj.id = number
+        self.set_obj(obj)
+
+    def load_data(self, data: Iterable[Any]) -> None:
+        """`set_obj` for each of `data`."""
+        if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+            raise OptionError(f"load_data takes a list of objects, not {type(data).__name__}: write [x]")
+        for one in data:
+            self.set_obj(one)
+
+    def rm_obj(self, id: int) -> None:
+        """Removes what this client has there under that id, published or not. Nothing happens if there is nothing."""
+        number = as_whole(id, "an object's id")
+        self._request(m.Remove([number]), instead="del pointer")
+        holder = self.ids.holder(number)
+        if holder is not None and holder.worker is self:
+            holder.alive = False
+        self.gradients.forget(number)
+        self.ids.gone(number)
+
+    def de_register_obj(self, obj: Any, _recurse_torch_objs: bool = True) -> None:
+        """`rm_obj` of `obj`, which was put there from here, or is a pointer to it."""
+        number = getattr(obj, "id_at_location", None) or getattr(obj, "id", None)
+        if number is None:
+            raise OptionError(f"de_register_obj takes an object that was sent, not {type(obj).__name__}")
+        self.rm_obj(number)
+
+    @property
+    def train_config(self) -> Any:
+        """The `TrainConfig` that was sent here last, as it was then; None before."""
+        return None if self.train_job is None else self.train_job.config
+
+    @contextlib.contextmanager
+    def registration_enabled(self) -> Iterator[None]:
+        """`is_client_worker` is False for the block. Objects go with their pointers either way."""
+        before, self.is_client_worker = self.is_client_worker, False
+        try:
+            yield
+        finally:
+            self.is_client_worker = before
+
+    # ----------------------------------------------------------------------------------- messages
+
+    @property
+    def log_msgs(self) -> bool:
+        """Whether `msg_history` gets what is sent to this worker."""
+        return self._connection.history is not None
+
+    @log_msgs.setter
+    def log_msgs(self, value: bool) -> None:
+        self._connection.history = self.msg_history if value else None
+
+    @property
+    def message_pending_time(self) -> float:
+        """Seconds that every message to this worker waits before it leaves, to try a slow network; 0 by default."""
+        return self._connection.latency
+
+    @message_pending_time.setter
+    def message_pending_time(self, seconds: float) -> None:
+        number = plain(seconds)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+            raise OptionError(f"message_pending_time is a number of seconds of at least 0, not {seconds!r}")
+        self._connection.latency = float(number)
+
+    @staticmethod
+    def is_framework_supported(framework: str) -> bool:
+        """Whether workers run ops of `framework`: those of "torch"."""
+        return framework == "torch"
+
+
+def _check_sendable(obj: Any) -> None:
+    """Raises OptionError for what a worker cannot hold, or not by this name."""
+    if isinstance(obj, torch.nn.Module) and not isinstance(obj, Plan):
+        raise OptionError(
+            f"a {type(obj).__name__} goes to a worker in place, by module.send(worker); or send planrt.Plan(module)"
+        )
+    if not isinstance(obj, PointerTensor | torch.Tensor) and not hasattr(obj, "send"):
+        raise OptionError(
+            f"workers hold tensors, plans, protocols, data sets and TrainConfigs, not {type(obj).__name__}: "
+            "nothing else of a peer is run"
+        )
