@@ -14,7 +14,7 @@ from planrt.plans.inference import infer, spec
 from planrt.plans.interpreter import check_inputs
 from planrt.types import Ref, map_leaves
 from planrt.workers import plan_objects
-from planrt.workers.objects import contiguous_stride
+from planrt.workers.object_specs import contiguous_stride
 from planrt.workers.plan_objects import PlanTwin
 from planrt.workers.pointers import Handle, PointerTensor, alive, make_pointer, new_id
 from planrt.workers.posted import Line, PostedOp
