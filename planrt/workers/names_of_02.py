@@ -18,6 +18,7 @@ from planrt.plans.plan import Plan
 from planrt.types import as_whole, plain
 from planrt.workers import messages as m
 from planrt.workers.contents import Contents
+from planrt.workers.datasets import BaseDataset
 from planrt.workers.pointers import PointerTensor, give_id
 
 
@@ -49,10 +50,10 @@ class NamesOf02(Contents):
             OptionError: it is nothing of the kind. WorkerLostError.
         """
         _check_sendable(obj)
-        pointer = obj.send(self)
-        for one in (pointer, *(getattr(pointer, name, None) for name in ("data", "targets"))):
-            if hasattr(one, "garbage_collection"):
-                one.garbage_collection = False
+        sent = obj.send(self)
+        for pointer in (sent.data, sent.targets) if isinstance(sent, BaseDataset) else (sent,):
+            if hasattr(pointer, "garbage_collection"):
+                pointer.garbage_collection = False
 
     def register_obj(self, obj: Any, obj_id: int | None = None) -> None:
         """`set_obj`, under the id `obj_id` where one is given, which becomes that of a tensor."""
