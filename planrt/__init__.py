@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.fl.local import local_workers
     from planrt.grid import PrivateGridNetwork
+    from planrt.placing import get, move, send
     from planrt.plans import Plan, func2plan, load_plan, method2plan
     from planrt.protocols import PointerProtocol, Protocol, Step
     from planrt.sandbox import create_sandbox
@@ -51,6 +52,9 @@ _HOMES = {
     "PrivateGridNetwork": "planrt.grid",
     "create_sandbox": "planrt.sandbox",
     "local_workers": "planrt.fl.local",
+    "send": "planrt.placing",
+    "get": "planrt.placing",
+    "move": "planrt.placing",
     "TrainConfig": "planrt.fl",
     "federated_avg": "planrt.fl",
 }
@@ -93,6 +97,9 @@ __all__ = [
     "PrivateGridNetwork",
     "create_sandbox",
     "local_workers",
+    "send",
+    "get",
+    "move",
     "TrainConfig",
     "federated_avg",
 ]

@@ -15,7 +15,7 @@ LAYERS = {
     "logs": 1,
     "serde": 2,
     "plans": 3, "tensors": 3, "workers": 4, "protocols": 5, "fl": 5, "torch_hook": 6, "sandbox": 7, "grid": 6,
-    "cli": 6, "__main__": 7, "compat_names": 7, "compat": 8,
+    "cli": 6, "placing": 7, "__main__": 7, "compat_names": 7, "compat": 8,
 }  # fmt: skip
 """Room -> layer. A room imports its own modules and those of lower layers; two rooms of a layer never meet."""
 

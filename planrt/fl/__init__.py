@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planrt.fl.averaging import federated_avg
-    from planrt.fl.config import FitResult, TrainConfig
+    from planrt.fl.config import TrainConfig
     from planrt.fl.federated import FederatedDataLoader, FederatedDataset
     from planrt.fl.optims import Optims
     from planrt.fl.rounds import ModelEvaluator, RoundResult, RoundScheduler
     from planrt.fl.splitting import federate
     from planrt.fl.utils import evaluate_model_on_worker, fit_model_on_worker
+    from planrt.workers.results import FitResult
 
 _HOMES = {
     "federated_avg": "planrt.fl.averaging",
-    "FitResult": "planrt.fl.config",
+    "FitResult": "planrt.workers.results",
     "TrainConfig": "planrt.fl.config",
     "FederatedDataLoader": "planrt.fl.federated",
     "FederatedDataset": "planrt.fl.federated",

@@ -19,7 +19,7 @@ from planrt.errors import OptionError
 from planrt.plans.lifting import attribute_tensors
 
 State = Mapping[str, torch.Tensor]
-Model = TypeVar("Model", nn.Module, State)
+Model = TypeVar("Model", bound=nn.Module | dict[str, torch.Tensor])
 
 
 class StreamingAverage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,40 +21,10 @@ from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.loop import on_loop, run
 from planrt.workers.pointers import new_id
 from planrt.workers.remote_plans import purpose_text
+from planrt.workers.results import FitResult
 
 Loss = Callable[..., torch.Tensor]
 """(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and ``target``."""
-
-
-@dataclass(frozen=True, slots=True)
-class FitResult:
-    """What a worker sent back: the trained entries of the state, and how training went.
-
-    `loss` is the mean over the samples seen (nan if there were none); ``float(result)`` and ``result.item()`` are the
-    same. `changed` has the entries by the names of the model's `state_dict`, `entries` the same tensors by the names of
-    the plan, each once. Both are empty where the model stays on the worker, as with `worker.fit`.
-    """
-
-    worker_id: str
-    loss: float
-    samples: int
-    batches: int
-    changed: ModelState
-    entries: dict[str, torch.Tensor]
-
-    def __float__(self) -> float:
-        return self.loss
-
-    def item(self) -> float:
-        """The loss, as scripts read it from a tensor."""
-        return self.loss
-
-    def __repr__(self) -> str:
-        back = f", {len(self.changed)} entries came back" if self.changed else ""
-        return (
-            f"<FitResult of {self.worker_id}: loss {self.loss:.4f}, {self.samples} samples in {self.batches} "
-            f"batches{back}>"
-        )
 
 
 class TrainConfig:

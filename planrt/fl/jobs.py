@@ -24,9 +24,10 @@ from planrt.workers.clients import BaseWorker, expect
 from planrt.workers.object_specs import contiguous
 from planrt.workers.objects import fetch_all, fetch_all_async
 from planrt.workers.pointers import PointerTensor, alive, make_pointer, new_id
+from planrt.workers.results import FitResult
 
 if TYPE_CHECKING:
-    from planrt.fl.config import FitResult, TrainConfig
+    from planrt.fl.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,6 @@ class SentJob:
 
     async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> FitResult:
         """Trains the model on `worker`, from where the last fit left it."""
-        from planrt.fl.config import FitResult
-
         plans = await self._ready(worker, dataset_key)
         await worker.put_plan(plans.training, purpose=self._purpose)
         body = m.Fit(

@@ -18,7 +18,7 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.fl.averaging import StreamingAverage
-from planrt.fl.config import FitResult, TrainConfig
+from planrt.fl.config import TrainConfig
 from planrt.fl.options import learning_rate, whole
 from planrt.fl.recorded import dataset_of
 from planrt.plans.model_state import ModelState
@@ -27,6 +27,7 @@ from planrt.seeding import derive_seed
 from planrt.serde.frames import MemoryStore, SpoolStore, Store
 from planrt.workers.clients import BaseWorker
 from planrt.workers.loop import on_loop
+from planrt.workers.results import FitResult
 
 _SMALL = 1 << 20
 """Replies under this many bytes are not worth a temporary file."""

@@ -17,9 +17,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, overload
 
 import torch
+from typing_extensions import ParamSpec, TypeVar
 
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.plans.building import examples_of, leading_dims, record_in_both_modes
@@ -39,6 +40,10 @@ from planrt.types import TensorSpec
 if TYPE_CHECKING:
     from planrt.plans.policy import Policy
     from planrt.plans.report import Report
+
+
+P = ParamSpec("P", default=...)
+R = TypeVar("R", default=Any)
 
 
 class PlanState(torch.nn.Module):
@@ -67,7 +72,7 @@ class PlanState(torch.nn.Module):
         return len(self._parameters) + len(self._buffers)
 
 
-class Plan(torch.nn.Module):
+class Plan(torch.nn.Module, Generic[P, R]):
     """A PyTorch program that is recorded once and runs on workers with one message.
 
     Made by `func2plan`, or by deriving from it, as from `nn.Module`, with a `forward`::
@@ -83,6 +88,8 @@ class Plan(torch.nn.Module):
         net = Net()
         net.build(torch.zeros(4, 2))
         pointer = net.send(bob)(x_on_bob)
+
+    For type checkers a plan that `func2plan` makes takes and returns what its function does.
 
     Attributes:
         name: what it is called when printed. id: its number in this process.
@@ -275,15 +282,19 @@ class Plan(torch.nn.Module):
 
     # -------------------------------------------------------------------------------------- running
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the plan: the recorded ops on its own state, or before `build` its Python code.
 
         Given pointers, it is sent to their worker and runs there.
 
         Raises:
             PlanArgumentError: arguments that do not fit, and for which the plan cannot be recorded.
-        ExecutionError: an op failed.
+            ExecutionError: an op failed.
         """
+        result: R = self._run(args, kwargs)
+        return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._record is None:
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
@@ -585,10 +596,49 @@ class Plan(torch.nn.Module):
         return made
 
 
+Shapes = Sequence[Sequence[int]]
+
+
+@overload
+def func2plan(
+    function: Callable[P, R], *, args_shape: Shapes | None = None, state: None = None, strict: bool = False
+) -> Plan[P, R]: ...
+
+
+@overload
+def func2plan(
+    function: list[Any] | tuple[Any, ...] | None = None,
+    *,
+    args_shape: Shapes | None = None,
+    state: None = None,
+    strict: bool = False,
+) -> Callable[[Callable[P, R]], Plan[P, R]]: ...
+
+
+@overload
+def func2plan(
+    function: Callable[..., R],
+    *,
+    args_shape: Shapes | None = None,
+    state: Sequence[torch.Tensor],
+    strict: bool = False,
+) -> Plan[..., R]: ...
+
+
+@overload
+def func2plan(
+    function: list[Any] | tuple[Any, ...] | None = None,
+    *,
+    args_shape: Shapes | None = None,
+    state: Sequence[torch.Tensor],
+    strict: bool = False,
+) -> Callable[[Callable[..., R]], Plan[..., R]]: ...
+
+
 def func2plan(
     function: Callable[..., Any] | list[Any] | tuple[Any, ...] | None = None,
     *,
-    args_shape: Sequence[Sequence[int]] | None = None,
+    args_shape: Shapes | None = None,
     state: Sequence[torch.Tensor] | None = None,
     strict: bool = False,
 ) -> Any:
@@ -608,10 +658,10 @@ def func2plan(
     if isinstance(function, list | tuple):
         return func2plan(args_shape=function, state=state, strict=strict)
 
-    def decorate(function: Callable[..., Any]) -> Plan:
+    def decorate(function: Callable[..., Any]) -> Plan[..., Any]:
         if not callable(function):
             raise PlanArgumentError(f"func2plan makes a plan of a function, not of {type(function).__name__}")
-        made = Plan(function, state=state, strict=strict)
+        made: Plan[..., Any] = Plan(function, state=state, strict=strict)
         if args_shape is None or (len(args_shape) == 0 and made._signature().parameters):
             return made  # ``args_shape=()``: not built yet
         return made.build_from_shapes(args_shape)

@@ -10,10 +10,10 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, overload
 
 import torch
 
@@ -22,8 +22,9 @@ from planrt.plans.approvals import Approvals, Status
 from planrt.plans.constants import approval_hash, constants_of, has_constants
 from planrt.plans.graph import Graph, refs_in
 from planrt.plans.interpreter import check_inputs, local_state
-from planrt.plans.plan import Plan
+from planrt.plans.plan import P, Plan, R
 from planrt.plans.record import with_names
+from planrt.plans.training import EvaluationResult
 from planrt.serde.frames import Allocate, in_memory
 from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers import messages as m
@@ -34,6 +35,7 @@ from planrt.workers.names_of_02 import NamesOf02
 from planrt.workers.pipes import Traffic
 from planrt.workers.registry import KnowsWorkers
 from planrt.workers.remote_names import RemoteNames
+from planrt.workers.results import FitResult
 
 B = TypeVar("B", bound=m.Message)
 
@@ -48,10 +50,10 @@ class TrainJob(Protocol):
     config: Any
     """The TrainConfig, as it was sent."""
 
-    async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> Any:
+    async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> FitResult:
         """Trains the model on `worker`, from where it is."""
 
-    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, **options: Any) -> Any:
+    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, **options: Any) -> EvaluationResult:
         """The model as it is on `worker`, evaluated there; `options` as of `BaseWorker.evaluate`."""
 
 
@@ -197,7 +199,18 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         expect(m.Done, await self._connection.request(m.PutPlan(plan.hash, purpose), [data]), self)
         self._plans |= {plan.hash, f"{plan.hash} {purpose}"}
 
-    async def async_run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
+    @overload
+    async def async_run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    async def async_run(self, plan: Plan[..., R], *args: Any, seed: int, **kwargs: Any) -> R: ...
+
+    @overload
+    async def async_run(self, plan: Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any: ...
+
+    async def async_run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
+        self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
+    ) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
 
         The arguments and the state are here; the worker keeps the ops alone. Sends these at the first use, then one
@@ -232,9 +245,40 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         values = iter([next(rest) if number is None else number for number in answer.numbers])
         return map_leaves(plan.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
-    def run(self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
+    @overload
+    def run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    def run(self, plan: Plan[..., R], *args: Any, seed: int, **kwargs: Any) -> R: ...
+
+    @overload
+    def run(self, plan: Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any: ...
+
+    def run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
+        self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
+    ) -> Any:
         """The blocking form of `async_run`."""
         return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
+
+    @overload
+    async def async_fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: None = None,
+        *,
+        seed: int = 0,
+    ) -> FitResult: ...
+
+    @overload
+    async def async_fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        *,
+        return_ids: Sequence[int],
+        seed: int = 0,
+    ) -> torch.Tensor: ...
 
     @on_loop
     async def async_fit(
@@ -244,7 +288,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return_ids: Sequence[int] | None = None,
         *,
         seed: int = 0,
-    ) -> Any:
+    ) -> FitResult | torch.Tensor:
         """Trains what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
 
         It goes on from where the last fit ended; ``config.model_ptr.get().obj`` is the trained model. `seed` decides
@@ -252,7 +296,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         of the 0.2 era give it: a worker computes on the device that its owner chose.
 
         Returns:
-            A `planrt.fl.FitResult`; or with `return_ids`, as 0.2 did, the loss as a tensor: the mean over the samples.
+            A `FitResult`; or with `return_ids`, as 0.2 did, the loss as a tensor: the mean over the samples.
 
         Raises:
             LocalError: no TrainConfig was sent. UnknownDatasetError, RemoteError, WorkerLostError.
@@ -261,6 +305,26 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         result = await self._job("fit").fit_on(self, dataset_key, seed=_seed(seed))
         return result if return_ids is None else torch.tensor(result.loss)
 
+    @overload
+    def fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: None = None,
+        *,
+        seed: int = 0,
+    ) -> FitResult: ...
+
+    @overload
+    def fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        *,
+        return_ids: Sequence[int],
+        seed: int = 0,
+    ) -> torch.Tensor: ...
+
     def fit(
         self,
         dataset_key: str,
@@ -268,9 +332,10 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return_ids: Sequence[int] | None = None,
         *,
         seed: int = 0,
-    ) -> Any:
+    ) -> FitResult | torch.Tensor:
         """The blocking form of `async_fit`."""
-        fitting = self.async_fit(dataset_key, device, return_ids, seed=seed)
+        fitting: Coroutine[Any, Any, FitResult | torch.Tensor]
+        fitting = self.async_fit(dataset_key, device, return_ids, seed=seed)  # type: ignore[arg-type]
         return run(fitting, instead="await worker.async_fit(...)")
 
     @on_loop
@@ -284,14 +349,14 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         device: str | torch.device | None = None,
         *,
         bins: int = 0,
-    ) -> Any:
+    ) -> EvaluationResult:
         """Evaluates what ``TrainConfig.send(worker)`` left here, as it is now, on the data set `dataset_key`.
 
         `nr_bins` classes are counted for `return_histograms`; `bins` says both at once. Right answers are counted where
         there are classes. `device` as of `async_fit`.
 
         Returns:
-            A `planrt.plans.training.EvaluationResult`, which is also a mapping with the keys of the 0.2 era.
+            An `EvaluationResult`, which is also a mapping with the keys of the 0.2 era.
 
         Raises:
             LocalError: no TrainConfig was sent. OptionError: histograms without a number of classes.
@@ -318,7 +383,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         device: str | torch.device | None = None,
         *,
         bins: int = 0,
-    ) -> Any:
+    ) -> EvaluationResult:
         """The blocking form of `async_evaluate`."""
         evaluating = self.async_evaluate(
             dataset_key, return_histograms, nr_bins, return_loss, return_raw_accuracy, device, bins=bins

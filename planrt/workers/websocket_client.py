@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 
@@ -25,6 +25,16 @@ class Reconnecting:
 
     def __init__(self, first: Any) -> None:
         self._first = first
+
+    @overload
+    def __get__(
+        self, worker: None, kind: type[WebsocketClientWorker]
+    ) -> Callable[..., Coroutine[Any, Any, WebsocketClientWorker]]: ...
+
+    @overload
+    def __get__(
+        self, worker: WebsocketClientWorker, kind: type[WebsocketClientWorker]
+    ) -> Callable[[], WebsocketClientWorker]: ...
 
     def __get__(self, worker: WebsocketClientWorker | None, kind: type[WebsocketClientWorker]) -> Any:
         if worker is None:

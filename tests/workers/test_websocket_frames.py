@@ -41,7 +41,7 @@ def test_they_read_what_we_write(nbytes, key, final, opcode):
     nbytes=SIZES,
     masks=st.booleans(),
     final=st.booleans(),
-    opcode=st.sampled_from([theirs.CONT, theirs.TEXT, theirs.BINARY]),
+    opcode=st.sampled_from([theirs.Opcode.CONT, theirs.Opcode.TEXT, theirs.Opcode.BINARY]),
 )
 def test_we_read_what_they_write(nbytes, masks, final, opcode):
     payload = bytes(nbytes)
@@ -66,7 +66,7 @@ def test_a_payload_is_unmasked_in_any_two_pieces_and_in_place(data, key, cut):
     assert bytes(whole) == data * 2000
 
 
-@pytest.mark.parametrize("opcode", [theirs.CLOSE, theirs.PING, theirs.PONG])
+@pytest.mark.parametrize("opcode", [theirs.Opcode.CLOSE, theirs.Opcode.PING, theirs.Opcode.PONG])
 def test_control_frames_are_told_apart(opcode):
     header = read_header(memoryview(theirs.Frame(opcode, b"x" * 125).serialize(mask=True)))
     assert header.control

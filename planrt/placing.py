@@ -1,0 +1,160 @@
+"""`send`, `get` and `move` as functions, with types: what type checkers cannot see of torch's classes.
+
+``planrt.send(x, bob)`` is ``x.send(bob)``, and so on. The methods are added to torch's classes while a program runs
+(`planrt.torch_hook`), where mypy and editors do not find them; these functions say what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from planrt.errors import LocalError
+from planrt.plans.plan import Plan
+from planrt.protocols.pointer import PointerProtocol
+from planrt.protocols.protocol import Protocol
+from planrt.torch_hook import current_hook
+from planrt.workers.clients import BaseWorker
+from planrt.workers.multipointer import MultiPointerTensor
+from planrt.workers.plan_pointers import MultiPointerPlan, PointerPlan
+from planrt.workers.pointers import PointerTensor
+
+Module = TypeVar("Module", bound=nn.Module)
+Movable = TypeVar("Movable", bound=PointerPlan | PointerProtocol | nn.Module)
+
+
+@overload
+def send(  # type: ignore[overload-overlap]  # a plan is a module, and gives a pointer
+    thing: Plan[..., Any],
+    worker: BaseWorker,
+    *,
+    private: bool = False,
+    allowed_users: Sequence[str] | None = None,
+    purpose: str = "",
+) -> PointerPlan: ...
+
+
+@overload
+def send(
+    thing: Protocol,
+    worker: BaseWorker,
+    *,
+    private: bool = False,
+    allowed_users: Sequence[str] | None = None,
+) -> PointerProtocol: ...
+
+
+@overload
+def send(thing: Module, worker: BaseWorker) -> Module: ...
+
+
+@overload
+def send(
+    thing: torch.Tensor,
+    worker: BaseWorker,
+    *,
+    private: bool = False,
+    allowed_users: Sequence[str] | None = None,
+    garbage_collection: bool = True,
+) -> PointerTensor: ...
+
+
+@overload
+def send(
+    thing: torch.Tensor,
+    worker: BaseWorker,
+    second: BaseWorker,
+    /,
+    *workers: BaseWorker,
+    private: bool = False,
+    allowed_users: Sequence[str] | None = None,
+    garbage_collection: bool = True,
+) -> MultiPointerTensor: ...
+
+
+def send(thing: Any, *workers: Any, **options: Any) -> Any:
+    """Sends a tensor, a module, a plan or a protocol to a worker: ``planrt.send(x, bob)`` is ``x.send(bob)``.
+
+    Options are those of the method: of tensors and plans `private` and `allowed_users`, of plans `purpose`.
+
+    Returns:
+        A pointer; the module itself, whose tensors are pointers then; of a tensor that goes to several workers, one
+        pointer that stands for all.
+
+    Raises:
+        LocalError: nothing that can be sent, or no worker. Otherwise as the method.
+    """
+    return _method(thing, "send", "a tensor, a module, a plan or a protocol")(*workers, **options)
+
+
+@overload
+def get(thing: PointerPlan) -> Plan[..., Any]: ...
+
+
+@overload
+def get(thing: MultiPointerPlan) -> list[Plan[..., Any]]: ...
+
+
+@overload
+def get(thing: PointerProtocol) -> Protocol: ...
+
+
+@overload
+def get(thing: Module) -> Module: ...
+
+
+@overload
+def get(thing: MultiPointerTensor) -> list[torch.Tensor]: ...  # type: ignore[overload-overlap]  # a tensor, too
+
+
+@overload
+def get(thing: torch.Tensor) -> torch.Tensor: ...
+
+
+def get(thing: Any) -> Any:
+    """Brings back what is on a worker: ``planrt.get(x)`` is ``x.get()``, for pointers and modules that were sent.
+
+    Results of torch's functions on pointers are pointers too, though type checkers call them tensors.
+
+    Returns:
+        The tensor, the plan or the protocol; the module itself, which is here then.
+
+    Raises:
+        LocalError: nothing that comes from a worker. Otherwise as the method.
+    """
+    return _method(thing, "get", "a pointer, or a module that was sent")()
+
+
+@overload
+def move(thing: Movable, worker: BaseWorker) -> Movable: ...
+
+
+@overload
+def move(thing: torch.Tensor, worker: BaseWorker) -> PointerTensor: ...
+
+
+def move(thing: Any, worker: BaseWorker) -> Any:
+    """Moves what is on a worker to another one, in place: ``planrt.move(x, alice)`` is ``x.move(alice)``.
+
+    Returns:
+        The same pointer or module.
+
+    Raises:
+        LocalError: nothing that is on a worker. Otherwise as the method.
+    """
+    return _method(thing, "move", "a pointer, or a module that was sent")(worker)
+
+
+def _method(thing: Any, name: str, wanted: str) -> Any:
+    current_hook()
+    method = getattr(thing, name, None) if not isinstance(thing, type) else None
+    if method is None or isinstance(thing, BaseWorker):
+        said = f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+        raise LocalError(f"{name} takes {wanted}, not {said}: write planrt.{name}({_EXAMPLES[name]})")
+    return method
+
+
+_EXAMPLES = {"send": "x, worker", "get": "pointer", "move": "pointer, worker"}

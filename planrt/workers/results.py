@@ -1,0 +1,40 @@
+"""What comes back from a fit: `FitResult`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from planrt.plans.model_state import ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What a worker sent back: the trained entries of the state, and how training went.
+
+    `loss` is the mean over the samples seen (nan if there were none); ``float(result)`` and ``result.item()`` are the
+    same. `changed` has the entries by the names of the model's `state_dict`, `entries` the same tensors by the names of
+    the plan, each once. Both are empty where the model stays on the worker, as with `worker.fit`.
+    """
+
+    worker_id: str
+    loss: float
+    samples: int
+    batches: int
+    changed: ModelState
+    entries: dict[str, torch.Tensor]
+
+    def __float__(self) -> float:
+        return self.loss
+
+    def item(self) -> float:
+        """The loss, as scripts read it from a tensor."""
+        return self.loss
+
+    def __repr__(self) -> str:
+        back = f", {len(self.changed)} entries came back" if self.changed else ""
+        return (
+            f"<FitResult of {self.worker_id}: loss {self.loss:.4f}, {self.samples} samples in {self.batches} "
+            f"batches{back}>"
+        )
