@@ -19,7 +19,7 @@ import torch
 from benchmarks import calls, memory, plans, pointers, protocols, rounds, startup, throughput, virtual
 from benchmarks.measure import Row, table
 from benchmarks.workloads import Size
-from planrt.fl.command import available_cores
+from planrt.command_line import available_cores
 
 GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "rounds": rounds.measure,

@@ -12,10 +12,10 @@ import planrt
 from benchmarks.measure import Goal, Row, Sample, in_turns
 from benchmarks.rounds import websocket_workers
 from benchmarks.workloads import Size
-from planrt.fl.children import ChildOptions
+from planrt.fl.runs.children import ChildOptions
 from planrt.types import Ref
 from planrt.workers import BaseWorker
-from planrt.workers.posted import PostedOp
+from planrt.workers.wire.posted import PostedOp
 
 OPS = (1, 10, 100)
 _CALLS = 20

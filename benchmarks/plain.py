@@ -16,8 +16,8 @@ from torch import nn
 
 from benchmarks import child
 from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED
-from planrt.fl import data
-from planrt.fl.networks import seeded_net
+from planrt.fl.data import digits as data
+from planrt.fl.runs.networks import seeded_net
 from planrt.seeding import derive_seed
 from planrt.workers.datasets import BaseDataset
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from benchmarks.measure import Goal, Row, in_turns
 from benchmarks.plain import PlainWorkers, batches_of
 from benchmarks.workloads import BATCH_SIZE, BATCHES, LR, SEED, Size
-from planrt.fl import data
-from planrt.fl.networks import seeded_net
-from planrt.plans import Graph, Op, effects, trace
-from planrt.plans.interpreter import execute, local_state
-from planrt.plans.policy import Policy, ReleaseRule
+from planrt.fl.data import digits as data
+from planrt.fl.runs.networks import seeded_net
+from planrt.plans import Graph, Op, trace
+from planrt.plans.analysis import effects
+from planrt.plans.policy.rules import Policy, ReleaseRule
+from planrt.plans.policy.verify import check
+from planrt.plans.running.interpreter import execute, local_state
 from planrt.plans.training import trace_model, train
-from planrt.plans.verify import check
 from planrt.types import Ref, TensorSpec
 from planrt.workers.datasets import BaseDataset
 

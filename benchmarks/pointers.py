@@ -15,8 +15,8 @@ from benchmarks.measure import Goal, PeakMemory, Row, Sample, in_turns, resident
 from benchmarks.rounds import websocket_workers
 from benchmarks.sockets import BareSockets, Echoes
 from benchmarks.workloads import BATCH_SIZE, LR, SEED, Size
-from planrt.fl.children import ChildOptions
-from planrt.fl.networks import seeded_net
+from planrt.fl.runs.children import ChildOptions
+from planrt.fl.runs.networks import seeded_net
 from planrt.workers import BaseWorker, VirtualWorker
 
 LARGE = 25_000_000

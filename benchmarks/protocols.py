@@ -12,7 +12,7 @@ import planrt
 from benchmarks.measure import Row, in_turns
 from benchmarks.rounds import websocket_workers
 from benchmarks.workloads import Size
-from planrt.fl.children import ChildOptions
+from planrt.fl.runs.children import ChildOptions
 from planrt.workers import BaseWorker
 
 PLACES = ("alice", "bob", "charlie")

@@ -13,13 +13,13 @@ from benchmarks.measure import Goal, Row, Sample, in_turns
 from benchmarks.plain import average
 from benchmarks.sockets import Echoes
 from benchmarks.workloads import BATCHES, MODEL_BYTES, SEED, Size, mnist_config
-from planrt.fl import data
-from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
-from planrt.fl.command import available_cores
+from planrt import loop
+from planrt.command_line import available_cores
 from planrt.fl.config import TrainConfig
+from planrt.fl.data import digits as data
 from planrt.fl.rounds import RoundResult, RoundScheduler
-from planrt.workers import loop
-from planrt.workers.clients import BaseWorker, close_all
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
+from planrt.workers.base import BaseWorker, close_all
 from planrt.workers.websocket_client import WebsocketClientWorker
 
 T = TypeVar("T")

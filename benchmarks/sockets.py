@@ -19,7 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 
 from benchmarks import child
-from planrt.workers.loop import new_event_loop
+from planrt.loop import new_event_loop
 
 PIECE = 1 << 20
 _LENGTH = struct.Struct("<Q")

@@ -17,7 +17,7 @@ from benchmarks.measure import Goal, PeakMemory, Row, Sample, in_turns, resident
 from benchmarks.plain import PlainLoop
 from benchmarks.rounds import Rounds
 from benchmarks.workloads import MODEL_BYTES, Size, mnist_config
-from planrt.fl import data
+from planrt.fl.data import digits as data
 from planrt.workers import BaseDataset, VirtualWorker
 
 MANY, FEW = 1000, 100

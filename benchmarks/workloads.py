@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from planrt.fl.children import ChildOptions
 from planrt.fl.config import TrainConfig
-from planrt.fl.networks import seeded_net
+from planrt.fl.runs.children import ChildOptions
+from planrt.fl.runs.networks import seeded_net
 from planrt.workers.datasets import BaseDataset, Batch
 
 SEED = 1

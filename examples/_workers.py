@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 import planrt as sy
-from planrt.fl.command import Parser, available_cores
+from planrt.command_line import Parser, available_cores
 from planrt.workers import BaseWorker
 
 

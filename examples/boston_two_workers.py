@@ -1,7 +1,7 @@
 """House prices on two workers: both train a copy of the model at the same time, and the average goes back to both.
 
 Every round is a whole pass over each worker's items. The prices are the Boston Housing data
-(`boston_housing.npz`, see `planrt.fl.boston`).
+(`boston_housing.npz`, see `planrt.fl.data.boston`).
 
     python examples/boston_two_workers.py [--websocket] [--epochs 30] [--data DIR]
 """
@@ -20,8 +20,8 @@ from torch import nn, optim
 from torch.utils.data import TensorDataset
 
 import planrt as sy
-from planrt.fl import boston
-from planrt.fl.command import positive_number, run_command, whole_number
+from planrt.command_line import positive_number, run_command, whole_number
+from planrt.fl.data import boston
 
 LR_DECAY = 0.95
 """What the learning rate is multiplied by after each pass: with steps of one size the loss would not settle."""

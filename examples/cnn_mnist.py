@@ -19,8 +19,8 @@ from _workers import options_of, workers
 from torch import nn, optim
 
 import planrt as sy
-from planrt.fl import data as mnist
-from planrt.fl.command import positive_number, run_command, whole_number
+from planrt.command_line import positive_number, run_command, whole_number
+from planrt.fl.data import digits as mnist
 
 
 class Net(nn.Module):

@@ -24,10 +24,10 @@ from _workers import options_of
 from torch import nn
 
 import planrt as sy
+from planrt.command_line import positive_number, run_command, whole_number
 from planrt.errors import GetNotPermittedError, NotApprovedError, PolicyRefusedError, RemoteError
 from planrt.extras import needed
-from planrt.fl.children import ChildOptions, WorkerProcesses
-from planrt.fl.command import positive_number, run_command, whole_number
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.plans.policy import Policy
 from planrt.workers import BaseWorker
 

@@ -16,7 +16,7 @@ from _workers import options_of, workers
 from torch import nn, optim
 from toy_in_turn import POINTS, WANTED
 
-from planrt.fl.command import run_command, whole_number
+from planrt.command_line import run_command, whole_number
 from planrt.workers import BaseWorker
 
 

@@ -18,7 +18,7 @@ from _workers import options_of, workers
 from torch import nn
 
 import planrt as sy
-from planrt.fl.command import run_command, whole_number
+from planrt.command_line import run_command, whole_number
 from planrt.plans.plan import PlanState
 from planrt.workers import BaseWorker
 

@@ -17,7 +17,7 @@ import torch
 from _workers import options_of, workers
 
 import planrt as sy
-from planrt.fl.command import run_command, whole_number
+from planrt.command_line import run_command, whole_number
 from planrt.workers import BaseWorker
 
 

@@ -1,6 +1,6 @@
 """A sandbox of six workers with data on them: search for a data set, and train on what was found.
 
-Without Boston Housing (see `planrt.fl.boston`) it is the diabetes data of scikit-learn.
+Without Boston Housing (see `planrt.fl.data.boston`) it is the diabetes data of scikit-learn.
 
     python examples/sandbox_search.py [--websocket] [--epochs 20]
 """
@@ -19,7 +19,7 @@ from _workers import options_of, workers
 from torch import nn, optim
 
 import planrt as sy
-from planrt.fl.command import run_command, whole_number
+from planrt.command_line import run_command, whole_number
 from planrt.sandbox import WORKERS
 
 

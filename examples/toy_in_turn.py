@@ -16,7 +16,7 @@ import torch
 from _workers import options_of, workers
 from torch import nn, optim
 
-from planrt.fl.command import run_command, whole_number
+from planrt.command_line import run_command, whole_number
 from planrt.workers import BaseWorker
 
 POINTS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])

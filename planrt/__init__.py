@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-    from planrt.workers.multipointer import MultiPointerTensor
-    from planrt.workers.pointers import ID_PROVIDER, PointerTensor, combine_pointers
+    from planrt.workers.pointers.multi import MultiPointerTensor
+    from planrt.workers.pointers.tensor import ID_PROVIDER, PointerTensor, combine_pointers
 
     hook: TorchHook
     local_worker: VirtualWorker
@@ -42,10 +42,10 @@ _HOMES = {
     "WebsocketClientWorker": "planrt.workers",
     "WebsocketServerWorker": "planrt.workers",
     "TorchHook": "planrt.torch_hook",
-    "PointerTensor": "planrt.workers.pointers",
-    "combine_pointers": "planrt.workers.pointers",
-    "ID_PROVIDER": "planrt.workers.pointers",
-    "MultiPointerTensor": "planrt.workers.multipointer",
+    "PointerTensor": "planrt.workers.pointers.tensor",
+    "combine_pointers": "planrt.workers.pointers.tensor",
+    "ID_PROVIDER": "planrt.workers.pointers.tensor",
+    "MultiPointerTensor": "planrt.workers.pointers.multi",
     "FederatedDataLoader": "planrt.fl",
     "FederatedDataset": "planrt.fl",
     "Optims": "planrt.fl",

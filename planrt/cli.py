@@ -2,8 +2,8 @@
 
 What needs no torch starts without it: `pending`, `approve`, `deny` and `decisions` answer at once.
 
-Exit codes (those of `serve` and `run` are in `planrt.fl.command`): 0 done (for ``inspect``: the plan keeps the policy),
-1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
+Exit codes (those of `serve` and `run` are in `planrt.command_line`): 0 done (for ``inspect``: the plan keeps the
+policy), 1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from planrt.command_line import Parser, leave, run_command
 from planrt.errors import OptionError, PlanrtError
-from planrt.fl.command import Parser, leave, run_command
 from planrt.shown import shown
 from planrt.version import VERSION
 
 if TYPE_CHECKING:
-    from planrt.plans.approvals import Approvals, Asking, Pending
-    from planrt.plans.constants import Constant
-    from planrt.plans.graph import Graph
-    from planrt.plans.record import PlanRecord
+    from planrt.plans.ir.constants import Constant
+    from planrt.plans.ir.graph import Graph
+    from planrt.plans.ir.record import PlanRecord
+    from planrt.plans.policy.approvals import Approvals, Asking, Pending
     from planrt.types import TensorSpec
 
 DEFAULT_FOLDER = "approvals"
@@ -154,9 +154,9 @@ def _folder(parser: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from planrt.plans.analysis import analyse
-    from planrt.plans.policy import Policy
-    from planrt.plans.verify import check
+    from planrt.plans.analysis.analyse import analyse
+    from planrt.plans.policy.rules import Policy
+    from planrt.plans.policy.verify import check
 
     policy = Policy.from_file(options.policy) if options.policy else None
     path, askings = _plan_file(options)
@@ -276,7 +276,7 @@ def _decisions(options: argparse.Namespace) -> int:
 
 
 def _record(options: argparse.Namespace) -> Approvals:
-    from planrt.plans.approvals import Approvals
+    from planrt.plans.policy.approvals import Approvals
 
     if not Path(options.folder).is_dir():
         raise OptionError(f"--folder: there is no folder {options.folder}")
@@ -286,7 +286,7 @@ def _record(options: argparse.Namespace) -> Approvals:
 def _policy_version(options: argparse.Namespace) -> str:
     if not options.policy:
         return ""
-    from planrt.plans.policy import Policy  # needs torch
+    from planrt.plans.policy.rules import Policy  # needs torch
 
     return Policy.from_file(options.policy).version
 
@@ -306,7 +306,7 @@ def _plan_file(options: argparse.Namespace) -> tuple[Path, list[Asking]]:
 
 def _askings_beside(path: Path) -> list[Asking]:
     """Who asked for the plan in a file of a worker's folder."""
-    from planrt.plans.approvals import Approvals
+    from planrt.plans.policy.approvals import Approvals
 
     folder = path.absolute().parent
     if folder.name not in ("pending", "decided") or not (folder.parent / "asked").is_dir():
@@ -319,10 +319,10 @@ def _graphs(path: Path) -> tuple[dict[str, Graph], tuple[Constant, ...] | None]:
 
     Plans that wait have no other state: they are a record, or a graph alone, and the constants where it has some.
     """
-    from planrt.plans.constants import constants_of, decoded, has_constants, is_waiting, plan_that_waits
-    from planrt.plans.files import is_plan_file, load_file, load_plan
-    from planrt.plans.graph import MAX_BYTES, Graph
-    from planrt.plans.record import PlanRecord, is_record
+    from planrt.plans.forms.files import is_plan_file, load_file, load_plan
+    from planrt.plans.ir.constants import constants_of, decoded, has_constants, is_waiting, plan_that_waits
+    from planrt.plans.ir.graph import MAX_BYTES, Graph
+    from planrt.plans.ir.record import PlanRecord, is_record
 
     try:
         if is_plan_file(path):

@@ -56,7 +56,7 @@ syft.VirtualGrid                                      planrt.PrivateGridNetwork
 syft.create_sandbox                                   planrt.create_sandbox
 syft.PointerTensor                                    planrt.PointerTensor
 syft.MultiPointerTensor                               planrt.MultiPointerTensor
-syft.PointerPlan                                      planrt.workers.plan_pointers.PointerPlan
+syft.PointerPlan                                      planrt.workers.pointers.plan.PointerPlan
 syft.PointerProtocol                                  planrt.PointerProtocol
 syft.PointerDataset                                   planrt.BaseDataset | what dataset.send(worker) gives
 syft.combine_pointers                                 planrt.combine_pointers
@@ -75,7 +75,7 @@ syft.AutogradTensor                                   - | gradients of pointers 
 syft.PrivateTensor                                    - | {_PRIVATE}
 syft.LoggingTensor                                    - | call logging.basicConfig(level=logging.DEBUG) and see worker.traffic
 syft.ObjectWrapper                                    - | nothing from a peer is run: send a Plan made with func2plan
-syft.ObjectPointer                                    planrt.workers.pointers.ObjectPointer
+syft.ObjectPointer                                    planrt.workers.pointers.tensor.ObjectPointer
 syft.String                                           - | text does not travel as an object: tag or describe a tensor
 syft.keras                                            - | planrt is for PyTorch: trace a module with planrt.Plan
 
@@ -118,7 +118,7 @@ syft.frameworks.torch.nn.LSTM                         torch.nn.LSTM
 syft.frameworks.torch.crypto.securenn.relu_deriv      - | {_ENCRYPTED}
 syft.frameworks.torch.mpc.spdz.spdz_mul               - | {_ENCRYPTED}
 syft.frameworks.torch.he.paillier.keygen              - | {_ENCRYPTED}
-syft.frameworks.torch.dp.pate.perform_analysis        - | planrt adds no noise: see planrt.plans.policy for what a data owner can ask for
+syft.frameworks.torch.dp.pate.perform_analysis        - | planrt adds no noise: see planrt.plans.policy.rules for what a data owner can ask for
 syft.frameworks.torch.linalg.EncryptedLinearRegression - | {_ENCRYPTED}
 
 syft.federated.train_config.TrainConfig               planrt.TrainConfig
@@ -143,9 +143,9 @@ syft.messaging.plan.plan.Plan                         planrt.Plan
 syft.messaging.plan.plan.func2plan                    planrt.func2plan
 syft.messaging.plan.plan.method2plan planrt.method2plan
 syft.messaging.plan.state.State                       planrt.plans.plan.PlanState
-syft.messaging.plan.procedure.Procedure               planrt.plans.graph.Graph
+syft.messaging.plan.procedure.Procedure               planrt.plans.ir.graph.Graph
 syft.messaging.protocol.Protocol                      planrt.Protocol
-syft.messaging.message.Message                        - | messages are planrt.workers.messages; nobody makes them by hand: call pointers
+syft.messaging.message.Message                        - | messages are planrt.workers.wire.messages; nobody makes them by hand: call pointers
 syft.messaging.message.ObjectMessage                  - | write x.send(worker)
 syft.messaging.message.ObjectRequestMessage           - | write pointer.get()
 syft.messaging.message.Operation                      - | call torch's functions on pointers
@@ -167,9 +167,9 @@ syft.execution.state.State                            planrt.plans.plan.PlanStat
 
 syft.generic.pointers.pointer_tensor.PointerTensor    planrt.PointerTensor
 syft.generic.pointers.multi_pointer.MultiPointerTensor planrt.MultiPointerTensor
-syft.generic.pointers.pointer_plan.PointerPlan        planrt.workers.plan_pointers.PointerPlan
+syft.generic.pointers.pointer_plan.PointerPlan        planrt.workers.pointers.plan.PointerPlan
 syft.generic.pointers.pointer_protocol.PointerProtocol planrt.PointerProtocol
-syft.generic.pointers.object_pointer.ObjectPointer    planrt.workers.pointers.ObjectPointer
+syft.generic.pointers.object_pointer.ObjectPointer    planrt.workers.pointers.tensor.ObjectPointer
 syft.generic.pointers.pointer_dataset.PointerDataset  planrt.BaseDataset
 syft.generic.pointers.object_wrapper.ObjectWrapper    - | nothing from a peer is run: send a Plan made with func2plan
 syft.generic.pointers.callable_pointer.CallablePointer - | send a Plan made with func2plan, and call its pointer
@@ -277,7 +277,7 @@ BaseWorker.msg_history        planrt.VirtualWorker | a list of planrt's own mess
 BaseWorker.message_pending_time planrt.VirtualWorker.message_pending_time
 BaseWorker.is_framework_supported planrt.VirtualWorker.is_framework_supported
 BaseWorker._known_workers     planrt.VirtualWorker._known_workers
-BaseWorker.recv_msg           - | messages are planrt.workers.messages, and workers answer those of their connections only
+BaseWorker.recv_msg           - | messages are planrt.workers.wire.messages, and workers answer those of their connections only
 BaseWorker.execute_command    - | call torch's functions on pointers
 BaseWorker.send_msg           - | messages are sent by pointers and plans: write x.send(worker), pointer.get()
 BaseWorker.send_command       - | call torch's functions on pointers, or worker.remote.torch.zeros(2, 3)
@@ -318,9 +318,9 @@ Plan.add_translation          - | plan.torchscript is the plan as TorchScript
 Plan.remove_translation       - | there are none to remove: plan.torchscript makes one when it is asked for
 Plan.fix_precision            - | {_ENCRYPTED}
 Plan.share                    - | {_ENCRYPTED}
-PointerPlan.get               planrt.workers.plan_pointers.PointerPlan.get
-PointerPlan.move              planrt.workers.plan_pointers.PointerPlan.move
-PointerPlan.parameters        planrt.workers.plan_pointers.PointerPlan.parameters
+PointerPlan.get               planrt.workers.pointers.plan.PointerPlan.get
+PointerPlan.move              planrt.workers.pointers.plan.PointerPlan.move
+PointerPlan.parameters        planrt.workers.pointers.plan.PointerPlan.parameters
 Protocol.deploy               planrt.Protocol.deploy
 Protocol.run                  planrt.Protocol.run | prints what goes where with verbose=True; inputs that are here are sent
 Protocol.send                 planrt.Protocol.send

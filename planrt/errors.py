@@ -118,7 +118,7 @@ class PlanArgumentError(PlanError, ValueError):
 
 
 class OpNotAllowedError(PlanError):
-    """An op that is not in the fixed table of `planrt.plans.ops`."""
+    """An op that is not in the fixed table of `planrt.plans.ir.ops`."""
 
 
 class PolicyError(PlanError):

@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 from planrt.errors import OptionError
-from planrt.workers.clients import BaseWorker
-from planrt.workers.loop import run
-from planrt.workers.pointers import PointerTensor
+from planrt.loop import run
+from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.tensor import PointerTensor
 
 
 class PrivateGridNetwork:

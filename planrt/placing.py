@@ -17,10 +17,10 @@ from planrt.plans.plan import Plan
 from planrt.protocols.pointer import PointerProtocol
 from planrt.protocols.protocol import Protocol
 from planrt.torch_hook import current_hook
-from planrt.workers.clients import BaseWorker
-from planrt.workers.multipointer import MultiPointerTensor
-from planrt.workers.plan_pointers import MultiPointerPlan, PointerPlan
-from planrt.workers.pointers import PointerTensor
+from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.multi import MultiPointerTensor
+from planrt.workers.pointers.plan import MultiPointerPlan, PointerPlan
+from planrt.workers.pointers.tensor import PointerTensor
 
 Module = TypeVar("Module", bound=nn.Module)
 Movable = TypeVar("Movable", bound=PointerPlan | PointerProtocol | nn.Module)

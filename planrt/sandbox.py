@@ -10,10 +10,10 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.extras import needed
-from planrt.fl import boston
+from planrt.fl.data import boston
 from planrt.grid import PrivateGridNetwork
 from planrt.torch_hook import TorchHook
-from planrt.workers.clients import BaseWorker
+from planrt.workers.base import BaseWorker
 from planrt.workers.virtual import VirtualWorker
 
 WORKERS = ("bob", "theo", "jason", "alice", "andy", "jon")

@@ -17,17 +17,17 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from planrt.errors import LocalError, OptionError, PointerError, UnknownNameError
-from planrt.fl import splitting
-from planrt.plans import ops
+from planrt.fl.data import splitting
+from planrt.plans.ir import ops
 from planrt.protocols import pointer as _pointer  # noqa: F401 - searches know protocols then
 from planrt.types import as_text, as_whole, plain
 from planrt.workers import modules
-from planrt.workers.clients import BaseWorker
-from planrt.workers.multipointer import MultiPointerTensor
-from planrt.workers.object_specs import contiguous
-from planrt.workers.objects import allowed_users
+from planrt.workers.base import BaseWorker
+from planrt.workers.client.objects import allowed_users
 from planrt.workers.optimizers import before_step
-from planrt.workers.pointers import (
+from planrt.workers.pointers.multi import MultiPointerTensor
+from planrt.workers.pointers.ops import refuse_hooks
+from planrt.workers.pointers.tensor import (
     PointerTensor,
     become_pointer,
     give_id,
@@ -35,8 +35,8 @@ from planrt.workers.pointers import (
     pointer_id,
     refuse_options,
 )
-from planrt.workers.remote_ops import refuse_hooks
 from planrt.workers.virtual import VirtualWorker
+from planrt.workers.wire.objects import contiguous
 
 _lock = threading.Lock()
 _hook: TorchHook | None = None

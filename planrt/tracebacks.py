@@ -98,4 +98,4 @@ def _of_torch(trace: TracebackType | None) -> bool:
     return bool(frames) and frames[-1] == _INFERENCE
 
 
-_INFERENCE = str(Path(__file__).parent / "plans" / "inference.py")
+_INFERENCE = str(Path(__file__).parent / "plans" / "running" / "inference.py")

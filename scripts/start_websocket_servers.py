@@ -2,7 +2,7 @@
 
 They listen on ports 8777 to 8780, each with its part of MNIST (or of scikit-learn's digits), until Ctrl-C,
 SIGTERM, or until one of them ends. None outlives this process. In the background of a shell script (``nohup ... &``)
-Ctrl-C is ignored, as shells want it, and SIGTERM stops it. Exit codes: see `planrt.fl.command`.
+Ctrl-C is ignored, as shells want it, and SIGTERM stops it. Exit codes: see `planrt.command_line`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from planrt.fl import data
-from planrt.fl.children import WorkerProcesses, mnist_children
-from planrt.fl.command import Parser, run_command, stopped_by, whole_number
+from planrt.command_line import Parser, run_command, stopped_by, whole_number
+from planrt.fl.data import digits as data
+from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.serve import describe
 
 

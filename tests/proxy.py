@@ -8,7 +8,7 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed
 
-from planrt.workers.loop import background_loop
+from planrt.loop import background_loop
 
 
 class CountingProxy:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "planrt"
 FOUNDATION = {"errors", "exceptions", "extras", "types", "version", "seeding", "logs", "tracebacks", "shown"}
 LAYERS = {
     "errors": 0, "version": 0, "tracebacks": 0, "shown": 0, "exceptions": 1, "extras": 1, "types": 1, "seeding": 1,
-    "logs": 1,
+    "logs": 1, "loop": 1, "command_line": 1,
     "serde": 2,
     "plans": 3, "tensors": 3, "workers": 4, "protocols": 5, "fl": 5, "torch_hook": 6, "sandbox": 7, "grid": 6,
     "cli": 6, "placing": 7, "__main__": 7, "compat_names": 7, "compat": 8,
@@ -101,3 +101,15 @@ def test_the_public_names_need_nothing_heavy_beyond_torch():
     loaded = _modules_after("import planrt; [getattr(planrt, name) for name in planrt.__all__]")
     assert "torch" in loaded
     assert not loaded & {"torchvision", "sklearn", "matplotlib", "scipy", "pandas", "PIL"}
+
+
+def test_planrt_knows_its_own_files_from_a_users():
+    from planrt import errors
+    from planrt.plans.ir.source import is_users
+    from planrt.plans.running import inference
+    from planrt.tracebacks import _INFERENCE
+
+    assert not any(is_users(str(path)) for path in modules())
+    assert not is_users(errors.__file__)
+    assert is_users(__file__)
+    assert inference.__file__ == _INFERENCE

@@ -12,7 +12,7 @@ from benchmarks.memory import HOLD
 from benchmarks.plain import PlainLoop, PlainWorkers
 from benchmarks.rounds import Rounds
 from benchmarks.workloads import mnist_config, set_width
-from planrt.fl import data
+from planrt.fl.data import digits as data
 from planrt.workers import BaseDataset, VirtualWorker
 
 

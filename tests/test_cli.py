@@ -10,9 +10,9 @@ import torch
 import planrt
 from planrt.cli import main
 from planrt.plans import trace
-from planrt.plans.approvals import MAX_ASKINGS, Approvals, Asking
-from planrt.plans.record import PlanRecord
-from planrt.plans.signature import Parameter, Signature
+from planrt.plans.ir.record import PlanRecord
+from planrt.plans.ir.signature import Parameter, Signature
+from planrt.plans.policy.approvals import MAX_ASKINGS, Approvals, Asking
 from planrt.types import Ref
 
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,7 @@ import torch
 
 import planrt
 from planrt.errors import DataError, OptionError
-from planrt.fl import boston
+from planrt.fl.data import boston
 from planrt.sandbox import WORKERS, create_sandbox
 
 BUNDLED = {

@@ -46,7 +46,7 @@ def test_a_coroutine_shows_its_signature_and_module(name):
         and "P." in str(parameter)
         for parameter in inspect.signature(coroutine).parameters.values()
     )
-    assert coroutine.__module__ == written.__module__ != "planrt.workers.loop"
+    assert coroutine.__module__ == written.__module__ != "planrt.loop"
 
 
 def test_help_of_a_round_names_its_arguments():

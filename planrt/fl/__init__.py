@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planrt.fl.averaging import federated_avg
     from planrt.fl.config import TrainConfig
-    from planrt.fl.federated import FederatedDataLoader, FederatedDataset
+    from planrt.fl.data.federated import FederatedDataLoader, FederatedDataset
+    from planrt.fl.data.splitting import federate
     from planrt.fl.optims import Optims
     from planrt.fl.rounds import ModelEvaluator, RoundResult, RoundScheduler
-    from planrt.fl.splitting import federate
     from planrt.fl.utils import evaluate_model_on_worker, fit_model_on_worker
     from planrt.workers.results import FitResult
 
@@ -19,13 +19,13 @@ _HOMES = {
     "federated_avg": "planrt.fl.averaging",
     "FitResult": "planrt.workers.results",
     "TrainConfig": "planrt.fl.config",
-    "FederatedDataLoader": "planrt.fl.federated",
-    "FederatedDataset": "planrt.fl.federated",
+    "FederatedDataLoader": "planrt.fl.data.federated",
+    "FederatedDataset": "planrt.fl.data.federated",
     "Optims": "planrt.fl.optims",
     "ModelEvaluator": "planrt.fl.rounds",
     "RoundResult": "planrt.fl.rounds",
     "RoundScheduler": "planrt.fl.rounds",
-    "federate": "planrt.fl.splitting",
+    "federate": "planrt.fl.data.splitting",
     "evaluate_model_on_worker": "planrt.fl.utils",
     "fit_model_on_worker": "planrt.fl.utils",
 }

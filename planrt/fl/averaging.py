@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from planrt.errors import OptionError
-from planrt.plans.lifting import attribute_tensors
+from planrt.plans.recording.lifting import attribute_tensors
 
 State = Mapping[str, torch.Tensor]
 Model = TypeVar("Model", bound=nn.Module | dict[str, torch.Tensor])

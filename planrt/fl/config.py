@@ -12,16 +12,16 @@ from planrt.errors import LocalError, OptionError
 from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
 from planrt.fl.options import flag, learning_rate, optimizer_name, optimizer_options, whole
 from planrt.fl.recorded import casting_hint, dataset_of, example_batch, recorded
+from planrt.loop import on_loop, run
+from planrt.plans.forms.torchscript import class_name
 from planrt.plans.model_state import ModelState
-from planrt.plans.torchscript import class_name
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.serde.frames import Allocate, in_memory
-from planrt.workers import messages as m
-from planrt.workers.clients import BaseWorker, expect
-from planrt.workers.loop import on_loop, run
-from planrt.workers.pointers import new_id
-from planrt.workers.remote_plans import purpose_text
+from planrt.workers.base import BaseWorker, expect
+from planrt.workers.client.plans import purpose_text
+from planrt.workers.pointers.tensor import new_id
 from planrt.workers.results import FitResult
+from planrt.workers.wire import messages as m
 
 Loss = Callable[..., torch.Tensor]
 """(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and ``target``."""

@@ -2,7 +2,7 @@
 
 A process each, as on machines far apart: they compute at the same time, and an error in one takes nothing else along.
 They run in sessions of their own, so that Ctrl-C in a terminal and "interrupt kernel" in a notebook reach the program
-alone, and end with it, however it ends (`planrt.fl.children`).
+alone, and end with it, however it ends (`planrt.fl.runs.children`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from planrt.command_line import available_cores
 from planrt.errors import DataError, OptionError
-from planrt.fl.children import READY_TIMEOUT, ChildOptions, WorkerProcesses
-from planrt.fl.command import available_cores
 from planrt.fl.options import whole
+from planrt.fl.runs.children import READY_TIMEOUT, ChildOptions, WorkerProcesses
+from planrt.loop import refuse_to_block
 from planrt.types import plain
-from planrt.workers.clients import check_device
+from planrt.workers.base import check_device
 from planrt.workers.datasets import as_batches, sample_specs
-from planrt.workers.loop import refuse_to_block
 from planrt.workers.websocket_client import WebsocketClientWorker
 
 

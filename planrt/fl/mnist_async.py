@@ -2,7 +2,7 @@
 
 ``python -m planrt.fl.mnist_async`` is the same command. Three workers train on digits 0-3, 4-6 and 7-9, their models
 are averaged every round, and a fourth, called testing, evaluates. Workers that already run are used (`--worker`, or
-ports 8777-8780); otherwise four processes are started and stopped again. Exit codes: see `planrt.fl.command`.
+ports 8777-8780); otherwise four processes are started and stopped again. Exit codes: see `planrt.command_line`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planrt.command_line import Parser, positive_number, run_command, whole_number
 from planrt.errors import OptionError
 from planrt.extras import check_installed, needed
-from planrt.fl import data
-from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
-from planrt.fl.command import Parser, positive_number, run_command, whole_number
-from planrt.fl.discovery import connect, dataset_of, given_addresses, named_address, running_addresses
+from planrt.fl.data import digits as data
 from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
+from planrt.fl.runs.discovery import connect, dataset_of, given_addresses, named_address, running_addresses
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
             # Only now, so that this process imports torch at the same time as its children.
             import torch
 
-            from planrt.fl.networks import seeded_net
+            from planrt.fl.runs.networks import seeded_net
             from planrt.logs import configure
 
             configure(verbose=options.verbose)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from planrt.errors import OptionError
-from planrt.workers.clients import BaseWorker
+from planrt.workers.base import BaseWorker
 from planrt.workers.optimizers import stay
 
 

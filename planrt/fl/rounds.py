@@ -21,12 +21,12 @@ from planrt.fl.averaging import StreamingAverage
 from planrt.fl.config import TrainConfig
 from planrt.fl.options import learning_rate, whole
 from planrt.fl.recorded import dataset_of
+from planrt.loop import on_loop
 from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.serde.frames import MemoryStore, SpoolStore, Store
-from planrt.workers.clients import BaseWorker
-from planrt.workers.loop import on_loop
+from planrt.workers.base import BaseWorker
 from planrt.workers.results import FitResult
 
 _SMALL = 1 << 20

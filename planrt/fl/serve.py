@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from planrt.command_line import Parser, first_line, leave, one_line, run_command, stopped_by, whole_number
 from planrt.errors import DataError, OptionError
-from planrt.fl import data
-from planrt.fl.command import Parser, first_line, leave, one_line, run_command, stopped_by, whole_number
+from planrt.fl.data import digits as data
 
 if TYPE_CHECKING:
-    from planrt.plans.policy import Policy
+    from planrt.plans.policy.rules import Policy
 
 STOP_GRACE = 5.0
 """Seconds a worker whose parent is gone may take to stop in order."""
@@ -60,8 +60,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         served = _served(options) if not options.empty else _nothing(options)
 
         from planrt.logs import configure
-        from planrt.workers.determinism import prepare_process
-        from planrt.workers.server import WebsocketServerWorker
+        from planrt.workers.machine.determinism import prepare_process
+        from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
         if options.device.startswith("cuda") and not options.fast_kernels:
@@ -167,7 +167,7 @@ def parser(prog: str) -> Parser:
         help="name by which clients may address this worker, besides its IP addresses (repeatable)",
     )
     add("--json-logs", action="store_true", help="log JSON lines")
-    # For processes started by `planrt.fl.children`: say so in JSON on stdout, and end with the parent.
+    # For processes started by `planrt.fl.runs.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)
     # A data set that `planrt.fl.local` put into a file.
     add("--saved", action="append", default=[], help=argparse.SUPPRESS)
@@ -255,7 +255,7 @@ def _users(path: str | None) -> dict[str, str]:
 
 
 def _policy(options: argparse.Namespace) -> Policy | None:
-    from planrt.plans.policy import Policy
+    from planrt.plans.policy.rules import Policy
 
     if options.policy is None:
         if options.approvals is not None:

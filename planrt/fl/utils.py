@@ -12,13 +12,13 @@ from planrt.errors import OptionError
 from planrt.extras import needed
 from planrt.fl.averaging import copied, federated_avg
 from planrt.fl.config import Loss, TrainConfig
-from planrt.fl.federated import FederatedDataLoader
+from planrt.fl.data.federated import FederatedDataLoader
 from planrt.fl.options import whole
 from planrt.logs import get_logger
+from planrt.loop import on_loop, run
 from planrt.plans.training import EvaluationResult
 from planrt.seeding import derive_seed
-from planrt.workers.clients import BaseWorker, check_device
-from planrt.workers.loop import on_loop, run
+from planrt.workers.base import BaseWorker, check_device
 
 __all__ = [
     "accuracy",

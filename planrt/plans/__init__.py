@@ -6,27 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planrt.plans.files import PlanFile, load_file, load_plan
-    from planrt.plans.graph import Graph, Op, StateSpec
+    from planrt.plans.forms.files import PlanFile, load_file, load_plan
+    from planrt.plans.ir.graph import Graph, Op, StateSpec
+    from planrt.plans.ir.parsing import parse
     from planrt.plans.methods import method2plan
-    from planrt.plans.parsing import parse
     from planrt.plans.plan import Plan, func2plan
-    from planrt.plans.tracer import trace
+    from planrt.plans.recording.tracer import trace
 
 _HOMES = {
     "Plan": "planrt.plans.plan",
-    "Op": "planrt.plans.graph",
-    "Graph": "planrt.plans.graph",
-    "PlanFile": "planrt.plans.files",
-    "StateSpec": "planrt.plans.graph",
+    "Op": "planrt.plans.ir.graph",
+    "Graph": "planrt.plans.ir.graph",
+    "PlanFile": "planrt.plans.forms.files",
+    "StateSpec": "planrt.plans.ir.graph",
     "func2plan": "planrt.plans.plan",
-    "load_file": "planrt.plans.files",
-    "load_plan": "planrt.plans.files",
+    "load_file": "planrt.plans.forms.files",
+    "load_plan": "planrt.plans.forms.files",
     "method2plan": "planrt.plans.methods",
-    "parse": "planrt.plans.parsing",
-    "trace": "planrt.plans.tracer",
+    "parse": "planrt.plans.ir.parsing",
+    "trace": "planrt.plans.recording.tracer",
 }
-"""Public name -> module, imported at first use: `planrt.plans.approvals` needs no torch."""
+"""Public name -> module, imported at first use: `planrt.plans.policy.approvals` needs no torch."""
 
 __all__ = [
     "Plan",

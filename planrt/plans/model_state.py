@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from planrt.errors import OptionError, TraceError
-from planrt.plans.lifting import StateRegistry, attribute_tensors
+from planrt.plans.recording.lifting import StateRegistry, attribute_tensors
 from planrt.types import TensorSpec
 
 _NAMED = 8  # entries that an error lists

@@ -1,7 +1,7 @@
 """`Plan`: a function or module that is recorded once and runs anywhere. `func2plan` makes one of a function.
 
 A plan is an `nn.Module`. Before `build` it runs its Python code, like any function or module. `build` records
-it (`planrt.plans.tracer`), and from then on the op list runs: here when it is called, and on workers when it
+it (`planrt.plans.recording.tracer`), and from then on the op list runs: here when it is called, and on workers when it
 was sent. Its parameters and buffers are the state of the plan; so are tensors that the function uses but was
 not given.
 """
@@ -23,23 +23,23 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
-from planrt.plans.building import examples_of, leading_dims, record_in_both_modes
-from planrt.plans.forms import Forms, fits, form_for, has_code
-from planrt.plans.graph import Graph
-from planrt.plans.holding import hold
-from planrt.plans.inlining import inline
-from planrt.plans.interpreter import execute
-from planrt.plans.notices import told_once
-from planrt.plans.record import PlanRecord, state_hash
-from planrt.plans.recorder import SizesFixedError
-from planrt.plans.runs import active_recorder
-from planrt.plans.signature import Signature, recorded_signature
-from planrt.plans.text import show_name
+from planrt.plans.forms.holding import hold
+from planrt.plans.ir.graph import Graph
+from planrt.plans.ir.record import PlanRecord, state_hash
+from planrt.plans.ir.signature import Signature, recorded_signature
+from planrt.plans.ir.text import show_name
+from planrt.plans.other_sizes import Forms, fits, form_for, has_code
+from planrt.plans.recording.building import examples_of, leading_dims, record_in_both_modes
+from planrt.plans.recording.inlining import inline
+from planrt.plans.recording.notices import told_once
+from planrt.plans.recording.recorder import SizesFixedError
+from planrt.plans.recording.runs import active_recorder
+from planrt.plans.running.interpreter import execute
 from planrt.types import TensorSpec
 
 if TYPE_CHECKING:
-    from planrt.plans.policy import Policy
-    from planrt.plans.report import Report
+    from planrt.plans.analysis.report import Report
+    from planrt.plans.policy.rules import Policy
 
 
 P = ParamSpec("P", default=...)
@@ -100,7 +100,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         name: by default the function's or the class's.
         state: tensors that the function gets as a `PlanState`, after its other arguments.
         strict: refuse arguments of other sizes, ranks or dtypes than the plan was built with, instead of recording
-            a form of it for them (`planrt.plans.forms`).
+            a form of it for them (`planrt.plans.other_sizes`).
     """
 
     _function: Callable[..., Any] | None
@@ -299,7 +299,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
             return super().__call__(*args, **kwargs)
         inputs = self._record.signature.bind(self.name, args, kwargs)
         if torch._C._is_tracing():
-            from planrt.plans.torchscript import under_trace  # it imports much that plans do not need
+            from planrt.plans.forms.torchscript import under_trace  # it imports much that plans do not need
 
             return under_trace(self.graph, inputs, self.state_tensors())
         if active_recorder() is not None:
@@ -443,13 +443,13 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
         `path` may be a binary file that is open for writing, such as an `io.BytesIO`.
 
-        The file holds data only, in the format that `planrt.plans.files` describes. It is complete or not there: a
-        failed save leaves what stood at `path`.
+        The file holds data only, in the format that `planrt.plans.forms.files` describes. It is complete or not
+        there: a failed save leaves what stood at `path`.
 
         Raises:
             PlanError: not built yet. OptionError: a path that cannot be written.
         """
-        from planrt.plans.files import save_plan  # it imports this module
+        from planrt.plans.forms.files import save_plan  # it imports this module
 
         save_plan(self, path)
 
@@ -466,7 +466,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
             PlanError: not built, or an op that torch cannot export; says which, and why.
             PlanArgumentError: examples that do not fit.
         """
-        from planrt.plans.export import to_exported_program  # it imports this module
+        from planrt.plans.forms.export import to_exported_program  # it imports this module
 
         return to_exported_program(self, examples, keywords)
 
@@ -485,7 +485,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
             PlanArgumentError: examples that do not fit. OptionError: a path that cannot be written.
             MissingPackageError: onnx or onnxscript is not installed.
         """
-        from planrt.plans.export import to_onnx  # it imports this module
+        from planrt.plans.forms.export import to_onnx  # it imports this module
 
         to_onnx(self, path, examples, keywords)
 
@@ -507,9 +507,9 @@ class Plan(torch.nn.Module, Generic[P, R]):
         Raises:
             PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run on such.
         """
-        from planrt.plans.analysis import analyse  # plans that are only run do without it
-        from planrt.plans.constants import constants_of
-        from planrt.plans.verify import check
+        from planrt.plans.analysis.analyse import analyse  # plans that are only run do without it
+        from planrt.plans.ir.constants import constants_of
+        from planrt.plans.policy.verify import check
 
         graph = self.graph
         specs = [TensorSpec.of(one) if isinstance(one, torch.Tensor) else one for one in inputs]
@@ -542,8 +542,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
     @property
     def torchscript(self) -> torch.nn.Module:
-        """The plan as TorchScript; see `planrt.plans.torchscript.to_torchscript`."""
-        from planrt.plans.torchscript import to_torchscript  # it imports much that plans do not need
+        """The plan as TorchScript; see `planrt.plans.forms.torchscript.to_torchscript`."""
+        from planrt.plans.forms.torchscript import to_torchscript  # it imports much that plans do not need
 
         return to_torchscript(replace(self.graph, state_values=tuple(self.state_here())))
 

@@ -18,13 +18,19 @@ import numpy as np
 import torch
 
 from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanError, TraceError
-from planrt.plans.graph import Graph
-from planrt.plans.interpreter import check_inputs, check_state, drive, program
-from planrt.plans.lifting import StateRegistry, check_plain
+from planrt.plans.forms.torchscript import (
+    argument_names,
+    as_traceable,
+    class_name,
+    is_torchscript,
+    script_call,
+)
+from planrt.plans.ir.graph import Graph
 from planrt.plans.model_state import ModelState, StateMap, map_state
-from planrt.plans.notices import told_once
-from planrt.plans.torchscript import argument_names, as_traceable, class_name, is_torchscript, script_call
-from planrt.plans.tracer import Recording, assemble, record
+from planrt.plans.recording.lifting import StateRegistry, check_plain
+from planrt.plans.recording.notices import told_once
+from planrt.plans.recording.tracer import Recording, assemble, record
+from planrt.plans.running.interpreter import check_inputs, check_state, drive, program
 from planrt.seeding import seeded
 from planrt.types import Ref, TensorSpec
 

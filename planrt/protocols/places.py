@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from planrt.errors import LocalError, MixedLocationsError, ProtocolError
-from planrt.workers.clients import BaseWorker
-from planrt.workers.multipointer import MultiPointerTensor
-from planrt.workers.pointers import PointerTensor, alive
+from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.multi import MultiPointerTensor
+from planrt.workers.pointers.tensor import PointerTensor, alive
 
 
 def resolve(

@@ -17,22 +17,20 @@ from planrt.errors import (
     ProtocolError,
     RemoteError,
 )
-from planrt.plans.chain import Chain, ChainStep
-from planrt.plans.graph import refs_in
+from planrt.loop import on_loop, run
+from planrt.plans.ir.chain import Chain, ChainStep
+from planrt.plans.ir.graph import refs_in
 from planrt.plans.plan import Plan
 from planrt.protocols.places import bound, resolve, seed_of_run
 from planrt.protocols.progress import OnProgress, Progress
 from planrt.protocols.shapes import check_inputs
 from planrt.serde.values import decode
 from planrt.types import Ref, map_leaves
-from planrt.workers import messages as m
-from planrt.workers.clients import BaseWorker, expect
-from planrt.workers.loop import on_loop, run
-from planrt.workers.object_specs import check_travels, spec_from_wire
-from planrt.workers.objects import allowed_users as allowed_list
-from planrt.workers.objects import kinds
-from planrt.workers.plan_pointers import PointerPlan
-from planrt.workers.pointers import (
+from planrt.workers.base import BaseWorker, expect
+from planrt.workers.client.objects import allowed_users as allowed_list
+from planrt.workers.client.objects import kinds
+from planrt.workers.pointers.plan import PointerPlan
+from planrt.workers.pointers.tensor import (
     Handle,
     ObjectPointer,
     PointerTensor,
@@ -41,6 +39,8 @@ from planrt.workers.pointers import (
     make_pointer,
     new_id,
 )
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.objects import check_travels, spec_from_wire
 
 if TYPE_CHECKING:
     from planrt.protocols.protocol import Protocol

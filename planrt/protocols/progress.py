@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from planrt.workers.chain_runs import StepState, Transfer
+from planrt.workers.wire.chain_runs import StepState, Transfer
 
 OnProgress: TypeAlias = Callable[[str, str, StepState], object]
 """Called with a step's name, its worker's id, and "waiting", "running", "done" or "failed"."""

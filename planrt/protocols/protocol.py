@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 
 from planrt.errors import LocalError, ProtocolError
-from planrt.plans.chain import Chain, ChainPlan
-from planrt.plans.graph import refs_in
+from planrt.loop import on_loop, run
+from planrt.plans.ir.chain import Chain, ChainPlan
+from planrt.plans.ir.graph import refs_in
 from planrt.plans.plan import Plan
 from planrt.protocols.places import bound, placed_at, resolve, seed_of_run
 from planrt.protocols.pointer import PointerProtocol, send_protocol
@@ -20,13 +21,12 @@ from planrt.protocols.runs import Driver
 from planrt.protocols.shapes import check_inputs
 from planrt.protocols.steps import HELD, Description, Step, describe, is_line
 from planrt.types import Ref, map_leaves
-from planrt.workers import messages as m
-from planrt.workers.chain_runs import ChainRun, Given, Output
-from planrt.workers.clients import BaseWorker
-from planrt.workers.loop import on_loop, run
-from planrt.workers.object_specs import check_travels, spec_from_wire
-from planrt.workers.plan_pointers import PointerPlan
-from planrt.workers.pointers import Handle, alive, make_pointer
+from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.plan import PointerPlan
+from planrt.workers.pointers.tensor import Handle, alive, make_pointer
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.chain_runs import ChainRun, Given, Output
+from planrt.workers.wire.objects import check_travels, spec_from_wire
 
 
 class Protocol:

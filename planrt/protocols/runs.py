@@ -13,10 +13,10 @@ from planrt.errors import (
     TransportError,
     WorkerLostError,
 )
-from planrt.workers import messages as m
-from planrt.workers.chain_runs import ChainRun, Failed, Send
-from planrt.workers.clients import BaseWorker
-from planrt.workers.connection import Outgoing, Reply
+from planrt.workers.base import BaseWorker
+from planrt.workers.client.connection import Outgoing, Reply
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.chain_runs import ChainRun, Failed, Send
 
 _endings: set[asyncio.Task[None]] = set()
 """Runs that were cancelled and wait for what was under way; the loop itself keeps weak references only."""

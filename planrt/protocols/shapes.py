@@ -9,9 +9,9 @@ from typing import Final, Literal, TypeAlias
 import torch
 
 from planrt.errors import ProtocolError
-from planrt.plans import interpreter
-from planrt.plans.chain import Chain
-from planrt.plans.graph import Graph
+from planrt.plans.ir.chain import Chain
+from planrt.plans.ir.graph import Graph
+from planrt.plans.running import interpreter
 from planrt.types import FREE, Ref, TensorSpec, leaves
 
 _SIZES = (2, 4)

@@ -9,15 +9,15 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import PlanError, ProtocolError
-from planrt.plans.chain import Chain, ChainPlan, ChainStep
-from planrt.plans.graph import refs_in
+from planrt.plans.ir.chain import Chain, ChainPlan, ChainStep
+from planrt.plans.ir.graph import refs_in
+from planrt.plans.ir.signature import Signature
 from planrt.plans.plan import Plan
-from planrt.plans.signature import Signature
 from planrt.protocols.shapes import check_shapes
 from planrt.types import Nested, Ref, leaves, map_leaves
-from planrt.workers.clients import BaseWorker
-from planrt.workers.plan_pointers import PointerPlan
-from planrt.workers.pointers import PointerTensor
+from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.plan import PointerPlan
+from planrt.workers.pointers.tensor import PointerTensor
 
 HELD: Final = "\x1f"
 """Stands between the parts of the name that a held object has among a chain's inputs: step, argument, number."""

@@ -1,9 +1,33 @@
 """Workers: the state machine that runs plans next to the data, its clients, and the pipes between them."""
 
-from planrt.workers.clients import BaseWorker
-from planrt.workers.datasets import BaseDataset
-from planrt.workers.server import WebsocketServerWorker
-from planrt.workers.virtual import VirtualWorker
-from planrt.workers.websocket_client import WebsocketClientWorker
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planrt.workers.base import BaseWorker
+    from planrt.workers.datasets import BaseDataset
+    from planrt.workers.virtual import VirtualWorker
+    from planrt.workers.websocket_client import WebsocketClientWorker
+    from planrt.workers.websocket_server import WebsocketServerWorker
+
+_HOMES = {
+    "BaseDataset": "planrt.workers.datasets",
+    "BaseWorker": "planrt.workers.base",
+    "VirtualWorker": "planrt.workers.virtual",
+    "WebsocketClientWorker": "planrt.workers.websocket_client",
+    "WebsocketServerWorker": "planrt.workers.websocket_server",
+}
+"""Public name -> module, imported at first use: the machine needs no client, and a client no machine."""
 
 __all__ = ["BaseDataset", "BaseWorker", "VirtualWorker", "WebsocketClientWorker", "WebsocketServerWorker"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'planrt.workers' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value

@@ -16,13 +16,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from planrt.errors import DataError, LocalError, MixedLocationsError, OptionError
+from planrt.loop import on_loop
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec
-from planrt.workers.loop import on_loop
-from planrt.workers.pointers import Handle, PointerTensor, make_pointer, new_id
+from planrt.workers.pointers.tensor import Handle, PointerTensor, make_pointer, new_id
 
 if TYPE_CHECKING:
-    from planrt.workers.clients import BaseWorker
+    from planrt.workers.base import BaseWorker
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Data and targets of the same items: dimension 0 of both is the batch."""
@@ -223,13 +223,13 @@ class BaseDataset(Dataset[Batch]):
         Raises:
             LocalError: they are here. GetNotPermittedError: they are private.
         """
-        from planrt.workers.objects import fetch_all
+        from planrt.workers.client.objects import fetch_all
 
         return self._with(fetch_all(self._remote()))
 
     async def async_get(self) -> BaseDataset:
         """`get`, to be awaited on any loop."""
-        from planrt.workers.objects import fetch_all_async
+        from planrt.workers.client.objects import fetch_all_async
 
         return self._with(await fetch_all_async(self._remote()))
 
@@ -266,7 +266,7 @@ class BaseDataset(Dataset[Batch]):
             raise LocalError(
                 f"the data set is {_place(self.data)} already: get() it before you send it elsewhere"
             )
-        from planrt.workers import objects  # imports this module, by way of the worker's state
+        from planrt.workers.client import objects  # imports this module, by way of the worker's state
 
         if not isinstance(worker, objects.RemoteObjects):
             raise LocalError(f"send takes a worker, not {_describe(worker)}")
@@ -348,7 +348,7 @@ def _place(tensor: torch.Tensor) -> str:
 
 def _pointers(tensors: Sequence[torch.Tensor], handles: Sequence[Handle]) -> list[PointerTensor]:
     """Pointers to what `tensors` became when they were put on a worker; they know its tags and description."""
-    from planrt.workers.object_specs import contiguous
+    from planrt.workers.wire.objects import contiguous
 
     made = []
     for tensor, handle in zip(tensors, handles, strict=True):

@@ -16,17 +16,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
-from planrt.plans import ops, seen
-from planrt.plans.inference import spec_of
-from planrt.plans.torchscript import is_torchscript
+from planrt.plans.forms.torchscript import is_torchscript
+from planrt.plans.ir import ops
+from planrt.plans.recording import seen
+from planrt.plans.running.inference import spec_of
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
-from planrt.workers.clients import BaseWorker
-from planrt.workers.moving import check_worker
-from planrt.workers.object_specs import contiguous
-from planrt.workers.objects import fetch_all, fetch_all_async
+from planrt.workers.base import BaseWorker
+from planrt.workers.client.moving import check_worker
+from planrt.workers.client.objects import fetch_all, fetch_all_async
 from planrt.workers.optimizers import RemoteState, states_of
-from planrt.workers.pointers import (
+from planrt.workers.pointers.ops import packed, place_of, refuse_autocast, refuse_hooks
+from planrt.workers.pointers.tensor import (
     Handle,
     PointerParameter,
     PointerTensor,
@@ -37,8 +38,8 @@ from planrt.workers.pointers import (
     new_id,
     take_place,
 )
-from planrt.workers.posted import PostedOp
-from planrt.workers.remote_ops import packed, place_of, refuse_autocast, refuse_hooks
+from planrt.workers.wire.objects import contiguous
+from planrt.workers.wire.posted import PostedOp
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:

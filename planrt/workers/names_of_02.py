@@ -16,10 +16,10 @@ import torch
 from planrt.errors import OptionError
 from planrt.plans.plan import Plan
 from planrt.types import as_whole, plain
-from planrt.workers import messages as m
-from planrt.workers.contents import Contents
+from planrt.workers.client.contents import Contents
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.pointers import PointerTensor, give_id
+from planrt.workers.pointers.tensor import PointerTensor, give_id
+from planrt.workers.wire import messages as m
 
 
 class NamesOf02(Contents):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from planrt.errors import RemoteOpError, WorkerLostError
-from planrt.workers.pointers import PointerTensor
+from planrt.workers.pointers.tensor import PointerTensor
 
 _READ_VALUES = {
     "LBFGS": "its line search reads losses and gradients",
@@ -146,8 +146,8 @@ def _reached(optimizer: torch.optim.Optimizer, value: PointerTensor, bring: Any)
 
 
 def _sent(values: list[torch.Tensor], worker: Any) -> list[torch.Tensor]:
-    from planrt.workers.object_specs import contiguous
-    from planrt.workers.pointers import make_pointer
+    from planrt.workers.pointers.tensor import make_pointer
+    from planrt.workers.wire.objects import contiguous
 
     handles = worker.put(values) if values else []
     return [make_pointer(handle, contiguous(value)) for value, handle in zip(values, handles, strict=True)]

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from planrt.errors import MixedLocationsError, UnknownNameError
-from planrt.plans import ops
-from planrt.plans.left_out import reason_for
+from planrt.plans.ir import ops
+from planrt.plans.ir.left_out import reason_for
 from planrt.types import leaves
-from planrt.workers.pointers import PointerTensor
-from planrt.workers.remote_ops import apply
+from planrt.workers.pointers.ops import apply
+from planrt.workers.pointers.tensor import PointerTensor
 
 if TYPE_CHECKING:
-    from planrt.workers.clients import BaseWorker
+    from planrt.workers.base import BaseWorker
 
 _MODULES = frozenset(
     ".".join(("torch", *name.removeprefix("torch.").split("."))[:depth])

@@ -15,22 +15,22 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.logs import get_logger
-from planrt.plans.approvals import Approvals
-from planrt.plans.policy import Policy
+from planrt.loop import on_loop_thread, run
+from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
-from planrt.workers import registry
-from planrt.workers.clients import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worker_id
-from planrt.workers.connection import Connection
-from planrt.workers.contents import held_pointer
-from planrt.workers.host import WorkerHost, virtual_compute
-from planrt.workers.links import register_virtual
-from planrt.workers.loop import on_loop_thread, run
-from planrt.workers.object_specs import check_travels
-from planrt.workers.pipes import memory_pipes
-from planrt.workers.pointers import pointer_id
-from planrt.workers.state import WorkerState
-from planrt.workers.store import PeerRef
+from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worker_id
+from planrt.workers.client import registry
+from planrt.workers.client.connection import Connection
+from planrt.workers.client.contents import held_pointer
+from planrt.workers.machine.state import WorkerState
+from planrt.workers.machine.store import PeerRef
+from planrt.workers.pointers.tensor import pointer_id
+from planrt.workers.serving.host import WorkerHost, virtual_compute
+from planrt.workers.serving.links import register_virtual
+from planrt.workers.transport.pipes import memory_pipes
+from planrt.workers.wire.objects import check_travels
 
 V = TypeVar("V", bound="VirtualWorker")
 

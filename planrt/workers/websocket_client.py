@@ -10,12 +10,12 @@ from typing import Any, Self, overload
 import torch
 
 from planrt.errors import OptionError
+from planrt.loop import on_loop, run
 from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
-from planrt.workers.clients import DEFAULT_TIMEOUT, BaseWorker, worker_id
-from planrt.workers.connection import Connection
-from planrt.workers.loop import on_loop, run
-from planrt.workers.websocket import dial
+from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, worker_id
+from planrt.workers.client.connection import Connection
+from planrt.workers.transport.websocket import dial
 
 
 class Reconnecting:

@@ -1,5 +1,205 @@
-"""Where scripts written for PySyft 0.2 look for `WebsocketServerWorker`."""
+"""`WebsocketServerWorker`: the process that holds the data and runs what clients send, behind a websocket."""
 
-from planrt.workers.server import WebsocketServerWorker
+from __future__ import annotations
 
-__all__ = ["WebsocketServerWorker"]
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planrt.errors import OptionError
+from planrt.loop import background_loop, new_event_loop
+from planrt.plans import training
+from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.rules import Policy
+from planrt.serde.frames import Limits
+from planrt.types import as_text, as_whole
+from planrt.workers.base import decisions_in, worker_id
+from planrt.workers.machine.state import WorkerState
+from planrt.workers.pointers.tensor import pointer_id
+from planrt.workers.serving.allocator import keep_freed_memory
+from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.transport.callers import Callers
+from planrt.workers.transport.websocket import listen, server_tls
+from planrt.workers.wire.messages import DatasetInfo
+from planrt.workers.wire.objects import check_travels
+
+Ready = Callable[[int], None]
+"""Called with the port once the worker listens."""
+
+
+class WebsocketServerWorker:
+    """A worker served over websockets: ``WebsocketServerWorker("alice", port=8777)``, or as in PySyft 0.2
+    ``WebsocketServerWorker(hook, "127.0.0.1", 8777, id="alice")``.
+
+    `port` 0 takes a free port. `threads` is the number of torch threads: None for as many as torch takes by
+    itself (all cores). Give workers that share a machine ``cores // workers`` each, at least 1, or they fight
+    over the cores. Results are bit-identical only between workers with the same number of threads. `deterministic`
+    says whether only torch's deterministic kernels run; None: on everything but a CPU.
+
+    `users` maps user names to the tokens that prove them: private data names the users who may see it. `policy` is
+    what the owner allows, and `approvals` the folder of the owner's decisions about plans. `data` are tensors that it
+    holds from the start, with their tags and descriptions. `cert_path` and `key_path` are files in PEM, the certificate
+    and its private key: with them the worker is reached at ``wss://``, and no longer at ``ws://``.
+
+    Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
+    the worker may be addressed, besides IP addresses and those of this machine.
+
+    `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
+    """
+
+    def __init__(
+        self,
+        hook: object = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        id: str | None = None,
+        log_msgs: bool = False,
+        verbose: bool = False,
+        data: Sequence[torch.Tensor] = (),
+        loop: None = None,
+        cert_path: str | Path | None = None,
+        key_path: str | Path | None = None,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        deterministic: bool | None = None,
+        limits: Limits | None = None,
+        users: Mapping[str, str] | None = None,
+        policy: Policy | None = None,
+        approvals: Approvals | str | Path | None = None,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+    ) -> None:
+        id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
+        if loop is not None:
+            raise OptionError(
+                "loop= is not taken: start() has a loop of its own, and `await serve()` runs on yours"
+            )
+        host, port = as_text(host, "host"), as_whole(port, "port")
+        if not 0 <= port <= 65_535:
+            raise OptionError(f"a port is a number from 0 (any free one) to 65535, not {port}")
+        if threads is not None and threads < 1:
+            raise OptionError(f"a worker needs at least 1 thread, not {threads}")
+        self.id = id
+        self.host = host
+        self.port = port
+        self._tls = server_tls(cert_path, key_path)
+        self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
+        self._threads = threads
+        self._limits = limits or Limits()
+        self._state = WorkerState(
+            id,
+            device=device,
+            users=users,
+            policy=policy,
+            approvals=decisions_in(approvals),
+            limits=limits,
+            deterministic=deterministic,
+        )
+        for tensor in data:
+            check_travels(tensor)
+            self._state.own(pointer_id(tensor), tensor)
+        self.computing = False
+        """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
+
+    def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
+        """Serves a map-style data set of (data, target) pairs under `key`, found by `tags` as well.
+
+        Raises:
+            DataError: its items are no pairs of tensors or numbers. OptionError: the key is taken.
+        """
+        self._state.add_dataset(dataset, key, tags=tags, description=description)
+
+    def remove_dataset(self, key: str) -> None:
+        """Serves the data set `key` no longer; clients that are connected are told when they ask for it.
+
+        Raises:
+            OptionError: there is none under that key.
+        """
+        self._state.remove_dataset(key)
+
+    @property
+    def datasets(self) -> Mapping[str, DatasetInfo]:
+        """key -> what clients are told about the data set."""
+        return self._state.datasets
+
+    async def serve(self, *, ready: Ready | None = None, stop: asyncio.Event | None = None) -> None:
+        """Serves clients until `stop` is set, or for ever.
+
+        Raises:
+            ConnectError: the port is taken, or the host is not this machine's.
+        """
+        compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
+        host = WorkerHost(self._state, compute, limits=self._limits)
+        try:
+            async with listen(
+                self.host,
+                self.port,
+                limits=self._limits,
+                serve_pipe=host.serve,
+                tls=self._tls,
+                callers=self._callers,
+            ) as port:
+                self.port = port
+                # While nobody computes yet, and beside the compute thread: a handshake would have to wait there for
+                # imports that take many seconds on a busy machine.
+                threading.Thread(
+                    target=training.warm_up, name=f"planrt-{self.id}-warm-up", daemon=True
+                ).start()
+                if ready is not None:
+                    ready(port)
+                await (stop or asyncio.Event()).wait()
+                host.stop()
+        finally:
+            compute.close()
+            self.computing = compute.busy
+
+    def start(self, *, ready: Ready | None = None) -> None:
+        """Serves clients until SIGINT or SIGTERM; blocks. For the main thread of a process of its own.
+
+        A process that was started with SIGINT ignored, as jobs in the background of a shell script are, goes on
+        ignoring it.
+
+        The process keeps some of the memory that it frees: see `planrt.workers.serving.allocator`.
+        """
+        keep_freed_memory()
+
+        async def until_signal() -> None:
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    continue
+                with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers on loops
+                    loop.add_signal_handler(number, stop.set)
+            await self.serve(ready=ready, stop=stop)
+
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(until_signal())
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        """Serves on planrt's background loop for the block; yields the address. For tests and notebooks."""
+        stop = asyncio.Event()
+        listening = threading.Event()
+        loop = background_loop()
+        serving = asyncio.run_coroutine_threadsafe(
+            self.serve(ready=lambda port: listening.set(), stop=stop), loop
+        )
+        serving.add_done_callback(lambda done: listening.set())
+        listening.wait()
+        try:
+            if serving.done():
+                serving.result()  # raises why it does not listen
+            yield f"{'wss' if self._tls else 'ws'}://{self.host}:{self.port}"
+        finally:
+            # Not so where a block that nobody left is taken apart at the process's end: the server is gone then.
+            if loop.is_running():
+                loop.call_soon_threadsafe(stop.set)
+                serving.result()

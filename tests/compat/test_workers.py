@@ -9,7 +9,7 @@ import syft as sy
 import torch
 
 from planrt.errors import OptionError, UnknownObjectError, WireError
-from planrt.workers import messages as m
+from planrt.workers.wire import messages as m
 
 # ------------------------------------------------------------------------------------------- objects by name
 

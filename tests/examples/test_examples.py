@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from planrt.fl import boston
+from planrt.fl.data import boston
 from tests.processes import PATIENCE, eventually, marked, write_small_mnist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
+from planrt.command_line import available_cores
 from planrt.errors import ConnectError
-from planrt.fl import children
-from planrt.fl.children import ChildOptions, WorkerProcesses, mnist_children
-from planrt.fl.command import available_cores
-from planrt.fl.data import DataSource, find
+from planrt.fl.data.digits import DataSource, find
+from planrt.fl.runs import children
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.workers import WebsocketClientWorker
 from tests.processes import alive, eventually, write_small_mnist
 
@@ -95,7 +95,7 @@ def test_waiting_ends_when_a_child_does(source):
 
 PARENT = """
 import sys, time
-from planrt.fl.children import ChildOptions, WorkerProcesses
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 options = ("--dataset", "mnist", "--data", sys.argv[1], "--threads", "1")
 with WorkerProcesses([ChildOptions("bob", 0, options)]) as workers:
     if sys.argv[2] == "ready":

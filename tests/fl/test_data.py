@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from planrt.errors import DataError, OptionError
-from planrt.fl import boston, data
+from planrt.fl.data import boston
+from planrt.fl.data import digits as data
 from planrt.sandbox import create_sandbox
 from tests.processes import MNIST_FILES as NAMES
 from tests.processes import idx, write_small_mnist

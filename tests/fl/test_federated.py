@@ -20,11 +20,11 @@ from planrt.errors import (
     MixedLocationsError,
     OptionError,
 )
-from planrt.fl.data import normalize
-from planrt.fl.federated import FederatedDataLoader, FederatedDataset, _turns
-from planrt.fl.splitting import federate
+from planrt.fl.data.digits import normalize
+from planrt.fl.data.federated import FederatedDataLoader, FederatedDataset, _turns
+from planrt.fl.data.splitting import federate
 from planrt.workers.datasets import BaseDataset, as_batches
-from planrt.workers.pointers import PointerTensor
+from planrt.workers.pointers.tensor import PointerTensor
 from tests.processes import write_small_mnist
 
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from planrt.errors import LocalError, OptionError, RemoteError, TraceError, UnknownDatasetError
 from planrt.fl import RoundScheduler, TrainConfig, federated_avg
+from planrt.loop import on_loop
 from planrt.torch_hook import TorchHook
 from planrt.workers import BaseDataset, VirtualWorker
-from planrt.workers import messages as m
-from planrt.workers.loop import on_loop
+from planrt.workers.wire import messages as m
 from tests.models import classification_data, seeded_classifier
 
 

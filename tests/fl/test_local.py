@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import planrt as sy
 from planrt.errors import BlockingCallError, ConnectError, DataError, OptionError
 from planrt.fl import TrainConfig
-from planrt.workers.loop import background_loop
+from planrt.loop import background_loop
 from tests.processes import alive, eventually
 
 hook = sy.TorchHook(torch)

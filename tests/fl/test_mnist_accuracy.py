@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planrt.fl import ModelEvaluator, RoundScheduler, TrainConfig, data
-from planrt.fl.children import WorkerProcesses, mnist_children
-from planrt.fl.networks import seeded_net
+from planrt.fl import ModelEvaluator, RoundScheduler, TrainConfig
+from planrt.fl.data import digits as data
+from planrt.fl.runs.children import WorkerProcesses, mnist_children
+from planrt.fl.runs.networks import seeded_net
 from planrt.workers import VirtualWorker, WebsocketClientWorker
 
 TRAINERS = ["alice", "bob", "charlie"]

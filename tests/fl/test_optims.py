@@ -11,7 +11,7 @@ from torch import nn, optim
 import planrt
 from planrt.errors import OptionError
 from planrt.fl import Optims
-from planrt.workers.pointers import PointerTensor
+from planrt.workers.pointers.tensor import PointerTensor
 
 DATA = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 TARGET = torch.tensor([[0.0], [0.0], [1.0], [1.0]])

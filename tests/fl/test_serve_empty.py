@@ -8,7 +8,7 @@ import torch
 import planrt
 from planrt.errors import GetNotPermittedError, HandshakeError
 from planrt.fl import serve
-from planrt.fl.children import ChildOptions, WorkerProcesses
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.workers import WebsocketClientWorker
 
 
@@ -44,7 +44,7 @@ def test_any_id_will_do_and_clients_send_what_it_holds(capfd):
 
 
 def test_by_hand_it_says_what_it_holds(monkeypatch, capsys):
-    from planrt.workers import server
+    from planrt.workers import websocket_server as server
 
     monkeypatch.setattr(server.WebsocketServerWorker, "start", lambda self, *, ready: ready(1234))
     assert serve.main(["--id", "dora", "--empty"]) == 0

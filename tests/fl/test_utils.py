@@ -122,7 +122,7 @@ def test_an_owner_sees_the_names_of_a_plan(tmp_path, capsys):
     """What waits for an owner says which model it is of, and what its inputs are."""
     from planrt.cli import main
     from planrt.errors import NotApprovedError
-    from planrt.plans.policy import Policy
+    from planrt.plans.policy.rules import Policy
 
     folder = tmp_path / "approvals"
     policy = Policy(approval="ask")
@@ -142,7 +142,7 @@ def test_an_owner_sees_the_names_of_a_plan(tmp_path, capsys):
 
 def test_a_short_last_batch_that_a_policy_forbids_names_the_way_out():
     from planrt.errors import PolicyRefusedError
-    from planrt.plans.policy import Policy
+    from planrt.plans.policy.rules import Policy
 
     policy = Policy.from_values({"approval": "open", "release": [{"tag": "#patients", "min_rows": 10}]})
     clinic = VirtualWorker("clinic", policy=policy)

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from planrt.errors import ExecutionError, PlanArgumentError
-from planrt.fl.networks import seeded_net
-from planrt.plans import Graph, Op, effects, trace
-from planrt.plans.analysis import analyse
-from planrt.plans.graph import MAX_OPS
-from planrt.plans.interpreter import Program, execute
-from planrt.plans.report import Unforeseen, count_bytes, count_flops
+from planrt.fl.runs.networks import seeded_net
+from planrt.plans import Graph, Op, trace
+from planrt.plans.analysis import effects
+from planrt.plans.analysis.analyse import analyse
+from planrt.plans.analysis.report import Unforeseen, count_bytes, count_flops
+from planrt.plans.ir.graph import MAX_OPS
+from planrt.plans.running.interpreter import Program, execute
 from planrt.plans.training import trace_model
 from planrt.types import Ref, TensorSpec, leaves
 
@@ -51,7 +52,7 @@ def real_specs(graph, inputs):
     def plain(value):
         return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
-    from planrt.plans import ops
+    from planrt.plans.ir import ops
 
     functions = {op.name: noting(ops.lookup(op.name)) for op in graph.ops}
     state = [tensor.clone() for tensor in graph.state_values]

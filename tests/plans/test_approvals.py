@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from planrt.errors import ApprovalError
-from planrt.plans import approvals as module
-from planrt.plans.approvals import Approvals
+from planrt.plans.policy import approvals as module
+from planrt.plans.policy.approvals import Approvals
 
 A, B, C = (letter * 64 for letter in "abc")
 
@@ -50,7 +50,8 @@ def test_a_decision_made_elsewhere_is_seen(record):
     other = Approvals(record.folder)
     other.approve(A)
     assert record.status(A).status == "approved"
-    code = f"from planrt.plans.approvals import Approvals; Approvals({str(record.folder)!r}).deny({A!r}, why='no')"
+    call = f"Approvals({str(record.folder)!r}).deny({A!r}, why='no')"
+    code = f"from planrt.plans.policy.approvals import Approvals; {call}"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert record.status(A) == ("denied", "no")
     assert len(other.decisions()) == 2
@@ -71,7 +72,7 @@ def test_the_record_is_read_again_only_when_it_changed(record, monkeypatch):
 
 def test_many_writers_make_one_chain(record):
     code = (
-        "import sys; from planrt.plans.approvals import Approvals\n"
+        "import sys; from planrt.plans.policy.approvals import Approvals\n"
         f"record = Approvals({str(record.folder)!r})\n"
         "for number in range(20): record.deny(sys.argv[1] * 64, why=str(number))"
     )

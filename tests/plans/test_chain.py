@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from planrt.errors import OpNotAllowedError, PlanFormatError, PlanrtError
 from planrt.plans import func2plan
-from planrt.plans.chain import Chain, ChainPlan, ChainStep
+from planrt.plans.ir.chain import Chain, ChainPlan, ChainStep
 from planrt.types import Ref
 
 

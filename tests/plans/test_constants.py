@@ -5,7 +5,7 @@ import torch
 
 from planrt.errors import PlanFormatError
 from planrt.plans import trace
-from planrt.plans.constants import (
+from planrt.plans.ir.constants import (
     KEPT,
     Constant,
     approval_hash,

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from planrt.errors import ExecutionError
-from planrt.plans import counts, ops
-from planrt.plans.analysis import analyse
-from planrt.plans.interpreter import execute
-from planrt.plans.parsing import parse
+from planrt.plans.analysis.analyse import analyse
+from planrt.plans.ir import counts, ops
+from planrt.plans.ir.parsing import parse
+from planrt.plans.running.interpreter import execute
 
 X = torch.arange(24.0).reshape(4, 6)
 CUBE = torch.arange(24.0).reshape(2, 3, 4)

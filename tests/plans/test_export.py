@@ -183,7 +183,7 @@ def test_functions_as_onnx(tmp_path):
 
 
 def test_large_state_goes_into_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("planrt.plans.export._MAX_IN_ONE_FILE", 0)
+    monkeypatch.setattr("planrt.plans.forms.export._MAX_IN_ONE_FILE", 0)
     plan = Plan(nn.Linear(6, 200)).build(X)
     plan.to_onnx(tmp_path / "f.onnx")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["f.onnx", "f.onnx.data"]

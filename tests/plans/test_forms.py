@@ -11,7 +11,7 @@ from torch import nn
 
 import planrt
 from planrt.errors import PlanArgumentError
-from planrt.plans import forms
+from planrt.plans import other_sizes as forms
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,10 +14,11 @@ from nets import line_of
 from torch import nn
 
 from planrt.errors import ExecutionError, PlanError, TraceError
-from planrt.fl.networks import seeded_net
-from planrt.plans import Graph, Op, ops, trace
-from planrt.plans.interpreter import execute
-from planrt.plans.torchscript import to_torchscript
+from planrt.fl.runs.networks import seeded_net
+from planrt.plans import Graph, Op, trace
+from planrt.plans.forms.torchscript import to_torchscript
+from planrt.plans.ir import ops
+from planrt.plans.running.interpreter import execute
 from planrt.plans.training import OPTIMIZERS, trace_model, train
 from planrt.types import Ref, TensorSpec
 

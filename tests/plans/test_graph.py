@@ -11,7 +11,7 @@ from torch import nn
 
 from planrt.errors import OpNotAllowedError, PlanError, PlanFormatError
 from planrt.plans import Graph, Op, StateSpec, trace
-from planrt.plans.interpreter import execute
+from planrt.plans.running.interpreter import execute
 from planrt.plans.training import trace_model
 from planrt.types import Ref, TensorSpec
 
@@ -185,10 +185,10 @@ def test_deep_nesting_is_refused_not_recursed_into():
 
 
 def test_limits(monkeypatch):
-    monkeypatch.setattr("planrt.plans.graph.MAX_OPS", 4)
+    monkeypatch.setattr("planrt.plans.ir.graph.MAX_OPS", 4)
     with pytest.raises(PlanFormatError, match="with 5 ops is over the limit of 4"):
         Graph.from_bytes(DATA)
-    monkeypatch.setattr("planrt.plans.graph.MAX_BYTES", 10)
+    monkeypatch.setattr("planrt.plans.ir.graph.MAX_BYTES", 10)
     with pytest.raises(PlanFormatError, match="longer than the limit of 10"):
         Graph.from_bytes(DATA)
 

@@ -12,9 +12,10 @@ from torch import nn
 
 import planrt
 from planrt.errors import ExecutionError, OpNotAllowedError, PlanrtError
-from planrt.plans import Graph, Op, ops
-from planrt.plans.guards import GUARDS
-from planrt.plans.interpreter import execute
+from planrt.plans import Graph, Op
+from planrt.plans.ir import ops
+from planrt.plans.ir.guards import GUARDS
+from planrt.plans.running.interpreter import execute
 from planrt.types import Ref, TensorSpec
 
 LEAST, MINUS_ONE = torch.full((4,), -(2**63)), torch.full((4,), -1)

@@ -8,10 +8,10 @@ from torch import nn
 
 from planrt.errors import PlanArgumentError, PlanError, TraceError
 from planrt.plans import Graph, Op, trace
-from planrt.plans.inlining import inline
-from planrt.plans.interpreter import execute
-from planrt.plans.recorder import SizesFixedError
-from planrt.plans.runs import recording
+from planrt.plans.recording.inlining import inline
+from planrt.plans.recording.recorder import SizesFixedError
+from planrt.plans.recording.runs import recording
+from planrt.plans.running.interpreter import execute
 from planrt.types import Ref, TensorSpec
 
 X = torch.randn(4, 6)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError
-from planrt.plans import Graph, Op, ops, trace
-from planrt.plans.interpreter import PeerRequest, execute, run
+from planrt.plans import Graph, Op, trace
+from planrt.plans.ir import ops
+from planrt.plans.running.interpreter import PeerRequest, execute, run
 from planrt.types import Ref, TensorSpec
 
 X = torch.randn(2, 3)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
 
-from planrt.plans.flow import Info
-from planrt.plans.kernels import AGGREGATES, RULES, VIEWS
-from planrt.plans.rows import NO_AGGREGATE, keep
-from planrt.plans.tracker import Tracker
+from planrt.plans.analysis.flow import Info
+from planrt.plans.analysis.kernels import AGGREGATES, RULES, VIEWS
+from planrt.plans.analysis.rows import NO_AGGREGATE, keep
+from planrt.plans.analysis.tracker import Tracker
 from planrt.types import leaves, map_leaves
 
 SAMPLES = 2

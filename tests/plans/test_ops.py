@@ -18,10 +18,11 @@ from torch.overrides import (
 from torch.testing._internal.common_methods_invocations import op_db
 
 from planrt.errors import OpNotAllowedError
-from planrt.plans import ops, seen
-from planrt.plans.interpreter import execute
-from planrt.plans.left_out import LEFT_OUT, reason_for
-from planrt.plans.tracer import trace
+from planrt.plans.ir import ops
+from planrt.plans.ir.left_out import LEFT_OUT, reason_for
+from planrt.plans.recording import seen
+from planrt.plans.recording.tracer import trace
+from planrt.plans.running.interpreter import execute
 from planrt.types import leaves, map_leaves
 
 NEVER = [
@@ -187,7 +188,7 @@ def test_every_function_that_torch_lists_has_been_reviewed():
     unreviewed = sorted(name for name, function in listed.items() if not is_reviewed(name, function))
     assert not unreviewed, (
         f"torch {torch.__version__} has functions that nobody has reviewed: {' '.join(unreviewed)}. Put each into the "
-        "lists of planrt/plans/ops.py if it makes sense on a remote tensor, else into planrt/plans/left_out.py "
+        "lists of planrt/plans/ir/ops.py if it makes sense on a remote tensor, else into planrt/plans/ir/left_out.py "
         "under its reason"
     )
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.plans import Graph, Plan, func2plan
-from planrt.plans.interpreter import execute
-from planrt.plans.record import PlanRecord
+from planrt.plans.ir.record import PlanRecord
+from planrt.plans.running.interpreter import execute
 
 
 @func2plan(args_shape=[(-1, 1)])

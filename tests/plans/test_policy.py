@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from planrt.errors import OptionError, PlanError, PolicyError
-from planrt.fl.networks import seeded_net
+from planrt.fl.runs.networks import seeded_net
 from planrt.plans import Graph, Op, trace
-from planrt.plans.approvals import Approvals
-from planrt.plans.policy import Policy, ReleaseRule
-from planrt.plans.verify import check
+from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.rules import Policy, ReleaseRule
+from planrt.plans.policy.verify import check
 from planrt.types import Ref, TensorSpec
 
 pytestmark = pytest.mark.filterwarnings(

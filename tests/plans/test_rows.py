@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planrt.plans import ops, trace
-from planrt.plans.analysis import analyse
-from planrt.plans.graph import Graph, Op
-from planrt.plans.interpreter import execute
+from planrt.plans import trace
+from planrt.plans.analysis.analyse import analyse
+from planrt.plans.ir import ops
+from planrt.plans.ir.graph import Graph, Op
+from planrt.plans.running.interpreter import execute
 from planrt.types import Ref, TensorSpec
 
 pytestmark = pytest.mark.filterwarnings(
@@ -351,7 +352,7 @@ def gradient_ops(monkeypatch):
 
 def training_plan(loss_ops, weight, *inputs):
     """Inputs, then a weight as state; `loss_ops` (of the leaf's number) end with the loss. Gives loss and gradient."""
-    from planrt.plans.graph import StateSpec
+    from planrt.plans.ir.graph import StateSpec
 
     state = (StateSpec("weight", TensorSpec(weight, torch.float32), "parameter", True),)
     number = len(inputs)
@@ -403,9 +404,9 @@ NEED_VALUES = ("masked", "packed")  # torch's own modules look at values, which 
 @pytest.mark.parametrize("name", [name for name in nets.NETS if name not in ("embedding", *NEED_VALUES)])
 def test_gradients_of_networks_are_aggregates(name):
     """The whole training step below autograd: forward, loss, backward, for every parameter."""
-    from planrt.plans.flow import Info
-    from planrt.plans.rows import keep
-    from planrt.plans.tracker import Tracker
+    from planrt.plans.analysis.flow import Info
+    from planrt.plans.analysis.rows import keep
+    from planrt.plans.analysis.tracker import Tracker
 
     net, loss, ((x, y), *_) = nets.make(name)
     if name == "transformer":

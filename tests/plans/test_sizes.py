@@ -10,9 +10,9 @@ from nets import line_of
 
 from planrt.errors import ExecutionError, TraceError
 from planrt.plans import Graph, trace
-from planrt.plans.interpreter import execute
-from planrt.plans.recorder import SizesFixedError
-from planrt.plans.torchscript import to_torchscript
+from planrt.plans.forms.torchscript import to_torchscript
+from planrt.plans.recording.recorder import SizesFixedError
+from planrt.plans.running.interpreter import execute
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16)
 

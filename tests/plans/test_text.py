@@ -13,8 +13,8 @@ from torch import nn
 
 from planrt.errors import PlanFormatError
 from planrt.plans import Graph, Op, Plan, StateSpec, parse, trace
-from planrt.plans import text as text_module
-from planrt.plans.ops import TABLE
+from planrt.plans.ir import text as text_module
+from planrt.plans.ir.ops import TABLE
 from planrt.plans.training import trace_model
 from planrt.serde.dtypes import DTYPES
 from planrt.serde.values import DEVICE
@@ -264,10 +264,10 @@ def test_text_that_is_no_plan(old, new, message):
 def test_what_is_no_text_or_too_long(monkeypatch):
     with pytest.raises(PlanFormatError, match="takes the text of a plan, not bytes"):
         parse(PLAIN.encode())
-    monkeypatch.setattr("planrt.plans.parsing.MAX_OPS", 1)
+    monkeypatch.setattr("planrt.plans.ir.parsing.MAX_OPS", 1)
     with pytest.raises(PlanFormatError, match="line 4: a plan has at most 1 ops"):
         parse(PLAIN)
-    monkeypatch.setattr("planrt.plans.parsing.MAX_CHARACTERS", 10)
+    monkeypatch.setattr("planrt.plans.ir.parsing.MAX_CHARACTERS", 10)
     with pytest.raises(PlanFormatError, match="longer than the limit of 10"):
         parse(PLAIN)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from planrt.errors import PlanError, TraceError
 from planrt.plans import Graph, Plan, func2plan, trace
-from planrt.plans.interpreter import execute
-from planrt.plans.torchscript import from_torchscript, to_torchscript
+from planrt.plans.forms.torchscript import from_torchscript, to_torchscript
+from planrt.plans.running.interpreter import execute
 
 X = torch.randn(4, 6)
 

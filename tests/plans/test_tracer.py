@@ -14,8 +14,8 @@ from torch import nn
 
 from planrt.errors import PlanrtError, PlanWarning, TraceError
 from planrt.plans import Graph, trace
-from planrt.plans.interpreter import execute
-from planrt.plans.recorder import SizesFixedError
+from planrt.plans.recording.recorder import SizesFixedError
+from planrt.plans.running.interpreter import execute
 
 
 def same(f, example, others, **options):

@@ -14,10 +14,10 @@ import planrt
 from planrt.cli import main
 from planrt.errors import NotApprovedError, OptionError, PlanArgumentError, RemoteError
 from planrt.fl import TrainConfig
-from planrt.plans.approvals import Approvals
-from planrt.plans.constants import approval_hash, constants_of
+from planrt.plans.ir.constants import approval_hash, constants_of
 from planrt.plans.plan import Plan
-from planrt.plans.policy import Policy
+from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from tests.pointers.conftest import OWNER
 

@@ -14,7 +14,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo
 
 from planrt.errors import RemoteOpError, RemoteValueError
-from planrt.plans.ops import RANDOM
+from planrt.plans.ir.ops import RANDOM
 from planrt.types import leaves, map_leaves
 
 SAMPLES = {torch.float32: 2, torch.int64: 1, torch.bool: 1, torch.bfloat16: 1, torch.complex64: 1}
@@ -58,7 +58,7 @@ LEFT_OUT = {
         "torch's own internals",
     ),
 }  # fmt: skip
-"""Refused on remote tensors, and why (see planrt/plans/left_out.py)."""
+"""Refused on remote tensors, and why (see planrt/plans/ir/left_out.py)."""
 
 
 def usable(tensor):

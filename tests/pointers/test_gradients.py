@@ -14,8 +14,8 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 
 from planrt.errors import RemoteError
-from planrt.plans import ops
-from planrt.workers.gradients import PASSES_TO_ALL, PASSES_TO_FIRST
+from planrt.plans.ir import ops
+from planrt.workers.client.gradients import PASSES_TO_ALL, PASSES_TO_FIRST
 
 
 def _same(pointers, tensors):

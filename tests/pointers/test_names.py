@@ -376,7 +376,7 @@ def test_a_worker_made_again_is_the_same(hook, caplog):
 
 
 def planrt_policy():
-    from planrt.plans.policy import Policy
+    from planrt.plans.policy.rules import Policy
 
     return Policy()
 

@@ -10,7 +10,7 @@ import torch
 
 import planrt
 from planrt.errors import LocalError
-from planrt.workers.plan_pointers import PointerPlan
+from planrt.workers.pointers.plan import PointerPlan
 
 
 def test_tensors_go_move_and_come_back(alice, bob):

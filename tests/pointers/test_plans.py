@@ -467,7 +467,7 @@ def test_a_failure_shows_where_a_plan_gives_no_tensors_and_leaves_the_plan_usabl
 
 def test_other_clients_do_not_notice_a_hostile_plan(bob, net):
     """Bytes that are no plan: the sender hears of it, the worker and its other clients go on."""
-    from planrt.workers import messages as m
+    from planrt.workers.wire import messages as m
 
     there = net.send(bob)
     for tensors in ([], [torch.zeros(3, dtype=torch.uint8)], [torch.zeros(3)]):

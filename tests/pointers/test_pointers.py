@@ -24,9 +24,9 @@ from planrt.errors import (
     UnsupportedTensorError,
     WorkerLostError,
 )
+from planrt.loop import run
 from planrt.types import Ref
-from planrt.workers.loop import run
-from planrt.workers.posted import PostedOp
+from planrt.workers.wire.posted import PostedOp
 
 
 def test_a_tensor_goes_there_and_comes_back(bob):

@@ -16,8 +16,8 @@ from planrt.errors import (
     RemoteError,
 )
 from planrt.fl import TrainConfig
-from planrt.plans.approvals import Approvals
-from planrt.plans.policy import Policy, ReleaseRule
+from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.rules import Policy, ReleaseRule
 from planrt.workers import BaseDataset, VirtualWorker
 from tests.pointers.conftest import OWNER
 

@@ -12,7 +12,7 @@ from torch import nn
 import planrt
 from planrt.errors import PolicyRefusedError
 from planrt.fl import TrainConfig
-from planrt.plans.policy import Policy, ReleaseRule
+from planrt.plans.policy.rules import Policy, ReleaseRule
 from planrt.workers import BaseDataset
 from tests.pointers.conftest import OWNER
 

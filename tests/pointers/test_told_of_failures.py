@@ -14,9 +14,9 @@ from torch import nn
 import planrt
 from planrt.errors import OptionError, RemoteError, TransportError
 from planrt.fl import TrainConfig
-from planrt.plans.policy import Policy, ReleaseRule
+from planrt.plans.policy.rules import Policy, ReleaseRule
 from planrt.workers import BaseDataset
-from planrt.workers.failures import without_directories
+from planrt.workers.machine.failures import without_directories
 from tests.pointers.conftest import OWNER
 
 ROWS = 64
@@ -158,7 +158,7 @@ def test_tracebacks_name_modules_and_not_places(make_worker):
     with pytest.raises(RemoteError) as caught:
         torch.ones(2).send(bob).take(torch.tensor([9]).send(bob)).get()
     told = caught.value.remote_traceback
-    assert 'File "planrt/workers/eager.py"' in told
+    assert 'File "planrt/workers/machine/eager.py"' in told
     assert os.path.dirname(os.path.dirname(planrt.__file__)) not in told
     assert "/site-packages" not in told
 

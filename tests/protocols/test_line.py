@@ -6,7 +6,7 @@ import torch
 import planrt
 from planrt import Protocol, Step
 from planrt.errors import MixedLocationsError, PlanError, ProtocolError, RemoteError
-from planrt.workers.pointers import PointerTensor
+from planrt.workers.pointers.tensor import PointerTensor
 
 THREE = ("worker1", "worker2", "worker3")
 

@@ -5,7 +5,7 @@ import torch
 
 from planrt import Protocol, Step
 from planrt.errors import RemoteError
-from planrt.plans.policy import Policy
+from planrt.plans.policy.rules import Policy
 from planrt.workers import VirtualWorker
 
 

@@ -17,7 +17,7 @@ from planrt.errors import (
     RemoteError,
     UnknownObjectError,
 )
-from planrt.fl.children import ChildOptions, WorkerProcesses
+from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 
 THREE = ("worker1", "worker2", "worker3")

@@ -6,7 +6,7 @@ import torch
 import planrt
 from planrt import Protocol, Step
 from planrt.errors import MixedLocationsError, PlanArgumentError, ProtocolError
-from planrt.workers.multipointer import MultiPointerTensor
+from planrt.workers.pointers.multi import MultiPointerTensor
 from tests.protocols.conftest import plan
 
 pytestmark = pytest.mark.filterwarnings(

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from planrt.fl.children import WorkerProcesses, mnist_children
-from planrt.fl.data import find
-from planrt.fl.networks import Net, seeded_net
+from planrt.fl.data.digits import find
+from planrt.fl.runs.children import WorkerProcesses, mnist_children
+from planrt.fl.runs.networks import Net, seeded_net
 from planrt.workers import WebsocketClientWorker
 from tests.processes import MNIST_FILES, PATIENCE, eventually, marked, write_small_mnist
 

@@ -13,8 +13,8 @@ from torch import nn, optim
 from torchvision import datasets, transforms
 
 import planrt as sy
-from planrt.fl import data as digits
 from planrt.fl import utils
+from planrt.fl.data import digits as digits
 
 FEW = 1_000
 """Test images that are looked at."""

@@ -20,14 +20,14 @@ reveal_type(bob)  # reveals: planrt.workers.virtual.VirtualWorker
 
 def pointers() -> None:
     x = planrt.send(torch.ones(3), bob)
-    reveal_type(x)  # reveals: planrt.workers.pointers.PointerTensor
-    reveal_type(x.location)  # reveals: planrt.workers.clients.BaseWorker
+    reveal_type(x)  # reveals: planrt.workers.pointers.tensor.PointerTensor
+    reveal_type(x.location)  # reveals: planrt.workers.base.BaseWorker
     reveal_type(planrt.get(x + x))  # reveals: torch._tensor.Tensor
     y = planrt.send(torch.ones(3), bob, private=True).tag("#y")
-    reveal_type(y)  # reveals: planrt.workers.pointers.PointerTensor
-    reveal_type(planrt.move(x, alice))  # reveals: planrt.workers.pointers.PointerTensor
+    reveal_type(y)  # reveals: planrt.workers.pointers.tensor.PointerTensor
+    reveal_type(planrt.move(x, alice))  # reveals: planrt.workers.pointers.tensor.PointerTensor
     both = planrt.send(torch.ones(3), alice, bob)
-    reveal_type(both)  # reveals: planrt.workers.multipointer.MultiPointerTensor
+    reveal_type(both)  # reveals: planrt.workers.pointers.multi.MultiPointerTensor
     reveal_type(planrt.get(both))  # reveals: list[torch._tensor.Tensor]
 
 
@@ -79,11 +79,11 @@ def plans() -> None:
     )  # reveals: tuple[torch._tensor.Tensor, torch._tensor.Tensor]
     reveal_type(kept(torch.ones(1)))  # reveals: torch._tensor.Tensor
     there = planrt.send(scores, bob, purpose="a try")
-    reveal_type(there)  # reveals: planrt.workers.plan_pointers.PointerPlan
+    reveal_type(there)  # reveals: planrt.workers.pointers.plan.PointerPlan
     reveal_type(planrt.get(there).hash)  # reveals: str
     net = Net().build(x)
     reveal_type(net)  # reveals: tests.typing.user_program.Net
-    reveal_type(planrt.send(net, bob))  # reveals: planrt.workers.plan_pointers.PointerPlan
+    reveal_type(planrt.send(net, bob))  # reveals: planrt.workers.pointers.plan.PointerPlan
     reveal_type(
         planrt.func2plan(abs_of)
     )  # reveals: planrt.plans.plan.Plan[[x: torch._tensor.Tensor], torch._tensor.Tensor]

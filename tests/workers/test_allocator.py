@@ -9,13 +9,13 @@ import torch
 
 from planrt.plans import func2plan
 from planrt.workers import WebsocketClientWorker
-from planrt.workers.allocator import _SETTINGS
+from planrt.workers.serving.allocator import _SETTINGS
 
 SERVE = (
     "from planrt.workers import WebsocketServerWorker\n"
     "WebsocketServerWorker('bob', threads=1).start(ready=lambda port: print(port, flush=True))\n"
 )
-ASK = "from planrt.workers.allocator import keep_freed_memory\nprint(keep_freed_memory())\n"
+ASK = "from planrt.workers.serving.allocator import keep_freed_memory\nprint(keep_freed_memory())\n"
 
 
 @func2plan(args_shape=[(-1,)])

@@ -20,9 +20,9 @@ from planrt.errors import (
     WorkerLostError,
 )
 from planrt.fl import TrainConfig
+from planrt.loop import background_loop
 from planrt.plans import Plan, func2plan
 from planrt.workers import BaseDataset
-from planrt.workers.loop import background_loop
 from tests.models import classification_data, seeded_classifier
 
 

@@ -17,7 +17,7 @@ import torch
 import planrt
 from planrt.errors import HandshakeError, OptionError
 from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.callers import Callers
+from planrt.workers.transport.callers import Callers
 
 
 def answer(uri, *lines):

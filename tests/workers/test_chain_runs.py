@@ -5,12 +5,12 @@ import torch
 
 from planrt.errors import RemoteError
 from planrt.plans import func2plan
-from planrt.plans.chain import Chain, ChainPlan, ChainStep
+from planrt.plans.ir.chain import Chain, ChainPlan, ChainStep
 from planrt.serde.values import encode
 from planrt.types import Ref
-from planrt.workers import messages as m
-from planrt.workers.chain_runs import ChainRun, Given, Output
-from planrt.workers.posted import PostedOp
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.chain_runs import ChainRun, Given, Output
+from planrt.workers.wire.posted import PostedOp
 
 SPEC = m.ObjectSpec([2], [1], "float32")
 

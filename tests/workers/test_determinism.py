@@ -9,7 +9,7 @@ from planrt.errors import RemoteError
 from planrt.fl.serve import parser as serve_parser
 from planrt.torch_hook import TorchHook
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.determinism import deterministic_kernels, explained, wanted
+from planrt.workers.machine.determinism import deterministic_kernels, explained, wanted
 
 
 class Watched(torch.utils.data.Dataset):
@@ -102,9 +102,9 @@ def test_who_asks_for_it(monkeypatch):
 
 
 def test_the_flag_of_the_commands():
-    from planrt.fl.children import mnist_children
-    from planrt.fl.data import DataSource
+    from planrt.fl.data.digits import DataSource
     from planrt.fl.mnist_async import parser
+    from planrt.fl.runs.children import mnist_children
 
     assert serve_parser("planrt serve").parse_args(["--id", "alice", "--fast-kernels"]).fast_kernels
     assert not serve_parser("planrt serve").parse_args(["--id", "alice"]).fast_kernels

@@ -6,12 +6,20 @@ import msgpack
 import pytest
 import torch
 
-from planrt.plans import ops
+from planrt.plans.ir import ops
 from planrt.types import Ref
-from planrt.workers import messages as m
-from planrt.workers.events import Disconnected, PeerAnswered, PeerFailed, Received, Reply, ToPeer, Wait
-from planrt.workers.posted import PostedOp
-from planrt.workers.state import WorkerState, own_versions
+from planrt.workers.machine.events import (
+    Disconnected,
+    PeerAnswered,
+    PeerFailed,
+    Received,
+    Reply,
+    ToPeer,
+    Wait,
+)
+from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.posted import PostedOp
 
 ANN, BEN, DR = 1, 2, 3
 SHARED = m.PeerAddress("carol", "ws://127.0.0.1:1")

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from planrt.serde.frames import Limits
-from planrt.workers.connection import Connection
-from planrt.workers.host import ComputeThread, WorkerHost
-from planrt.workers.pipes import memory_pipes
-from planrt.workers.state import WorkerState
+from planrt.workers.client.connection import Connection
+from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.transport.pipes import memory_pipes
 
 
 @pytest.mark.parametrize("ends", ["client", "process"])

@@ -10,15 +10,15 @@ import warnings
 
 import torch
 
-from planrt.plans.graph import Graph, Op, StateSpec
-from planrt.plans.record import PlanRecord
-from planrt.plans.signature import Parameter, Signature
+from planrt.plans.ir.graph import Graph, Op, StateSpec
+from planrt.plans.ir.record import PlanRecord
+from planrt.plans.ir.signature import Parameter, Signature
 from planrt.types import Ref, TensorSpec
-from planrt.workers import eager, store
-from planrt.workers import messages as m
-from planrt.workers.events import Disconnected, Received, Reply
-from planrt.workers.posted import PostedOp
-from planrt.workers.state import WorkerState, own_versions
+from planrt.workers.machine import eager, store
+from planrt.workers.machine.events import Disconnected, Received, Reply
+from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.posted import PostedOp
 
 PROGRAMS = 200
 """Random programs a test."""

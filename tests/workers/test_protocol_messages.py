@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from planrt.plans import Plan, func2plan
-from planrt.plans.chain import Chain, ChainPlan, ChainStep
+from planrt.plans.ir.chain import Chain, ChainPlan, ChainStep
 from planrt.serde.values import encode
 from planrt.types import Ref
-from planrt.workers import messages as m
-from planrt.workers.events import Disconnected, PeerAnswered, PeerFailed, Received, Reply, ToPeer, Wait
-from planrt.workers.state import WorkerState, own_versions
+from planrt.workers.machine.events import (
+    Disconnected,
+    PeerAnswered,
+    PeerFailed,
+    Received,
+    Reply,
+    ToPeer,
+    Wait,
+)
+from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.wire import messages as m
 
 SPEC = m.ObjectSpec([2], [1], "float32")
 ALICE, BOB = m.PeerAddress("alice", "ws://alice"), m.PeerAddress("bob", "ws://bob")

@@ -3,9 +3,9 @@
 import pytest
 
 from planrt.errors import HandshakeError, RemoteError, UnknownPlanError, WireError
-from planrt.workers import messages as m
-from planrt.workers.session import ClientSession
-from planrt.workers.state import own_versions
+from planrt.workers.client.session import ClientSession
+from planrt.workers.machine.state import own_versions
+from planrt.workers.wire import messages as m
 
 
 @pytest.fixture

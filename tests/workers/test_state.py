@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from planrt.plans.training import trace_model
-from planrt.workers import messages as m
-from planrt.workers.events import (
+from planrt.workers.machine.events import (
     Close,
     Disconnected,
     PeerAnswered,
@@ -16,7 +15,8 @@ from planrt.workers.events import (
     ToPeer,
     Wait,
 )
-from planrt.workers.state import WorkerState, own_versions
+from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.wire import messages as m
 from tests.models import classification_data, seeded_classifier
 
 HELLO = m.Hello("s" * 32, own_versions())

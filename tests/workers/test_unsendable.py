@@ -25,7 +25,7 @@ from planrt.fl import RoundScheduler, TrainConfig
 from planrt.plans import func2plan
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.plan_pointers import PointerPlan
+from planrt.workers.pointers.plan import PointerPlan
 
 TOO_LONG = 30
 """Seconds after which a call counts as hanging."""

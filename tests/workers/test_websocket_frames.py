@@ -7,7 +7,7 @@ from websockets import frames as theirs
 from websockets.streams import StreamReader
 
 from planrt.errors import WireError
-from planrt.workers.websocket_frames import BINARY, CONTINUATION, header_bytes, mask, read_header
+from planrt.workers.transport.websocket_frames import BINARY, CONTINUATION, header_bytes, mask, read_header
 
 SIZES = st.one_of(st.integers(0, 300), st.sampled_from([125, 126, 65_535, 65_536, 200_001]))
 KEYS = st.one_of(st.just(b""), st.binary(min_size=4, max_size=4))

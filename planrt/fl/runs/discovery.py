@@ -1,0 +1,132 @@
+"""Which workers a run uses: those named, or those that run at the usual addresses, and what they serve."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from planrt.errors import ConnectError, DataError, OptionError, TransportError
+from planrt.fl.data import digits as data
+from planrt.fl.data.digits import TESTING
+
+if TYPE_CHECKING:
+    from planrt.workers import WebsocketClientWorker
+
+USUAL_ADDRESSES = {
+    worker_id: f"ws://127.0.0.1:{8777 + number}"
+    for number, worker_id in enumerate((*data.PARTITIONS, TESTING))
+}
+"""Where `scripts/start_websocket_servers.py` puts the workers."""
+
+
+def named_address(text: str) -> tuple[str, str]:
+    """The option type of ``NAME=URI``."""
+    name, equals, uri = text.partition("=")
+    if not (name and equals and uri.startswith(("ws://", "wss://"))):
+        raise argparse.ArgumentTypeError(f"must look like alice=ws://HOST:PORT, got {text!r}")
+    return name, uri
+
+
+def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The addresses by worker id.
+
+    Raises:
+        OptionError: a name twice, or the workers cannot both train and evaluate.
+    """
+    addresses = dict(named)
+    if len(addresses) < len(named):
+        raise OptionError("--worker: two workers have the same name")
+    if TESTING not in addresses:
+        raise OptionError("no worker to evaluate the models: add --worker testing=ws://HOST:PORT")
+    if len(addresses) < 2:
+        raise OptionError("no worker to train on: add --worker NAME=ws://HOST:PORT")
+    return addresses
+
+
+def running_addresses() -> dict[str, str] | None:
+    """The usual addresses if all four workers answer a handshake there, None if none does.
+
+    Raises:
+        ConnectError: only some do.
+    """
+    answering = [worker_id for worker_id, uri in USUAL_ADDRESSES.items() if _listens(uri)]
+    if answering:  # a handshake needs torch: only when somebody is there
+        answering = [worker_id for worker_id in answering if _shakes_hands(worker_id)]
+    if not answering:
+        return None
+    missing = [
+        f"{worker_id} at {uri}" for worker_id, uri in USUAL_ADDRESSES.items() if worker_id not in answering
+    ]
+    if missing:
+        raise ConnectError(
+            f"{', '.join(answering)} running, but no answer from {', '.join(missing)}: start all four with "
+            "scripts/start_websocket_servers.py, stop them all, or name the ones to use with --worker",
+            address=USUAL_ADDRESSES[TESTING],
+        )
+    return USUAL_ADDRESSES
+
+
+def _listens(uri: str) -> bool:
+    host, _, port = uri.removeprefix("ws://").partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _shakes_hands(worker_id: str) -> bool:
+    from planrt.workers import WebsocketClientWorker
+
+    try:
+        WebsocketClientWorker(worker_id, uri=USUAL_ADDRESSES[worker_id], timeout=3).close()
+    except TransportError:
+        return False
+    return True
+
+
+async def connect(
+    addresses: Mapping[str, str], stack: contextlib.AsyncExitStack
+) -> dict[str, WebsocketClientWorker]:
+    """Connects to all; `stack` closes the connections.
+
+    Raises:
+        ConnectError, HandshakeError: the first one that cannot be had.
+    """
+    from planrt.workers import WebsocketClientWorker
+
+    workers = {}
+    for worker_id, uri in addresses.items():
+        workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri)
+        stack.push_async_callback(workers[worker_id].async_close)
+    return workers
+
+
+def dataset_of(workers: Mapping[str, WebsocketClientWorker], wanted: str) -> str:
+    """The name of the data set that all workers serve ("own" if it is neither MNIST nor the digits).
+
+    Raises:
+        DataError: a worker has nothing under the key it needs, or not all serve the same and `wanted`.
+    """
+    names = {}
+    for worker_id, worker in workers.items():
+        key = data.TEST_KEY if worker_id == TESTING else data.TRAIN_KEY
+        if key not in worker.datasets:
+            keys = ", ".join(map(repr, sorted(worker.datasets))) or "none"
+            raise DataError(f"worker {worker_id!r} has no data set {key!r} (it has: {keys})")
+        tags = worker.datasets[key].tags
+        names[worker_id] = next((name for name in ("mnist", "digits") if f"#{name}" in tags), "own")
+    if len(set(names.values())) > 1:
+        listed = ", ".join(f"{worker_id} {name}" for worker_id, name in names.items())
+        raise DataError(
+            f"the workers serve different data sets ({listed}): restart them with the same --dataset"
+        )
+    name = names[TESTING]
+    if wanted not in ("auto", name):
+        raise DataError(
+            f"--dataset {wanted}: the workers that run serve {name}; restart them with that data set"
+        )
+    return name

@@ -1,0 +1,203 @@
+"""What one op does, told from its arguments' specs: run once on meta tensors, then looked up.
+
+The result is in terms of the op's own arguments: this result depends on that argument, whose dimensions meet these
+fates (`planrt.plans.analysis.rows`). So it holds wherever the op stands, and a plan of many ops of few kinds is
+checked in a few microseconds an op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.plans.analysis.flow import Info
+from planrt.plans.analysis.rows import Trace, keep
+from planrt.plans.analysis.tracker import Tracker
+from planrt.plans.ir import ops as table
+from planrt.plans.running.inference import Spec, argument_key, needs_values, spec
+from planrt.serde.values import DEVICE
+from planrt.types import leaves, map_leaves
+
+Links = tuple[tuple[int, tuple[Trace, ...]], ...]
+"""(number of an argument, fates of its dimensions), for each argument that something depends on. Arguments are
+numbered in the order of `planrt.types.leaves`, keyword arguments last, tensors only."""
+
+
+class Operand:
+    """Anything with a spec that stands for a tensor among an op's arguments."""
+
+    __slots__ = ()
+    _spec: Spec | None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that an op returns.
+
+    `memory`: a number for memory that the op allocated, -1 where it is that of argument `base`. `same`: it is that
+    argument, or looks at the same entries of it.
+    """
+
+    spec: Spec
+    memory: int
+    base: int
+    same: bool
+    links: Links
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What an op does. `results` nests `Made`s and constants as the op nests its results.
+
+    `written`: arguments changed in place, with what they depend on then. `reshaped`: arguments that get another spec.
+    `memory`: bytes of each piece of memory that results hold. `peak`: bytes in use while the op runs, results
+    included. `unknown`: kernels that rows could not be followed through.
+    """
+
+    results: Any
+    written: tuple[tuple[int, Links], ...]
+    reshaped: tuple[tuple[int, Spec, Links], ...]
+    memory: tuple[int, ...]
+    peak: int
+    flops: int
+    unknown: tuple[str, ...]
+
+
+class NeedsValuesError(Exception):
+    """What an op returns depends on values."""
+
+
+_CACHE_SIZE = 20_000
+_cache: dict[Any, Effect] = {}
+_ARGUMENT_BITS = 7  # torch knows at most 64 dimensions
+
+
+def effect(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Effect:
+    """What the op `name` does with these arguments, whose tensors are `Operand`s with known specs.
+
+    Raises:
+        NeedsValuesError: it cannot be told without values.
+        Whatever torch raises for arguments that do not fit.
+    """
+    floats = name in table.RESULTS_FOLLOW_FLOATS
+    try:
+        key = (
+            name,
+            *[argument_key(arg, Operand, floats) for arg in args],
+            *[(word, argument_key(arg, Operand, floats)) for word, arg in kwargs.items()],
+        )
+        found = _cache.get(key)
+    except TypeError:  # an argument without a hash: not cached
+        key, found = (), None
+    if found is None:
+        found = _observe(name, table.lookup(name), args, kwargs)
+        if key:
+            if len(_cache) >= _CACHE_SIZE:
+                _cache.clear()
+            _cache[key] = found
+    return found
+
+
+def forget() -> None:
+    """Empty the cache."""
+    _cache.clear()
+
+
+def _observe(
+    name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Effect:
+    tracker = Tracker()
+    twins: list[torch.Tensor] = []
+
+    def twin_of(leaf: Any) -> Any:
+        if isinstance(leaf, Operand):
+            twin = leaf._spec.twin()  # type: ignore[union-attr]
+            first = len(twins) << _ARGUMENT_BITS
+            rows = {first + dim: keep(dim, size) for dim, size in enumerate(twin.shape)}
+            tracker.register(twin, Info(1 << len(twins), 0, rows))
+            twins.append(twin)
+            return twin
+        return "meta" if leaf is DEVICE else leaf
+
+    twin_args, twin_kwargs = map_leaves(tuple(args), twin_of), map_leaves(dict(kwargs), twin_of)
+    if name in table.FACTORIES and twin_kwargs.get("device") is None:
+        twin_kwargs["device"] = "meta"
+    before = [(tracker.info(twin), _spec_of(twin)) for twin in twins]
+    try:
+        with torch.no_grad(), tracker:
+            result = function(*twin_args, **twin_kwargs)
+            result = map_leaves(_plain(result), on_meta)
+    except Exception as error:
+        if needs_values(error):
+            raise NeedsValuesError(str(error)) from error
+        raise
+    return _described(tracker, result, twins, before)
+
+
+def _described(
+    tracker: Tracker, result: Any, twins: Sequence[torch.Tensor], before: Sequence[tuple[Info, Spec]]
+) -> Effect:
+    numbers = {tracker.memory(twin): number for number, twin in enumerate(twins)}
+    made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor)]
+    tracker.settle(made, twins)
+    allocated = tracker.allocated([one for one in made if tracker.memory(one) not in numbers])
+    places = {key: place for place, key in enumerate(allocated)}
+
+    def describe(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        key = tracker.memory(leaf)
+        base = numbers.get(key, -1)
+        now = _spec_of(leaf)
+        same = base >= 0 and (
+            leaf is twins[base] or (now is before[base][1] and int(leaf.storage_offset()) == 0)
+        )
+        return Made(now, places.get(key, -1), base, same, _links(tracker.info(leaf), before))
+
+    written, reshaped = [], []
+    for number, (twin, (info, spec_before)) in enumerate(zip(twins, before, strict=True)):
+        now = _spec_of(twin)
+        if now is not spec_before:
+            reshaped.append((number, now, _links(tracker.info(twin), before)))
+        elif tracker.info(twin) is not info:
+            written.append((number, _links(tracker.info(twin), before)))
+    return Effect(
+        map_leaves(result, describe),
+        tuple(written),
+        tuple(reshaped),
+        tuple(allocated.values()),
+        tracker.peak,
+        tracker.flops,
+        tuple(sorted(tracker.unknown)),
+    )
+
+
+def _links(info: Info, before: Sequence[tuple[Info, Spec]]) -> Links:
+    found = []
+    for number, (_, like) in enumerate(before):
+        if info.sources >> number & 1:
+            first = number << _ARGUMENT_BITS
+            found.append((number, tuple([info.rows[first + dim] for dim in range(len(like.shape))])))
+    return tuple(found)
+
+
+def _spec_of(tensor: torch.Tensor) -> Spec:
+    """Without autograd's flags: a plan that does not differentiate has none."""
+    return spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, False, True)
+
+
+def on_meta(leaf: Any) -> Any:
+    """A tensor on meta: those made of constants (`torch.as_tensor`) come on the CPU."""
+    if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+        return leaf.to("meta")
+    return leaf
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples and other sequences of torch as tuples."""
+    if isinstance(value, tuple | list):
+        return tuple([_plain(item) for item in value])
+    return value

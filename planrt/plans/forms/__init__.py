@@ -1,0 +1,1 @@
+"""Other forms of plans: files, TorchScript, torch.export, ONNX."""

@@ -1,0 +1,183 @@
+"""Checks in front of kernels that trust their callers.
+
+torch's public functions check their arguments in Python (`torch.nn.functional`), in a kernel's structured part, or not
+at all. A kernel of the last kind reads or writes memory that is not its own, ends the process, or computes for ever,
+when it is given arguments that no user of torch would write. On a worker anybody may write them. So the ops below are
+checked first: shapes and modes, the one overflow that a processor traps, and integers that say how often a loop runs.
+
+Each check says what its kernel leaves out; `tests/plans/test_guards.py` shows what happens without. What has no cheap
+check is off the table (`planrt.plans.ir.left_out`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Final
+
+import torch
+
+Function = Callable[..., Any]
+
+MAX_LOOP: Final = 10_000
+"""How often an integer argument may make a kernel go round, for each entry."""
+
+
+def _checked(check: Callable[..., None]) -> Callable[[Function], Function]:
+    """A guard: `check` sees the arguments by name, as the kernel does, and raises ValueError."""
+    signature = inspect.signature(check)
+
+    def guard(function: Function) -> Function:
+        @wraps(function, updated=())
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **{_RENAMED.get(key, key): one for key, one in kwargs.items()})
+            check(*given.args, **given.kwargs)
+            return function(*args, **kwargs)
+
+        return guarded
+
+    return guard
+
+
+_RENAMED: Final = {"self": "input", "x": "input"}
+
+
+@_checked
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> None:
+    """The kernel takes it that `g` has one number for each slice of `v` along `dim`, and that there are some.
+
+    Without: it reads past `g`, and writes norms past the room it made for them (an overflow of the heap).
+    """
+    if not v.dim() or not v.numel():
+        raise ValueError("_weight_norm takes a weight with entries")
+    if not -1 <= dim < v.dim():
+        raise ValueError(f"_weight_norm along dimension {dim} of a weight of {v.dim()} dimensions")
+    norms = [size if place == dim else 1 for place, size in enumerate(v.shape)]
+    if list(g.shape) != ([] if dim == -1 else norms):
+        raise ValueError(
+            f"_weight_norm of {list(v.shape)} along {dim} takes norms {norms}, not {list(g.shape)}"
+        )
+
+
+def _grid_sampler(*spatial: int) -> Callable[[Function], Function]:
+    """The kernels know modes by their numbers, and leave the output as it was allocated for any other.
+
+    Without: memory that others freed.
+    """
+
+    @_checked
+    def check(
+        input: torch.Tensor,
+        grid: torch.Tensor,
+        interpolation_mode: int,
+        padding_mode: int,
+        align_corners: bool,
+    ) -> None:
+        dims = input.dim() - 2
+        if dims not in spatial or grid.dim() != input.dim() or grid.shape[-1] != dims:
+            raise ValueError(
+                f"grid_sampler takes no input {list(input.shape)} with a grid {list(grid.shape)}"
+            )
+        if interpolation_mode not in ((0, 1, 2) if dims == 2 else (0, 1)):
+            raise ValueError(f"grid_sampler knows no interpolation mode {interpolation_mode}")
+        if padding_mode not in (0, 1, 2):
+            raise ValueError(f"grid_sampler knows no padding mode {padding_mode}")
+        if input.shape[0] != grid.shape[0] or not all(input.shape[2:]):
+            raise ValueError(
+                f"grid_sampler takes no input {list(input.shape)} with a grid {list(grid.shape)}"
+            )
+
+    return check
+
+
+def _truncated_division(function: Function) -> Function:
+    """The least integer divided by -1 has no result, and processors trap (SIGFPE, the end of the process).
+
+    torch checks for zero only; its other divisions of integers go round the trap.
+    """
+
+    @wraps(function, updated=())
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("rounding_mode") == "trunc":  # nearly never
+            _check_division(*args, *(kwargs[key] for key in ("input", "self", "other") if key in kwargs))
+        return function(*args, **kwargs)
+
+    return guarded
+
+
+def _check_division(whole: Any, divisor: Any, *_: Any) -> None:
+    if any(isinstance(one, float | complex) or _is_floating(one) for one in (whole, divisor)):
+        return
+    whole, divisor = (torch.as_tensor(one).detach() for one in (whole, divisor))
+    kind = torch.result_type(whole, divisor)
+    if kind is torch.bool or not kind.is_signed or divisor.is_meta or whole.is_meta:
+        return
+    minus_one = divisor == -1
+    if bool(minus_one.any()) and bool(((whole.to(kind) == torch.iinfo(kind).min) & minus_one).any()):
+        raise ValueError(f"the least {kind} divided by -1 is no {kind}")
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _at_most(name: str, position: int, most: int = MAX_LOOP) -> Callable[[Function], Function]:
+    """The number of times that a kernel goes round, as a number or a tensor of numbers.
+
+    Without: one op keeps the compute thread for as long as its client likes.
+    """
+
+    def guard(function: Function) -> Function:
+        @wraps(function, updated=())
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            count = args[position] if len(args) > position else kwargs.get(name, 0)
+            largest = _largest(count)
+            if largest > most:
+                raise ValueError(f"{name} of {function.__name__} may be {most:,} at most, not {largest:,}")
+            return function(*args, **kwargs)
+
+        return guarded
+
+    return guard
+
+
+def _largest(count: Any) -> float:
+    if isinstance(count, torch.Tensor):
+        if count.is_meta or not count.numel() or count.is_complex():
+            return 0
+        return float(count.detach().double().abs().nan_to_num().max())
+    return abs(count) if isinstance(count, int | float) and count == count else 0
+
+
+_POLYNOMIALS = """
+    chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w
+    hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l legendre_polynomial_p
+    shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+    shifted_chebyshev_polynomial_w
+"""
+
+GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
+    "torch._weight_norm": _weight_norm,
+    "torch.grid_sampler": _grid_sampler(2, 3),
+    "torch.grid_sampler_2d": _grid_sampler(2),
+    "torch.grid_sampler_3d": _grid_sampler(3),
+    **{
+        f"{home}.{word}": _truncated_division
+        for home, words in (("torch", "div divide"), ("Tensor", "div div_ divide divide_"))
+        for word in words.split()
+    },
+    "torch.combinations": _at_most("r", 1, 32),
+    **{f"special.{word}": _at_most("n", 1) for word in _POLYNOMIALS.split()},
+    "special.polygamma": _at_most("n", 0),
+    "torch.polygamma": _at_most("n", 0),
+    "Tensor.polygamma": _at_most("n", 1),
+    "Tensor.polygamma_": _at_most("n", 1),
+    "special.multigammaln": _at_most("p", 1),
+    "torch.mvlgamma": _at_most("p", 1),
+    "Tensor.mvlgamma": _at_most("p", 1),
+    "Tensor.mvlgamma_": _at_most("p", 1),
+    "torch.svd_lowrank": _at_most("niter", 2),
+    "torch.pca_lowrank": _at_most("niter", 3),
+}
+"""Name of an op -> what puts the check around its function."""

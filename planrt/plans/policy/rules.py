@@ -1,0 +1,320 @@
+"""What a data owner allows: which ops, how much of the machine, who must have said yes, and what may be released.
+
+A policy is a TOML file (`examples/hospital_policy.toml` explains every key) or a `Policy`. It is checked before a
+plan runs, by `planrt.plans.policy.verify.check`, on what `planrt.plans.analysis.analyse` finds out from shapes alone.
+
+**What release rules mean.** ``min_rows = 20`` for a tag: whatever leaves a plan and depends on an input with that
+tag went through aggregates (sums, means, products over rows, losses, ...) over at least 20 rows each. Rows are the
+entries of dimension 0. A maximum, a median or a sorted value is one row's value and no aggregate. A gradient with
+respect to shared parameters is one; a gradient with respect to something with a place for each row is not.
+
+**What they do not stop.** They look at the form of a program. They catch mistakes and plain requests for data; they
+are no proof of privacy:
+
+A rule is about the form of one run. Against an attacker who is patient it is a price on each question, not a lock.
+Counts by value (``bincount``, ``histc``) are a table to look values up in, so they lose the rows. An evaluation's
+counts of classes leave only where each is of none or of at least ``min_rows`` rows, and a batch's predictions must each
+be about its own row.
+
+* *Weights.* A weighted sum whose weights are 0 but for one row is that row. Masks, `where`, losses with weights,
+  an `ignore_index` and writes of zeros into a copy do the same, and the weights may be computed inside the plan.
+* *Differences.* The sum over 100 rows and the sum over 99 of them, in one plan or in two, give the last one.
+* *Extremes in disguise.* ``logsumexp(1000 * x) / 1000`` is a maximum to three digits, a high norm likewise.
+* *Gradients.* A permitted gradient over k rows can often be inverted to the rows it came from when k is small, and a
+  trained model can remember them. What is learnt over many rounds adds up.
+* *Repetition.* A row may appear in the data more than once, and one person may own many rows: the rule counts rows.
+* *Lookup by hand.* ``(x == k).float().sum(0)`` counts who has the value k, and nobody sees how few they are.
+* *Facts besides values.* Sizes of results, time, whether counts were withheld, and at which op a plan fails: the
+  logarithm of the number of its ops in bits, `Policy.max_failures` times a session. Nothing counts over sessions but
+  the owner, who finds each failure in the worker's log.
+
+Against somebody who wants to find out about a single person only noise helps (differential privacy), or reading the
+plan before approving it. That is what ``approval = "ask"`` is for.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from planrt.errors import OptionError
+from planrt.plans.analysis.kernels import AGGREGATES
+from planrt.plans.analysis.report import count_bytes, count_flops
+from planrt.plans.ir import ops as table
+
+Approval = Literal["open", "list", "ask"]
+
+_UNITS: Final = {
+    "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+ALL_PRIVATE: Final = "*"
+"""The tag of a release rule for everything private, tagged or not."""
+
+
+@dataclass(frozen=True)
+class ReleaseRule:
+    """What may leave a plan of what depends on inputs tagged `tag`: aggregates over at least `min_rows` rows.
+
+    `aggregates` names the kinds that are allowed, of `planrt.plans.analysis.kernels.AGGREGATES`; None for all.
+
+    Raises:
+        OptionError: a value that cannot be used; names it.
+    """
+
+    tag: str
+    min_rows: int
+    aggregates: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tag, str) or not (self.tag == ALL_PRIVATE or re.fullmatch(r"#\S+", self.tag)):
+            raise OptionError(f'release.tag must be a tag such as "#patients", or "*": got {self.tag!r}')
+        _integer("release.min_rows", self.min_rows, 1)
+        if self.aggregates is not None:
+            _strings("release.aggregates", self.aggregates)
+            unknown = [name for name in self.aggregates if name not in AGGREGATES]
+            if unknown:
+                known = ", ".join(sorted(AGGREGATES))
+                raise OptionError(f"release.aggregates: {unknown[0]!r} is none of {known}")
+
+    def __str__(self) -> str:
+        of = "all private data" if self.tag == ALL_PRIVATE else self.tag
+        kinds = f" ({', '.join(self.aggregates)})" if self.aggregates is not None else ""
+        return f"of {of} only aggregates over at least {self.min_rows} rows{kinds}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules of one data owner. The defaults ask before anything runs and keep a plan to a workstation's size.
+
+    Attributes:
+        approval: "open": any plan within the rules runs. "list": only those whose hash is in `approved`. "ask": those,
+            and others once the owner approved them; until then they wait.
+        approved: hashes of plans (64 hex digits), as `planrt inspect` prints them: those of plans with constants are of
+            the constants too.
+        allow, deny: patterns (``nn.functional.*``) of op names: an op must match one of `allow` and none of `deny`.
+        max_ops: ops of a plan.
+        max_flops: floating-point operations of one run.
+        max_memory: bytes at the peak of one run, inputs and state included.
+        max_input_bytes, max_output_bytes: of one run.
+        max_seconds: that one run may take.
+        max_failures: runs of one session that may fail on data which it may not see, before the session is ended. Each
+            failure tells one of the plan's ops, or that it was none of them.
+        max_pending: plans that one user was the first to ask for and that wait for the owner; clients without a token
+            are one user. They may take the same part of the bytes that are there for plans that wait.
+        release: rules for private data.
+
+    A limit of None is none. Bytes of memory and time are those that a run needs for the inputs it is given.
+
+    Raises:
+        OptionError: a value that cannot be used; names the key.
+    """
+
+    approval: Approval = "ask"
+    approved: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ("*",)
+    deny: tuple[str, ...] = ()
+    max_ops: int | None = 10_000
+    max_flops: int | None = 10**14
+    max_memory: int | None = 8 * 2**30
+    max_input_bytes: int | None = 4 * 2**30
+    max_output_bytes: int | None = 2**30
+    max_seconds: float | None = 600.0
+    max_failures: int | None = 20
+    max_pending: int | None = 20
+    release: tuple[ReleaseRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.approval not in get_args(Approval):
+            raise OptionError(f'approval must be "open", "list" or "ask", got {self.approval!r}')
+        for name in ("approved", "allow", "deny"):
+            _strings(name, getattr(self, name))
+        for text in self.approved:
+            if not re.fullmatch(r"[0-9a-f]{64}", text):
+                raise OptionError(f"approved: {text[:80]!r} is not a plan's hash (64 hex digits, lower case)")
+        for name in ("allow", "deny"):
+            for pattern in getattr(self, name):
+                if not fnmatch.filter(table.TABLE, pattern):
+                    raise OptionError(f"{name}: {pattern!r} matches no op of the table")
+        for name in ("max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0)
+        for name in ("max_failures", "max_pending"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        seconds = self.max_seconds
+        if seconds is not None and (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, int | float)
+            or not (math.isfinite(seconds) and seconds > 0)
+        ):
+            raise OptionError(f"max_seconds must be a number of seconds above 0, got {seconds!r}")
+        if not isinstance(self.release, tuple) or not all(
+            isinstance(one, ReleaseRule) for one in self.release
+        ):
+            raise OptionError("release must be a tuple of ReleaseRule")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Policy:
+        """The policy in a TOML file.
+
+        Raises:
+            OptionError: not there, not TOML, an unknown key, a wrong type or a value out of range; names file and key.
+        """
+        try:
+            with open(path, "rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise OptionError(f"policy {path}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise OptionError(f"policy {path}: not TOML: {error}") from None
+        try:
+            return cls.from_values(values)
+        except OptionError as error:
+            raise OptionError(f"policy {path}: {error}") from None
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Policy:
+        """The policy in a mapping as a TOML file gives it.
+
+        Raises:
+            OptionError: names the key.
+        """
+        known = [one.name for one in fields(cls)]
+        arguments: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise OptionError(f"unknown key {key!r}; known are {', '.join(known)}")
+            arguments[key] = _READERS.get(key, _as_is)(key, value)
+        return cls(**arguments)
+
+    @cached_property
+    def version(self) -> str:
+        """12 hex digits that tell this policy from others: of the SHA-256 of its canonical form.
+
+        Keys that policies did not have from the beginning count where they differ from their defaults.
+        """
+        values = asdict(self)
+        for name in ("max_failures", "max_pending"):
+            if getattr(self, name) == getattr(type(self), name):
+                del values[name]
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @cached_property
+    def allowed_ops(self) -> frozenset[str]:
+        """The names of the table that plans may use."""
+        allowed = {name for pattern in self.allow for name in fnmatch.filter(table.TABLE, pattern)}
+        return frozenset(
+            allowed - {name for pattern in self.deny for name in fnmatch.filter(table.TABLE, pattern)}
+        )
+
+    def __str__(self) -> str:
+        limits: list[tuple[str, float | None, Callable[[Any], str]]] = [
+            ("ops", self.max_ops, "{:,}".format),
+            ("computation", self.max_flops, count_flops),
+            ("memory", self.max_memory, count_bytes),
+            ("bytes in", self.max_input_bytes, count_bytes),
+            ("bytes out", self.max_output_bytes, count_bytes),
+            ("seconds", self.max_seconds, "{:g}".format),
+            ("failures on private data, a session", self.max_failures, "{:,}".format),
+            ("plans that wait, a user", self.max_pending, "{:,}".format),
+        ]
+        says = {
+            "open": "any plan within these rules runs",
+            "list": f"only the {len(self.approved)} listed plans run",
+            "ask": f"the owner is asked ({len(self.approved)} plans approved here)",
+        }
+        lines = [
+            f"Policy {self.version}",
+            f"  approval: {self.approval}: {says[self.approval]}",
+            f"  ops: {len(self.allowed_ops):,} of {len(table.TABLE):,} allowed",
+            *[
+                f"  {name}: {'no limit' if limit is None else 'at most ' + show(limit)}"
+                for name, limit, show in limits
+            ],
+            *[
+                f"  release: {rule}"
+                for rule in self.release or ["no rules: private data is not looked after"]
+            ],
+        ]
+        return "\n".join(lines)
+
+
+def _integer(name: str, value: Any, at_least: int) -> None:
+    if type(value) is not int or value < at_least:
+        raise OptionError(f"{name} must be a whole number, at least {at_least}: got {value!r}")
+
+
+def _strings(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        raise OptionError(f"{name} must be a tuple of strings, got {value!r}")
+
+
+# Values as TOML has them
+
+
+def _as_is(key: str, value: Any) -> Any:
+    return value
+
+
+def _limit(key: str, value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _bytes(key: str, value: Any) -> Any:
+    """A number of bytes, ``"512 MiB"`` or ``"none"``."""
+    if not isinstance(value, str) or value == "none":
+        return _limit(key, value)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value.strip())
+    size = _UNITS.get(found[2]) if found else None
+    if found is None or size is None:
+        raise OptionError(f'{key} must be a number of bytes, or as "512 MiB", or "none": got {value!r}')
+    return int(float(found[1]) * size)
+
+
+def _list(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise OptionError(f"{key} must be a list of strings, got {value!r}")
+    return tuple(value)
+
+
+def _rules(key: str, value: Any) -> tuple[ReleaseRule, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise OptionError("release must be tables: write [[release]]")
+    rules = []
+    for item in value:
+        unknown = [name for name in item if name not in ("tag", "min_rows", "aggregates")]
+        if unknown:
+            raise OptionError(f"unknown key 'release.{unknown[0]}'; known are tag, min_rows, aggregates")
+        for name in ("tag", "min_rows"):
+            if name not in item:
+                raise OptionError(f"release.{name} is missing")
+        kinds = _list("release.aggregates", item["aggregates"]) if "aggregates" in item else None
+        rules.append(ReleaseRule(item["tag"], item["min_rows"], kinds))
+    return tuple(rules)
+
+
+_READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "approved": _list,
+    "allow": _list,
+    "deny": _list,
+    "max_ops": _limit,
+    "max_flops": _limit,
+    "max_seconds": _limit,
+    "max_failures": _limit,
+    "max_pending": _limit,
+    "max_memory": _bytes,
+    "max_input_bytes": _bytes,
+    "max_output_bytes": _bytes,
+    "release": _rules,
+}

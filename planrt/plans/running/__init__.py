@@ -1,0 +1,1 @@
+"""Running a graph: the interpreter, and what results will be like without values."""

@@ -1,0 +1,513 @@
+"""Workers as their clients see them: what `VirtualWorker` in this process and `WebsocketClientWorker` anywhere share.
+
+Both do the same things over the same messages; only the pipe differs. Every method that waits has an
+``async_`` form to await from any event loop, and a blocking form for scripts and threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, overload
+
+import torch
+
+from planrt.errors import OptionError, RemoteError, UnknownPlanError, WireError
+from planrt.loop import on_loop, run
+from planrt.plans.ir.constants import approval_hash, constants_of, has_constants
+from planrt.plans.ir.graph import Graph, refs_in
+from planrt.plans.ir.record import with_names
+from planrt.plans.plan import P, Plan, R
+from planrt.plans.policy.approvals import Approvals, Status
+from planrt.plans.running.interpreter import check_inputs, local_state
+from planrt.plans.training import EvaluationResult
+from planrt.serde.frames import Allocate, in_memory
+from planrt.types import Ref, as_text, map_leaves, plain
+from planrt.workers.client import registry
+from planrt.workers.client.connection import Connection, Reply
+from planrt.workers.client.registry import KnowsWorkers
+from planrt.workers.names_of_02 import NamesOf02
+from planrt.workers.remote_names import RemoteNames
+from planrt.workers.results import FitResult
+from planrt.workers.transport.pipes import Traffic
+from planrt.workers.wire import messages as m
+
+B = TypeVar("B", bound=m.Message)
+
+
+DEFAULT_TIMEOUT = 10.0
+"""Seconds to wait for a connection and its handshake."""
+
+
+class TrainJob(Protocol):
+    """What `planrt.fl.TrainConfig.send` leaves with a worker, for `fit` and `evaluate`."""
+
+    config: Any
+    """The TrainConfig, as it was sent."""
+
+    async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> FitResult:
+        """Trains the model on `worker`, from where it is."""
+
+    async def evaluate_on(self, worker: BaseWorker, dataset_key: str, **options: Any) -> EvaluationResult:
+        """The model as it is on `worker`, evaluated there; `options` as of `BaseWorker.evaluate`."""
+
+
+class BaseWorker(NamesOf02, KnowsWorkers):
+    """A worker at the other end of a connection. Use one of its subclasses."""
+
+    def __init__(
+        self,
+        id: str,
+        connection: Connection,
+        *,
+        is_client_worker: bool = False,
+        auto_add: bool = True,
+        log_msgs: bool = False,
+        message_pending_time: float = 0.0,
+    ) -> None:
+        self.id = id
+        self.is_client_worker = is_client_worker
+        self.train_job: TrainJob | None = None
+        self._connection = connection
+        self._plans: set[str] = set()
+        self._init_plans()
+        self.msg_history = []
+        self.log_msgs, self.message_pending_time = log_msgs, message_pending_time
+        if auto_add:
+            registry.add(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} at {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """``ws://host:port`` or ``memory://id``."""
+        return self._connection.session.address
+
+    @property
+    def datasets(self) -> Mapping[str, m.DatasetInfo]:
+        """The data sets the worker announced in the handshake: lengths and specs, by key."""
+        return self._connection.session.datasets
+
+    @property
+    def versions(self) -> m.Versions:
+        """What the worker runs."""
+        return self._connection.session.versions
+
+    @property
+    def traffic(self) -> Traffic:
+        """Messages and bytes to and from this worker so far."""
+        return self._connection.traffic
+
+    @property
+    def remote(self) -> RemoteNames:
+        """torch's functions on the worker: ``worker.remote.torch.zeros(2, 3)`` gives a pointer."""
+        return RemoteNames(self)
+
+    # ------------------------------------------------------------------------------------- approval
+
+    @on_loop
+    async def async_approval(self, plan: Plan | Graph | str) -> Status:
+        """How it stands with a plan (or its hash) at the worker's owner: (status, why).
+
+        The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
+        """
+        answer, _ = expect(
+            m.Approval, await self._connection.request(m.AskApproval(_filed_under(plan))), self
+        )
+        return Status(answer.status, answer.why)
+
+    def approval(self, plan: Plan | Graph | str) -> Status:
+        """The blocking form of `async_approval`."""
+        return run(self.async_approval(plan), instead="await worker.async_approval(plan)")
+
+    async def async_wait_for_approval(
+        self, plan: Plan, *, timeout: float | None = None, every: float = 1.0, purpose: str = ""
+    ) -> Status:
+        """Sends the plan to be looked at, and waits until its owner has decided: (status, why).
+
+        The owner reads `purpose`, what it is for, next to it.
+
+        Asks `every` so many seconds; after `timeout` seconds it gives "pending" back.
+
+        Raises:
+            PlanError: the plan is not built. WorkerLostError.
+        """
+        pointer = await self.async_send_plan(plan, purpose=purpose)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (status := await self.async_approval(plan)).status == "pending":
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            await asyncio.sleep(min(every, left))
+        del pointer  # it was to keep the plan there meanwhile
+        return status
+
+    def wait_for_approval(
+        self, plan: Plan, *, timeout: float | None = None, every: float = 1.0, purpose: str = ""
+    ) -> Status:
+        """The blocking form of `async_wait_for_approval`."""
+        waiting = self.async_wait_for_approval(plan, timeout=timeout, every=every, purpose=purpose)
+        return run(waiting, instead="await worker.async_wait_for_approval(plan)")
+
+    def leave_job(self, job: TrainJob) -> None:
+        """`fit` and `evaluate` are about `job` from here on; the one before goes, if nobody points at its model."""
+        self.train_job = job
+        self._connection.post_drops()
+
+    # ------------------------------------------------------------------------------------- requests
+
+    async def request(
+        self,
+        body: m.Body,
+        tensors: Sequence[torch.Tensor] = (),
+        *,
+        plan: Graph | None = None,
+        allocate: Allocate[m.Envelope] = in_memory,
+    ) -> Reply:
+        """One request, one reply; runs on planrt's loop.
+
+        If the worker has lost `plan`, which `body` names, it is sent again, and then the request.
+
+        Raises:
+            RemoteError: the worker could not do it; says where in the model's code, if an op of `plan` failed.
+            WorkerLostError: it is gone.
+        """
+        try:
+            return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
+        except UnknownPlanError:
+            if plan is None:
+                raise
+            self._plans.discard(plan.hash)
+            await self.put_plan(plan)
+            return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
+        except RemoteError as error:
+            if plan is not None and error.index is not None:
+                error.found_at(plan.place(error.index))
+            raise
+
+    async def put_plan(self, plan: Graph, *, purpose: str = "") -> None:
+        """Sends `plan`, and what it is for, unless this connection has sent it before; runs on planrt's loop."""
+        if plan.hash in self._plans and (not purpose or f"{plan.hash} {purpose}" in self._plans):
+            return
+        data = torch.frombuffer(bytearray(with_names(plan)), dtype=torch.uint8)
+        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash, purpose), [data]), self)
+        self._plans |= {plan.hash, f"{plan.hash} {purpose}"}
+
+    @overload
+    async def async_run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    async def async_run(self, plan: Plan[..., R], *args: Any, seed: int, **kwargs: Any) -> R: ...
+
+    @overload
+    async def async_run(self, plan: Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any: ...
+
+    async def async_run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
+        self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
+    ) -> Any:
+        """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
+
+        The arguments and the state are here; the worker keeps the ops alone. Sends these at the first use, then one
+        message each way. Random ops draw from `seed`. What the plan writes in place is not brought back.
+
+        Raises:
+            PlanArgumentError: wrong number, shape or dtype of arguments; nothing is sent.
+            PlanError: the plan is not built.
+            RemoteError: an op failed on the worker.
+        """
+        if isinstance(plan, Plan):
+            inputs = plan.record.signature.bind(plan.name, args, kwargs)
+            return await self._run(plan.graph, inputs, plan.state_tensors(), seed)
+        if not isinstance(plan, Graph):
+            raise OptionError(f"run takes a plan, not {type(plan).__name__}: make one with func2plan")
+        return await self._run(plan, args, local_state(plan), seed)
+
+    @on_loop
+    async def _run(
+        self, plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], seed: int
+    ) -> Any:
+        check_inputs(plan, inputs)
+        await self.put_plan(plan)
+        body = m.RunPlan(plan.hash, seed)
+        answer, tensors = expect(m.Values, await self.request(body, [*inputs, *state], plan=plan), self)
+        wanted = sum(1 for _ in refs_in(plan.outputs))
+        if len(answer.numbers) != wanted or answer.numbers.count(None) != len(tensors):
+            raise WireError(
+                f"worker {self.id!r} returned {len(answer.numbers)} values of {wanted}", address=self.address
+            )
+        rest = iter(tensors)
+        values = iter([next(rest) if number is None else number for number in answer.numbers])
+        return map_leaves(plan.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
+
+    @overload
+    def run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    def run(self, plan: Plan[..., R], *args: Any, seed: int, **kwargs: Any) -> R: ...
+
+    @overload
+    def run(self, plan: Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any: ...
+
+    def run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
+        self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
+    ) -> Any:
+        """The blocking form of `async_run`."""
+        return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
+
+    @overload
+    async def async_fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: None = None,
+        *,
+        seed: int = 0,
+    ) -> FitResult: ...
+
+    @overload
+    async def async_fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        *,
+        return_ids: Sequence[int],
+        seed: int = 0,
+    ) -> torch.Tensor: ...
+
+    @on_loop
+    async def async_fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> FitResult | torch.Tensor:
+        """Trains what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
+
+        It goes on from where the last fit ended; ``config.model_ptr.get().obj`` is the trained model. `seed` decides
+        the order of samples and every random op, together with how many fits there were. `device` is taken as scripts
+        of the 0.2 era give it: a worker computes on the device that its owner chose.
+
+        Returns:
+            A `FitResult`; or with `return_ids`, as 0.2 did, the loss as a tensor: the mean over the samples.
+
+        Raises:
+            LocalError: no TrainConfig was sent. UnknownDatasetError, RemoteError, WorkerLostError.
+        """
+        check_device(device)
+        result = await self._job("fit").fit_on(self, dataset_key, seed=_seed(seed))
+        return result if return_ids is None else torch.tensor(result.loss)
+
+    @overload
+    def fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: None = None,
+        *,
+        seed: int = 0,
+    ) -> FitResult: ...
+
+    @overload
+    def fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        *,
+        return_ids: Sequence[int],
+        seed: int = 0,
+    ) -> torch.Tensor: ...
+
+    def fit(
+        self,
+        dataset_key: str,
+        device: str | torch.device | None = None,
+        return_ids: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+    ) -> FitResult | torch.Tensor:
+        """The blocking form of `async_fit`."""
+        fitting: Coroutine[Any, Any, FitResult | torch.Tensor]
+        fitting = self.async_fit(dataset_key, device, return_ids, seed=seed)  # type: ignore[arg-type]
+        return run(fitting, instead="await worker.async_fit(...)")
+
+    @on_loop
+    async def async_evaluate(
+        self,
+        dataset_key: str,
+        return_histograms: bool = False,
+        nr_bins: int = -1,
+        return_loss: bool = True,
+        return_raw_accuracy: bool = True,
+        device: str | torch.device | None = None,
+        *,
+        bins: int = 0,
+    ) -> EvaluationResult:
+        """Evaluates what ``TrainConfig.send(worker)`` left here, as it is now, on the data set `dataset_key`.
+
+        `nr_bins` classes are counted for `return_histograms`; `bins` says both at once. Right answers are counted where
+        there are classes. `device` as of `async_fit`.
+
+        Returns:
+            An `EvaluationResult`, which is also a mapping with the keys of the 0.2 era.
+
+        Raises:
+            LocalError: no TrainConfig was sent. OptionError: histograms without a number of classes.
+            UnknownDatasetError, RemoteError, WorkerLostError.
+        """
+        check_device(device)
+        return await self._job("evaluate").evaluate_on(
+            self,
+            dataset_key,
+            bins=bins,
+            return_histograms=return_histograms,
+            nr_bins=nr_bins,
+            return_loss=return_loss,
+            return_raw_accuracy=return_raw_accuracy,
+        )
+
+    def evaluate(
+        self,
+        dataset_key: str,
+        return_histograms: bool = False,
+        nr_bins: int = -1,
+        return_loss: bool = True,
+        return_raw_accuracy: bool = True,
+        device: str | torch.device | None = None,
+        *,
+        bins: int = 0,
+    ) -> EvaluationResult:
+        """The blocking form of `async_evaluate`."""
+        evaluating = self.async_evaluate(
+            dataset_key, return_histograms, nr_bins, return_loss, return_raw_accuracy, device, bins=bins
+        )
+        return run(evaluating, instead="await worker.async_evaluate(...)")
+
+    @on_loop
+    async def async_close(self) -> None:
+        """Closes the connection; the worker frees what it held for it."""
+        await self._close()
+
+    def close(self) -> None:
+        """The blocking form of `async_close`."""
+        run(self.async_close(), instead="await worker.async_close()")
+
+    def _reconnected(self, connection: Connection) -> None:
+        """What was known of the earlier connection's objects and plans goes with it."""
+        connection.history, connection.latency = self._connection.history, self._connection.latency
+        self._connection = connection
+        self._plans = set()
+        self._init_plans()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _close(self) -> None:
+        await self._connection.close()
+
+    def _job(self, verb: str) -> TrainJob:
+        if self.train_job is None:
+            raise OptionError(
+                f"nothing to {verb} on worker {self.id!r}: call TrainConfig(...).send(worker) first"
+            )
+        return self.train_job
+
+
+def _seed(value: Any) -> int:
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise OptionError(f"a seed must be a whole number of at least 0, got {value!r}")
+    return number
+
+
+def check_device(device: Any) -> None:
+    """Raises OptionError for what is no device."""
+    try:
+        _ = device is None or torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(
+            f"{device!r} is no device ({reason}); a worker computes on its own: leave it out"
+        ) from error
+
+
+def _filed_under(plan: Plan | Graph | str) -> str:
+    """The hash of what an owner decides about.
+
+    Raises:
+        OptionError: it is no plan and no hash, or a graph with constants whose values are not known.
+    """
+    if isinstance(plan, str):
+        if not re.fullmatch("[0-9a-f]{64}", plan):
+            raise OptionError(f"{plan[:80]!r} is not a plan's hash: give the plan, or 64 hex digits")
+        return plan
+    if isinstance(plan, Plan):
+        graph, state = plan.graph, tuple(plan.state_tensors())
+    elif isinstance(plan, Graph):
+        graph, state = plan, plan.state_values or ()
+    else:
+        raise OptionError(f"approval is of a plan or its hash, not of {type(plan).__name__}")
+    if not has_constants(graph):
+        return graph.hash
+    if not state:
+        raise OptionError(
+            f"an approval of plan {graph.name!r} is of its constants too, and this graph came without their values: "
+            "give the hash that the worker named when it refused"
+        )
+    return approval_hash(graph, constants_of(graph, state))
+
+
+def expect(kind: type[B], reply: Reply, worker: BaseWorker) -> tuple[B, list[torch.Tensor]]:
+    """`reply`, if it is of the kind that was asked for.
+
+    Raises:
+        WireError: it is of another kind.
+    """
+    body, tensors = reply
+    if not isinstance(body, kind):
+        raise WireError(
+            f"worker {worker.id!r} answered with {type(body).__name__} instead of {kind.__name__}",
+            address=worker.address,
+        )
+    return body, tensors
+
+
+def worker_id(hook: object, id: object, write: str) -> str:
+    """The id of a worker that is made with these arguments, the first of which may be a hook or the id itself.
+
+    Raises:
+        OptionError: no id, two of them, or one that is no string.
+    """
+    if isinstance(hook, str):
+        if id is not None:
+            raise OptionError(f"two ids, {hook!r} and {id!r}: write {write}")
+        return hook
+    if id is None:
+        raise OptionError(f"a worker needs an id: write {write}")
+    return as_text(id, "a worker's id")
+
+
+def decisions_in(approvals: Approvals | str | Path | None) -> Approvals | None:
+    """The decisions in a folder, or as they are given."""
+    return Approvals(approvals) if isinstance(approvals, str | Path) else approvals
+
+
+def close_all(workers: Sequence[BaseWorker]) -> None:
+    """Closes the connections of all `workers`."""
+
+    async def close() -> None:
+        await asyncio.gather(*(worker.async_close() for worker in workers))
+
+    run(close(), instead="await worker.async_close() for each")

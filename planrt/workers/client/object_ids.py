@@ -1,0 +1,63 @@
+"""Which id an object gets on a worker: that of the tensor that was sent, if nothing of this process has it there.
+
+Ids are unique in a process, so what is asked is whether something of this process is on that worker under the id
+already, and may still be when the next message arrives. No I/O.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+
+from planrt.workers.pointers.tensor import Handle
+
+_LEFT = 100_000
+"""Ids remembered of objects that nobody here points at, and that may be on the worker still."""
+
+_choosing = threading.RLock()
+
+
+class ObjectIds:
+    """The ids that objects of this process have, or may have, on the workers of one name."""
+
+    def __init__(self) -> None:
+        self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+        self._left: OrderedDict[int, None] = OrderedDict()
+
+    def holder(self, id: int) -> Handle | None:
+        """Who holds the object that was given `id`, if somebody does."""
+        handle = self._handles.get(id)
+        return handle if handle is not None and handle.alive and handle.id == id else None
+
+    def free(self, id: int) -> bool:
+        """Whether no object of this process can have `id` there."""
+        return id not in self._left and self.holder(id) is None
+
+    def claim(self, handle: Handle, wanted: int) -> bool:
+        """Gives `handle` the id `wanted` if that is free; says whether it is."""
+        with _choosing:
+            if not self.free(wanted):
+                return False
+            handle.id = wanted
+            self._handles[wanted] = handle
+            return True
+
+    def leave(self, id: int) -> None:
+        """The object `id` stays when its pointers go, or belongs to somebody else now. Called by finalizers, too."""
+        self._left[id] = None
+        if len(self._left) > _LEFT:
+            self._left.popitem(last=False)
+
+    def gone(self, id: int) -> None:
+        """The object `id` has been removed."""
+        self._left.pop(id, None)
+
+
+_by_worker: dict[str, ObjectIds] = {}
+
+
+def ids_of(worker_id: str) -> ObjectIds:
+    """The ids on workers called `worker_id`, however many clients of them this process has."""
+    with _choosing:
+        return _by_worker.setdefault(worker_id, ObjectIds())

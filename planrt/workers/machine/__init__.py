@@ -1,0 +1,1 @@
+"""The worker without sockets, loop or threads: events in, instructions out."""

@@ -1,0 +1,129 @@
+"""Whether one op of a session may run under the owner's policy, and whether what it gives is released. No I/O.
+
+The gate (`planrt.workers.machine.gate`) knows plans and rules, and nothing of sessions and objects. Here it is told
+of these: which inputs of a plan are data that the session may not read, and with which tags. Apart from
+`planrt.workers.machine.eager`, because a worker without a policy needs none of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from planrt.errors import ExecutionError, PolicyError
+from planrt.logs import get_logger
+from planrt.plans.ir.graph import Graph
+from planrt.plans.running import interpreter
+from planrt.types import TensorSpec
+from planrt.workers.machine import plan_objects
+from planrt.workers.machine.gate import Gate
+from planrt.workers.machine.labels import Label, both
+from planrt.workers.machine.plan_objects import PlanObject
+from planrt.workers.machine.private import written_operands
+from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.store import ObjectStore, StoredObject
+from planrt.workers.wire.posted import PostedOp
+
+log = get_logger("planrt.worker")
+
+
+def admit(
+    gate: Gate,
+    store: ObjectStore,
+    session: Session,
+    op: PostedOp,
+    args: tuple[Any, ...],
+    used: Sequence[StoredObject],
+) -> tuple[bool, float]:
+    """Asks whether an op may run on the objects `used`, which `args` have the values of. Says whether what a plan gives
+    of private data may be released, and when it must be over.
+
+    Raises:
+        NotApprovedError, PolicyError: it may not run.
+    """
+    if op.name != plan_objects.CALL:
+        if op.name != plan_objects.COPY:
+            gate.admit_op(op.name)
+        return False, math.inf
+    graph = plan_objects.called_graph(args)
+    interpreter.check_inputs(graph, args[2:])
+    tags: dict[int, frozenset[str]] = {}
+    others = not session.may_read(store.label_of(used[0]))  # the plan's own state
+    for place, stored in enumerate(used[1:]):
+        if session.may_read(store.label_of(stored)):
+            continue
+        source = store.source_of(stored)
+        if source is None:
+            others = True
+        else:
+            tags[place] = source
+    constants = args[0].constants() if gate.policy.approval != "open" else ()
+    gate.asked(graph, constants, session.user, sorted({one for names in tags.values() for one in names}))
+    gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
+    released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
+    if released:
+        _check_memory(graph, args[0], args[2:])
+    return released, gate.deadline()
+
+
+def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:
+    """Counts a run that failed on data which the session may not see, and tells the owner; `on` says on what.
+
+    That it failed is a fact about the data, so a session has only so many of them. The reason is for who looks at the
+    worker's debug log: it can hold a value.
+    """
+    session.failures += 1
+    most = gate.policy.max_failures
+    session.over = session.over or (most is not None and session.failures >= most)
+    failed = error.op if isinstance(error, ExecutionError) else ""
+    log.warning(
+        "failed_on_private_data", user=session.user or "nobody", session=session.id, op=failed,
+        kind=type(error).__name__, failures=session.failures, ended=session.over, **on,
+    )  # fmt: skip
+    log.debug("failed_on_private_data", session=session.id, exc_info=error)
+
+
+def readable_label(store: ObjectStore, session: Session, used: Sequence[StoredObject]) -> Label:
+    """The label of what is computed from those operands that the session may read."""
+    label: Label = None
+    for stored in used:
+        own = store.label_of(stored)
+        if session.may_read(own):
+            label = both(label, own)
+    return label
+
+
+def label_overwritten(
+    store: ObjectStore, session: Session, op: PostedOp, used: Sequence[StoredObject]
+) -> None:
+    """Private inputs of a released plan that it wrote to are no longer the data that its owner put here."""
+    for operand in written_operands(op, [stored.value for stored in used]):
+        stored = store.objects[operand.index]
+        own = store.label_of(stored)
+        if isinstance(stored.value, torch.Tensor) and not session.may_read(own):
+            store.memory.add(stored.value, own)
+
+
+def _check_memory(graph: Graph, plan: PlanObject, inputs: Sequence[torch.Tensor]) -> None:
+    """Raises unless the operands of a plan lie in memory as the analysis of plans takes for granted.
+
+    Raises:
+        PolicyError: what would be released of private data cannot be told.
+    """
+    if not plan_objects.written(graph, inputs):
+        return
+    everything = [*inputs, *plan.state]
+    if _share_memory(everything) or not all(tensor.is_contiguous() for tensor in everything):
+        raise PolicyError(
+            f"plan {graph.name!r} writes in place, and two of its inputs share memory or one is not contiguous: "
+            "what would be released of private data cannot be told; pass x.clone() for such an input",
+            rule="release",
+        )
+
+
+def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    places = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    return len(places) < sum(1 for tensor in tensors if tensor.numel())

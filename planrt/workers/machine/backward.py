@@ -1,0 +1,143 @@
+"""Backward passes on a worker, and who may read the gradients that they leave. No I/O.
+
+A pass gives no results. It leaves gradients at tensors that its client did not name: at leaves, and at inner tensors
+that retain theirs. So its label goes to the memory of these gradients. Apart from `planrt.workers.machine.eager`,
+where ops label what they give and what they write to; `autograd.grad`, which is such an op, takes from here what it
+leaves at inner tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from planrt.errors import LocalError
+from planrt.workers.machine.events import Answer, Steps
+from planrt.workers.machine.failures import OpFailedError, failure_of, failure_of_op
+from planrt.workers.machine.labels import Label, MemoryLabels, both
+from planrt.workers.machine.objects import KeptObjects, tensor_of
+from planrt.workers.machine.peers import PeerOps
+from planrt.workers.machine.private import leaf_tensors
+from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.store import PeerRef, grad_of, spec_of
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.posted import PostedOp
+
+GradientsBefore: TypeAlias = list[tuple[torch.Tensor | None, int, Label]]
+"""For each tensor its gradient, that one's version, and who may read it."""
+
+
+class BackwardPasses:
+    """Backward passes over the objects of one worker."""
+
+    def __init__(self, objects: KeptObjects, peers: PeerOps) -> None:
+        self._objects = objects
+        self._store = objects.store
+        self._peers = peers
+        self._retaining = WeakTensorKeyDictionary()
+        """Tensors on which `retain_grad` was called, with ids here or without."""
+
+    def run(self, session: Session, body: m.Backward) -> Steps:
+        """A backward pass; says which objects of the session have gradients then."""
+        if session.halted is not None:
+            raise OpFailedError(session.halted)
+        try:
+            return (yield from self._run(session, body))
+        except Exception as error:
+            if body.halts:
+                session.halted = failure_of(error)
+            raise
+
+    def resume(self, session: Session) -> Answer:
+        """The client knows of the pass that failed; says which objects of the session have gradients."""
+        session.halted = None
+        return m.Gradients(list(self._gradients(session))), ()
+
+    def _run(self, session: Session, body: m.Backward) -> Steps:
+        if not body.roots:
+            raise LocalError("a backward pass starts somewhere: no tensors were given")
+        if len(body.roots) != len(body.gradients):
+            raise LocalError(
+                f"{len(body.roots)} tensors and {len(body.gradients)} gradients for them do not fit"
+            )
+        roots = [self._objects.ready(session, id) for id in body.roots]
+        given = [None if id is None else self._objects.ready(session, id) for id in body.gradients]
+        inputs = None if body.inputs is None else [self._objects.ready(session, id) for id in body.inputs]
+        everything = [*roots, *(one for one in given if one is not None), *(inputs or [])]
+        if any(isinstance(stored.value, PeerRef) for stored in everything):
+            return (yield from self._peers.backward(session, body, everything))
+        label = session.graphs.label
+        for stored in everything:
+            label = both(label, self._store.label_of(stored))
+        if self._objects.gate is not None:
+            self._objects.gate.admit_op("Tensor.backward")
+        for id, stored in zip(body.inputs or (), inputs or (), strict=True):
+            session.leaves[id] = None  # has a gradient afterwards, wherever it is in the graph
+            if not tensor_of(stored).is_leaf:  # torch retains its gradient, from this pass on
+                self.retain(tensor_of(stored))
+        written = self._written_by([tensor_of(stored) for stored in roots], session)
+        before = self.gradients_before(written)
+        with torch.enable_grad():
+            try:
+                torch.autograd.backward(
+                    [tensor_of(stored) for stored in roots],
+                    [None if one is None else tensor_of(one) for one in given],
+                    retain_graph=body.retain_graph,
+                    create_graph=body.create_graph,
+                    inputs=None if inputs is None else [tensor_of(stored) for stored in inputs],
+                )
+            except Exception as error:
+                op = PostedOp("Tensor.backward", (), {}, None, True)
+                raise OpFailedError(failure_of_op(error, op, None, everything, self._store)) from error
+            finally:  # a pass that fails may have left gradients before
+                self.account(written, before, label)
+        return m.Gradients(list(self._gradients(session))), ()
+
+    def retain(self, tensor: torch.Tensor) -> None:
+        """`retain_grad` was called on an inner tensor."""
+        self._retaining[tensor] = None
+
+    def inner(self) -> list[torch.Tensor]:
+        """Inner tensors that retain their gradients: a pass may write to any of them."""
+        return list(self._retaining) if self._store.memory.watching else []
+
+    def _written_by(self, roots: Sequence[torch.Tensor], session: Session) -> list[torch.Tensor]:
+        """Tensors whose gradients a pass from `roots` may write: leaves of the graph, whoever knows them, inner tensors
+        that retain theirs, and every object of the sessions that share graphs which has a gradient. Nobody asks
+        before there is a private value."""
+        if not self._store.memory.watching:
+            return []
+        found = [*leaf_tensors(roots), *self._retaining]
+        for member in {id(member): member for member in (session, *session.graphs.members)}.values():
+            for number in member.leaves:
+                stored = self._store.objects.get(number)
+                if stored is not None and isinstance(stored.value, torch.Tensor):
+                    found.append(stored.value)
+        return list({id(tensor): tensor for tensor in found}.values())
+
+    def gradients_before(self, tensors: Sequence[torch.Tensor]) -> GradientsBefore:
+        """The gradients at `tensors`, before a pass."""
+        return [_seen(grad_of(tensor), self._store.memory) for tensor in tensors]
+
+    def account(self, tensors: Sequence[torch.Tensor], before: GradientsBefore, label: Label) -> None:
+        """Labels the gradients at `tensors` that a pass of that label made or changed."""
+        for tensor, (old, version, old_label) in zip(tensors, before, strict=True):
+            grad = grad_of(tensor)
+            if grad is not None and (grad is not old or grad._version != version):
+                self._store.memory.account(grad, both(label, old_label))
+
+    def _gradients(self, session: Session) -> Iterator[tuple[int, m.ObjectSpec]]:
+        """Which objects of the session have gradients, and what these look like."""
+        for id in list(session.leaves):
+            stored = self._store.objects.get(id)
+            if stored is None or stored.owner != session.id:
+                del session.leaves[id]  # handed over
+            elif isinstance(stored.value, torch.Tensor) and (grad := grad_of(stored.value)) is not None:
+                yield id, spec_of(grad)
+
+
+def _seen(grad: torch.Tensor | None, memory: MemoryLabels) -> tuple[torch.Tensor | None, int, Label]:
+    return (None, 0, None) if grad is None else (grad, grad._version, memory.of_gradient(grad))

@@ -1,0 +1,95 @@
+"""What a worker's state machine takes (events) and gives (instructions); see `planrt.workers.machine.state`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from planrt.workers.wire import messages as m
+
+# -------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message arrived on a connection."""
+
+    connection: int
+    envelope: m.Envelope
+    tensors: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """A connection ended, for whatever reason."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswered:
+    """Another worker answered what was asked under `key`."""
+
+    key: str
+    body: m.Body
+    tensors: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFailed:
+    """The exchange with another worker under `key` has failed."""
+
+    key: str
+    reason: str
+
+
+Event: TypeAlias = Received | Disconnected | PeerAnswered | PeerFailed
+
+# -------------------------------------------------------------------------------------- instructions
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send `envelope` and `tensors` on `connection`."""
+
+    connection: int
+    envelope: m.Envelope
+    tensors: Sequence[torch.Tensor] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToPeer:
+    """Send `body` and `tensors` to another worker.
+
+    With a `key` its answer is wanted, as a `PeerAnswered` under that key; with an empty one the message is posted.
+    """
+
+    peer: m.PeerAddress
+    body: m.Body
+    tensors: Sequence[torch.Tensor] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The request goes on when a peer has answered under `key`, or under one of `others`."""
+
+    key: str
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Close `connection`."""
+
+    connection: int
+
+
+Instruction: TypeAlias = Reply | ToPeer | Wait | Close
+
+Answer: TypeAlias = tuple[m.Body, Sequence[torch.Tensor]]
+Steps: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, Answer]
+"""A request being handled: yields what it needs of peers (a `Wait` gives it what they answered)."""

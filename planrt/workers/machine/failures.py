@@ -1,0 +1,158 @@
+"""How a worker tells a client of what failed: errors as `Failure` messages. No I/O.
+
+Requests and ops fail in many modules. What a client may hear of it is decided here: where it happened and why, with
+the traceback, but nothing that follows from values which are not for it (`failure_on_data`, `failure_of_op`), and
+nothing of where the worker's files are: tracebacks name modules, and texts the last part of a path.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from planrt.errors import ExecutionError, LocalError, PolicyError
+from planrt.workers.machine.determinism import explained
+from planrt.workers.machine.gate import NotApprovedError
+from planrt.workers.machine.private import GetNotPermittedError
+from planrt.workers.machine.store import ObjectStore, StoredObject
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.posted import PostedOp
+
+_LONGEST = 60_000
+"""Characters of a message or a traceback that are told: a header has to hold them."""
+
+
+_DIRECTORIES = re.compile(
+    r"""(?P<quote>['"])(?:[A-Za-z]:\\|/)[^'"\n]*[/\\](?P<last>[^'"/\\\n]*)(?P=quote)"""  # in quotes: may have spaces
+    r"""|(?<![\w/.:*])(?:[A-Za-z]:\\|/)(?:[^\s/\\'"`,;()<>]+[/\\])+"""
+)
+
+
+class OpFailedError(LocalError):
+    """Carries a failure that is already in the client's words."""
+
+    def __init__(self, failure: m.Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def cut(text: str) -> str:
+    """As much of `text` as a client is told, in characters that travel."""
+    return text[:_LONGEST].encode(errors="backslashreplace").decode()
+
+
+def without_directories(text: str) -> str:
+    """`text` with only the last part of each absolute path in it."""
+
+    def last(found: re.Match[str]) -> str:
+        quote = found["quote"]
+        return f"{quote}{found['last']}{quote}" if quote else ""
+
+    return _DIRECTORIES.sub(last, text)
+
+
+def _trace_of(error: BaseException) -> str:
+    """The traceback, with files named by their modules: where the worker keeps them is its own affair."""
+    told = traceback.TracebackException.from_exception(error)
+    waiting, seen = [told], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for frame in part.stack:
+            frame.filename = _module_file(frame.filename)
+        waiting += [
+            one for one in (part.__cause__, part.__context__, *(part.exceptions or ())) if one is not None
+        ]
+    return without_directories("".join(told.format()))
+
+
+def _module_file(name: str) -> str:
+    """``planrt/workers/machine/state.py`` for that file, wherever that is; of other files the last part."""
+    parts = PurePath(name).parts
+    for place in range(len(parts) - 1, 0, -1):
+        if parts[place - 1] in ("site-packages", "dist-packages") or (parts[place] == "planrt" and place > 1):
+            return "/".join(parts[place:])
+    return parts[-1] if parts else name
+
+
+def failure_on_data(error: Exception) -> m.Failure:
+    """`error`, of a run on data that its client may not see: the op, its place and its line, which the client knows.
+
+    Why it failed, and in which batch, can be a value of that data. Only that its time was over is said.
+    """
+    if isinstance(error, ExecutionError):
+        late = (
+            ": the time that the plan may take is over" if isinstance(error.__cause__, TimeoutError) else ""
+        )
+        text = f"op {error.index} of the plan failed: {error.line}{late or _UNSAID}"
+        return m.Failure("ExecutionError", cut(text), error.op, cut(error.line[:2_000]), index=error.index)
+    return m.Failure("ExecutionError", f"{_ELSEWHERE}{_UNSAID}")
+
+
+_ELSEWHERE = "the run failed in the data set, a backward pass, the optimizer or the counting of classes"
+_UNSAID = "; why can depend on the data, so it is for the worker's owner only"
+
+
+def failure_of(error: Exception) -> m.Failure:
+    """`error` as the client is told of it."""
+    if isinstance(error, OpFailedError):
+        return error.failure
+    kind = type(error).__name__.removeprefix("_")
+    text = explained(str(error) if isinstance(error, LocalError) else f"{kind}: {error}")
+    text = cut(without_directories(text))
+    if isinstance(error, PolicyError):
+        return m.Failure(kind, text, error.op, error.line, index=error.index)
+    return m.Failure(kind, text, traceback=cut(_trace_of(error)[-_LONGEST:]), **in_plan(error))
+
+
+def failure_of_op(
+    error: Exception, op: PostedOp, number: int | None, used: Sequence[StoredObject], store: ObjectStore
+) -> m.Failure:
+    """`error`, of an op on the objects `used`, as the client is told of it; of private operands nothing is told."""
+    if isinstance(error, OpFailedError):
+        return error.failure
+    kind = type(error).__name__
+    if isinstance(error, GetNotPermittedError | NotApprovedError):
+        return m.Failure(kind, cut(str(error)), op.name, number=number)
+    if isinstance(error, PolicyError):  # of shapes and ops, never of values
+        return m.Failure(
+            kind, cut(str(error)), error.op or op.name, error.line, index=error.index, number=number
+        )
+    if any(store.label_of(stored) is not None for stored in used):
+        return m.Failure(
+            "ExecutionError", f"op {op.name} failed; its operands are private, so the worker does not say why",
+            op.name, number=number,
+        )  # fmt: skip
+    reason = (str(error).strip().splitlines() or [kind])[0]
+    text = explained(reason if isinstance(error, LocalError) else f"op {op.name} failed: {reason}")
+    kind = kind if isinstance(error, LocalError) else "ExecutionError"
+    inside = in_plan(error) if isinstance(error, ExecutionError) else {"op": op.name}
+    text, trace = cut(without_directories(text)), cut(_trace_of(error)[-_LONGEST:])
+    return m.Failure(kind, text, traceback=trace, number=number, **inside)
+
+
+def in_plan(error: Exception) -> dict[str, Any]:
+    """Where in a plan `error` happened, as fields of a `Failure`."""
+    if not isinstance(error, ExecutionError):
+        return {}
+    cause = error.__cause__
+    said = "" if cause is None else without_directories(f"{type(cause).__name__}: {cause}")
+    return {"op": error.op, "line": cut(error.line[:2_000]), "index": error.index, "cause": cut(said[:2_000])}
+
+
+def replace_message(failure: m.Failure, message: str) -> m.Failure:
+    """`failure` with another text; it was not this session's op that failed, so the number goes."""
+    return m.Failure(
+        failure.kind,
+        cut(message),
+        failure.op,
+        failure.line,
+        failure.traceback,
+        failure.index,
+        failure.cause,
+    )

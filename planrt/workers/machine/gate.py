@@ -1,0 +1,359 @@
+"""The owner's say over what runs: a worker with a policy asks its gate before every plan. No sockets, no loop.
+
+A plan must have been approved, where the policy asks for that, and keep the policy's rules for the inputs at hand.
+Where it computes on private data that its client may not read, and release rules cover all of that data, it may
+give its results out: they went through the aggregates that the rules ask for. Everything else about private values
+stays as it is without a policy (`planrt.workers.machine.private`).
+
+Single operations (of pointers) are no plans that anybody could read beforehand: a worker that wants plans approved
+runs none of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from planrt.errors import ApprovalError, LocalError, OptionError, PolicyError
+from planrt.plans.analysis.report import Report, Unforeseen
+from planrt.plans.ir import ops
+from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
+from planrt.plans.ir.graph import Graph, Op
+from planrt.plans.ir.record import with_names
+from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError, Status
+from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
+from planrt.plans.policy.verify import check_rules
+from planrt.plans.training import check_classes
+from planrt.types import Ref, TensorSpec, leaves
+
+_REPORTS: Final = 1_000
+"""Reports that are kept: a plan is checked once for inputs of one size."""
+_PROGRAMS: Final = 10_000
+"""Plans with constants whose own hash is known by the one that decisions are filed under."""
+
+
+_UNREADABLE: Final = (
+    "the record of the owner's decisions cannot be read or written: the owner must look there"
+)
+
+
+class NotApprovedError(LocalError):
+    """Reported to the client under this kind: the owner has not approved, or has denied, what was to run."""
+
+
+class Gate:
+    """Holds what clients want to run against one owner's policy.
+
+    Args:
+        policy: the rules.
+        approvals: the folder of the owner's decisions; needed where the policy says ``approval = "ask"``.
+
+    Raises:
+        OptionError: plans would have to wait, and there is no place for them.
+    """
+
+    def __init__(self, policy: Policy, approvals: Approvals | None = None) -> None:
+        if policy.approval == "ask" and approvals is None:
+            raise OptionError(
+                'a policy with approval = "ask" needs a folder where plans wait for the owner: approvals=...'
+            )
+        self.policy = policy
+        self._approvals = approvals
+        self._reports: OrderedDict[object, Report] = OrderedDict()
+        self._programs: OrderedDict[str, str] = OrderedDict()
+
+    # ------------------------------------------------------------------------------------ approval
+
+    def arrived(
+        self,
+        graphs: Iterable[Graph],
+        data: bytes,
+        state: Sequence[torch.Tensor] | None,
+        user: str | None,
+        purpose: str = "",
+    ) -> None:
+        """A client sent a plan: it is put before the owner, if it has to be, with who asks and what they say it is for.
+
+        `data` is the file of it. `state` is None where its values are to come when it runs: a plan with constants is
+        put before the owner then (`asked`).
+
+        Raises:
+            NotApprovedError: it cannot wait for the owner.
+        """
+        for graph in graphs:
+            if state is not None or not has_constants(graph):
+                constants = self.constants(graph, state or ())
+                self._put_before_owner(graph, constants, data, user, (), purpose)
+
+    def asked(
+        self,
+        graph: Graph,
+        constants: Sequence[Constant],
+        user: str | None,
+        data: Iterable[str] = (),
+        purpose: str = "",
+    ) -> None:
+        """A client wants to run a plan: the owner, if not asked before, is asked, and told who asks and for which data
+        sets or tags of data.
+
+        Raises:
+            NotApprovedError: it cannot wait for the owner.
+        """
+        self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
+
+    def constants(self, graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant, ...]:
+        """The plan's constants, where approvals are of plans."""
+        if self.policy.approval == "open" or not has_constants(graph):
+            return ()
+        return constants_of(graph, state)
+
+    def _put_before_owner(
+        self,
+        graph: Graph,
+        constants: Sequence[Constant],
+        data: bytes | None,
+        user: str | None,
+        on: tuple[str, ...],
+        purpose: str,
+    ) -> None:
+        if self.policy.approval != "ask" or self._approvals is None:
+            return
+        filed = self._filed(graph, constants)
+        if self.standing(filed).status not in ("unknown", "pending"):
+            return
+        try:
+            asking = Asking(graph.name, graph.input_names, user or "", on, purpose)
+            waiting = waiting_bytes(with_names(graph) if data is None else data, constants)
+            self._approvals.submit(filed, waiting, asking=asking, most=self.policy.max_pending)
+        except QueueFullError as error:
+            raise NotApprovedError(
+                f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}"
+            ) from None
+        except ApprovalError:
+            raise NotApprovedError(_UNREADABLE) from None
+
+    def standing(self, filed: str) -> Status:
+        """How it stands with what is filed under it: approved, denied, pending or unknown, and the owner's words.
+
+        A denial of a plan's own hash is one of the plan with any constants.
+
+        Raises:
+            NotApprovedError: the record cannot be read.
+        """
+        if self.policy.approval == "open" or filed in self.policy.approved:
+            return Status("approved")
+        if self.policy.approval == "list" or self._approvals is None:
+            return Status("denied", "it is not on the owner's list")
+        try:
+            program = self._programs.get(filed)
+            if program is not None and (whole := self._approvals.status(program)).status == "denied":
+                return whole
+            return self._approvals.status(filed)
+        except ApprovalError:
+            raise NotApprovedError(_UNREADABLE) from None
+
+    def _filed(self, graph: Graph, constants: Sequence[Constant]) -> str:
+        """The hash under which decisions about the plan are filed."""
+        filed = approval_hash(graph, constants)
+        if constants:
+            self._programs[filed] = graph.hash
+            self._programs.move_to_end(filed)
+            while len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        return filed
+
+    def _check_approved(self, graph: Graph, constants: Sequence[Constant]) -> None:
+        if self.policy.approval == "open":
+            return
+        filed = self._filed(graph, constants)
+        status, why = self.standing(filed)
+        if status == "approved":
+            return
+        if constants and self.standing(graph.hash).status == "approved":
+            own = "its ops were approved, and an approval is of a plan's constants too"
+            why = f"{why}; {own}" if why else own
+        said = {"denied": "was not approved", "pending": "waits for the owner's approval"}.get(
+            status, "is not known to the owner yet: send it first"
+        )
+        raise NotApprovedError(f"plan {graph.name!r} ({filed}) {said}{f': {why}' if why else ''}")
+
+    # --------------------------------------------------------------------------------------- rules
+
+    def admit(
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Mapping[int, Iterable[str]] | None = None,
+        *,
+        constants: Sequence[Constant],
+        gradients: bool = False,
+    ) -> Report:
+        """The report on a plan that may run on such inputs; `tags` as `planrt.plans.policy.verify.check` takes them,
+        and its
+        constants as `constants` gives them.
+
+        Raises:
+            NotApprovedError: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
+        """
+        self._check_approved(graph, constants)
+        return self._report(graph, inputs, tags or {}, gradients).raise_for_violations()
+
+    def _report(
+        self, graph: Graph, inputs: Sequence[TensorSpec], tags: Mapping[int, Iterable[str]], gradients: bool
+    ) -> Report:
+        key = (graph.hash, tuple(inputs), tuple((place, tuple(sorted(names))) for place, names in tags.items()),
+               gradients)  # fmt: skip
+        found = self._reports.get(key)
+        if found is None:
+            found = self._reports[key] = check_rules(graph, self.policy, inputs, tags, gradients=gradients)
+            while len(self._reports) > _REPORTS:
+                self._reports.popitem(last=False)
+        return found
+
+    def covers(self, tags: Iterable[str]) -> bool:
+        """Whether a release rule is about private data with these tags."""
+        return bool(self._about(tags))
+
+    def admit_training(
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Iterable[str],
+        smallest: int,
+        *,
+        constants: Sequence[Constant],
+    ) -> None:
+        """Raises unless rounds of training may run on a data set with these tags.
+
+        What leaves are sums over batches, of the gradients of which the smallest has `smallest` rows.
+
+        Raises:
+            NotApprovedError, PolicyError: as `admit`.
+        """
+        self.admit(graph, inputs, constants=constants, gradients=True)
+        if self.covers(tags):
+            self._check_release(graph, inputs, tags, smallest, gradients=True)
+
+    def admit_evaluation(
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Iterable[str],
+        smallest: int,
+        rows: int,
+        *,
+        bins: int,
+        constants: Sequence[Constant],
+    ) -> None:
+        """Raises unless a plan may be evaluated on a data set with these tags.
+
+        What leaves are the loss, of batches of which the smallest has `smallest` rows, and with `bins` counts of the
+        predicted and the target classes over all `rows` (see `counts_leave`). Each of a batch's predictions must be
+        about its own row: else they spell one row's value, a digit in each place.
+
+        Raises:
+            NotApprovedError, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
+        """
+        prediction = self.admit(graph, inputs, constants=constants).outputs[1:2]
+        if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
+            spec = prediction[0].spec if prediction and isinstance(graph.outputs[1], Ref) else None
+            check_classes(spec if isinstance(spec, TensorSpec) else None, inputs[1])
+        if not self.covers(tags):
+            return
+        loss: Graph = replace(graph, outputs=(graph.outputs[0],))
+        self._check_release(loss, inputs, tags, smallest, gradients=False)
+        if bins:
+            self._check_release(_counted(graph), inputs, tags, smallest, gradients=False, kinds=False)
+        for rule in self._about(tags):
+            if rows < rule.min_rows:
+                raise PolicyError(
+                    f"counts over {rows} rows; the release of {rule.tag} asks for at least {rule.min_rows}",
+                    rule="release",
+                )
+
+    def counts_leave(self, tags: Iterable[str], counts: Iterable[int]) -> bool:
+        """Whether counts of rows with these tags may leave: each is of none, or of as many as the rules ask for."""
+        least = 0
+        for rule in self._about(tags):
+            if rule.aggregates is not None and "count" not in rule.aggregates:
+                return False
+            least = max(least, rule.min_rows)
+        return all(count == 0 or count >= least for count in counts)
+
+    def _about(self, tags: Iterable[str]) -> list[ReleaseRule]:
+        names = set(tags)
+        return [rule for rule in self.policy.release if rule.tag == ALL_PRIVATE or rule.tag in names]
+
+    def _check_release(
+        self,
+        graph: Graph,
+        inputs: Sequence[TensorSpec],
+        tags: Iterable[str],
+        smallest: int,
+        *,
+        gradients: bool,
+        kinds: bool = True,
+    ) -> None:
+        """Raises if release rules are broken for batches of `smallest` rows with these tags, data and targets.
+
+        Without `kinds` any kind of aggregate will do.
+        """
+        fewest = [_with_rows(spec, smallest) for spec in inputs]
+        marked = dict.fromkeys(range(len(inputs)), tuple(tags))
+        if kinds:
+            report = self._report(graph, fewest, marked, gradients)
+        else:
+            rules = tuple([replace(rule, aggregates=None) for rule in self.policy.release])
+            policy = replace(self.policy, release=rules)
+            report = check_rules(graph, policy, fewest, marked, gradients=gradients)
+        broken = [one for one in report.violations if one.rule == "release"]
+        try:
+            report.with_violations(broken, report.policy_version, report.tags).raise_for_violations()
+        except PolicyError as error:
+            raise PolicyError(
+                f"{error}; the smallest batch has {smallest} rows", rule=error.rule, op=error.op, index=error.index,
+                line=error.line,
+            ) from None  # fmt: skip
+
+    def admit_op(self, name: str) -> None:
+        """Raises unless single operations of that name may run.
+
+        Raises:
+            NotApprovedError: the worker runs approved plans only. PolicyError: the policy does not allow the op.
+        """
+        if self.policy.approval != "open":
+            raise NotApprovedError(
+                f"{name}: this worker runs plans that its owner approved, and no single operations: write a plan "
+                "(planrt.func2plan), and send it"
+            )
+        if name in ops.TABLE and name not in self.policy.allowed_ops:
+            raise PolicyError(f"the policy does not allow {name}", rule="ops", op=name)
+
+    def deadline(self) -> float:
+        """When a run that begins now must be over, on `time.monotonic`'s clock."""
+        limit = self.policy.max_seconds
+        return math.inf if limit is None else time.monotonic() + limit
+
+
+def _counted(graph: Graph) -> Graph:
+    """The plan with a sum over its predicted classes as its one output: for release rules what their counts are."""
+    first = (
+        len(graph.inputs)
+        + len(graph.state)
+        + sum(isinstance(leaf, Ref) for op in graph.ops for leaf in leaves(op.results))
+    )
+    ops = (
+        Op("torch.argmax", (graph.outputs[1], 1), {}, Ref(first)),
+        Op("torch.sum", (Ref(first), 0), {}, Ref(first + 1)),
+    )
+    return replace(graph, ops=(*graph.ops, *ops), outputs=(Ref(first + 1),), lines=(), modules=())
+
+
+def _with_rows(spec: TensorSpec, rows: int) -> TensorSpec:
+    return TensorSpec((rows, *spec.shape[1:]), spec.dtype) if spec.shape else spec

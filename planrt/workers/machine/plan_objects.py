@@ -1,0 +1,226 @@
+"""Plans as objects of a worker: an op list with its state, called like any other op. No I/O.
+
+A call of a plan is one posted op, `CALL`, whose first operand is the plan's object. So it is pipelined, fails and
+is labelled as ops are; what it does in between is the interpreter's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+
+from planrt.errors import LocalError, PlanArgumentError
+from planrt.plans.ir import ops
+from planrt.plans.ir.constants import Constant, constants_of
+from planrt.plans.ir.graph import Graph
+from planrt.plans.ir.record import PlanRecord
+from planrt.plans.running import interpreter
+from planrt.plans.running.inference import Spec, spec_of
+from planrt.types import Ref, leaves
+
+CALL: Final = "plan"
+"""Runs a plan: args are the plan's object, its mode, and its inputs; results are those of `output_values`."""
+COPY: Final = "plan.copy"
+"""Copies a plan's object, its state included."""
+STATE: Final = "plan.state"
+"""The tensors of a plan's state, themselves, as objects: whoever writes to one changes the plan."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class PlanObject:
+    """A plan that a worker holds for a client."""
+
+    record: PlanRecord
+    state: list[torch.Tensor]
+    training: bool
+    _constants: tuple[Constant, ...] | None = None
+
+    def constants(self) -> tuple[Constant, ...]:
+        """Its constants as they were when this was first asked for, without values.
+
+        A worker that wants plans approved asks before the first run. What planrt records never writes to constants;
+        what another approved plan writes to them later is its own doing.
+        """
+        if self._constants is None:
+            found = constants_of(self.record.graphs[0], self.state)
+            self._constants = tuple([Constant(one.digest) for one in found])
+        return self._constants
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its state, each tensor itself."""
+        return tuple(self.state)
+
+    def record_bytes(self) -> torch.Tensor:
+        """Its record, as it travels."""
+        return torch.frombuffer(bytearray(self.record.to_bytes()), dtype=torch.uint8)
+
+    def copy(self) -> PlanObject:
+        """A plan with a state of its own."""
+        return PlanObject(self.record, [_again(tensor, tensor.detach().clone()) for tensor in self.state],
+                          self.training, self._constants)  # fmt: skip
+
+    def snapshot(self) -> PlanObject:
+        """The same, sharing memory until somebody writes."""
+        with torch.no_grad():
+            return PlanObject(
+                self.record,
+                [_again(tensor, shared_copy(tensor)) for tensor in self.state],
+                self.training,
+                self._constants,
+            )
+
+
+def shared_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that shares the memory of `tensor` until either is written to, where torch can do that.
+
+    It cannot where the memory is not of its own allocator: large messages arrive in blocks that are used again.
+    """
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:
+        return tensor.detach().clone()
+
+
+def _again(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return value.requires_grad_(like.requires_grad)
+
+
+def new_plan_object(
+    record: PlanRecord, state: Sequence[torch.Tensor], *, training: bool, device: torch.device
+) -> PlanObject:
+    """A plan's object with that state, which it owns from here on.
+
+    Raises:
+        PlanArgumentError: tensors that are not its state.
+    """
+    interpreter.check_state(record.graphs[0], state)
+    held = [
+        tensor.detach().to(device).requires_grad_(entry.trainable)
+        for entry, tensor in zip(record.state, state, strict=True)
+    ]
+    return PlanObject(record, held, training)
+
+
+@dataclass(frozen=True, eq=False)
+class PlanTwin:
+    """A plan as inference sees it: what its results are like depends on its graph alone."""
+
+    graph: Graph
+    _hash: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self.graph.hash))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlanTwin) and self.graph.hash == other.graph.hash
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def call(
+    plan: PlanObject, training: bool, *inputs: torch.Tensor, deadline: float = math.inf
+) -> tuple[Any, ...]:
+    """The values that the plan's outputs refer to, in their order. `deadline` as `interpreter.run` has it.
+
+    Raises:
+        PlanError, PlanArgumentError, ExecutionError: as the interpreter has them.
+    """
+    if not isinstance(plan, PlanObject) or type(training) is not bool:
+        raise PlanArgumentError("a call names a plan, its mode, and its inputs")
+    graph = plan.record.graph(training=training)
+    try:
+        return output_values(graph, interpreter.execute(graph, inputs, plan.state, deadline=deadline))
+    finally:
+        # State that was written to keeps the values, not the graph: it would grow with every call.
+        plan.state[:] = [tensor if tensor.grad_fn is None else tensor.detach() for tensor in plan.state]
+
+
+def called_graph(args: tuple[Any, ...]) -> Graph:
+    """The graph that a call with these arguments runs.
+
+    Raises:
+        LocalError: they are no call's.
+    """
+    if len(args) < 2 or not isinstance(args[0], PlanObject):
+        raise LocalError("a call names a plan, its mode, and its inputs")
+    return args[0].record.graph(training=args[1] is True)
+
+
+def call_on_meta(twin: PlanTwin, *inputs: torch.Tensor) -> tuple[Any, ...]:
+    """`call`, for inference: on tensors without values."""
+    graph = twin.graph
+    return output_values(graph, interpreter.execute(graph, inputs, _meta_state(graph), device="meta"))
+
+
+def _meta_state(graph: Graph) -> list[torch.Tensor]:
+    return [
+        torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device="meta", requires_grad=entry.trainable)
+        for entry in graph.state
+    ]
+
+
+@lru_cache(maxsize=1_000)
+def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[int]:
+    graph = twin.graph
+    everything = frozenset(range(1 + len(specs)))
+    count = len(graph.inputs)
+
+    def position(ref: Ref) -> frozenset[int]:
+        if ref.index >= count + len(graph.state):
+            return everything  # memory of a value in between, which may be anybody's
+        return frozenset({ref.index + 1 if ref.index < count else 0})
+
+    found: frozenset[int] = frozenset()
+    for op in graph.ops:
+        if ops.writes_unseen(op.name):
+            for operand in ops.written_operands(op.name, op.args, op.kwargs):
+                found |= position(operand) if isinstance(operand, Ref) else frozenset()
+    inputs, state = [one.twin() for one in specs], _meta_state(graph)
+    tensors = [*inputs, *state]
+    before = [tensor._version for tensor in tensors]
+    try:
+        with torch.set_grad_enabled(grad):
+            interpreter.execute(graph, inputs, state, device="meta")
+    except Exception:  # it cannot be told without values
+        return everything
+    for index, (tensor, version) in enumerate(zip(tensors, before, strict=True)):
+        if tensor._version != version:
+            found |= position(Ref(index))
+    return found
+
+
+def written(graph: Graph, inputs: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Which operands of a call may be written to: 0 for the plan's state, 1 and up for its inputs."""
+    return _written(PlanTwin(graph), tuple([spec_of(one) for one in inputs]), torch.is_grad_enabled())
+
+
+_records: weakref.WeakValueDictionary[str, PlanRecord] = weakref.WeakValueDictionary()
+"""Records that some worker of this process holds: many virtual workers share one, and its compiled programs."""
+
+
+def record_of(data: torch.Tensor) -> PlanRecord:
+    """The record that arrived as bytes.
+
+    Raises:
+        PlanFormatError, OpNotAllowedError: as `PlanRecord.from_bytes`.
+    """
+    raw = data.numpy().tobytes()
+    key = hashlib.sha256(raw).hexdigest()
+    record = _records.get(key)
+    if record is None:
+        record = _records[key] = PlanRecord.from_bytes(raw)
+    return record
+
+
+def output_values(graph: Graph, outputs: Any) -> tuple[Any, ...]:
+    """Those leaves of a plan's outputs that it computed, in their order; constants are left out."""
+    pairs = zip(leaves(outputs), leaves(graph.outputs), strict=True)
+    return tuple(value for value, leaf in pairs if isinstance(leaf, Ref))

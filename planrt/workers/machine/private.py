@@ -1,0 +1,196 @@
+"""Ops on values that their client may not read: what it must not learn from how they go. No I/O.
+
+Results keep their labels (`planrt.workers.machine.labels`). Beyond that, a client must not see
+
+* what results look like, where that depends on the values (`foresee` refuses such ops);
+* whether an op failed, where that depends on the values: an index out of range, for one, would tell about one
+  private value per op. Zeros stand in for the results (`stand_in`);
+* gradients that a graph computes later, from private values that were written past autograd (`Graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.autograd.graph import get_gradient_edge, increment_version
+
+from planrt.errors import LocalError
+from planrt.plans.ir import ops
+from planrt.plans.running import inference
+from planrt.plans.running.inference import Inferred, Same, Spec
+from planrt.types import Ref, leaves, map_leaves
+from planrt.workers.machine import plan_objects
+from planrt.workers.machine.labels import Label
+from planrt.workers.machine.plan_objects import PlanObject, PlanTwin
+from planrt.workers.wire.posted import PostedOp
+
+S = TypeVar("S")
+
+
+class GetNotPermittedError(LocalError):
+    """Reported to the client under this kind."""
+
+
+@dataclass(slots=True, eq=False)
+class Graphs(Generic[S]):
+    """What is known of the autograd graphs of sessions that handed objects to one another.
+
+    A label says who may read what an op computed from the values of its time. A graph computes once more, later,
+    with tensors that it has kept. Autograd refuses where it sees that one of them was written to meanwhile, but
+    writes past its version counters it does not see: from such a write of private values on, gradients count as
+    computed from them.
+    """
+
+    members: list[S] = field(default_factory=list)
+    unseen_writes: bool = False
+    """Whether there may be tensors that share memory without sharing a version counter."""
+    label: Label = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Operand:
+    """An operand as `planrt.plans.running.inference` takes it."""
+
+    _spec: Spec
+
+
+def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any]) -> Inferred | None:
+    """What the results of `op` will be like, from what its operands are like. None: gradients and other memory,
+    whose ops fail or not whatever the values.
+
+    Raises:
+        GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
+    """
+    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name in (plan_objects.COPY, plan_objects.STATE):
+        return None
+    rest = iter(operands)
+    twins: dict[int, _Operand] = {}
+
+    def twin(leaf: Any) -> Any:
+        if type(leaf) is not Ref:
+            return leaf
+        value = next(rest)
+        if isinstance(value, PlanObject):
+            return value
+        return twins.setdefault(id(value), _Operand(inference.spec_of(value)))
+
+    args, kwargs = map_leaves(op.args, twin), map_leaves(op.kwargs, twin)
+    if op.name == plan_objects.CALL:
+        function = plan_objects.call_on_meta
+        args = (PlanTwin(args[0].record.graph(training=args[1])), *args[2:])
+    foreseen = inference.infer(op.name, function, args, kwargs, _Operand)
+    if foreseen is None:
+        raise GetNotPermittedError(
+            f"{op.name} on private data: what its results look like depends on the values"
+        )
+    if op.name == plan_objects.CALL:
+        _check_changes(foreseen, operands[1:])
+    return foreseen
+
+
+def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
+    """A plan that fails on the way may not have come to its last ops: what these change must not show."""
+    for number, after in foreseen.changed:
+        before = inference.spec_of(inputs[number])
+        joins_graph = after.requires_grad and not after.leaf
+        if (after.shape, after.stride, after.dtype) != (
+            before.shape,
+            before.stride,
+            before.dtype,
+        ) or not joins_graph:
+            raise GetNotPermittedError(
+                "a plan on private data may change the values of its inputs, not their shapes or autograd flags"
+            )
+
+
+def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device) -> tuple[Any, ...]:
+    """What a plan gave, in memory of its own: where it fails, `stand_in` cannot share what the plan would have."""
+
+    def alone(value: Any, like: Any) -> Any:
+        if not isinstance(like, Spec):
+            return value
+        value = value.detach() if like.leaf else value
+        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).copy_(value)
+
+    return tuple(alone(value, like) for value, like in zip(values, foreseen.results, strict=True))
+
+
+def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
+    """Those of an op's arguments that it may write to, `operands` being what its `Ref`s stand for."""
+    if op.name != plan_objects.CALL:
+        return ops.written_operands(op.name, op.args, op.kwargs)
+    if not operands or not isinstance(operands[0], PlanObject):
+        return []
+    written = plan_objects.written(operands[0].record.graph(training=op.args[1]), operands[1:])
+    refs = [op.args[0], *op.args[2:]]
+    return [ref for number, ref in enumerate(refs) if number in written]
+
+
+def stand_in(
+    op: PostedOp, foreseen: Inferred, operands: Sequence[Any], versions: Sequence[int], device: torch.device
+) -> Any:
+    """Zeros for the results of an op that failed, in the autograd graph that the results would have had.
+
+    `versions` are those of the operands before the op. Operands that it should have changed in place count as
+    changed. (The graph is that of a linear op: gradients of gradients may tell the difference.)
+    """
+    written = written_operands(op, operands)
+    refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
+    state: Sequence[torch.Tensor] = ()
+    if operands and isinstance(operands[0], PlanObject):  # inference counts tensors only
+        state = operands[0].state
+        if refs[0] in written:
+            for tensor in state:
+                increment_version(tensor)
+        operands, versions, refs = operands[1:], versions[1:], refs[1:]
+    sources = [one for one in (*operands, *state) if isinstance(one, torch.Tensor) and one.requires_grad]
+
+    def zeros(like: Spec) -> torch.Tensor:
+        made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).zero_()
+        if like.requires_grad and not like.leaf:
+            for source in sources:
+                made = made + (source * 0).sum().to(like.dtype)
+        return made
+
+    def result(leaf: Any) -> Any:
+        if isinstance(leaf, Same):
+            return operands[leaf.operand]
+        return zeros(leaf) if isinstance(leaf, Spec) else leaf
+
+    results = inference.rebuild(foreseen.results, result)
+    changed = dict(foreseen.changed)
+    same = {
+        leaf.operand
+        for leaf in leaves(inference.rebuild(foreseen.results, lambda leaf: leaf))
+        if isinstance(leaf, Same)
+    }
+    for number, (operand, version) in enumerate(zip(operands, versions, strict=True)):
+        if refs[number] not in written:
+            continue
+        like = changed.get(number) or inference.spec_of(operand)
+        # Others are changed behind autograd's back, or the plan that changes them gives them back as they are.
+        joins = number in changed or (number in same and op.name != plan_objects.CALL)
+        if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():
+            operand.add_(zeros(like))
+        elif operand._version == version and not ops.writes_unseen(op.name):
+            increment_version(operand)
+    return results
+
+
+def leaf_tensors(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors at which a backward pass from `roots` accumulates gradients, with ids here or without."""
+    nodes = [get_gradient_edge(root).node for root in roots if root.requires_grad]
+    met = set(nodes)
+    found = []
+    while nodes:
+        node = nodes.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:  # an AccumulateGrad
+            found.append(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in met:
+                met.add(following)
+                nodes.append(following)
+    return found

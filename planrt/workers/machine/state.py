@@ -1,0 +1,402 @@
+"""The worker as a state machine: events in, instructions out; no sockets, no loop, no threads.
+
+The host (`planrt.workers.serving.host`) turns what happens into events and calls ``handle``, one event at a time::
+
+    Received(connection, envelope, tensors)    a message arrived
+    Disconnected(connection)                   a connection ended
+    PeerAnswered(key, body, tensors)           another worker answered a waiting request
+    PeerFailed(key, reason)                    it never will
+
+and carries out, in order, the instructions it returns::
+
+    Reply(connection, envelope, tensors)       send this to the client
+    ToPeer(peer, body, tensors, key)           send this to another worker
+    Wait(key, others)                          nothing to do until PeerAnswered with one of these keys
+    Close(connection)                          close the connection (after the replies before it)
+
+A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
+its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
+opposite order cannot lock each other out. Every request gets exactly one reply, a `Failure` if it raised; a
+message under the number 0 is posted and gets none.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.errors import LocalError, OptionError
+from planrt.plans.ir import ops
+from planrt.plans.policy.approvals import Approvals, Status
+from planrt.plans.policy.rules import Policy
+from planrt.serde.frames import Limits
+from planrt.version import VERSION
+from planrt.workers.machine.backward import BackwardPasses
+from planrt.workers.machine.determinism import wanted
+from planrt.workers.machine.eager import EagerOps
+from planrt.workers.machine.events import (
+    Close,
+    Disconnected,
+    Event,
+    Instruction,
+    PeerAnswered,
+    PeerFailed,
+    Received,
+    Reply,
+    Steps,
+    ToPeer,
+    Wait,
+)
+from planrt.workers.machine.failures import failure_of
+from planrt.workers.machine.gate import Gate
+from planrt.workers.machine.objects import KeptObjects
+from planrt.workers.machine.peers import PeerOps
+from planrt.workers.machine.protocol_objects import PeerError, RunCancelledError
+from planrt.workers.machine.protocols import ProtocolOps
+from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.store import ObjectStore, StoredObject
+from planrt.workers.machine.training import TrainingOps
+from planrt.workers.wire import messages as m
+
+
+@dataclass(slots=True)
+class _Request:
+    connection: int
+    id: int
+    steps: Steps
+    keys: tuple[str, ...] = ()
+    """Of the answers that it waits for."""
+    run: int | None = None
+    """Its number, where it is the run of a protocol."""
+
+
+class WorkerState:
+    """One worker: its data sets and objects, the plans it was sent, its sessions, and requests that wait for peers.
+
+    `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
+    token that proves it: private objects name the users who may see them. With a `policy` nothing runs that breaks it;
+    `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
+    `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        device: str | torch.device = "cpu",
+        users: Mapping[str, str] | None = None,
+        policy: Policy | None = None,
+        approvals: Approvals | None = None,
+        limits: Limits | None = None,
+        deterministic: bool | None = None,
+    ) -> None:
+        if not 1 <= len(id) <= 200:
+            raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
+        self.id = id
+        self.device = torch.device(device)
+        self.deterministic = wanted(self.device, deterministic)
+        """Whether whoever hands it events must see to deterministic kernels."""
+        self.versions = own_versions(limits)
+        self.store = ObjectStore()
+        self._users = dict(users or {})
+        if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
+            self._users
+        ):
+            raise OptionError("every user needs a token of its own, and not an empty one")
+        self._gate = None if policy is None else Gate(policy, approvals)
+        peers = PeerOps(id, self.store)
+        self._objects = KeptObjects(self.store, self.device, self._gate)
+        self._passes = BackwardPasses(self._objects, peers)
+        self._eager = EagerOps(self._objects, self._passes, peers, self.device)
+        self._protocols = ProtocolOps(id, self._objects, self.device)
+        self._training = TrainingOps(id, self.device, self._gate, self._objects)
+        self._sessions: dict[int, Session] = {}
+        self._waiting: dict[str, _Request] = {}
+
+    # ------------------------------------------------------------------------------ the owner's side
+
+    def add_dataset(
+        self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
+    ) -> m.DatasetInfo:
+        """See `TrainingOps.add_dataset`."""
+        return self._training.add_dataset(dataset, key, tags=tags, description=description)
+
+    def remove_dataset(self, key: str) -> None:
+        """See `TrainingOps.remove_dataset`."""
+        self._training.remove_dataset(key)
+
+    def own(self, id: int, tensor: torch.Tensor) -> None:
+        """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
+        about one of these, nobody may read it.
+
+        Raises:
+            DuplicateIdError: the id is taken.
+        """
+        tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
+        with torch.no_grad():
+            value = tensor.detach().to(self.device).requires_grad_(tensor.requires_grad)
+        label = frozenset[str]() if self._gate is not None and self._gate.covers(tags) else None
+        self.store.add(
+            id,
+            StoredObject(
+                value,
+                "",
+                label,
+                tags=tuple(tags),
+                description=description,
+                source=frozenset(tags),
+                original=True,
+            ),
+        )
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether the worker holds such a tensor of its own: the same values, tags and description."""
+        tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
+        return any(
+            isinstance(stored.value, torch.Tensor)
+            and (stored.tags, stored.description) == (tuple(tags), description)
+            and torch.equal(stored.value.detach().to(tensor.device), tensor.detach())
+            for stored in self.store.objects.values()
+            if stored.owner == ""
+        )
+
+    def accepted_by(self, connection: int) -> m.Versions:
+        """What the client of a connection accepts; what everybody does, before it has said so."""
+        session = self._sessions.get(connection)
+        return session.client if session is not None and session.client is not None else self.versions
+
+    @property
+    def datasets(self) -> Mapping[str, m.DatasetInfo]:
+        """key -> what clients are told about the data set."""
+        return self._training.datasets
+
+    # ------------------------------------------------------------------------------------ the machine
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Takes one event and says what to do; never raises for anything a client sent."""
+        match event:
+            case Received(connection, envelope, tensors):
+                return self._received(connection, envelope, tensors)
+            case PeerAnswered(key):
+                return self._wake(self._waiting.get(key), event)
+            case PeerFailed(key, reason):
+                return self._wake(self._waiting.get(key), PeerError(reason, key))
+            case Disconnected(connection):
+                return self._disconnected(connection)
+
+    def _disconnected(self, connection: int) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        session = self._sessions.pop(connection, None)
+        for request in self._of(connection):
+            if request.run is not None:  # what it made on other workers must go
+                instructions += self._wake(request, RunCancelledError("its client is gone"))
+            else:
+                self._forget_keys(request)
+                request.steps.close()
+        return [*instructions, *(self._objects.end(session) if session else ())]
+
+    def _of(self, connection: int) -> list[_Request]:
+        """The requests of a connection that wait for peers."""
+        waiting = {id(one): one for one in self._waiting.values() if one.connection == connection}
+        return list(waiting.values())
+
+    def _run_of(self, connection: int, run: int) -> _Request | None:
+        return next((one for one in self._of(connection) if one.run == run), None)
+
+    def _wake(self, request: _Request | None, sent: PeerAnswered | Exception) -> list[Instruction]:
+        """A request goes on that waited, if it still does."""
+        if request is None:
+            return []
+        self._forget_keys(request)
+        return self._advance(request, sent)
+
+    def _forget_keys(self, request: _Request) -> None:
+        for key in request.keys:
+            del self._waiting[key]
+        request.keys = ()
+
+    def _received(
+        self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]
+    ) -> list[Instruction]:
+        session = self._sessions.get(connection)
+        if isinstance(envelope.body, m.Hello):
+            return self._open(connection, envelope, envelope.body)
+        if session is None:
+            failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
+            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        if session.over:
+            return [Close(connection)]
+        if envelope.id == 0:
+            if isinstance(envelope.body, m.CancelRun):
+                return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
+            return list(self._posted(session, envelope.body, tensors))
+        steps = self._steps(session, envelope.body, tensors)
+        request = _Request(connection, envelope.id, steps)
+        if isinstance(envelope.body, m.RunProtocol):
+            request.run = envelope.body.run
+        return self._advance(request, None)
+
+    def _posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
+        """A message that is not answered; what it could not do shows at the session's next request."""
+        try:
+            match body:
+                case m.Post():
+                    return self._eager.post(session, body)
+                case m.Put():
+                    self._objects.put(session, body, tensors)
+                case m.StorePlan():
+                    self._objects.store_plan(session, body, tensors)
+                case m.StoreProtocol():
+                    self._protocols.store(session, body, tensors)
+                case m.DeployProtocol():
+                    return self._protocols.deploy(session, body)
+                case m.PutPointer():
+                    return self._objects.post_pointer(session, body)
+                case m.Describe():
+                    self._objects.describe(session, body)
+                case m.Remove():
+                    return self._objects.remove(session, body)
+                case m.Claim():
+                    self._claim(session, body)
+                case m.HandOver():
+                    self._objects.hand_over(session, body)
+                case _:
+                    raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
+        except Exception as error:  # as in _advance
+            session.failure = session.failure or failure_of(error)
+        return ()
+
+    def _claim(self, session: Session, body: m.Claim) -> None:
+        self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
+
+    def _open(self, connection: int, envelope: m.Envelope, hello: m.Hello) -> list[Instruction]:
+        mine = self.versions
+        if hello.versions.protocol != mine.protocol:
+            failure = m.Failure(
+                "HandshakeError",
+                f"protocol version {hello.versions.protocol} (planrt {hello.versions.planrt}) does not fit this "
+                f"worker's {mine.protocol} (planrt {mine.planrt}): install the same planrt on both sides",
+            )
+            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        if hello.token and self._user(hello.token) is None:
+            failure = m.Failure("HandshakeError", "the token is none of this worker's users': check it")
+            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        if connection in self._sessions:
+            failure = m.Failure("HandshakeError", "this connection has a session already")
+            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
+        # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
+        own_name = f"{connection}:{hello.session}"
+        self._sessions[connection] = Session(own_name, self._user(hello.token), client=hello.versions)
+        welcome = m.Welcome(self.id, mine, dict(self.datasets))
+        return [Reply(connection, m.Envelope(envelope.id, welcome))]
+
+    def _user(self, token: str) -> str | None:
+        """Whose token that is. Every token is compared, so that the time taken tells nothing."""
+        found = None
+        for user, known in self._users.items():
+            if hmac.compare_digest(known.encode(), token.encode()):
+                found = user
+        return found
+
+    def _advance(self, request: _Request, sent: PeerAnswered | Exception | None) -> list[Instruction]:
+        """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
+        instructions: list[Instruction] = []
+        try:
+            while True:
+                step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
+                sent = None
+                instructions.append(step)
+                if isinstance(step, Wait):
+                    request.keys = (step.key, *step.others)
+                    self._waiting.update(dict.fromkeys(request.keys, request))
+                    return instructions
+        except StopIteration as stop:
+            body, tensors = stop.value
+        except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
+            body, tensors = failure_of(error), ()
+        instructions.append(Reply(request.connection, m.Envelope(request.id, body), tensors))
+        session = self._sessions.get(request.connection)
+        if session is not None and session.over:
+            instructions.append(Close(request.connection))
+        return instructions
+
+    # ----------------------------------------------------------------------------------- the requests
+
+    def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
+        if isinstance(body, m.Resume):  # which nothing keeps from being heard
+            return self._passes.resume(session)
+        self._objects.raise_unseen(session)
+        match body:
+            case m.Fetch():
+                return (yield from self._objects.fetch(session, body))
+            case m.Backward():
+                return (yield from self._passes.run(session, body))
+            case m.Call():
+                return (yield from self._eager.call(session, body))
+            case m.Put():
+                return self._objects.put(session, body, tensors)
+            case m.StorePlan():
+                return self._objects.store_plan(session, body, tensors)
+            case m.ReadPlan():
+                return self._objects.read_plan(session, body)
+            case m.StoreProtocol():
+                return self._protocols.store(session, body, tensors)
+            case m.DeployProtocol():
+                yield from self._protocols.deploy(session, body)
+                return m.Done(), ()
+            case m.ReadRun():
+                return self._protocols.read_run(session, body)
+            case m.RunProtocol():
+                return (yield from self._protocols.run(session, body))
+            case m.Search():
+                return self._objects.search(session, body)
+            case m.Move():
+                return (yield from self._objects.move(session, body))
+            case m.HandOver():
+                return self._objects.hand_over(session, body)
+            case m.Claim():
+                self._claim(session, body)
+                return m.Done(), ()
+            case m.Remove():
+                yield from self._objects.remove(session, body)
+                return m.Done(), ()
+            case m.PutPointer():
+                return (yield from self._objects.put_pointer(session, body))
+            case m.Clear():
+                yield from self._objects.clear(session)
+                return m.Done(), ()
+            case m.ListObjects():
+                return self._objects.listing(session)
+            case m.CountObjects():
+                return m.Counted(self.store.count(session.id)), ()
+            case m.RunPlan():
+                return self._training.run_plan(session, body, tensors)
+            case m.PutPlan():
+                return self._training.put_plan(session, body, tensors)
+            case m.AskApproval():
+                status = Status("approved") if self._gate is None else self._gate.standing(body.plan)
+                return m.Approval(status.status, status.why), ()
+            case m.Fit():
+                return self._training.fit(session, body, tensors)
+            case m.Evaluate():
+                return self._training.evaluate(session, body, tensors)
+            case _:
+                raise LocalError(f"a worker does not take messages of type {type(body).__name__}")
+
+
+def own_versions(limits: Limits | None = None) -> m.Versions:
+    """What this side runs, and accepts."""
+    accepted = limits or Limits()
+    return m.Versions(
+        m.PROTOCOL_VERSION,
+        VERSION,
+        str(torch.__version__),
+        ops.TABLE_HASH,
+        accepted.message,
+        accepted.header,
+        True,
+    )

@@ -1,0 +1,250 @@
+"""The objects a worker holds for its clients: tensors, plans, protocols, pointers to objects on other workers. No I/O.
+
+Every object belongs to the session that made it, which alone can use it by its id, and is freed with it. A
+tagged object is published: it outlives its session, and others find it by `search`. They get a snapshot that
+shares the owner's memory until somebody writes (`torch._lazy_clone`), so nobody can change what another
+published.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from planrt.errors import DuplicateIdError, LocalError
+from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.workers.machine.labels import Label, MemoryLabels, both
+from planrt.workers.machine.plan_objects import PlanObject, shared_copy
+from planrt.workers.machine.protocol_objects import ProtocolObject
+from planrt.workers.wire import messages as m
+
+MAX_OBJECTS = 1_000_000
+"""Objects that a worker keeps for all its sessions."""
+
+
+class UnknownObjectError(LocalError):
+    """Reported to the client under the kind "UnknownObjectError"."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRef:
+    """A pointer to an object on another worker."""
+
+    peer: m.PeerAddress
+    id: int
+
+
+Value: TypeAlias = torch.Tensor | PlanObject | ProtocolObject | PeerRef | None
+
+
+@dataclass(slots=True, eq=False)
+class StoredObject:
+    """One object of a worker."""
+
+    value: Value
+    """None when the op that should have made it failed."""
+    owner: str
+    """The session's id; empty for the worker's own."""
+    label: Label = None
+    """Of the operation that made it; `ObjectStore.label_of` knows what was written to its memory since."""
+    failure: m.Failure | None = None
+    """Why there is no value, or why the last change in place did not happen."""
+    lost: m.Failure | None = None
+    """Why the value only stands in for another: an op failed on private values. For those who may read these."""
+    tags: tuple[str, ...] = ()
+    description: str = ""
+    handover: str = ""
+    """The token that makes its bearer the owner."""
+    source: frozenset[str] | None = None
+    """The tags of data as its owner put it here, for release rules; None for what was computed. Who found a snapshot
+    cannot change them."""
+    original: bool = False
+    """Whether it is what the owner put here, and not a snapshot of it."""
+
+
+def spec_of(tensor: torch.Tensor) -> m.ObjectSpec:
+    """What may be known of `tensor` without its values."""
+    return m.ObjectSpec(
+        list(tensor.shape),
+        list(tensor.stride()),
+        DTYPE_NAMES[tensor.dtype],
+        tensor.requires_grad,
+        tensor.is_leaf,
+    )
+
+
+def new_id() -> int:
+    """An object id that nobody else will choose, in [0, 2**63)."""
+    return secrets.randbits(52)
+
+
+@dataclass(slots=True)
+class ObjectStore:
+    """id -> object, with the sessions' rights to them."""
+
+    limit: int = MAX_OBJECTS
+    objects: dict[int, StoredObject] = field(default_factory=dict)
+    memory: MemoryLabels = field(default_factory=MemoryLabels)
+    _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
+
+    def add(self, id: int, stored: StoredObject) -> None:
+        """Takes `stored` under `id`.
+
+        Raises:
+            DuplicateIdError: the id is in use. LocalError: the worker holds as many objects as it may.
+        """
+        self.check_free(id)
+        if len(self.objects) >= self.limit:
+            raise LocalError(f"the worker holds {self.limit:,} objects, its limit: drop some pointers")
+        self.objects[id] = stored
+        self._of_session.setdefault(stored.owner, {})[id] = None
+        if stored.label is not None and not self.memory.watching:
+            self.memory.watch(self._gradients())
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        """Every gradient that an object has."""
+        for stored in self.objects.values():
+            for tensor in tensors_of(stored.value):
+                if (grad := grad_of(tensor)) is not None:
+                    yield grad
+
+    def check_free(self, id: int) -> None:
+        """Raises DuplicateIdError if the id is in use."""
+        if id in self.objects:
+            raise DuplicateIdError(f"an object with the id {id} is already there: choose another id")
+
+    def find(self, session: str, id: int) -> StoredObject:
+        """The session's object `id`.
+
+        Raises:
+            UnknownObjectError: it holds none under that id: never made, taken back, or another session's.
+        """
+        stored = self.objects.get(id)
+        if stored is None or stored.owner != session:
+            raise UnknownObjectError(
+                f"no object {id} here for this session: was it taken back by get() or dropped?"
+            )
+        return stored
+
+    def drop(self, session: str, id: int) -> StoredObject | None:
+        """Forgets the session's object `id`, unless it is published; unknown ids are none of our business."""
+        stored = self.objects.get(id)
+        if stored is None or stored.owner != session or stored.tags:
+            return None
+        return self.remove(id)
+
+    def remove(self, id: int) -> StoredObject:
+        """Forgets an object, published or not."""
+        stored = self.objects.pop(id)
+        self._of_session[stored.owner].pop(id)
+        return stored
+
+    def discard(self, session: str, id: int) -> None:
+        """Forgets the session's object `id`, published or not, if it is still there."""
+        if (stored := self.objects.get(id)) is not None and stored.owner == session:
+            self.remove(id)
+
+    def change_owner(self, id: int, session: str) -> None:
+        """Makes object `id` belong to `session`."""
+        stored = self.remove(id)
+        stored.owner = session
+        self.objects[id] = stored
+        self._of_session.setdefault(session, {})[id] = None
+
+    def of(self, session: str) -> Iterator[tuple[int, StoredObject]]:
+        """The objects of a session, oldest first."""
+        for id in list(self._of_session.get(session, ())):
+            yield id, self.objects[id]
+
+    def count(self, session: str) -> int:
+        """How many objects belong to `session`."""
+        return len(self._of_session.get(session, ()))
+
+    def end(self, session: str) -> list[StoredObject]:
+        """Frees what belongs to a session that has ended; what it published becomes the worker's own."""
+        gone = []
+        for id, stored in list(self.of(session)):
+            if stored.tags and isinstance(stored.value, torch.Tensor | PlanObject | ProtocolObject):
+                self.change_owner(id, "")
+            else:
+                gone.append(self.remove(id))
+        self._of_session.pop(session, None)
+        return gone
+
+    def clear(self, session: str) -> list[StoredObject]:
+        """Removes everything that belongs to `session`, published or not."""
+        return [self.remove(id) for id, _ in list(self.of(session))]
+
+    def search(self, session: str, query: Iterable[str]) -> list[tuple[int, StoredObject]]:
+        """Objects that match every term: a tag, the id, or a word of the description, exactly.
+
+        The session's own are found as they are. Of others' published ones it gets snapshots of its own.
+        """
+        terms = list(query)
+        hits = [
+            (id, stored)
+            for id, stored in list(self.objects.items())
+            if (stored.owner in (session, "") or stored.tags)
+            and _can_be_shown(stored.value)
+            and all(_matches(term, id, stored) for term in terms)
+        ]
+        return [hit if hit[1].owner == session else self._snapshot(session, hit[1]) for hit in hits]
+
+    def label_of(self, stored: StoredObject) -> Label:
+        """Who may read the value of `stored`."""
+        label = stored.label
+        for tensor in tensors_of(stored.value):
+            label = both(label, self.memory.of(tensor))
+        return label
+
+    def source_of(self, stored: StoredObject) -> frozenset[str] | None:
+        """Its tags as data that nothing was written to since its owner put it here; None for anything else."""
+        if isinstance(stored.value, torch.Tensor) and self.memory.of(stored.value) is None:
+            return stored.source
+        return None
+
+    def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
+        value = stored.value
+        own: torch.Tensor | PlanObject | ProtocolObject
+        if isinstance(value, PlanObject | ProtocolObject):
+            own = value.snapshot()
+        elif isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                own = shared_copy(value).requires_grad_(value.requires_grad)
+        else:
+            raise LocalError("only tensors, plans and protocols can be shared")
+        id, label = new_id(), self.label_of(stored)
+        copy = StoredObject(
+            own, session, label, description=stored.description, source=self.source_of(stored)
+        )
+        self.add(id, copy)
+        return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
+
+
+def grad_of(value: torch.Tensor) -> torch.Tensor | None:
+    """The gradient, where a tensor can have one: torch warns about the question elsewhere."""
+    return value.grad if value.is_leaf or value.retains_grad else None
+
+
+def tensors_of(value: Value) -> list[torch.Tensor]:
+    """The tensors that an object holds."""
+    if isinstance(value, PlanObject | ProtocolObject):
+        return value.state
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _can_be_shown(value: Value) -> bool:
+    if isinstance(value, PlanObject | ProtocolObject):
+        return True
+    try:
+        return isinstance(value, torch.Tensor) and value.is_leaf in (True, False)
+    except RuntimeError:  # a view whose base was changed in a way that leaves autograd at a loss
+        return False
+
+
+def _matches(term: str, id: int, stored: StoredObject) -> bool:
+    return term in stored.tags or term == str(id) or term in stored.description.split()

@@ -1,0 +1,317 @@
+"""What a worker does with its data sets: trains and evaluates plans on them. No sockets, no loop.
+
+The requests of rounds. Apart from `planrt.workers.machine.state`, since they are a world of their own: they need no
+other worker, the state comes with each message or is held as objects of the session, and plans are known by their
+hashes to all sessions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.errors import LocalError, OptionError, PlanError, PolicyError
+from planrt.plans import training
+from planrt.plans.ir.constants import Constant
+from planrt.plans.ir.graph import Graph
+from planrt.plans.ir.record import alone
+from planrt.plans.running import interpreter
+from planrt.plans.training import Batch
+from planrt.seeding import derive_seed, seeded
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.types import Ref, TensorSpec, as_text, leaves
+from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
+from planrt.workers.machine.admission import failed_on_data
+from planrt.workers.machine.events import Answer
+from planrt.workers.machine.failures import OpFailedError, failure_on_data
+from planrt.workers.machine.gate import Gate
+from planrt.workers.machine.objects import KeptObjects
+from planrt.workers.machine.sessions import Session
+from planrt.workers.wire import messages as m
+
+MAX_PLANS = 256
+"""Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
+
+_Draw = Callable[[Iterator[Batch]], Iterator[Batch]]
+
+
+class _UnknownPlanError(LocalError):
+    """Reported to the client under the kind "UnknownPlanError"."""
+
+
+class _UnknownDatasetError(LocalError):
+    """Reported to the client under the kind "UnknownDatasetError"."""
+
+
+@dataclass(slots=True)
+class _Dataset:
+    source: BatchSource
+    info: m.DatasetInfo
+
+
+class TrainingOps:
+    """The data sets of one worker, and the plans that run on them."""
+
+    def __init__(self, worker_id: str, device: torch.device, gate: Gate | None, objects: KeptObjects) -> None:
+        self._worker_id = worker_id
+        self._device = device
+        self._gate = gate
+        self._objects = objects
+        self._datasets: dict[str, _Dataset] = {}
+        self._plans: OrderedDict[str, Graph] = OrderedDict()
+
+    def add_dataset(
+        self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
+    ) -> m.DatasetInfo:
+        """Serves a map-style data set of (data, target) pairs under `key`.
+
+        Raises:
+            DataError: no map-style data set, or its items are no pairs of tensors or numbers.
+            OptionError: the key is no string, or taken.
+        """
+        key, tags, description = as_text(key, "key"), _tags(tags), as_text(description, "description")
+        if key in self._datasets:
+            raise OptionError(f"worker {self._worker_id!r} already has a data set under the key {key!r}")
+        source = as_batches(dataset, key=key)
+        data, target = (_spec_to_wire(spec) for spec in sample_specs(source, key=key))
+        info = m.DatasetInfo(len(source), data, target, list(tags), description)
+        self._datasets[key] = _Dataset(source, info)
+        return info
+
+    def remove_dataset(self, key: str) -> None:
+        """Serves the data set `key` no longer.
+
+        Raises:
+            OptionError: there is none under that key.
+        """
+        if self._datasets.pop(key, None) is None:
+            keys = ", ".join(sorted(self._datasets)) or "none"
+            raise OptionError(
+                f"worker {self._worker_id!r} has no data set under the key {key!r}; it has: {keys}"
+            )
+
+    @property
+    def datasets(self) -> Mapping[str, m.DatasetInfo]:
+        """key -> what clients are told about the data set."""
+        return {key: dataset.info for key, dataset in self._datasets.items()}
+
+    def put_plan(self, session: Session, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
+        """Keeps a plan that a client sends."""
+        if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
+            raise PlanError("a plan travels as one uint8 tensor: its canonical bytes, or a record of it")
+        data = tensors[0].numpy().tobytes()
+        plan = _decoded(data)
+        if plan.hash != body.plan:
+            raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
+        if self._gate is not None:
+            self._gate.arrived([plan], data, None, session.user, body.purpose)
+            session.purposes[plan.hash] = body.purpose
+            while len(session.purposes) > MAX_PLANS:
+                del session.purposes[next(iter(session.purposes))]
+        self._plans[plan.hash] = plan
+        self._plans.move_to_end(plan.hash)
+        while len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
+        return m.Done(), ()
+
+    def run_plan(self, session: Session, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
+        """Runs a plan once, on tensors that came with the message."""
+        plan = self._plan(body.plan)
+        inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
+        deadline = math.inf
+        if self._gate is not None:
+            interpreter.check_inputs(plan, inputs)
+            constants = self._asked(self._gate, session, plan, state)
+            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs], constants=constants)
+            deadline = self._gate.deadline()
+        with seeded(body.seed, self._device):
+            outputs = interpreter.execute(plan, inputs, state, device=self._device, deadline=deadline)
+        wanted = leaves(plan.outputs)
+        values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
+        numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
+        return m.Values(numbers), [value.detach() for value in values if isinstance(value, torch.Tensor)]
+
+    def fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
+        """Trains a model on a data set: one worker's part of a round, or what a client left here."""
+        plan = self._plan(body.plan)
+        deadline = math.inf
+        source = self._dataset(body.dataset)
+        state = self._state(session, body, tensors)
+        if self._gate is not None:
+            constants = self._asked(self._gate, session, plan, state, body.dataset)
+            self._admit_training(plan, constants, body, len(source))
+            deadline = self._gate.deadline()
+        if body.objects:  # what fails half-way leaves them as they were
+            state = [
+                value.clone() if entry.can_change else value
+                for entry, value in zip(plan.state, state, strict=False)
+            ]
+        batches = iterate(
+            source,
+            batch_size=body.batch_size,
+            max_nr_batches=body.max_nr_batches,
+            epochs=body.epochs,
+            shuffle=body.shuffle,
+            seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
+            drop_last=body.drop_last,
+        )
+        kept = (body.plan, body.dataset, body.optimizer, body.objects[0] if body.objects else 0)
+        with self._unseen(session, body) as drawing:
+            result = training.train(
+                plan,
+                state,
+                drawing(batches),
+                optimizer=body.optimizer,
+                optimizer_args=body.optimizer_args,
+                optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
+                device=self._device,
+                seed=body.seed,
+                deadline=deadline,
+            )
+        if body.keep_optimizer_state:
+            self._objects.forget_optimizers(session)
+            session.optimizer_states[kept] = result.optimizer_state
+        answer = m.Fitted(result.loss, result.samples, result.batches, list(result.changed))
+        if not body.objects:
+            return answer, result.state
+        for index, value in zip(result.changed, result.state, strict=True):
+            self._objects.replace_state(session, body.objects[index], value)
+        return answer, ()
+
+    def _asked(
+        self, gate: Gate, session: Session, plan: Graph, state: Sequence[torch.Tensor], *data: str
+    ) -> tuple[Constant, ...]:
+        """The plan's constants, once its owner has been asked for it."""
+        interpreter.check_state(plan, state)
+        constants = gate.constants(plan, state)
+        gate.asked(plan, constants, session.user, data, session.purposes.get(plan.hash, ""))
+        return constants
+
+    def _admit_training(self, plan: Graph, constants: Sequence[Constant], body: m.Fit, items: int) -> None:
+        assert self._gate is not None  # noqa: S101 - the caller has looked
+        smallest = smallest_batch(
+            items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
+        )
+        specs = self._batch_specs(body.dataset, min(body.batch_size, items))
+        try:
+            tags = self._datasets[body.dataset].info.tags
+            self._gate.admit_training(plan, specs, tags, smallest, constants=constants)
+        except PolicyError as error:
+            if error.rule != "release" or not 0 < smallest < min(body.batch_size, items):
+                raise
+            raise PolicyError(
+                f"{error}: TrainConfig(drop_last=True) leaves short last batches out", rule=error.rule, op=error.op,
+                index=error.index, line=error.line,
+            ) from None  # fmt: skip
+
+    def _state(
+        self, session: Session, body: m.Fit | m.Evaluate, tensors: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        if body.objects and tensors:
+            raise LocalError("the state of a plan comes as tensors or as objects, not as both")
+        return self._objects.state(session, body.objects) if body.objects else tensors
+
+    def evaluate(self, session: Session, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
+        """Evaluates a model on a data set."""
+        plan = self._plan(body.plan)
+        source, deadline = self._dataset(body.dataset), math.inf
+        state = self._state(session, body, tensors)
+        if self._gate is not None:
+            constants = self._asked(self._gate, session, plan, state, body.dataset)
+            smallest = smallest_batch(len(source), body.batch_size)
+            specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
+            tags = self._datasets[body.dataset].info.tags
+            self._gate.admit_evaluation(
+                plan, specs, tags, smallest, len(source), bins=body.bins, constants=constants
+            )
+            deadline = self._gate.deadline()
+        batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
+        with self._unseen(session, body) as drawing:
+            result = training.evaluate(
+                plan, state, drawing(batches), bins=body.bins, device=self._device, deadline=deadline
+            )
+        if result.correct is None or self._counts_leave(body.dataset, result):
+            return m.Evaluated(
+                result.loss, result.samples, result.correct, result.histogram, result.target_histogram
+            ), ()
+        return m.Evaluated(result.loss, result.samples, None, None, None), ()
+
+    def _counts_leave(self, key: str, result: training.EvaluationResult) -> bool:
+        """Whether the owner's rules let all counts of an evaluation out; together, as one is the rest of the others."""
+        if self._gate is None:
+            return True
+        correct, samples = result.correct or 0, result.samples
+        counts = [correct, samples - correct]
+        for histogram in (result.histogram or [], result.target_histogram or []):
+            counts += [*histogram, samples - sum(histogram)]
+        return self._gate.counts_leave(self._datasets[key].info.tags, counts)
+
+    @contextmanager
+    def _unseen(self, session: Session, body: m.Fit | m.Evaluate) -> Iterator[_Draw]:
+        """For a run on a data set; gives what its batches are to be drawn through.
+
+        Where there is a policy, a client is not told why the run failed once data has been asked for: neither torch's
+        words nor those of the owner's data set. What fails before, as unknown options do, is about the request alone.
+        """
+        drawn = False
+
+        def drawing(batches: Iterator[Batch]) -> Iterator[Batch]:
+            nonlocal drawn
+            drawn = True
+            yield from batches
+
+        try:
+            yield drawing
+        except Exception as error:
+            if self._gate is None or not drawn:
+                raise
+            failed_on_data(self._gate, session, error, plan=body.plan, dataset=body.dataset)
+            raise OpFailedError(failure_on_data(error)) from error
+
+    def _plan(self, hash: str) -> Graph:
+        try:
+            self._plans.move_to_end(hash)
+            return self._plans[hash]
+        except KeyError:
+            raise _UnknownPlanError(f"no plan with the hash {hash}: send it first") from None
+
+    def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
+        info = self._datasets[key].info
+        return [TensorSpec((rows, *sizes[1:]), DTYPES[dtype]) for dtype, sizes in (info.data, info.target)]
+
+    def _dataset(self, key: str) -> BatchSource:
+        try:
+            return self._datasets[key].source
+        except KeyError:
+            keys = ", ".join(sorted(self._datasets)) or "none"
+            raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
+
+
+def _tags(tags: Sequence[str]) -> list[str]:
+    if isinstance(tags, str):
+        raise OptionError(f"tags is a list of strings: write tags=[{tags!r}]")
+    return [as_text(tag, "a tag") for tag in tags]
+
+
+_plans_by_hash: weakref.WeakValueDictionary[str, Graph] = weakref.WeakValueDictionary()
+"""Plans that some worker of this process holds. Plans are immutable: a thousand virtual workers share one."""
+
+
+def _decoded(data: bytes) -> Graph:
+    key = hashlib.sha256(data).hexdigest()
+    plan = _plans_by_hash.get(key)
+    if plan is None:
+        plan = _plans_by_hash[key] = alone(data)
+    return plan
+
+
+def _spec_to_wire(spec: TensorSpec) -> tuple[str, list[int]]:
+    return DTYPE_NAMES[spec.dtype], list(spec.shape)

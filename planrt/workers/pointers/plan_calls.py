@@ -1,0 +1,99 @@
+"""What happens when a pointer to a plan is called, copied or asked for its state: one posted op, as for any torch call
+on pointers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from planrt.errors import MixedLocationsError
+from planrt.plans.running.inference import infer, spec
+from planrt.plans.running.interpreter import check_inputs
+from planrt.types import Ref, map_leaves
+from planrt.workers.machine import plan_objects
+from planrt.workers.machine.plan_objects import PlanTwin
+from planrt.workers.pointers.ops import calling_line, packed, place_of, post
+from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer, new_id
+from planrt.workers.wire.objects import contiguous_stride
+from planrt.workers.wire.posted import Line, PostedOp
+
+if TYPE_CHECKING:
+    from planrt.workers.pointers.plan import PointerPlan
+
+
+def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int | None) -> Any:
+    """Runs `plan` where it is; see `PointerPlan.__call__`."""
+    handle = alive(plan)
+    graph = plan.graph
+    inputs = plan.record.signature.bind(plan.name, args, kwargs)
+    operands: list[PointerTensor] = []
+    for name, tensor in zip(graph.input_names, inputs, strict=True):
+        if (
+            not isinstance(tensor, PointerTensor)
+            or alive(tensor).worker is not handle.worker
+            or tensor._handle.via != handle.via
+        ):
+            here = not isinstance(tensor, PointerTensor)
+            raise MixedLocationsError(
+                f"plan {plan.name!r} is on worker {handle.worker.id!r}, its argument {name} in {place_of(tensor)}: "
+                + ("send it there with .send(worker)" if here else "move it there with .move(worker)")
+            )
+        operands.append(tensor)
+    check_inputs(graph, operands)
+    if seed is None and graph.is_random:
+        seed = handle.worker.draw_seed()
+    called = calling_line()
+    line: Line | None = (called[0], called[1], weakref.ref(graph)) if called is not None else None
+    inferred = infer(
+        plan_objects.CALL, plan_objects.call_on_meta, (PlanTwin(graph), *operands), {}, PointerTensor
+    )
+    wire = (Ref(handle.id), plan.training, *(Ref(one._handle.id) for one in operands))
+    values = iter(post(plan_objects.CALL, wire, {}, handle, inferred, operands, seed, line))
+    if any(one._spec.requires_grad for one in operands):
+        handle.worker.gradients.histories.rewrite()  # a plan may write to its operands
+    return map_leaves(graph.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
+
+
+def copy_plan(plan: PointerPlan) -> PointerPlan:
+    """A pointer to a copy of the plan, on the same worker."""
+    from planrt.workers.pointers.plan import PointerPlan  # it imports this module
+
+    handle = alive(plan)
+    worker = handle.worker
+    made = Handle(worker, new_id(), handle.via)
+    op = PostedOp(
+        plan_objects.COPY,
+        (Ref(handle.id),),
+        {},
+        Ref(made.id),
+        torch.is_grad_enabled(),
+        None,
+        worker.take_drops(),
+    )
+    worker.post_op(packed(op, worker), calling_line())
+    return PointerPlan(
+        made, name=plan.name, record=plan._record, origin=plan._origin, training=plan.training,
+        description=plan.description,
+    )  # fmt: skip
+
+
+def state_pointers(plan: PointerPlan) -> list[PointerTensor]:
+    """Pointers to the tensors of the plan's state on its worker, in the order of its record; posts one op."""
+    handle = alive(plan)
+    worker, entries = handle.worker, plan.record.state
+    if not entries:
+        return []
+    made = [Handle(worker, new_id(), handle.via) for _ in entries]
+    results = tuple([Ref(one.id) for one in made])
+    op = PostedOp(
+        plan_objects.STATE, (Ref(handle.id),), {}, results, torch.is_grad_enabled(), None, worker.take_drops()
+    )
+    worker.post_op(packed(op, worker), calling_line())
+    likes = [
+        spec(one.spec.shape, contiguous_stride(one.spec.shape), one.spec.dtype, one.trainable, True)
+        for one in entries
+    ]
+    return [make_pointer(one, like) for one, like in zip(made, likes, strict=True)]

@@ -1,0 +1,546 @@
+"""`PointerTensor`: a tensor that lives on a worker, used like any other.
+
+Every torch call on a pointer becomes one posted op (`planrt.workers.pointers.dispatch`); the result is a pointer at
+once, with shape and dtype, and the values stay where they are until `get`. A pointer sits above autograd
+(``__torch_function__``): gradients are computed by the worker that owns the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import torch
+
+from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteValueError
+from planrt.loop import run
+from planrt.plans.running.inference import Spec
+from planrt.types import as_whole, plain
+
+if TYPE_CHECKING:
+    from planrt.workers.base import BaseWorker
+
+_ids = itertools.count(secrets.randbits(40) << 10)
+
+
+def new_id() -> int:
+    """An object id, in [0, 2**63), that no other process will choose either."""
+    return next(_ids)
+
+
+class IdProvider:
+    """New ids, by the name that PySyft 0.2 had for it: ``planrt.ID_PROVIDER.pop()``."""
+
+    def pop(self, *args: object) -> int:
+        """See `new_id`."""
+        return new_id()
+
+
+ID_PROVIDER = IdProvider()
+
+
+class Handle:
+    """What a pointer holds on to: the object `id` on `worker`. Going, it lets the worker free the object."""
+
+    __slots__ = ("__weakref__", "alive", "connection", "id", "owned", "via", "worker")
+
+    def __init__(
+        self, worker: BaseWorker, id: int, via: tuple[BaseWorker, ...] = (), *, owned: bool = True
+    ) -> None:
+        self.worker = worker
+        self.id = id
+        self.via = via
+        """The workers that the object itself points through, in order; empty for a tensor."""
+        self.owned = owned
+        self.alive = True
+        self.connection = worker._connection
+
+    def __del__(self) -> None:
+        if self.alive and self.connection is self.worker._connection:
+            if self.owned:
+                self.worker.forget(self.id)
+            else:
+                self.worker.ids.leave(self.id)
+
+
+class PointerTensor(torch.Tensor):
+    """A tensor on a worker.
+
+    Attributes (besides those of `torch.Tensor`, which answer without asking the worker):
+        location: the worker. id_at_location: the object's id there. id: the pointer's own id, here.
+        owner: the worker that stands for this process. tags, description: as the object was given them.
+    """
+
+    _handle: Handle
+    _spec: Spec
+    _id: int
+
+    def __new__(
+        cls,
+        location: Any = None,
+        id_at_location: Any = None,
+        owner: object = None,
+        id: int | None = None,
+        garbage_collect_data: bool = False,
+    ) -> PointerTensor:
+        """``PointerTensor(location=bob, id_at_location=x.id)`` points to a tensor of this client that is there. It
+        stays when the pointer goes, unless with `garbage_collect_data`. `owner` is taken, and is this process.
+
+        Raises:
+            OptionError: no worker, no id, or no tensor. UnknownObjectError: there is nothing under that id.
+        """
+        handle_at(location, id_at_location)
+        pointer: PointerTensor = location.tensor_at(id_at_location)
+        if garbage_collect_data:
+            pointer._handle.owned = True
+        if id is not None:
+            give_id(pointer, as_whole(id, "id"))
+        return pointer
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """All was done when it was made."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from planrt.workers.pointers.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+        """Reached only by code that goes around ``__torch_function__``: there is no data here to compute on."""
+        raise RemoteOpError(
+            f"{func} was called below torch's Python functions (by TorchScript or a C++ extension, say): pointers "
+            "have no values here; get() them first"
+        )
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+        """NumPy's functions need the values."""
+        raise RemoteValueError(
+            f"numpy.{function.__name__} reads the value of a tensor that is on a worker: write .get() first, or use "
+            f"torch's function"
+        )
+
+    def __hash__(self) -> int:
+        """As `torch.Tensor` has it: dictionaries find a parameter again after it was sent."""
+        return id(self)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        not_copied()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        not_copied()
+
+    @property
+    def location(self) -> BaseWorker:
+        """The worker that holds the object."""
+        return self._handle.worker
+
+    @property
+    def id_at_location(self) -> int:
+        """The object's id on its worker."""
+        return self._handle.id
+
+    @property
+    def garbage_collection(self) -> bool:
+        """Whether the object goes when the last pointer to it does."""
+        return self._handle.owned
+
+    @garbage_collection.setter
+    def garbage_collection(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    @property
+    def gc(self) -> bool:
+        """The same as `garbage_collection`."""
+        return self._handle.owned
+
+    @gc.setter
+    def gc(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    @property
+    def garbage_collect_data(self) -> bool:
+        """The same as `garbage_collection`."""
+        return self._handle.owned
+
+    @garbage_collect_data.setter
+    def garbage_collect_data(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    @property
+    def disable_gc(self) -> PointerTensor:
+        """This pointer, whose object stays from here on when the last pointer to it goes."""
+        self._handle.owned = False
+        return self
+
+    @property
+    def child(self) -> PointerTensor:
+        """This pointer: in PySyft 0.2 a wrapper held the pointer, here it is both."""
+        return self
+
+    @property
+    def is_wrapper(self) -> bool:
+        """True, as of what held a pointer in PySyft 0.2."""
+        return True
+
+    def get(self, user: str | None = None, reason: str = "") -> Any:
+        """The value, with `requires_grad` and `.grad` as they stand there; the worker forgets the object.
+
+        A pointer to a pointer gives the pointer it points to. The object goes once its value has arrived: whatever
+        fails, it is still there. `user` is refused, with what to write instead; `reason` is taken, and not passed on.
+
+        Raises:
+            RemoteError: the op that made it, or one before it, failed; names the op, its line and the worker.
+            GetNotPermittedError: it is private. GonePointerError: it was used up before. WorkerLostError.
+            ReplyTooLargeError: it is larger than this client takes.
+        """
+        refuse_user(user)
+        return alive(self).worker.fetch(self)
+
+    async def async_get(self, user: str | None = None, reason: str = "") -> Any:
+        """`get`, to be awaited on any loop."""
+        refuse_user(user)
+        return await alive(self).worker.fetch_async(self)
+
+    def combine(self, *others: PointerTensor) -> Any:
+        """This pointer and `others`, each on a worker of its own, as one `MultiPointerTensor`."""
+        return combine_pointers(self, *others)
+
+    def get_(self) -> PointerTensor:
+        """`get` in place: this object, made a pointer by ``send_``, becomes a tensor again."""
+        become_tensor(self, alive(self).worker.fetch(self))
+        return self
+
+    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
+        """Takes the memory of another remote tensor. (torch does not let `Tensor.set_` be overridden elsewhere.)"""
+        from planrt.workers.pointers.autograd import set_memory
+
+        return set_memory(self, source, *args, **kwargs)
+
+    def copy(self) -> PointerTensor:
+        """A pointer to a copy on the same worker."""
+        return self.clone()  # type: ignore[return-value]
+
+    def move(self, worker: BaseWorker, requires_grad: bool = False) -> PointerTensor:
+        """Moves the object to `worker`, straight from its own, in place: returns this pointer, which points there.
+
+        The object keeps its id, if that is free there. What moved is a leaf of autograd again. Of a pointer to a
+        pointer, the pointer moves that it points to. If it fails, this still points to the object. `requires_grad`, by
+        which PySyft 0.2 passed gradients on from worker to worker, is refused.
+
+        Raises:
+            RemoteError: one of the workers could not. GetNotPermittedError: it is private. WorkerLostError.
+        """
+        refuse_options("move", requires_grad=requires_grad)
+        return alive(self).worker.move(self, worker)
+
+    def remote_send(self, worker: BaseWorker) -> PointerTensor:
+        """Moves the object to `worker` and leaves a pointer to it where it was, which this pointer points to."""
+        here = alive(self).worker
+        here.move(self, worker)
+        if worker is not here:
+            take_place(self, worker.hand_pointer(self, here))
+        return self
+
+    def remote_get(self) -> PointerTensor:
+        """Brings what the pointer on the worker points to there, in place: ``x.send(bob).send(alice).remote_get()``
+        points to a tensor on alice.
+
+        Raises:
+            LocalError: this points to a tensor. RemoteError, WorkerLostError: as of `move`.
+        """
+        worker = alive(self).worker
+        return run(worker.remote_get_async(self), instead="await worker.remote_get_async(pointer)")
+
+    async def async_move(self, worker: BaseWorker) -> PointerTensor:
+        """`move`, to be awaited on any loop."""
+        return await alive(self).worker.move_async(self, worker)
+
+    def send(self, worker: BaseWorker) -> PointerTensor:
+        """Gives `worker` this pointer: the result points to it there. `get` brings it back."""
+        return alive(self).worker.hand_pointer(self, worker)
+
+    async def async_send(self, worker: BaseWorker) -> PointerTensor:
+        """`send`, to be awaited on any loop."""
+        return await alive(self).worker.hand_pointer_async(self, worker)
+
+    def send_(self, worker: BaseWorker, **options: Any) -> NoReturn:
+        """Not for pointers: `send` gives a new one."""
+        raise RemoteOpError(
+            "this is a pointer already: send() makes a pointer to it, move() moves what it points to"
+        )
+
+    async def async_grad(self) -> PointerTensor | None:
+        """`grad`, to be awaited on any loop: it may have to wait for a backward pass."""
+        return await alive(self).worker.async_gradient(self)
+
+    def tag(self, *tags: str) -> PointerTensor:
+        """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
+        every = (*self.__dict__.get("_tags", ()), *tags)
+        self._handle.worker.describe_object(self, every, self.__dict__.get("_description", ""))
+        self.__dict__["_tags"] = tuple(plain(tag) for tag in every)
+        return self
+
+    def describe(self, description: str) -> PointerTensor:
+        """Gives the object a description, whose words `search` finds."""
+        self._handle.worker.describe_object(self, self.__dict__.get("_tags", ()), description)
+        self.__dict__["_description"] = plain(description)
+        return self
+
+
+def combine_pointers(*pointers: PointerTensor) -> Any:
+    """One `MultiPointerTensor` that stands for `pointers`, each on a worker of its own.
+
+    Raises:
+        OptionError: one of them is no pointer. MixedLocationsError: two are on the same worker.
+    """
+    from planrt.workers.pointers.multi import MultiPointerTensor  # it imports this module
+
+    if not pointers or not all(isinstance(one, PointerTensor) for one in pointers):
+        raise OptionError("combine_pointers takes pointers: send() the tensors first")
+    return MultiPointerTensor.of(pointers)
+
+
+def refuse_user(user: object) -> None:
+    """Says how a client shows whose it is, where PySyft 0.2 took anybody's word."""
+    if user is not None:
+        raise OptionError(
+            "user= is not taken: a client shows a token when it connects, with WebsocketClientWorker(..., token=...) "
+            "or worker.connect_as(token), and gets what its user may see"
+        )
+
+
+_GRADIENTS_STAY = (
+    "gradients do not pass from worker to worker: send y.detach().requires_grad_() instead, and after the backward "
+    "pass there write y.backward(pointer.grad.get())"
+)
+_NOT_TAKEN = {
+    "requires_grad": _GRADIENTS_STAY,
+    "local_autograd": "gradients of pointers are computed on their worker: call loss.backward()",
+    "preinitialize_grad": "gradients are there after a backward pass: set x.grad before send()",
+    "user": "a token says who asks: worker.connect_as(token), or WebsocketClientWorker(..., token=...)",
+}
+
+
+def refuse_options(call: str, **options: object) -> None:
+    """Says what to write instead of options of PySyft 0.2's that were set; those that are false are its defaults.
+
+    Raises:
+        OptionError: one of them is set.
+    """
+    for name, value in options.items():
+        if value:
+            raise OptionError(f"{call} takes no {name}=: {_NOT_TAKEN[name]}")
+
+
+def not_copied() -> NoReturn:
+    """Refuses `copy.deepcopy` and `pickle` of a pointer."""
+    raise RemoteOpError(
+        "a pointer cannot be pickled or deep-copied, it would point to an object that nobody keeps: copy() the object "
+        "on its worker, or get() it; of a model, get() it before you save it or its optimizer, whose state comes along"
+    )
+
+
+_base: Any = torch.Tensor._make_wrapper_subclass
+_no_function = torch._C.DisableTorchFunctionSubclass
+
+
+def make_pointer(handle: Handle, spec: Spec) -> PointerTensor:
+    """A new pointer to what `handle` holds."""
+    pointer: PointerTensor = _base(PointerTensor, spec.shape, strides=spec.stride, dtype=spec.dtype)
+    pointer._handle = handle
+    pointer._spec = spec
+    return pointer
+
+
+class PointerParameter(PointerTensor, torch.nn.Parameter):
+    """What a module's parameter becomes while its module is on a worker: the same object, of another class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PointerParameter:
+        """Never made like this: `become_pointer` turns parameters into these."""
+        raise RemoteOpError("send a module to get remote parameters: module.send(worker)")
+
+
+def become_pointer(tensor: torch.Tensor, handle: Handle, spec: Spec) -> None:
+    """Turns `tensor`, in place, into a pointer: whoever refers to it goes on doing so (as torch's own
+    `UninitializedParameter` does). Its memory here is freed.
+    """
+    with _no_function():
+        if isinstance(tensor, PointerTensor):
+            pass
+        elif isinstance(tensor, torch.nn.Parameter):
+            tensor.grad = None
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+            tensor.__class__ = PointerParameter
+        else:
+            tensor.grad = None
+            if tensor.grad_fn is not None:
+                tensor.detach_()
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+            tensor.__class__ = PointerTensor
+    tensor._handle = handle  # type: ignore[attr-defined]
+    tensor._spec = spec  # type: ignore[attr-defined]
+
+
+def take_place(pointer: PointerTensor, other: PointerTensor) -> None:
+    """Makes `pointer` point to what `other` points to, which points to nothing from here on."""
+    pointer._handle, pointer._spec = other._handle, other._spec
+    pointer.__dict__.pop("_grad_pointer", None)
+    other._handle = Handle(other._handle.worker, 0, owned=False)
+    other._handle.alive = False
+
+
+def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
+    """Turns a pointer that `become_pointer` made back into the tensor it was, with `value`'s data and gradient."""
+    with _no_function():
+        if not is_swapped(pointer):
+            raise RemoteOpError("get_() needs a pointer made by send_(): write x = x.get()")
+        is_parameter = isinstance(pointer, PointerParameter)
+        del pointer._handle, pointer._spec
+        pointer.__class__ = torch.nn.Parameter if is_parameter else torch.Tensor  # type: ignore[assignment]
+        pointer.requires_grad_(False)
+        pointer.data = value.detach()
+        pointer.requires_grad_(value.requires_grad)
+        pointer.grad = value.grad
+        pointer.__dict__.pop("_grad_pointer", None)
+        give_id(pointer, pointer_id(value))
+
+
+def is_swapped(pointer: PointerTensor) -> bool:
+    """Whether it has memory of its own: `make_pointer`'s have none."""
+    return not torch._C._dispatch_keys(pointer).has(torch._C.DispatchKey.Python)
+
+
+class Pointer(Protocol):
+    """What points to an object on a worker: a tensor, a plan, a protocol."""
+
+    _handle: Handle
+
+
+def alive(pointer: Pointer) -> Handle:
+    """The handle of a pointer that still points somewhere.
+
+    Raises:
+        GonePointerError: after `get` or `move`.
+    """
+    handle = pointer._handle
+    if not handle.alive:
+        raise GonePointerError(
+            f"this pointer to {handle.id} on worker {handle.worker.id!r} was used up by get() or send(): use what that "
+            "returned"
+        )
+    if handle.connection is not handle.worker._connection:
+        raise GonePointerError(
+            f"object {handle.id} went with the earlier connection to worker {handle.worker.id!r}: a session's objects "
+            "do not outlive it, unless they are tagged; send it again, or search() for it"
+        )
+    return handle
+
+
+def handle_at(location: object, id_at_location: object) -> Handle:
+    """A handle of what worker `location` holds under that id; it stays there when the handle goes.
+
+    Raises:
+        OptionError: no worker, or no id.
+    """
+    if not hasattr(location, "ids") or id_at_location is None:
+        raise OptionError("a pointer is made with location=worker and id_at_location=the object's id there")
+    worker: Any = location
+    number = as_whole(id_at_location, "id_at_location")
+    held: Handle | None = worker.ids.holder(number)
+    return held or Handle(worker, number, owned=False)
+
+
+class ObjectPointer:
+    """What pointers to plans and to protocols have in common: they are no tensors, and stand for a worker's object.
+
+    Attributes:
+        id: the pointer's own id, here.
+    """
+
+    def __init__(self, handle: Handle, tags: Sequence[str], description: str) -> None:
+        self._handle = handle
+        self._tags = tuple(tags)
+        self._description = description
+        self.id = new_id()
+
+    @property
+    def location(self) -> BaseWorker:
+        """The worker that holds the object."""
+        return self._handle.worker
+
+    @property
+    def id_at_location(self) -> int:
+        """The object's id on its worker."""
+        return self._handle.id
+
+    @property
+    def owner(self) -> BaseWorker:
+        """The worker that stands for this process."""
+        here: BaseWorker = getattr(torch.empty(0), "owner", None) or self._handle.worker
+        return here
+
+    @property
+    def tags(self) -> set[str]:
+        """Its tags."""
+        return set(self._tags)
+
+    @property
+    def description(self) -> str:
+        """Its description."""
+        return self._description
+
+    @property
+    def garbage_collection(self) -> bool:
+        """Whether the object goes from the worker when the last pointer to it does."""
+        return self._handle.owned
+
+    @garbage_collection.setter
+    def garbage_collection(self, value: bool) -> None:
+        self._handle.owned = bool(value)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        not_copied()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        not_copied()
+
+
+# How a pointer prints: nothing of it comes from the worker.
+
+
+def describe(pointer: PointerTensor) -> str:
+    """``(Wrapper)>[PointerTensor | me:ID -> bob:ID]`` and what tags, description and shape are known."""
+    handle = pointer._handle
+    gone = "" if handle.alive else " (used up)"
+    chain = "".join(f" -> {worker.id}" for worker in handle.via)
+    suffix = "::grad" if pointer.__dict__.get("_is_grad") else ""
+    text = (
+        f"[PointerTensor | me:{pointer_id(pointer)} -> {handle.worker.id}:{handle.id}{chain}]{suffix}{gone}"
+    )
+    tags = pointer.__dict__.get("_tags", ())
+    description = pointer.__dict__.get("_description", "")
+    if tags or description:
+        text += f"\n\tTags: {' '.join(tags)}\n\tShape: {list(pointer._spec.shape)}"
+        if description:
+            text += f"\n\tDescription: {description.strip().splitlines()[0][:100]}..."
+    return f"(Wrapper)>{text}"
+
+
+def pointer_id(tensor: torch.Tensor) -> int:
+    """The id of a tensor or pointer in this process, given at the first question."""
+    found = tensor.__dict__.get("_id")
+    if found is None or found[1] != id(tensor):  # a deep copy takes its original's attributes along
+        return give_id(tensor, new_id())
+    return int(found[0])
+
+
+def give_id(tensor: torch.Tensor, number: int) -> int:
+    """Makes `number` the id of `tensor`."""
+    tensor.__dict__["_id"] = (number, id(tensor))
+    return number

@@ -1,0 +1,209 @@
+"""Runs a `WorkerState`: serves pipes on the event loop and does the torch work on a compute thread.
+
+One compute thread per worker keeps requests in order, and keeps the loop free to answer pings while torch
+computes. Virtual workers of a process share one compute thread with one torch thread: their results then do
+not depend on how many there are, and equal those of websocket workers with one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from planrt.errors import LocalError, TransportError, WireError
+from planrt.logs import get_logger
+from planrt.serde.frames import Frame, Limits, encode
+from planrt.workers.machine.determinism import deterministic_kernels
+from planrt.workers.machine.events import (
+    Close,
+    Disconnected,
+    Event,
+    Instruction,
+    Received,
+    Reply,
+    ToPeer,
+    Wait,
+)
+from planrt.workers.machine.failures import failure_of
+from planrt.workers.machine.sessions import check_fits
+from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.links import Links
+from planrt.workers.transport.pipes import Pipe
+from planrt.workers.wire import messages as m
+
+T = TypeVar("T")
+
+log = get_logger("planrt.worker")
+
+
+_computing = threading.Lock()
+"""Held while a worker computes. torch's random generators and its number of threads belong to the process (MKL
+knows one number only), so the workers of a process compute one at a time, or they would change each other's bits."""
+
+
+_all_serving: set[asyncio.Task[Any]] = set()
+"""Connections being served, of all hosts. Workers of a process refer to each other in circles: without this, Python
+would collect such a circle with its connections under way, and end their coroutines where they stand."""
+
+
+class ComputeThread:
+    """One thread for torch work, with `threads` torch threads (None: as many as torch takes by itself)."""
+
+    def __init__(self, name: str, *, threads: int | None = None) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._threads = threads
+        self._threads_elsewhere = torch.get_num_threads()
+        self.busy = False
+        """Whether the thread is at work."""
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Runs ``function(*args)`` on the thread, after everything asked for before.
+
+        Raises:
+            asyncio.CancelledError: the thread takes nothing more: it was closed, or this process ends.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            running = loop.run_in_executor(self._executor, self._compute, function, *args)
+        except RuntimeError:  # Python closes every executor at its end, before it lets go of our loop
+            raise asyncio.CancelledError from None
+        return await running
+
+    def _compute(self, function: Callable[..., T], *args: object) -> T:
+        with _computing:
+            self.busy = True
+            try:
+                if self._threads is not None:
+                    torch.set_num_threads(self._threads)
+                return function(*args)
+            finally:
+                if self._threads is not None:
+                    torch.set_num_threads(self._threads_elsewhere)
+                self.busy = False
+
+    def close(self) -> None:
+        """Lets the thread go once what runs is done; what waits is dropped."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class WorkerHost:
+    """Serves one worker to any number of pipes, on one event loop."""
+
+    def __init__(self, state: WorkerState, compute: ComputeThread, *, limits: Limits | None = None) -> None:
+        self.state = state
+        self._compute = compute
+        self._limits = limits or Limits()
+        self._numbers = itertools.count(1)
+        self._pipes: dict[int, Pipe] = {}
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._links = Links(state.id, self._handle, self._limits)
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Stops serving every connection, without waiting for what is being computed."""
+        self._stopping = True
+        for task in self._serving:
+            task.cancel()
+        self._links.close()
+
+    async def serve(self, pipe: Pipe) -> None:
+        """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker."""
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"  # noqa: S101 - for the type checker
+        self._serving.add(task)
+        _all_serving.add(task)
+        try:
+            await self._serve(pipe)
+        except asyncio.CancelledError:
+            await pipe.close()
+            if not self._stopping:
+                raise
+        finally:
+            self._serving.discard(task)
+            _all_serving.discard(task)
+
+    async def _serve(self, pipe: Pipe) -> None:
+        number = next(self._numbers)
+        self._pipes[number] = pipe
+        log.debug("connected", worker=self.state.id, client=pipe.address)
+        try:
+            while (received := await pipe.receive()) is not None:
+                event = Received(number, received.message, received.tensors)
+                del (
+                    received
+                )  # neither request nor reply may outlive its turn: they can be as large as a model
+                await self._handle(event)
+                del event
+        except TransportError as error:
+            log.warning("bad_message", worker=self.state.id, client=pipe.address, error=str(error))
+            await self._complain(pipe, error)
+        except ConnectionError as error:
+            log.info("connection_lost", worker=self.state.id, client=pipe.address, error=str(error))
+        except Exception as error:  # a mistake of ours: this client is told, the others go on
+            log.exception("serving_failed", worker=self.state.id, client=pipe.address)
+            await self._complain(pipe, WireError(f"the worker failed: {error}", address=pipe.address))
+        finally:
+            del self._pipes[number]
+            log.debug("disconnected", worker=self.state.id, client=pipe.address)
+        await self._handle(Disconnected(number))
+        await pipe.close()
+
+    def _work(self, event: Event) -> list[Instruction]:
+        with deterministic_kernels(self.state.deterministic):
+            return self.state.handle(event)
+
+    async def _handle(self, event: Event) -> None:
+        for instruction in await self._compute.run(self._work, event):
+            match instruction:
+                case Reply(connection, envelope, tensors):
+                    if pipe := self._pipes.get(connection):
+                        await pipe.send(self._encode(connection, envelope, tensors))
+                case Close(connection):
+                    if pipe := self._pipes.get(connection):
+                        await pipe.close()
+                case Wait():
+                    pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
+                case ToPeer():
+                    self._links.send(instruction)
+
+    def _encode(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
+        """An answer as it is sent; where the client does not take it, or it has no byte form, that is the answer."""
+        if isinstance(envelope.body, m.Failure):
+            log.info("refused", worker=self.state.id, kind=envelope.body.kind, why=envelope.body.message)
+        client = self.state.accepted_by(connection)
+        try:
+            check_fits(client, tensors)
+            return encode(m.to_wire(envelope), tensors, max_header=client.header_limit)
+        except Exception as error:  # a result that does not travel: it fails its own request, and no other
+            failure = failure_of(error)
+        try:
+            return encode(m.to_wire(m.Envelope(envelope.id, failure)), max_header=client.header_limit)
+        except LocalError:  # a client that takes next to nothing
+            return encode(m.to_wire(m.Envelope(envelope.id, m.Failure(failure.kind, failure.message[:200]))))
+
+    async def _complain(self, pipe: Pipe, error: TransportError) -> None:
+        """Tells the client what was wrong with its bytes, as far as the connection still carries it."""
+        envelope = m.Envelope(0, m.Failure(type(error).__name__, str(error)))
+        try:
+            await asyncio.wait_for(pipe.send(encode(m.to_wire(envelope))), timeout=2)
+        except (ConnectionError, TimeoutError):
+            log.debug("complaint_undelivered", worker=self.state.id, client=pipe.address)
+
+
+_virtual_lock = threading.Lock()
+_virtual_thread: ComputeThread | None = None
+
+
+def virtual_compute() -> ComputeThread:
+    """The compute thread that all virtual workers of this process share: one torch thread, whatever the machine."""
+    global _virtual_thread
+    with _virtual_lock:
+        if _virtual_thread is None:
+            _virtual_thread = ComputeThread("planrt-virtual", threads=1)
+        return _virtual_thread

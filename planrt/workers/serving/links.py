@@ -1,0 +1,143 @@
+"""A worker's connections to other workers: made when first needed, with the address that a client gave.
+
+Towards the other worker this one is a client like any other, and a nobody: it shows no token, so it can do
+nothing with private data there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from planrt.errors import ConnectError, PlanrtError, RemoteError
+from planrt.logs import get_logger
+from planrt.serde.frames import Limits
+from planrt.workers.client.connection import Connection
+from planrt.workers.machine.events import Event, PeerAnswered, PeerFailed, ToPeer
+from planrt.workers.transport.pipes import memory_pipes
+from planrt.workers.transport.websocket import dial
+from planrt.workers.wire import messages as m
+
+if TYPE_CHECKING:
+    from planrt.workers.serving.host import WorkerHost
+
+log = get_logger("planrt.worker")
+
+LINK_TIMEOUT = 10.0
+"""Seconds for reaching another worker."""
+MAX_LINKS = 64
+"""Other workers that one worker is connected to at a time."""
+
+_virtual: weakref.WeakValueDictionary[str, WorkerHost] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register_virtual(id: str, host: WorkerHost) -> str:
+    """Gives a virtual worker an address that others of this process reach it at."""
+    address = f"memory://{id}/{next(_numbers)}"
+    _virtual[address] = host
+    return address
+
+
+class _Link:
+    def __init__(self) -> None:
+        self.order = asyncio.Lock()
+        self.connection: Connection | None = None
+        self.serving: asyncio.Task[None] | None = None
+
+
+class Links:
+    """Carries out `ToPeer` for one worker; answers come back to it as events through `handle`."""
+
+    def __init__(self, worker_id: str, handle: Callable[[Event], Awaitable[None]], limits: Limits) -> None:
+        self._worker_id = worker_id
+        self._handle = handle
+        self._limits = limits
+        self._links: dict[m.PeerAddress, _Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, instruction: ToPeer) -> None:
+        """Sends to another worker, in the order of the calls, without waiting."""
+        task = asyncio.create_task(self._deliver(instruction))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        """Closes every link."""
+        for task in self._tasks:
+            task.cancel()
+        for link in self._links.values():
+            if link.connection is not None:
+                self._close_soon(link.connection)
+        self._links.clear()
+
+    def _close_soon(self, connection: Connection) -> None:
+        task = asyncio.create_task(connection.close())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, instruction: ToPeer) -> None:
+        link = self._links.get(instruction.peer)
+        if link is None:
+            link = self._links[instruction.peer] = _Link()
+        try:
+            async with link.order:
+                if link.connection is None or link.connection.closed:
+                    await self._connect(link, instruction.peer)
+                assert link.connection is not None  # noqa: S101 - just connected
+                if not instruction.key:
+                    link.connection.post(instruction.body, instruction.tensors)
+                    return
+                request = asyncio.ensure_future(
+                    link.connection.request(instruction.body, instruction.tensors)
+                )
+                await asyncio.sleep(0)  # the request takes its place in the queue
+            body, tensors = await request
+        except RemoteError as error:
+            failure = m.Failure(
+                error.kind,
+                error.reason,
+                error.op,
+                error.line,
+                error.remote_traceback,
+                error.index,
+                error.cause,
+                step=error.step,
+            )
+            await self._handle(PeerAnswered(instruction.key, failure, []))
+        except (PlanrtError, OSError) as error:
+            log.warning("peer_failed", worker=self._worker_id, peer=instruction.peer.worker, error=str(error))
+            if instruction.key:
+                await self._handle(PeerFailed(instruction.key, str(error)))
+        else:
+            await self._handle(PeerAnswered(instruction.key, body, tensors))
+
+    async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
+        self._make_room()
+        if not peer.address.startswith("memory://"):
+            pipe = await dial(peer.address, timeout=LINK_TIMEOUT, limits=self._limits)
+            link.connection = await Connection.open(
+                pipe, peer.worker, timeout=LINK_TIMEOUT, limits=self._limits
+            )
+            return
+        host = _virtual.get(peer.address)
+        if host is None:
+            raise ConnectError(
+                f"worker {self._worker_id!r} cannot reach {peer.worker!r} at {peer.address}: virtual workers are "
+                "reached from their own process only",
+                address=peer.address,
+            )
+        near, far = memory_pipes(peer.address, self._limits)
+        link.serving = asyncio.create_task(host.serve(far))
+        link.connection = await Connection.open(near, peer.worker, timeout=LINK_TIMEOUT, limits=self._limits)
+
+    def _make_room(self) -> None:
+        """Closes the oldest links when there are too many; what they made elsewhere is freed there."""
+        while len(self._links) > MAX_LINKS:
+            oldest = next(iter(self._links))
+            connection = self._links.pop(oldest).connection
+            if connection is not None:
+                self._close_soon(connection)

@@ -1,0 +1,138 @@
+"""Pipes: how frames move between a client and a worker, whatever the transport.
+
+A `Pipe` is one end of a connection. `MemoryPipe` joins two ends within a process; it carries the same bytes
+as a socket does, so whatever runs over it has been through the wire format. The websocket pipe is in
+`planrt.workers.transport.websocket`. A new transport is one more class with these methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from planrt.errors import WireError
+from planrt.serde.frames import Allocate, Frame, FrameAssembler, Limits, Received, in_memory
+from planrt.workers.wire.messages import Envelope, from_wire
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went through one end of a pipe: messages, and their bytes."""
+
+    messages_sent: int = 0
+    messages_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def copy(self) -> Traffic:
+        """The counters as they stand."""
+        return Traffic(self.messages_sent, self.messages_received, self.bytes_sent, self.bytes_received)
+
+    def since(self, before: Traffic) -> Traffic:
+        """What went through after `before` was copied."""
+        return Traffic(
+            self.messages_sent - before.messages_sent,
+            self.messages_received - before.messages_received,
+            self.bytes_sent - before.bytes_sent,
+            self.bytes_received - before.bytes_received,
+        )
+
+
+class Pipe(Protocol):
+    """One end of a connection. Sends are made one at a time; so are receives."""
+
+    address: str
+    traffic: Traffic
+
+    async def send(self, frame: Frame) -> None:
+        """Sends a frame; once this returns, the tensors in it may change.
+
+        Raises:
+            ConnectionError: the connection has ended.
+        """
+
+    async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
+        """The next message, or None when the other side has closed.
+
+        Raises:
+            WireError, MessageTooLargeError: what arrived is not a valid message; the pipe cannot go on.
+        """
+
+    async def close(self) -> None:
+        """Closes this end; the other end's `receive` then gives None. Closing twice is fine."""
+
+
+def assembler(allocate: Allocate[Envelope], limits: Limits, address: str) -> FrameAssembler[Envelope]:
+    """What a pipe feeds the pieces of one incoming frame to."""
+    return FrameAssembler(
+        lambda header: from_wire(header, address=address), allocate=allocate, limits=limits, address=address
+    )
+
+
+class MemoryPipe:
+    """One end of an in-process connection; made in pairs by `memory_pipes`, both used on one event loop.
+
+    A frame is handed over when the other end receives it, and copied once, then: nothing piles up between.
+    """
+
+    def __init__(self, address: str, limits: Limits) -> None:
+        self.address = address
+        self.traffic = Traffic()
+        self._limits = limits
+        self._incoming: asyncio.Queue[tuple[Frame, asyncio.Future[None]] | None] = asyncio.Queue()
+        self._other: MemoryPipe | None = None
+
+    async def send(self, frame: Frame) -> None:
+        """See `Pipe.send`."""
+        if self._other is None:
+            raise ConnectionResetError(f"the connection to {self.address} is closed")
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._other._incoming.put_nowait((frame, taken))
+        await taken
+        self.traffic.messages_sent += 1
+        self.traffic.bytes_sent += frame.nbytes
+
+    async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
+        """See `Pipe.receive`."""
+        item = await self._incoming.get()
+        if item is None:
+            self._incoming.put_nowait(None)  # so that every further call says closed, too
+            return None
+        frame, taken = item
+        try:
+            parts = assembler(allocate, self._limits, self.address)
+            for fragment in frame.fragments():
+                parts.feed(fragment)
+            received = parts.finish()
+        except WireError:
+            await self.close()
+            raise
+        finally:
+            if not taken.done():
+                taken.set_result(None)
+        self.traffic.messages_received += 1
+        self.traffic.bytes_received += received.nbytes
+        return received
+
+    async def close(self) -> None:
+        """See `Pipe.close`."""
+        other, self._other = self._other, None
+        if other is None:
+            return
+        other._other = None
+        for end in (self, other):
+            while not end._incoming.empty():
+                item = end._incoming.get_nowait()
+                if item is not None and not item[1].done():
+                    item[1].set_exception(
+                        ConnectionResetError(f"the connection to {self.address} was closed")
+                    )
+            end._incoming.put_nowait(None)
+
+
+def memory_pipes(address: str, limits: Limits) -> tuple[MemoryPipe, MemoryPipe]:
+    """Two ends of an in-process connection."""
+    one, other = MemoryPipe(address, limits), MemoryPipe(address, limits)
+    one._other, other._other = other, one
+    return one, other

@@ -1,0 +1,232 @@
+"""Frames over websockets (RFC 6455), both ends: `dial` a worker, or `listen` for clients.
+
+`websockets` opens and closes the connections, and `websocket_stream.py` moves the data over them. One frame is one
+binary message, in fragments of at most 1 MiB, so that keepalive pings are answered between them; compression is off
+(parameters do not compress, and deflate is many times slower than a socket).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import MultipleValuesError
+from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.http11 import Request, Response
+
+from planrt.errors import ConnectError, HandshakeError, OptionError
+from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
+from planrt.workers.transport.callers import Callers
+from planrt.workers.transport.pipes import Traffic, assembler
+from planrt.workers.transport.websocket_stream import FrameStream
+from planrt.workers.wire.messages import Envelope
+
+_OPTIONS: dict[str, Any] = {
+    "compression": None,
+    "ping_interval": None,  # `FrameStream` listens for signs of life
+    "close_timeout": 2.0,
+}
+
+
+class _ClientConnection(ClientConnection):
+    """One whose data moves through `stream`."""
+
+    stream: FrameStream
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+        super().connection_made(transport)
+        self.stream = FrameStream(self, cast(asyncio.Transport, transport))
+
+
+class _ServerConnection(ServerConnection):
+    """One whose data moves through `stream`."""
+
+    stream: FrameStream
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+        super().connection_made(transport)
+        self.stream = FrameStream(self, cast(asyncio.Transport, transport))
+
+
+class WebsocketPipe:
+    """One end of a websocket connection."""
+
+    def __init__(
+        self, connection: _ClientConnection | _ServerConnection, address: str, limits: Limits
+    ) -> None:
+        self.address = address
+        self.traffic = Traffic()
+        self._connection = connection
+        self._limits = limits
+        connection.stream.start(address, limits)
+
+    async def send(self, frame: Frame) -> None:
+        """See `Pipe.send`."""
+        await self._connection.stream.send(frame)
+        self.traffic.messages_sent += 1
+        self.traffic.bytes_sent += frame.nbytes
+
+    async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
+        """See `Pipe.receive`."""
+        received = await self._connection.stream.receive(assembler(allocate, self._limits, self.address))
+        if received is not None:
+            self.traffic.messages_received += 1
+            self.traffic.bytes_received += received.nbytes
+        return received
+
+    async def close(self) -> None:
+        """See `Pipe.close`."""
+        self._connection.stream.discard()
+        await self._connection.close()
+
+
+async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | None = None) -> WebsocketPipe:
+    """Connects to the worker at `uri` (``ws://host:port`` or ``wss://host:port``) within `timeout` seconds.
+
+    `ca` is a file of the authorities to trust, in place of the system's, for ``wss://``.
+
+    Raises:
+        ConnectError: malformed address, nobody listens, refused, or no answer in time.
+        HandshakeError: something listens there, but it is no websocket server, or its certificate is not trusted.
+        OptionError: `ca` cannot be read, or is given for ``ws://``.
+    """
+    try:
+        parts = urlsplit(uri)
+        valid = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port is not None
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConnectError(f"{uri!r} is no worker address: write ws://HOST:PORT", address=uri)
+    tls = _client_tls(uri, ca)
+    try:
+        connection = await connect(
+            uri, open_timeout=timeout, proxy=None, create_connection=_ClientConnection, ssl=tls, **_OPTIONS
+        )
+    except ssl.SSLError as error:
+        raise HandshakeError(
+            f"no TLS connection to {uri}: {error.reason or error}; does it serve wss://, with a certificate for that "
+            "name from an authority that you trust (ca=...)?",
+            address=uri,
+        ) from error
+    except TimeoutError as error:
+        raise ConnectError(
+            f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
+        ) from error
+    except (InvalidHandshake, InvalidURI, EOFError) as error:
+        if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.FORBIDDEN:
+            said = (error.response.body or b"")[:500].decode(errors="replace").strip()
+            raise HandshakeError(f"{uri} refused the connection: {said or error}", address=uri) from error
+        raise HandshakeError(f"{uri} does not speak websocket: {error}", address=uri) from error
+    except socket.gaierror as error:
+        raise ConnectError(f"the host of {uri} is not known: check the name", address=uri) from error
+    except OSError as error:
+        raise ConnectError(
+            f"nobody answers at {uri} ({error.strerror or error}): is the worker started?", address=uri
+        ) from error
+    return WebsocketPipe(cast(_ClientConnection, connection), uri, limits)
+
+
+def _client_tls(uri: str, ca: str | Path | None) -> ssl.SSLContext | None:
+    if ca is not None and not uri.startswith("wss://"):
+        raise OptionError(f"ca= is for TLS, and {uri} is without: write wss://, or secure=True")
+    if not uri.startswith("wss://"):
+        return None
+    try:
+        return ssl.create_default_context(cafile=None if ca is None else os.fspath(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise OptionError(f"ca={os.fspath(ca or '')!r} cannot be read: {error}") from error
+
+
+def server_tls(cert: str | Path | None, key: str | Path | None) -> ssl.SSLContext | None:
+    """What a server with that certificate (and chain) and private key listens with, both files in PEM; None without.
+
+    Raises:
+        OptionError: one of them is missing, cannot be read, or they do not fit.
+    """
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise OptionError("TLS takes both cert_path=, the certificate, and key_path=, its private key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(os.fspath(cert), os.fspath(key), password=lambda: b"")
+    except (OSError, ssl.SSLError) as error:
+        raise OptionError(
+            f"cert_path={os.fspath(cert)!r}, key_path={os.fspath(key)!r} are no certificate and its key: {error}"
+        ) from error
+    return context
+
+
+def _why_not_listening(error: OSError, host: str, port: int) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"the host {host!r} is not known"
+    reasons = {
+        errno.EADDRINUSE: f"port {port} is taken, maybe by another worker: choose another one",
+        errno.EADDRNOTAVAIL: f"{host} is no address of this machine",
+        errno.EACCES: f"this user may not listen on port {port}: choose one from 1024 on",
+    }
+    return reasons.get(error.errno or 0, str(error.strerror or error))
+
+
+@asynccontextmanager
+async def listen(
+    host: str,
+    port: int,
+    *,
+    limits: Limits,
+    serve_pipe: Callable[[WebsocketPipe], Awaitable[None]],
+    tls: ssl.SSLContext | None = None,
+    callers: Callers | None = None,
+) -> AsyncIterator[int]:
+    """Listens on `host`:`port` (0: a free port) and runs `serve_pipe` for every client; yields the port. With `tls`
+    clients connect to ``wss://``. `callers` says who may; by default no web page.
+
+    Raises:
+        ConnectError: the port is taken, or the host is not one of this machine's.
+    """
+
+    async def handler(connection: ServerConnection) -> None:
+        peer = connection.remote_address
+        address = f"client {peer[0]}:{peer[1]}" if peer else "client"
+        await serve_pipe(WebsocketPipe(cast(_ServerConnection, connection), address, limits))
+
+    welcome = callers or Callers(host, tls=tls is not None)
+
+    def check(connection: ServerConnection, request: Request) -> Response | None:
+        try:
+            refusal = welcome.refusal(request.headers)
+        except MultipleValuesError:
+            refusal = "one Host and one Origin at most"
+        return None if refusal is None else connection.respond(HTTPStatus.FORBIDDEN, f"{refusal}\n")
+
+    address = f"ws://{host}:{port}"
+    try:
+        server = await serve(
+            handler,
+            host,
+            port,
+            create_connection=_ServerConnection,
+            ssl=tls,
+            process_request=check,
+            **_OPTIONS,
+        )
+    except OSError as error:
+        raise ConnectError(
+            f"cannot listen on {address}: {_why_not_listening(error, host, port)}", address=address
+        ) from error
+    async with server:
+        bound = next(iter(server.sockets)).getsockname()[1]
+        yield int(bound)

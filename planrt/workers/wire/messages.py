@@ -1,0 +1,553 @@
+"""The messages between clients and workers: a closed, tagged union of frozen types.
+
+Each message says which tensors travel with it. `to_wire` and `from_wire` turn an `Envelope` into MessagePack
+builtins and back; `from_wire` validates every field (types, bounds, lengths) before anything acts on it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from planrt.errors import WireError
+from planrt.serde.frames import HEADER_BYTES, MESSAGE_BYTES
+
+PROTOCOL_VERSION = 3
+
+Id = Annotated[str, Meta(min_length=1, max_length=200)]
+Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[str, Meta(max_length=64_000)]
+Count = Annotated[int, Meta(ge=0)]
+CountOrAll = Annotated[int, Meta(ge=-1)]
+"""A count, or -1 for all."""
+Number = bool | int | float | None
+Options = dict[Annotated[str, Meta(max_length=64)], Number | Annotated[list[Number], Meta(max_length=8)]]
+"""Keyword arguments of an optimizer."""
+ObjectId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""The number of an object on a worker, chosen at random by whoever makes it."""
+Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=64)]
+Users = Annotated[list[Id], Meta(max_length=1000)]
+Purpose = Annotated[str, Meta(max_length=1000)]
+Token = Annotated[str, Meta(max_length=200)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every message."""
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """What each side runs and accepts; exchanged in the handshake."""
+
+    protocol: int
+    planrt: Id
+    torch: Id
+    ops: Hash
+    """Hash of the op table (`planrt.plans.ir.ops.TABLE_HASH`)."""
+    message_limit: Count = MESSAGE_BYTES
+    """Bytes of tensors that it takes in one message."""
+    header_limit: Count = HEADER_BYTES
+    """Bytes of a message's header that it takes."""
+    halts: bool = False
+    """Of a worker: whether it knows `Backward.halts`."""
+
+
+class DatasetInfo(msgspec.Struct, frozen=True):
+    """What a worker says about one of its data sets: length and the specs of a batch, never values."""
+
+    length: Count
+    data: tuple[str, list[CountOrAll]]
+    """(dtype name, sizes) of a batch, -1 for the batch dimension."""
+    target: tuple[str, list[CountOrAll]]
+    tags: list[Id] = []
+    description: Text = ""
+
+
+class ObjectSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is known of an object without its values."""
+
+    shape: Annotated[list[Count], Meta(max_length=64)]
+    stride: Annotated[list[Count], Meta(max_length=64)]
+    dtype: Id
+    requires_grad: bool = False
+    leaf: bool = True
+
+
+class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Another worker, as its id and an address that can be dialled."""
+
+    worker: Id
+    address: Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+Places = Annotated[dict[Id, PeerAddress], Meta(max_length=10_000)]
+"""The workers of a protocol: place -> worker."""
+
+
+class PutItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One object of a `Put`: what goes with its tensor."""
+
+    id: ObjectId
+    requires_grad: bool = False
+    has_grad: bool = False
+    """Whether the next tensor is its gradient."""
+    tags: Tags = []
+    description: Text = ""
+    allowed: Users | None = None
+    """Users who may read it or what is computed from it; None for everyone, empty for nobody."""
+
+
+class FoundItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One object that a search found."""
+
+    id: ObjectId
+    spec: ObjectSpec | None
+    """Of a tensor; None for anything else."""
+    tags: list[str]
+    description: str
+    private: bool
+    snapshot: bool
+    """Whether it is a copy, made for this session: it goes with its last pointer."""
+    kind: Literal["tensor", "plan", "protocol"] = "tensor"
+    name: str = ""
+    """What a plan is called."""
+    training: bool = False
+    """The mode a plan is in."""
+
+
+# ------------------------------------------------------------------------------- client -> worker
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """Opens a session. No tensors. Answered by Welcome."""
+
+    session: Id
+    versions: Versions
+    token: Token = ""
+    """What tells the worker which user this is; without one the session is nobody's."""
+
+
+class PutPlan(Message, frozen=True, tag="put_plan", omit_defaults=True):
+    """Hands over a plan. One uint8 tensor: its canonical bytes, or a record of it alone, which has names for its owner
+    to read. Answered by Done."""
+
+    plan: Hash
+    purpose: Purpose = ""
+    """What it is for, in the asker's words, for the worker's owner to read; left out where there are none."""
+
+
+class RunPlan(Message, frozen=True, tag="run_plan"):
+    """Runs a plan on the inputs and state that travel along (inputs first). Answered by Values."""
+
+    plan: Hash
+    seed: Count
+
+
+class Fit(Message, frozen=True, tag="fit"):
+    """Trains a training plan's state on a data set. Tensors: the state, in plan order. Answered by Fitted."""
+
+    plan: Hash
+    dataset: Id
+    batch_size: Annotated[int, Meta(ge=1)]
+    epochs: Annotated[int, Meta(ge=1)]
+    max_nr_batches: CountOrAll
+    shuffle: bool
+    optimizer: Id
+    optimizer_args: Options
+    keep_optimizer_state: bool
+    seed: Count
+    drop_last: bool = False
+    """Whether the short last batch of each pass is left out."""
+    objects: Annotated[list[ObjectId], Meta(max_length=100_000)] = []
+    """If not empty: objects of the session that are the state instead of tensors. They are trained where they are, and
+    no tensors come back."""
+
+
+class Evaluate(Message, frozen=True, tag="evaluate"):
+    """Evaluates a plan's state on a data set. Tensors: the state, in plan order. Answered by Evaluated."""
+
+    plan: Hash
+    dataset: Id
+    batch_size: Annotated[int, Meta(ge=1)]
+    bins: Annotated[int, Meta(ge=0, le=100_000)]
+    """Number of classes to count predictions in; 0 for outputs that are no class scores."""
+    objects: Annotated[list[ObjectId], Meta(max_length=100_000)] = []
+    """As of a `Fit`."""
+
+
+class Post(Message, frozen=True, tag="post"):
+    """Ops to run, in order. Never answered: a failure goes to the results, and shows when one is fetched.
+
+    Each op is MessagePack of [drop, name, args, kwargs, results, grad mode, seed] (`planrt.workers.wire.posted`).
+    """
+
+    ops: Annotated[list[bytes], Meta(max_length=100_000)]
+    drop: list[ObjectId] = []
+    """Objects that nobody points at any more, once the ops have run."""
+
+
+class Call(Message, frozen=True, tag="call"):
+    """Runs one op whose results cannot be told beforehand. Answered by Made."""
+
+    op: bytes
+
+
+class Put(Message, frozen=True, tag="put"):
+    """Stores tensors: for each item its value, and its gradient where it has one. Answered by Done if numbered."""
+
+    items: list[PutItem]
+    handover: Token = ""
+    """If not empty: whoever shows this token in a Claim becomes the objects' owner."""
+
+
+class AskApproval(Message, frozen=True, tag="ask_approval"):
+    """Asks how it stands with a plan. Answered by Approval."""
+
+    plan: Hash
+
+
+class StorePlan(Message, frozen=True, tag="store_plan", omit_defaults=True):
+    """Stores a plan as an object. Tensors: its record as bytes (uint8), then its state, in the plan's order.
+
+    Answered by Done if numbered.
+    """
+
+    id: ObjectId
+    training: bool
+    """The mode it is in."""
+    tags: Tags = []
+    description: Text = ""
+    allowed: Users | None = None
+    """As of a `PutItem`."""
+    handover: Token = ""
+    """As of a `Put`."""
+    purpose: Purpose = ""
+    """As of a `PutPlan`."""
+
+
+class ReadPlan(Message, frozen=True, tag="read_plan"):
+    """Asks what a plan or a protocol does, without its state. Answered by FetchedPlan with the record alone, or by
+    FetchedProtocol with the chain alone."""
+
+    id: ObjectId
+
+
+class StoreProtocol(Message, frozen=True, tag="store_protocol"):
+    """Stores a protocol as an object. Tensors: its chain as bytes (uint8), then the state of its plans, in order.
+
+    Answered by Done if numbered.
+    """
+
+    id: ObjectId
+    tags: Tags = []
+    description: Text = ""
+    allowed: Users | None = None
+    """As of a `PutItem`; for the state of all plans."""
+
+
+class DeployProtocol(Message, frozen=True, tag="deploy_protocol"):
+    """Says which worker stands at each place of a protocol. Answered by Done if numbered."""
+
+    id: ObjectId
+    places: Places
+
+
+class RunProtocol(Message, frozen=True, tag="run_protocol"):
+    """Runs a protocol, on objects of this worker. Answered by Made; the objects are pointers to where they are."""
+
+    id: ObjectId
+    run: ObjectId
+    """A number of the run, to name it by later."""
+    inputs: Annotated[list[ObjectId], Meta(max_length=10_000)]
+    results: Annotated[list[ObjectId], Meta(max_length=100_000)]
+    """Ids for what comes out, one for each reference in the chain's outputs; for numbers they stay unused."""
+    grad: bool
+    seed: Count
+
+
+class CancelRun(Message, frozen=True, tag="cancel_run"):
+    """Ends a run of this session; what it made is dropped everywhere. Not answered; the run's request fails."""
+
+    run: ObjectId
+
+
+class ReadRun(Message, frozen=True, tag="read_run"):
+    """Asks where a run of this session stands. Answered by RunStates."""
+
+    run: ObjectId
+
+
+class PutPointer(Message, frozen=True, tag="put_pointer"):
+    """Stores a pointer to an object on another worker, which `token` lets this worker claim. Answered by Done if
+    numbered, once that is claimed."""
+
+    id: ObjectId
+    peer: PeerAddress
+    object: ObjectId
+    token: Token
+
+
+class Fetch(Message, frozen=True, tag="fetch"):
+    """Brings an object back, and removes it if `delete`. Answered by Fetched, FetchedPointer or FetchedPlan."""
+
+    id: ObjectId
+    delete: bool
+
+
+class Backward(Message, frozen=True, tag="backward", omit_defaults=True):
+    """`torch.autograd.backward` from `roots`. Answered by Gradients."""
+
+    roots: list[ObjectId]
+    gradients: list[ObjectId | None]
+    retain_graph: bool
+    create_graph: bool
+    inputs: list[ObjectId] | None = None
+    halts: bool = False
+    """Its client does not wait for the answer. If the pass fails, ops that are posted after it are not run (their
+    results fail as it did, and what they would change stays as it is), until the session has sent Resume."""
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """The client knows that a backward pass failed: ops run again. Answered by Gradients."""
+
+
+class Describe(Message, frozen=True, tag="describe"):
+    """Gives an object tags and a description; a tagged object is published. Not answered."""
+
+    id: ObjectId
+    tags: Tags
+    description: Text
+
+
+class Search(Message, frozen=True, tag="search"):
+    """Looks for published objects, and for the session's own, that match every term. Answered by Found."""
+
+    query: Annotated[list[Annotated[str, Meta(max_length=1000)]], Meta(max_length=64)]
+
+
+class Move(Message, frozen=True, tag="move"):
+    """Hands an object over to another worker, under the number `target`. Answered by Done."""
+
+    id: ObjectId
+    peer: PeerAddress
+    target: ObjectId
+    token: Token
+    copy: bool = False
+    """Whether the object stays here. Then its values go alone: without gradient, tags and description."""
+    keep: bool = False
+    """Whether the object stays until its client removes it, which it does when it has claimed what arrived."""
+
+
+class HandOver(Message, frozen=True, tag="hand_over"):
+    """Lets whoever shows `token` claim these objects. Answered by Done if numbered."""
+
+    ids: list[ObjectId]
+    token: Token
+
+
+class Claim(Message, frozen=True, tag="claim"):
+    """Takes over objects that were handed over under `token`. Answered by Done if numbered."""
+
+    ids: list[ObjectId]
+    token: Token
+
+
+class Remove(Message, frozen=True, tag="remove"):
+    """Removes objects of the session, published or not: they have arrived elsewhere. Answered by Done if numbered."""
+
+    ids: Annotated[list[ObjectId], Meta(max_length=100_000)]
+
+
+class ListObjects(Message, frozen=True, tag="list_objects"):
+    """Asks what the worker holds for this session, without values. Answered by Listed."""
+
+
+class Clear(Message, frozen=True, tag="clear"):
+    """Removes every object of the session, published ones too. Answered by Done."""
+
+
+class CountObjects(Message, frozen=True, tag="count_objects"):
+    """Asks how many objects the worker holds for this session. Answered by Counted."""
+
+
+# ------------------------------------------------------------------------------- worker -> client
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The session is open. No tensors."""
+
+    worker: Id
+    versions: Versions
+    datasets: dict[Id, DatasetInfo]
+
+
+class Done(Message, frozen=True, tag="done"):
+    """Done as asked. No tensors."""
+
+
+class Values(Message, frozen=True, tag="values"):
+    """What a plan's outputs refer to, in their order: a number for a size, None for the next tensor."""
+
+    numbers: list[int | float | None]
+
+
+class Fitted(Message, frozen=True, tag="fitted"):
+    """Tensors: the state entries that training can change, at the positions in `changed`."""
+
+    loss: float
+    """Mean over the samples seen; nan if there were none."""
+    samples: Count
+    batches: Count
+    changed: list[Count]
+
+
+class Evaluated(Message, frozen=True, tag="evaluated"):
+    """Figures of an evaluation. No tensors."""
+
+    loss: float
+    samples: Count
+    correct: Count | None
+    histogram: list[Count] | None
+    target_histogram: list[Count] | None
+
+
+class Failure(Message, frozen=True, tag="failure"):
+    """The request failed on the worker; nothing it held was changed. No tensors."""
+
+    kind: Id
+    message: Text
+    op: Text | None = None
+    line: Text | None = None
+    traceback: Text = ""
+    index: Count | None = None
+    """Which op of a plan it was."""
+    cause: Text = ""
+    """What torch said, where that is known and may be told."""
+    number: Count | None = None
+    """Which of the session's posted ops it was, counted from 0: the client knows the line that posted it."""
+    step: Text | None = None
+    """Which step of a protocol it was."""
+
+
+class Made(Message, frozen=True, tag="made"):
+    """The results of a Call: nested, each tensor a reference into `objects`. No tensors."""
+
+    results: Any
+    objects: list[tuple[ObjectId, ObjectSpec]]
+
+
+class Fetched(Message, frozen=True, tag="fetched"):
+    """An object: its tensor, and its gradient where it has one."""
+
+    requires_grad: bool
+    has_grad: bool
+    tags: list[str] = []
+    description: str = ""
+    allowed: list[str] | None = None
+    """Who may read it: who was told the value, and moves it on, hands this on as well."""
+
+
+class Approval(Message, frozen=True, tag="approval"):
+    """What the owner decided about a plan. No tensors."""
+
+    status: Literal["approved", "denied", "pending", "unknown"]
+    why: Text = ""
+
+
+class FetchedPlan(Message, frozen=True, tag="fetched_plan"):
+    """A plan. Tensors as of `StorePlan`."""
+
+    training: bool
+    allowed: list[str] | None = None
+    """Who may read its state."""
+
+
+class FetchedProtocol(Message, frozen=True, tag="fetched_protocol"):
+    """A protocol. Tensors as of `StoreProtocol`."""
+
+
+class RunStates(Message, frozen=True, tag="run_states"):
+    """Where a run stands: (step, state) of each step, in order; empty if there is no such run now. No tensors."""
+
+    steps: list[tuple[str, Literal["waiting", "running", "done", "failed"]]]
+
+
+class FetchedPointer(Message, frozen=True, tag="fetched_pointer"):
+    """What was fetched points to an object on another worker, which `token` lets the client claim. No tensors."""
+
+    peer: PeerAddress
+    object: ObjectId
+    token: Token
+
+
+class Gradients(Message, frozen=True, tag="gradients"):
+    """Which of the session's objects have a gradient now, and what it looks like. No tensors."""
+
+    objects: list[tuple[ObjectId, ObjectSpec]]
+
+
+class Found(Message, frozen=True, tag="found"):
+    """What a search found. No tensors."""
+
+    objects: list[FoundItem]
+
+
+class ListedItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One object of a session."""
+
+    id: ObjectId
+    kind: Literal["tensor", "plan", "protocol", "pointer", "failed"]
+    spec: ObjectSpec | None = None
+    """Of a tensor; None for anything else."""
+    tags: list[str] = []
+    description: str = ""
+    peer: PeerAddress | None = None
+    """Where a pointer points to, under the id `object`."""
+    object: ObjectId = 0
+
+
+class Listed(Message, frozen=True, tag="listed"):
+    """What the worker holds for the session, oldest first. No tensors."""
+
+    objects: list[ListedItem]
+
+
+class Counted(Message, frozen=True, tag="counted"):
+    """How many objects the worker holds for the session. No tensors."""
+
+    objects: Count
+
+
+Body = (
+    Hello | PutPlan | RunPlan | Fit | Evaluate
+    | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Resume | Describe | Search | Move
+    | HandOver
+    | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
+    | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
+    | Counted | Remove | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
+)  # fmt: skip
+
+
+class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A message and the number that ties a reply to its request (0: posted, to be answered by nothing)."""
+
+    id: Count
+    body: Body
+
+
+def to_wire(envelope: Envelope) -> Any:
+    """`envelope` as MessagePack builtins."""
+    return msgspec.to_builtins(envelope)
+
+
+def from_wire(builtins: object, *, address: str = "") -> Envelope:
+    """The inverse of `to_wire`.
+
+    Raises:
+        WireError: anything that is not exactly one of the messages above.
+    """
+    try:
+        return msgspec.convert(builtins, Envelope)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise WireError(f"malformed message: {error}", address=address) from error

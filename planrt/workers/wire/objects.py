@@ -1,0 +1,57 @@
+"""What tensors look like to a worker and to its clients: as they travel, and as messages describe them. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from planrt.errors import UnsupportedTensorError
+from planrt.plans.running.inference import Spec, spec, spec_of
+from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.workers.wire import messages as m
+
+
+def spec_from_wire(wire: m.ObjectSpec) -> Spec:
+    """The spec that a worker sent.
+
+    Raises:
+        KeyError: a dtype that does not travel.
+    """
+    return spec(tuple(wire.shape), tuple(wire.stride), DTYPES[wire.dtype], wire.requires_grad, wire.leaf)
+
+
+def check_travels(tensor: torch.Tensor) -> None:
+    """Raises UnsupportedTensorError for a tensor that cannot go to a worker, with what to do instead."""
+    kind = ""
+    if tensor.is_quantized:
+        kind, instead = "a quantised tensor", "dequantize()"
+    elif tensor.layout != torch.strided:
+        kind, instead = f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}", "to_dense()"
+    elif tensor.is_nested:
+        kind, instead = "a nested tensor", "to_padded_tensor()"
+    elif tensor.is_meta:
+        kind, instead = "a meta tensor (it has no values)", "to_empty()"
+    elif tensor.dtype not in DTYPE_NAMES:
+        kind, instead = (
+            f"a tensor of {tensor.dtype}",
+            f".to(one of {', '.join(sorted(DTYPE_NAMES.values()))})",
+        )
+    if kind:
+        raise UnsupportedTensorError(f"{kind} cannot go to a worker: convert it first, with {instead}")
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The stride of a contiguous tensor of that shape."""
+    stride = []
+    step = 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def contiguous(tensor: torch.Tensor) -> Spec:
+    """The spec that `tensor` has once it has travelled: contiguous, and a leaf."""
+    s = spec_of(tensor)
+    return spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
