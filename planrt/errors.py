@@ -49,11 +49,9 @@ type to try the reflected operand.
 from __future__ import annotations
 
 import linecache
-import sys
-import traceback
 from typing import Self
 
-from planrt.tracebacks import full_wanted, short
+from planrt.tracebacks import number_of, place_shown, rendered
 
 
 class PlanrtError(Exception):
@@ -65,9 +63,7 @@ class PlanrtError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython and Jupyter show of this error, in place of every frame with its neighbouring lines."""
-        if full_wanted():
-            return "".join(traceback.format_exception(self)).splitlines()
-        return short(self, _shown)
+        return rendered(self)
 
 
 class PlanWarning(UserWarning):
@@ -85,24 +81,11 @@ class TraceError(LocalError):
     """
 
     def __init__(self, message: str, *, line: str | None = None) -> None:
-        super().__init__(f"{message} (at {_shown(line)})" if line else message)
+        super().__init__(f"{message} (at {place_shown(line)})" if line else message)
         self.message = message
         self.line = line
-        if line and (source := linecache.getline(line.rpartition(":")[0], _number(line)).strip()):
+        if line and (source := linecache.getline(line.rpartition(":")[0], number_of(line)).strip()):
             self.add_note(f"    {source}")  # what tracebacks show below
-
-
-def _number(line: str) -> int:
-    number = line.rpartition(":")[2]
-    return int(number) if number.isdecimal() else 0
-
-
-def _shown(line: str) -> str:
-    """``file:line``, or in a notebook the cell, as its own tracebacks name it."""
-    file = line.rpartition(":")[0]
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    named = getattr(getattr(shell, "compile", None), "format_code_name", lambda name: None)(file)
-    return f"{' '.join(named)}, line {_number(line)}" if named else line
 
 
 class PlanError(LocalError, RuntimeError):

@@ -86,16 +86,39 @@ def install() -> None:
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if full_wanted() or not (hasattr(error, "_render_traceback_") or _of_torch(trace)):
+    if full_wanted() or not hasattr(error, "_render_traceback_"):
         sys.__excepthook__(kind, error, trace)
         return
     print("\n".join(short(error)), file=sys.stderr)
 
 
-def _of_torch(trace: TracebackType | None) -> bool:
-    """Whether torch refused, at a pointer, what the user gave: the innermost frames are planrt's way there."""
-    frames = [summary.filename for summary in traceback.extract_tb(trace)]
-    return bool(frames) and frames[-1] == _INFERENCE
+def rendered(error: BaseException) -> list[str]:
+    """The lines that a notebook shows of `error`."""
+    if full_wanted():
+        return "".join(traceback.format_exception(error)).splitlines()
+    return short(error, place_shown)
 
 
-_INFERENCE = str(Path(__file__).parent / "plans" / "running" / "inference.py")
+def shorten(error: BaseException) -> None:
+    """Has an error of another class than planrt's shown as those are: torch's, about what the user gave a pointer."""
+    error._render_traceback_ = _rendered_now  # type: ignore[attr-defined]
+
+
+def _rendered_now() -> list[str]:
+    """Of the error that is being shown: one that held on to itself would keep every tensor of its frames."""
+    error = sys.exception() or getattr(sys, "last_value", None)
+    return rendered(error) if error is not None else []
+
+
+def number_of(line: str) -> int:
+    """The number in ``file:line``."""
+    number = line.rpartition(":")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def place_shown(line: str) -> str:
+    """``file:line``, or in a notebook the cell, as its own tracebacks name it."""
+    file = line.rpartition(":")[0]
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    named = getattr(getattr(shell, "compile", None), "format_code_name", lambda name: None)(file)
+    return f"{' '.join(named)}, line {number_of(line)}" if named else line

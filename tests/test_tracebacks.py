@@ -12,6 +12,7 @@ SET_UP = "import torch, planrt as sy\nhook = sy.TorchHook(torch)\nbob = sy.Virtu
 FAILING = {
     "an op on a worker": "x = torch.ones(3).send(bob)\nx.index_select(0, torch.tensor([7]).send(bob)).get()",
     "shapes that do not fit": "torch.ones(3).send(bob) + torch.ones(4).send(bob)",
+    "torch's own Python code": "torch.nn.functional.cross_entropy(torch.ones(3, 2).send(bob), torch.ones(4).send(bob))",
     "reading a remote value": "float(torch.ones(3).send(bob).sum())",
     "a wrong option": "bob.fit('nothing here')",
     "recording": "def f(x):\n    return x if x.sum() > 0 else -x\n\nsy.func2plan()(f).build(torch.ones(2))",
@@ -123,6 +124,8 @@ def test_a_notebook_shows_a_few_lines_and_names_the_cell():
             "recording",
             "a wrong option",
             "nobody there",
+            "shapes that do not fit",
+            "torch's own Python code",
         ):
             client.execute_interactive(FAILING[name], timeout=60, output_hook=collect)
             lines = "\n".join(problems.pop()).splitlines()

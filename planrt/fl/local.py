@@ -129,6 +129,12 @@ class local_workers:  # noqa: N801 - it is used as a function
             'workers are there within a block: write `with planrt.local_workers("bob") as (bob,):`'
         )
 
+    def __repr__(self) -> str:
+        pids = self.pids
+        workers = ", ".join(f"{id} (pid {pids[id]})" if id in pids else id for id in self._ids)
+        ended = "ended" if self._processes is not None else "not started: use it in a with block"
+        return f"<local_workers {workers}{'' if pids else f': {ended}'}>"
+
     @property
     def pids(self) -> dict[str, int]:
         """Worker id -> process id, while they run."""

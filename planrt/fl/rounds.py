@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from planrt.cards import card
 from planrt.errors import OptionError
 from planrt.fl.averaging import StreamingAverage
 from planrt.fl.config import TrainConfig
@@ -26,6 +27,7 @@ from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.serde.frames import MemoryStore, SpoolStore, Store
+from planrt.shown import shown
 from planrt.workers.base import BaseWorker
 from planrt.workers.results import FitResult
 
@@ -65,8 +67,24 @@ class RoundResult:
     worker_states: dict[str, ModelState] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        workers = ", ".join(f"{id}: {part.loss:.4f}" for id, part in self.workers.items())
+        workers = ", ".join(f"{shown(id)}: {part.loss:.4f}" for id, part in self.workers.items())
         return f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (id, f"{part.loss:.4f}", f"{part.samples:,}", f"{part.bytes_sent:,}", f"{part.bytes_received:,}")
+            for id, part in self.workers.items()
+        ]
+        return card(
+            f"RoundResult of round {self.round}",
+            [
+                ("loss", f"{self.loss:.4f}"),
+                ("seconds", f"{self.seconds:.2f}"),
+                ("state", f"{len(self.state)} entries"),
+            ],
+            columns=("worker", "loss", "samples", "bytes sent", "bytes received"),
+            rows=rows,
+        )
 
 
 class RoundScheduler:
@@ -114,7 +132,7 @@ class RoundScheduler:
         self._weighted = weighted
 
     def __repr__(self) -> str:
-        ids = ", ".join(worker.id for worker in self.workers)
+        ids = ", ".join(shown(worker.id) for worker in self.workers)
         return (
             f"<RoundScheduler of {self.config!r} on {ids}: data set {self.dataset_key!r}, seed {self.seed}>"
         )
@@ -254,6 +272,11 @@ class ModelEvaluator:
         self.dataset_key = dataset_key
         self.batch_size = whole("the test batch size", batch_size, at_least=1)
         self.bins = whole("bins", bins, at_least=0)
+
+    def __repr__(self) -> str:
+        return (
+            f"<ModelEvaluator of {self.config!r} on {shown(self.worker.id)}: data set {self.dataset_key!r}>"
+        )
 
     @on_loop
     async def prepare(self) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
+from planrt.cards import card
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.plans.forms.holding import hold
 from planrt.plans.ir.graph import Graph
@@ -559,6 +560,25 @@ class Plan(torch.nn.Module, Generic[P, R]):
         graph = self._record.graphs[-1]
         inside = f"{len(graph.inputs)} inputs, {len(graph.ops)} ops"
         return f"<Plan {show_name(self.name)} id:{self.id} owner:me built: {inside}>"
+
+    def _repr_html_(self) -> str:
+        graph = self._record.graph(training=self.training) if self._record is not None else None
+        takes = (
+            [f"{graph.input_name(place)}: {spec}" for place, spec in enumerate(graph.inputs)] if graph else []
+        )
+        return card(
+            f"Plan {self.name}",
+            [
+                ("built", "yes" if graph else f"no: call {self.name}.build(...)"),
+                ("hash", graph and graph.hash),
+                ("takes", ", ".join(takes)),
+                ("state", graph and f"{len(graph.state)} tensors"),
+                ("ops", graph and len(graph.ops)),
+                ("tags", " ".join(self._tags)),
+                ("description", self._description.strip().partition("\n")[0]),
+            ],
+            text=graph.code if graph else "",
+        )
 
     @classmethod
     def from_record(

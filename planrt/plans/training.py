@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from planrt.cards import card
 from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanError, TraceError
 from planrt.plans.forms.torchscript import (
     argument_names,
@@ -59,6 +60,9 @@ class ModelPlans:
     training: Graph
     evaluation: Graph
     names: StateMap
+
+    def __repr__(self) -> str:
+        return f"<ModelPlans {self.training!r}, {self.evaluation!r}, {len(self.names.entries)} state entries>"
 
     @property
     def state(self) -> ModelState:
@@ -114,6 +118,16 @@ class EvaluationResult(Mapping[str, Any]):
     def accuracy(self) -> float | None:
         """The share of predictions that were right, from 0 to 1; None where no classes are counted."""
         return None if self.correct is None or not self.samples else self.correct / self.samples
+
+    def _repr_html_(self) -> str:
+        accuracy = (
+            None if self.accuracy is None else f"{self.accuracy:.2%} ({self.correct:,} of {self.samples:,})"
+        )
+        figures = (("predicted", self.histogram), ("targets", self.target_histogram))
+        rows = [(name, *counts) for name, counts in figures if counts is not None]
+        facts = [("loss", f"{self.loss:.4f}"), ("samples", f"{self.samples:,}"), ("accuracy", accuracy)]
+        columns = ("class", *range(max((len(row) - 1 for row in rows), default=0)))
+        return card("EvaluationResult", facts, columns=[str(name) for name in columns], rows=rows)
 
     def _entries(self) -> dict[str, Any]:
         entries: dict[str, Any] = {"loss": self.loss}

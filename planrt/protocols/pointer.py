@@ -30,6 +30,7 @@ from planrt.workers.base import BaseWorker, expect
 from planrt.workers.client.objects import allowed_users as allowed_list
 from planrt.workers.client.objects import kinds
 from planrt.workers.pointers.plan import PointerPlan
+from planrt.workers.pointers.printing import gone_words, pointer_card
 from planrt.workers.pointers.tensor import (
     Handle,
     ObjectPointer,
@@ -275,8 +276,10 @@ class PointerProtocol(ObjectPointer):
 
     def __repr__(self) -> str:
         handle = self._handle
-        text = f"[PointerProtocol | me:{self.id} -> {handle.worker.id}:{handle.id}]"
-        return text + ("" if handle.alive else " (used up)")
+        return f"[PointerProtocol | me:{self.id} -> {handle.worker.id}:{handle.id}]{gone_words(handle)}"
+
+    def _repr_html_(self) -> str:
+        return pointer_card(self, "PointerProtocol", self._tags, self._description)
 
 
 def _quiet(workers: Mapping[str, BaseWorker], on_progress: OnProgress | None) -> Progress:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self, TypeVar, overload
 
 import torch
 
+from planrt.cards import card
 from planrt.errors import OptionError, RemoteError, UnknownPlanError, WireError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.constants import approval_hash, constants_of, has_constants
@@ -27,6 +28,7 @@ from planrt.plans.policy.approvals import Approvals, Status
 from planrt.plans.running.interpreter import check_inputs, local_state
 from planrt.plans.training import EvaluationResult
 from planrt.serde.frames import Allocate, in_memory
+from planrt.shown import shown
 from planrt.types import Ref, as_text, map_leaves, plain
 from planrt.workers.client import registry
 from planrt.workers.client.connection import Connection, Reply
@@ -82,7 +84,32 @@ class BaseWorker(NamesOf02, KnowsWorkers):
             registry.add(self)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id} at {self.address}>"
+        return f"<{type(self).__name__} {shown(self.id)} at {self.address}{self._gone()}>"
+
+    def _gone(self) -> str:
+        """``, gone: WHY`` of a worker whose connection has ended, else ``""``."""
+        return f", gone: {self._connection.why_ended}" if self._connection.closed else ""
+
+    def _repr_html_(self) -> str:
+        session = self._connection.session
+        rows = [
+            (key, f"{info.length:,}", info.data, info.target, " ".join(info.tags), info.description)
+            for key, info in session.datasets.items()
+        ]
+        return card(
+            f"{type(self).__name__} {self.id}",
+            [
+                ("address", self.address),
+                ("gone", self._connection.why_ended),
+                (
+                    "messages",
+                    f"{self.traffic.messages_sent:,} sent, {self.traffic.messages_received:,} received",
+                ),
+                ("bytes", f"{self.traffic.bytes_sent:,} sent, {self.traffic.bytes_received:,} received"),
+            ],
+            columns=("data set", "items", "data", "target", "tags", "description"),
+            rows=rows,
+        )
 
     @property
     def address(self) -> str:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from planrt.cards import card
 from planrt.plans.model_state import ModelState
+from planrt.shown import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,19 @@ class FitResult:
         """The loss, as scripts read it from a tensor."""
         return self.loss
 
+    def _repr_html_(self) -> str:
+        return card(
+            f"FitResult of {self.worker_id}",
+            [
+                ("loss", f"{self.loss:.4f}"),
+                ("samples", f"{self.samples:,} in {self.batches:,} batches"),
+                ("came back", f"{len(self.changed)} entries" if self.changed else None),
+            ],
+        )
+
     def __repr__(self) -> str:
         back = f", {len(self.changed)} entries came back" if self.changed else ""
         return (
-            f"<FitResult of {self.worker_id}: loss {self.loss:.4f}, {self.samples} samples in {self.batches} "
+            f"<FitResult of {shown(self.worker_id)}: loss {self.loss:.4f}, {self.samples} samples in {self.batches} "
             f"batches{back}>"
         )

@@ -19,6 +19,7 @@ from planrt.loop import on_loop_thread, run
 from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
+from planrt.shown import shown
 from planrt.types import as_text, as_whole
 from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worker_id
 from planrt.workers.client import registry
@@ -160,7 +161,7 @@ class VirtualWorker(BaseWorker):
         tell(f"worker {self.id!r} is there already: this is the same one, with its objects ({held})")
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} id:{self.id} #objects:{len(self._objects)}>"
+        return f"<{type(self).__name__} id:{shown(self.id)} #objects:{len(self._objects)}{self._gone()}>"
 
     @property
     def link_address(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from planrt.cards import card
 from planrt.errors import PolicyError
 from planrt.plans.ir.constants import Constant, approval_hash, known_constants
 from planrt.plans.ir.graph import Graph
@@ -136,7 +137,7 @@ class Violation:
         return f"[{self.rule}] {where}{self.message}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `planrt.plans.analysis.analyse.analyse` found, and the policy's `violations`, if it was held against one.
 
@@ -203,6 +204,20 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(_page(self))
+
+    def __repr__(self) -> str:
+        verdict = ""
+        if self.policy_version is not None:
+            verdict = f", keeps policy {self.policy_version}"
+            if not self.ok:
+                verdict = (
+                    f", breaks policy {self.policy_version}: {_count(len(self.violations), 'violation')}"
+                )
+        inside = f"{_count(len(self.ops), 'op')}{verdict}"
+        return f"<Report of plan {shown(self.graph.name)}: {inside}; print() shows the page>"
+
+    def _repr_html_(self) -> str:
+        return card(f"Report of plan {self.graph.name}", text=str(self))
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in values that JSON has."""

@@ -17,6 +17,7 @@ import torch
 from planrt.plans.ir.ops import RESULTS_FOLLOW_FLOATS
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.serde.values import DEVICE
+from planrt.tracebacks import shorten
 from planrt.types import map_leaves
 
 
@@ -187,6 +188,7 @@ def _infer(
     except Exception as error:
         if needs_values(error):
             raise _UnforeseeableError from error
+        shorten(error)
         raise error.with_traceback(None) from None  # torch's way through its meta kernels helps nobody
 
     def seen(leaf: Any) -> Any:

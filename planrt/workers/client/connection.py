@@ -27,6 +27,7 @@ from planrt.errors import (
 )
 from planrt.logs import get_logger
 from planrt.serde.frames import Allocate, Limits, Received, Store, encode, in_memory
+from planrt.shown import shown
 from planrt.workers.client.session import ClientSession
 from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
@@ -154,6 +155,11 @@ class Connection:
     def traffic(self) -> Traffic:
         """What went through the connection so far."""
         return self._pipe.traffic
+
+    @property
+    def why_ended(self) -> str:
+        """Why the connection has ended, safe to show; ``""`` while it has not."""
+        return "" if self._ended is None else shown(str(self._ended), 200)
 
     @property
     def closed(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from planrt.cards import card
 from planrt.errors import MixedLocationsError, RemoteOpError
 from planrt.types import leaves, map_leaves
 from planrt.workers.client.objects import fetch_all, fetch_all_async
@@ -99,6 +100,12 @@ class MultiPointerTensor(torch.Tensor):
         if isinstance(first, dict):
             return {key: MultiPointerTensor.together([one[key] for one in done]) for key in first}
         return first
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (id, one._handle.id, list(one._spec.shape), one._spec.dtype) for id, one in self.child.items()
+        ]
+        return card("MultiPointerTensor", columns=("worker", "object", "shape", "dtype"), rows=rows)
 
     @property
     def location(self) -> list[Any]:

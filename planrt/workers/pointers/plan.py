@@ -13,9 +13,11 @@ from planrt.plans import other_sizes as forms
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord, state_hash
 from planrt.plans.plan import Plan
+from planrt.shown import shown
 from planrt.types import as_whole
 from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.plan_calls import call_plan, copy_plan, state_pointers
+from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
 from planrt.workers.pointers.tensor import Handle, ObjectPointer, PointerTensor, alive, handle_at
 
 if TYPE_CHECKING:
@@ -224,13 +226,17 @@ class PointerPlan(ObjectPointer):
     def __repr__(self) -> str:
         handle = self._handle
         chain = "".join(f" -> {worker.id}" for worker in handle.via)
-        gone = "" if handle.alive else " (used up)"
-        text = f"[PointerPlan | me:{self.id} -> {handle.worker.id}:{handle.id}{chain}]{gone}"
+        text = f"[PointerPlan | me:{self.id} -> {handle.worker.id}:{handle.id}{chain}]{gone_words(handle)}"
         if self._tags or self._description:
-            text += f"\n\tPlan: {self.name}\n\tTags: {' '.join(self._tags)}"
-        if self._description:
-            text += f"\n\tDescription: {self._description.strip().splitlines()[0][:100]}..."
+            text += f"\n\tPlan: {shown(self.name)}{tag_lines(self._tags, self._description)}"
         return text
+
+    def _repr_html_(self) -> str:
+        known = self._record is not None  # of a plan that was found it would have to be asked for
+        return pointer_card(
+            self, f"PointerPlan {self.name}", self._tags, self._description,
+            [("hash", self.hash if known else None)], self.code if known else "",
+        )  # fmt: skip
 
 
 class MultiPointerPlan:

@@ -18,6 +18,7 @@ from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteVa
 from planrt.loop import run
 from planrt.plans.running.inference import Spec
 from planrt.types import as_whole, plain
+from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker
@@ -279,6 +280,13 @@ class PointerTensor(torch.Tensor):
         """`grad`, to be awaited on any loop: it may have to wait for a backward pass."""
         return await alive(self).worker.async_gradient(self)
 
+    def _repr_html_(self) -> str:
+        attributes, spec = self.__dict__, self._spec
+        facts = [("shape", list(spec.shape)), ("dtype", spec.dtype), ("requires grad", spec.requires_grad)]
+        return pointer_card(
+            self, "PointerTensor", attributes.get("_tags", ()), attributes.get("_description", ""), facts
+        )
+
     def tag(self, *tags: str) -> PointerTensor:
         """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
         every = (*self.__dict__.get("_tags", ()), *tags)
@@ -511,24 +519,19 @@ class ObjectPointer:
         not_copied()
 
 
-# How a pointer prints: nothing of it comes from the worker.
+# How a pointer prints: nothing is asked of the worker. Tags and descriptions of what was found are others' words.
 
 
 def describe(pointer: PointerTensor) -> str:
     """``(Wrapper)>[PointerTensor | me:ID -> bob:ID]`` and what tags, description and shape are known."""
     handle = pointer._handle
-    gone = "" if handle.alive else " (used up)"
     chain = "".join(f" -> {worker.id}" for worker in handle.via)
-    suffix = "::grad" if pointer.__dict__.get("_is_grad") else ""
-    text = (
-        f"[PointerTensor | me:{pointer_id(pointer)} -> {handle.worker.id}:{handle.id}{chain}]{suffix}{gone}"
-    )
+    suffix = ("::grad" if pointer.__dict__.get("_is_grad") else "") + gone_words(handle)
+    text = f"[PointerTensor | me:{pointer_id(pointer)} -> {handle.worker.id}:{handle.id}{chain}]{suffix}"
     tags = pointer.__dict__.get("_tags", ())
     description = pointer.__dict__.get("_description", "")
     if tags or description:
-        text += f"\n\tTags: {' '.join(tags)}\n\tShape: {list(pointer._spec.shape)}"
-        if description:
-            text += f"\n\tDescription: {description.strip().splitlines()[0][:100]}..."
+        text += tag_lines(tags, description, f"\n\tShape: {list(pointer._spec.shape)}")
     return f"(Wrapper)>{text}"
 
 
