@@ -190,12 +190,12 @@ def test_a_report_is_a_line_and_prints_as_a_page():
     report = plan.check(None, [torch.ones(4, 3)])
     assert re.fullmatch(r"<Report of plan \W?lambda\W?: 1 op; print\(\) shows the page>", repr(report))
     assert "Gives back" in str(report)
-    policy = planrt.plans.policy.Policy(approval="open", deny=("*.mean",))
+    policy = planrt.plans.policy.rules.Policy(approval="open", deny=("*.mean",))
     broken = plan.check(policy, [torch.ones(4, 3)])
     assert ": 1 op, breaks policy" in repr(broken)
     assert "1 violation" in repr(broken)
     assert ", keeps policy" in repr(
-        plan.check(planrt.plans.policy.Policy(approval="open"), [torch.ones(4, 3)])
+        plan.check(planrt.plans.policy.rules.Policy(approval="open"), [torch.ones(4, 3)])
     )
 
 
