@@ -39,7 +39,7 @@ from planrt.workers.pointers.tensor import (
     make_pointer,
     new_id,
 )
-from planrt.workers.pointers.tensor.printing import gone_words, pointer_card
+from planrt.workers.printing import gone_words, pointer_card
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import check_travels, spec_from_wire
 

@@ -18,7 +18,7 @@ from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteVa
 from planrt.loop import run
 from planrt.plans.running.inference import Spec
 from planrt.types import as_whole, plain
-from planrt.workers.pointers.tensor.printing import gone_words, pointer_card, tag_lines
+from planrt.workers.printing import gone_words, pointer_card, tag_lines
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker
