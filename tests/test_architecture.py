@@ -117,10 +117,7 @@ def test_the_public_names_need_nothing_heavy_beyond_torch():
 def test_planrt_knows_its_own_files_from_a_users():
     from planrt import errors
     from planrt.plans.ir.source import is_users
-    from planrt.plans.running import inference
-    from planrt.tracebacks import _INFERENCE
 
     assert not any(is_users(str(path)) for path in modules())
     assert not is_users(errors.__file__)
     assert is_users(__file__)
-    assert inference.__file__ == _INFERENCE
