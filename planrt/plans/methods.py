@@ -48,6 +48,11 @@ class PlanMethod:
         """The plan of `owner`, which is built at the first use if it was given shapes."""
         if owner is None:
             return self
+        if not hasattr(owner, "__dict__"):
+            raise PlanArgumentError(
+                f"{self._function.__qualname__}: a {type(owner).__name__} has __slots__, and no place for a plan: add "
+                '"__dict__" to them'
+            )
         # Not by setattr: a module would count the plan among its own parts.
         plans: dict[str, Plan] = owner.__dict__.setdefault(_PLANS, {})
         name = self._function.__qualname__  # a class and its base may both have such a method

@@ -286,7 +286,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the plan: the recorded ops on its own state, or before `build` its Python code.
 
-        Given pointers, it is sent to their worker and runs there.
+        Given pointers, it is sent to their worker and runs there; if the module that it was made of is on a worker, its
+        Python code runs on that.
 
         Raises:
             PlanArgumentError: arguments that do not fit, and for which the plan cannot be recorded.
@@ -310,6 +311,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         for tensor in inputs:
             location = getattr(tensor, "location", None)
             if location is not None:
+                if has_code(self) and self._is_away():
+                    return super().__call__(*args, **kwargs)  # where its module is, op by op
                 pointer = self._pointers[location] = location.send_plan(self)
                 return pointer(*args, **kwargs)
         try:
@@ -322,6 +325,9 @@ class Plan(torch.nn.Module, Generic[P, R]):
         """The tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
         held = self._held()
         return [held[entry.name] for entry in self.record.state]
+
+    def _is_away(self) -> bool:
+        return any(getattr(tensor, "location", None) is not None for tensor in self.state_tensors())
 
     def state_here(self) -> list[torch.Tensor]:
         """`state_tensors`, none of them on a worker.

@@ -408,6 +408,55 @@ def test_a_changed_plan_has_no_form_with_the_old_parameters(bob, alice):
         pointer(torch.ones(2).send(alice))
 
 
+def test_parameters_follow_adam_and_batch_norm(bob):
+    class Normed(sy.Plan):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+            self.fc = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.fc(self.bn(x))
+
+    torch.manual_seed(0)
+    plan, x, y = Normed(), torch.randn(16, 3), torch.randn(16, 1)
+    plan.build(x)
+    twin = nn.Sequential(copy.deepcopy(plan.bn), copy.deepcopy(plan.fc))
+    pointer, data, target = plan.send(bob), x.send(bob), y.send(bob)
+    optimizer, local = (optim.Adam(one.parameters(), lr=0.05) for one in (pointer, twin))
+    for _ in range(5):
+        optimizer.zero_grad()
+        ((pointer(data) - target) ** 2).mean().backward()
+        optimizer.step()
+        local.zero_grad()
+        ((twin(x) - y) ** 2).mean().backward()
+        local.step()
+    back = pointer.get().eval()
+    assert torch.allclose(back(x), twin.eval()(x), atol=1e-5)
+
+
+def test_a_copy_has_parameters_of_its_own(bob):
+    plan = Linear()
+    plan.build(torch.ones(1, 2))
+    pointer = plan.send(bob)
+    copied = pointer.copy()
+    with torch.no_grad():
+        pointer.parameters()[0].zero_()
+    x = torch.ones(1, 2)
+    assert torch.equal(copied(x.send(bob)).get(), plan(x))
+    assert torch.allclose(pointer(x.send(bob)).get(), plan.fc.bias.view(1, 1))
+    pointer.parameters()[1].get()
+    assert torch.allclose(pointer(x.send(bob)).get(), plan.fc.bias.view(1, 1))
+
+
+def test_a_plan_that_was_found_has_parameters(bob, me):
+    plan = Linear().tag("#net")
+    plan.build(torch.ones(1, 2))
+    plan.send(bob)
+    (found,) = bob.search("#net")
+    assert [one.shape for one in found.parameters()] == [(1, 2), (1,)]
+
+
 def test_parameters_of_a_private_plan_are_not_read(bob):
     plan = Linear()
     plan.build(torch.ones(1, 2))
@@ -506,6 +555,40 @@ def test_the_plan_of_a_copy_is_its_own():
     assert twin(x).abs().sum() == 0
     assert torch.equal(net(x), net.fc(x))
     assert net(x).abs().sum() != 0
+
+
+def test_a_module_with_such_a_method_goes_to_a_worker(bob):
+    net, x = WithMethods(), torch.randn(3, 2)
+    net.forward.build(x)
+    expected = net.fc(x)
+    net.send(bob)
+    result = net(x.send(bob))
+    assert torch.allclose(result.get(), expected)
+    with pytest.raises(RuntimeError, match=r"get\(\) the module first"):
+        net.forward.send(bob)
+    net(x.send(bob)).sum().backward()
+    net.get()
+    assert net.fc.weight.grad is not None
+    assert torch.equal(net(x), expected)
+
+
+def test_a_plan_of_a_module_that_was_sent(bob):
+    module, x = nn.Linear(2, 1), torch.randn(3, 2)
+    plan = sy.Plan(module).build(x)
+    module.send(bob)
+    assert torch.allclose(plan(x.send(bob)).get(), module.get()(x))
+
+
+def test_an_object_without_attributes():
+    class Slotted:
+        __slots__ = ()
+
+        @sy.method2plan()
+        def double(self, x):
+            return x + x
+
+    with pytest.raises(PlanArgumentError, match="__slots__"):
+        Slotted().double  # noqa: B018
 
 
 def test_a_method_follows_the_mode_of_its_module(bob):

@@ -49,7 +49,7 @@ class RemotePlans(MovingObjects):
         Raises:
             PlanError: not built yet. WorkerLostError: the connection has ended.
         """
-        state, key = plan.state_tensors(), self._key(plan, private, allowed_users, purpose)
+        state, key = plan.state_here(), self._key(plan, private, allowed_users, purpose)
         if (known := self._known(plan, key)) is not None:
             return known
         handle, body, payload = self._message(plan, state, key)
@@ -81,7 +81,7 @@ class RemotePlans(MovingObjects):
 
     def _key(self, plan: Plan, private: bool, users: Sequence[str] | None, purpose: str) -> tuple[Any, ...]:
         """What makes two plans the same on a worker: ops, names, state, who may get it, and what it is for."""
-        state = plan.state_tensors()
+        state = plan.state_here()
         for tensor in state:
             check_travels(tensor)
         allowed = allowed_users(private, users)
