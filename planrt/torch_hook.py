@@ -246,6 +246,19 @@ def _private_tensor(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _allow(self: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    """Not here: who may see a tensor is said when it is sent."""
+    raise PointerError(
+        "allow() is not taken: allowed_users= of send says who may read, and a token shows who asks: "
+        "worker.connect_as(token)"
+    )
+
+
+def _ser(self: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    """Not here: see `planrt.serde.serialize`."""
+    raise PointerError("ser() is not taken: write planrt.serde.serialize(x)")
+
+
 def _create_pointer(self: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
     """Not here: a pointer is made by sending."""
     raise PointerError(
@@ -298,7 +311,7 @@ def _add_methods() -> None:
         "send": send, "async_send": async_send, "send_": send_, "tag": tag, "describe": describe,
         "get": _not_remote("get"), "get_": _not_remote("get_"), "move": _not_remote("move"),
         "id": property(pointer_id, _set_id, doc="A number of this tensor in this process; under which it is sent."),
-        "create_pointer": _create_pointer,
+        "create_pointer": _create_pointer, "allow": _allow, "ser": _ser,
         "owner": property(_owner),
         "tags": property(lambda self: set(self.__dict__.get("_tags", ()))),
         "description": property(lambda self: self.__dict__.get("_description", "")),

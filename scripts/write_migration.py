@@ -50,8 +50,8 @@ A row without a name of planrt says why there is none and what to write. This pa
 - **The loss of an evaluation** is the mean over the samples. 0.2 divided it by the number of samples once more.
 - **`protocol.run`** prints what goes where only with `Protocol(..., verbose=True)`, and sends inputs that are here.
 - **`FederatedDataLoader(num_iterators=3)`** reads three workers at a time, and every item once.
-- **Gradients** stay on their worker: `send(requires_grad=True)` and `move(..., requires_grad=True)` are refused, and say
-  how a backward pass goes on here.
+- **Gradients** stay on their worker: `send(requires_grad=True)` and `move(..., requires_grad=True)` are refused, and
+  say how a backward pass goes on here.
 - **Listings** of websocket workers (`_objects`, `list_objects_remote`) show pointers: values come with `get`.
 - **A client's id** must be the id of the server it dials.
 - **torch is not patched**: tensors and modules get a few methods, and `torch.native_*` says which function to call.

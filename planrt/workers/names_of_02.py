@@ -9,17 +9,30 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from planrt.errors import OptionError
+from planrt.errors import OptionError, UnknownNameError
 from planrt.plans.plan import Plan
 from planrt.types import as_whole, plain
 from planrt.workers.client.contents import Contents
 from planrt.workers.datasets import BaseDataset
 from planrt.workers.pointers.tensor import PointerTensor, give_id
 from planrt.workers.wire import messages as m
+
+_OPS = "call torch's functions on pointers, or worker.remote.torch.zeros(2, 3)"
+_MESSAGES = "messages are made by what is called: write x.send(worker), pointer.get(), worker.search(...)"
+_INSTEAD = {
+    "send_msg": _MESSAGES, "recv_msg": _MESSAGES, "_send_msg": _MESSAGES, "_recv_msg": _MESSAGES,
+    "_get_msg": "worker.log_msgs = True, and see worker.msg_history", "send_command": _OPS, "execute_command": _OPS,
+    "respond_to_obj_req": "write pointer.get()", "create_pointer": "x.send(worker) gives a pointer",
+    "generate_triple": "encrypted tensors are not part of planrt yet",
+    "find_by_id": "write worker.search(id)", "find_by_tag": "write worker.search(tag)",
+    "object_store": "see worker._objects", "serve_model": "write plan.send(worker)",
+    "execute_worker_function": "nothing from a peer is run by its name: send a Plan made with func2plan",
+}  # fmt: skip
+"""What workers had in PySyft 0.2 and have not here, and what to write."""
 
 
 class NamesOf02(Contents):
@@ -29,6 +42,14 @@ class NamesOf02(Contents):
     train_job: Any
     msg_history: list[m.Body]
     """What was sent to this worker while `log_msgs` was set, oldest first: messages of planrt, without tensors."""
+
+    if not TYPE_CHECKING:  # or any attribute would be one to type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            """Says of names of PySyft 0.2 what to write instead."""
+            if name in _INSTEAD:
+                raise UnknownNameError(f"workers have no {name}: {_INSTEAD[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # ------------------------------------------------------------------------------------ objects
 

@@ -315,3 +315,28 @@ def test_fit_without_a_config_is_a_value_error(bob):
     for call in (bob.fit, bob.evaluate):
         with pytest.raises(ValueError, match=r"TrainConfig\(\.\.\.\)\.send"):
             call(dataset_key="k")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("send_msg", r"x\.send\(worker\)"), ("recv_msg", r"pointer\.get"), ("send_command", "call torch's functions"),
+        ("execute_command", "pointers"), ("generate_triple", "not part of planrt yet"), ("find_by_tag", "search"),
+        ("_get_msg", "msg_history"), ("execute_worker_function", "func2plan"),
+    ],
+)  # fmt: skip
+def test_what_workers_had_and_have_not_says_what_to_write(bob, name, says):
+    with pytest.raises(AttributeError, match=says):
+        getattr(bob, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing_like_it'"):
+        bob.nothing_like_it  # noqa: B018
+    assert not hasattr(bob, name)
+
+
+def test_what_tensors_had_and_have_not_says_what_to_write(bob):
+    x = torch.ones(1)
+    for tensor in (x, x.send(bob)):
+        with pytest.raises(RuntimeError, match="allowed_users="):
+            tensor.allow("User")
+        with pytest.raises(RuntimeError, match=r"serde\.serialize"):
+            tensor.ser()
