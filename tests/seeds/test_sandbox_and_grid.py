@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import planrt as sy
-from planrt.fl import boston
+from planrt.fl.data import boston
 from planrt.sandbox import WORKERS
 
 DATA_SETS = {"#boston": (404, 13), "#diabetes": (442, 10), "#iris": (150, 4), "#wine": (178, 13)}

@@ -11,7 +11,7 @@ import torch
 
 import planrt as sy
 import planrt.compat
-from planrt.fl import data as digits
+from planrt.fl.data import digits as digits
 
 PER_WORKER, TESTED = 640, 500
 
