@@ -286,7 +286,7 @@ def _record(options: argparse.Namespace) -> Approvals:
 def _policy_version(options: argparse.Namespace) -> str:
     if not options.policy:
         return ""
-    from planrt.plans.policy.rules import Policy  # needs torch
+    from planrt.plans.policy.rules import Policy  # needs torch only for what it says of ops
 
     return Policy.from_file(options.policy).version
 

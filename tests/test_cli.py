@@ -12,6 +12,7 @@ from planrt.cli import main
 from planrt.plans import trace
 from planrt.plans.ir.record import PlanRecord
 from planrt.plans.ir.signature import Parameter, Signature
+from planrt.plans.policy import Policy
 from planrt.plans.policy.approvals import MAX_ASKINGS, Approvals, Asking
 from planrt.types import Ref
 
@@ -284,12 +285,23 @@ def test_inspect_takes_sizes_by_name(tmp_path, capsys):
     assert "data: aggregated over 32 rows" in capsys.readouterr().out
 
 
-COMMANDS = [["--version"], ["pending"], ["approve", "HASH", "--why", "fine"], ["decisions"]]
+COMMANDS = [
+    ["--version"],
+    ["pending"],
+    ["approve", "HASH", "--why", "fine"],
+    ["approve", "HASH", "--policy", "POLICY"],
+    ["deny", "HASH", "--why", "on second thoughts", "--policy", "POLICY"],
+    ["decisions"],
+]
 
 
-def test_what_needs_no_torch_starts_without_it(folder, graph):
+def test_what_needs_no_torch_starts_without_it(folder, graph, tmp_path):
+    policy = tmp_path / "rows.toml"
+    policy.write_text(
+        'approval = "ask"\nmax_memory = "1 GiB"\n[[release]]\ntag = "#patients"\nmin_rows = 5\n'
+    )
     for words in COMMANDS:
-        given = [graph.hash if word == "HASH" else word for word in words]
+        given = [{"HASH": graph.hash, "POLICY": str(policy)}.get(word, word) for word in words]
         given += ["--folder", folder] if words != ["--version"] else []
         code = (
             "import sys, planrt.cli\n"
@@ -298,6 +310,8 @@ def test_what_needs_no_torch_starts_without_it(folder, graph):
         )
         done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
         assert done.returncode == 0, (words, done.stderr)
+    last = Approvals(folder).decisions()[-1]
+    assert last.policy == Policy.from_file(policy).version
 
 
 def test_version_serve_and_run_are_commands(capsys):

@@ -47,9 +47,6 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from planrt.errors import OptionError
-from planrt.plans.analysis.kernels import AGGREGATES
-from planrt.plans.analysis.report import count_bytes, count_flops
-from planrt.plans.ir import ops as table
 
 Approval = Literal["open", "list", "ask"]
 
@@ -81,6 +78,8 @@ class ReleaseRule:
         _integer("release.min_rows", self.min_rows, 1)
         if self.aggregates is not None:
             _strings("release.aggregates", self.aggregates)
+            from planrt.plans.analysis.kernels import AGGREGATES  # it needs torch, which most policies do not
+
             unknown = [name for name in self.aggregates if name not in AGGREGATES]
             if unknown:
                 known = ", ".join(sorted(AGGREGATES))
@@ -143,7 +142,7 @@ class Policy:
                 raise OptionError(f"approved: {text[:80]!r} is not a plan's hash (64 hex digits, lower case)")
         for name in ("allow", "deny"):
             for pattern in getattr(self, name):
-                if not fnmatch.filter(table.TABLE, pattern):
+                if pattern != "*" and not fnmatch.filter(_table(), pattern):
                     raise OptionError(f"{name}: {pattern!r} matches no op of the table")
         for name in ("max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes"):
             if getattr(self, name) is not None:
@@ -213,12 +212,13 @@ class Policy:
     @cached_property
     def allowed_ops(self) -> frozenset[str]:
         """The names of the table that plans may use."""
-        allowed = {name for pattern in self.allow for name in fnmatch.filter(table.TABLE, pattern)}
-        return frozenset(
-            allowed - {name for pattern in self.deny for name in fnmatch.filter(table.TABLE, pattern)}
-        )
+        table = _table()
+        allowed = {name for pattern in self.allow for name in fnmatch.filter(table, pattern)}
+        return frozenset(allowed - {name for pattern in self.deny for name in fnmatch.filter(table, pattern)})
 
     def __str__(self) -> str:
+        from planrt.plans.analysis.report import count_bytes, count_flops
+
         limits: list[tuple[str, float | None, Callable[[Any], str]]] = [
             ("ops", self.max_ops, "{:,}".format),
             ("computation", self.max_flops, count_flops),
@@ -237,7 +237,7 @@ class Policy:
         lines = [
             f"Policy {self.version}",
             f"  approval: {self.approval}: {says[self.approval]}",
-            f"  ops: {len(self.allowed_ops):,} of {len(table.TABLE):,} allowed",
+            f"  ops: {len(self.allowed_ops):,} of {len(_table()):,} allowed",
             *[
                 f"  {name}: {'no limit' if limit is None else 'at most ' + show(limit)}"
                 for name, limit, show in limits
@@ -248,6 +248,13 @@ class Policy:
             ],
         ]
         return "\n".join(lines)
+
+
+def _table() -> Mapping[str, Any]:
+    """The table of ops. It is made of torch's functions, so it is imported by those who need it."""
+    from planrt.plans.ir.ops import TABLE
+
+    return TABLE
 
 
 def _integer(name: str, value: Any, at_least: int) -> None:
