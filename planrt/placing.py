@@ -27,7 +27,7 @@ Movable = TypeVar("Movable", bound=PointerPlan | PointerProtocol | nn.Module)
 
 
 @overload
-def send(  # type: ignore[overload-overlap]  # a plan is a module, and gives a pointer
+def send(  # type: ignore[overload-overlap]  # of a plan, which is a module too, a pointer comes back
     thing: Plan[..., Any],
     worker: BaseWorker,
     *,

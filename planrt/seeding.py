@@ -1,4 +1,4 @@
-"""Every random choice of a run derives from (run seed, round, worker): the same run gives the same bits."""
+"""Every random choice of a run derives from (run seed, round, worker): the same run has the same bits."""
 
 from __future__ import annotations
 

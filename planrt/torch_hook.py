@@ -48,7 +48,7 @@ def current_hook() -> TorchHook:
 
 
 class TorchHook:
-    """``hook = planrt.TorchHook(torch)``. Making it again gives the same one: a process has one hook.
+    """``hook = planrt.TorchHook(torch)``. Making it again returns the same one: a process has one hook.
 
     Args:
         module: `torch`.
@@ -126,9 +126,9 @@ def send(
     preinitialize_grad: bool = False,
     user: object = None,
 ) -> PointerTensor | MultiPointerTensor:
-    """Sends the tensor, with `requires_grad`, `.grad`, tags and description; gives a pointer, at once.
+    """Sends the tensor, with `requires_grad`, `.grad`, tags and description; returns a pointer, at once.
 
-    To several workers it gives one pointer that stands for all. `private`: nobody may read it or what is
+    Sent to several workers, it returns one pointer that stands for all. `private`: nobody may read it or what is
     computed from it. `allowed_users`: only these may. With ``garbage_collection=False``, which may be written
     ``garbage_collect_data=False``, the object stays when its last pointer goes. The object has the tensor's `id` on the
     worker; while one is there that was sent before, both the tensor and the new object get another one. `inplace` is

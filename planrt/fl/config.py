@@ -31,7 +31,7 @@ class TrainConfig:
     """A model, its loss and how to train it.
 
     `model` is an nn.Module, or one from `torch.jit.trace` or `torch.jit.script`. `loss_fn` takes (prediction, target)
-    and gives the mean over the batch; if its parameters are named ``pred`` and ``target``, it is called by name, in
+    and returns the mean over the batch; if its parameters are named ``pred`` and ``target``, it is called by name, in
     whatever order they stand. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no bound), `shuffle` and
     `drop_last` (whether to leave out the short last batch of each pass) say which batches. `optimizer` is a class of
     torch.optim or its name, and `optimizer_args` its arguments.

@@ -260,7 +260,7 @@ class ModelPointer:
 
 
 class LossPointer:
-    """The loss of a job. It travels as part of the plan, and is nowhere else than here: `get` gives it back."""
+    """The loss of a job. It travels as part of the plan, and is nowhere else than here: `get` returns it."""
 
     def __init__(self, loss_fn: Callable[..., Any], location: BaseWorker) -> None:
         self._loss_fn = loss_fn

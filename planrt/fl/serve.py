@@ -293,7 +293,7 @@ def _send(status: TextIO, message: dict[str, Any]) -> None:
 
 
 def _supervised_status() -> TextIO:
-    """Ties this process to its parent, and gives the stream for the status line.
+    """Ties this process to its parent, and returns the stream for the status line.
 
     The parent holds the other end of our stdin and never writes: end of file means that it is gone, however
     it went (SIGKILL included). Anything else printed to stdout goes to stderr, to keep the status line whole.

@@ -3,7 +3,7 @@
 A plan has one state entry per *tensor*. A module's `state_dict` has one per *name*: tied weights and layers that
 stand in two places have several, buffers that are not persistent have none, and neither have tensors that belong to
 the loss, or that the function took from elsewhere. `StateMap` knows both sides of one model, and translates exactly,
-both ways: what a round gives back is what `load_state_dict` takes.
+both ways: what a round returns is what `load_state_dict` takes.
 """
 
 from __future__ import annotations

@@ -374,7 +374,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
     # ------------------------------------------------------------------------------------ travelling
 
     def send(self, *workers: Any, **options: Any) -> Any:
-        """Sends the plan with its state to workers; gives a pointer to call there, or one that stands for several.
+        """Sends the plan with its state to workers; returns a pointer to call there, or one that stands for several.
 
         What a worker has already is not sent again. `private` and `allowed_users` are as for tensors: who may
         get the state back. `purpose` says what the plan is for, to an owner who has to approve it.
@@ -400,7 +400,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 
     def get_pointers(self) -> dict[str, Any]:
-        """Worker's id -> the pointer that `send` gave last for that worker, as long as somebody holds it."""
+        """Worker's id -> the pointer that `send` returned last for that worker, as long as somebody holds it."""
         return {one.location.id: one for one in self._sent_to.values() if one._handle.alive}
 
     def get(self) -> Any:

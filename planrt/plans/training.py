@@ -53,7 +53,7 @@ OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
 class ModelPlans:
     """A model with its loss, as two plans over the same state.
 
-    Both take (data, target) and give (loss, prediction), with the batch dimension free. `names` joins the entries of
+    Both take (data, target) and return (loss, prediction), with the batch dimension free. `names` joins the entries of
     their state to those of the model's `state_dict`.
     """
 
@@ -73,7 +73,7 @@ class ModelPlans:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What one call of `train` gave.
+    """What one call of `train` returns.
 
     Attributes:
         loss: mean over the samples of the loss of their batch, before that batch's step; nan without samples.
@@ -94,7 +94,7 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult(Mapping[str, Any]):
-    """What one call of `evaluate` gave, with names as below and as a mapping with those of the 0.2 era.
+    """What one call of `evaluate` returns, with names as below and as a mapping with those of the 0.2 era.
 
     As a mapping it has ``loss``; where classes are counted also ``nr_correct_predictions`` and ``nr_predictions``; with
     histograms ``histogram_predictions`` and ``histogram_target``, as arrays.
@@ -302,7 +302,7 @@ def train(
     they are on `device` (so they must be writable), and given back. Batches may be on any device.
 
     Args:
-        plan: takes (data, target), gives (loss, prediction), as `trace_model` makes it.
+        plan: takes (data, target), returns (loss, prediction), as `trace_model` makes it.
         state: one tensor per entry of ``plan.state``, in its order.
         batches: pairs of (data, target); dimension 0 counts samples.
         optimizer: a name in `OPTIMIZERS`.

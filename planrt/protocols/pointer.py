@@ -111,7 +111,7 @@ class PointerProtocol(ObjectPointer):
         """Has the worker run the protocol on objects that it holds; see `Protocol.run`.
 
         Tensors of this process are sent to it first. The results are pointers to the worker, which point to where
-        the results are: ``get`` gives a pointer to that.
+        the results are: ``get`` returns a pointer to that.
 
         Raises:
             ProtocolError: not deployed by this client, missing inputs. MixedLocationsError: an input on another

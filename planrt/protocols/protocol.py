@@ -55,7 +55,7 @@ class Protocol:
         steps: `Step`s, or (worker, plan) pairs. A step may take results of steps before it.
         inputs: names of the inputs, for steps to name and in the order in which `run` takes them. By default
             those of the first step's plan.
-        outputs: the steps (or parts of their results) that `run` gives: a name, or a list, tuple or dict of
+        outputs: the steps (or parts of their results) that `run` returns: a name, or a list, tuple or dict of
             names. By default the last step.
         name: what it is called when printed.
         verbose: whether runs print what goes where: ``send alice``, ``move alice -> bob``.
@@ -207,7 +207,7 @@ class Protocol:
     def run(
         self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
     ) -> Any:
-        """Runs all steps; gives pointers to the results, on the workers that made them.
+        """Runs all steps; returns pointers to the results, on the workers that made them.
 
         Inputs are given in order or by name: tensors, which are sent to the workers that need them, or pointers,
         on a worker where a step takes them. Pointers stay usable; what a plan changes in place is changed. After

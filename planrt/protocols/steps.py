@@ -28,7 +28,7 @@ class Step:
     """One step of a protocol: ``Step("alice", plan, ["x", "front"], name="back")``, or ``("alice", plan)``.
 
     Args:
-        worker: where it runs: a worker, or a name for one that `Protocol.deploy` gives. Equal names mean the same
+        worker: where it runs: a worker, or a name for one given to `Protocol.deploy`. Equal names mean the same
             worker.
         plan: a built `Plan`, or a `PointerPlan` on that worker.
         inputs: the arguments of the plan: a list of them, or a dict for keyword arguments. A string names an input
@@ -250,7 +250,7 @@ class _Describing:
         return Description(chain, tuple(self.inputs), tuple(self.plans), tuple(self.held), self.workers)
 
     def outputs(self, outputs: Any) -> Nested:
-        """What a run gives."""
+        """What a run returns."""
         last = self.names[-1]
         who = "the outputs of the protocol"
         if outputs is None:

@@ -133,7 +133,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     @property
     def remote(self) -> RemoteNames:
-        """torch's functions on the worker: ``worker.remote.torch.zeros(2, 3)`` gives a pointer."""
+        """torch's functions on the worker: ``worker.remote.torch.zeros(2, 3)`` returns a pointer."""
         return RemoteNames(self)
 
     # ------------------------------------------------------------------------------------- approval
@@ -160,7 +160,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
         The owner reads `purpose`, what it is for, next to it.
 
-        Asks `every` so many seconds; after `timeout` seconds it gives "pending" back.
+        Asks `every` so many seconds; after `timeout` seconds it returns "pending".
 
         Raises:
             PlanError: the plan is not built. WorkerLostError.

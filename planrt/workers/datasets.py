@@ -42,7 +42,7 @@ class BatchSource(Protocol):
 class BaseDataset(Dataset[Batch]):
     """Tensors with an optional transform, here or on a worker.
 
-    `send` gives a data set of pointers; pointers that a search found make one just as well. Its batches are
+    `send` returns a data set of pointers; pointers that a search found make one just as well. Its batches are
     pointers too: they are put together on the worker, and the batch transform's torch calls run there.
 
     Args:

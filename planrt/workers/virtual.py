@@ -64,7 +64,7 @@ class VirtualWorker(BaseWorker):
         log_msgs: keep what is sent to the worker in `msg_history`.
         verbose: taken, and without effect: planrt logs to the logger "planrt".
         message_pending_time: seconds that every message waits before it leaves, to try a slow network.
-        auto_add: whether `get_worker` finds it, and making it again gives the same.
+        auto_add: whether `get_worker` finds it, and making it again returns the same.
 
     Raises:
         OptionError: no id, or arguments that contradict a living worker of that id.

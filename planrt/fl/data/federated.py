@@ -102,9 +102,9 @@ class FederatedDataLoader:
         batch_size: items of a batch. The last one of each worker may be short.
         shuffle: a new order within each worker's data at each pass.
         drop_last: leave out each worker's short last batch.
-        num_iterators: how many workers are read at a time. With more than one, a pass gives
+        num_iterators: how many workers are read at a time. With more than one, a pass yields
             ``{worker: (data, target)}`` instead of pairs: one batch of each worker that is being read.
-        iter_per_worker: every step gives ``{worker: (data, target)}`` with a batch of *every* worker. A pass is as long
+        iter_per_worker: a step yields ``{worker: (data, target)}`` with a batch of *every* worker. A pass is as long
             as the longest of them needs; whoever has given all starts again meanwhile, in a new order if shuffled.
         seed: for `shuffle`. None: torch's own generator here, which `torch.manual_seed` sets.
         num_workers, pin_memory: what scripts pass to a `DataLoader`; without effect here, where no data is.
@@ -154,7 +154,7 @@ class FederatedDataLoader:
         return self.federated_dataset.workers
 
     def __len__(self) -> int:
-        """What one pass gives: batches, or mappings of them."""
+        """What one pass yields: batches, or mappings of them."""
         counts = {
             id: self._batches_of(len(dataset)) for id, dataset in self.federated_dataset.datasets.items()
         }

@@ -61,7 +61,7 @@ class WorkerProcesses:
     """Starts worker processes on `with`, stops them when it ends.
 
     `start` returns at once, so that the caller can import torch while the children do the same; `wait_ready`
-    gives their addresses.
+    returns their addresses.
 
     Args:
         children: what to start, ids all different.

@@ -10,7 +10,7 @@ from torch import nn
 class Net(nn.Module):
     """Two convolutions and two linear layers, 431,080 parameters.
 
-    Takes images as float32 [B, 1, 28, 28], gives log-probabilities of the ten digits as float32 [B, 10]
+    Takes images as float32 [B, 1, 28, 28], returns log-probabilities of the ten digits as float32 [B, 10]
     (for `torch.nn.functional.nll_loss`).
     """
 

@@ -14,7 +14,7 @@ Format 1, all numbers little-endian and unsigned:
     60+H+S    32     SHA-256 of all bytes before it
 
 The header is the array ``[record, training, tags, description, state hash, keys]``: the bytes of a `PlanRecord`;
-whether the plan is in training mode; a list of strings; a string; the hex digits that `Plan.state_hash` gives; and
+whether the plan is in training mode; a list of strings; a string; the hex digits that `Plan.state_hash` returns; and
 pairs ``[key, name]``, which say what `state_dict()` calls the state. Tied weights are one tensor with two keys,
 what a function captured is a tensor with none.
 
@@ -69,7 +69,7 @@ class PlanFile:
         record: the plan: its name, signature and ops.
         training: whether it was saved in training mode.
         tags, description: as `Plan.tag` and `Plan.describe` set them.
-        state_hash: what `Plan.state_hash` gives once it is loaded.
+        state_hash: what `Plan.state_hash` returns once it is loaded.
         keys: what `state_dict()` calls the state: key -> name in the record.
         state_bytes: size of the state in bytes.
     """

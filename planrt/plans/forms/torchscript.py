@@ -105,7 +105,7 @@ def under_trace(plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[tor
 def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
 
-    It takes the plan's input tensors in order, and gives what the plan gives; a size that the plan returns is a
+    It takes the plan's input tensors in order, and returns what the plan returns; a size that the plan returns is a
     0-d tensor there. What the plan assumes of its sizes is not checked there.
 
     Args:

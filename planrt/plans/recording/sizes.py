@@ -197,7 +197,7 @@ class TracedShape(tuple[int, ...]):
     __class__ = property(lambda self: torch.Size)  # for isinstance
 
     def numel(self) -> int:
-        """The product of the sizes, as `torch.Size.numel` gives it."""
+        """The product of the sizes, as `torch.Size.numel` returns it."""
         return functools.reduce(operator.mul, self) if self else 1
 
     def __repr__(self) -> str:

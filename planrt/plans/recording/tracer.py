@@ -72,7 +72,7 @@ def trace(
     parameters (the first ops, `detach` and `requires_grad_`, show them), and its results carry no history.
 
     Args:
-        function: takes tensors, gives tensors (also nested in tuples, lists and dicts with string keys).
+        function: takes tensors, returns tensors (also nested in tuples, lists and dicts with string keys).
         examples: one tensor per input; values matter only where the function depends on them.
         modules: modules the function uses; their parameters and buffers become named state, in module order.
         free_dims: per input, the dimensions that may have other sizes at run time; default: none.

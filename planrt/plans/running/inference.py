@@ -111,7 +111,7 @@ def infer(
     kwargs: dict[str, Any],
     operand_type: type,
 ) -> Inferred | None:
-    """What `function` gives for arguments whose tensors are of `operand_type` and carry a `_spec`.
+    """What `function` returns for arguments whose tensors are of `operand_type` and carry a `_spec`.
 
     None where only the worker can tell. Operands are numbered in the order of `planrt.types.leaves`, args before
     kwargs.

@@ -30,7 +30,7 @@ class MovingObjects(RemoteObjects):
 
     @on_loop
     async def hand_pointer_async(self, pointer: PointerTensor, to: MovingObjects) -> PointerTensor:
-        """Makes worker `to` hold a pointer to the object here; gives a pointer to that."""
+        """Makes worker `to` hold a pointer to the object here; returns a pointer to that."""
         handle, token = alive(pointer), secrets.token_hex(16)
         check_worker(to, "send")
         to.check_open()

@@ -42,7 +42,7 @@ class RemotePlans(MovingObjects):
         allowed_users: Sequence[str] | None = None,
         purpose: str = "",
     ) -> PointerPlan:
-        """Sends a plan with its state; gives a pointer, at once. What is there already is not sent again.
+        """Sends a plan with its state; returns a pointer, at once. What is there already is not sent again.
 
         `purpose` says what the plan is for, to an owner who has to approve it.
 

@@ -63,7 +63,7 @@ class ProtocolObject:
         return ProtocolObject(self.chain, [plan.snapshot() for plan in self.plans], dict(self.places))
 
     def deploy(self, places: Mapping[str, m.PeerAddress]) -> Iterator[tuple[m.PeerAddress, list[int]]]:
-        """Puts workers at its places; gives what the workers before can free.
+        """Puts workers at its places; returns what the workers before can free.
 
         Raises:
             LocalError: not the places of the chain.
@@ -84,7 +84,7 @@ class ProtocolObject:
         yield from freed.items()
 
     def freed(self) -> Iterator[tuple[m.PeerAddress, list[int]]]:
-        """Nobody can use it any more: gives what other workers can free."""
+        """Nobody can use it any more: returns what other workers can free."""
         self.gone = True
         for (_, place), id in self.deployed.items():
             yield self.places[place], [id]

@@ -256,7 +256,7 @@ class TrainingOps:
 
     @contextmanager
     def _unseen(self, session: Session, body: m.Fit | m.Evaluate) -> Iterator[_Draw]:
-        """For a run on a data set; gives what its batches are to be drawn through.
+        """For a run on a data set; returns what its batches are to be drawn through.
 
         Where there is a policy, a client is not told why the run failed once data has been asked for: neither torch's
         words nor those of the owner's data set. What fails before, as unknown options do, is about the request alone.

@@ -39,7 +39,7 @@ _Tensor = torch.Tensor
 
 
 def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Posts the op `name` to the worker of its operands; gives what `function` would, in pointers."""
+    """Posts the op `name` to the worker of its operands; returns what `function` would, in pointers."""
     if kwargs.get("out") is not None:
         return _into(name, function, args, dict(kwargs))
     refuse_autocast(name)
@@ -122,7 +122,7 @@ def post(
     seed: int | None,
     line: Line | None,
 ) -> Any:
-    """Posts an op with wire arguments to the worker of `place`; gives pointers to what was inferred, at once. Where
+    """Posts an op with wire arguments to the worker of `place`; returns pointers to what was inferred, at once. Where
     nothing was, it waits for the worker to tell.
     """
     worker, via = place.worker, place.via

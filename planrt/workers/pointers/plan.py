@@ -1,4 +1,4 @@
-"""`PointerPlan`: a plan on a worker. Calling it posts one op; what it gives are pointers, at once."""
+"""`PointerPlan`: a plan on a worker. Calling it posts one op and returns pointers, at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PointerPlan(ObjectPointer):
         self.training = training
 
     def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
-        """Runs the plan on its worker, in one message that nobody waits for; gives pointers to the results.
+        """Runs the plan on its worker, in one message that nobody waits for; returns pointers to the results.
 
         Arguments are as the plan was built with them, its tensors on the plan's worker. `seed` is for plans that
         draw random numbers; by default it is drawn from torch's generator here.
@@ -145,7 +145,7 @@ class PointerPlan(ObjectPointer):
 
     def parameters(self) -> list[PointerTensor]:
         """Pointers to the plan's parameters, where they are: what is written to one changes the plan there, so
-        ``torch.optim.SGD(pointer.parameters(), lr=0.1)`` trains it. Each call gives new pointers.
+        ``torch.optim.SGD(pointer.parameters(), lr=0.1)`` trains it. Each call returns new pointers.
         """
         self.location.expose_state(alive(self))
         kinds = [entry.kind for entry in self.record.state]
@@ -248,7 +248,7 @@ class MultiPointerPlan:
             raise LocalError("the same worker twice: send a plan to each worker once")
 
     def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
-        """Runs the plan on every worker, on that worker's part of each `MultiPointerTensor`; gives such again."""
+        """Runs the plan on every worker, on that worker's part of each `MultiPointerTensor`; returns such again."""
 
         def part(value: Any, worker: str) -> Any:
             if not isinstance(value, MultiPointerTensor):

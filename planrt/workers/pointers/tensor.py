@@ -192,7 +192,7 @@ class PointerTensor(torch.Tensor):
     def get(self, user: str | None = None, reason: str = "") -> Any:
         """The value, with `requires_grad` and `.grad` as they stand there; the worker forgets the object.
 
-        A pointer to a pointer gives the pointer it points to. The object goes once its value has arrived: whatever
+        Of a pointer to a pointer, that is the pointer. The object goes once its value has arrived: whatever
         fails, it is still there. `user` is refused, with what to write instead; `reason` is taken, and not passed on.
 
         Raises:
@@ -271,7 +271,7 @@ class PointerTensor(torch.Tensor):
         return await alive(self).worker.hand_pointer_async(self, worker)
 
     def send_(self, worker: BaseWorker, **options: Any) -> NoReturn:
-        """Not for pointers: `send` gives a new one."""
+        """Not for pointers: `send` returns a new one."""
         raise RemoteOpError(
             "this is a pointer already: send() makes a pointer to it, move() moves what it points to"
         )

@@ -24,7 +24,7 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD
 def keep_freed_memory() -> bool:
     """Tells malloc to keep up to `KEPT` bytes, for this whole process: for processes that do nothing but work.
 
-    Gives whether it did: not where the environment sets malloc up already, nor without glibc.
+    Returns whether it did: not where the environment sets malloc up already, nor without glibc.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _SETTINGS):
         return False

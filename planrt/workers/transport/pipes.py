@@ -60,7 +60,7 @@ class Pipe(Protocol):
         """
 
     async def close(self) -> None:
-        """Closes this end; the other end's `receive` then gives None. Closing twice is fine."""
+        """Closes this end; the other end's `receive` then returns None. Closing twice is fine."""
 
 
 def assembler(allocate: Allocate[Envelope], limits: Limits, address: str) -> FrameAssembler[Envelope]:
