@@ -12,8 +12,8 @@ from planrt.cli import main
 from planrt.plans import trace
 from planrt.plans.ir.record import PlanRecord
 from planrt.plans.ir.signature import Parameter, Signature
-from planrt.plans.policy import Policy
 from planrt.plans.policy.approvals import MAX_ASKINGS, Approvals, Asking
+from planrt.plans.policy.rules import Policy
 from planrt.types import Ref
 
 pytestmark = pytest.mark.filterwarnings(
