@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["serve"]:
         from planrt.fl import serve
 
-        return serve.main(words[1:], prog="planrt serve")
+        return serve.main(words[1:], prog="planrt serve", alone=arguments is None)
     if words[:1] == ["run"]:
         from planrt.fl import mnist_async
 

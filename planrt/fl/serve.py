@@ -43,9 +43,18 @@ class Served:
     notice: str = ""
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str = "planrt.fl.serve") -> int:
-    """Runs the command; returns its exit code. `prog` is what it was called by."""
+def main(
+    arguments: Sequence[str] | None = None, *, prog: str = "planrt.fl.serve", alone: bool = False
+) -> int:
+    """Runs the command; returns its exit code. `prog` is what it was called by.
+
+    `alone`: the process is there for nothing else, and may be started again, with a malloc that clears memory.
+    """
     options = parser(prog).parse_args(arguments)
+    if alone and (options.users is not None or options.policy is not None):
+        from planrt.allocator import begin_clearing
+
+        begin_clearing()
     status = _supervised_status() if options.supervised else None
     return run_command(f"worker {options.id}", lambda: serve(options, status), verbose=options.verbose)
 
@@ -313,4 +322,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(alone=True))

@@ -49,6 +49,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """
     check_dense(tensor)
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if plain._is_zerotensor():  # autograd's zeros have no memory before somebody copies them
+        plain = plain.clone()
     if plain.numel() == 0:
         return memoryview(b"")
     flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of size 1 can be anything

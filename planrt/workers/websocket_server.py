@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from planrt.allocator import CLEARING, clear_new_memory, keep_freed_memory
 from planrt.errors import OptionError
+from planrt.logs import get_logger
 from planrt.loop import background_loop, new_event_loop
 from planrt.plans import training
 from planrt.plans.policy.approvals import Approvals
@@ -22,12 +24,13 @@ from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
-from planrt.workers.serving.allocator import keep_freed_memory
 from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.transport.callers import Callers
 from planrt.workers.transport.websocket import listen, server_tls
 from planrt.workers.wire.messages import DatasetInfo
 from planrt.workers.wire.objects import check_travels
+
+log = get_logger("planrt.worker")
 
 Ready = Callable[[int], None]
 """Called with the port once the worker listens."""
@@ -93,6 +96,7 @@ class WebsocketServerWorker:
         self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
         self._threads = threads
         self._limits = limits or Limits()
+        self._guarded = bool(users) or policy is not None
         self._state = WorkerState(
             id,
             device=device,
@@ -166,9 +170,14 @@ class WebsocketServerWorker:
         A process that was started with SIGINT ignored, as jobs in the background of a shell script are, goes on
         ignoring it.
 
-        The process keeps some of the memory that it frees: see `planrt.workers.serving.allocator`.
+        The process keeps some of the memory that it frees, and clears it where there are users, a policy or private
+        data: see `planrt.allocator`.
         """
         keep_freed_memory()
+        if self._guarded:
+            _clear()
+        else:
+            self._state.store.when_private = _clear
 
         async def until_signal() -> None:
             stop = asyncio.Event()
@@ -203,3 +212,8 @@ class WebsocketServerWorker:
             if loop.is_running():
                 loop.call_soon_threadsafe(stop.set)
                 serving.result()
+
+
+def _clear() -> None:
+    if not clear_new_memory():
+        log.warning("small_memory_is_not_cleared", instead=f"start it with GLIBC_TUNABLES={CLEARING}")

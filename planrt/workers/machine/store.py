@@ -9,7 +9,7 @@ published.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -89,6 +89,8 @@ class ObjectStore:
     limit: int = MAX_OBJECTS
     objects: dict[int, StoredObject] = field(default_factory=dict)
     memory: MemoryLabels = field(default_factory=MemoryLabels)
+    when_private: Callable[[], None] | None = None
+    """Called when the first object comes that not everybody may read."""
     _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
 
     def add(self, id: int, stored: StoredObject) -> None:
@@ -104,6 +106,8 @@ class ObjectStore:
         self._of_session.setdefault(stored.owner, {})[id] = None
         if stored.label is not None and not self.memory.watching:
             self.memory.watch(self._gradients())
+            if self.when_private is not None:
+                self.when_private()
 
     def _gradients(self) -> Iterator[torch.Tensor]:
         """Every gradient that an object has."""

@@ -1,0 +1,1 @@
+"""Programs that look for holes with random input; see README.md."""
