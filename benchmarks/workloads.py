@@ -13,7 +13,8 @@ from torch import nn
 from planrt.fl.config import TrainConfig
 from planrt.fl.runs.children import ChildOptions
 from planrt.fl.runs.networks import seeded_net
-from planrt.workers.datasets import BaseDataset, Batch
+from planrt.workers.datasets import BaseDataset
+from planrt.workers.machine.batches import Batch
 
 SEED = 1
 LR = 0.1

@@ -319,10 +319,11 @@ def _graphs(path: Path) -> tuple[dict[str, Graph], tuple[Constant, ...] | None]:
 
     Plans that wait have no other state: they are a record, or a graph alone, and the constants where it has some.
     """
-    from planrt.plans.forms.files import is_plan_file, load_file, load_plan
+    from planrt.plans.forms.files import is_plan_file, load_file
     from planrt.plans.ir.constants import constants_of, decoded, has_constants, is_waiting, plan_that_waits
     from planrt.plans.ir.graph import MAX_BYTES, Graph
     from planrt.plans.ir.record import PlanRecord, is_record
+    from planrt.plans.saving import load_plan
 
     try:
         if is_plan_file(path):

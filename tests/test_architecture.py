@@ -68,6 +68,118 @@ def test_imports_go_one_way(path):
         assert allowed, f"{path.relative_to(PACKAGE)}:{line} imports {other}, which is not below {room}"
 
 
+ROOMS = (
+    "plans.ir", "plans.running", "plans.recording plans.analysis", "plans.forms plans.policy", "plans",
+    "workers.wire", "workers.transport workers.machine workers.pointers", "workers.client", "workers.serving",
+    "workers", "fl.data", "fl.runs", "fl",
+)  # fmt: skip
+"""The rooms of plans, workers and fl, lowest first: a room imports only from itself and from rooms before it. Two that
+stand together never meet. Imports inside functions and for types count."""
+
+FOR_TYPES = {
+    ("workers.pointers.ops", "workers.base"), ("workers.pointers.plan", "workers.base"),
+    ("workers.pointers.tensor", "workers.base"), ("workers.client.registry", "workers.base"),
+}  # fmt: skip
+"""Types only: `pointer.location` is a `BaseWorker` for who writes ``pointer.location.search(...)``."""
+
+HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms.split()}
+
+
+def _inner_room(name: str) -> str:
+    parts = name.split(".")
+    found = ".".join(parts[:2])
+    return found if found in HEIGHT else parts[0]
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path):
+    """(line, module of planrt, whether at the top of the file)"""
+    tree = ast.parse(path.read_text())
+    late = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("planrt."):
+            base = node.module.removeprefix("planrt.")
+            for alias in node.names:
+                inner = PACKAGE.joinpath(*base.split("."), alias.name)
+                is_module = inner.with_suffix(".py").exists() or inner.is_dir()
+                yield node.lineno, f"{base}.{alias.name}" if is_module else base, id(node) not in late
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_from_lower_rooms_only(path):
+    me = _module_name(path)
+    mine = _inner_room(me)
+    if path.name == "__init__.py" or mine not in HEIGHT:
+        return
+    for line, other, _ in imported_modules(path):
+        theirs = _inner_room(other)
+        if theirs == mine or theirs not in HEIGHT or (me, other) in FOR_TYPES:
+            continue
+        assert HEIGHT[theirs] < HEIGHT[mine], f"{me}:{line} imports {other}, which is not below {mine}"
+
+
+LATE = {
+    "cli": "commands that look at a list need no torch",
+    "fl.data.digits": "found before torch loads", "fl.mnist_async": "its options are read before torch loads",
+    "fl.runs.discovery": "options are read before torch loads", "fl.serve": "its options are read before torch loads",
+    "plans.plan": "exports, analysis and files are heavy, and few plans need them",
+    "plans.other_sizes": "plans make forms of themselves",
+    "plans.policy.rules": "a list of decisions needs no torch",
+    "protocols.pointer": "a pointer's protocol comes back as one",
+    "serde": "whole objects need the rooms above",
+    "workers.pointers.plan_calls": "a call of a plan makes pointers to plans",
+    "workers.remote_names": "modules are made on a worker, and a worker has these names",
+    "workers.pointers.tensor": "torch asks the class of a pointer, whose ops make pointers",
+}  # fmt: skip
+"""Modules that import planrt inside functions, and why."""
+
+
+def test_imports_inside_functions_have_a_reason():
+    found = {_module_name(path) for path in modules() if not all(top for _, _, top in imported_modules(path))}
+    assert found == set(LATE)
+
+
+def _planrt_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("core", ["machine.state", "wire.messages", "wire.chain_runs"])
+def test_the_machine_is_free_of_loops_sockets_and_clients(core):
+    loaded = _planrt_after(f"import planrt.workers.{core}")
+    assert not loaded & {
+        "websockets",
+        "uvloop",
+        "planrt.loop",
+        "planrt.workers.base",
+        "planrt.workers.virtual",
+    }
+    rooms = tuple(f"planrt.workers.{room}" for room in ("transport", "pointers", "client", "serving"))
+    assert not [name for name in loaded if name.startswith(rooms)]
+
+
+def test_a_clients_session_needs_no_machine():
+    loaded = _planrt_after("import planrt.workers.client.session")
+    rooms = ("planrt.workers.machine", "planrt.workers.serving", "planrt.workers.transport")
+    assert not [name for name in loaded if name.startswith(rooms)]
+
+
+def test_rooms_are_not_crowded():
+    for folder in {path.parent for path in modules()}:
+        inside = [one for one in folder.glob("*.py") if one.name != "__init__.py"]
+        assert len(inside) <= 22, folder
+
+
 FORBIDDEN = {
     "pickle", "marshal", "shelve", "dill", "cloudpickle", "importlib.util"
 }  # fmt: skip

@@ -19,9 +19,9 @@ from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.serde.frames import Allocate, in_memory
 from planrt.workers.base import BaseWorker, expect
 from planrt.workers.client.plans import purpose_text
-from planrt.workers.pointers.tensor import new_id
 from planrt.workers.results import FitResult
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.objects import new_id
 
 Loss = Callable[..., torch.Tensor]
 """(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and ``target``."""

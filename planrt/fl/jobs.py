@@ -15,16 +15,16 @@ from planrt.errors import LocalError, OptionError, RemoteError
 from planrt.fl.averaging import copied
 from planrt.fl.options import whole
 from planrt.fl.recorded import casting_hint, check_here, dataset_of, example_batch, recorded
+from planrt.plans.fingerprint import fingerprint
 from planrt.plans.ir.graph import Graph
-from planrt.plans.recording.fingerprint import fingerprint
 from planrt.plans.training import EvaluationResult, ModelPlans
 from planrt.seeding import derive_seed
 from planrt.workers.base import BaseWorker, expect
-from planrt.workers.client.objects import fetch_all, fetch_all_async
-from planrt.workers.pointers.tensor import PointerTensor, alive, make_pointer, new_id
+from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
+from planrt.workers.pointers.tensor import PointerTensor, alive, make_pointer
 from planrt.workers.results import FitResult
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.objects import contiguous
+from planrt.workers.wire.objects import contiguous, new_id
 
 if TYPE_CHECKING:
     from planrt.fl.config import TrainConfig

@@ -2,7 +2,7 @@
 
 The tutorial's loop makes a new model every round: the average of the last ones. It must not be recorded again each
 time, and a model that was changed between rounds must be. So recordings are kept by the model's fingerprint
-(`planrt.plans.recording.fingerprint`), never by the model, and no entry keeps a model or its weights alive.
+(`planrt.plans.fingerprint`), never by the model, and no entry keeps a model or its weights alive.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from planrt.errors import LocalError, TraceError, UnknownDatasetError
+from planrt.plans.fingerprint import Fingerprint, fingerprint
 from planrt.plans.ir.graph import Graph
 from planrt.plans.model_state import StateMap
-from planrt.plans.recording.fingerprint import Fingerprint, fingerprint
 from planrt.plans.training import Loss, ModelPlans, trace_model
 from planrt.serde.dtypes import DTYPES
 from planrt.workers.base import BaseWorker

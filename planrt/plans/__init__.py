@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planrt.plans.forms.files import PlanFile, load_file, load_plan
+    from planrt.plans.forms.files import PlanFile, load_file
     from planrt.plans.ir.graph import Graph, Op, StateSpec
     from planrt.plans.ir.parsing import parse
     from planrt.plans.methods import method2plan
     from planrt.plans.plan import Plan, func2plan
     from planrt.plans.recording.tracer import trace
+    from planrt.plans.saving import load_plan
 
 _HOMES = {
     "Plan": "planrt.plans.plan",
@@ -21,7 +22,7 @@ _HOMES = {
     "StateSpec": "planrt.plans.ir.graph",
     "func2plan": "planrt.plans.plan",
     "load_file": "planrt.plans.forms.files",
-    "load_plan": "planrt.plans.forms.files",
+    "load_plan": "planrt.plans.saving",
     "method2plan": "planrt.plans.methods",
     "parse": "planrt.plans.ir.parsing",
     "trace": "planrt.plans.recording.tracer",

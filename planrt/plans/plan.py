@@ -456,9 +456,16 @@ class Plan(torch.nn.Module, Generic[P, R]):
         Raises:
             PlanError: not built yet. OptionError: a path that cannot be written.
         """
-        from planrt.plans.forms.files import save_plan  # it imports this module
+        from planrt.plans.forms import files  # needed here only
 
-        save_plan(self, path)
+        state = self.state_here()
+        names = {id(tensor): entry.name for entry, tensor in zip(self.record.state, state, strict=True)}
+        keys = {key: names[id(one)] for key, one in self.named_state().items() if id(one) in names}
+        described = files.PlanFile(
+            self.record, self.training, tuple(self.tags), self.description, state_hash(state), keys,
+            sum(one.nbytes for one in state),
+        )  # fmt: skip
+        files.write(path, described, state)
 
     def to_exported_program(self, *examples: Any, **keywords: Any) -> torch.export.ExportedProgram:
         """The plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its state.

@@ -30,6 +30,7 @@ from planrt.workers.base import BaseWorker, expect
 from planrt.workers.client.objects import allowed_users as allowed_list
 from planrt.workers.client.objects import kinds
 from planrt.workers.pointers.plan import PointerPlan
+from planrt.workers.pointers.printing import gone_words, pointer_card
 from planrt.workers.pointers.tensor import (
     Handle,
     ObjectPointer,
@@ -37,11 +38,9 @@ from planrt.workers.pointers.tensor import (
     alive,
     handle_at,
     make_pointer,
-    new_id,
 )
-from planrt.workers.printing import gone_words, pointer_card
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.objects import check_travels, spec_from_wire
+from planrt.workers.wire.objects import check_travels, new_id, spec_from_wire
 
 if TYPE_CHECKING:
     from planrt.protocols.protocol import Protocol

@@ -22,7 +22,7 @@ _TENSOR: Final = b"\x89ptensor"
 _LENGTH: Final = struct.Struct("<I")
 _WHERE: Final = "the bytes given to deserialize"
 
-_OTHERS: Final = ("planrt.plans.forms.files",)
+_OTHERS: Final = ("planrt.plans.saving",)
 """Modules of later rooms that `register` what they have. They are imported at the first call, since nothing else that a
 program did need have imported them."""
 

@@ -24,8 +24,8 @@ from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
 from planrt.workers.client.moving import check_worker
-from planrt.workers.client.objects import fetch_all, fetch_all_async
 from planrt.workers.optimizers import RemoteState, states_of
+from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
 from planrt.workers.pointers.ops import packed, place_of, refuse_autocast, refuse_hooks
 from planrt.workers.pointers.tensor import (
     Handle,
@@ -35,10 +35,9 @@ from planrt.workers.pointers.tensor import (
     become_tensor,
     is_swapped,
     make_pointer,
-    new_id,
     take_place,
 )
-from planrt.workers.wire.objects import contiguous
+from planrt.workers.wire.objects import contiguous, new_id
 from planrt.workers.wire.posted import PostedOp
 
 

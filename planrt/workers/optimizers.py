@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from planrt.errors import RemoteOpError, WorkerLostError
-from planrt.workers.pointers.tensor import PointerTensor
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer
+from planrt.workers.wire.objects import contiguous
 
 _READ_VALUES = {
     "LBFGS": "its line search reads losses and gradients",
@@ -146,8 +147,5 @@ def _reached(optimizer: torch.optim.Optimizer, value: PointerTensor, bring: Any)
 
 
 def _sent(values: list[torch.Tensor], worker: Any) -> list[torch.Tensor]:
-    from planrt.workers.pointers.tensor import make_pointer
-    from planrt.workers.wire.objects import contiguous
-
     handles = worker.put(values) if values else []
     return [make_pointer(handle, contiguous(value)) for value, handle in zip(values, handles, strict=True)]

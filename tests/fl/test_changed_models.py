@@ -18,7 +18,7 @@ from planrt.fl import (
     federated_avg,
     fit_model_on_worker,
 )
-from planrt.plans.recording.fingerprint import fingerprint
+from planrt.plans.fingerprint import fingerprint
 from planrt.workers import BaseDataset
 from tests.models import seeded_classifier
 

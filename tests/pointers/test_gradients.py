@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 from planrt.errors import RemoteError
 from planrt.plans.ir import ops
-from planrt.workers.client.gradients import PASSES_TO_ALL, PASSES_TO_FIRST
+from planrt.workers.pointers.histories import PASSES_TO_ALL, PASSES_TO_FIRST
 
 
 def _same(pointers, tensors):

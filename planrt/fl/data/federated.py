@@ -9,7 +9,8 @@ import torch
 
 from planrt.errors import DataError, LocalError, OptionError
 from planrt.workers.base import BaseWorker
-from planrt.workers.datasets import BaseDataset, Batch
+from planrt.workers.datasets import BaseDataset
+from planrt.workers.machine.batches import Batch
 
 Step: TypeAlias = list[tuple[str, torch.Tensor]]
 """What is read at one time: worker id and indices, each worker once."""

@@ -14,7 +14,8 @@ from planrt.errors import DataError, OptionError
 from planrt.fl.data.federated import FederatedDataset
 from planrt.loop import refuse_to_block, run
 from planrt.workers.base import BaseWorker
-from planrt.workers.datasets import BaseDataset, as_batches
+from planrt.workers.datasets import BaseDataset
+from planrt.workers.machine.batches import as_batches
 
 ITEMS_AT_A_TIME = 1024
 """How many items are read and put into one batch at a time, where a data set has to be read item by item."""

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -29,9 +29,9 @@ from planrt.plans.forms.holding import hold
 from planrt.plans.forms.torchscript import check_only_forward
 from planrt.plans.ir.graph import Graph, refs_in
 from planrt.plans.ir.ops import COMPARISONS, SIZE_ARITHMETIC
+from planrt.plans.ir.record import PlanRecord
 from planrt.plans.ir.signature import Signature
 from planrt.plans.ir.text import op_line, show
-from planrt.plans.plan import Plan
 from planrt.plans.running.interpreter import Program, check_inputs, drive
 from planrt.types import FREE, Nested, Ref, TensorSpec, leaves
 
@@ -41,13 +41,37 @@ _EXAMPLE_SIZE: Final = 12  # of a free dimension; divisible by what networks div
 _MAX_IN_ONE_FILE: Final = 1 << 30  # bytes of state; an ONNX file cannot be longer than 2 GiB
 
 
-def to_exported_program(plan: Plan, examples: Sequence[Any], keywords: Mapping[str, Any]) -> ExportedProgram:
+class Exportable(Protocol):
+    """What is exported: a `Plan`, which these functions are methods of."""
+
+    @property
+    def name(self) -> str:
+        """As errors call it."""
+
+    @property
+    def record(self) -> PlanRecord:
+        """What was recorded."""
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of its mode."""
+
+    def state_tensors(self) -> Sequence[torch.Tensor]:
+        """Its state, in the order of the record."""
+
+    def state_here(self) -> Sequence[torch.Tensor]:
+        """The same; raises if some of it is on a worker."""
+
+
+def to_exported_program(
+    plan: Exportable, examples: Sequence[Any], keywords: Mapping[str, Any]
+) -> ExportedProgram:
     """`plan` as an `ExportedProgram`; see `Plan.to_exported_program`."""
     inputs = _example_inputs(plan, examples, keywords)
     return _or_which_op(plan, plan.graph, lambda graph: _export(plan, graph, inputs))
 
 
-def to_onnx(plan: Plan, path: AnyPath, examples: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+def to_onnx(plan: Exportable, path: AnyPath, examples: Sequence[Any], keywords: Mapping[str, Any]) -> None:
     """`plan` as an ONNX file; see `Plan.to_onnx`."""
     for package in ("onnx", "onnxscript"):
         needed(package, by="to_onnx", extra="onnx")
@@ -165,7 +189,7 @@ def _passed(signature: Signature) -> Signature:
     return Signature(signature.parameters, passed)
 
 
-def _export(plan: Plan, graph: Graph, inputs: Sequence[torch.Tensor]) -> ExportedProgram:
+def _export(plan: Exportable, graph: Graph, inputs: Sequence[torch.Tensor]) -> ExportedProgram:
     signature = _passed(plan.record.signature)
     module = _Runs(graph, plan.state_tensors(), signature)
     args, kwargs = signature.call(lambda *args, **kwargs: (args, kwargs), inputs, {})
@@ -189,7 +213,7 @@ def _free_dims(argument: Nested, specs: Sequence[TensorSpec]) -> Any:
 
 
 def _example_inputs(
-    plan: Plan, examples: Sequence[Any], keywords: Mapping[str, Any]
+    plan: Exportable, examples: Sequence[Any], keywords: Mapping[str, Any]
 ) -> Sequence[torch.Tensor]:
     """Inputs to export with: the examples, or zeros. A free size of 1 is doubled: torch would take it as fixed."""
     graph = plan.graph
@@ -231,7 +255,7 @@ def _quiet() -> Iterator[None]:
 # Which op was it?
 
 
-def _or_which_op(plan: Plan, graph: Graph, attempt: Callable[[Graph], _Made]) -> _Made:
+def _or_which_op(plan: Exportable, graph: Graph, attempt: Callable[[Graph], _Made]) -> _Made:
     """``attempt(graph)``; where that fails, an error that names the op."""
     try:
         with _quiet():

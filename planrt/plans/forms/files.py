@@ -41,10 +41,8 @@ import torch
 
 from planrt.errors import OptionError, PlanFormatError
 from planrt.plans.ir.record import PlanRecord, state_hash
-from planrt.plans.plan import Plan
 from planrt.serde.tensors import raw_bytes
 from planrt.serde.values import pack, unpack
-from planrt.serde.whole import register
 
 if TYPE_CHECKING:
     from _hashlib import HASH
@@ -53,7 +51,7 @@ FILE_VERSION: Final = 1
 MAX_HEADER: Final = 256 * 2**20
 """Longest header, in bytes, that is read."""
 
-_MAGIC: Final = b"\x89planrt\n"
+MAGIC: Final = b"\x89planrt\n"
 _PREFIX: Final = struct.Struct("<8sIQQ")
 _DIGEST: Final = hashlib.sha256().digest_size
 _MAX_TAG, _MAX_DESCRIPTION = 200, 64_000
@@ -83,29 +81,33 @@ class PlanFile:
     state_bytes: int
 
 
-def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
-    """Write `plan` to a file; see `Plan.save`. What stands at `path` is replaced at the end, or not at all."""
-    if len(plan.description) > _MAX_DESCRIPTION:
+def write(path: AnyPath | BinaryIO, described: PlanFile, state: Sequence[torch.Tensor]) -> None:
+    """Writes a plan and its state to a file. What stands at `path` is replaced at the end, or not at all.
+
+    Raises:
+        OptionError: it is too large for a file, or the file cannot be written.
+    """
+    if len(described.description) > _MAX_DESCRIPTION:
         raise OptionError(
             f"a plan with a description of more than {_MAX_DESCRIPTION} characters cannot be saved"
         )
-    state = plan.state_here()
     values = [raw_bytes(tensor) for tensor in state]
     header = pack(
         [
-            plan.record.to_bytes(),
-            plan.training,
-            sorted(plan.tags),
-            plan.description,
-            state_hash(state),
-            [[key, name] for key, name in _keys(plan, state).items()],
+            described.record.to_bytes(),
+            described.training,
+            sorted(described.tags),
+            described.description,
+            described.state_hash,
+            [[key, name] for key, name in described.keys.items()],
         ]
     )
     if len(header) > MAX_HEADER:
-        raise OptionError(f"plan {plan.name!r} is too large for a file: its ops take {len(header)} bytes")
+        name = described.record.name
+        raise OptionError(f"plan {name!r} is too large for a file: its ops take {len(header)} bytes")
     with _written_to(path) as file:
         digest = hashlib.sha256()
-        prefix = _PREFIX.pack(_MAGIC, FILE_VERSION, len(header), sum(value.nbytes for value in values))
+        prefix = _PREFIX.pack(MAGIC, FILE_VERSION, len(header), sum(value.nbytes for value in values))
         for part in (prefix, header):
             _write(file, part, digest)
         _write(file, digest.digest(), digest)
@@ -114,26 +116,11 @@ def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
         file.write(digest.digest())
 
 
-def is_plan_file(path: AnyPath) -> bool:
-    """Whether the file at `path` begins as a plan file does.
+def read(path: AnyPath | BinaryIO) -> tuple[PlanFile, list[torch.Tensor]]:
+    """What a plan file says, and the state in it, on the CPU.
 
     Raises:
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
-
-
-def load_plan(path: AnyPath | BinaryIO) -> Plan:
-    """The plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
-
-    `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to its end. It
-    has no Python code, and runs its ops. No code of the file runs, because there is none in it.
-
-    Raises:
-        OptionError: no file there, or one that cannot be read.
-        PlanFormatError: not a plan file, truncated, altered, or of a newer version.
-        OpNotAllowedError: an op that is not on the table of the installed torch.
+        OptionError, PlanFormatError, OpNotAllowedError: as `planrt.load_plan`.
     """
     with _reading(path) as (file, size):
         digest = hashlib.sha256()
@@ -146,10 +133,17 @@ def load_plan(path: AnyPath | BinaryIO) -> Plan:
             raise PlanFormatError("its SHA-256 is not that of its bytes: the file has been altered")
         if state_hash(state) != found.state_hash:
             raise PlanFormatError("malformed plan file: the hash of the state is not the one it announces")
-        made = Plan.from_record(found.record, state, training=found.training, keys=found.keys)
-        if found.tags:
-            made.tag(*found.tags)
-        return made.describe(found.description)
+        return found, state
+
+
+def is_plan_file(path: AnyPath) -> bool:
+    """Whether the file at `path` begins as a plan file does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def load_file(path: AnyPath) -> PlanFile:
@@ -160,21 +154,6 @@ def load_file(path: AnyPath) -> PlanFile:
     """
     with _reading(path) as (file, size):
         return _header(file, size, hashlib.sha256())
-
-
-def _keys(plan: Plan, state: Sequence[torch.Tensor]) -> dict[str, str]:
-    """What `state_dict()` calls the state: key -> name in the record, of the plan or of the module it is made of."""
-    names = {id(tensor): entry.name for entry, tensor in zip(plan.record.state, state, strict=True)}
-    return {key: names[id(one)] for key, one in plan.named_state().items() if id(one) in names}
-
-
-def _to_bytes(plan: Plan) -> bytes:
-    whole = io.BytesIO()
-    save_plan(plan, whole)
-    return whole.getvalue()
-
-
-register(Plan, _MAGIC, _to_bytes, lambda data: load_plan(io.BytesIO(data)))
 
 
 # Writing
@@ -283,7 +262,7 @@ def _read(file: BinaryIO, count: int) -> bytes:
 
 def _header(file: BinaryIO, size: int, digest: HASH) -> PlanFile:
     prefix = file.read(_PREFIX.size)
-    if not prefix.startswith(_MAGIC):
+    if not prefix.startswith(MAGIC):
         raise PlanFormatError("not a plan file: plan.save(...) writes them")
     if len(prefix) < _PREFIX.size:
         raise PlanFormatError(f"truncated: {size} bytes are not even the beginning")

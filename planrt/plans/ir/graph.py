@@ -203,13 +203,6 @@ class Graph:
             f"<Graph {show_name(self.name)} {self.hash[:12]}: {len(self.inputs)} inputs, {len(self.ops)} ops>"
         )
 
-    @property
-    def torchscript(self) -> torch.nn.Module:
-        """This plan as TorchScript; see `planrt.plans.forms.torchscript.to_torchscript`."""
-        from planrt.plans.forms.torchscript import to_torchscript  # it imports this module
-
-        return to_torchscript(self)
-
 
 # References inside nested values
 

@@ -62,9 +62,9 @@ def check_rules(
     """The report on `graph`, with what it breaks of the rules of `policy`, whether it was approved or not.
 
     Args:
-        graph, policy, inputs, tags: as `check` takes them. gradients: the plan is to be trained with; see
-        `planrt.plans.analysis.analyse.analyse`. Then the loss, the gradients and what the plan changes leave, and
-        its other outputs (predictions) stay.
+        graph, policy, inputs, tags: as `check` takes them.
+        gradients: the plan is to be trained with; see `planrt.plans.analysis.analyse`. Then the loss, the gradients and
+            what the plan changes leave, and its other outputs (predictions) stay.
 
     A plan longer than `Policy.max_ops` is refused without being looked at further.
 

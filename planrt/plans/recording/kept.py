@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import dis
 import functools
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,6 @@ import torch
 from planrt.errors import PlanWarning, TraceError
 from planrt.plans.ir.source import frames_to_user
 from planrt.plans.recording.chance import generator_state
-from planrt.plans.recording.fingerprint import is_library
 from planrt.plans.recording.known import KnownValues
 from planrt.plans.recording.sizes import TracedNumber
 
@@ -380,3 +380,15 @@ def notice(changes: Sequence[Change], plan: str) -> None:
         PlanWarning,
         stacklevel=frames_to_user() + 1,
     )
+
+
+_LIBRARIES: Final = frozenset({"torch", "torchvision", "numpy", "planrt", *sys.stdlib_module_names})
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library(module: str) -> bool:
+    """Whether the module of that name is somebody else's: its code stays as it is while a program runs."""
+    if module.partition(".")[0] in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file

@@ -14,9 +14,9 @@ from planrt.errors import LocalError, OptionError, RemoteError, WorkerLostError
 from planrt.loop import on_loop, run
 from planrt.plans.running.inference import spec
 from planrt.workers.client.objects import RemoteObjects
-from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer, new_id, take_place
+from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer, take_place
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.objects import contiguous_stride
+from planrt.workers.wire.objects import contiguous_stride, new_id
 
 
 class MovingObjects(RemoteObjects):

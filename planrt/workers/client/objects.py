@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
@@ -25,11 +24,10 @@ from planrt.workers.pointers.tensor import (
     alive,
     give_id,
     make_pointer,
-    new_id,
     pointer_id,
 )
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.objects import check_travels, contiguous, spec_from_wire
+from planrt.workers.wire.objects import check_travels, contiguous, new_id, spec_from_wire
 from planrt.workers.wire.posted import Line
 
 COPIED_BYTES = 1 << 16
@@ -377,34 +375,6 @@ def _term(value: Any) -> str:
     """A term of a search, as it is sent."""
     term = plain(value)
     return str(term) if type(term) is int else as_text(term, "a term of a search")
-
-
-def fetch_all(pointers: Sequence[PointerTensor]) -> list[Any]:
-    """The values behind several pointers, asked for at once; none leaves its worker before all are here."""
-    asked = [(pointer, pointer.location.begin_fetch(pointer)) for pointer in pointers]
-    values = [pointer.location.end_fetch(pointer, one) for pointer, one in asked]
-    _remove_all(pointers, values)
-    return values
-
-
-async def fetch_all_async(pointers: Sequence[PointerTensor]) -> list[Any]:
-    """`fetch_all`, to be awaited on any loop."""
-    fetches = [pointer.location.fetch_async(pointer, delete=False) for pointer in pointers]
-    done = await asyncio.gather(*fetches, return_exceptions=True)
-    for one in done:
-        if isinstance(one, BaseException):
-            raise one
-    _remove_all(pointers, done)
-    return done
-
-
-def _remove_all(pointers: Sequence[PointerTensor], values: Sequence[Any]) -> None:
-    for pointer, value in zip(pointers, values, strict=True):
-        if pointer._handle.alive:
-            published = bool(value.__dict__.get("_tags"))
-            pointer.location.removed(pointer._handle, published=published, nbytes=value.nbytes)
-    for worker in {pointer.location for pointer in pointers}:
-        worker._connection.flush_drops()
 
 
 def allowed_users(private: bool, users: Sequence[str] | None) -> list[str] | None:

@@ -17,9 +17,9 @@ from planrt.types import as_text, as_whole
 from planrt.workers.client.moving import MovingObjects, check_worker
 from planrt.workers.client.objects import COPIED_BYTES, allowed_users
 from planrt.workers.pointers.plan import PointerPlan
-from planrt.workers.pointers.tensor import Handle, alive, new_id
+from planrt.workers.pointers.tensor import Handle, alive
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.objects import check_travels
+from planrt.workers.wire.objects import check_travels, new_id
 
 Fetched = tuple[PlanRecord, list[torch.Tensor], bool]
 """A plan, its state, and whether it is in training mode."""

@@ -23,8 +23,8 @@ from planrt.errors import (
     WireError,
 )
 from planrt.serde.frames import Limits
-from planrt.workers.machine.state import own_versions
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 
 _ERRORS: dict[str, type[RemoteError]] = {
     "UnknownPlanError": UnknownPlanError,

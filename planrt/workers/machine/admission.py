@@ -25,6 +25,7 @@ from planrt.workers.machine.plan_objects import PlanObject
 from planrt.workers.machine.private import written_operands
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.store import ObjectStore, StoredObject
+from planrt.workers.wire import plan_call
 from planrt.workers.wire.posted import PostedOp
 
 log = get_logger("planrt.worker")
@@ -44,8 +45,8 @@ def admit(
     Raises:
         NotApprovedError, PolicyError: it may not run.
     """
-    if op.name != plan_objects.CALL:
-        if op.name != plan_objects.COPY:
+    if op.name != plan_call.CALL:
+        if op.name != plan_call.COPY:
             gate.admit_op(op.name)
         return False, math.inf
     graph = plan_objects.called_graph(args)

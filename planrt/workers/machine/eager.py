@@ -46,6 +46,7 @@ from planrt.workers.machine.private import (
 from planrt.workers.machine.sessions import Session, users_of
 from planrt.workers.machine.store import PeerRef, StoredObject, new_id, spec_of, tensors_of
 from planrt.workers.wire import messages as m
+from planrt.workers.wire import plan_call
 from planrt.workers.wire.posted import PostedOp
 
 _NEW_VERSION_COUNTERS = (*ops.MEMORY_WRITES, "Tensor.data", "torch.as_tensor", "torch.asarray")
@@ -143,8 +144,7 @@ class EagerOps:
         if op.kwargs.get("out") is not None:
             raise LocalError("workers take no out=: use the result")
         if op.seed is None and (
-            op.name in ops.RANDOM
-            or (op.name == plan_objects.CALL and plan_objects.called_graph(args).is_random)
+            op.name in ops.RANDOM or (op.name == plan_call.CALL and plan_objects.called_graph(args).is_random)
         ):
             raise LocalError("an op that draws random numbers needs a seed")
         released, deadline = False, math.inf
@@ -159,10 +159,10 @@ class EagerOps:
         foreseen = None if session.may_read(label) else foresee(op, function, [one.value for one in used])
         before = [] if label is None else [_version(stored.value) for stored in used]
         try:
-            if op.name == plan_objects.CALL:
+            if op.name == plan_call.CALL:
                 kwargs = {"deadline": deadline}
             result = self._compute(op, function, args, kwargs)
-            if foreseen is not None and op.name == plan_objects.CALL:
+            if foreseen is not None and op.name == plan_call.CALL:
                 result = unaliased(result, foreseen, self._device)
         except Exception as error:
             if released and self._gate is not None:
@@ -258,7 +258,7 @@ class EagerOps:
                 self._store.add(id, StoredObject(None, session.id, label, failure=failure))
             except LocalError:  # the id is in use, or the worker is full
                 session.failure = session.failure or failure
-        if op.name == plan_objects.CALL:  # None stands for a size, and the plan itself is as good as before
+        if op.name == plan_call.CALL:  # None stands for a size, and the plan itself is as good as before
             if not _ids(op.results):
                 session.failure = session.failure or failure
         elif any(leaf is None for leaf in leaves(op.results)):
@@ -282,7 +282,7 @@ class EagerOps:
             for stored, version in zip(used, before, strict=True)
             if isinstance(stored.value, torch.Tensor) and _version(stored.value) != version
         ]
-        seen = not (op.name == plan_objects.CALL or ops.writes_unseen(op.name))
+        seen = not (op.name == plan_call.CALL or ops.writes_unseen(op.name))
         for operand in written_operands(op, [stored.value for stored in used]):
             if isinstance(operand, Ref):
                 written += tensors_of(self._store.objects[operand.index].value)
@@ -316,7 +316,7 @@ class EagerOps:
             for stored in used:
                 label = both(label, self._store.label_of(stored))
             if (
-                not session.may_read(label) and op.name != plan_objects.CALL
+                not session.may_read(label) and op.name != plan_call.CALL
             ):  # of which `_run` foresees the results
                 raise GetNotPermittedError(
                     f"{op.name} on private data: what its results look like depends on the values, and those may be "
@@ -349,9 +349,9 @@ class EagerOps:
 
 
 _OF_PLANS: Final[dict[str, Callable[..., Any]]] = {
-    plan_objects.CALL: plan_objects.call,
-    plan_objects.COPY: PlanObject.copy,
-    plan_objects.STATE: PlanObject.tensors,
+    plan_call.CALL: plan_objects.call,
+    plan_call.COPY: PlanObject.copy,
+    plan_call.STATE: PlanObject.tensors,
 }
 
 

@@ -10,9 +10,9 @@ import hashlib
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -23,14 +23,8 @@ from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord
 from planrt.plans.running import interpreter
 from planrt.plans.running.inference import Spec, spec_of
-from planrt.types import Ref, leaves
-
-CALL: Final = "plan"
-"""Runs a plan: args are the plan's object, its mode, and its inputs; results are those of `output_values`."""
-COPY: Final = "plan.copy"
-"""Copies a plan's object, its state included."""
-STATE: Final = "plan.state"
-"""The tensors of a plan's state, themselves, as objects: whoever writes to one changes the plan."""
+from planrt.types import Ref
+from planrt.workers.wire.plan_call import PlanTwin, meta_state, output_values
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -108,23 +102,6 @@ def new_plan_object(
     return PlanObject(record, held, training)
 
 
-@dataclass(frozen=True, eq=False)
-class PlanTwin:
-    """A plan as inference sees it: what its results are like depends on its graph alone."""
-
-    graph: Graph
-    _hash: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self.graph.hash))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PlanTwin) and self.graph.hash == other.graph.hash
-
-    def __hash__(self) -> int:
-        return self._hash
-
-
 def call(
     plan: PlanObject, training: bool, *inputs: torch.Tensor, deadline: float = math.inf
 ) -> tuple[Any, ...]:
@@ -154,19 +131,6 @@ def called_graph(args: tuple[Any, ...]) -> Graph:
     return args[0].record.graph(training=args[1] is True)
 
 
-def call_on_meta(twin: PlanTwin, *inputs: torch.Tensor) -> tuple[Any, ...]:
-    """`call`, for inference: on tensors without values."""
-    graph = twin.graph
-    return output_values(graph, interpreter.execute(graph, inputs, _meta_state(graph), device="meta"))
-
-
-def _meta_state(graph: Graph) -> list[torch.Tensor]:
-    return [
-        torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device="meta", requires_grad=entry.trainable)
-        for entry in graph.state
-    ]
-
-
 @lru_cache(maxsize=1_000)
 def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[int]:
     graph = twin.graph
@@ -183,7 +147,7 @@ def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[i
         if ops.writes_unseen(op.name):
             for operand in ops.written_operands(op.name, op.args, op.kwargs):
                 found |= position(operand) if isinstance(operand, Ref) else frozenset()
-    inputs, state = [one.twin() for one in specs], _meta_state(graph)
+    inputs, state = [one.twin() for one in specs], meta_state(graph)
     tensors = [*inputs, *state]
     before = [tensor._version for tensor in tensors]
     try:
@@ -218,9 +182,3 @@ def record_of(data: torch.Tensor) -> PlanRecord:
     if record is None:
         record = _records[key] = PlanRecord.from_bytes(raw)
     return record
-
-
-def output_values(graph: Graph, outputs: Any) -> tuple[Any, ...]:
-    """Those leaves of a plan's outputs that it computed, in their order; constants are left out."""
-    pairs = zip(leaves(outputs), leaves(graph.outputs), strict=True)
-    return tuple(value for value, leaf in pairs if isinstance(leaf, Ref))

@@ -24,7 +24,9 @@ from planrt.plans.running.inference import Inferred, Same, Spec
 from planrt.types import Ref, leaves, map_leaves
 from planrt.workers.machine import plan_objects
 from planrt.workers.machine.labels import Label
-from planrt.workers.machine.plan_objects import PlanObject, PlanTwin
+from planrt.workers.machine.plan_objects import PlanObject
+from planrt.workers.wire import plan_call
+from planrt.workers.wire.plan_call import PlanTwin
 from planrt.workers.wire.posted import PostedOp
 
 S = TypeVar("S")
@@ -64,7 +66,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
     Raises:
         GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
     """
-    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name in (plan_objects.COPY, plan_objects.STATE):
+    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name in (plan_call.COPY, plan_call.STATE):
         return None
     rest = iter(operands)
     twins: dict[int, _Operand] = {}
@@ -78,15 +80,15 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         return twins.setdefault(id(value), _Operand(inference.spec_of(value)))
 
     args, kwargs = map_leaves(op.args, twin), map_leaves(op.kwargs, twin)
-    if op.name == plan_objects.CALL:
-        function = plan_objects.call_on_meta
+    if op.name == plan_call.CALL:
+        function = plan_call.call_on_meta
         args = (PlanTwin(args[0].record.graph(training=args[1])), *args[2:])
     foreseen = inference.infer(op.name, function, args, kwargs, _Operand)
     if foreseen is None:
         raise GetNotPermittedError(
             f"{op.name} on private data: what its results look like depends on the values"
         )
-    if op.name == plan_objects.CALL:
+    if op.name == plan_call.CALL:
         _check_changes(foreseen, operands[1:])
     return foreseen
 
@@ -120,7 +122,7 @@ def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device)
 
 def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
     """Those of an op's arguments that it may write to, `operands` being what its `Ref`s stand for."""
-    if op.name != plan_objects.CALL:
+    if op.name != plan_call.CALL:
         return ops.written_operands(op.name, op.args, op.kwargs)
     if not operands or not isinstance(operands[0], PlanObject):
         return []
@@ -172,7 +174,7 @@ def stand_in(
             continue
         like = changed.get(number) or inference.spec_of(operand)
         # Others are changed behind autograd's back, or the plan that changes them gives them back as they are.
-        joins = number in changed or (number in same and op.name != plan_objects.CALL)
+        joins = number in changed or (number in same and op.name != plan_call.CALL)
         if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():
             operand.add_(zeros(like))
         elif operand._version == version and not ops.writes_unseen(op.name):

@@ -30,11 +30,9 @@ from typing import Any
 import torch
 
 from planrt.errors import LocalError, OptionError
-from planrt.plans.ir import ops
 from planrt.plans.policy.approvals import Approvals, Status
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
-from planrt.version import VERSION
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.determinism import wanted
 from planrt.workers.machine.eager import EagerOps
@@ -61,6 +59,7 @@ from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.store import ObjectStore, StoredObject
 from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 
 
 @dataclass(slots=True)
@@ -386,17 +385,3 @@ class WorkerState:
                 return self._training.evaluate(session, body, tensors)
             case _:
                 raise LocalError(f"a worker does not take messages of type {type(body).__name__}")
-
-
-def own_versions(limits: Limits | None = None) -> m.Versions:
-    """What this side runs, and accepts."""
-    accepted = limits or Limits()
-    return m.Versions(
-        m.PROTOCOL_VERSION,
-        VERSION,
-        str(torch.__version__),
-        ops.TABLE_HASH,
-        accepted.message,
-        accepted.header,
-        True,
-    )

@@ -28,8 +28,8 @@ from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.types import Ref, TensorSpec, as_text, leaves
-from planrt.workers.datasets import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.machine.admission import failed_on_data
+from planrt.workers.machine.batches import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.machine.events import Answer
 from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate

@@ -10,7 +10,7 @@ import torch
 from planrt.cards import card
 from planrt.errors import MixedLocationsError, RemoteOpError
 from planrt.types import leaves, map_leaves
-from planrt.workers.client.objects import fetch_all, fetch_all_async
+from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
 from planrt.workers.pointers.tensor import PointerTensor
 
 

@@ -17,8 +17,8 @@ from planrt.shown import shown
 from planrt.types import as_whole
 from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.plan_calls import call_plan, copy_plan, state_pointers
+from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
 from planrt.workers.pointers.tensor import Handle, ObjectPointer, PointerTensor, alive, handle_at
-from planrt.workers.printing import gone_words, pointer_card, tag_lines
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker

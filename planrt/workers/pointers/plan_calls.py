@@ -13,11 +13,11 @@ from planrt.errors import MixedLocationsError
 from planrt.plans.running.inference import infer, spec
 from planrt.plans.running.interpreter import check_inputs
 from planrt.types import Ref, map_leaves
-from planrt.workers.machine import plan_objects
-from planrt.workers.machine.plan_objects import PlanTwin
 from planrt.workers.pointers.ops import calling_line, packed, place_of, post
-from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer, new_id
-from planrt.workers.wire.objects import contiguous_stride
+from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer
+from planrt.workers.wire import plan_call
+from planrt.workers.wire.objects import contiguous_stride, new_id
+from planrt.workers.wire.plan_call import PlanTwin
 from planrt.workers.wire.posted import Line, PostedOp
 
 if TYPE_CHECKING:
@@ -47,11 +47,9 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
         seed = handle.worker.draw_seed()
     called = calling_line()
     line: Line | None = (called[0], called[1], weakref.ref(graph)) if called is not None else None
-    inferred = infer(
-        plan_objects.CALL, plan_objects.call_on_meta, (PlanTwin(graph), *operands), {}, PointerTensor
-    )
+    inferred = infer(plan_call.CALL, plan_call.call_on_meta, (PlanTwin(graph), *operands), {}, PointerTensor)
     wire = (Ref(handle.id), plan.training, *(Ref(one._handle.id) for one in operands))
-    values = iter(post(plan_objects.CALL, wire, {}, handle, inferred, operands, seed, line))
+    values = iter(post(plan_call.CALL, wire, {}, handle, inferred, operands, seed, line))
     if any(one._spec.requires_grad for one in operands):
         handle.worker.gradients.histories.rewrite()  # a plan may write to its operands
     return map_leaves(graph.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
@@ -65,7 +63,7 @@ def copy_plan(plan: PointerPlan) -> PointerPlan:
     worker = handle.worker
     made = Handle(worker, new_id(), handle.via)
     op = PostedOp(
-        plan_objects.COPY,
+        plan_call.COPY,
         (Ref(handle.id),),
         {},
         Ref(made.id),
@@ -89,7 +87,7 @@ def state_pointers(plan: PointerPlan) -> list[PointerTensor]:
     made = [Handle(worker, new_id(), handle.via) for _ in entries]
     results = tuple([Ref(one.id) for one in made])
     op = PostedOp(
-        plan_objects.STATE, (Ref(handle.id),), {}, results, torch.is_grad_enabled(), None, worker.take_drops()
+        plan_call.STATE, (Ref(handle.id),), {}, results, torch.is_grad_enabled(), None, worker.take_drops()
     )
     worker.post_op(packed(op, worker), calling_line())
     likes = [

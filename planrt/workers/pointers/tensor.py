@@ -7,8 +7,6 @@ once, with shape and dtype, and the values stay where they are until `get`. A po
 
 from __future__ import annotations
 
-import itertools
-import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -18,17 +16,11 @@ from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteVa
 from planrt.loop import run
 from planrt.plans.running.inference import Spec
 from planrt.types import as_whole, plain
-from planrt.workers.printing import gone_words, pointer_card, tag_lines
+from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
+from planrt.workers.wire.objects import new_id
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker
-
-_ids = itertools.count(secrets.randbits(40) << 10)
-
-
-def new_id() -> int:
-    """An object id, in [0, 2**63), that no other process will choose either."""
-    return next(_ids)
 
 
 class IdProvider:

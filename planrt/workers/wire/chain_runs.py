@@ -35,9 +35,9 @@ from planrt.plans.ir.graph import Graph, refs_in
 from planrt.seeding import derive_seed
 from planrt.serde.values import decode
 from planrt.types import Ref
-from planrt.workers.machine import plan_objects
-from planrt.workers.pointers.tensor import new_id
 from planrt.workers.wire import messages as m
+from planrt.workers.wire import plan_call
+from planrt.workers.wire.objects import new_id
 from planrt.workers.wire.posted import PostedOp
 
 StepState = Literal["waiting", "running", "done", "failed"]
@@ -363,7 +363,7 @@ class ChainRun:
             sends.append(Send(step.place, *self._store(step.plan, id)))
         operands = [Ref(self._at[ref.index, step.place]) for ref in step.arguments]
         op = PostedOp(
-            plan_objects.CALL,
+            plan_call.CALL,
             (Ref(self._plans[step.plan, step.place]), plan.training, *operands),
             {},
             None,

@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
+import torch
 from msgspec import Meta
 
 from planrt.errors import WireError
-from planrt.serde.frames import HEADER_BYTES, MESSAGE_BYTES
+from planrt.plans.ir import ops
+from planrt.serde.frames import HEADER_BYTES, MESSAGE_BYTES, Limits
+from planrt.version import VERSION
 
 PROTOCOL_VERSION = 3
 
@@ -551,3 +554,17 @@ def from_wire(builtins: object, *, address: str = "") -> Envelope:
         return msgspec.convert(builtins, Envelope)
     except (msgspec.ValidationError, RecursionError) as error:
         raise WireError(f"malformed message: {error}", address=address) from error
+
+
+def own_versions(limits: Limits | None = None) -> Versions:
+    """What this side runs, and accepts."""
+    accepted = limits or Limits()
+    return Versions(
+        PROTOCOL_VERSION,
+        VERSION,
+        str(torch.__version__),
+        ops.TABLE_HASH,
+        accepted.message,
+        accepted.header,
+        True,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +12,13 @@ from planrt.errors import UnsupportedTensorError
 from planrt.plans.running.inference import Spec, spec, spec_of
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.workers.wire import messages as m
+
+_ids = itertools.count(secrets.randbits(40) << 10)
+
+
+def new_id() -> int:
+    """An object id, in [0, 2**63), that no other process will choose either."""
+    return next(_ids)
 
 
 def spec_from_wire(wire: m.ObjectSpec) -> Spec:

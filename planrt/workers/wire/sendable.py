@@ -22,7 +22,6 @@ import torch
 from planrt.errors import LocalError, MessageTooLargeError, OptionError
 from planrt.serde.tensors import describe, payload_bytes
 from planrt.types import plain
-from planrt.workers.pointers.tensor import PointerTensor
 from planrt.workers.wire import messages as m
 
 B = TypeVar("B", bound=m.Body)
@@ -42,9 +41,9 @@ def sendable(body: B, tensors: Sequence[torch.Tensor], *, to: m.Versions, worker
     """
     body = _validated(body)
     for tensor in tensors:
-        if isinstance(tensor, PointerTensor):
+        if (place := getattr(tensor, "location", None)) is not None:  # a pointer has one
             raise LocalError(
-                f"a value that is to be sent from here is on worker {tensor.location.id!r}: get() it first, or call "
+                f"a value that is to be sent from here is on worker {place.id!r}: get() it first, or call "
                 "what is on that worker"
             )
     nbytes = payload_bytes(tensors)

@@ -17,7 +17,6 @@ import dis
 import enum
 import functools
 import hashlib
-import sys
 import types
 import weakref
 from collections.abc import Hashable, Iterable
@@ -26,6 +25,7 @@ from typing import Any, Final
 import torch
 
 from planrt.plans.forms import torchscript
+from planrt.plans.recording.kept import is_library
 
 Fingerprint = Hashable
 """Equal where recording gives equal plans."""
@@ -34,7 +34,6 @@ _PLAIN: Final = (
     type(None), bool, int, str, bytes, type(Ellipsis), type(NotImplemented), range, torch.dtype, torch.device,
     torch.layout, torch.memory_format,
 )  # fmt: skip
-_LIBRARIES: Final = frozenset({"torch", "torchvision", "numpy", "planrt", *sys.stdlib_module_names})
 _NO_BEHAVIOUR: Final = frozenset({
     "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__annotate__", "__annotate_func__",
     "__annotations_cache__", "__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl",
@@ -282,12 +281,3 @@ def _names_in(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
             found.update(dict.fromkeys(names))
             attributes.update(dict.fromkeys(others))
     return tuple(found), tuple(attributes)
-
-
-@functools.lru_cache(maxsize=4096)
-def is_library(module: str) -> bool:
-    """Whether the module of that name is somebody else's: its code stays as it is while a program runs."""
-    if module.partition(".")[0] in _LIBRARIES:
-        return True
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file

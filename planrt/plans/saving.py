@@ -1,0 +1,37 @@
+"""Plans from files: `load_plan` reads what `Plan.save` wrote, in the format of `planrt.plans.forms.files`."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+from planrt.plans.forms.files import MAGIC, AnyPath, read
+from planrt.plans.plan import Plan
+from planrt.serde.whole import register
+
+
+def load_plan(path: AnyPath | BinaryIO) -> Plan:
+    """The plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
+
+    `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to its end. It
+    has no Python code, and runs its ops. No code of the file runs, because there is none in it.
+
+    Raises:
+        OptionError: no file there, or one that cannot be read.
+        PlanFormatError: not a plan file, truncated, altered, or of a newer version.
+        OpNotAllowedError: an op that is not on the table of the installed torch.
+    """
+    found, state = read(path)
+    made = Plan.from_record(found.record, state, training=found.training, keys=found.keys)
+    if found.tags:
+        made.tag(*found.tags)
+    return made.describe(found.description)
+
+
+def _to_bytes(plan: Plan) -> bytes:
+    whole = io.BytesIO()
+    plan.save(whole)
+    return whole.getvalue()
+
+
+register(Plan, MAGIC, _to_bytes, lambda data: load_plan(io.BytesIO(data)))
