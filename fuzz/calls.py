@@ -22,8 +22,9 @@ from planrt.plans.ir import ops
 from planrt.serde.tensors import raw_bytes
 from planrt.types import Ref, map_leaves
 from planrt.workers.machine.events import Received, Reply
-from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
 
 UNINITIALISED, CRASH, HANG = "fuzz.uninitialised", "fuzz.crash", "fuzz.hang"

@@ -17,8 +17,9 @@ from planrt.workers.machine.events import (
     ToPeer,
     Wait,
 )
-from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
 
 ANN, BEN, DR = 1, 2, 3

@@ -16,8 +16,9 @@ from planrt.plans.ir.signature import Parameter, Signature
 from planrt.types import Ref, TensorSpec
 from planrt.workers.machine import eager, store
 from planrt.workers.machine.events import Disconnected, Received, Reply
-from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
 
 PROGRAMS = 200

@@ -19,8 +19,9 @@ from planrt.workers.machine.events import (
     ToPeer,
     Wait,
 )
-from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 
 SPEC = m.ObjectSpec([2], [1], "float32")
 ALICE, BOB = m.PeerAddress("alice", "ws://alice"), m.PeerAddress("bob", "ws://bob")

@@ -28,8 +28,8 @@ from planrt.fl import TrainConfig
 from planrt.plans import func2plan
 from planrt.serde.frames import FrameAssembler, Limits, encode
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine.state import own_versions
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from tests.models import classification_data
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from planrt.errors import HandshakeError, RemoteError, UnknownPlanError, WireError
 from planrt.workers.client.session import ClientSession
-from planrt.workers.machine.state import own_versions
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from planrt.workers.machine.events import (
     ToPeer,
     Wait,
 )
-from planrt.workers.machine.state import WorkerState, own_versions
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from tests.models import classification_data, seeded_classifier
 
 HELLO = m.Hello("s" * 32, own_versions())

@@ -32,9 +32,9 @@ from planrt.fl import TrainConfig
 from planrt.plans import func2plan
 from planrt.serde.frames import FRAGMENT_BYTES, FrameAssembler, Limits, encode
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine.state import own_versions
 from planrt.workers.transport.websocket import dial, listen
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from tests.models import classification_data
 
 
