@@ -67,7 +67,7 @@ class RoundResult:
     worker_states: dict[str, ModelState] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        workers = ", ".join(f"{shown(id)}: {part.loss:.4f}" for id, part in self.workers.items())
+        workers = shown(", ".join(f"{id}: {part.loss:.4f}" for id, part in self.workers.items()), 200)
         return f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s>"
 
     def _repr_html_(self) -> str:
@@ -132,7 +132,7 @@ class RoundScheduler:
         self._weighted = weighted
 
     def __repr__(self) -> str:
-        ids = ", ".join(shown(worker.id) for worker in self.workers)
+        ids = shown(", ".join(worker.id for worker in self.workers), 200)
         return (
             f"<RoundScheduler of {self.config!r} on {ids}: data set {self.dataset_key!r}, seed {self.seed}>"
         )

@@ -156,3 +156,13 @@ def test_links_within_the_pages_lead_somewhere(page):
             headings = re.findall(r"(?m)^#+ (.*)$", linked.read_text(encoding="utf-8"))
             anchors = {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
             assert anchor in anchors, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    ("words", "rounds"), [([], []), (["ARGS=--rounds 3"], ["3"]), (["ROUNDS=7", "ARGS=--seed 2"], ["7"])]
+)
+def test_make_run_hands_its_words_on_once(words, rounds):
+    done = subprocess.run(["make", "-n", "run", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    (command,) = [line for line in done.stdout.splitlines() if "planrt.fl.mnist_async" in line]
+    assert re.findall(r"--rounds (\d+)", command) == rounds
+    mnist_async.parser("mnist_async").parse_args(shlex.split(command)[3:])

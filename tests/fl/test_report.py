@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -89,3 +90,28 @@ def test_the_plot_is_a_png_of_some_size(tmp_path, loss):
     assert pixels.shape[0] > 400
     assert pixels.shape[1] > 1000
     assert pixels.std() > 0.01  # something is drawn
+
+
+@pytest.mark.parametrize("losses", [(2.3, 2.1), (4.1, 3.2), (0.9, 0.004), (250.0, 3.0)])
+def test_the_plots_ticks_are_plain_numbers(tmp_path, monkeypatch, losses):
+    from matplotlib.figure import Figure
+
+    drawn = []
+
+    def keep(figure, path, **options):
+        figure.draw_without_rendering()
+        drawn.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    run = report()
+    for entry, loss in zip((run.rounds[0], run.rounds[2]), losses, strict=True):
+        entry.evaluation[FEDERATED] = evaluation(0.5, loss)
+    plot(run, tmp_path / "plot.png")
+    for axes in drawn[0].axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [
+                label.get_text() for label in [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
+            ]
+            shown = [label for label in labels if label]
+            assert len(shown) >= 2
+            assert all(re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", label) for label in shown), labels
