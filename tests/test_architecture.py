@@ -1,13 +1,15 @@
-"""The import rule of ARCHITECTURE.md: later rooms may import earlier ones, never the other way round."""
+"""The rules of ARCHITECTURE.md: which room imports which, and what each loads."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "planrt"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "planrt"
 
 FOUNDATION = {
     "cards",
@@ -234,3 +236,14 @@ def test_planrt_knows_its_own_files_from_a_users():
     assert not any(is_users(str(path)) for path in modules())
     assert not is_users(errors.__file__)
     assert is_users(__file__)
+
+
+def test_the_files_that_the_architecture_names_are_there():
+    named = set(
+        re.findall(r"[`( ]((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)\b", (ROOT / "ARCHITECTURE.md").read_text())
+    )
+    there = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert len(named) > 80
+    assert not [
+        name for name in named - {"net.py"} if not any(f"/{path}".endswith(f"/{name}") for path in there)
+    ]
