@@ -11,31 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from planrt.errors import (
-    GetNotPermittedError,
     HandshakeError,
-    NotApprovedError,
-    PolicyRefusedError,
     RemoteError,
-    ReplyTooLargeError,
-    UnknownDatasetError,
-    UnknownObjectError,
-    UnknownPlanError,
     WireError,
 )
 from planrt.serde.frames import Limits
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
-
-_ERRORS: dict[str, type[RemoteError]] = {
-    "UnknownPlanError": UnknownPlanError,
-    "UnknownDatasetError": UnknownDatasetError,
-    "UnknownObjectError": UnknownObjectError,
-    "GetNotPermittedError": GetNotPermittedError,
-    "NotApprovedError": NotApprovedError,
-    "PolicyError": PolicyRefusedError,
-    "ReplyTooLargeError": ReplyTooLargeError,
-}
-"""The kinds of remote failure that have a class of their own; every other is a plain RemoteError."""
+from planrt.workers.wire.refusals import RAISED
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +117,7 @@ class ClientSession:
         made_at = self.line_of(failure.number)
         if made_at is not None:
             where = f" (at {made_at})"
-        return _ERRORS.get(failure.kind, RemoteError)(
+        return RAISED.get(failure.kind, RemoteError)(
             failure.message + where,
             worker_id=self.worker_id,
             kind=failure.kind,

@@ -43,7 +43,7 @@ def admit(
     of private data may be released, and when it must be over.
 
     Raises:
-        NotApprovedError, PolicyError: it may not run.
+        NotApproved, PolicyError: it may not run.
     """
     if op.name != plan_call.CALL:
         if op.name != plan_call.COPY:

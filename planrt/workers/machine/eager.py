@@ -31,23 +31,17 @@ from planrt.workers.machine.admission import admit, failed_on_data, label_overwr
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.events import Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError, cut, failure_of_op
-from planrt.workers.machine.gate import NotApprovedError
 from planrt.workers.machine.labels import Label, both
 from planrt.workers.machine.objects import KeptObjects, freed_by, tensor_of
 from planrt.workers.machine.peers import Outgoing, PeerOps
 from planrt.workers.machine.plan_objects import PlanObject
-from planrt.workers.machine.private import (
-    GetNotPermittedError,
-    foresee,
-    stand_in,
-    unaliased,
-    written_operands,
-)
+from planrt.workers.machine.private import foresee, stand_in, unaliased, written_operands
 from planrt.workers.machine.sessions import Session, users_of
 from planrt.workers.machine.store import PeerRef, StoredObject, new_id, spec_of, tensors_of
 from planrt.workers.wire import messages as m
 from planrt.workers.wire import plan_call
 from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.refusals import GetNotPermitted, NotApproved
 
 _NEW_VERSION_COUNTERS = (*ops.MEMORY_WRITES, "Tensor.data", "torch.as_tensor", "torch.asarray")
 """Ops after which two tensors share memory, but not the version counter by which autograd sees writes."""
@@ -109,7 +103,7 @@ class EagerOps:
             if made is not None:
                 self._keep(session, op.results, made.value, made)
         except Exception as error:  # whatever an op raises is its client's to hear, never the worker's end
-            refused = isinstance(error, NotApprovedError | PolicyError)  # nothing was computed
+            refused = isinstance(error, NotApproved | PolicyError)  # nothing was computed
             self._poison(
                 session, op, [] if refused else used, failure_of_op(error, op, number, used, self._store)
             )
@@ -318,7 +312,7 @@ class EagerOps:
             if (
                 not session.may_read(label) and op.name != plan_call.CALL
             ):  # of which `_run` foresees the results
-                raise GetNotPermittedError(
+                raise GetNotPermitted(
                     f"{op.name} on private data: what its results look like depends on the values, and those may be "
                     f"seen by {users_of(label)} only"
                 )
@@ -328,7 +322,7 @@ class EagerOps:
             used.clear()
             made = self._run(session, op, used, outgoing)
             assert made is not None  # noqa: S101 - passed on above
-        except (OpFailedError, GetNotPermittedError, NotApprovedError, PolicyError):
+        except (OpFailedError, GetNotPermitted, NotApproved, PolicyError):
             raise
         except Exception as error:
             raise OpFailedError(failure_of_op(error, op, None, used, self._store)) from error

@@ -15,11 +15,10 @@ from typing import Any
 
 from planrt.errors import ExecutionError, LocalError, PolicyError
 from planrt.workers.machine.determinism import explained
-from planrt.workers.machine.gate import NotApprovedError
-from planrt.workers.machine.private import GetNotPermittedError
 from planrt.workers.machine.store import ObjectStore, StoredObject
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, kind_of
 
 _LONGEST = 60_000
 """Characters of a message or a traceback that are told: a header has to hold them."""
@@ -102,7 +101,7 @@ def failure_of(error: Exception) -> m.Failure:
     """`error` as the client is told of it."""
     if isinstance(error, OpFailedError):
         return error.failure
-    kind = type(error).__name__.removeprefix("_")
+    kind = kind_of(error)
     text = explained(str(error) if isinstance(error, LocalError) else f"{kind}: {error}")
     text = cut(without_directories(text))
     if isinstance(error, PolicyError):
@@ -116,8 +115,8 @@ def failure_of_op(
     """`error`, of an op on the objects `used`, as the client is told of it; of private operands nothing is told."""
     if isinstance(error, OpFailedError):
         return error.failure
-    kind = type(error).__name__
-    if isinstance(error, GetNotPermittedError | NotApprovedError):
+    kind = kind_of(error)
+    if isinstance(error, GetNotPermitted | NotApproved):
         return m.Failure(kind, cut(str(error)), op.name, number=number)
     if isinstance(error, PolicyError):  # of shapes and ops, never of values
         return m.Failure(

@@ -20,7 +20,7 @@ from typing import Final
 
 import torch
 
-from planrt.errors import ApprovalError, LocalError, OptionError, PolicyError
+from planrt.errors import ApprovalError, OptionError, PolicyError
 from planrt.plans.analysis.report import Report, Unforeseen
 from planrt.plans.ir import ops
 from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
@@ -31,6 +31,7 @@ from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.policy.verify import check_rules
 from planrt.plans.training import check_classes
 from planrt.types import Ref, TensorSpec, leaves
+from planrt.workers.wire.refusals import NotApproved
 
 _REPORTS: Final = 1_000
 """Reports that are kept: a plan is checked once for inputs of one size."""
@@ -41,10 +42,6 @@ _PROGRAMS: Final = 10_000
 _UNREADABLE: Final = (
     "the record of the owner's decisions cannot be read or written: the owner must look there"
 )
-
-
-class NotApprovedError(LocalError):
-    """Reported to the client under this kind: the owner has not approved, or has denied, what was to run."""
 
 
 class Gate:
@@ -84,7 +81,7 @@ class Gate:
         put before the owner then (`asked`).
 
         Raises:
-            NotApprovedError: it cannot wait for the owner.
+            NotApproved: it cannot wait for the owner.
         """
         for graph in graphs:
             if state is not None or not has_constants(graph):
@@ -103,7 +100,7 @@ class Gate:
         sets or tags of data.
 
         Raises:
-            NotApprovedError: it cannot wait for the owner.
+            NotApproved: it cannot wait for the owner.
         """
         self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
 
@@ -132,11 +129,9 @@ class Gate:
             waiting = waiting_bytes(with_names(graph) if data is None else data, constants)
             self._approvals.submit(filed, waiting, asking=asking, most=self.policy.max_pending)
         except QueueFullError as error:
-            raise NotApprovedError(
-                f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}"
-            ) from None
+            raise NotApproved(f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}") from None
         except ApprovalError:
-            raise NotApprovedError(_UNREADABLE) from None
+            raise NotApproved(_UNREADABLE) from None
 
     def standing(self, filed: str) -> Status:
         """How it stands with what is filed under it: approved, denied, pending or unknown, and the owner's words.
@@ -144,7 +139,7 @@ class Gate:
         A denial of a plan's own hash is one of the plan with any constants.
 
         Raises:
-            NotApprovedError: the record cannot be read.
+            NotApproved: the record cannot be read.
         """
         if self.policy.approval == "open" or filed in self.policy.approved:
             return Status("approved")
@@ -156,7 +151,7 @@ class Gate:
                 return whole
             return self._approvals.status(filed)
         except ApprovalError:
-            raise NotApprovedError(_UNREADABLE) from None
+            raise NotApproved(_UNREADABLE) from None
 
     def _filed(self, graph: Graph, constants: Sequence[Constant]) -> str:
         """The hash under which decisions about the plan are filed."""
@@ -181,7 +176,7 @@ class Gate:
         said = {"denied": "was not approved", "pending": "waits for the owner's approval"}.get(
             status, "is not known to the owner yet: send it first"
         )
-        raise NotApprovedError(f"plan {graph.name!r} ({filed}) {said}{f': {why}' if why else ''}")
+        raise NotApproved(f"plan {graph.name!r} ({filed}) {said}{f': {why}' if why else ''}")
 
     # --------------------------------------------------------------------------------------- rules
 
@@ -199,7 +194,7 @@ class Gate:
         constants as `constants` gives them.
 
         Raises:
-            NotApprovedError: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
+            NotApproved: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
         """
         self._check_approved(graph, constants)
         return self._report(graph, inputs, tags or {}, gradients).raise_for_violations()
@@ -234,7 +229,7 @@ class Gate:
         What leaves are sums over batches, of the gradients of which the smallest has `smallest` rows.
 
         Raises:
-            NotApprovedError, PolicyError: as `admit`.
+            NotApproved, PolicyError: as `admit`.
         """
         self.admit(graph, inputs, constants=constants, gradients=True)
         if self.covers(tags):
@@ -258,7 +253,7 @@ class Gate:
         about its own row: else they spell one row's value, a digit in each place.
 
         Raises:
-            NotApprovedError, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
+            NotApproved, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
         """
         prediction = self.admit(graph, inputs, constants=constants).outputs[1:2]
         if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
@@ -325,10 +320,10 @@ class Gate:
         """Raises unless single operations of that name may run.
 
         Raises:
-            NotApprovedError: the worker runs approved plans only. PolicyError: the policy does not allow the op.
+            NotApproved: the worker runs approved plans only. PolicyError: the policy does not allow the op.
         """
         if self.policy.approval != "open":
-            raise NotApprovedError(
+            raise NotApproved(
                 f"{name}: this worker runs plans that its owner approved, and no single operations: write a plan "
                 "(planrt.func2plan), and send it"
             )

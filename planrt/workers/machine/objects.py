@@ -19,20 +19,11 @@ from planrt.workers.machine.failures import OpFailedError
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.labels import both
 from planrt.workers.machine.plan_objects import PlanObject
-from planrt.workers.machine.private import (
-    GetNotPermittedError,
-)
 from planrt.workers.machine.protocol_objects import ProtocolObject
 from planrt.workers.machine.sessions import Session, allowed_list, ask, check_fits, users_of
-from planrt.workers.machine.store import (
-    ObjectStore,
-    PeerRef,
-    StoredObject,
-    UnknownObjectError,
-    grad_of,
-    spec_of,
-)
+from planrt.workers.machine.store import ObjectStore, PeerRef, StoredObject, grad_of, spec_of
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.refusals import GetNotPermitted, UnknownObject
 
 
 class KeptObjects:
@@ -130,7 +121,7 @@ class KeptObjects:
         stored = self.store.find(session.id, body.id)
         label = self.store.label_of(stored)
         if not session.may_read(label):
-            raise GetNotPermittedError(
+            raise GetNotPermitted(
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may get it"
             )
         try:
@@ -165,7 +156,7 @@ class KeptObjects:
         if grad is not None:
             label = self.store.memory.of_gradient(grad)
             if not session.may_read(label):
-                raise GetNotPermittedError(
+                raise GetNotPermitted(
                     f"the gradient of object {body.id} was computed from private data: {users_of(label)} may get it; "
                     "set .grad = None to fetch the value alone"
                 )
@@ -240,7 +231,7 @@ class KeptObjects:
         if grad is not None:
             label = both(label, self.store.memory.of_gradient(grad))
         if not session.may_read(label):
-            raise GetNotPermittedError(
+            raise GetNotPermitted(
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
             )
         value = self.ready(session, body.id).value
@@ -292,7 +283,7 @@ class KeptObjects:
                 or not stored.handover
                 or not hmac.compare_digest(stored.handover.encode(), body.token.encode())
             ):
-                raise UnknownObjectError(f"no object {id} was handed over to this session")
+                raise UnknownObject(f"no object {id} was handed over to this session")
             stored.handover = ""
             if giver := sessions.get(stored.owner):
                 giver.leaves.pop(id, None)
@@ -311,7 +302,7 @@ class KeptObjects:
         """The session's tensors `ids`, for a plan that is run on them as its state.
 
         Raises:
-            UnknownObjectError, OpFailedError: one is not there. GetNotPermittedError: one that the session may not
+            UnknownObject, OpFailedError: one is not there. GetNotPermitted: one that the session may not
             read, as the figures of a run would tell of it. LocalError: one is no tensor.
         """
         values = []
@@ -320,7 +311,7 @@ class KeptObjects:
             if not isinstance(stored.value, torch.Tensor):
                 raise LocalError(f"object {id} is no tensor: it cannot be the state of a plan")
             if not session.may_read(self.store.label_of(stored)):
-                raise GetNotPermittedError(
+                raise GetNotPermitted(
                     f"object {id} is private: it cannot be the state of a plan that is trained"
                 )
             values.append(stored.value.detach())

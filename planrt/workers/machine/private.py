@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.autograd.graph import get_gradient_edge, increment_version
 
-from planrt.errors import LocalError
 from planrt.plans.ir import ops
 from planrt.plans.running import inference
 from planrt.plans.running.inference import Inferred, Same, Spec
@@ -28,12 +27,9 @@ from planrt.workers.machine.plan_objects import PlanObject
 from planrt.workers.wire import plan_call
 from planrt.workers.wire.plan_call import PlanTwin
 from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.refusals import GetNotPermitted
 
 S = TypeVar("S")
-
-
-class GetNotPermittedError(LocalError):
-    """Reported to the client under this kind."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +60,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
     whose ops fail or not whatever the values.
 
     Raises:
-        GetNotPermittedError: it depends on the values. Or what torch raises for operands that do not fit.
+        GetNotPermitted: it depends on the values. Or what torch raises for operands that do not fit.
     """
     if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name in (plan_call.COPY, plan_call.STATE):
         return None
@@ -85,9 +81,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         args = (PlanTwin(args[0].record.graph(training=args[1])), *args[2:])
     foreseen = inference.infer(op.name, function, args, kwargs, _Operand)
     if foreseen is None:
-        raise GetNotPermittedError(
-            f"{op.name} on private data: what its results look like depends on the values"
-        )
+        raise GetNotPermitted(f"{op.name} on private data: what its results look like depends on the values")
     if op.name == plan_call.CALL:
         _check_changes(foreseen, operands[1:])
     return foreseen
@@ -103,7 +97,7 @@ def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
             before.stride,
             before.dtype,
         ) or not joins_graph:
-            raise GetNotPermittedError(
+            raise GetNotPermitted(
                 "a plan on private data may change the values of its inputs, not their shapes or autograd flags"
             )
 

@@ -12,7 +12,6 @@ from planrt.workers.machine.events import Answer, PeerAnswered, Steps, ToPeer, W
 from planrt.workers.machine.failures import OpFailedError, cut
 from planrt.workers.machine.labels import Label
 from planrt.workers.machine.objects import KeptObjects
-from planrt.workers.machine.private import GetNotPermittedError
 from planrt.workers.machine.protocol_objects import (
     PeerError,
     ProtocolObject,
@@ -25,6 +24,7 @@ from planrt.workers.machine.sessions import Session, allowed_list, users_of
 from planrt.workers.machine.store import PeerRef, StoredObject
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Given, Send, StepState
+from planrt.workers.wire.refusals import GetNotPermitted
 
 _Exchange: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, None]
 
@@ -74,7 +74,7 @@ class ProtocolOps:
         places, plans = dict(protocol.places), protocol.deployed
         label = self._store.label_of(self._store.find(session.id, body.id))
         if not session.may_read(label):
-            raise GetNotPermittedError(
+            raise GetNotPermitted(
                 f"the protocol's plans are private: {users_of(label)} may have them sent to other workers"
             )
         given = [self._given(session, protocol, number, id) for number, id in enumerate(body.inputs)]
@@ -135,7 +135,7 @@ class ProtocolOps:
             raise LocalError(f"input {_name(protocol, number)} is no tensor")
         label: Label = self._store.label_of(stored)
         if not session.may_read(label):
-            raise GetNotPermittedError(
+            raise GetNotPermitted(
                 f"input {_name(protocol, number)} is private, or was computed from private data: {users_of(label)} may "
                 "send it to other workers"
             )

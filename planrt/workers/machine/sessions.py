@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from planrt.errors import LocalError
 from planrt.serde.tensors import payload_bytes
 from planrt.workers.machine.events import ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.labels import Label, both
 from planrt.workers.machine.private import Graphs
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.refusals import ReplyTooLarge
 
 
 @dataclass(slots=True, eq=False)
@@ -63,17 +63,13 @@ class Session:
         return label is None or (self.user is not None and self.user in label)
 
 
-class ReplyTooLargeError(LocalError):
-    """Reported to the client under this kind."""
-
-
 def check_fits(client: m.Versions | None, tensors: Sequence[torch.Tensor]) -> None:
-    """Raises ReplyTooLargeError if `client` does not take an answer with `tensors`; called before anything is removed
+    """Raises ReplyTooLarge if `client` does not take an answer with `tensors`; called before anything is removed
     that the answer brings.
     """
     nbytes = payload_bytes(tensors)
     if client is not None and nbytes > client.message_limit:
-        raise ReplyTooLargeError(
+        raise ReplyTooLarge(
             f"the answer takes {nbytes:,} bytes, over the limit of {client.message_limit:,} bytes that the client "
             "takes, and was not sent; nothing was removed here: fetch it in parts, or connect with "
             "limits=Limits(message=...)"

@@ -21,13 +21,10 @@ from planrt.workers.machine.labels import Label, MemoryLabels, both
 from planrt.workers.machine.plan_objects import PlanObject, shared_copy
 from planrt.workers.machine.protocol_objects import ProtocolObject
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.refusals import UnknownObject
 
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
-
-
-class UnknownObjectError(LocalError):
-    """Reported to the client under the kind "UnknownObjectError"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +122,11 @@ class ObjectStore:
         """The session's object `id`.
 
         Raises:
-            UnknownObjectError: it holds none under that id: never made, taken back, or another session's.
+            UnknownObject: it holds none under that id: never made, taken back, or another session's.
         """
         stored = self.objects.get(id)
         if stored is None or stored.owner != session:
-            raise UnknownObjectError(
+            raise UnknownObject(
                 f"no object {id} here for this session: was it taken back by get() or dropped?"
             )
         return stored

@@ -36,19 +36,12 @@ from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.refusals import UnknownDataset, UnknownPlan
 
 MAX_PLANS = 256
 """Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
 
 _Draw = Callable[[Iterator[Batch]], Iterator[Batch]]
-
-
-class _UnknownPlanError(LocalError):
-    """Reported to the client under the kind "UnknownPlanError"."""
-
-
-class _UnknownDatasetError(LocalError):
-    """Reported to the client under the kind "UnknownDatasetError"."""
 
 
 @dataclass(slots=True)
@@ -281,7 +274,7 @@ class TrainingOps:
             self._plans.move_to_end(hash)
             return self._plans[hash]
         except KeyError:
-            raise _UnknownPlanError(f"no plan with the hash {hash}: send it first") from None
+            raise UnknownPlan(f"no plan with the hash {hash}: send it first") from None
 
     def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
         info = self._datasets[key].info
@@ -292,7 +285,7 @@ class TrainingOps:
             return self._datasets[key].source
         except KeyError:
             keys = ", ".join(sorted(self._datasets)) or "none"
-            raise _UnknownDatasetError(f"no data set under the key {key!r}; it has: {keys}") from None
+            raise UnknownDataset(f"no data set under the key {key!r}; it has: {keys}") from None
 
 
 def _tags(tags: Sequence[str]) -> list[str]:
