@@ -8,7 +8,7 @@ from planrt.workers.machine.failures import failure_of
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import RAISED, Refusal, kind_of
 
-_TO_RAISE = [*(one("no") for one in Refusal.__subclasses__()), errors.PolicyError("no")]
+_TO_RAISE = [*(one("no") for one in Refusal.__subclasses__()), errors.PolicyError("no", rule="max_ops")]
 
 
 def test_every_refusal_has_an_error_of_the_client():
