@@ -150,6 +150,98 @@ def _largest(count: Any) -> float:
     return abs(count) if isinstance(count, int | float) and count == count else 0
 
 
+_PADDED: Final = [
+    "input",
+    "hx",
+    "params",
+    "has_biases",
+    "num_layers",
+    "dropout",
+    "train",
+    "bidirectional",
+    "batch_first",
+]
+_PACKED: Final = [
+    "data",
+    "batch_sizes",
+    "hx",
+    "params",
+    "has_biases",
+    "num_layers",
+    "dropout",
+    "train",
+    "bidirectional",
+]
+
+
+def _recurrent(gates: int) -> Callable[[Function], Function]:
+    """The kernels count on as many states and weights, of the right sizes, as layers and directions are named.
+
+    Without: they read past the ends of both lists (a crash, or memory that is not theirs).
+    """
+
+    def guard(function: Function) -> Function:
+        @wraps(function, updated=())
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], list | tuple))
+            given = dict(zip(_PACKED if packed else _PADDED, args, strict=False)) | kwargs
+            if len(given) == len(_PADDED) == len(args) + len(kwargs):  # if not, torch says so
+                _check_recurrent(function.__name__, gates, packed, given)
+            return function(*args, **kwargs)
+
+        return guarded
+
+    return guard
+
+
+def _check_recurrent(name: str, gates: int, packed: bool, given: dict[str, Any]) -> None:
+    def refused(why: str) -> ValueError:
+        return ValueError(f"{name} takes {why}")
+
+    lists = given["hx"] if gates == _LSTM else [given["hx"]], given["params"]
+    if not all(isinstance(one, list | tuple) for one in lists):
+        raise refused("its states and weights as lists")
+    states, weights = lists
+    inputs = given["data" if packed else "input"]
+    if not all(isinstance(one, torch.Tensor) for one in (inputs, *states, *weights)):
+        raise refused("tensors")
+    layers, biases = given["num_layers"], bool(given["has_biases"])
+    if type(layers) is not int or layers < 1:
+        raise refused("1 layer or more")
+    directions = 2 if given["bidirectional"] else 1
+    if len(states) != (2 if gates == _LSTM else 1) or inputs.dim() != (2 if packed else 3):
+        raise refused("one input, and for each kind of state one tensor")
+    if any(state.dim() != 3 or state.shape[0] != layers * directions for state in states):
+        raise refused(f"states of {layers * directions} layers and directions")
+    out, hidden = states[0].shape[2], states[-1].shape[2]
+    projected = gates == _LSTM and out != hidden
+    wanted: list[list[int]] = []
+    for layer in range(min(layers, len(weights))):
+        width = inputs.shape[-1] if layer == 0 else out * directions
+        one = [[gates * hidden, width], [gates * hidden, out], *[[gates * hidden]] * (2 * biases)]
+        wanted += [*one, *[[out, hidden]] * projected] * directions
+    if len(weights) != layers * directions * (2 + 2 * biases + projected) or wanted != [
+        list(weight.shape) for weight in weights
+    ]:
+        raise refused(f"weights that fit {layers} layers of {directions} directions and states of {hidden}")
+    if packed:
+        sizes = given["batch_sizes"]
+        if (
+            not isinstance(sizes, torch.Tensor)
+            or sizes.dim() != 1
+            or sizes.dtype != torch.int64
+            or not len(sizes)
+        ):
+            raise refused("batch sizes as a row of int64")
+        batch = None if sizes.is_meta else int(sizes[0])
+    else:
+        batch = inputs.shape[0 if given["batch_first"] else 1]
+    if batch is not None and any(state.shape[1] != batch for state in states):
+        raise refused(f"states for a batch of {batch}")
+
+
+_LSTM: Final = 4
+
 _POLYNOMIALS = """
     chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w
     hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l legendre_polynomial_p
@@ -167,6 +259,10 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
         for home, words in (("torch", "div divide"), ("Tensor", "div div_ divide divide_"))
         for word in words.split()
     },
+    "torch.lstm": _recurrent(_LSTM),
+    "torch.gru": _recurrent(3),
+    "torch.rnn_tanh": _recurrent(1),
+    "torch.rnn_relu": _recurrent(1),
     "torch.combinations": _at_most("r", 1, 32),
     **{f"special.{word}": _at_most("n", 1) for word in _POLYNOMIALS.split()},
     "special.polygamma": _at_most("n", 0),
