@@ -127,13 +127,12 @@ class Pair:
 
     def _next(self, child: Child, index: int) -> str:
         try:
-            line = child.line(self._seconds)
+            while not (line := child.line(self._seconds)).startswith((f"{index} ", "ended ")):
+                pass  # a kernel wrote to stdout
         except Lost:
             return "hangs"
         number, _, outcome = line.partition(" ")
-        return (
-            f"ended {outcome}" if number == "ended" else outcome if int(number) == index else f"ended {line}"
-        )
+        return f"ended {outcome}" if number == "ended" else outcome
 
     def _again(self, index: int, kind: str, outcomes: tuple[str, str]) -> Finding | None:
         """The finding, tried by itself; None for what only took long, and does not again."""
