@@ -21,7 +21,7 @@ import torch
 
 from fuzz.arguments import Draw, draw
 from planrt.errors import PlanrtError
-from planrt.plans.analysis.analyse import analyse
+from planrt.plans.analysis.analysing import analyse
 from planrt.plans.ir import ops
 from planrt.plans.ir.graph import Graph, Op, StateSpec
 from planrt.plans.running.interpreter import execute

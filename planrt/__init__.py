@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from planrt import moved
 from planrt.tracebacks import install
 from planrt.version import VERSION
 
@@ -66,6 +67,7 @@ _MODULES = {"errors": "errors", "exceptions": "exceptions", "serde": "plans", "v
 __version__ = VERSION
 
 install()
+moved.install()
 
 __all__ = [
     "__version__",

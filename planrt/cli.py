@@ -154,7 +154,7 @@ def _folder(parser: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from planrt.plans.analysis.analyse import analyse
+    from planrt.plans.analysis.analysing import analyse
     from planrt.plans.policy.rules import Policy
     from planrt.plans.policy.verify import check
 

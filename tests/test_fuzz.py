@@ -8,7 +8,7 @@ from fuzz.calls import CRASH, HANG, UNINITIALISED
 from fuzz.ops import Pair, main
 from fuzz.rows import Summary, check, names
 from fuzz.rows import main as rows_main
-from planrt.plans.analysis.analyse import analyse
+from planrt.plans.analysis.analysing import analyse
 
 SEED = 11
 

@@ -521,7 +521,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         Raises:
             PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run on such.
         """
-        from planrt.plans.analysis.analyse import analyse  # plans that are only run do without it
+        from planrt.plans.analysis.analysing import analyse  # plans that are only run do without it
         from planrt.plans.ir.constants import constants_of
         from planrt.plans.policy.verify import check
 

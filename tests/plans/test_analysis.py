@@ -15,7 +15,7 @@ from planrt.errors import ExecutionError, PlanArgumentError
 from planrt.fl.runs.networks import seeded_net
 from planrt.plans import Graph, Op, trace
 from planrt.plans.analysis import effects
-from planrt.plans.analysis.analyse import analyse
+from planrt.plans.analysis.analysing import analyse
 from planrt.plans.analysis.report import Unforeseen, count_bytes, count_flops
 from planrt.plans.ir.graph import MAX_OPS
 from planrt.plans.running.interpreter import Program, execute

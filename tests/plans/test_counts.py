@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from planrt.errors import ExecutionError
-from planrt.plans.analysis.analyse import analyse
+from planrt.plans.analysis.analysing import analyse
 from planrt.plans.ir import counts, ops
 from planrt.plans.ir.parsing import parse
 from planrt.plans.running.interpreter import execute

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planrt.plans import trace
-from planrt.plans.analysis.analyse import analyse
+from planrt.plans.analysis.analysing import analyse
 from planrt.plans.ir import ops
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.running.interpreter import execute

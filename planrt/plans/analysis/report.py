@@ -139,7 +139,7 @@ class Violation:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What `planrt.plans.analysis.analyse.analyse` found, and the policy's `violations`, if it was held against one.
+    """What `planrt.plans.analysis.analyse` found, and the policy's `violations`, if it was held against one.
 
     `gradients` are those that a training loop gets of the plan's parameters, where it was analysed for training.
     `constants` are those of the plan, None where their values are not known.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from planrt.lazy import names_of
 
 if TYPE_CHECKING:
     from planrt.plans.policy.rules import Policy, ReleaseRule
@@ -16,11 +17,4 @@ _HOMES = {
 
 __all__ = ["Policy", "ReleaseRule"]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'planrt.plans.policy' has no attribute {name!r}")
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_of(__name__, _HOMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from planrt.plans.analysis.analyse import analyse, concrete_inputs
+from planrt.plans.analysis.analysing import analyse, concrete_inputs
 from planrt.plans.analysis.report import (
     Dependence,
     Report,
@@ -36,7 +36,7 @@ def check(
     Args:
         graph: the plan.
         policy: the owner's rules.
-        inputs: see `planrt.plans.analysis.analyse.analyse`.
+        inputs: see `planrt.plans.analysis.analyse`.
         tags: for each input that is private data its place and its tags, possibly none. Release rules are about these.
         approvals: the owner's decisions. Without them a plan that has to be asked for is not held up here.
         constants: the plan's constants, of which an approval is too; where None, from the state that `graph` has.

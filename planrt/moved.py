@@ -1,0 +1,105 @@
+"""Modules that moved into rooms, found under their old paths too: imports of planrt 0.1 go on working.
+
+Each old path is a module that looks names up in the new one when they are asked for. Nothing is imported before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Final
+
+_ROOMS: Final = (
+    ("planrt.fl", "planrt", "command=command_line"),
+    ("planrt.fl", "planrt.fl.data", "boston federated splitting"),
+    ("planrt.fl", "planrt.fl.runs", "children discovery networks"),
+    ("planrt.plans", "planrt.plans.analysis", "composed effects findings flow report rows tracker whole"),
+    ("planrt.plans", "planrt.plans.forms", "aten export files holding torchscript"),
+    ("planrt.plans", "planrt.plans.ir", """
+        chain counts graph guards left_out lines ops parsing record signature source text
+    """),
+    ("planrt.plans", "planrt.plans.policy", "approvals verify"),
+    ("planrt.plans", "planrt.plans.recording", """
+        building chance foreach inlining kept known lifting notices optimizers probing recorder runs seen
+        sizes torch_code tracer
+    """),
+    ("planrt.plans", "planrt.plans.running", "inference interpreter modes"),
+    ("planrt.workers", "planrt", "allocator loop"),
+    ("planrt.workers", "planrt.workers", "clients=base server=websocket_server"),
+    ("planrt.workers", "planrt.workers.client", """
+        connection contents moving object_ids objects registry remote_plans=plans session
+    """),
+    ("planrt.workers", "planrt.workers.machine", """
+        admission backward determinism eager events failures gate labels objects_kept=objects peer_ops=peers
+        plan_objects private protocol_objects protocol_ops=protocols sessions state store
+        training_ops=training
+    """),
+    ("planrt.workers", "planrt.workers.pointers", """
+        dispatch multipointer=multi plan_calls plan_pointers=plan remote_autograd=autograd remote_ops=ops
+    """),
+    ("planrt.workers", "planrt.workers.serving", "host links"),
+    ("planrt.workers", "planrt.workers.transport", "callers pipes websocket websocket_frames websocket_stream"),
+    ("planrt.workers", "planrt.workers.wire", "chain_runs messages posted sendable"),
+)  # fmt: skip
+"""(old package, new package, modules); "old=new" where the module has another name there."""
+
+
+def _table() -> dict[str, tuple[str, ...]]:
+    table: dict[str, tuple[str, ...]] = {}
+    for old, new, words in _ROOMS:
+        for word in words.split():
+            before, _, after = word.partition("=")
+            table[f"{old}.{before}"] = (f"{new}.{after or before}",)
+    table["planrt.plans.files"] += ("planrt.plans.saving",)
+    table["planrt.workers.objects"] += ("planrt.workers.pointers.fetching", "planrt.workers.wire.objects")
+    table["planrt.workers.state"] += ("planrt.workers.wire.messages",)
+    table["planrt.workers.plan_objects"] += ("planrt.workers.wire.plan_call",)
+    return table
+
+
+MOVED: Final = _table()
+"""Old path -> the modules that have its names, looked through in this order."""
+
+
+class _Moved(ModuleType):
+    """A module under its old path."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):  # Python asks every module for those
+            for home in MOVED[self.__name__]:
+                module = import_module(home)
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(
+            f"module {self.__name__!r}, now {MOVED[self.__name__][0]}, has no attribute {name!r}"
+        )
+
+    def __dir__(self) -> list[str]:
+        return dir(import_module(MOVED[self.__name__][0]))
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds what is not where it was."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module that moved; of other names None."""
+        return ModuleSpec(fullname, self, origin=MOVED[fullname][0]) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """One that looks names up where they are now."""
+        return _Moved(spec.name, f"Moved to {MOVED[spec.name][0]}.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def install() -> None:
+    """Old paths are found from here on; calling it again changes nothing."""
+    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
