@@ -63,10 +63,14 @@ def location_of(module: nn.Module) -> BaseWorker | None:
 def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """Sends every parameter and buffer to `worker` in one message; returns the module itself.
 
-    Of a module that is on a worker, `worker` gets pointers, and `get` brings these back.
+    Of a module that is on another worker, `worker` gets pointers, and `get` brings these back.
+
+    Raises:
+        LocalError: it is on `worker` already, or cannot be sent as it is.
     """
     check_worker(worker, "send")
-    if location_of(module) is not None:
+    if (place := location_of(module)) is not None:
+        _refuse_again(place, worker)
         for pointer in _remote(module):
             take_place(pointer, pointer.send(worker))
         return _placed(module, worker)
@@ -79,7 +83,8 @@ def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
 async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     """`send_module`, to be awaited on any loop."""
     check_worker(worker, "send")
-    if location_of(module) is not None:
+    if (place := location_of(module)) is not None:
+        _refuse_again(place, worker)
         for pointer in _remote(module):
             take_place(pointer, await pointer.async_send(worker))
         return _placed(module, worker)
@@ -87,6 +92,12 @@ async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     if local:
         _become_remote(module, local, worker, await worker.put_async(local, confirm=True))
     return module
+
+
+def _refuse_again(place: BaseWorker, worker: BaseWorker) -> None:
+    """Raises LocalError for a module that is on `worker`: a cell that runs twice would give it pointers to itself."""
+    if place is worker:
+        raise LocalError(f"the module is on worker {worker.id!r} already: get() or move() it")
 
 
 def _local(module: nn.Module) -> list[torch.Tensor]:
