@@ -82,7 +82,7 @@ class _Moved(ModuleType):
         return dir(import_module(MOVED[self.__name__][0]))
 
 
-class _Finder(MetaPathFinder, Loader):
+class _OldPaths(MetaPathFinder, Loader):
     """Finds what is not where it was."""
 
     def find_spec(
@@ -102,4 +102,4 @@ class _Finder(MetaPathFinder, Loader):
 def install() -> None:
     """Old paths are found from here on; calling it again changes nothing."""
     if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.append(_OldPaths())

@@ -107,9 +107,11 @@ def test_without_names_it_deploys_by_itself(inc, alice, bob):
 
 def test_deploying_again_sends_nothing_new(inc, double, alice, bob, charlie, count):
     protocol = Protocol([("a", inc), ("b", double)]).deploy(alice, bob)
+    alice.objects_count()  # a request: what was posted before it has left
     sent = alice.traffic.messages_sent
     protocol.deploy(alice, bob).deploy()
-    assert alice.traffic.messages_sent == sent
+    alice.objects_count()
+    assert alice.traffic.messages_sent == sent + 1
     protocol.deploy(bob, charlie)
     assert protocol.run(torch.ones(1)).location is charlie
     assert count(alice) == [0]
