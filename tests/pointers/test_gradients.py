@@ -335,6 +335,26 @@ def test_a_failure_is_heard_at_the_next_gradient_once_it_is_known(bob):
     assert w.grad is not None
 
 
+def test_who_stops_waiting_leaves_the_failure_to_others(bob):
+    """A get that is cancelled, by a time-out say, while a pass is under way that fails."""
+    w = torch.ones(2, requires_grad=True).send(bob)
+    loss = (w * w).sum()
+    loss.backward()
+
+    async def cancelled():
+        loss.backward()
+        asked = asyncio.ensure_future(w.async_get())
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    asyncio.run(cancelled())
+    with pytest.raises(RemoteError, match="second time"):
+        w.clone().get()
+    assert (w + 1).detach().get().tolist() == [2, 2]
+
+
 def test_what_is_sent_while_a_pass_has_failed_arrives(bob):
     w = torch.ones(2, requires_grad=True).send(bob)
     loss = (w * w).sum()

@@ -12,6 +12,7 @@ of the failure, raised it, and said so (`planrt.workers.wire.messages.Resume`).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections import deque
@@ -64,7 +65,7 @@ class GradientTable:
 
     def foresee(self, roots: Sequence[PointerTensor]) -> dict[int, Spec] | None:
         """The gradients that a pass from `roots` leaves, without create_graph; None where only the worker knows."""
-        if any(not one.foreseen for one in self._pending):
+        if any(not one.foreseen for one in list(self._pending)):
             return None
         reached = self.histories.reached(roots)
         if reached is None:
@@ -95,12 +96,17 @@ class GradientTable:
 
     async def settle_async(self) -> None:
         """`settle`, on planrt's loop."""
-        while (one := self._take()) is not None:
+        while (one := next(iter(list(self._pending)), None)) is not None:
+            # Who is cancelled here leaves the pass to others: a worker that halted at a failure must hear of it.
+            if (reply := one.asked.reply) is not None:
+                await asyncio.wait({reply})
+            if not self._take(one):
+                continue
             try:
                 body, _ = await one.connection.finish(one.asked)
             except Exception:
                 if one.foreseen:
-                    await self._resume(one.connection)
+                    await asyncio.shield(self._resume(one.connection))
                 raise
             if isinstance(body, m.Gradients) and not one.foreseen:  # a backward pass only adds gradients
                 self._specs.update({id: spec_from_wire(wire) for id, wire in body.objects})
@@ -131,12 +137,13 @@ class GradientTable:
         """The object is gone."""
         self._specs.pop(id, None)
 
-    def _take(self, *, done: bool = False) -> _Pass | None:
-        """The oldest pass under way, with `done` only if it went well."""
+    def _take(self, one: _Pass) -> bool:
+        """Takes a pass that is answered from those under way; False if somebody else did."""
         with self._taking:
-            if not self._pending or (done and self._pending[0].went_well is not True):
-                return None
-            return self._pending.popleft()
+            if not self._pending or self._pending[0] is not one:
+                return False
+            self._pending.popleft()
+            return True
 
     def _look(self) -> None:
         """Raises what a pass has failed with, if that is known; waits only for passes that were not foreseen."""
@@ -145,7 +152,9 @@ class GradientTable:
         if any(not one.foreseen for one in list(self._pending)):
             self.settle()
             return
-        while (one := self._take(done=True)) is not None:
+        for one in list(self._pending):
+            if one.went_well is not True or not self._take(one):
+                break
             self._done.append(one)
         if len(self._done) > _KEPT_DONE:
             done, self._done = self._done, []
@@ -157,12 +166,12 @@ class GradientTable:
 
     async def _resume(self, connection: Connection) -> None:
         """Its client has heard of a failure: the worker goes on, and says which gradients there are."""
-        after = []
-        while (one := self._take()) is not None:
-            after.append(one)
+        with self._taking:
+            after = list(self._pending)
+            self._pending.clear()
         with contextlib.suppress(
             Exception
-        ):  # what failed first is raised; a lost worker shows at the next request
+        ):  # the first failure is raised; a lost worker shows at the next request
             body, _ = await connection.request(m.Resume())
             if isinstance(body, m.Gradients):
                 self._specs = {id: spec_from_wire(wire) for id, wire in body.objects}
