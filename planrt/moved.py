@@ -47,13 +47,32 @@ _ROOMS: Final = (
 )  # fmt: skip
 """(old package, new package, modules); "old=new" where the module has another name there."""
 
+_RENAMED: Final = (
+    ("planrt.fl", "recorded=recording_cache"),
+    ("planrt.plans.analysis", "composed=op_by_op whole=run_whole"),
+    ("planrt.plans.forms", "holding=state_tree"),
+    ("planrt.plans.ir", "counts=result_limits lines=line_reader"),
+    ("planrt.plans.recording", """
+        chance=python_rng kept=python_state known=known_values notices=trace_warnings probing=size_probing
+        runs=traced_run seen=torch_calls sizes=traced_sizes
+    """),
+    ("planrt.protocols", "runs=driver"),
+    ("planrt.serde", "whole=objects"),
+)  # fmt: skip
+"""(package, modules as "old=new"): modules that later got another name where they are."""
+
 
 def _table() -> dict[str, tuple[str, ...]]:
     table: dict[str, tuple[str, ...]] = {}
+    for package, words in _RENAMED:
+        for word in words.split():
+            before, _, after = word.partition("=")
+            table[f"{package}.{before}"] = (f"{package}.{after}",)
     for old, new, words in _ROOMS:
         for word in words.split():
             before, _, after = word.partition("=")
-            table[f"{old}.{before}"] = (f"{new}.{after or before}",)
+            home = f"{new}.{after or before}"
+            table[f"{old}.{before}"] = table.get(home, (home,))
     table["planrt.plans.files"] += ("planrt.plans.saving",)
     table["planrt.workers.objects"] += ("planrt.workers.pointers.fetching", "planrt.workers.wire.objects")
     table["planrt.workers.state"] += ("planrt.workers.wire.messages",)

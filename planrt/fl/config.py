@@ -11,7 +11,7 @@ from torch import nn
 from planrt.errors import LocalError, OptionError
 from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
 from planrt.fl.options import flag, learning_rate, optimizer_name, optimizer_options, whole
-from planrt.fl.recorded import casting_hint, dataset_of, example_batch, recorded
+from planrt.fl.recording_cache import casting_hint, dataset_of, example_batch, recorded
 from planrt.loop import on_loop, run
 from planrt.plans.forms.torchscript import class_name
 from planrt.plans.model_state import ModelState

@@ -14,7 +14,7 @@ from torch import nn
 from planrt.errors import LocalError, OptionError, RemoteError
 from planrt.fl.averaging import copied
 from planrt.fl.options import whole
-from planrt.fl.recorded import casting_hint, check_here, dataset_of, example_batch, recorded
+from planrt.fl.recording_cache import casting_hint, check_here, dataset_of, example_batch, recorded
 from planrt.plans.fingerprint import fingerprint
 from planrt.plans.ir.graph import Graph
 from planrt.plans.training import EvaluationResult, ModelPlans

@@ -21,7 +21,7 @@ from planrt.errors import OptionError
 from planrt.fl.averaging import StreamingAverage
 from planrt.fl.config import TrainConfig
 from planrt.fl.options import learning_rate, whole
-from planrt.fl.recorded import dataset_of
+from planrt.fl.recording_cache import dataset_of
 from planrt.loop import on_loop
 from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult, ModelPlans

@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch
 
 from planrt.plans.forms import torchscript
-from planrt.plans.recording.kept import is_library
+from planrt.plans.recording.python_state import is_library
 
 Fingerprint = Hashable
 """Equal where recording gives equal plans."""

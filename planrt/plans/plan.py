@@ -24,7 +24,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from planrt.cards import card
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
-from planrt.plans.forms.holding import hold
+from planrt.plans.forms.state_tree import hold
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord, state_hash
 from planrt.plans.ir.signature import Signature, recorded_signature
@@ -32,9 +32,9 @@ from planrt.plans.ir.text import show_name
 from planrt.plans.other_sizes import Forms, fits, form_for, has_code
 from planrt.plans.recording.building import examples_of, leading_dims, record_in_both_modes
 from planrt.plans.recording.inlining import inline
-from planrt.plans.recording.notices import told_once
 from planrt.plans.recording.recorder import SizesFixedError
-from planrt.plans.recording.runs import active_recorder
+from planrt.plans.recording.trace_warnings import told_once
+from planrt.plans.recording.traced_run import active_recorder
 from planrt.plans.running.interpreter import execute
 from planrt.types import TensorSpec
 

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from planrt.plans.forms.files import MAGIC, AnyPath, read
 from planrt.plans.plan import Plan
-from planrt.serde.whole import register
+from planrt.serde.objects import register
 
 
 def load_plan(path: AnyPath | BinaryIO) -> Plan:

@@ -29,7 +29,7 @@ from planrt.plans.forms.torchscript import (
 from planrt.plans.ir.graph import Graph
 from planrt.plans.model_state import ModelState, StateMap, map_state
 from planrt.plans.recording.lifting import StateRegistry, check_plain
-from planrt.plans.recording.notices import told_once
+from planrt.plans.recording.trace_warnings import told_once
 from planrt.plans.recording.tracer import Recording, assemble, record
 from planrt.plans.running.interpreter import check_inputs, check_state, drive, program
 from planrt.seeding import seeded

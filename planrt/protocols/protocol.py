@@ -14,10 +14,10 @@ from planrt.loop import on_loop, run
 from planrt.plans.ir.chain import Chain, ChainPlan
 from planrt.plans.ir.graph import refs_in
 from planrt.plans.plan import Plan
+from planrt.protocols.driver import Driver
 from planrt.protocols.places import bound, placed_at, resolve, seed_of_run
 from planrt.protocols.pointer import PointerProtocol, send_protocol
 from planrt.protocols.progress import OnProgress, Progress, StepProgress
-from planrt.protocols.runs import Driver
 from planrt.protocols.shapes import check_inputs
 from planrt.protocols.steps import HELD, Description, Step, describe, is_line
 from planrt.types import Ref, map_leaves

@@ -7,7 +7,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name in ("serialize", "deserialize"):  # later: they need torch, and what knows bytes does not always
-        from planrt.serde import whole
+        from planrt.serde import objects
 
-        return getattr(whole, name)
+        return getattr(objects, name)
     raise AttributeError(f"module 'planrt.serde' has no attribute {name!r}")

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
 from planrt.plans.forms.torchscript import is_torchscript
 from planrt.plans.ir import ops
-from planrt.plans.recording import seen
+from planrt.plans.recording import torch_calls
 from planrt.plans.running.inference import spec_of
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
@@ -117,7 +117,7 @@ def _local(module: nn.Module) -> list[torch.Tensor]:
 def _refuse_hooks(module: nn.Module) -> None:
     """Raises LocalError for hooks that nobody would call: backward passes run on the worker."""
     for path, part in module.named_modules():
-        what = seen.backward_hooks(part)
+        what = torch_calls.backward_hooks(part)
         if what is not None:
             raise LocalError(
                 f"module {path or type(part).__name__} has a backward hook ({what}), which would not run on a worker: "

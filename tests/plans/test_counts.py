@@ -5,7 +5,7 @@ import torch
 
 from planrt.errors import ExecutionError
 from planrt.plans.analysis.analysing import analyse
-from planrt.plans.ir import counts, ops
+from planrt.plans.ir import ops, result_limits
 from planrt.plans.ir.parsing import parse
 from planrt.plans.running.interpreter import execute
 
@@ -55,13 +55,13 @@ def test_every_op_that_gives_a_list_counts_or_is_bounded_by_its_arguments():
         "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "gradient", "meshgrid",
         "split_with_sizes", "split_with_sizes_copy", "where", "nonzero", "align_tensors",
     }  # fmt: skip
-    assert many_in_the_table() - by_arguments == set(counts.MANY)
+    assert many_in_the_table() - by_arguments == set(result_limits.MANY)
 
 
 @pytest.mark.parametrize(("word", "args", "kwargs"), CASES)
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 4, 5, 6, 7, 8])
 def test_the_count_is_that_of_torch(monkeypatch, word, args, kwargs, most):
-    monkeypatch.setattr(counts, "MAX_RESULTS", most)
+    monkeypatch.setattr(result_limits, "MAX_RESULTS", most)
     results = getattr(torch, word)(*args, **kwargs)
     function = ops.TABLE[f"torch.{word}"]
     if len(results) <= most:
@@ -87,7 +87,7 @@ def test_the_count_is_that_of_torch(monkeypatch, word, args, kwargs, most):
 )
 @pytest.mark.parametrize("most", [3, 1 << 16])
 def test_wrong_arguments_get_an_error_that_says_so(monkeypatch, word, args, kwargs, says, most):
-    monkeypatch.setattr(counts, "MAX_RESULTS", most)
+    monkeypatch.setattr(result_limits, "MAX_RESULTS", most)
     refused = "may give" if most == 3 and word == "hsplit" else says
     with pytest.raises((ValueError, IndexError, RuntimeError, TypeError), match=refused):
         ops.TABLE[f"torch.{word}"](*args, **kwargs)

@@ -10,7 +10,7 @@ from planrt.errors import PlanArgumentError, PlanError, TraceError
 from planrt.plans import Graph, Op, trace
 from planrt.plans.recording.inlining import inline
 from planrt.plans.recording.recorder import SizesFixedError
-from planrt.plans.recording.runs import recording
+from planrt.plans.recording.traced_run import recording
 from planrt.plans.running.interpreter import execute
 from planrt.types import Ref, TensorSpec
 

@@ -20,7 +20,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from planrt.errors import OpNotAllowedError
 from planrt.plans.ir import ops
 from planrt.plans.ir.left_out import LEFT_OUT, reason_for
-from planrt.plans.recording import seen
+from planrt.plans.recording import torch_calls
 from planrt.plans.recording.tracer import trace
 from planrt.plans.running.interpreter import execute
 from planrt.types import leaves, map_leaves
@@ -246,14 +246,20 @@ def test_every_listed_name_is_well_formed_though_this_torch_may_lack_it():
 def test_the_review_agrees_with_what_recorders_and_pointers_answer_themselves():
     by_reason = {reason: {*names.split()} for reason, names in LEFT_OUT.items()}
     metadata = by_reason["it is metadata, answered without the worker"]
-    answered = seen.METADATA | seen.SHAPE_READS | seen.SIZE_READS | seen.COUNT_READS | {seen.GRAD_FN}
+    answered = (
+        torch_calls.METADATA
+        | torch_calls.SHAPE_READS
+        | torch_calls.SIZE_READS
+        | torch_calls.COUNT_READS
+        | {torch_calls.GRAD_FN}
+    )
     present = {name: function_at(name) for name in metadata if function_at(name) is not None}
     assert {*present.values()} <= answered
     assert {name for name, function in torchs_own_list().items() if function in answered} <= (
         metadata | {"Tensor.size", "Tensor.numel"}
     )
     reads = [function_at(name) for name in by_reason["it reads values into Python: write .get() first"]]
-    assert all(seen.reads_values(function) for function in reads if function is not None)
+    assert all(torch_calls.reads_values(function) for function in reads if function is not None)
 
 
 def test_reasons_are_found_by_the_names_that_torch_has_for_its_functions():

@@ -1,9 +1,9 @@
 """Says what a plan will do, from its inputs' shapes alone: sizes, memory, cost, and what each output depends on.
 
 Every op runs on meta tensors, or rather, each kind of op once per process: a plan that does not differentiate is put
-together from what its ops do one by one (`planrt.plans.analysis.composed`). A plan with backward passes cannot be:
+together from what its ops do one by one (`planrt.plans.analysis.op_by_op`). A plan with backward passes cannot be:
 what a pass computes hangs on the autograd graph that the ops before it left. It runs whole
-(`planrt.plans.analysis.whole`). Both ways gather the same findings (`planrt.plans.analysis.findings`) and use the
+(`planrt.plans.analysis.run_whole`). Both ways gather the same findings (`planrt.plans.analysis.findings`) and use the
 same rules for rows (`planrt.plans.analysis.rows`).
 
 This module is the way in: it checks what is asked, and chooses.
@@ -15,9 +15,9 @@ import math
 from collections.abc import Sequence
 
 from planrt.errors import PlanArgumentError
-from planrt.plans.analysis.composed import Composed
+from planrt.plans.analysis.op_by_op import Composed
 from planrt.plans.analysis.report import Report
-from planrt.plans.analysis.whole import Whole
+from planrt.plans.analysis.run_whole import Whole
 from planrt.plans.ir.graph import Graph
 from planrt.types import FREE, TensorSpec
 

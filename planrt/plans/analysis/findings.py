@@ -1,7 +1,7 @@
 """What an analysis gathers on its way through a plan, and the report that it makes of that.
 
 Apart from `planrt.plans.analysis.analyse`, because both ways of analysing build on it
-(`planrt.plans.analysis.composed`, `planrt.plans.analysis.whole`): they differ in how they find out what an op does,
+(`planrt.plans.analysis.op_by_op`, `planrt.plans.analysis.run_whole`): they differ in how they find out what an op does,
 and agree in what is then said of it.
 """
 

@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 from planrt.errors import ExecutionError, OptionError, PlanError
 from planrt.extras import needed
 from planrt.plans.forms.files import AnyPath, replacing
-from planrt.plans.forms.holding import hold
+from planrt.plans.forms.state_tree import hold
 from planrt.plans.forms.torchscript import check_only_forward
 from planrt.plans.ir.graph import Graph, refs_in
 from planrt.plans.ir.ops import COMPARISONS, SIZE_ARITHMETIC

@@ -16,7 +16,7 @@ import torch
 
 from planrt.errors import ExecutionError, PlanError, PlanFormatError, TraceError
 from planrt.plans.forms.aten import call_for
-from planrt.plans.forms.holding import hold
+from planrt.plans.forms.state_tree import hold
 from planrt.plans.ir.graph import Graph, Op, StateSpec
 from planrt.plans.ir.ops import ASSUMPTIONS, GRADIENTS, REQUIRES_GRAD, SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.ir.text import show

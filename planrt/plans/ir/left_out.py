@@ -22,7 +22,7 @@ LEFT_OUT: Final[dict[str, str]] = {
         Tensor.is_nonzero Tensor.item Tensor.numpy Tensor.tolist torch.allclose torch.equal
         torch.is_nonzero
     """,
-    # Exactly what `planrt.plans.recording.seen` lists, less `size` and `numel`, which plans compute with.
+    # Exactly what `planrt.plans.recording.torch_calls` lists, less `size` and `numel`, which plans compute with.
     "it is metadata, answered without the worker": """
         Tensor.__format__ Tensor.__len__ Tensor.__repr__ Tensor._is_view Tensor._version Tensor.device
         Tensor.dim Tensor.dtype Tensor.element_size Tensor.get_device Tensor.grad_fn Tensor.has_names

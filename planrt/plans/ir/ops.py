@@ -8,8 +8,8 @@ tables agree. What torch has and the table has not stands in `planrt.plans.ir.le
 The callables are torch's own, with these exceptions: `torch.empty` and its kin give zeros, because
 uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
 checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`; `unbind`,
-`split` and their kin (`planrt.plans.ir.counts`) refuse to give more results than memory holds; and kernels that trust
-their callers are checked first (`planrt.plans.ir.guards`).
+`split` and their kin (`planrt.plans.ir.result_limits`) refuse to return more results than memory holds; and kernels
+that trust their callers are checked first (`planrt.plans.ir.guards`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from planrt.errors import OpNotAllowedError
-from planrt.plans.ir.counts import MANY, bounded
 from planrt.plans.ir.guards import GUARDS
+from planrt.plans.ir.result_limits import MANY, bounded
 
 # Functions of torch: pointwise maths, reductions, comparison, shape, indexing, products, convolution,
 # pooling, normalisation, recurrent nets, random draws. Left out: quantised, sparse, nested and vendor kernels

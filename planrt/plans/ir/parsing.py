@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 from planrt.errors import PlanFormatError
 from planrt.plans.ir import ops as table
 from planrt.plans.ir.graph import MAX_BYTES, MAX_OPS, Graph, Op, StateKind, StateSpec
-from planrt.plans.ir.lines import NUMBERED, SPEC, Line
+from planrt.plans.ir.line_reader import NUMBERED, SPEC, Line
 from planrt.plans.ir.text import (
     KEYWORD,
     PROPERTIES,

@@ -15,7 +15,7 @@ from planrt.errors import ExecutionError, PlanError
 from planrt.plans.ir import ops
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.recording.recorder import Recorder
-from planrt.plans.recording.runs import active_recorder
+from planrt.plans.recording.traced_run import active_recorder
 from planrt.plans.running.interpreter import Program, check_arguments, drive
 from planrt.types import Nested
 

@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from planrt.errors import PlanWarning, TraceError
 from planrt.plans.ir.graph import StateKind, StateSpec
 from planrt.plans.ir.source import frames_to_user
-from planrt.plans.recording import seen
+from planrt.plans.recording import torch_calls
 from planrt.plans.recording.optimizers import OptimizerWatch
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec
@@ -209,7 +209,7 @@ class StateRegistry:
     def capture(self, tensor: torch.Tensor, line: str | None) -> int:
         """Take in a tensor from outside the traced function."""
         if isinstance(tensor.grad_fn, BackwardCFunction):
-            raise TraceError(seen.why_lost(tensor) or LOST_BACKWARD, line=line)
+            raise TraceError(torch_calls.why_lost(tensor) or LOST_BACKWARD, line=line)
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise TraceError("torch.func transforms (vmap, grad) cannot be recorded", line=line)
         if tensor.grad_fn is not None:

@@ -1,7 +1,7 @@
 """`Recorder`: every torch call that a function makes, written down as a step.
 
-The tracer runs a function several times (`planrt.plans.recording.runs`), each time under a recorder of its own, and
-makes a plan of what all runs agree on.
+The tracer runs a function several times (`planrt.plans.recording.traced_run`), each time under a recorder of its
+own, and makes a plan of what all runs agree on.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from planrt.errors import PlanFormatError, PlanWarning, TraceError
 from planrt.plans.ir.graph import Op
 from planrt.plans.ir.ops import COMPARISONS, GRADIENTS, SIZE_ARITHMETIC, name_of
 from planrt.plans.ir.source import called_by_user, frames_to_user, running_modules, user_line
-from planrt.plans.recording import foreach, seen, sizes, torch_code
-from planrt.plans.recording.chance import Draws, why_not
-from planrt.plans.recording.kept import Left
-from planrt.plans.recording.known import KnownValues
+from planrt.plans.recording import foreach, torch_calls, torch_code, traced_sizes
+from planrt.plans.recording.known_values import KnownValues
 from planrt.plans.recording.lifting import LOST_BACKWARD, StateRegistry, check_plain
 from planrt.plans.recording.optimizers import OptimizerWatch, why_no_step
-from planrt.plans.recording.sizes import TracedNumber, TracedShape, traced
+from planrt.plans.recording.python_rng import Draws, why_not
+from planrt.plans.recording.python_state import Left
+from planrt.plans.recording.traced_sizes import TracedNumber, TracedShape, traced
 from planrt.plans.running.modes import default_changed, refuse_modes, write_default_dtype
 from planrt.serde.values import DEVICE, encode, pack
 from planrt.types import FREE, Nested, Ref, TensorSpec, map_leaves
@@ -153,29 +153,33 @@ class Recorder(TorchFunctionMode):
         return self._at or user_line()
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in seen.SHAPE_READS or func in seen.SIZE_READS or func in seen.COUNT_READS:
+        if (
+            func in torch_calls.SHAPE_READS
+            or func in torch_calls.SIZE_READS
+            or func in torch_calls.COUNT_READS
+        ):
             return self._size(func, args, kwargs)
         if func is torch.Tensor.__len__ and args[0].dim():
             size = self._dim(args[0], 0)
             if isinstance(size, TracedNumber):
                 self._note_reading(size)
             return _plain(size)
-        if func in seen.METADATA or func in seen.PASSES or isinstance(func, type):
+        if func in torch_calls.METADATA or func in torch_calls.PASSES or isinstance(func, type):
             return func(*args, **kwargs)
-        if func == seen.GRAD_FN:  # accessors are new objects at every access: equal, not the same
+        if func == torch_calls.GRAD_FN:  # accessors are new objects at every access: equal, not the same
             node = func(*args, **kwargs)
-            return node if node is None else seen.RecordedNode(node)
-        if func == seen.SETS_DATA and seen.share_all_memory(*args):
+            return node if node is None else torch_calls.RecordedNode(node)
+        if func == torch_calls.SETS_DATA and torch_calls.share_all_memory(*args):
             return None  # the end of `p.data -= ...`, which has changed p's memory
-        if func == seen.SETS_REQUIRES_GRAD:
+        if func == torch_calls.SETS_REQUIRES_GRAD:
             func, args = torch.Tensor.requires_grad_, (args[0], bool(args[1]))
-        if func == seen.DELETES_GRAD:
-            func, args = seen.SETS_GRAD, (args[0], None)
+        if func == torch_calls.DELETES_GRAD:
+            func, args = torch_calls.SETS_GRAD, (args[0], None)
         if func in foreach.ON_EACH:
             results = [self._call(*call) for call in foreach.calls(func, args, kwargs)]
             return None if results[:1] == [None] else results
         name = name_of(func)
-        if func in seen.TO_DEVICE:
+        if func in torch_calls.TO_DEVICE:
             result = func(*args, **kwargs)
             return self._emit("Tensor.to", (args[0], torch.device("cpu")), {}, result)
         if func is torch.Tensor.type:
@@ -187,7 +191,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name is None:
             return self._unlisted(func, args, kwargs)
-        if func in seen.FROM_ARRAY and seen.holds_array(args):
+        if func in torch_calls.FROM_ARRAY and torch_calls.holds_array(args):
             return self._constant(func(*args, **kwargs), self._line())
         self._check_modes()
         if name in GRADIENTS:
@@ -209,13 +213,13 @@ class Recorder(TorchFunctionMode):
             if self._first_values is None:
                 warnings.warn(torch_code.NOT_NESTED, PlanWarning, stacklevel=frames_to_user() + 1)
             return False
-        if seen.reads_plain_values(func):
+        if torch_calls.reads_plain_values(func):
             if self.known.knows_all((args, kwargs)):
                 return func(*args, **kwargs)
             answer = torch_code.answer(getattr(func, "__name__", ""))
             if answer is not None:
                 return func(*args, **kwargs) if answer else False
-        raise TraceError(seen.why_refused(func, resolve_name(func), asker), line=self._line())
+        raise TraceError(torch_calls.why_refused(func, resolve_name(func), asker), line=self._line())
 
     def _gradients(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -234,7 +238,9 @@ class Recorder(TorchFunctionMode):
         elif name != "Tensor.retain_grad":
             self._has_gradients = True
             self._check_hooks()
-        kwargs = {key: value for key, value in kwargs.items() if not seen.is_backward_default(key, value)}
+        kwargs = {
+            key: value for key, value in kwargs.items() if not torch_calls.is_backward_default(key, value)
+        }
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
         result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
         return self._write(name, recorded_args, recorded_kwargs, result)
@@ -248,8 +254,10 @@ class Recorder(TorchFunctionMode):
 
     def _check_hooks(self) -> None:
         for what, tensor in self.registry.named(self._alive[: len(self._specs)]):
-            if seen.hooked(tensor):
-                raise TraceError(f"{what} has hooks on its gradient; {seen.NO_HOOKS}", line=self._line())
+            if torch_calls.hooked(tensor):
+                raise TraceError(
+                    f"{what} has hooks on its gradient; {torch_calls.NO_HOOKS}", line=self._line()
+                )
 
     def _on_step(self, optimizer: torch.optim.Optimizer, change: str | None) -> None:
         """Called before an optimizer's first step in this run."""
@@ -264,7 +272,7 @@ class Recorder(TorchFunctionMode):
         refuse_modes(self._line)
         if torch.is_grad_enabled() != self._grad_mode:  # its forward runs without, and nobody said no_grad
             by_hook = torch_code.is_in("utils/hooks.py")
-            raise TraceError(seen.LOST_HOOK if by_hook else LOST_BACKWARD, line=self._line())
+            raise TraceError(torch_calls.LOST_HOOK if by_hook else LOST_BACKWARD, line=self._line())
 
     def _emit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         return self._write(name, *self._recorded(name, args, kwargs), result)
@@ -324,9 +332,9 @@ class Recorder(TorchFunctionMode):
                 "(torch.manual_seed here, a request's seed on a worker)",
                 line=self._line(),
             )
-        if isinstance(leaf, type) and leaf in seen.PYTHON_DTYPES:
-            return seen.PYTHON_DTYPES[leaf]
-        return seen.without_numpy(leaf)
+        if isinstance(leaf, type) and leaf in torch_calls.PYTHON_DTYPES:
+            return torch_calls.PYTHON_DTYPES[leaf]
+        return torch_calls.without_numpy(leaf)
 
     def _tensor_ref(self, tensor: torch.Tensor) -> Ref:
         ref = self._refs.get(id(tensor))
@@ -341,7 +349,7 @@ class Recorder(TorchFunctionMode):
                 self._refs[id(tensor)] = ref = self._new_ref()
                 return ref
             if self._first_values is not None:
-                raise SecondRunError(seen.why_from_nowhere(tensor), line=line)
+                raise SecondRunError(torch_calls.why_from_nowhere(tensor), line=line)
             index = self.registry.capture(tensor, line)
         return Ref(FIRST_STATE + index)
 
@@ -368,10 +376,10 @@ class Recorder(TorchFunctionMode):
 
     def _size(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor = args[0]
-        if func in seen.COUNT_READS:
+        if func in torch_calls.COUNT_READS:
             return self._number("Tensor.numel", (self._tensor_ref(tensor),), func(*args, **kwargs))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if func in seen.SHAPE_READS or dim is None:
+        if func in torch_calls.SHAPE_READS or dim is None:
             return TracedShape([self._dim(tensor, index) for index in range(tensor.dim())])
         size = tensor.size(dim)  # raises torch's own error for a bad dim
         return self._dim(tensor, dim % tensor.dim()) if isinstance(dim, int) else size
@@ -457,7 +465,7 @@ class Recorder(TorchFunctionMode):
         return ref
 
 
-_SIZES = sizes.__file__
+_SIZES = traced_sizes.__file__
 _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 

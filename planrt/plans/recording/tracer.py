@@ -1,7 +1,7 @@
 """Records a PyTorch function into a `Graph` by running it on example arguments.
 
 A `TorchFunctionMode` sees every public torch call and writes one op each, with the arguments as written. The
-function runs again with other free sizes (`planrt.plans.recording.probing`). What is equal in all runs is a
+function runs again with other free sizes (`planrt.plans.recording.size_probing`). What is equal in all runs is a
 constant; what follows the sizes stays computed from them; anything else that differs would silently freeze the
 example's sizes, and is a `TraceError` that names the line. Tensors that the function uses but did not make become
 state of the plan. The function's side effects on modules, tensors, optimizers and generators are undone.
@@ -20,12 +20,10 @@ from planrt.errors import PlanrtError, TraceError
 from planrt.plans.ir.graph import Graph, Op, refs_in
 from planrt.plans.ir.ops import GRADIENTS, REQUIRES_GRAD
 from planrt.plans.ir.source import user_line
-from planrt.plans.recording import seen
-from planrt.plans.recording.chance import why_not
-from planrt.plans.recording.kept import KeptError, KeptState, Left, Snapshot, notice, why_kept
+from planrt.plans.recording import torch_calls
 from planrt.plans.recording.lifting import StateRegistry, Undo, check_plain
-from planrt.plans.recording.notices import quiet, told_once
-from planrt.plans.recording.probing import grown, in_common, odd_runs
+from planrt.plans.recording.python_rng import why_not
+from planrt.plans.recording.python_state import KeptError, KeptState, Left, Snapshot, notice, why_kept
 from planrt.plans.recording.recorder import (
     FIRST_STATE,
     DrawnError,
@@ -34,7 +32,9 @@ from planrt.plans.recording.recorder import (
     SizesFixedError,
     Step,
 )
-from planrt.plans.recording.runs import SeededError, recording, run_once
+from planrt.plans.recording.size_probing import grown, in_common, odd_runs
+from planrt.plans.recording.trace_warnings import quiet, told_once
+from planrt.plans.recording.traced_run import SeededError, recording, run_once
 from planrt.types import Nested, Ref, TensorSpec, map_leaves
 
 _TRIES: Final = 4  # of a run during which somebody seeded torch's generator
@@ -179,14 +179,14 @@ def record(
 def _check_hooks(registry: StateRegistry, *, trained: bool) -> None:
     """Raises TraceError for hooks that nobody would call where the plan runs. Forward hooks run while recording."""
     for path, module in _named_modules(registry.modules):
-        what = seen.backward_hooks(module)
+        what = torch_calls.backward_hooks(module)
         if what is not None:
             raise TraceError(
                 f"module {path} has a backward hook ({what}), which a plan would lose: compute with the gradients "
                 "after backward() instead"
             )
     for what, tensor in registry.named(()) if trained else ():
-        if tensor.requires_grad and seen.hooked(tensor):
+        if tensor.requires_grad and torch_calls.hooked(tensor):
             raise TraceError(
                 f"{what} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which nobody "
                 "would call where a round trains it: freeze with requires_grad_(False), mask the weight in forward, or "
@@ -220,7 +220,7 @@ def _check_repeats(first: Run, again: Callable[[], Run], error: SizesFixedError)
 def _check_kept(
     kept: KeptState, first: Run, after: Snapshot, again: Callable[[Left], tuple[Run, Snapshot]]
 ) -> None:
-    """Whether what the first run left behind has a part in what the next one does; see `planrt.plans.recording.kept`.
+    """Finds out whether what the first run left behind has a part in what the next one does (`python_state` has why).
 
     Raises:
         KeptError: it has. DrawnError: a random generator that the function holds was drawn from.

@@ -21,7 +21,7 @@ from planrt.errors import OptionError, PlanWarning, RemoteOpError, RemoteValueEr
 from planrt.plans.ir import ops
 from planrt.plans.ir.left_out import reason_for
 from planrt.plans.ir.source import frames_to_user
-from planrt.plans.recording import foreach, seen, torch_code
+from planrt.plans.recording import foreach, torch_calls, torch_code
 from planrt.plans.running.inference import Spec
 from planrt.types import map_leaves
 from planrt.workers.pointers import autograd as remote_autograd
@@ -65,7 +65,7 @@ def _hashable(func: Any) -> bool:
 
 # ------------------------------------------------------------------------------- answered without the worker
 
-_METADATA = seen.METADATA | seen.SHAPE_READS | seen.SIZE_READS | seen.COUNT_READS
+_METADATA = torch_calls.METADATA | torch_calls.SHAPE_READS | torch_calls.SIZE_READS | torch_calls.COUNT_READS
 
 
 def _metadata(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,7 +103,7 @@ def _refuse(func: Any) -> NoReturn:
             f"{name.removeprefix('torch.')}, a call on a list of tensors at once, is no op of workers: of an "
             "optimizer, make it with foreach=False and without fused=True"
         )
-    if seen.reads_values(func):
+    if torch_calls.reads_values(func):
         raise RemoteValueError(f"{name} reads the value of a tensor that is on a worker: write .get() first")
     reason = reason_for(name)
     raise RemoteOpError(

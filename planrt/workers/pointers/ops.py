@@ -23,7 +23,7 @@ from planrt.errors import (
 )
 from planrt.plans.ir import ops
 from planrt.plans.ir.source import is_users
-from planrt.plans.recording import seen
+from planrt.plans.recording import torch_calls
 from planrt.plans.running.inference import Inferred, Same, Spec, infer, rebuild
 from planrt.plans.running.modes import any_autocast, default_changed
 from planrt.serde.values import DEVICE
@@ -63,7 +63,7 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
             refuse_mixed(name, args, kwargs)
         if isinstance(leaf, torch.device):
             return DEVICE
-        return seen.without_numpy(leaf)
+        return torch_calls.without_numpy(leaf)
 
     wire_args, wire_kwargs = map_leaves(args, referred), map_leaves(kwargs, referred) if kwargs else {}
     if first is None:
@@ -91,7 +91,7 @@ def refuse_autocast(name: str) -> None:
 
 def refuse_hooks(tensor: torch.Tensor, name: str) -> None:
     """Raises LocalError for hooks on the gradient of `tensor`: backward passes run on the worker, and call none."""
-    if seen.hooked(tensor):
+    if torch_calls.hooked(tensor):
         raise LocalError(
             f"{name} has hooks on its gradient (register_hook or register_post_accumulate_grad_hook), which would not "
             "run on a worker: remove them before send(), and change the gradient (pointer.grad) after backward()"

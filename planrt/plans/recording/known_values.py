@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from planrt.plans.ir.ops import RANDOM
-from planrt.plans.recording.sizes import TracedNumber
+from planrt.plans.recording.traced_sizes import TracedNumber
 from planrt.types import leaves
 
 _Watched = tuple[bool, bool, list[tuple[torch.Tensor, int]]]

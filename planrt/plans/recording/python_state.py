@@ -28,9 +28,9 @@ import torch
 
 from planrt.errors import PlanWarning, TraceError
 from planrt.plans.ir.source import frames_to_user
-from planrt.plans.recording.chance import generator_state
-from planrt.plans.recording.known import KnownValues
-from planrt.plans.recording.sizes import TracedNumber
+from planrt.plans.recording.known_values import KnownValues
+from planrt.plans.recording.python_rng import generator_state
+from planrt.plans.recording.traced_sizes import TracedNumber
 
 _REGISTERS: Final = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes)

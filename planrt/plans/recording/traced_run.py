@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from planrt.errors import PlanrtError, TraceError
 from planrt.plans.ir.source import line_of_error, user_line
-from planrt.plans.recording import seen
-from planrt.plans.recording.kept import Left
+from planrt.plans.recording import torch_calls
 from planrt.plans.recording.lifting import StateRegistry
 from planrt.plans.recording.optimizers import OptimizerWatch
+from planrt.plans.recording.python_state import Left
 from planrt.plans.recording.recorder import Recorder, Run
 from planrt.types import TensorSpec
 
@@ -49,7 +49,7 @@ class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         if self._recorder.in_call:
             return func(*args, **(kwargs or {}))
         if func._schema.is_mutable:
-            self._recorder.fail(seen.why_unseen(func._schema.name), user_line())
+            self._recorder.fail(torch_calls.why_unseen(func._schema.name), user_line())
         with torch._C.DisableTorchFunction():  # or the recorder would take the kernel for the user's call
             return func(*args, **(kwargs or {}))
 
