@@ -24,6 +24,7 @@ from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
 from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.tensor import Handle, alive, make_pointer
+from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Given, Output
 from planrt.workers.wire.objects import check_travels, spec_from_wire
@@ -274,6 +275,7 @@ class Protocol:
             {where: alive(pointer).id for where, pointer in self._pointers.items()},
             grad=grad,
             seed=seed,
+            reaches=reaches,
             on_step=progress.on_step,
             on_transfer=progress.on_transfer,
         )

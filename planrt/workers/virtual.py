@@ -29,8 +29,7 @@ from planrt.workers.machine.state import WorkerState
 from planrt.workers.machine.store import PeerRef
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.host import WorkerHost, virtual_compute
-from planrt.workers.serving.links import register_virtual
-from planrt.workers.transport.pipes import memory_pipes
+from planrt.workers.transport import addresses, memory
 from planrt.workers.wire.objects import check_travels
 
 V = TypeVar("V", bound="VirtualWorker")
@@ -116,6 +115,7 @@ class VirtualWorker(BaseWorker):
             approvals=decisions_in(approvals),
             limits=limits,
             deterministic=deterministic,
+            reaches=addresses.reaches,
         )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)
@@ -125,7 +125,7 @@ class VirtualWorker(BaseWorker):
         self._host = WorkerHost(state, virtual_compute(), limits=limits)
         self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
         """All clients of the host, this one included."""
-        self._link_address = register_virtual(id, self._host)
+        self._link_address = memory.new_address(id, self._host.serve)
         self._token, self._datasets_given = token, dict(datasets or {})
         opening = _open_memory(id, self._host, limits or Limits(), token)
         connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
@@ -275,9 +275,8 @@ async def _open_memory(
     global _virtual_turns
     if _virtual_turns is None:
         _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
-    near, far = memory_pipes(f"memory://{id}", limits)
-    serving = asyncio.create_task(host.serve(far))
+    pipe, serving = memory.connect(f"memory://{id}", host.serve, limits)
     connection = await Connection.open(
-        near, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns, token=token
+        pipe, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns, token=token
     )
     return connection, serving

@@ -15,7 +15,7 @@ from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, worker_id
 from planrt.workers.client.connection import Connection
-from planrt.workers.transport.websocket import dial
+from planrt.workers.transport.addresses import DialOptions, dial, transport_of
 
 
 class Reconnecting:
@@ -58,7 +58,8 @@ class WebsocketClientWorker(BaseWorker):
 
     Args:
         hook: the `TorchHook`, as the tutorials pass it, or the id.
-        host, port: where it listens; or `uri`, ``ws://host:port`` or ``wss://host:port``.
+        host, port: where it listens; or `uri`, ``ws://host:port`` or ``wss://host:port``, or an address of another
+            transport that this process knows (`planrt.workers.transport.addresses`).
         secure: over TLS, ``wss://``. The server's certificate is checked against the system's authorities, or against
             those in the file `ca`.
         id: the worker's name, which it must answer with.
@@ -103,9 +104,9 @@ class WebsocketClientWorker(BaseWorker):
             )
         if uri is None:
             uri = f"{'wss' if secure else 'ws'}://{as_text(host, 'host')}:{as_whole(port, 'port')}"
-        elif secure and not uri.startswith("wss://"):
+        elif secure and not transport_of(uri).encrypted:
             raise OptionError(f"secure=True means wss://, and uri is {uri!r}: write wss:// there")
-        self._opening = Opening(uri, timeout or DEFAULT_TIMEOUT, limits or Limits(), token, ca)
+        self._opening = Opening(uri, DialOptions(timeout or DEFAULT_TIMEOUT, limits or Limits(), ca), token)
         opened = run(self._opening.open(id), instead="await WebsocketClientWorker.connect(id, uri)")
         super().__init__(
             id, opened, is_client_worker=is_client_worker, auto_add=auto_add, log_msgs=log_msgs,
@@ -125,7 +126,7 @@ class WebsocketClientWorker(BaseWorker):
     ) -> Self:
         """Connects to the worker `id` at `uri` within `timeout` seconds; awaitable from any loop."""
         worker = cls.__new__(cls)
-        worker._opening = Opening(uri, timeout, limits or Limits(), token, ca)
+        worker._opening = Opening(uri, DialOptions(timeout, limits or Limits(), ca), token)
         BaseWorker.__init__(worker, id, await worker._opening.open(id))
         return worker
 
@@ -148,13 +149,13 @@ class Opening:
     """How the connection to a worker is opened, every time."""
 
     uri: str
-    timeout: float
-    limits: Limits
+    options: DialOptions
     token: str
-    ca: str | Path | None = None
 
     @on_loop
     async def open(self, id: str) -> Connection:
         """A new connection, and a new session."""
-        pipe = await dial(self.uri, timeout=self.timeout, limits=self.limits, ca=self.ca)
-        return await Connection.open(pipe, id, timeout=self.timeout, limits=self.limits, token=self.token)
+        pipe = await dial(self.uri, self.options)
+        return await Connection.open(
+            pipe, id, timeout=self.options.timeout, limits=self.options.limits, token=self.token
+        )

@@ -25,8 +25,10 @@ from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.transport import addresses
+from planrt.workers.transport.addresses import ListenOptions
 from planrt.workers.transport.callers import Callers
-from planrt.workers.transport.websocket import listen, server_tls
+from planrt.workers.transport.websocket import server_tls
 from planrt.workers.wire.messages import DatasetInfo
 from planrt.workers.wire.objects import check_travels
 
@@ -53,6 +55,9 @@ class WebsocketServerWorker:
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.
 
+    `uri` says where it listens in place of `host` and `port`, over any transport that this process knows
+    (`planrt.workers.transport.addresses`).
+
     `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
     """
 
@@ -78,6 +83,7 @@ class WebsocketServerWorker:
         approvals: Approvals | str | Path | None = None,
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
+        uri: str | None = None,
     ) -> None:
         id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
         if loop is not None:
@@ -85,6 +91,10 @@ class WebsocketServerWorker:
                 "loop= is not taken: start() has a loop of its own, and `await serve()` runs on yours"
             )
         host, port = as_text(host, "host"), as_whole(port, "port")
+        scheme = "ws" if cert_path is None else "wss"
+        if uri is not None:
+            addresses.transport_of(uri)  # refuses one that means none
+            host, port = _host_and_port(uri)
         if not 0 <= port <= 65_535:
             raise OptionError(f"a port is a number from 0 (any free one) to 65535, not {port}")
         if threads is not None and threads < 1:
@@ -92,6 +102,8 @@ class WebsocketServerWorker:
         self.id = id
         self.host = host
         self.port = port
+        self.address = uri or f"{scheme}://{host}:{port}"
+        """Where it listens, or will; with the port that it got once it does."""
         self._tls = server_tls(cert_path, key_path)
         self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
         self._threads = threads
@@ -105,6 +117,7 @@ class WebsocketServerWorker:
             approvals=decisions_in(approvals),
             limits=limits,
             deterministic=deterministic,
+            reaches=addresses.reaches,
         )
         for tensor in data:
             check_travels(tensor)
@@ -142,22 +155,16 @@ class WebsocketServerWorker:
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
         host = WorkerHost(self._state, compute, limits=self._limits)
         try:
-            async with listen(
-                self.host,
-                self.port,
-                limits=self._limits,
-                serve_pipe=host.serve,
-                tls=self._tls,
-                callers=self._callers,
-            ) as port:
-                self.port = port
+            options = ListenOptions(self._limits, self._tls, self._callers)
+            async with addresses.listen(self.address, host.serve, options) as self.address:
+                self.port = _host_and_port(self.address)[1]
                 # While nobody computes yet, and beside the compute thread: a handshake would have to wait there for
                 # imports that take many seconds on a busy machine.
                 threading.Thread(
                     target=training.warm_up, name=f"planrt-{self.id}-warm-up", daemon=True
                 ).start()
                 if ready is not None:
-                    ready(port)
+                    ready(self.port)
                 await (stop or asyncio.Event()).wait()
                 host.stop()
         finally:
@@ -206,12 +213,18 @@ class WebsocketServerWorker:
         try:
             if serving.done():
                 serving.result()  # raises why it does not listen
-            yield f"{'wss' if self._tls else 'ws'}://{self.host}:{self.port}"
+            yield self.address
         finally:
             # Not so where a block that nobody left is taken apart at the process's end: the server is gone then.
             if loop.is_running():
                 loop.call_soon_threadsafe(stop.set)
                 serving.result()
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """The host and the port in an address, ``""`` and 0 where it has none."""
+    host, _, port = address.partition("://")[2].rpartition(":")
+    return (host.removeprefix("[").removesuffix("]"), int(port)) if port.isdecimal() else ("", 0)
 
 
 def _clear() -> None:

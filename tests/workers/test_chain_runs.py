@@ -8,6 +8,7 @@ from planrt.plans import func2plan
 from planrt.plans.ir.chain import Chain, ChainPlan, ChainStep
 from planrt.serde.values import encode
 from planrt.types import Ref
+from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Given, Output
 from planrt.workers.wire.posted import PostedOp
@@ -56,6 +57,7 @@ def run_of(steps, outputs, *, plans=(INC, ADD, STATEFUL), inputs=("x",), given=N
         grad=True,
         seed=5,
         store=store,
+        reaches=reaches,
         on_step=lambda *what: events.append(what),
     )
     run.events = events

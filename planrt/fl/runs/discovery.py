@@ -7,10 +7,12 @@ import contextlib
 import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from planrt.errors import ConnectError, DataError, OptionError, TransportError
 from planrt.fl.data import digits as data
 from planrt.fl.data.digits import TESTING
+from planrt.workers.transport.addresses import scheme_of, schemes
 
 if TYPE_CHECKING:
     from planrt.workers import WebsocketClientWorker
@@ -25,7 +27,7 @@ USUAL_ADDRESSES = {
 def named_address(text: str) -> tuple[str, str]:
     """The option type of ``NAME=URI``."""
     name, equals, uri = text.partition("=")
-    if not (name and equals and uri.startswith(("ws://", "wss://"))):
+    if not (name and equals and scheme_of(uri) in schemes()):
         raise argparse.ArgumentTypeError(f"must look like alice=ws://HOST:PORT, got {text!r}")
     return name, uri
 
@@ -70,9 +72,9 @@ def running_addresses() -> dict[str, str] | None:
 
 
 def _listens(uri: str) -> bool:
-    host, _, port = uri.removeprefix("ws://").partition(":")
+    parts = urlsplit(uri)
     try:
-        socket.create_connection((host, int(port)), timeout=1).close()
+        socket.create_connection((parts.hostname or "", parts.port or 0), timeout=1).close()
     except OSError:
         return False
     return True

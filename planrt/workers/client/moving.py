@@ -15,6 +15,7 @@ from planrt.loop import on_loop, run
 from planrt.plans.running.inference import spec
 from planrt.workers.client.objects import RemoteObjects
 from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer, take_place
+from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import contiguous_stride, new_id
 
@@ -86,8 +87,7 @@ class MovingObjects(RemoteObjects):
             return pointer
         s = pointer._spec
         after = spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)
-        if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
-            # No other process can reach a virtual worker of this one: through here, then.
+        if not reaches(self.link_address, to.link_address):  # through here, then
             body, tensors = await self._connection.finish(self._ask(m.Fetch(handle.id, False)))
             value = await self._fetched(pointer, body, tensors, delete=False)
             allowed = body.allowed if isinstance(body, m.Fetched) else None

@@ -18,6 +18,7 @@ from planrt.workers.client.moving import MovingObjects, check_worker
 from planrt.workers.client.objects import COPIED_BYTES, allowed_users
 from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.tensor import Handle, alive
+from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import check_travels, new_id
 
@@ -220,8 +221,7 @@ class RemotePlans(MovingObjects):
         if to is self:
             return pointer
         to.check_open()
-        if to.link_address.startswith("memory://") and not self.link_address.startswith("memory://"):
-            # No other process can reach a virtual worker of this one: through here, then.
+        if not reaches(self.link_address, to.link_address):  # through here, then
             reply = await self._connection.request(m.Fetch(handle.id, False))
             record, state, training = self._fetched_plan(*reply)
             allowed = reply[0].allowed if isinstance(reply[0], m.FetchedPlan) else None

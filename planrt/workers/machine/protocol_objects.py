@@ -21,7 +21,7 @@ from planrt.serde.values import encode
 from planrt.types import Ref, map_leaves
 from planrt.workers.machine.plan_objects import PlanObject, new_plan_object
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.chain_runs import ChainRun, Given, Output, StepState, Where
+from planrt.workers.wire.chain_runs import ChainRun, Given, Output, Reaches, StepState, Where
 
 
 class RunCancelledError(LocalError):
@@ -119,6 +119,7 @@ def new_run(
     allowed: list[str] | None,
     body: m.RunProtocol,
     states: dict[str, StepState],
+    reaches: Reaches,
 ) -> ChainRun:
     """A run of `protocol` that `body` asks for; `allowed` are the users who may read the state of its plans.
 
@@ -153,6 +154,7 @@ def new_run(
         grad=body.grad,
         seed=body.seed,
         store=store,
+        reaches=reaches,
         on_step=on_step,
     )
 

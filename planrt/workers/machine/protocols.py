@@ -23,7 +23,7 @@ from planrt.workers.machine.protocol_objects import (
 from planrt.workers.machine.sessions import Session, allowed_list, users_of
 from planrt.workers.machine.store import PeerRef, StoredObject
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.chain_runs import ChainRun, Given, Send, StepState
+from planrt.workers.wire.chain_runs import ChainRun, Given, Reaches, Send, StepState, always
 from planrt.workers.wire.refusals import GetNotPermitted
 
 _Exchange: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, None]
@@ -32,11 +32,14 @@ _Exchange: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, None]
 class ProtocolOps:
     """The protocols of one worker, among its objects."""
 
-    def __init__(self, worker_id: str, objects: KeptObjects, device: torch.device) -> None:
+    def __init__(
+        self, worker_id: str, objects: KeptObjects, device: torch.device, reaches: Reaches = always
+    ) -> None:
         self._worker_id = worker_id
         self._objects = objects
         self._store = objects.store
         self._device = device
+        self._reaches = reaches
         self._runs: dict[tuple[str, int], dict[str, StepState]] = {}
         """(session, number of a run) -> where its steps stand."""
 
@@ -78,7 +81,7 @@ class ProtocolOps:
                 f"the protocol's plans are private: {users_of(label)} may have them sent to other workers"
             )
         given = [self._given(session, protocol, number, id) for number, id in enumerate(body.inputs)]
-        run = new_run(protocol, given, allowed_list(label), body, states)
+        run = new_run(protocol, given, allowed_list(label), body, states, self._reaches)
         yield from self._to_the_end(run, run.start(), places)
         for (plan, place), id in plans.items():  # deployed elsewhere meanwhile, or gone
             if protocol.gone or protocol.deployed.get((plan, place)) != id:

@@ -59,6 +59,7 @@ from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.store import ObjectStore, StoredObject
 from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
 
 
@@ -79,7 +80,8 @@ class WorkerState:
     `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
     token that proves it: private objects name the users who may see them. With a `policy` nothing runs that breaks it;
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
-    `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU.
+    `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
+    whether a worker at one address can dial one at another.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class WorkerState:
         approvals: Approvals | None = None,
         limits: Limits | None = None,
         deterministic: bool | None = None,
+        reaches: Reaches = always,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -111,7 +114,7 @@ class WorkerState:
         self._objects = KeptObjects(self.store, self.device, self._gate)
         self._passes = BackwardPasses(self._objects, peers)
         self._eager = EagerOps(self._objects, self._passes, peers, self.device)
-        self._protocols = ProtocolOps(id, self._objects, self.device)
+        self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
         self._training = TrainingOps(id, self.device, self._gate, self._objects)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}

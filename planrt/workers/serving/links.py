@@ -7,22 +7,15 @@ nothing with private data there.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import weakref
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
-from planrt.errors import ConnectError, PlanrtError, RemoteError
+from planrt.errors import PlanrtError, RemoteError
 from planrt.logs import get_logger
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import Event, PeerAnswered, PeerFailed, ToPeer
-from planrt.workers.transport.pipes import memory_pipes
-from planrt.workers.transport.websocket import dial
+from planrt.workers.transport.addresses import DialOptions, dial
 from planrt.workers.wire import messages as m
-
-if TYPE_CHECKING:
-    from planrt.workers.serving.host import WorkerHost
 
 log = get_logger("planrt.worker")
 
@@ -31,22 +24,11 @@ LINK_TIMEOUT = 10.0
 MAX_LINKS = 64
 """Other workers that one worker is connected to at a time."""
 
-_virtual: weakref.WeakValueDictionary[str, WorkerHost] = weakref.WeakValueDictionary()
-_numbers = itertools.count(1)
-
-
-def register_virtual(id: str, host: WorkerHost) -> str:
-    """Gives a virtual worker an address that others of this process reach it at."""
-    address = f"memory://{id}/{next(_numbers)}"
-    _virtual[address] = host
-    return address
-
 
 class _Link:
     def __init__(self) -> None:
         self.order = asyncio.Lock()
         self.connection: Connection | None = None
-        self.serving: asyncio.Task[None] | None = None
 
 
 class Links:
@@ -117,22 +99,8 @@ class Links:
 
     async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
         self._make_room()
-        if not peer.address.startswith("memory://"):
-            pipe = await dial(peer.address, timeout=LINK_TIMEOUT, limits=self._limits)
-            link.connection = await Connection.open(
-                pipe, peer.worker, timeout=LINK_TIMEOUT, limits=self._limits
-            )
-            return
-        host = _virtual.get(peer.address)
-        if host is None:
-            raise ConnectError(
-                f"worker {self._worker_id!r} cannot reach {peer.worker!r} at {peer.address}: virtual workers are "
-                "reached from their own process only",
-                address=peer.address,
-            )
-        near, far = memory_pipes(peer.address, self._limits)
-        link.serving = asyncio.create_task(host.serve(far))
-        link.connection = await Connection.open(near, peer.worker, timeout=LINK_TIMEOUT, limits=self._limits)
+        pipe = await dial(peer.address, DialOptions(LINK_TIMEOUT, self._limits))
+        link.connection = await Connection.open(pipe, peer.worker, timeout=LINK_TIMEOUT, limits=self._limits)
 
     def _make_room(self) -> None:
         """Closes the oldest links when there are too many; what they made elsewhere is freed there."""

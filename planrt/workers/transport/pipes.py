@@ -2,7 +2,8 @@
 
 A `Pipe` is one end of a connection. `MemoryPipe` joins two ends within a process; it carries the same bytes
 as a socket does, so whatever runs over it has been through the wire format. The websocket pipe is in
-`planrt.workers.transport.websocket`. A new transport is one more class with these methods.
+`planrt.workers.transport.websocket`. A new transport has one more class with these methods, and registers itself
+(`planrt.workers.transport.addresses`).
 """
 
 from __future__ import annotations

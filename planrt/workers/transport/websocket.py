@@ -12,8 +12,8 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from websockets.http11 import Request, Response
 
 from planrt.errors import ConnectError, HandshakeError, OptionError
 from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
+from planrt.workers.transport.addresses import DialOptions, ListenOptions, ServePipe, register, scheme_of
 from planrt.workers.transport.callers import Callers
 from planrt.workers.transport.pipes import Traffic, assembler
 from planrt.workers.transport.websocket_stream import FrameStream
@@ -93,16 +94,76 @@ class WebsocketPipe:
         await self._connection.close()
 
 
+class WebsocketTransport:
+    """``ws://`` or, with `encrypted`, ``wss://``; see `planrt.workers.transport.addresses.Transport`."""
+
+    within_process = False
+
+    def __init__(self, *, encrypted: bool) -> None:
+        self.encrypted = encrypted
+
+    async def dial(self, address: str, options: DialOptions) -> WebsocketPipe:
+        """Connects to the worker at `address`, ``ws://host:port`` or ``wss://host:port``.
+
+        Raises:
+            ConnectError: malformed address, nobody listens, refused, or no answer in time.
+            HandshakeError: something listens there, but it is no websocket server, or its certificate is not trusted.
+            OptionError: `ca` cannot be read, or is given for ``ws://``.
+        """
+        return await _dial(address, options, self._tls(address, options))
+
+    def _tls(self, address: str, options: DialOptions) -> ssl.SSLContext | None:
+        if not self.encrypted:
+            if options.ca is not None:
+                raise OptionError(f"ca= is for TLS, and {address} is without: write wss://, or secure=True")
+            return None
+        try:
+            return ssl.create_default_context(cafile=None if options.ca is None else os.fspath(options.ca))
+        except (OSError, ssl.SSLError) as error:
+            raise OptionError(f"ca={os.fspath(options.ca or '')!r} cannot be read: {error}") from error
+
+    def listen(
+        self, address: str, serve: ServePipe, options: ListenOptions
+    ) -> AbstractAsyncContextManager[str]:
+        """Listens at `address`, where port 0 takes a free one.
+
+        Raises:
+            ConnectError: malformed address, the port is taken, or the host is not one of this machine's.
+            OptionError: ``wss://`` without a certificate, or ``ws://`` with one.
+        """
+        if self.encrypted != (options.tls is not None):
+            raise OptionError(
+                f"{address} and TLS: wss:// needs cert_path= and key_path=, and ws:// takes none of them"
+            )
+        return self._listen(address, serve, options)
+
+    @asynccontextmanager
+    async def _listen(self, address: str, serve: ServePipe, options: ListenOptions) -> AsyncIterator[str]:
+        scheme = scheme_of(address)
+        host, _, port = address.removeprefix(f"{scheme}://").rpartition(":")
+        if not port.isdecimal():
+            raise ConnectError(
+                f"{address!r} is no address to listen at: write {scheme}://HOST:PORT", address=address
+            )
+        async with listen(
+            host.removeprefix("[").removesuffix("]"),
+            int(port),
+            limits=options.limits,
+            serve_pipe=serve,
+            tls=options.tls,
+            callers=options.callers,
+        ) as bound:
+            yield f"{scheme}://{host}:{bound}"
+
+
 async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | None = None) -> WebsocketPipe:
-    """Connects to the worker at `uri` (``ws://host:port`` or ``wss://host:port``) within `timeout` seconds.
+    """Connects to the worker at `uri`; see `WebsocketTransport.dial` and `DialOptions`."""
+    transport = WebsocketTransport(encrypted=scheme_of(uri) == "wss")
+    return await transport.dial(uri, DialOptions(timeout, limits, ca))
 
-    `ca` is a file of the authorities to trust, in place of the system's, for ``wss://``.
 
-    Raises:
-        ConnectError: malformed address, nobody listens, refused, or no answer in time.
-        HandshakeError: something listens there, but it is no websocket server, or its certificate is not trusted.
-        OptionError: `ca` cannot be read, or is given for ``ws://``.
-    """
+async def _dial(uri: str, options: DialOptions, tls: ssl.SSLContext | None) -> WebsocketPipe:
+    timeout, limits = options.timeout, options.limits
     try:
         parts = urlsplit(uri)
         valid = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port is not None
@@ -110,7 +171,6 @@ async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | Non
         valid = False
     if not valid:
         raise ConnectError(f"{uri!r} is no worker address: write ws://HOST:PORT", address=uri)
-    tls = _client_tls(uri, ca)
     try:
         connection = await connect(
             uri, open_timeout=timeout, proxy=None, create_connection=_ClientConnection, ssl=tls, **_OPTIONS
@@ -137,17 +197,6 @@ async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | Non
             f"nobody answers at {uri} ({error.strerror or error}): is the worker started?", address=uri
         ) from error
     return WebsocketPipe(cast(_ClientConnection, connection), uri, limits)
-
-
-def _client_tls(uri: str, ca: str | Path | None) -> ssl.SSLContext | None:
-    if ca is not None and not uri.startswith("wss://"):
-        raise OptionError(f"ca= is for TLS, and {uri} is without: write wss://, or secure=True")
-    if not uri.startswith("wss://"):
-        return None
-    try:
-        return ssl.create_default_context(cafile=None if ca is None else os.fspath(ca))
-    except (OSError, ssl.SSLError) as error:
-        raise OptionError(f"ca={os.fspath(ca or '')!r} cannot be read: {error}") from error
 
 
 def server_tls(cert: str | Path | None, key: str | Path | None) -> ssl.SSLContext | None:
@@ -187,7 +236,7 @@ async def listen(
     port: int,
     *,
     limits: Limits,
-    serve_pipe: Callable[[WebsocketPipe], Awaitable[None]],
+    serve_pipe: ServePipe,
     tls: ssl.SSLContext | None = None,
     callers: Callers | None = None,
 ) -> AsyncIterator[int]:
@@ -230,3 +279,7 @@ async def listen(
     async with server:
         bound = next(iter(server.sockets)).getsockname()[1]
         yield int(bound)
+
+
+register("ws", WebsocketTransport(encrypted=False))
+register("wss", WebsocketTransport(encrypted=True))

@@ -117,6 +117,15 @@ Store: TypeAlias = Callable[[int, int], tuple[m.StorePlan, Sequence[torch.Tensor
 """(number of a plan, id) -> the message that stores it under that id."""
 
 
+Reaches: TypeAlias = Callable[[str, str], bool]
+"""(address of a worker, of another) -> whether the first can dial the second."""
+
+
+def always(source: str, target: str) -> bool:
+    """Every worker reaches every other."""
+    return True
+
+
 class ChainRun:
     """See the module's docstring.
 
@@ -127,6 +136,8 @@ class ChainRun:
             into `plans`; so are those that turn out to be gone.
         grad, seed: the grad mode, and what random ops draw from.
         on_step: called with a step's name, its place and its state, when that changes.
+        reaches: whether a worker at the first address can dial one at the second; where it cannot, values go through
+            here.
         on_transfer: called with "send", "copy" or "move", the place it comes from ("" for here) and the place it goes
             to.
     """
@@ -141,6 +152,7 @@ class ChainRun:
         grad: bool,
         seed: int,
         store: Store | None = None,
+        reaches: Reaches = always,
         on_step: Callable[[str, str, StepState], None] = lambda step, place, state: None,
         on_transfer: Callable[[Transfer, str, str], None] = lambda kind, source, target: None,
     ) -> None:
@@ -151,6 +163,7 @@ class ChainRun:
         self._grad = grad
         self._seed = seed
         self._store = store
+        self._reaches = reaches
         self._on_step = on_step
         self._on_transfer = on_transfer
         self._pending: dict[str, _Call | _Moving] = {}
@@ -311,8 +324,7 @@ class ChainRun:
         self._on_transfer("copy" if keep else "move", source, target)
         key, new = secrets.token_hex(8), new_id()
         there = self._places[target]
-        if there.address.startswith("memory://") and not self._places[source].address.startswith("memory://"):
-            # No other process can reach a virtual worker of this one: through here, then.
+        if not self._reaches(self._places[source].address, there.address):  # through here, then
             self._pending[key] = _Moving(value, source, target, id, new, keep)
             sends.append(Send(source, m.Fetch(id, not keep), (), key))
             return
