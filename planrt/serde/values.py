@@ -61,7 +61,13 @@ def encode(value: Any) -> Any:
 def _encode(value: Any, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise PlanFormatError(f"value nested more than {MAX_DEPTH} levels deep")
-    if value is None or isinstance(value, bool):
+    # Exact types first: an op that is posted has little else, and each of its arguments comes through here.
+    kind = type(value)
+    if kind is Ref:
+        return ["r", value.index]
+    if kind is tuple:
+        return ["t", *[_encode(item, depth + 1) for item in value]]
+    if kind is str or kind is bool or value is None:
         return value
     if isinstance(value, int):
         if not _INT_MIN <= value <= _INT_MAX:
@@ -71,16 +77,14 @@ def _encode(value: Any, depth: int) -> Any:
         return _float(value)
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, Ref):
-        return ["r", value.index]
     if isinstance(value, tuple):
-        return ["t", *(_encode(item, depth + 1) for item in value)]
+        return ["t", *[_encode(item, depth + 1) for item in value]]
     if isinstance(value, list):
-        return ["l", *(_encode(item, depth + 1) for item in value)]
+        return ["l", *[_encode(item, depth + 1) for item in value]]
     if isinstance(value, dict):
-        return ["d", *(part for key, item in value.items() for part in (_key(key), _encode(item, depth + 1)))]
+        return ["d", *[part for key, item in value.items() for part in (_key(key), _encode(item, depth + 1))]]
     if isinstance(value, slice):
-        return ["s", *(_encode(part, depth + 1) for part in (value.start, value.stop, value.step))]
+        return ["s", *[_encode(part, depth + 1) for part in (value.start, value.stop, value.step)]]
     if value is Ellipsis:
         return ["e"]
     if isinstance(value, complex):
@@ -114,11 +118,15 @@ def decode(value: Any) -> Any:
     Raises:
         PlanFormatError: anything that `encode` cannot have made.
     """
+    if type(value) is list and len(value) == 1 and value[0] == "d":
+        return {}  # the keyword arguments of most ops
     return _Decoder().decode(value, 0)
 
 
 class _Decoder:
     """Counts the items of one value while it is decoded."""
+
+    __slots__ = ("_left",)
 
     def __init__(self) -> None:
         self._left = MAX_ITEMS
@@ -129,15 +137,19 @@ class _Decoder:
         self._left -= 1
         if self._left < 0:
             raise PlanFormatError(f"a value with more than {MAX_ITEMS} items")
-        if value is None or isinstance(value, bool | float | str):
+        kind = type(value)  # msgpack makes no subclasses
+        if kind is not list:
+            if kind is int:
+                if not _INT_MIN <= value <= _INT_MAX:
+                    raise PlanFormatError("integer outside the 64-bit range")
+            elif value is not None and kind is not bool and kind is not float and kind is not str:
+                raise PlanFormatError(f"malformed value: expected a tagged array, got {kind.__name__}")
             return value
-        if isinstance(value, int):
-            if not _INT_MIN <= value <= _INT_MAX:
-                raise PlanFormatError("integer outside the 64-bit range")
-            return value
-        if not isinstance(value, list) or not value or not isinstance(value[0], str):
-            raise PlanFormatError(f"malformed value: expected a tagged array, got {type(value).__name__}")
+        if not value or type(value[0]) is not str:
+            raise PlanFormatError("malformed value: expected a tagged array, got list")
         tag, parts = value[0], value[1:]
+        if tag == "r":
+            return _ref(parts)
         if tag == "t":
             return tuple([self.decode(part, depth + 1) for part in parts])
         if tag == "l":
@@ -145,7 +157,7 @@ class _Decoder:
         if tag == "d":
             return self._dict(parts, depth)
         if tag == "s":
-            return slice(*(self.decode(part, depth + 1) for part in _exactly(parts, 3, "slice")))
+            return slice(*[self.decode(part, depth + 1) for part in _exactly(parts, 3, "slice")])
         simple = _SIMPLE.get(tag)
         if simple is None:
             raise PlanFormatError(f"malformed value: unknown tag {tag[:20]!r}")
@@ -194,7 +206,6 @@ def _constant(constant: Any, what: str) -> Callable[[list[Any]], Any]:
 
 
 _SIMPLE: dict[str, Callable[[list[Any]], Any]] = {
-    "r": _ref,
     "e": _constant(Ellipsis, "ellipsis"),
     "v": _constant(DEVICE, "device"),
     "c": _complex,
