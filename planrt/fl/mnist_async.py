@@ -133,7 +133,9 @@ async def _train(
 
     async with contextlib.AsyncExitStack() as stack:
         workers = await connect(addresses, stack)
-        report = Report(dataset_of(workers, options.dataset), options.seed, _plain(options), _versions())
+        report = Report(
+            dataset_of(workers, options.dataset), options.seed, _by_option_name(options), _versions()
+        )
         testing = workers.pop(data.TESTING)
         config = TrainConfig(
             network,
@@ -295,7 +297,7 @@ def _print_summary(options: argparse.Namespace, folder: Path, report: Report, se
     )
 
 
-def _plain(options: argparse.Namespace) -> dict[str, object]:
+def _by_option_name(options: argparse.Namespace) -> dict[str, object]:
     """The options as the command line names them."""
     plain = {name.replace("_", "-"): value for name, value in vars(options).items()}
     if options.worker is not None:

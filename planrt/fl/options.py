@@ -28,9 +28,11 @@ def whole(name: str, value: Any, *, at_least: int) -> int:
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < at_least:
         hint = f": write {int(number)}" if isinstance(number, float) and number.is_integer() else ""
-        raise OptionError(f"{name} must be a whole number of at least {at_least}, got {_shown(value)}{hint}")
+        raise OptionError(
+            f"{name} must be a whole number of at least {at_least}, got {_for_error(value)}{hint}"
+        )
     if number > _LARGEST:
-        raise OptionError(f"{name} must be under 2**63, got {_shown(value)}")
+        raise OptionError(f"{name} must be under 2**63, got {_for_error(value)}")
     return number
 
 
@@ -42,7 +44,7 @@ def flag(name: str, value: Any) -> bool:
     """
     given = plain(value)
     if not isinstance(given, bool):
-        raise OptionError(f"{name} must be True or False, got {_shown(value)}")
+        raise OptionError(f"{name} must be True or False, got {_for_error(value)}")
     return given
 
 
@@ -63,7 +65,7 @@ def learning_rate(value: Any) -> float:
             "lr takes one number, not a scheduler: pass run_round(number, state, lr=scheduler.get_last_lr()[0])"
         )
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
-        raise OptionError(f"lr must be a number of at least 0, got {_shown(value)}")
+        raise OptionError(f"lr must be a number of at least 0, got {_for_error(value)}")
     return float(number)
 
 
@@ -119,7 +121,7 @@ def _plain_option(value: Any) -> Any:
     return [plain(one) for one in value] if isinstance(value, tuple | list) else plain(value)
 
 
-def _shown(value: Any) -> str:
+def _for_error(value: Any) -> str:
     """Short text for an error; of a model or a tensor only what it is."""
     if isinstance(value, torch.nn.Module | torch.Tensor | dict | list):
         return f"a {type(value).__name__}"

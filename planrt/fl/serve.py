@@ -108,7 +108,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             if served.dataset is None:
                 print(f"{options.id} holds no data set: clients send it what it needs")
             else:
-                print(describe(options.id, served.key, served.description, items, served.digits))
+                print(holdings(options.id, served.key, served.description, items, served.digits))
             if policy is not None:
                 print(_about(policy, options.approvals))
             print(
@@ -125,7 +125,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         raise
 
 
-def describe(worker_id: str, key: str, description: str, items: int, digits: dict[int, int]) -> str:
+def holdings(worker_id: str, key: str, description: str, items: int, digits: dict[int, int]) -> str:
     """The lines that tell an owner what a worker holds."""
     lines = [f"{worker_id} holds {key!r}: {description}, {items:,} items"]
     lines += [f"  {digit}: {count:>6,} images" for digit, count in digits.items()]

@@ -190,7 +190,7 @@ def trace_model(
             recordings[training] = record(
                 step, (data, target), registry=registry, free_dims=free, own_gradients=False
             )
-    registry.notice(class_name(model))
+    registry.warn_of_captures(class_name(model))
     for entry in registry.entries:
         # A moving average of weights, say: no optimizer changes it, forward does.
         if entry.written and entry.kind == "parameter" and not entry.requires_grad:

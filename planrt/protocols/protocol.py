@@ -19,7 +19,7 @@ from planrt.protocols.places import bound, placed_at, resolve, seed_of_run
 from planrt.protocols.pointer import PointerProtocol, send_protocol
 from planrt.protocols.progress import OnProgress, Progress, StepProgress
 from planrt.protocols.shapes import check_inputs
-from planrt.protocols.steps import HELD, Description, Step, describe, is_line
+from planrt.protocols.steps import HELD, Description, Step, build_description, is_line
 from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
 from planrt.workers.pointers.plan import PointerPlan
@@ -79,7 +79,7 @@ class Protocol:
         verbose: bool = False,
     ) -> None:
         steps = list(steps) if isinstance(steps, Sequence) else steps
-        self._set_up(lambda: describe(steps, inputs, outputs), name, verbose=verbose)
+        self._set_up(lambda: build_description(steps, inputs, outputs), name, verbose=verbose)
 
     def _set_up(self, describe: Callable[[], Description], name: str = "", *, verbose: bool = False) -> None:
         self._describe = describe
@@ -413,7 +413,7 @@ class Protocol:
             place = self._workers[step.place].id if self._workers else step.place
             if not is_line(self._description.chain):
                 takes = ", ".join(
-                    dict.fromkeys(_shown(chain.short_name(ref.index)) for ref in step.arguments)
+                    dict.fromkeys(_argument_name(chain.short_name(ref.index)) for ref in step.arguments)
                 )
                 place = f"{step.name} on {place} ({takes})"
             plan = self._pointers.get((step.plan, step.place), self._description.plans[step.plan])
@@ -424,6 +424,6 @@ class Protocol:
         return "\n".join(lines)
 
 
-def _shown(name: str) -> str:
+def _argument_name(name: str) -> str:
     """An argument's name; for a held object that of the argument it is given for, for a module just one."""
     return name.split(HELD)[1].partition(".")[0] if HELD in name else name

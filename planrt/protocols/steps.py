@@ -67,7 +67,7 @@ def is_line(chain: Chain) -> bool:
     return [ref.index for ref in refs_in(chain.outputs)] == before
 
 
-def describe(
+def build_description(
     steps: Sequence[Any],
     inputs: Sequence[str] | None,
     outputs: str | Sequence[str] | Mapping[str, str] | None,
@@ -78,7 +78,7 @@ def describe(
         ProtocolError: names that are unknown, twice there, or never used; results that fit no argument.
         PlanError: a plan that is not built. PlanArgumentError: a wrong number of arguments for a plan.
     """
-    return _Describing(steps, inputs).finish(outputs)
+    return _DescriptionBuilder(steps, inputs).finish(outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class _Key:
     number: int
 
 
-class _Describing:
+class _DescriptionBuilder:
     def __init__(self, steps: Sequence[Any], inputs: Sequence[str] | None) -> None:
         if isinstance(steps, Step) or not isinstance(steps, Sequence) or not steps:
             raise ProtocolError(
@@ -191,7 +191,7 @@ class _Describing:
                 found = found[int(part)]
             else:
                 raise ProtocolError(
-                    f"{who} takes {text!r}: {head!r} has no part {part!r}; it is {_shown(found)}"
+                    f"{who} takes {text!r}: {head!r} has no part {part!r}; it is {_structure_of(found)}"
                 )
         return found
 
@@ -340,7 +340,7 @@ def _input_names(first: Step, signature: Signature, given: Sequence[str] | None)
     if first.inputs is not None:
         if isinstance(first.inputs, str):
             raise ProtocolError(f"step 0: inputs is a list: write inputs=[{first.inputs!r}]")
-        if any(isinstance(leaf, str) for leaf in leaves(_plain(first.inputs))):
+        if any(isinstance(leaf, str) for leaf in leaves(_as_container(first.inputs))):
             raise ProtocolError("name the inputs of the protocol: Protocol([...], inputs=['x', 'y'])")
         return []
     names = []
@@ -356,7 +356,7 @@ def _input_names(first: Step, signature: Signature, given: Sequence[str] | None)
     return names
 
 
-def _plain(inputs: Any) -> Any:
+def _as_container(inputs: Any) -> Any:
     return (
         dict(inputs)
         if isinstance(inputs, Mapping)
@@ -366,7 +366,7 @@ def _plain(inputs: Any) -> Any:
     )
 
 
-def _shown(value: Any) -> str:
+def _structure_of(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict of {', '.join(value)}"
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else "one value"

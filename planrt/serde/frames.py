@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from planrt.errors import LocalError, MessageTooLargeError, WireError
-from planrt.serde.tensors import Layout, aligned, describe, parse_layouts, raw_bytes, tensors_in
+from planrt.serde.tensors import Layout, aligned, header_entries, parse_layouts, raw_bytes, tensors_in
 
 MAGIC = b"PRT1"
 _PRELUDE = struct.Struct("<4sI")
@@ -114,7 +114,7 @@ def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: in
     """
     views = [raw_bytes(tensor) for tensor in tensors]
     try:
-        header = msgpack.packb([message, describe(tensors)])
+        header = msgpack.packb([message, header_entries(tensors)])
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise LocalError(f"the message has no byte form: {error}") from error
     if len(header) > max_header:

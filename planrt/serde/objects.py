@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import LocalError, OptionError, WireError
-from planrt.serde.tensors import describe, parse_layouts, raw_bytes, tensors_in
+from planrt.serde.tensors import header_entries, parse_layouts, raw_bytes, tensors_in
 from planrt.serde.values import pack, unpack
 
 _TENSOR: Final = b"\x89ptensor"
@@ -83,7 +83,7 @@ def _write_tensor(tensor: torch.Tensor) -> bytes:
     labels = tensor.__dict__
     header = pack(
         [
-            describe([tensor]),
+            header_entries([tensor]),
             tensor.requires_grad,
             list(labels.get("_tags", ())),
             labels.get("_description", ""),

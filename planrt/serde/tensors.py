@@ -81,7 +81,7 @@ def payload_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return position
 
 
-def describe(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+def header_entries(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
     """The header entries ``[dtype name, [sizes]]`` of `tensors`."""
     return [[DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for tensor in tensors]
 

@@ -19,7 +19,7 @@ from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorErro
 from planrt.plans.forms.torchscript import is_torchscript
 from planrt.plans.ir import ops
 from planrt.plans.recording import torch_calls
-from planrt.plans.running.inference import spec_of
+from planrt.plans.running.inference import Spec
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
@@ -275,7 +275,7 @@ def make_remote(
     seed = worker.draw_seed() if name in ops.RANDOM else None
     op = PostedOp(name, args, wire, Ref(handle.id), torch.is_grad_enabled(), seed, worker.take_drops())
     worker.post_op(packed(op, worker))
-    return make_pointer(handle, spec_of(like))
+    return make_pointer(handle, Spec.of(like))
 
 
 class _Hooks:

@@ -12,7 +12,7 @@ from planrt.workers.base import BaseWorker
 from planrt.workers.datasets import BaseDataset
 from planrt.workers.machine.batches import Batch
 
-Step: TypeAlias = list[tuple[str, torch.Tensor]]
+WorkerReads: TypeAlias = list[tuple[str, torch.Tensor]]
 """What is read at one time: worker id and indices, each worker once."""
 
 
@@ -183,7 +183,7 @@ class FederatedDataLoader:
     def _by_worker(self, fetched: Mapping[str, Batch]) -> dict[BaseWorker | None, Batch]:
         return {self.federated_dataset[id].location: batch for id, batch in fetched.items()}
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Iterator[WorkerReads]:
         """Whose which items come when: all orders are drawn at the start of the pass, but of what is read again."""
         if self.iter_per_worker:
             yield from self._all_at_every_step()
@@ -192,7 +192,7 @@ class FederatedDataLoader:
         for turn in _turns({id: len(parts) for id, parts in chunks.items()}, self.num_iterators):
             yield [(id, chunks[id][number]) for id, number in turn]
 
-    def _all_at_every_step(self) -> Iterator[Step]:
+    def _all_at_every_step(self) -> Iterator[WorkerReads]:
         datasets = self.federated_dataset.datasets
         chunks = {id: found for id, dataset in datasets.items() if (found := self._chunks(len(dataset)))}
         for number in range(max(map(len, chunks.values()), default=0)):

@@ -21,7 +21,7 @@ from planrt.plans.running.inference import Spec, argument_key, needs_values, spe
 from planrt.serde.values import DEVICE
 from planrt.types import leaves, map_leaves
 
-Links = tuple[tuple[int, tuple[Trace, ...]], ...]
+ArgumentFates = tuple[tuple[int, tuple[Trace, ...]], ...]
 """(number of an argument, fates of its dimensions), for each argument that something depends on. Arguments are
 numbered in the order of `planrt.types.leaves`, keyword arguments last, tensors only."""
 
@@ -34,7 +34,7 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class MadeTensor:
     """A tensor that an op returns.
 
     `memory`: a number for memory that the op allocated, -1 where it is that of argument `base`. `same`: it is that
@@ -45,12 +45,12 @@ class Made:
     memory: int
     base: int
     same: bool
-    links: Links
+    links: ArgumentFates
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What an op does. `results` nests `Made`s and constants as the op nests its results.
+    """What an op does. `results` nests `MadeTensor`s and constants as the op nests its results.
 
     `written`: arguments changed in place, with what they depend on then. `reshaped`: arguments that get another spec.
     `memory`: bytes of each piece of memory that results hold. `peak`: bytes in use while the op runs, results
@@ -58,8 +58,8 @@ class Effect:
     """
 
     results: Any
-    written: tuple[tuple[int, Links], ...]
-    reshaped: tuple[tuple[int, Spec, Links], ...]
+    written: tuple[tuple[int, ArgumentFates], ...]
+    reshaped: tuple[tuple[int, Spec, ArgumentFates], ...]
     memory: tuple[int, ...]
     peak: int
     flops: int
@@ -125,11 +125,11 @@ def _observe(
     twin_args, twin_kwargs = map_leaves(tuple(args), twin_of), map_leaves(dict(kwargs), twin_of)
     if name in table.FACTORIES and twin_kwargs.get("device") is None:
         twin_kwargs["device"] = "meta"
-    before = [(tracker.info(twin), _spec_of(twin)) for twin in twins]
+    before = [(tracker.info(twin), _spec_without_autograd(twin)) for twin in twins]
     try:
         with torch.no_grad(), tracker:
             result = function(*twin_args, **twin_kwargs)
-            result = map_leaves(_plain(result), on_meta)
+            result = map_leaves(_as_tuples(result), on_meta)
     except Exception as error:
         if needs_values(error):
             raise NeedsValuesError(str(error)) from error
@@ -151,15 +151,15 @@ def _described(
             return leaf
         key = tracker.memory(leaf)
         base = numbers.get(key, -1)
-        now = _spec_of(leaf)
+        now = _spec_without_autograd(leaf)
         same = base >= 0 and (
             leaf is twins[base] or (now is before[base][1] and int(leaf.storage_offset()) == 0)
         )
-        return Made(now, places.get(key, -1), base, same, _links(tracker.info(leaf), before))
+        return MadeTensor(now, places.get(key, -1), base, same, _links(tracker.info(leaf), before))
 
     written, reshaped = [], []
     for number, (twin, (info, spec_before)) in enumerate(zip(twins, before, strict=True)):
-        now = _spec_of(twin)
+        now = _spec_without_autograd(twin)
         if now is not spec_before:
             reshaped.append((number, now, _links(tracker.info(twin), before)))
         elif tracker.info(twin) is not info:
@@ -175,7 +175,7 @@ def _described(
     )
 
 
-def _links(info: Info, before: Sequence[tuple[Info, Spec]]) -> Links:
+def _links(info: Info, before: Sequence[tuple[Info, Spec]]) -> ArgumentFates:
     found = []
     for number, (_, like) in enumerate(before):
         if info.sources >> number & 1:
@@ -184,7 +184,7 @@ def _links(info: Info, before: Sequence[tuple[Info, Spec]]) -> Links:
     return tuple(found)
 
 
-def _spec_of(tensor: torch.Tensor) -> Spec:
+def _spec_without_autograd(tensor: torch.Tensor) -> Spec:
     """Without autograd's flags: a plan that does not differentiate has none."""
     return spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, False, True)
 
@@ -196,8 +196,8 @@ def on_meta(leaf: Any) -> Any:
     return leaf
 
 
-def _plain(value: Any) -> Any:
+def _as_tuples(value: Any) -> Any:
     """Named tuples and other sequences of torch as tuples."""
     if isinstance(value, tuple | list):
-        return tuple([_plain(item) for item in value])
+        return tuple([_as_tuples(item) for item in value])
     return value

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from planrt.plans.analysis.effects import Effect, Links, Made, NeedsValuesError, Operand, effect
+from planrt.plans.analysis.effects import ArgumentFates, Effect, MadeTensor, NeedsValuesError, Operand, effect
 from planrt.plans.analysis.findings import COPIES_BY_STRIDES, Findings, Output, paths, source_info
 from planrt.plans.analysis.flow import INDEPENDENT, Info, Node, all_lost, joined
 from planrt.plans.analysis.report import Report, Unforeseen
@@ -120,7 +120,7 @@ class Composed(Findings):
         self.live += sum(found.memory)
         made: list[TensorSpec | Unforeseen] = []
 
-        def gathered(links: Links) -> Info:
+        def gathered(links: ArgumentFates) -> Info:
             total = INDEPENDENT
             changed = False
             for number, fates in links:
@@ -134,9 +134,9 @@ class Composed(Findings):
             return Info(total.sources, total.ops | bit, rows)
 
         def value(leaf: Any) -> Any:
-            if type(leaf) is not Made:
+            if type(leaf) is not MadeTensor:
                 return leaf
-            made.append(_shown(leaf.spec))
+            made.append(_tensor_spec(leaf.spec))
             if leaf.base < 0:
                 memory = pieces[leaf.memory]
                 if op.name in COPIES_BY_STRIDES and operands:
@@ -165,7 +165,7 @@ class Composed(Findings):
             operand._spec = like
             operand.node = Node(gathered(links), like.shape, before[number], fates)
         results = found.results
-        self._bind(op.results, value(results) if type(results) is Made else map_leaves(results, value))
+        self._bind(op.results, value(results) if type(results) is MadeTensor else map_leaves(results, value))
         if found.unknown:
             self.unknown.update(found.unknown)
         self.note(index, tuple(made), sum(found.memory), found.flops)
@@ -228,7 +228,7 @@ def _operands(args: Any, kwargs: Mapping[str, Any]) -> list[_Value]:
 
 
 def _spec_or_unforeseen(value: _Value) -> TensorSpec | Unforeseen:
-    return Unforeseen(value.at_most) if value._spec is None else _shown(value._spec)
+    return Unforeseen(value.at_most) if value._spec is None else _tensor_spec(value._spec)
 
 
 def _value_bytes(value: _Value) -> int:
@@ -251,7 +251,7 @@ def _blamed(trace: Trace, index: int) -> Trace:
     return trace
 
 
-def _shown(like: Spec) -> TensorSpec:
+def _tensor_spec(like: Spec) -> TensorSpec:
     return TensorSpec(like.shape, like.dtype)
 
 

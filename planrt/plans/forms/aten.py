@@ -11,7 +11,7 @@ from planrt.errors import TraceError
 from planrt.plans.ir.ops import TABLE
 from planrt.serde.values import DEVICE
 
-Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+AtenCall = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Name in the table, arguments, keyword arguments."""
 
 # Numbers that stand for enumerations in graphs (c10::ScalarType, c10::MemoryFormat).
@@ -94,7 +94,7 @@ _UPSAMPLE = {
 }
 
 
-def call_for(operator: str, arguments: Sequence[tuple[Any, Any]], *, on_sizes: bool) -> Call:
+def call_for(operator: str, arguments: Sequence[tuple[Any, Any]], *, on_sizes: bool) -> AtenCall:
     """The call in the table that does what ATen's `operator` does.
 
     Args:
@@ -139,7 +139,7 @@ def _table_name(operator: str) -> str:
     )
 
 
-def _by_schema(name: str, arguments: Sequence[tuple[Any, Any]]) -> Call:
+def _by_schema(name: str, arguments: Sequence[tuple[Any, Any]]) -> AtenCall:
     """Arguments as the schema orders them; defaults at the end are left out."""
     positional: list[Any] = []
     defaults = 0
@@ -175,7 +175,7 @@ def _dtype(number: int) -> torch.dtype:
     return _DTYPES[number]
 
 
-def _size_arithmetic(operator: str, operands: list[Any], values: dict[str, Any]) -> Call:
+def _size_arithmetic(operator: str, operands: list[Any], values: dict[str, Any]) -> AtenCall:
     rounding = values.get("rounding_mode")
     if rounding is not None:  # sizes are not negative: floor and trunc are the same
         operator = "floor_divide"
@@ -185,7 +185,7 @@ def _size_arithmetic(operator: str, operands: list[Any], values: dict[str, Any])
     return _SIZE_ARITHMETIC[operator], tuple(operands[:wanted]), {}
 
 
-def _convolution(values: dict[str, Any]) -> Call:
+def _convolution(values: dict[str, Any]) -> AtenCall:
     names = (
         "input",
         "weight",
@@ -200,23 +200,23 @@ def _convolution(values: dict[str, Any]) -> Call:
     return "torch.convolution", tuple(values[name] for name in names), {}
 
 
-def _slice(values: dict[str, Any]) -> Call:
+def _slice(values: dict[str, Any]) -> AtenCall:
     part = slice(values["start"], None if values["end"] == 2**63 - 1 else values["end"], values["step"])
     return _at_dim(values["self"], values["dim"], part)
 
 
-def _at_dim(tensor: Any, dim: int, index: Any) -> Call:
+def _at_dim(tensor: Any, dim: int, index: Any) -> AtenCall:
     if dim < 0:  # count from the end: x[..., part, :, :]
         return "Tensor.__getitem__", (tensor, (Ellipsis, index, *[slice(None)] * (-dim - 1))), {}
     return "Tensor.__getitem__", (tensor, (*[slice(None)] * dim, index)), {}
 
 
-def _index(values: dict[str, Any]) -> Call:
+def _index(values: dict[str, Any]) -> AtenCall:
     indices = tuple(slice(None) if index is None else index for index in values["indices"])
     return "Tensor.__getitem__", (values["self"], indices), {}
 
 
-def _to(values: dict[str, Any]) -> Call:
+def _to(values: dict[str, Any]) -> AtenCall:
     target: list[Any] = []
     if "other" in values:
         target.append(values["other"])
@@ -228,28 +228,28 @@ def _to(values: dict[str, Any]) -> Call:
     return "Tensor.to", (values["self"], *target), kwargs
 
 
-def _spread(operator: str) -> Callable[[dict[str, Any]], Call]:
+def _spread(operator: str) -> Callable[[dict[str, Any]], AtenCall]:
     return lambda values: (f"torch.{operator}", tuple(values["tensors"]), {})
 
 
-def _elu(values: dict[str, Any]) -> Call:
+def _elu(values: dict[str, Any]) -> AtenCall:
     if values["scale"] != 1 or values["input_scale"] != 1:
         raise TraceError("aten::elu with scales in a traced module cannot be translated: pass the nn.Module")
     return "nn.functional.elu", (values["self"], values["alpha"]), {}
 
 
-def _adaptive_max_pool(values: dict[str, Any]) -> Call:
+def _adaptive_max_pool(values: dict[str, Any]) -> AtenCall:
     return "nn.functional.adaptive_max_pool2d", (values["self"], values["output_size"], True), {}
 
 
-def _loss(operator: str, values: dict[str, Any]) -> Call:
+def _loss(operator: str, values: dict[str, Any]) -> AtenCall:
     kwargs = {name: value for name, value in values.items() if name not in ("self", "target", "reduction")}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     kwargs["reduction"] = _REDUCTIONS[values["reduction"]]
     return f"nn.functional.{_LOSSES[operator]}", (values["self"], values["target"]), kwargs
 
 
-def _interpolate(values: dict[str, Any], mode: str) -> Call:
+def _interpolate(values: dict[str, Any], mode: str) -> AtenCall:
     kwargs: dict[str, Any] = {"mode": mode}
     scale = values.get("scale_factors")
     if scale is not None:
@@ -261,7 +261,7 @@ def _interpolate(values: dict[str, Any], mode: str) -> Call:
     return "nn.functional.interpolate", (values.get("input", values.get("self")),), kwargs
 
 
-_ADAPTERS: dict[str, Callable[[dict[str, Any]], Call]] = {
+_ADAPTERS: dict[str, Callable[[dict[str, Any]], AtenCall]] = {
     "_convolution": _convolution,
     "slice": _slice,
     "index": _index,

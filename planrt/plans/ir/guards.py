@@ -122,7 +122,7 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _at_most(name: str, position: int, most: int = MAX_LOOP) -> Callable[[Function], Function]:
+def _limit_count(name: str, position: int, most: int = MAX_LOOP) -> Callable[[Function], Function]:
     """The number of times that a kernel goes round, as a number or a tensor of numbers.
 
     Without: one op keeps the compute thread for as long as its client likes.
@@ -263,17 +263,17 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
     "torch.gru": _recurrent(3),
     "torch.rnn_tanh": _recurrent(1),
     "torch.rnn_relu": _recurrent(1),
-    "torch.combinations": _at_most("r", 1, 32),
-    **{f"special.{word}": _at_most("n", 1) for word in _POLYNOMIALS.split()},
-    "special.polygamma": _at_most("n", 0),
-    "torch.polygamma": _at_most("n", 0),
-    "Tensor.polygamma": _at_most("n", 1),
-    "Tensor.polygamma_": _at_most("n", 1),
-    "special.multigammaln": _at_most("p", 1),
-    "torch.mvlgamma": _at_most("p", 1),
-    "Tensor.mvlgamma": _at_most("p", 1),
-    "Tensor.mvlgamma_": _at_most("p", 1),
-    "torch.svd_lowrank": _at_most("niter", 2),
-    "torch.pca_lowrank": _at_most("niter", 3),
+    "torch.combinations": _limit_count("r", 1, 32),
+    **{f"special.{word}": _limit_count("n", 1) for word in _POLYNOMIALS.split()},
+    "special.polygamma": _limit_count("n", 0),
+    "torch.polygamma": _limit_count("n", 0),
+    "Tensor.polygamma": _limit_count("n", 1),
+    "Tensor.polygamma_": _limit_count("n", 1),
+    "special.multigammaln": _limit_count("p", 1),
+    "torch.mvlgamma": _limit_count("p", 1),
+    "Tensor.mvlgamma": _limit_count("p", 1),
+    "Tensor.mvlgamma_": _limit_count("p", 1),
+    "torch.svd_lowrank": _limit_count("niter", 2),
+    "torch.pca_lowrank": _limit_count("niter", 3),
 }
 """Name of an op -> what puts the check around its function."""

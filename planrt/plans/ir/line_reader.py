@@ -33,7 +33,7 @@ _WORDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Line:
+class LineReader:
     """One line, and how far it has been read."""
 
     def __init__(self, text: str, number: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 from planrt.errors import PlanFormatError
 from planrt.plans.ir import ops as table
 from planrt.plans.ir.graph import MAX_BYTES, MAX_OPS, Graph, Op, StateKind, StateSpec
-from planrt.plans.ir.line_reader import NUMBERED, SPEC, Line
+from planrt.plans.ir.line_reader import NUMBERED, SPEC, LineReader
 from planrt.plans.ir.text import (
     KEYWORD,
     PROPERTIES,
@@ -98,14 +98,14 @@ class _Reader:
             )
         return made
 
-    def _next(self, expected: str) -> Line:
+    def _next(self, expected: str) -> LineReader:
         line = next(self._lines, None)
         if line is None:
             raise PlanFormatError(f"line {self._last + 1}: expected {expected}, found the end of the text")
         self._last = line.number
         return line
 
-    def _header(self, line: Line) -> tuple[str, str | None]:
+    def _header(self, line: LineReader) -> tuple[str, str | None]:
         line.expect("plan ", "'plan NAME'")
         name = line.name("the plan's name")
         digest = None
@@ -118,7 +118,7 @@ class _Reader:
         return name, digest
 
     def _declaration(
-        self, line: Line, inputs: list[TensorSpec], names: list[str], state: list[StateSpec]
+        self, line: LineReader, inputs: list[TensorSpec], names: list[str], state: list[StateSpec]
     ) -> None:
         line.expect(f"_{self._known}: ", f"'_{self._known}: ', the next number")
         self._known += 1
@@ -147,7 +147,7 @@ class _Reader:
         state.append(StateSpec(name, spec, kind, usual != is_marked))
         line.end(state_line(self._known - 1, state[-1]))
 
-    def _op(self, line: Line) -> Op:
+    def _op(self, line: LineReader) -> Op:
         known = self._known  # an op cannot take its own results
         results = self._results(line) if line.sees(_ASSIGNMENT) else None
         args: list[Any] = []
@@ -173,7 +173,7 @@ class _Reader:
         line.end(op_line(op))
         return op
 
-    def _arguments(self, line: Line, args: list[Any], known: int) -> dict[str, Any]:
+    def _arguments(self, line: LineReader, args: list[Any], known: int) -> dict[str, Any]:
         kwargs: dict[str, Any] = {}
 
         def argument() -> None:
@@ -198,14 +198,14 @@ class _Reader:
         line.listed(")", argument)
         return kwargs
 
-    def _results(self, line: Line) -> Nested:
+    def _results(self, line: LineReader) -> Nested:
         items = [self._target(line, 0)]
         while line.accept(", "):
             items.append(self._target(line, 1))
         line.expect(" = ")
         return items[0] if len(items) == 1 else tuple(items)
 
-    def _target(self, line: Line, depth: int) -> Nested:
+    def _target(self, line: LineReader, depth: int) -> Nested:
         if depth > MAX_DEPTH:
             raise line.wrong(f"results nested more than {MAX_DEPTH} levels deep")
         if line.accept("("):
@@ -224,7 +224,7 @@ class _Reader:
 _KEYWORD_EQUALS = re.compile(KEYWORD.pattern + "=")
 
 
-def _lines(text: str) -> Iterator[Line]:
+def _lines(text: str) -> Iterator[LineReader]:
     """The lines that are not empty, without the spaces around them."""
     start, number = 0, 1
     while start <= len(text):
@@ -232,5 +232,5 @@ def _lines(text: str) -> Iterator[Line]:
         stop = len(text) if stop < 0 else stop
         line = text[start:stop].strip(" \r")
         if line:
-            yield Line(line, number)
+            yield LineReader(line, number)
         start, number = stop + 1, number + 1

@@ -217,7 +217,7 @@ def recorded_signature(
             return Ref(len(tensors) - 1)
         if isinstance(value, torch.nn.Module):
             modules[path] = value
-            return {key: structure(tensor, f"{path}.{key}") for key, tensor in tensors_of(value).items()}
+            return {key: structure(tensor, f"{path}.{key}") for key, tensor in module_tensors(value).items()}
         if isinstance(value, tuple):
             return tuple([structure(item, f"{path}.{index}") for index, item in enumerate(value)])
         if isinstance(value, list):
@@ -252,7 +252,7 @@ def recorded_signature(
     return Signature(tuple(parameters), arguments), tensors, modules
 
 
-def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a module by name, each tensor once, in module order."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -286,7 +286,7 @@ def _match(recorded: Nested, value: Any, path: str, name: str, inputs: dict[int,
         inputs[recorded.index] = value
         return
     if isinstance(value, torch.nn.Module):
-        value = tensors_of(value)
+        value = module_tensors(value)
     if isinstance(recorded, dict):
         if not isinstance(value, dict) or set(value) != set(recorded):
             got = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__

@@ -192,7 +192,7 @@ class Approvals:
             return prefix
         if not re.fullmatch(r"[0-9a-f]*", prefix) or len(prefix) < MIN_PREFIX:
             raise ApprovalError(
-                f"{_shown(prefix)!r} does not name a plan: give its hash, or the first {MIN_PREFIX} digits or more"
+                f"{_shortened(prefix)!r} does not name a plan: give its hash, or the first {MIN_PREFIX} digits or more"
             )
         self._refresh()
         known = {one.plan for one in self.pending()} | set(self._latest)
@@ -224,7 +224,7 @@ class Approvals:
         """
         if not _is_hash(plan) or not re.fullmatch(r"\.[a-z]{1,16}", suffix):
             raise ApprovalError(
-                f"{_shown(plan)!r}{_shown(suffix)} is not a plan's file: its hash has 64 digits"
+                f"{_shortened(plan)!r}{_shortened(suffix)} is not a plan's file: its hash has 64 digits"
             )
         with self._writing():
             standing = self.status(plan)
@@ -472,7 +472,7 @@ def _is_hash(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
-def _shown(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

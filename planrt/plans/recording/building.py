@@ -103,7 +103,7 @@ def record_in_both_modes(
             return None
         return assemble(recordings[training], registry, name=name, input_names=signature.input_names, doc=doc)
 
-    registry.notice(name)
+    registry.warn_of_captures(name)
     evaluation, training = graph(False), graph(True)
     if evaluation is not None and evaluation == training:
         training = evaluation

@@ -18,7 +18,7 @@ _METHODS: Final = """
 """
 _VALUE_LAST: Final = ("addcdiv", "addcmul")  # the factor that is the keyword `value` of the single op
 
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+TensorCall = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def _on_each() -> dict[Any, tuple[str, Callable[..., Any]]]:
@@ -37,7 +37,7 @@ def _on_each() -> dict[Any, tuple[str, Callable[..., Any]]]:
 ON_EACH: Final = _on_each()
 
 
-def calls(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
+def calls(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[TensorCall]:
     """The call on each tensor that ``function(*args, **kwargs)`` stands for, `function` being one of `ON_EACH`.
 
     Arguments that are lists belong to the tensors one by one; the others to all of them.

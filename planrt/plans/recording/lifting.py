@@ -21,7 +21,7 @@ from planrt.types import TensorSpec
 
 LOST_BACKWARD = "a custom autograd.Function cannot be recorded: the plan would lose its backward"
 
-_SHOWN = 5  # captured tensors that a notice lists
+_MOST_LISTED = 5  # captured tensors that a notice lists
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -242,12 +242,12 @@ class StateRegistry:
             free = f"{name}_{number}"
         return free
 
-    def notice(self, plan: str) -> None:
+    def warn_of_captures(self, plan: str) -> None:
         """Warn of the tensors from outside that became state, once for all of them."""
         if not self.captured:
             return
-        shown = ", ".join(str(spec) for spec, _ in self.captured[:_SHOWN])
-        shown += ", ..." if len(self.captured) > _SHOWN else ""
+        shown = ", ".join(str(spec) for spec, _ in self.captured[:_MOST_LISTED])
+        shown += ", ..." if len(self.captured) > _MOST_LISTED else ""
         line = next((line for _, line in self.captured if line), None)
         many = len(self.captured) > 1
         warnings.warn(

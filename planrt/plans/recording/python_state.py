@@ -20,7 +20,7 @@ import functools
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from planrt.plans.recording.traced_sizes import TracedNumber
 _REGISTERS: Final = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes)
 _MOST: Final = 10_000  # entries of one container that are looked into, and containers in all
-_SHOWN: Final = 4
+_MOST_NAMED: Final = 4
 _EMPTY: Final = object()
 _STORES: Final = frozenset({"STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "DELETE_ATTR"})
 _LOADS: Final = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_DEREF"})
@@ -331,9 +331,9 @@ def _globals_in(code: types.CodeType) -> tuple[str, ...]:
     return tuple(found)
 
 
-def named(changes: Iterable[Change]) -> str:
-    """The changes' names, each once."""
-    return ", ".join(dict.fromkeys(change.name for change in changes))
+def _listed(changes: Sequence[Change]) -> str:
+    """Returns the names of the first few changes, each once."""
+    return ", ".join(dict.fromkeys(change.name for change in changes[:_MOST_NAMED]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,17 +365,17 @@ class KeptError(TraceError):
 def why_kept(changes: Sequence[Change]) -> str:
     """Why a plan cannot be made of a function that keeps something, and what to write."""
     return (
-        f"the function keeps something from call to call, and computes with it: {named(changes[:_SHOWN])}. A plan "
+        f"the function keeps something from call to call, and computes with it: {_listed(changes)}. A plan "
         "would compute as in the first call for ever: keep it in a buffer (self.register_buffer(name, tensor), "
         "self.name += 1), or pass it as an argument"
     )
 
 
-def notice(changes: Sequence[Change], plan: str) -> None:
+def warn_of_changes(changes: Sequence[Change], plan: str) -> None:
     """Warn of what changes from call to call without a part in what is computed, as far as can be seen."""
     line = next((change.line for change in changes if change.line), None)
     warnings.warn(
-        f"{plan} changes {named(changes[:_SHOWN])} at every call{f' (at {line})' if line else ''}: a plan does not, "
+        f"{plan} changes {_listed(changes)} at every call{f' (at {line})' if line else ''}: a plan does not, "
         "and computes as in the first call; keep what counts in a buffer (self.register_buffer), which plans change",
         PlanWarning,
         stacklevel=frames_to_user() + 1,

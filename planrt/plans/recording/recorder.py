@@ -41,7 +41,7 @@ class SizesFixedError(TraceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RecordedOp:
     """One recorded op: the user's line, the module whose forward ran (``layer2.0.bn1 (BatchNorm2d)``), and the number
     that a size op gave in this run."""
 
@@ -86,14 +86,14 @@ class Recorder(TorchFunctionMode):
         left: Left | None = None,
     ) -> None:
         super().__init__()
-        self.steps: list[Step] = []
+        self.steps: list[RecordedOp] = []
         self.failure: TraceError | None = None
         self.in_call = False
         """Whether torch runs a call that is being recorded."""
         self.values: list[torch.Tensor] = []
-        self.assumptions: dict[bytes, tuple[int, Step]] = {}
+        self.assumptions: dict[bytes, tuple[int, RecordedOp]] = {}
         """Comparisons of free sizes by their encoded form: the number of steps before, and the check."""
-        self.readings: dict[int, tuple[int, Step]] = {}
+        self.readings: dict[int, tuple[int, RecordedOp]] = {}
         """The same for free sizes of which the function saw the plain number, by their number in the plan."""
         self._first_values = values
         self._specs = specs
@@ -163,7 +163,7 @@ class Recorder(TorchFunctionMode):
             size = self._dim(args[0], 0)
             if isinstance(size, TracedNumber):
                 self._note_reading(size)
-            return _plain(size)
+            return _untraced(size)
         if func in torch_calls.METADATA or func in torch_calls.PASSES or isinstance(func, type):
             return func(*args, **kwargs)
         if func == torch_calls.GRAD_FN:  # accessors are new objects at every access: equal, not the same
@@ -198,7 +198,7 @@ class Recorder(TorchFunctionMode):
             return self._gradients(name, func, args, kwargs)
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)  # before the call may change them
         watched = self.known.before((args, kwargs))
-        result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
+        result = func(*map_leaves(args, _untraced), **map_leaves(kwargs, _untraced))
         if name == "torch.set_grad_enabled":
             self._grad_mode = torch.is_grad_enabled()
         self.known.after(name, watched, result)
@@ -242,7 +242,7 @@ class Recorder(TorchFunctionMode):
             key: value for key, value in kwargs.items() if not torch_calls.is_backward_default(key, value)
         }
         recorded_args, recorded_kwargs = self._recorded(name, args, kwargs)
-        result = func(*map_leaves(args, _plain), **map_leaves(kwargs, _plain))
+        result = func(*map_leaves(args, _untraced), **map_leaves(kwargs, _untraced))
         return self._write(name, recorded_args, recorded_kwargs, result)
 
     def check_draws(self, line: str | None) -> None:
@@ -295,7 +295,7 @@ class Recorder(TorchFunctionMode):
             packed = pack([name, encode(args), encode(kwargs), encode(results)])
         except PlanFormatError as error:
             raise TraceError(f"{name}: {error}; leave it out", line=line) from None
-        self.steps.append(Step(Op(name, args, kwargs, results), line, packed, module=self._module()))
+        self.steps.append(RecordedOp(Op(name, args, kwargs, results), line, packed, module=self._module()))
         if name == "Tensor.data" and FIRST_STATE <= args[0].index < FIRST_RESULT:
             self.registry.entries[args[0].index - FIRST_STATE].unversioned.append((result, result._version))
         return result
@@ -323,7 +323,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(leaf, torch.Tensor):
             return self._tensor_ref(leaf)
         if isinstance(leaf, TracedNumber):
-            return leaf.ref if leaf.recorder is self else _plain(leaf)
+            return leaf.ref if leaf.recorder is self else _untraced(leaf)
         if isinstance(leaf, torch.device):
             return DEVICE
         if isinstance(leaf, torch.Generator):
@@ -395,7 +395,7 @@ class Recorder(TorchFunctionMode):
 
     def record_arithmetic(self, name: str, *operands: int | float) -> Any:
         """Called by `SizeInt` and `SizeFloat` for their operators."""
-        value = SIZE_ARITHMETIC[f"operator.{name}"](*(_plain(operand) for operand in operands))
+        value = SIZE_ARITHMETIC[f"operator.{name}"](*(_untraced(operand) for operand in operands))
         if self._closed or any(o.recorder is not self for o in operands if isinstance(o, TracedNumber)):
             return value
         return self._number(f"operator.{name}", tuple(self._leaf(operand) for operand in operands), value)
@@ -405,19 +405,19 @@ class Recorder(TorchFunctionMode):
 
         What torch's own modules compare is left out: they raise for sizes that do not fit, as the op will.
         """
-        holds = COMPARISONS[name](_plain(left), _plain(right))
+        holds = COMPARISONS[name](_untraced(left), _untraced(right))
         if self._is_asked(left, right):
             word = name if holds else _OPPOSITE[name]
             op = Op(f"operator.assume_{word}", (self._leaf(left), self._leaf(right)), {}, None)
             packed = pack([op.name, encode(op.args)])
-            self.assumptions.setdefault(packed, (len(self.steps), Step(op, self._line(), packed)))
+            self.assumptions.setdefault(packed, (len(self.steps), RecordedOp(op, self._line(), packed)))
         return holds
 
     def record_reading(self, number: Any) -> Any:
         """Called by `SizeInt` and `SizeFloat` where their memory is lost."""
         if self._is_asked(number):
             self._note_reading(number)
-        return _plain(number)
+        return _untraced(number)
 
     def _is_asked(self, *numbers: Any) -> bool:
         """Whether it is the function that looks at `numbers`, while it runs."""
@@ -427,13 +427,13 @@ class Recorder(TorchFunctionMode):
     def _note_reading(self, number: TracedNumber) -> None:
         line = self._line()
         op = Op("operator.assume_eq", (number.ref, number.plain), {}, None)
-        step = Step(op, line, pack([op.name, encode(op.args)]), number.plain)
+        step = RecordedOp(op, line, pack([op.name, encode(op.args)]), number.plain)
         self.readings.setdefault(number.ref.index, (len(self.steps), step))
 
     def _number(self, name: str, args: tuple[Any, ...], value: Any) -> Any:
         ref = self._new_ref()
         packed = pack([name, encode(args), encode(ref)])
-        self.steps.append(Step(Op(name, args, {}, ref), self._line(), packed, value))
+        self.steps.append(RecordedOp(Op(name, args, {}, ref), self._line(), packed, value))
         return traced(value, ref, self)
 
     # The end of a run
@@ -461,7 +461,7 @@ class Recorder(TorchFunctionMode):
     def _detached(self, source: Ref) -> Ref:
         ref = self._new_ref()
         op = Op("Tensor.detach", (source,), {}, ref)
-        self.steps.append(Step(op, None, pack([op.name, encode(op.args), encode(ref)])))
+        self.steps.append(RecordedOp(op, None, pack([op.name, encode(op.args), encode(ref)])))
         return ref
 
 
@@ -469,5 +469,5 @@ _SIZES = traced_sizes.__file__
 _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
-def _plain(leaf: Any) -> Any:
+def _untraced(leaf: Any) -> Any:
     return leaf.plain if isinstance(leaf, TracedNumber) else leaf

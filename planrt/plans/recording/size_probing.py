@@ -19,7 +19,7 @@ from planrt.errors import PlanrtError
 from planrt.plans.ir.graph import Op, refs_in
 from planrt.plans.ir.ops import SIZE_ARITHMETIC, SIZE_OPS
 from planrt.plans.ir.text import show
-from planrt.plans.recording.recorder import Run, SizesFixedError, Step
+from planrt.plans.recording.recorder import RecordedOp, Run, SizesFixedError
 from planrt.serde.values import encode, pack
 from planrt.types import Nested, Ref, leaves, map_leaves
 
@@ -59,7 +59,7 @@ def odd_runs(
     return []
 
 
-def in_common(first: Run, others: Sequence[Run]) -> tuple[tuple[Step, ...], Nested]:
+def in_common(first: Run, others: Sequence[Run]) -> tuple[tuple[RecordedOp, ...], Nested]:
     """The steps and outputs of all runs.
 
     Raises:
@@ -79,7 +79,7 @@ def in_common(first: Run, others: Sequence[Run]) -> tuple[tuple[Step, ...], Nest
     return _folded(list(_merged(first.recorder.steps, assumed)), first.outputs)
 
 
-def _checked_readings(first: Run, others: Sequence[Run]) -> list[tuple[int, Step]]:
+def _checked_readings(first: Run, others: Sequence[Run]) -> list[tuple[int, RecordedOp]]:
     """What says that numbers which the function saw are the same at run time."""
     for key, (_, step) in first.recorder.readings.items():
         for other in others:
@@ -93,7 +93,7 @@ def _checked_readings(first: Run, others: Sequence[Run]) -> list[tuple[int, Step
     return list(first.recorder.readings.values())
 
 
-def _merged(steps: Sequence[Step], assumed: Sequence[tuple[int, Step]]) -> Iterator[Step]:
+def _merged(steps: Sequence[RecordedOp], assumed: Sequence[tuple[int, RecordedOp]]) -> Iterator[RecordedOp]:
     """`steps` with each assumption where it was made."""
     done = 0
     for position, assumption in assumed:
@@ -103,7 +103,7 @@ def _merged(steps: Sequence[Step], assumed: Sequence[tuple[int, Step]]) -> Itera
     yield from steps[done:]
 
 
-def _compare(first: Sequence[Step], second: Sequence[Step]) -> None:
+def _compare(first: Sequence[RecordedOp], second: Sequence[RecordedOp]) -> None:
     for one, other in zip(first, second, strict=False):
         if one.packed == other.packed:
             continue
@@ -134,14 +134,14 @@ def _compare(first: Sequence[Step], second: Sequence[Step]) -> None:
         )
 
 
-def _folded(steps: Sequence[Step], outputs: Nested) -> tuple[tuple[Step, ...], Nested]:
+def _folded(steps: Sequence[RecordedOp], outputs: Nested) -> tuple[tuple[RecordedOp, ...], Nested]:
     """Arithmetic on constants becomes a constant; size ops that nothing uses go."""
     constants: dict[int, int | float] = {}
 
     def fold(leaf: Any) -> Any:
         return constants.get(leaf.index, leaf) if isinstance(leaf, Ref) else leaf
 
-    folded: list[Step] = []
+    folded: list[RecordedOp] = []
     for step in steps:
         op = Op(
             step.op.name, map_leaves(step.op.args, fold), map_leaves(step.op.kwargs, fold), step.op.results
@@ -153,7 +153,7 @@ def _folded(steps: Sequence[Step], outputs: Nested) -> tuple[tuple[Step, ...], N
     outputs = map_leaves(outputs, fold)
 
     used = {ref.index for ref in refs_in(outputs)}
-    kept: list[Step] = []
+    kept: list[RecordedOp] = []
     for step in reversed(folded):
         if step.op.name in SIZE_OPS and step.op.results.index not in used:
             continue

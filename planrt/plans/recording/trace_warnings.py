@@ -23,7 +23,7 @@ class _Collecting(threading.local):
 
 
 _collecting = _Collecting()
-_shown: dict[str, dict[Any, Any]] = {}
+_registries: dict[str, dict[Any, Any]] = {}
 """For each file what was shown: Python's default is to show a warning of a line once."""
 
 
@@ -62,7 +62,9 @@ def told_once() -> Iterator[None]:
         finally:
             _collecting.told = None
     for (_, category, filename, lineno), message in told.items():
-        warnings.warn_explicit(message, category, filename, lineno, registry=_shown.setdefault(filename, {}))
+        warnings.warn_explicit(
+            message, category, filename, lineno, registry=_registries.setdefault(filename, {})
+        )
 
 
 @contextmanager

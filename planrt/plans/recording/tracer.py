@@ -23,14 +23,21 @@ from planrt.plans.ir.source import user_line
 from planrt.plans.recording import torch_calls
 from planrt.plans.recording.lifting import StateRegistry, Undo, check_plain
 from planrt.plans.recording.python_rng import why_not
-from planrt.plans.recording.python_state import KeptError, KeptState, Left, Snapshot, notice, why_kept
+from planrt.plans.recording.python_state import (
+    KeptError,
+    KeptState,
+    Left,
+    Snapshot,
+    warn_of_changes,
+    why_kept,
+)
 from planrt.plans.recording.recorder import (
     FIRST_STATE,
     DrawnError,
+    RecordedOp,
     Run,
     SecondRunError,
     SizesFixedError,
-    Step,
 )
 from planrt.plans.recording.size_probing import grown, in_common, odd_runs
 from planrt.plans.recording.trace_warnings import quiet, told_once
@@ -45,7 +52,7 @@ class Recording:
     """What one traced function did: steps and outputs, values numbered as while recording."""
 
     inputs: tuple[TensorSpec, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[RecordedOp, ...]
     outputs: Nested
     trained_inputs: frozenset[int]
     """Inputs that require gradients."""
@@ -88,7 +95,7 @@ def trace(
     recording = record(function, examples, registry=registry, free_dims=free_dims)
     graph = assemble(recording, registry, name=name, input_names=input_names, doc=doc)
     if notice:
-        registry.notice(name)
+        registry.warn_of_captures(name)
     return graph
 
 
@@ -243,7 +250,7 @@ def _check_kept(
         ) from error
     going_on = kept.changes(after, later, tensors=False)
     if going_on:
-        notice(going_on, "the function")
+        warn_of_changes(going_on, "the function")
 
 
 def assemble(

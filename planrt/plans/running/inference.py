@@ -43,6 +43,11 @@ class Spec:
     def __repr__(self) -> str:
         return f"{DTYPE_NAMES[self.dtype]}{list(self.shape)}"
 
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Spec:
+        """Returns the spec of a tensor that is here, or on the meta device."""
+        return spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.is_leaf)
+
     def twin(self) -> torch.Tensor:
         """A new meta tensor like the remote one."""
         made = torch.empty_strided(
@@ -73,11 +78,6 @@ def spec(
             _cache.clear()
         found = _specs[key] = Spec(*key)
     return found
-
-
-def spec_of(tensor: torch.Tensor) -> Spec:
-    """The spec of a tensor that is here (or meta)."""
-    return spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.is_leaf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +199,12 @@ def _infer(
                 return Same(number)
         if leaf.device.type != "meta":
             raise _UnforeseeableError
-        return spec_of(leaf)
+        return Spec.of(leaf)
 
     results = _map_results(result, seen)
     changed = []
     for number, (twin, before) in enumerate(zip(twins, specs, strict=True)):
-        after = spec_of(twin)
+        after = Spec.of(twin)
         if after is not before:
             changed.append((number, after))
     return Inferred(results, tuple(changed))

@@ -22,7 +22,7 @@ from planrt.plans.ir.constants import Constant, constants_of
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord
 from planrt.plans.running import interpreter
-from planrt.plans.running.inference import Spec, spec_of
+from planrt.plans.running.inference import Spec
 from planrt.types import Ref
 from planrt.workers.wire.plan_call import PlanTwin, meta_state, output_values
 
@@ -163,7 +163,7 @@ def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[i
 
 def written(graph: Graph, inputs: Sequence[torch.Tensor]) -> frozenset[int]:
     """Which operands of a call may be written to: 0 for the plan's state, 1 and up for its inputs."""
-    return _written(PlanTwin(graph), tuple([spec_of(one) for one in inputs]), torch.is_grad_enabled())
+    return _written(PlanTwin(graph), tuple([Spec.of(one) for one in inputs]), torch.is_grad_enabled())
 
 
 _records: weakref.WeakValueDictionary[str, PlanRecord] = weakref.WeakValueDictionary()

@@ -73,7 +73,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         value = next(rest)
         if isinstance(value, PlanObject):
             return value
-        return twins.setdefault(id(value), _Operand(inference.spec_of(value)))
+        return twins.setdefault(id(value), _Operand(inference.Spec.of(value)))
 
     args, kwargs = map_leaves(op.args, twin), map_leaves(op.kwargs, twin)
     if op.name == plan_call.CALL:
@@ -90,7 +90,7 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
 def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
     """A plan that fails on the way may not have come to its last ops: what these change must not show."""
     for number, after in foreseen.changed:
-        before = inference.spec_of(inputs[number])
+        before = inference.Spec.of(inputs[number])
         joins_graph = after.requires_grad and not after.leaf
         if (after.shape, after.stride, after.dtype) != (
             before.shape,
@@ -166,7 +166,7 @@ def stand_in(
     for number, (operand, version) in enumerate(zip(operands, versions, strict=True)):
         if refs[number] not in written:
             continue
-        like = changed.get(number) or inference.spec_of(operand)
+        like = changed.get(number) or inference.Spec.of(operand)
         # Others are changed behind autograd's back, or the plan that changes them gives them back as they are.
         joins = number in changed or (number in same and op.name != plan_call.CALL)
         if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from planrt.errors import UnsupportedTensorError
-from planrt.plans.running.inference import Spec, spec, spec_of
+from planrt.plans.running.inference import Spec, spec
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.workers.wire import messages as m
 
@@ -62,5 +62,5 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 def contiguous(tensor: torch.Tensor) -> Spec:
     """The spec that `tensor` has once it has travelled: contiguous, and a leaf."""
-    s = spec_of(tensor)
+    s = Spec.of(tensor)
     return spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)

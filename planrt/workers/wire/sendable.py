@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from planrt.errors import LocalError, MessageTooLargeError, OptionError
-from planrt.serde.tensors import describe, payload_bytes
+from planrt.serde.tensors import header_entries, payload_bytes
 from planrt.types import plain
 from planrt.workers.wire import messages as m
 
@@ -54,7 +54,7 @@ def sendable(body: B, tensors: Sequence[torch.Tensor], *, to: m.Versions, worker
             address=address,
         )
     if not isinstance(body, m.Post):  # these are gathered to fit
-        header = len(_packed([m.to_wire(m.Envelope(2**62, body)), describe(tensors)], body))
+        header = len(_packed([m.to_wire(m.Envelope(2**62, body)), header_entries(tensors)], body))
         if header > to.header_limit:
             raise MessageTooLargeError(
                 f"a message with a header of {header:,} bytes is over the limit of {to.header_limit:,} bytes that "
