@@ -58,7 +58,7 @@ def keep_freed_memory() -> bool:
 
 
 def clears_from_the_start() -> bool:
-    """Whether malloc was told to clear memory before this process began."""
+    """Returns whether malloc was told to clear memory before this process began."""
     return set(CLEARING.split(":")) <= set(os.environ.get("GLIBC_TUNABLES", "").split(":"))
 
 

@@ -27,7 +27,7 @@ def card(
     rows: Sequence[Sequence[object]] = (),
     text: str = "",
 ) -> str:
-    """The HTML of one object.
+    """Renders one object as HTML.
 
     Args:
         title: what it is.

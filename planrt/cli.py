@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The command `planrt` of a terminal."""
+    """Runs the command `planrt` of a terminal."""
     leave(main())
 
 

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(*, at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
-    """An option type: an integer within bounds."""
+    """Makes an option type for argparse: an integer within bounds."""
 
     def parse(text: str) -> int:
         try:
@@ -53,7 +53,7 @@ def whole_number(*, at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], 
 
 
 def positive_number(text: str) -> float:
-    """An option type: a finite number above zero."""
+    """Parses an option of argparse: a finite number above zero."""
     try:
         value = float(text)
     except ValueError:
@@ -93,7 +93,8 @@ def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:
 
 
 def stopped_by() -> str:
-    """What stops this process: Ctrl-C, or a signal where that is ignored, as in a job in the background of a script."""
+    """Returns what stops this process: Ctrl-C, or a signal where that is ignored, as in a job in the
+    background of a script."""
     return "Ctrl-C" if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else f"kill {os.getpid()}"
 
 
@@ -108,12 +109,12 @@ def leave(code: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """The words of `error` on a single line."""
+    """Returns the words of `error` on a single line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says: torch's errors go on for many."""
+    """Returns the first line of what `error` says: torch's errors go on for many."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

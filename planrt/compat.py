@@ -86,7 +86,8 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def resolve(new: str) -> Any:
-    """What a name of the table's right side stands for, such as ``planrt.PointerTensor.get``."""
+    """Returns the object that a name of the table's right side stands for, such as
+    ``planrt.PointerTensor.get``."""
     parts = new.split(".")
     value: Any = import_module(parts[0])
     for count, part in enumerate(parts[1:], start=2):

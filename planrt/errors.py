@@ -256,7 +256,7 @@ class NotApprovedError(RemoteError):
 
 
 class PolicyRefusedError(RemoteError):
-    """What was to run breaks a rule of the worker's owner; `op`, `index` and `line` say where."""
+    """The program that was to run breaks a rule of the worker's owner; `op`, `index` and `line` say where."""
 
 
 class GetNotPermittedError(RemoteError):

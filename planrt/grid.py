@@ -38,7 +38,7 @@ class PrivateGridNetwork:
         self.workers = list(workers)
 
     def search(self, *query: str) -> dict[str, list[PointerTensor]]:
-        """What the workers hold that matches every term of `query`; all are asked at the same time.
+        """Searches all workers at the same time for objects that match every term of `query`.
 
         Args:
             query: tags, ids, or words of descriptions, exactly as they are there. Without any, what is tagged.

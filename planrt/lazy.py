@@ -9,7 +9,8 @@ from typing import Any
 
 
 def names_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package: `homes` says in which module each of its public names is (PEP 562)."""
+    """Makes the ``__getattr__`` of a package: `homes` says in which module each of its public names is (PEP
+    562)."""
 
     def look_up(name: str) -> Any:
         home = homes.get(name)

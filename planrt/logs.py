@@ -16,7 +16,8 @@ import structlog
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A structlog logger on top of the standard library's logger `name`: events there, fields as extras."""
+    """Returns a structlog logger on top of the standard library's logger `name`: events there, fields as
+    extras."""
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger(name),
         processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],

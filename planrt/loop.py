@@ -26,7 +26,7 @@ _thread: threading.Thread | None = None
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop where it is installed (not on Windows), else asyncio's own."""
+    """Returns a uvloop where it is installed (not on Windows), else asyncio's own."""
     try:
         import uvloop
     except ImportError:
@@ -35,7 +35,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
-    """The loop of the background thread, started at the first call."""
+    """Returns the loop of the background thread, started at the first call."""
     global _loop, _thread
     with _lock:
         if _loop is None or _thread is None or not _thread.is_alive():
@@ -63,7 +63,7 @@ def _use_one_torch_thread(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def on_loop_thread() -> bool:
-    """Whether the caller is on planrt's own loop thread, where nothing may block."""
+    """Returns whether the caller is on planrt's own loop thread, where nothing may block."""
     return threading.current_thread() is _thread
 
 

@@ -12,7 +12,8 @@ from planrt.types import as_whole
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A seed in [0, 2**63) from `seed` and `parts`: SHA-256 of their text, so that no two streams are related.
+    """Derives a seed in [0, 2**63) from `seed` and `parts`: SHA-256 of their text, so that no two streams are
+    related.
 
     Raises:
         OptionError: `seed` is no whole number.

@@ -43,7 +43,7 @@ _hook: TorchHook | None = None
 
 
 def current_hook() -> TorchHook:
-    """The hook of this process, made at the first call."""
+    """Returns the hook of this process, made at the first call."""
     return TorchHook(torch)
 
 

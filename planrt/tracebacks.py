@@ -23,12 +23,12 @@ VARIABLE = "PLANRT_FULL_TRACEBACK"
 
 
 def full_wanted() -> bool:
-    """Whether the user asked for whole tracebacks."""
+    """Returns whether the user asked for whole tracebacks."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
 
 
 def short(error: BaseException, name_line: Callable[[str], str] | None = None) -> list[str]:
-    """The lines of `error`'s traceback with the frames of the user's code only.
+    """Returns the lines of `error`'s traceback with the frames of the user's code only.
 
     A cause that has no frame of the user's is left out; what it said is in the words of `error`. `name_line` gives the
     place ``file:line`` another name, as notebooks do with their cells.
@@ -93,7 +93,7 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def rendered(error: BaseException) -> list[str]:
-    """The lines that a notebook shows of `error`."""
+    """Returns the lines that a notebook shows of `error`."""
     if full_wanted():
         return "".join(traceback.format_exception(error)).splitlines()
     return short(error, place_shown)
@@ -111,7 +111,7 @@ def _rendered_now() -> list[str]:
 
 
 def number_of(line: str) -> int:
-    """The number in ``file:line``."""
+    """Returns the number in ``file:line``."""
     number = line.rpartition(":")[2]
     return int(number) if number.isdecimal() else 0
 

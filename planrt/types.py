@@ -37,12 +37,12 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, *, free_dims: Sequence[int] = ()) -> TensorSpec:
-        """The spec of `tensor`, with the dimensions in `free_dims` left free."""
+        """Returns the spec of `tensor`, with the dimensions in `free_dims` left free."""
         shape = tuple(FREE if d in free_dims else int(size) for d, size in enumerate(tensor.shape))
         return cls(shape, tensor.dtype)
 
     def accepts(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` has this dtype and a shape that fits."""
+        """Returns whether `tensor` has this dtype and a shape that fits."""
         return (
             tensor.dtype == self.dtype
             and tensor.dim() == len(self.shape)
@@ -59,7 +59,8 @@ Nested: TypeAlias = Any
 
 
 def leaves(value: Nested) -> Iterator[Any]:
-    """Everything in a nested value that is no container, left to right. Slices are containers of three."""
+    """Yields everything in a nested value that is no container, left to right. Slices are containers of
+    three."""
     if isinstance(value, tuple | list):
         for item in value:
             yield from leaves(item)
@@ -72,7 +73,7 @@ def leaves(value: Nested) -> Iterator[Any]:
 
 
 def map_leaves(value: Nested, change: Callable[[Any], Any]) -> Nested:
-    """A copy of a nested value with `change` applied to each of its `leaves`, in their order."""
+    """Copies a nested value with `change` applied to each of its `leaves`, in their order."""
     if isinstance(value, tuple):
         return tuple([map_leaves(item, change) for item in value])
     if isinstance(value, list):
@@ -85,8 +86,8 @@ def map_leaves(value: Nested, change: Callable[[Any], Any]) -> Nested:
 
 
 def plain(value: Any) -> Any:
-    """The Python number or string that `value` stands for, where it is a NumPy scalar, a tensor without dimensions, a
-    member of an enumeration or a path; anything else as it is.
+    """Returns the Python number or string that `value` stands for, where it is a NumPy scalar, a tensor
+    without dimensions, a member of an enumeration or a path; anything else as it is.
     """
     if isinstance(value, Enum):
         return plain(value.value)

@@ -250,3 +250,61 @@ def test_the_files_that_the_architecture_names_are_there():
     assert not [
         name for name in named - {"net.py"} if not any(f"/{path}".endswith(f"/{name}") for path in there)
     ]
+
+
+CLAUSES = {"What", "Whether", "Where", "How", "Who", "Whose", "Which", "Why", "When"}
+"""Words that begin a clause and no sentence: ``What the plan does.``"""
+
+ARTICLES = {"The", "A", "An", "All", "Those", "Every", "Some"}
+"""Words that begin the name of a thing. A class or a property is one; a function does something: ``Returns ...``."""
+
+
+def public_docstrings(path: Path):
+    """(line, name, whether a function, first paragraph) of each public class, property, function and method."""
+
+    def inside(node, of):
+        for inner in node.body:
+            if not isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if inner.name.startswith("_"):
+                continue
+            name = f"{of}{inner.name}"
+            is_class = isinstance(inner, ast.ClassDef)
+            if text := ast.get_docstring(inner):
+                is_property = any("property" in ast.unparse(one) for one in inner.decorator_list)
+                yield inner.lineno, name, not is_class and not is_property, text.split("\n\n")[0]
+            if is_class:
+                yield from inside(inner, f"{name}.")
+
+    yield from inside(ast.parse(path.read_text()), "")
+
+
+def badly_begun(is_function: bool, text: str) -> bool:
+    first = text.split()[0].strip("`*,;:")
+    return first in CLAUSES or (is_function and first in ARTICLES) or text.rstrip()[-1] not in ".:"
+
+
+WRITTEN = [path for path in modules() if room_of(path) != "workers"]
+"""Modules whose docstrings begin with sentences: all but those of the workers, so far."""
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_docstrings_begin_with_a_sentence(path):
+    bad = [
+        f"{path.name}:{line} {name}: {text.splitlines()[0]}"
+        for line, name, is_function, text in public_docstrings(path)
+        if badly_begun(is_function, text)
+    ]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize(
+    ("is_function", "text", "bad"),
+    [
+        (True, "Returns the mean.", False), (True, "Whether it is built.", True), (True, "The mean.", True),
+        (False, "The mean.", False), (False, "What a run returns.", True), (True, "Returns the mean", True),
+        (True, "Writes a value::", False),
+    ],
+)  # fmt: skip
+def test_a_sentence_is_told_from_a_clause(is_function, text, bad):
+    assert badly_begun(is_function, text) is bad

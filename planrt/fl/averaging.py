@@ -55,7 +55,7 @@ class StreamingAverage:
         self.count += 1
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The mean; the accumulator is used up.
+        """Returns the mean; the accumulator is used up.
 
         Raises:
             OptionError: nothing was added.
@@ -98,7 +98,7 @@ def federated_avg(
     *,
     copy: bool = False,
 ) -> Model:
-    """The average of `models` (worker id -> model), plain, or weighted by `weights` (worker id -> samples).
+    """Averages `models` (worker id -> model), plainly, or weighted by `weights` (worker id -> samples).
 
     Models are nn.Modules, traced modules or state dicts. Of modules, the first in the mapping is changed to be the
     average, and returned, as in PySyft 0.2: its parameters stay the same objects, so an optimizer of it goes on. With
@@ -147,20 +147,21 @@ def _number(weight: Any) -> float:
 
 
 def state_of(model: nn.Module | State) -> dict[str, torch.Tensor]:
-    """The parameters and persistent buffers of `model` by name, detached, sharing memory with it."""
+    """Returns the parameters and persistent buffers of `model` by name, detached, sharing memory with it."""
     entries = model.state_dict() if isinstance(model, nn.Module) else model
     return {name: value.detach() for name, value in entries.items() if isinstance(value, torch.Tensor)}
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
-    """A copy of `model` that holds `state`; `model` stays as it is."""
+    """Returns a copy of `model` that holds `state`; `model` stays as it is."""
     result = copied(model)
     result.load_state_dict({**model.state_dict(), **state})
     return result
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, also where it holds a weight that its forward computes (`weight_norm`, `prune`).
+    """Returns a deep copy of `model`, also where it holds a weight that its forward computes (`weight_norm`,
+    `prune`).
 
     Such a tensor has a gradient history, which torch refuses to copy; its next forward computes it anew.
     """

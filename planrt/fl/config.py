@@ -126,7 +126,7 @@ class TrainConfig:
 
     @property
     def is_traced(self) -> bool:
-        """Whether it is known what batches look like, so that there are plans."""
+        """Tells whether the shape of batches is known, so that there are plans."""
         return self._given is not None or self._example is not None
 
     @property
@@ -157,7 +157,7 @@ class TrainConfig:
         return self.plans.state
 
     def trace_for(self, worker: BaseWorker, dataset_key: str) -> ModelPlans:
-        """The plans, traced if they are not yet, for the batches of a worker's data set.
+        """Returns the plans, traced if they are not yet, for the batches of a worker's data set.
 
         Raises:
             UnknownDatasetError: the worker has none under that key. TraceError: see the class.
@@ -178,7 +178,7 @@ class TrainConfig:
         return self.plans if self.is_traced else self.trace_for(worker, dataset_key)
 
     def fit_options(self, lr: float | None = None) -> dict[str, Any]:
-        """The fields of a `Fit` message that are this config's, with another learning rate if given."""
+        """Returns the fields of a `Fit` message that are this config's, with another learning rate if given."""
         return {
             "batch_size": self.batch_size,
             "epochs": self.epochs,
@@ -213,7 +213,7 @@ class TrainConfig:
         return self
 
     def send(self, worker: BaseWorker) -> TrainConfig:
-        """The blocking form of `async_send`."""
+        """Sends the config as `async_send` does, and waits for that."""
         return run(self.async_send(worker), instead="await config.async_send(worker)")
 
     @on_loop
@@ -228,7 +228,8 @@ class TrainConfig:
         allocate: Allocate[m.Envelope] = in_memory,
         plans: ModelPlans | None = None,
     ) -> FitResult:
-        """One request and one reply: `state` there, training, the trained entries back.
+        """Trains `state` on `worker` by one request and one reply: the state goes there, the trained entries
+        come back.
 
         `plans` are `self.plans`, for callers that looked at the model already.
         """
@@ -260,7 +261,8 @@ class TrainConfig:
         batch_size: int,
         bins: int,
     ) -> EvaluationResult:
-        """One request and one reply: `state` there, the figures back."""
+        """Evaluates `state` on `worker` by one request and one reply: the state goes there, the figures come
+        back."""
         plans = self._plans_for(worker, dataset_key)
         plan = plans.evaluation
         await worker.put_plan(plan, purpose=self.purpose)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What a pointer of a `TrainConfig` brings back: the model or the loss, as `obj`."""
+    """A model or a loss, as `obj`, that a pointer of a `TrainConfig` brought back."""
 
     obj: Any
     id: int
@@ -179,7 +179,7 @@ class SentJob:
         return replace(result, hidden=frozenset(hidden))
 
     def model(self, values: list[torch.Tensor]) -> nn.Module:
-        """A copy of the model with what was fetched."""
+        """Returns a copy of the model with what was fetched."""
         assert self._model is not None  # noqa: S101 - there is a pointer to it
         self.taken = True
         model = copied(self._model)
@@ -209,7 +209,8 @@ def _saved(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def evaluated(figures: m.Evaluated, *, bins: int = 0) -> EvaluationResult:
-    """What a worker answered, as a result; with `bins`, counts were asked for, and it warns where there are none."""
+    """Makes a result of a worker's answer. With `bins`, counts were asked for, and it warns where there are
+    none."""
     if bins and figures.correct is None:
         warnings.warn(
             "the worker's owner lets counts out only where each is of enough rows (min_rows), and here one is not: "
@@ -268,7 +269,7 @@ class LossPointer:
         self.id_at_location = new_id()
 
     def get(self) -> Sent:
-        """The loss, as `obj`."""
+        """Returns the loss, as `obj`."""
         return Sent(self._loss_fn, self.id_at_location)
 
     def __repr__(self) -> str:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "mnist_async") -
 
 
 def parser(prog: str = "mnist_async") -> Parser:
-    """The command's options."""
+    """Returns the parser of the command's options."""
     parser = Parser(prog=prog, description="Train the MNIST network on federated workers.")
     count = whole_number(at_least=1)
     seed = whole_number(at_least=0)

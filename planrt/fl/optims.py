@@ -47,7 +47,7 @@ class Optims:
             stay(made)
 
     def get_optim(self, worker: str | BaseWorker) -> torch.optim.Optimizer:
-        """The optimizer for one worker, given its id or itself.
+        """Returns the optimizer for one worker, given its id or itself.
 
         Raises:
             OptionError: it is not among those given.
@@ -60,7 +60,7 @@ class Optims:
         return found
 
     def count(self) -> int:
-        """How many optimizers there are."""
+        """Returns the number of optimizers."""
         return len(self._optimizers)
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ def learning_rate(value: Any) -> float:
 
 
 def optimizer_name(given: Any) -> str:
-    """The name of an optimizer of torch.optim, given as such in any case, or as its class.
+    """Returns the name of an optimizer of torch.optim, given as such in any case, or as its class.
 
     Raises:
         OptionError: torch.optim has none like it, or planrt does not know it.
@@ -95,7 +95,7 @@ def optimizer_name(given: Any) -> str:
 
 
 def optimizer_options(name: str, args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments of optimizer `name` as plain data, tried on the optimizer itself.
+    """Returns the keyword arguments of optimizer `name` as plain data, tried on the optimizer itself.
 
     Raises:
         OptionError: arguments it does not take, or does not accept.

@@ -90,7 +90,7 @@ def check_here(model: nn.Module) -> None:
 
 
 def dataset_of(worker: BaseWorker, key: str) -> m.DatasetInfo:
-    """What `worker` says about its data set `key`.
+    """Returns the description that `worker` gave of its data set `key`.
 
     Raises:
         UnknownDatasetError: it has none under that key.
@@ -107,7 +107,7 @@ def dataset_of(worker: BaseWorker, key: str) -> m.DatasetInfo:
 
 
 def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of `size` zeros with the shapes and dtypes a worker announces: enough to trace on."""
+    """Returns a batch of `size` zeros with the shapes and dtypes a worker announces: enough to trace on."""
     data, target = (
         torch.zeros([size if extent == -1 else extent for extent in shape], dtype=DTYPES[dtype])
         for dtype, shape in (info.data, info.target)
@@ -117,7 +117,7 @@ def example_batch(info: m.DatasetInfo, size: int = 2) -> tuple[torch.Tensor, tor
 
 @contextmanager
 def casting_hint(model: nn.Module | None, data: torch.Tensor, key: str) -> Iterator[None]:
-    """What goes wrong with floating-point data of another dtype than the model's says how to cast."""
+    """Adds to a failure on floating-point data of another dtype than the model's how to cast one of them."""
     try:
         yield
     except TraceError as error:

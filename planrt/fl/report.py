@@ -69,7 +69,7 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """The report as JSON. Numbers that are not finite (a run that diverged) become null."""
+        """Returns the report as JSON. Numbers that are not finite (a run that diverged) become null."""
         rounds = []
         for entry in self.rounds:
             fields = dataclasses.asdict(entry)

@@ -90,7 +90,7 @@ class RoundResult:
 class RoundScheduler:
     """Runs rounds of `config` on `workers`, each on its data set `dataset_key`.
 
-    Every random choice of a worker derives from (`seed`, round, worker id): the same run gives the same bits on
+    Every random choice of a worker derives from (`seed`, round, worker id): the same run has the same bits on
     virtual and on websocket workers with the same torch build and number of threads. `weighted` counts each
     worker by the samples it trained on.
 
@@ -286,7 +286,7 @@ class ModelEvaluator:
 
     @on_loop
     async def evaluate(self, state: Mapping[str, torch.Tensor]) -> EvaluationResult:
-        """The figures of `state`: one request, one reply."""
+        """Evaluates `state` by one request and one reply, and returns the figures."""
         return await self.config.evaluate(
             self.worker, state, dataset_key=self.dataset_key, batch_size=self.batch_size, bins=self.bins
         )

@@ -126,14 +126,14 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
 
 
 def holdings(worker_id: str, key: str, description: str, items: int, digits: dict[int, int]) -> str:
-    """The lines that tell an owner what a worker holds."""
+    """Returns the lines that tell an owner what a worker holds."""
     lines = [f"{worker_id} holds {key!r}: {description}, {items:,} items"]
     lines += [f"  {digit}: {count:>6,} images" for digit, count in digits.items()]
     return "\n".join(lines)
 
 
 def parser(prog: str) -> Parser:
-    """The command's options."""
+    """Returns the parser of the command's options."""
     parser = Parser(prog=prog, description="Serve one worker's data over a websocket.")
     port = whole_number(at_least=0, at_most=65535)
     add = parser.add_argument

@@ -135,7 +135,7 @@ def evaluate_model_on_worker(
     *,
     loss_fn: Loss = F.nll_loss,
 ) -> EvaluationResult:
-    """The blocking form of `async_evaluate_model_on_worker`."""
+    """Evaluates a model as `async_evaluate_model_on_worker` does, and waits for that."""
     evaluation = async_evaluate_model_on_worker(
         model_identifier,
         worker,
@@ -151,7 +151,7 @@ def evaluate_model_on_worker(
 
 
 def shares(histogram: list[int]) -> str:
-    """The shares of predictions in 0-3, 4-6 and 7-9, for ten classes; else the counts."""
+    """Returns the shares of predictions in 0-3, 4-6 and 7-9, for ten classes; else the counts."""
     if len(histogram) != 10:
         return f"Predictions per class: {histogram}"
     total = max(1, sum(histogram))
@@ -190,7 +190,7 @@ def scale_model(model: nn.Module, scale: float) -> nn.Module:
 
 
 def accuracy(pred_softmax: torch.Tensor, target: torch.Tensor) -> float:
-    """The share of rows of `pred_softmax` [N, classes] whose largest entry is at `target` [N] or [N, 1].
+    """Returns the share of rows of `pred_softmax` [N, classes] whose largest entry is at `target` [N] or [N, 1].
 
     Raises:
         OptionError: other shapes.
@@ -207,7 +207,7 @@ def accuracy(pred_softmax: torch.Tensor, target: torch.Tensor) -> float:
 def extract_batches_per_worker(
     federated_train_loader: FederatedDataLoader,
 ) -> dict[BaseWorker, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """All batches of one pass over `federated_train_loader`, by the worker they are on."""
+    """Returns all batches of one pass over `federated_train_loader`, by the worker they are on."""
     datasets = federated_train_loader.federated_dataset.datasets
     batches: dict[Any, list[Any]] = {dataset.location: [] for dataset in datasets.values()}
     for step in federated_train_loader:
@@ -225,7 +225,8 @@ def create_gaussian_mixture_toy_data(nr_samples: int) -> tuple[torch.Tensor, tor
 
 
 def iris_data_partial() -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ten flowers of each of the three classes of the iris data: float32 [30, 4] and int64 [30].
+    """Returns the first ten flowers of each of the three classes of the iris data: float32 [30, 4] and int64
+    [30].
 
     Raises:
         MissingPackageError: scikit-learn is not installed.

@@ -28,7 +28,7 @@ from planrt.plans.forms import torchscript
 from planrt.plans.recording.python_state import is_library
 
 Fingerprint = Hashable
-"""Equal where recording gives equal plans."""
+"""Two models are equal here where recording makes equal plans of them."""
 
 _PLAIN: Final = (
     type(None), bool, int, str, bytes, type(Ellipsis), type(NotImplemented), range, torch.dtype, torch.device,
@@ -54,7 +54,8 @@ class _UnsureError(Exception):
 
 
 def fingerprint(model: torch.nn.Module, *others: Any) -> Fingerprint | None:
-    """One value for all that recording `model` with `others` (a loss, examples) depends on; None if that is not known.
+    """Computes one value for all that recording `model` with `others` (a loss, examples) depends on; None if
+    that is not known.
 
     The values of the model's parameters and buffers do not matter, those of all other tensors do. It is made of
     descriptions, and keeps none of the values alive.

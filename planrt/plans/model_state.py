@@ -40,7 +40,7 @@ class ModelState(dict[str, torch.Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class StateMap:
-    """What joins a model, its `state_dict`, and the state entries of its plans.
+    """The exact relation between a model, its `state_dict`, and the state entries of its plans.
 
     Attributes:
         keys: key in `state_dict` -> name of the plan's entry; several keys where weights are tied.
@@ -71,7 +71,7 @@ class StateMap:
         )
 
     def by_entry(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `named`: a tensor for every entry of the plans, in their order.
+        """Returns a tensor for every entry of the plans, in their order: the inverse of `named`.
 
         Raises:
             OptionError: `state` lacks entries of the model, has some that the model has not, or has different values
@@ -124,7 +124,7 @@ class StateMap:
         return self.named({**self.by_entry(state), **entries})
 
     def keyed(self, entries: Mapping[str, torch.Tensor]) -> ModelState:
-        """Some entries of the plans as the part of the model's state that they are."""
+        """Returns some entries of the plans as the part of the model's state that they are."""
         known = set(self.keys.values())
         return ModelState(
             {key: entries[name] for key, name in self.keys.items() if name in entries},
@@ -133,7 +133,8 @@ class StateMap:
         )
 
     def of(self, model: Any) -> ModelState:
-        """The state of `model`, the one that was recorded or one built like it, as it is now; shares its memory.
+        """Returns the state of `model`, the one that was recorded or one built like it, as it is now; shares
+        its memory.
 
         Raises:
             OptionError: a model with other names.
@@ -155,7 +156,7 @@ class StateMap:
         )
 
     def on(self, model: Any) -> StateMap:
-        """The same map for `model`, one built like that which was recorded, with its tensors.
+        """Returns the same map for `model`, one built like that which was recorded, with its tensors.
 
         Raises:
             OptionError: a model with other names.
@@ -165,7 +166,8 @@ class StateMap:
         return replace(self, entries=self.by_entry(state), extra=extra)
 
     def forgetful(self) -> StateMap:
-        """The map without the model's own tensors: it keeps none of them alive. `on` gives it some again."""
+        """Returns the map without the model's own tensors: it keeps none of them alive. `on` gives it some
+        again."""
         model = set(self.keys.values()) | self.unsaved
         entries = {
             name: torch.empty_like(tensor, device="meta") if name in model else tensor.clone()
@@ -191,7 +193,7 @@ class StateMap:
 
 
 def map_state(model: Any, registry: StateRegistry) -> StateMap:
-    """The map of `model` (a module, or a function without state) whose recording filled `registry`.
+    """Returns the map of `model` (a module, or a function without state) whose recording filled `registry`.
 
     Raises:
         TraceError: a parameter that trains stands in the module, and not in its `state_dict`.
@@ -223,7 +225,7 @@ def map_state(model: Any, registry: StateRegistry) -> StateMap:
 
 
 def _unsaved(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `state_dict` may leave out, by the names that plans give it: buffers and plain attributes."""
+    """What `state_dict` may leave out, under the names that it has in plans: buffers and plain attributes."""
     yield from attribute_tensors(model)
     yield from model.named_buffers(remove_duplicate=False)
 

@@ -34,7 +34,7 @@ def form_for(
     plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[torch.Tensor],
     error: PlanArgumentError,
 ) -> Plan:  # fmt: skip
-    """The form of `plan` that takes `inputs`, recorded if there is none yet. They may be pointers.
+    """Returns the form of `plan` that takes `inputs`, recorded if there is none yet. They may be pointers.
 
     Args:
         plan: a plan that was built.
@@ -72,14 +72,14 @@ INSTEAD: Final = (
 
 
 def has_code(plan: Plan) -> bool:
-    """Whether the plan has the Python code that it was recorded from."""
+    """Returns whether the plan has the Python code that it was recorded from."""
     from planrt.plans.plan import Plan  # it imports this module
 
     return plan._function is not None or type(plan).forward is not Plan.forward
 
 
 def fits(plan: Any, inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether the plan (or a pointer to one) was recorded for such tensors."""
+    """Returns whether the plan (or a pointer to one) was recorded for such tensors."""
     specs = plan.record.graphs[0].inputs
     return len(specs) == len(inputs) and all(
         isinstance(one, torch.Tensor) and spec.accepts(one) for spec, one in zip(specs, inputs, strict=True)
@@ -87,7 +87,7 @@ def fits(plan: Any, inputs: Sequence[torch.Tensor]) -> bool:
 
 
 def writes(graph: Graph) -> bool:
-    """Whether the plan may change its state: whether any op of it writes to anything."""
+    """Returns whether the plan may change its state: whether any op of it writes to anything."""
     return any(op.name in GRADIENTS or written_operands(op.name, op.args, op.kwargs) for op in graph.ops)
 
 

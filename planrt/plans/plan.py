@@ -61,12 +61,12 @@ class PlanState(torch.nn.Module):
                 self._buffers[str(index)] = tensor.detach()
 
     def read(self) -> list[torch.Tensor]:
-        """The tensors, in the order in which they were given."""
+        """Returns the tensors, in the order in which they were given."""
         held: dict[str, Any] = {**self._parameters, **self._buffers}
         return [held[key] for key in sorted(held, key=int)]
 
     def tensors(self) -> list[torch.Tensor]:
-        """The same as `read`."""
+        """Returns the same tensors as `read`."""
         return self.read()
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         strict: bool = False,
     ) -> None:
         super().__init__()
-        # Not as a submodule: a module that is the function gives its state under its own names.
+        # Not as a submodule: a module that is the function has its state under its own names.
         self.__dict__["_function"] = function
         if isinstance(function, torch.nn.Module):
             self.training = function.training
@@ -136,7 +136,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
             del self.__wrapped__  # `inspect.signature` would show the function's, state and all
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Python code; classes of your own define it."""
+        """Runs the Python code; classes of your own define it."""
         if self._function is None:
             raise PlanError(f"plan {self.name!r} has no forward: define one, or give a function")
         if self.state is None:
@@ -157,7 +157,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
     @property
     def is_built(self) -> bool:
-        """Whether the plan has been recorded."""
+        """Tells whether the plan has been recorded."""
         return self._record is not None
 
     @property
@@ -322,7 +322,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return form(*args, **kwargs)
 
     def state_tensors(self) -> list[torch.Tensor]:
-        """The tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
+        """Returns the tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
         held = self._held()
         return [held[entry.name] for entry in self.record.state]
 
@@ -354,7 +354,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
                 yield from module.named_buffers(remove_duplicate=False)
 
     def named_state(self) -> dict[str, torch.Tensor]:
-        """The tensors of `state_dict()`, themselves; of a plan made of a module, also that module's."""
+        """Returns the tensors of `state_dict()`, themselves; of a plan made of a module, also that module's."""
         named: dict[str, torch.Tensor] = {}
         for module in (self, self._function):
             if isinstance(module, torch.nn.Module):
@@ -420,7 +420,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         self.id = secrets.randbits(40)  # a copy is another plan: both may go to one worker
 
     def copy(self) -> Self:
-        """A plan of its own, with a copy of the state: neither changes the other."""
+        """Returns a plan of its own, with a copy of the state: neither changes the other."""
         return copy.deepcopy(self)
 
     def tag(self, *tags: str) -> Self:
@@ -468,7 +468,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         files.write(path, described, state)
 
     def to_exported_program(self, *examples: Any, **keywords: Any) -> torch.export.ExportedProgram:
-        """The plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its state.
+        """Returns the plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its
+        state.
 
         It is called as the plan is (``program.module()(x)``), free sizes are dynamic dimensions, and modules among
         the arguments are dicts of their tensors. Constant arguments that have a default are left out.
@@ -510,7 +511,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         *,
         tags: Mapping[str, Sequence[str]] | None = None,
     ) -> Report:
-        """What the plan does in its current mode, told from its inputs' shapes, and what it breaks of `policy`.
+        """Analyses what the plan does in its current mode, from its inputs' shapes, and what it breaks of
+        `policy`.
 
         Args:
             policy: an owner's rules; without, nothing is violated.
@@ -602,7 +604,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
         training: bool = True,
         keys: Mapping[str, str] | None = None,
     ) -> Plan:
-        """The plan that a record and its state describe: it has no Python code, and runs its ops.
+        """Makes the plan that a record and its state describe: it has no Python code, and runs its ops.
 
         `keys` says what `state_dict()` calls the state (key -> name in the record); by default the names of the
         record. What has no key belongs to the plan as captured tensors do.

@@ -11,7 +11,7 @@ from planrt.serde.objects import register
 
 
 def load_plan(path: AnyPath | BinaryIO) -> Plan:
-    """The plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
+    """Loads the plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
 
     `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to its end. It
     has no Python code, and runs its ops. No code of the file runs, because there is none in it.

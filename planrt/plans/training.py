@@ -73,7 +73,7 @@ class ModelPlans:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What one call of `train` returns.
+    """The result of one call of `train`.
 
     Attributes:
         loss: mean over the samples of the loss of their batch, before that batch's step; nan without samples.
@@ -94,7 +94,7 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult(Mapping[str, Any]):
-    """What one call of `evaluate` returns, with names as below and as a mapping with those of the 0.2 era.
+    """The result of one call of `evaluate`, with names as below and as a mapping with those of the 0.2 era.
 
     As a mapping it has ``loss``; where classes are counted also ``nr_correct_predictions`` and ``nr_predictions``; with
     histograms ``histogram_predictions`` and ``histogram_target``, as arrays.
@@ -316,7 +316,7 @@ def train(
     Raises:
         OptionError: unknown optimizer, or arguments it does not take.
         PlanArgumentError: state or a batch that does not fit the plan.
-        PlanError: a plan that does not give a loss to train on.
+        PlanError: a plan that does not return a loss to train on.
         ExecutionError: an op failed.
     """
     changed = tuple(index for index, entry in enumerate(plan.state) if entry.can_change)
@@ -372,7 +372,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     deadline: float = math.inf,
 ) -> EvaluationResult:
-    """The loss of `state` over `batches`, and with `bins` > 0 what was predicted for how many classes.
+    """Computes the loss of `state` over `batches`, and with `bins` > 0 counts what was predicted for so many
+    classes.
 
     The predicted class is the argmax over dimension 1 of a prediction [samples, classes]; it is counted as correct
     where it equals the integer target [samples]. Classes outside ``range(bins)`` are in no histogram.
@@ -499,7 +500,8 @@ def _weighted_mean(losses: list[torch.Tensor], sizes: list[int]) -> float:
 
 
 def check_optimizer(name: str, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The keyword arguments for optimizer `name`, checked: names it takes, values that are plain data.
+    """Checks the keyword arguments for optimizer `name`, and returns them: names it takes, values that are
+    plain data.
 
     Raises:
         OptionError: unknown optimizer, unknown keyword, or a value of another kind.

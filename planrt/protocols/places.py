@@ -16,7 +16,8 @@ from planrt.workers.pointers.tensor import PointerTensor, alive
 def resolve(
     places: Sequence[str], fixed: Mapping[str, BaseWorker], workers: Sequence[Any]
 ) -> dict[str, BaseWorker]:
-    """A worker for each place: those that are `fixed`, those whose id is the place, and the others in order.
+    """Finds a worker for each place: those that are `fixed`, those whose id is the place, and the others in
+    order.
 
     Raises:
         ProtocolError: too few or too many workers, the same one twice, or something that is no worker.
@@ -54,7 +55,7 @@ def resolve(
 
 
 def bound(names: Sequence[str], inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
-    """The inputs of a run in the protocol's order.
+    """Returns the inputs of a run in the protocol's order.
 
     Raises:
         ProtocolError: too many, missing or unknown ones, or something that is no tensor.
@@ -79,7 +80,7 @@ def bound(names: Sequence[str], inputs: Sequence[Any], named: Mapping[str, Any])
 
 
 def seed_of_run(seed: int | None) -> int:
-    """What a run draws from: as given, or drawn from torch's generator here.
+    """Returns the seed that a run draws from: as given, or drawn from torch's generator here.
 
     Raises:
         ProtocolError: no seed.

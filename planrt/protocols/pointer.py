@@ -242,7 +242,7 @@ class PointerProtocol(ObjectPointer):
     # -------------------------------------------------------------------------------------- travelling
 
     def get(self) -> Protocol:
-        """The protocol with its plans and their state, as they were sent; the worker forgets it.
+        """Brings the protocol back with its plans and their state, as they were sent; the worker forgets it.
 
         Raises:
             GetNotPermittedError: its state is private. GonePointerError.
@@ -356,7 +356,7 @@ def _rebuilt(body: m.Body, tensors: Sequence[torch.Tensor]) -> Protocol:
 
 
 def found_protocol(worker: BaseWorker, item: m.FoundItem) -> PointerProtocol:
-    """A pointer to a protocol that a search found."""
+    """Makes a pointer to a protocol that a search found."""
     return PointerProtocol(
         Handle(worker, item.id, owned=item.snapshot), tags=item.tags, description=item.description
     )

@@ -14,7 +14,7 @@ OnProgress: TypeAlias = Callable[[str, str, StepState], object]
 
 @dataclass(frozen=True, slots=True)
 class StepProgress:
-    """Where one step is."""
+    """The worker and the state of one step of a run."""
 
     worker: str
     state: StepState
@@ -31,7 +31,7 @@ class Progress:
         self._untold: list[tuple[str, StepProgress]] = []
 
     def on_step(self, step: str, place: str, state: StepState) -> None:
-        """A step has come to another state; as `ChainRun` calls it."""
+        """Notes that a step has come to another state; as `ChainRun` calls it."""
         before = self.steps.get(step)
         if state == "done" and before is not None and before.state == "waiting":
             self.on_step(step, place, "running")  # who asks now and then does not see every state
@@ -41,7 +41,7 @@ class Progress:
             self._untold.append((step, now))
 
     def on_transfer(self, kind: Transfer, source: str, target: str) -> None:
-        """A value goes somewhere; as `ChainRun` calls it."""
+        """Notes that a value goes somewhere; as `ChainRun` calls it."""
         if self._verbose:
             way = f"{self._ids[source]} -> " if source else ""
             print(f"{kind} {way}{self._ids[target]}")

@@ -31,7 +31,7 @@ from planrt.workers.wire.objects import check_travels, spec_from_wire
 
 
 class Protocol:
-    """Plans on several workers, each of which takes what others gave.
+    """Plans on several workers, each of which takes what others returned.
 
     In a line, every step takes the result of the one before::
 
@@ -48,7 +48,7 @@ class Protocol:
             inputs=["model"],
         )
 
-    The workers hand results to each other directly; none comes here. What a step gives goes to each worker that
+    The workers hand results to each other directly; none comes here. The results of a step go to each worker that
     needs it, as a copy where it is needed on its own worker too, and is freed after its last use. Steps start as
     soon as they have what they take.
 
@@ -98,7 +98,7 @@ class Protocol:
 
     @classmethod
     def from_chain(cls, chain: Chain, plans: Sequence[Plan]) -> Self:
-        """The protocol that a chain describes, with `plans` in the place of those of the chain."""
+        """Makes the protocol that a chain describes, with `plans` in the place of those of the chain."""
 
         def describe() -> Description:
             now = replace(chain, plans=tuple(ChainPlan(plan.record, plan.training) for plan in plans))
@@ -122,7 +122,7 @@ class Protocol:
 
     @property
     def is_resolved(self) -> bool:
-        """Whether it is known which worker stands at each place."""
+        """Tells whether it is known which worker stands at each place."""
         return bool(self._workers)
 
     @property
@@ -308,7 +308,8 @@ class Protocol:
 
     @property
     def progress(self) -> dict[str, StepProgress]:
-        """Where each step of the latest run is: its worker's id, and "waiting", "running", "done" or "failed"."""
+        """The state of each step of the latest run: its worker's id, and "waiting", "running", "done" or
+        "failed"."""
         return dict(self._progress.steps) if self._progress is not None else {}
 
     # -------------------------------------------------------------------------------------- travelling

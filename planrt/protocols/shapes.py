@@ -65,7 +65,8 @@ def check_inputs(chain: Chain, given: Mapping[int, torch.Tensor]) -> None:
 
 @lru_cache(maxsize=256)
 def result_specs(graph: Graph) -> tuple[Known | None, ...]:
-    """What the results of a plan are like, one for each `Ref` in its outputs; None where only a run can tell."""
+    """Infers the specs of a plan's results, one for each `Ref` in its outputs; None where only a run can
+    tell."""
     wanted = [leaf for leaf in leaves(graph.outputs) if isinstance(leaf, Ref)]
     try:
         tries = [_on_meta(graph, size) for size in _SIZES]

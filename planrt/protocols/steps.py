@@ -58,7 +58,7 @@ class Description:
 
 
 def is_line(chain: Chain) -> bool:
-    """Whether each step just takes what the one before gave."""
+    """Returns whether each step just takes what the one before returned."""
     before: list[int] = list(range(len(chain.inputs)))
     for step, results in zip(chain.steps, chain.results, strict=True):
         if [ref.index for ref in step.arguments] != before:

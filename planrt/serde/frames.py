@@ -61,7 +61,8 @@ M = TypeVar("M")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`, `patience`)."""
+    """The limits of what one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`,
+    `patience`)."""
 
     message: int = MESSAGE_BYTES
     header: int = HEADER_BYTES
@@ -84,7 +85,7 @@ class Frame:
         self.nbytes = sum(len(piece) for piece in pieces)
 
     def fragments(self, size: int = FRAGMENT_BYTES) -> Iterator[bytes | memoryview]:
-        """The frame's bytes in order, in fragments of at most `size` bytes.
+        """Yields the frame's bytes in order, in fragments of at most `size` bytes.
 
         Small pieces are gathered into one fragment; large ones are sliced, not copied.
         """
@@ -136,16 +137,17 @@ def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: in
 
 
 class Store(Protocol):
-    """Where a payload goes while it arrives."""
+    """A place for a payload while it arrives."""
 
     def room(self) -> memoryview:
         """Memory for the next bytes; may be shorter than what is still to come, but is empty only at the end."""
 
     def filled(self, nbytes: int) -> None:
-        """The first `nbytes` of `room` have been written."""
+        """Notes that the first `nbytes` of `room` have been written."""
 
     def payload(self) -> torch.Tensor:
-        """The whole payload, uint8, writable, at a multiple of 64 bytes; called once, after the last `write`."""
+        """Returns the whole payload, uint8, writable, at a multiple of 64 bytes; called once, after the last
+        `write`."""
 
 
 class _Blocks:
@@ -200,7 +202,7 @@ class MemoryStore:
         self._end += nbytes
 
     def payload(self) -> torch.Tensor:
-        """The payload."""
+        """Returns the payload."""
         return self._payload
 
 
@@ -225,7 +227,7 @@ class SpoolStore:
             view = view[self._file.write(view) :]
 
     def payload(self) -> torch.Tensor:
-        """The payload, mapped copy-on-write from the file, which goes away with the mapping."""
+        """Returns the payload, mapped copy-on-write from the file, which goes away with the mapping."""
         with self._file:
             pages = mmap.mmap(self._file.fileno(), self._nbytes, access=mmap.ACCESS_COPY)
         return torch.frombuffer(pages, dtype=torch.uint8)
@@ -254,7 +256,7 @@ Allocate = Callable[[M, int], Store]
 
 
 def in_memory(message: object, nbytes: int) -> Store:
-    """The default `Allocate`: every payload in memory."""
+    """Allocates every payload in memory: the default `Allocate`."""
     return MemoryStore(nbytes)
 
 
@@ -321,18 +323,19 @@ class FrameAssembler(Generic[M]):
             data = data[len(room) :]
 
     def room(self) -> memoryview | None:
-        """Where the next bytes of the payload belong; None while the header is incomplete, and after the end."""
+        """Returns the memory into which the next bytes of the payload belong; None while the header is
+        incomplete, and after the end."""
         return self._store.room() if self._store is not None and self._missing else None
 
     def filled(self, nbytes: int) -> None:
-        """The first `nbytes` of `room` have arrived."""
+        """Notes that the first `nbytes` of `room` have arrived."""
         assert self._store is not None, "there was room"  # noqa: S101 - for the type checker
         self._nbytes += nbytes
         self._missing -= nbytes
         self._store.filled(nbytes)
 
     def finish(self) -> Received[M]:
-        """The message, after the last piece.
+        """Returns the message, after the last piece.
 
         Raises:
             WireError: bytes are missing.

@@ -54,10 +54,10 @@ def serialize(value: Any, **options: Any) -> bytes:
 
 
 def deserialize(data: bytes, **options: Any) -> Any:
-    """What `serialize` was given.
+    """Returns the object that `serialize` was given.
 
     Raises:
-        OptionError: not bytes. WireError, PlanFormatError: bytes that `serialize` did not give.
+        OptionError: not bytes. WireError, PlanFormatError: bytes that `serialize` did not make.
     """
     if options:
         raise OptionError(f"deserialize takes no {', '.join(options)}: there is one format")

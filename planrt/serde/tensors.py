@@ -26,7 +26,7 @@ MAX_ELEMENTS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where one tensor lies in a payload: dtype, shape (elements), offset and size (bytes)."""
+    """The place of one tensor in a payload: dtype, shape (elements), offset and size (bytes)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -35,12 +35,12 @@ class Layout:
 
 
 def aligned(position: int) -> int:
-    """The first multiple of `ALIGNMENT` at or after `position` (bytes)."""
+    """Returns the first multiple of `ALIGNMENT` at or after `position` (bytes)."""
     return -(-position // ALIGNMENT) * ALIGNMENT
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements of `tensor` as bytes: no copy for a contiguous CPU tensor, else one.
+    """Returns the elements of `tensor` as bytes: no copy for a contiguous CPU tensor, else one.
 
     The view keeps the memory alive; the caller must not change the tensor while the view is in use.
 
@@ -69,7 +69,7 @@ def check_dense(tensor: torch.Tensor) -> None:
 
 
 def payload_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """How many bytes the payload of a frame with `tensors` takes.
+    """Returns how many bytes the payload of a frame with `tensors` takes.
 
     Raises:
         LocalError: one of them cannot travel.
@@ -82,7 +82,7 @@ def payload_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def header_entries(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
-    """The header entries ``[dtype name, [sizes]]`` of `tensors`."""
+    """Returns the header entries ``[dtype name, [sizes]]`` of `tensors`."""
     return [[DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for tensor in tensors]
 
 
@@ -115,7 +115,7 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
 
 
 def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
-    """The tensors that lie in `payload` (uint8), in its memory.
+    """Returns the tensors that lie in `payload` (uint8), in its memory.
 
     They are no views of one another, as those that were sent were none: autograd counts their changes apart, so that
     ``num_batches_tracked.add_(1)`` is no change of a weight that came along.

@@ -3,7 +3,7 @@
 Scalars (None, bool, int, float, str) stand for themselves. Everything else is an array whose first item is
 a one-letter tag from a closed set, so a tuple stays a tuple, a list a list, and nothing is ever looked up by
 name outside a fixed table. Dicts keep their order and their keys are strings. Encoding is deterministic:
-equal values give equal bytes, whatever machine made them.
+equal values have equal bytes, whatever machine made them.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _key(key: Any) -> str:
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` took, from what msgpack unpacked; every part is checked.
+    """Decodes what msgpack unpacked into the value that `encode` took; every part is checked.
 
     Raises:
         PlanFormatError: anything that `encode` cannot have made.
@@ -226,7 +226,8 @@ def pack(encoded: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` took. Sizes announced in `data` can never make more items than `data` has bytes.
+    """Returns the value that `pack` took. Sizes announced in `data` can never make more items than `data` has
+    bytes.
 
     Raises:
         PlanFormatError: truncated, trailing or malformed bytes.
@@ -239,7 +240,8 @@ def unpack(data: bytes) -> Any:
 
 
 def unpack_sections(data: bytes, magic: str, version: int, count: int, *, what: str) -> list[Any]:
-    """The `count` sections of a versioned form: an array that begins with `magic` and its version number.
+    """Unpacks the `count` sections of a versioned form: an array that begins with `magic` and its version
+    number.
 
     Raises:
         PlanFormatError: no such form, one newer than `version`, or with another number of sections.

@@ -45,7 +45,8 @@ class BostonHousing:
     test_targets: torch.Tensor
 
     def standardized(self) -> BostonHousing:
-        """Each column with mean 0 and standard deviation 1 over the training items; CHAS, a yes or no, as it is."""
+        """Scales each column to mean 0 and standard deviation 1 over the training items; CHAS, a yes or no,
+        stays as it is."""
         mean, deviation = self.train_data.mean(0), self.train_data.std(0)
         mean[_CHAS], deviation[_CHAS] = 0.0, 1.0
         return replace(
@@ -56,7 +57,8 @@ class BostonHousing:
 
 
 def find(folder: str | Path | None = None) -> Path | None:
-    """Where the file is: in `folder`, or without one in ``PLANRT_DATA`` or the user's cache folder. None: nowhere.
+    """Returns the path of the file: in `folder`, or without one in ``PLANRT_DATA`` or the user's cache
+    folder. None if there is none.
 
     Raises:
         DataError: ``PLANRT_DATA`` names no folder.

@@ -146,7 +146,8 @@ def read(source: DataSource) -> LoadedData:
 
 
 def partition_for(worker_id: str, loaded: LoadedData, *, testing: bool = False) -> BaseDataset:
-    """The data set that `worker_id` serves: its digits' training images, or with `testing` all test images.
+    """Returns the data set that `worker_id` serves: its digits' training images, or with `testing` all test
+    images.
 
     The worker `TESTING` holds the test images in any case. Batches of data are float32 [B, 1, 28, 28]
     (see `normalize`), targets int64 [B].
@@ -171,7 +172,7 @@ def partition_for(worker_id: str, loaded: LoadedData, *, testing: bool = False) 
 
 
 def no_partition(worker_id: str) -> str:
-    """The message for a worker that no part of the data is meant for."""
+    """Returns the message for a worker that no part of the data is meant for."""
     return (
         f"no data is meant for worker {worker_id!r}: call it {', '.join(PARTITIONS)} for a part of the "
         "training images, add --testing for the test images, serve your own data set with --dataset "
@@ -188,13 +189,13 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def digit_counts(labels: npt.ArrayLike) -> dict[int, int]:
-    """How many images there are of each digit that occurs in `labels`."""
+    """Counts the images of each digit that occurs in `labels`."""
     digits, counts = np.unique(np.asarray(labels), return_counts=True)
     return {int(digit): int(count) for digit, count in zip(digits, counts, strict=True)}
 
 
 def cache_folder() -> Path:
-    """Where downloads go: the user's cache folder as the platform has it."""
+    """Returns the folder that downloads go to: the user's cache folder as the platform has it."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -205,7 +206,8 @@ def cache_folder() -> Path:
 
 
 def usual_places() -> list[Path]:
-    """Where data is looked for if no folder is given: where ``PLANRT_DATA`` says, and in the user's cache folder.
+    """Lists the folders in which data is looked for if none is given: that of ``PLANRT_DATA``, and the user's
+    cache folder.
 
     Raises:
         DataError: ``PLANRT_DATA`` names no folder.

@@ -41,7 +41,7 @@ class ChildOptions:
 
 @dataclass(frozen=True)
 class ReadyWorker:
-    """What a child said when it began to serve; `digits` is images per digit."""
+    """The report of a child that began to serve; `digits` is the number of images per digit."""
 
     id: str
     host: str
@@ -53,7 +53,7 @@ class ReadyWorker:
 
     @property
     def uri(self) -> str:
-        """Where clients find it."""
+        """The address at which clients find it."""
         return f"ws://{self.host}:{self.port}"
 
 

@@ -25,7 +25,7 @@ USUAL_ADDRESSES = {
 
 
 def named_address(text: str) -> tuple[str, str]:
-    """The option type of ``NAME=URI``."""
+    """Parses an option of argparse: ``NAME=URI``."""
     name, equals, uri = text.partition("=")
     if not (name and equals and scheme_of(uri) in schemes()):
         raise argparse.ArgumentTypeError(f"must look like alice=ws://HOST:PORT, got {text!r}")
@@ -33,7 +33,7 @@ def named_address(text: str) -> tuple[str, str]:
 
 
 def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The addresses by worker id.
+    """Returns the addresses by worker id.
 
     Raises:
         OptionError: a name twice, or the workers cannot both train and evaluate.
@@ -49,7 +49,7 @@ def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def running_addresses() -> dict[str, str] | None:
-    """The usual addresses if all four workers answer a handshake there, None if none does.
+    """Returns the usual addresses if all four workers answer a handshake there, None if none does.
 
     Raises:
         ConnectError: only some do.
@@ -108,7 +108,7 @@ async def connect(
 
 
 def dataset_of(workers: Mapping[str, WebsocketClientWorker], wanted: str) -> str:
-    """The name of the data set that all workers serve ("own" if it is neither MNIST nor the digits).
+    """Returns the name of the data set that all workers serve ("own" if it is neither MNIST nor the digits).
 
     Raises:
         DataError: a worker has nothing under the key it needs, or not all serve the same and `wanted`.

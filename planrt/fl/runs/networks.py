@@ -30,7 +30,8 @@ class Net(nn.Module):
 
 
 def seeded_net(seed: int) -> Net:
-    """A `Net` whose initial weights depend on `seed` alone; torch's global generator is left as it was."""
+    """Returns a `Net` whose initial weights depend on `seed` alone; torch's global generator is left as it
+    was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Net()

@@ -23,7 +23,7 @@ from planrt.types import FREE, TensorSpec
 
 
 def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients: bool = False) -> Report:
-    """What `graph` does with inputs of these specs.
+    """Analyses what `graph` does with inputs of these specs, without running it.
 
     Inputs and state are taken to be contiguous, and none to share memory with another: who runs the plan on the
     strength of this report has to make them so.
@@ -47,7 +47,8 @@ def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients
 
 
 def concrete_inputs(graph: Graph, inputs: Sequence[TensorSpec | None]) -> tuple[TensorSpec, ...]:
-    """The specs of all inputs, from those that were given and those that the plan fixes; see `analyse`."""
+    """Returns the specs of all inputs, from those that were given and those that the plan fixes; see
+    `analyse`."""
     specs = list(inputs) if inputs else [None] * len(graph.inputs)
     if len(specs) != len(graph.inputs):
         raise PlanArgumentError(

@@ -50,7 +50,7 @@ class MadeTensor:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What an op does. `results` nests `MadeTensor`s and constants as the op nests its results.
+    """The effect of one op. `results` nests `MadeTensor`s and constants as the op nests its results.
 
     `written`: arguments changed in place, with what they depend on then. `reshaped`: arguments that get another spec.
     `memory`: bytes of each piece of memory that results hold. `peak`: bytes in use while the op runs, results
@@ -67,7 +67,7 @@ class Effect:
 
 
 class NeedsValuesError(Exception):
-    """What an op returns depends on values."""
+    """The result of an op depends on values, so its shape cannot be told from specs."""
 
 
 _CACHE_SIZE = 20_000
@@ -76,7 +76,7 @@ _ARGUMENT_BITS = 7  # torch knows at most 64 dimensions
 
 
 def effect(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Effect:
-    """What the op `name` does with these arguments, whose tensors are `Operand`s with known specs.
+    """Returns the effect of op `name` on these arguments, whose tensors are `Operand`s with known specs.
 
     Raises:
         NeedsValuesError: it cannot be told without values.
@@ -190,7 +190,7 @@ def _spec_without_autograd(tensor: torch.Tensor) -> Spec:
 
 
 def on_meta(leaf: Any) -> Any:
-    """A tensor on meta: those made of constants (`torch.as_tensor`) come on the CPU."""
+    """Moves a tensor to the meta device: those made of constants (`torch.as_tensor`) come on the CPU."""
     if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
         return leaf.to("meta")
     return leaf

@@ -1,6 +1,6 @@
 """What an analysis gathers on its way through a plan, and the report that it makes of that.
 
-Apart from `planrt.plans.analysis.analyse`, because both ways of analysing build on it
+Kept separate from `planrt.plans.analysis.analyse`, because both ways of analysing build on it
 (`planrt.plans.analysis.op_by_op`, `planrt.plans.analysis.run_whole`): they differ in how they find out what an op does,
 and agree in what is then said of it.
 """
@@ -32,7 +32,8 @@ _NO_ROWS = lost("a tensor without dimensions")
 
 
 class Findings:
-    """What is known of a plan so far. Each way of analysing derives from it, takes notes, and makes the report.
+    """The facts that are known of a plan so far. Each way of analysing derives from it, takes notes, and
+    makes the report.
 
     Attributes:
         graph: the plan. inputs: their specs.
@@ -74,7 +75,7 @@ class Findings:
         output_bytes: int,
         peak: int,
     ) -> Report:
-        """The report, once all ops were noted.
+        """Returns the report, once all ops were noted.
 
         Args:
             outputs: those of the plan. output_bytes: their size.
@@ -112,7 +113,8 @@ class Findings:
         by: tuple[int, ...] = (),
         source: int | None = None,
     ) -> ValueReport:
-        """What is reported of the value at `path`; if it is a source, its number, and the ops that write to it."""
+        """Makes the report on the value at `path`; if it is a source, with its number, and the ops that write
+        to it."""
         depends = tuple([self._dependence(one, info.rows.get(one)) for one in _bits(info.sources)])
         return ValueReport(path, like, depends, tuple(_bits(info.ops)), by, source)
 
@@ -132,18 +134,19 @@ class Findings:
 
 
 def source_info(source: int, like: TensorSpec, rows: bool) -> Info:
-    """What a source depends on before the first op: on itself. `rows`: whether its rows are followed."""
+    """Returns what a source depends on before the first op: on itself. `rows` says whether its rows are
+    followed."""
     trace = {} if not rows else {source: keep(0, like.shape[0]) if like.shape else _NO_ROWS}
     return Info(1 << source, 0, trace)
 
 
 def bytes_of(like: TensorSpec) -> int:
-    """The bytes that the entries of such a tensor take."""
+    """Returns the bytes that the entries of such a tensor take."""
     return math.prod(like.shape) * like.dtype.itemsize
 
 
 def paths(outputs: Nested, path: str = "output") -> Iterator[tuple[str, Any]]:
-    """Every leaf of the outputs with its place, as Python would write it."""
+    """Yields every leaf of the outputs with its place, as Python would write it."""
     if isinstance(outputs, tuple | list):
         for index, item in enumerate(outputs):
             yield from paths(item, f"{path}[{index}]")

@@ -18,13 +18,13 @@ Fates = tuple[Trace, ...]
 
 @lru_cache(maxsize=4096)
 def same_place(shape: tuple[int, ...]) -> Fates:
-    """The fates of dimensions of which each stays what it is, as elementwise operations have it."""
+    """Returns the fates of dimensions of which each stays what it is, as elementwise operations have it."""
     return tuple([keep(dim, size) for dim, size in enumerate(shape)])
 
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What a value depends on.
+    """The sources, ops and rows that a value depends on.
 
     `sources` and `ops` are bit masks: bit n for the plan's value n (inputs, then state), and for its op n.
     `rows` has a trace for each source whose rows are followed.
@@ -35,7 +35,7 @@ class Info:
     rows: Mapping[int, Trace] = field(default_factory=dict)
 
     def through(self, shape: tuple[int, ...], fates: Fates) -> Info:
-        """What an operation with these fates makes of it."""
+        """Returns what the result of an operation with these fates depends on."""
         if not self.rows or fates == same_place(shape):
             return self
         rows = {source: compose(trace, shape, fates) for source, trace in self.rows.items()}
@@ -46,7 +46,7 @@ INDEPENDENT = Info()
 
 
 def joined(one: Info, other: Info) -> Info:
-    """What a value depends on that depends on both."""
+    """Returns what a value depends on that depends on both."""
     if other is one or other is INDEPENDENT:
         return one
     if one is INDEPENDENT:
@@ -64,7 +64,8 @@ def joined(one: Info, other: Info) -> Info:
 
 
 def all_lost(info: Info, kernel: str, index: int = -1) -> Info:
-    """What a value depends on that `kernel` made of one with `info`, if rows cannot be followed through it.
+    """Returns what a value depends on that `kernel` made of one with `info`, if rows cannot be followed
+    through it.
 
     `index`: the place of its op in the plan, -1 if that is not said.
     """
@@ -93,7 +94,7 @@ class Node:
             parent.children.append(self)
 
     def write(self, info: Info) -> None:
-        """The value now depends on something else too, and so does what shares its memory.
+        """Notes that the value now depends on something else too, and so does what shares its memory.
 
         What was there before counts still, even where all of it was overwritten: whether ``y.contiguous()`` is `y` or a
         copy hangs on strides, and those of a real run may be others than these.

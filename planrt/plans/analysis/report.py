@@ -58,7 +58,7 @@ class Dependence:
 
 @dataclass(frozen=True, slots=True)
 class OpReport:
-    """One op: what it gives, the bytes it allocates for that (0 for views) and its floating-point operations.
+    """One op: what it returns, the bytes it allocates for that (0 for views) and its floating-point operations.
 
     None where that depends on values. `line` is the op as a plan prints it, `source` the file and line it was traced
     at, where known.
@@ -139,7 +139,8 @@ class Violation:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What `planrt.plans.analysis.analyse` found, and the policy's `violations`, if it was held against one.
+    """The findings of `planrt.plans.analysis.analyse`, and the policy's `violations`, if the plan was held
+    against one.
 
     `gradients` are those that a training loop gets of the plan's parameters, where it was analysed for training.
     `constants` are those of the plan, None where their values are not known.
@@ -166,12 +167,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was violated."""
+        """Tells whether nothing was violated."""
         return not self.violations
 
     @property
     def exact(self) -> bool:
-        """Whether all sizes are known or bounded."""
+        """Tells whether all sizes are known or bounded."""
         return not self.totals.unbounded
 
     def raise_for_violations(self) -> Report:
@@ -195,11 +196,11 @@ class Report:
     def with_violations(
         self, violations: Sequence[Violation], version: str | None, tags: dict[int, tuple[str, ...]]
     ) -> Report:
-        """A copy with what a policy (by its version, None for none) says, and the tags of inputs."""
+        """Returns a copy with what a policy (by its version, None for none) says, and the tags of inputs."""
         return replace(self, violations=tuple(violations), policy_version=version, tags=tags)
 
     def with_constants(self, constants: Sequence[Constant] | None) -> Report:
-        """A copy that knows the plan's constants."""
+        """Returns a copy that knows the plan's constants."""
         return replace(self, constants=None if constants is None else tuple(constants))
 
     def __str__(self) -> str:
@@ -220,7 +221,7 @@ class Report:
         return card(f"Report of plan {self.graph.name}", text=str(self))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in values that JSON has."""
+        """Returns everything in values that JSON has."""
         return {
             "plan": {
                 "name": self.graph.name,

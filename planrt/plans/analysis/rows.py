@@ -55,8 +55,8 @@ class Axis(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a value knows of the rows of one input. `lost` names the kernel that could not be followed, and the place
-    of its op in the plan (-1: not said)."""
+    """The trace of one input's rows in a value. `lost` names the kernel that could not be followed, and the
+    place of its op in the plan (-1: not said)."""
 
     axes: tuple[Axis, ...] = ()
     least: int = NO_AGGREGATE
@@ -70,7 +70,7 @@ class Trace(NamedTuple):
 
     @property
     def raw(self) -> bool:
-        """Whether it may show single rows."""
+        """Tells whether the value may show single rows."""
         return self.rows <= 1
 
 
@@ -79,29 +79,31 @@ NOTHING: Final = Trace()
 
 @lru_cache(maxsize=1024)
 def lost(kernel: str) -> Trace:
-    """The fate of a dimension that `kernel` takes apart."""
+    """Returns the fate of a dimension that `kernel` takes apart."""
     return Trace((), 0, frozenset(), (kernel, -1))
 
 
 @lru_cache(maxsize=4096)
 def keep(dim: int, size: int) -> Trace:
-    """The fate of a dimension of `size` that becomes dimension `dim`."""
+    """Returns the fate of a dimension of `size` that becomes dimension `dim`."""
     return Trace((Axis(size, (Digit(dim, 1, size, 1),)),))
 
 
 @lru_cache(maxsize=4096)
 def fold(size: int, kind: str) -> Trace:
-    """The fate of a dimension of `size` that an aggregate of this `kind` makes disappear."""
+    """Returns the fate of a dimension of `size` that an aggregate of this `kind` makes disappear."""
     return Trace((), size, frozenset((kind,)))
 
 
 def moved(dim: int, size: int, *how: Any, partial: bool = False) -> Trace:
-    """The fate of a dimension of which `size` entries go to dimension `dim`, others or in another order than before."""
+    """Returns the fate of a dimension of which `size` entries go to dimension `dim`, others or in another
+    order than before."""
     return Trace((Axis(size, (Digit(dim, 1, size, 1),), 1, (how,), partial),))
 
 
 def reshaped(stride: int, size: int, shape: Sequence[int], kernel: str) -> Trace:
-    """The fate of a dimension (its row-major stride and size) in a tensor of the same elements with another `shape`."""
+    """Returns the fate of a dimension (its row-major stride and size) in a tensor of the same elements with
+    another `shape`."""
     digits = _place(stride, size, 1, _slots(shape))
     return lost(kernel) if digits is None else Trace((Axis(size, digits),))
 
@@ -136,7 +138,8 @@ def _place(
 
 
 def compose(trace: Trace, shape: Sequence[int], fates: Sequence[Trace]) -> Trace:
-    """The trace of what an operation makes of a value of `shape` with `trace`, by the fates of its dimensions."""
+    """Returns the trace of what an operation makes of a value of `shape` with `trace`, by the fates of its
+    dimensions."""
     if not trace.axes:
         return trace
     axes: list[Axis] = []
@@ -238,7 +241,7 @@ def _joined(digits: Iterable[Digit]) -> tuple[Digit, ...]:
 
 
 def join(one: Trace, other: Trace) -> Trace:
-    """The trace of a value that depends on rows in both ways."""
+    """Returns the trace of a value that depends on rows in both ways."""
     if one is other or other == one:
         return one
     if one.lost or other.lost:
@@ -273,7 +276,8 @@ def _clash(one: Axis, two: Axis) -> bool:
 
 
 def upwards(trace: Trace, fates: Sequence[Trace]) -> Trace:
-    """What a tensor gets when a view of it, made with these `fates`, is written with a value of `trace`."""
+    """Returns what a tensor gets when a view of it, made with these `fates`, is written with a value of
+    `trace`."""
     back = dict(_unchanged(fates))
     axes = []
     for axis in trace.axes:

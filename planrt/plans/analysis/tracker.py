@@ -69,11 +69,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._everything = joined(self._everything, all_lost(info, "out of sight"))
 
     def info(self, tensor: torch.Tensor) -> Info:
-        """What a tensor depends on."""
+        """Returns what a tensor depends on."""
         return self._node(tensor).info
 
     def memory(self, tensor: torch.Tensor) -> int:
-        """A number that tensors share which share memory."""
+        """Returns a number that tensors share which share memory."""
         return int(tensor.untyped_storage()._cdata)
 
     def settle(self, results: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> None:

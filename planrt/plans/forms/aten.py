@@ -95,7 +95,7 @@ _UPSAMPLE = {
 
 
 def call_for(operator: str, arguments: Sequence[tuple[Any, Any]], *, on_sizes: bool) -> AtenCall:
-    """The call in the table that does what ATen's `operator` does.
+    """Returns the call in the table that does what ATen's `operator` does.
 
     Args:
         operator: its name without ``aten::`` and overload.

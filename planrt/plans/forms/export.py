@@ -1,7 +1,7 @@
 """Plans for other runtimes: as an `ExportedProgram` of `torch.export`, and as an ONNX file.
 
 Both are translated from the op list, by exporting a module that runs the interpreter. So they take what the plan
-takes and give what it gives, on any size of its free dimensions. They are made here and go out only: nothing ever
+takes and return what it returns, on any size of its free dimensions. They are made here and go out only: nothing ever
 loads such a program (`torch.export.load` executes what it reads).
 
 What comes out is the plan in the mode it is in, with a copy of its state. Random ops draw other numbers than the
@@ -42,7 +42,7 @@ _MAX_IN_ONE_FILE: Final = 1 << 30  # bytes of state; an ONNX file cannot be long
 
 
 class Exportable(Protocol):
-    """What is exported: a `Plan`, which these functions are methods of."""
+    """The part of a `Plan` that these functions, which are its methods, need."""
 
     @property
     def name(self) -> str:
@@ -50,17 +50,17 @@ class Exportable(Protocol):
 
     @property
     def record(self) -> PlanRecord:
-        """What was recorded."""
+        """The recorded program."""
 
     @property
     def graph(self) -> Graph:
         """The graph of its mode."""
 
     def state_tensors(self) -> Sequence[torch.Tensor]:
-        """Its state, in the order of the record."""
+        """Returns its state, in the order of the record."""
 
     def state_here(self) -> Sequence[torch.Tensor]:
-        """The same; raises if some of it is on a worker."""
+        """Returns its state; raises if some of it is on a worker."""
 
 
 def to_exported_program(
@@ -138,7 +138,7 @@ _FUNCTIONS: Final = {
 
 
 class _Runs(torch.nn.Module):
-    """Runs a graph on a copy of its state, held under the names that the plan gives it."""
+    """Runs a graph on a copy of its state, held under the names that the plan has for it."""
 
     def __init__(self, graph: Graph, state: Sequence[torch.Tensor], signature: Signature) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Runs(torch.nn.Module):
 
 
 def _python(signature: Signature) -> inspect.Signature:
-    """The parameters that a recorded call gives; ``**kwargs`` by the names that it had."""
+    """The parameters that a recorded call passes; ``**kwargs`` by the names that it had."""
     parameters: list[inspect.Parameter] = []
     keyword_only = False
     for one in signature.parameters:

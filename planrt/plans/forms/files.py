@@ -117,7 +117,7 @@ def write(path: AnyPath | BinaryIO, described: PlanFile, state: Sequence[torch.T
 
 
 def read(path: AnyPath | BinaryIO) -> tuple[PlanFile, list[torch.Tensor]]:
-    """What a plan file says, and the state in it, on the CPU.
+    """Reads a plan file, and the state in it, onto the CPU.
 
     Raises:
         OptionError, PlanFormatError, OpNotAllowedError: as `planrt.load_plan`.
@@ -137,7 +137,7 @@ def read(path: AnyPath | BinaryIO) -> tuple[PlanFile, list[torch.Tensor]]:
 
 
 def is_plan_file(path: AnyPath) -> bool:
-    """Whether the file at `path` begins as a plan file does.
+    """Returns whether the file at `path` begins as a plan file does.
 
     Raises:
         OSError: it cannot be read.
@@ -147,7 +147,7 @@ def is_plan_file(path: AnyPath) -> bool:
 
 
 def load_file(path: AnyPath) -> PlanFile:
-    """What a plan file says, without its state: for those who want to know what they have before they load it.
+    """Reads a plan file without its state: for those who want to know what they have before they load it.
 
     Raises:
         OptionError, PlanFormatError, OpNotAllowedError: as `load_plan`; an altered state is not noticed.
@@ -178,7 +178,7 @@ def _written_to(target: AnyPath | BinaryIO) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: AnyPath) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when all has been written, and goes if it has not.
+    """Opens a new file that takes the place of `path` when all has been written, and goes if it has not.
 
     Raises:
         OptionError: a place that cannot be written.

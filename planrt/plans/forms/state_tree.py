@@ -1,4 +1,4 @@
-"""Tensors in a tree of modules, under their dotted names: what `state_dict` then gives back."""
+"""Tensors in a tree of modules, under their dotted names: what `state_dict` then returns."""
 
 from __future__ import annotations
 

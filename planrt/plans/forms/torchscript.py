@@ -51,8 +51,8 @@ def _quiet() -> Iterator[None]:
 
 
 def contents(script: Any) -> tuple[str, list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
-    """What a script module or function is made of: its code as text, that says nothing of where it was made; the
-    tensors in the code; its parameters and buffers, under all their names."""
+    """Returns what a script module or function is made of: its code as text, that says nothing of where it
+    was made; the tensors in the code; its parameters and buffers, under all their names."""
     with _quiet():
         graph = script.inlined_graph
     constants = [
@@ -65,7 +65,7 @@ def contents(script: Any) -> tuple[str, list[torch.Tensor], list[tuple[str, torc
 
 
 def is_torchscript(model: object) -> bool:
-    """Whether `model` is a module or function that runs in TorchScript."""
+    """Returns whether `model` is a module or function that runs in TorchScript."""
     return isinstance(model, _TRACED)
 
 
@@ -143,7 +143,7 @@ def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModu
     with torch.no_grad():  # tracing ran the plan once: batch norm has counted a batch that never was
         for copy, original in zip(copies, originals, strict=True):
             copy.copy_(original)
-    assert isinstance(traced, torch.jit.ScriptModule)  # noqa: S101 - tracing a module gives one
+    assert isinstance(traced, torch.jit.ScriptModule)  # noqa: S101 - tracing a module returns one
     return traced
 
 
@@ -188,7 +188,7 @@ def from_torchscript(
     *,
     training: bool = False,
 ) -> Graph:
-    """The plan of a `ScriptModule` or `ScriptFunction`.
+    """Returns the plan of a `ScriptModule` or `ScriptFunction`.
 
     What `torch.jit.trace` made is in the mode it was traced in, what `torch.jit.script` made in the one that `training`
     says. Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or from the graph
@@ -204,7 +204,8 @@ def from_torchscript(
 
 
 def script_call(script: Any) -> Callable[..., Any]:
-    """A `ScriptFunction` of tensors as a Python function, for recording: the ops of its graph, one by one.
+    """Turns a `ScriptFunction` of tensors into a Python function, for recording: the ops of its graph, one by
+    one.
 
     Raises:
         TraceError: as `from_torchscript`.
@@ -221,7 +222,7 @@ def script_call(script: Any) -> Callable[..., Any]:
 
 
 def argument_names(script: Any) -> list[str]:
-    """The names of the arguments that a `ScriptFunction`, or the forward of a `ScriptModule`, takes."""
+    """Returns the names of the arguments that a `ScriptFunction`, or the forward of a `ScriptModule`, takes."""
     called: Any = script if isinstance(script, torch.jit.ScriptFunction) else script.forward
     return [argument.name for argument in called.schema.arguments if argument.name != "self"]
 
@@ -284,7 +285,7 @@ def _name_of(traced: Any) -> str:
 
 
 def class_name(model: object) -> str:
-    """What the class of `model` is called in Python."""
+    """Returns the name of the class of `model` in Python."""
     return _name_of(model) if is_torchscript(model) else type(model).__name__
 
 

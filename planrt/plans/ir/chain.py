@@ -1,6 +1,6 @@
 """`Chain`: several plans, and which takes the results of which, as data. What a protocol is made of.
 
-A chain's values are numbered as a graph's are: first its inputs, then what each step gives, in the order of the
+A chain's values are numbered as a graph's are: first its inputs, then what each step returns, in the order of the
 steps. A step names a place, which stands for a worker, and takes earlier values by `Ref`; so a chain cannot go
 round in circles. Its bytes are MessagePack of
 
@@ -39,7 +39,7 @@ class ChainPlan:
 
     @property
     def graph(self) -> Graph:
-        """What runs.
+        """The graph that runs.
 
         Raises:
             PlanError: it could not be recorded in this mode.
@@ -59,7 +59,7 @@ class ChainStep:
 
 @dataclass(frozen=True)
 class Chain:
-    """A checked list of steps over a list of plans; `outputs` nests `Ref`s to what steps give.
+    """A checked list of steps over a list of plans; `outputs` nests `Ref`s to what steps return.
 
     Raises:
         PlanFormatError: references to values that do not exist yet, names that are none or not different, wrong
@@ -76,7 +76,7 @@ class Chain:
 
     @cached_property
     def results(self) -> tuple[range, ...]:
-        """For each step the numbers of the values that it gives: one per `Ref` in its plan's outputs, in order."""
+        """For each step the numbers of the values that it returns: one per `Ref` in its plan's outputs, in order."""
         found, known = [], len(self.inputs)
         for step in self.steps:
             count = sum(1 for _ in refs_in(self.plans[step.plan].graph.outputs))
@@ -90,16 +90,16 @@ class Chain:
         return tuple(dict.fromkeys(step.place for step in self.steps))
 
     def maker(self, value: int) -> int | None:
-        """The number of the step that gives `value`; None for an input."""
+        """Returns the number of the step that returns `value`; None for an input."""
         return next((index for index, made in enumerate(self.results) if value in made), None)
 
     def short_name(self, value: int) -> str:
-        """The name of an input, or of the step that gives `value`."""
+        """Returns the name of an input, or of the step that returns `value`."""
         maker = self.maker(value)
         return self.inputs[value] if maker is None else self.steps[maker].name
 
     def name_of(self, value: int) -> str:
-        """What people call a value: ``input 'x'``, ``the result of step 'a'``."""
+        """Returns what errors call a value: ``input 'x'``, ``the result of step 'a'``."""
         maker = self.maker(value)
         return (
             f"input {self.inputs[value]!r}"
@@ -113,7 +113,7 @@ class Chain:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The chain as bytes: equal chains give equal bytes."""
+        """Returns the chain as bytes: equal chains have equal bytes."""
         return self._bytes
 
     @cached_property
@@ -131,7 +131,7 @@ class Chain:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Chain:
-        """What `to_bytes` made, every part of it checked; safe on bytes from anyone.
+        """Decodes what `to_bytes` made and checks every part of it; safe on bytes from anyone.
 
         Raises:
             PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the table.

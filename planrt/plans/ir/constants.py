@@ -32,7 +32,7 @@ from planrt.serde.values import pack, unpack_sections
 KEPT: Final = 2**20
 """Bytes of a plan's constants that wait together with it, for its owner to look at."""
 LISTED: Final = 1_000
-"""Most values of a constant that `Constant.listed` gives."""
+"""Most values of a constant that `Constant.listed` returns."""
 _SHOWN: Final = 12
 _MAGIC: Final = "planrt-waiting"
 _VERSION: Final = 1
@@ -47,7 +47,8 @@ class Constant:
     values: torch.Tensor | None = None
 
     def listed(self) -> list[float] | None:
-        """The values in one row, of at most `LISTED` of them; None of more, or where they are not at hand."""
+        """Returns the values in one row, of at most `LISTED` of them; None of more, or where they are not at
+        hand."""
         if self.values is None or self.values.numel() > LISTED:
             return None
         listed: list[float] = _flat(self.values).tolist()
@@ -59,12 +60,12 @@ class Constant:
 
 
 def has_constants(graph: Graph) -> bool:
-    """Whether some of the plan's state are constants."""
+    """Returns whether the plan's state has constants."""
     return any(entry.kind == "constant" for entry in graph.state)
 
 
 def constants_of(graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant, ...]:
-    """The constants among the values of a plan's state, in their order.
+    """Returns the constants among the values of a plan's state, in their order.
 
     Raises:
         PlanFormatError: there are not as many values as the plan has state.
@@ -79,14 +80,15 @@ def constants_of(graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant,
 
 
 def known_constants(graph: Graph) -> tuple[Constant, ...] | None:
-    """The constants of a graph that has the values of its state; None where it has constants and no values."""
+    """Returns the constants of a graph that has the values of its state; None where it has constants and no
+    values."""
     if not has_constants(graph):
         return ()
     return constants_of(graph, graph.state_values) if graph.state_values else None
 
 
 def approval_hash(graph: Graph, constants: Sequence[Constant]) -> str:
-    """What an owner's decision about a plan is filed under, as 64 hex digits.
+    """Returns the hash under which an owner's decision about a plan is filed, as 64 hex digits.
 
     That is the plan's hash, if it has no constants. Else it is the SHA-256 of the hash and the constants' digests, a
     line each.
@@ -97,7 +99,7 @@ def approval_hash(graph: Graph, constants: Sequence[Constant]) -> str:
 
 
 def waiting_bytes(plan: bytes, constants: Sequence[Constant]) -> bytes:
-    """The file of a plan that waits; `plan` as it came, if it has no constants."""
+    """Returns the file of a plan that waits; `plan` as it came, if it has no constants."""
     if not constants:
         return plan
     sizes = [0 if one.values is None else one.values.nbytes for one in constants]
@@ -109,12 +111,12 @@ def waiting_bytes(plan: bytes, constants: Sequence[Constant]) -> bytes:
 
 
 def is_waiting(data: bytes) -> bool:
-    """Whether these bytes begin as those of a plan that waits with its constants."""
+    """Returns whether these bytes begin as those of a plan that waits with its constants."""
     return bytes(data[:32]).find(_MAGIC.encode()) in range(8)
 
 
 def plan_that_waits(data: bytes) -> tuple[bytes, list[tuple[str, bytes | None]]]:
-    """What `waiting_bytes` was given: the plan's bytes, and of each constant its digest and elements.
+    """Returns what `waiting_bytes` was given: the plan's bytes, and of each constant its digest and elements.
 
     Raises:
         PlanFormatError: other bytes.
@@ -134,7 +136,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def decoded(graph: Graph, pairs: Sequence[tuple[str, bytes | None]]) -> tuple[Constant, ...]:
-    """The constants of `graph` from what `plan_that_waits` gave.
+    """Returns the constants of `graph` from what `plan_that_waits` returned.
 
     Raises:
         PlanFormatError: they are not the plan's, or their values have another digest.

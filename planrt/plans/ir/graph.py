@@ -64,12 +64,12 @@ class StateSpec:
 
     @property
     def trainable(self) -> bool:
-        """Whether an optimizer may change it."""
+        """Tells whether an optimizer may change it."""
         return self.kind == "parameter" and self.requires_grad
 
     @property
     def can_change(self) -> bool:
-        """Whether a training round may change it: trainable parameters and buffers."""
+        """Tells whether a training round may change it: trainable parameters and buffers can."""
         return self.trainable or self.kind == "buffer"
 
 
@@ -102,7 +102,7 @@ class Graph:
     # The canonical form
 
     def to_bytes(self) -> bytes:
-        """The canonical bytes: equal plans give equal bytes on every machine."""
+        """Returns the canonical bytes: equal plans have equal bytes on every machine."""
         return self._bytes
 
     @cached_property
@@ -125,18 +125,18 @@ class Graph:
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether it draws random numbers."""
+        """Tells whether it draws random numbers."""
         return any(op.name in table.RANDOM for op in self.ops)
 
     @cached_property
     def differentiates(self) -> bool:
-        """Whether it computes gradients itself. Such a plan begins without gradients at every run, changes nothing
-        outside but by in-place ops, and gives results without history."""
+        """Tells whether it computes gradients itself. Such a plan begins without gradients at every run,
+        changes nothing outside but by in-place ops, and returns results without history."""
         return any(op.name in table.GRADIENTS or op.name == table.REQUIRES_GRAD for op in self.ops)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Graph:
-        """The plan behind canonical bytes, every part of it checked; safe on bytes from anyone.
+        """Decodes canonical bytes into the plan, every part of it checked; safe on bytes from anyone.
 
         Raises:
             PlanFormatError: bytes that are truncated, altered, of another version, or not canonical.
@@ -163,7 +163,7 @@ class Graph:
         return plan
 
     def with_state_values(self, values: tuple[torch.Tensor, ...] | None) -> Graph:
-        """The same plan, with other tensors (or none) as the values of its state."""
+        """Returns the same plan, with other tensors (or none) as the values of its state."""
         other = copy.copy(self)
         other.__dict__["state_values"] = values
         other.__dict__.pop("_programs", None)  # compiled forms know the plan that they are of
@@ -181,13 +181,14 @@ class Graph:
     # For people
 
     def place(self, index: int) -> str:
-        """Where op `index` came from: ``module layer2.0.bn1 (BatchNorm2d), traced at net.py:12``; empty if unknown."""
+        """Returns where op `index` came from: ``module layer2.0.bn1 (BatchNorm2d), traced at net.py:12``;
+        empty if unknown."""
         module = self.modules[index] if index < len(self.modules) else None
         line = self.lines[index] if index < len(self.lines) else None
         return ", ".join([f"module {module}"] * bool(module) + [f"traced at {line}"] * bool(line))
 
     def input_name(self, index: int) -> str:
-        """The name of an input, or ``argument N`` where the plan came without names."""
+        """Returns the name of an input, or ``argument N`` where the plan came without names."""
         return self.input_names[index] if index < len(self.input_names) else f"argument {index}"
 
     @property
@@ -208,7 +209,7 @@ class Graph:
 
 
 def refs_in(value: Nested) -> Iterator[Ref]:
-    """Every `Ref` in a nested value, left to right."""
+    """Yields every `Ref` in a nested value, left to right."""
     return (leaf for leaf in leaves(value) if isinstance(leaf, Ref))
 
 

@@ -3,11 +3,11 @@
 `planrt.plans.ir.ops` is an allow-list. Everything that torch itself lists as overridable is either there or here,
 and a test fails on names that are in neither: whoever moves to a newer torch decides, name by name, so that the
 table never widens in silence. A name goes on the table when it makes sense on a tensor that is elsewhere: it
-computes on tensors, numbers and dtypes alone, and gives the same for the same. Names that only older or newer
+computes on tensors, numbers and dtypes alone, and returns the same for the same. Names that only older or newer
 releases of torch have may stand here too.
 
 The reasons end up in error messages: "Tensor.item cannot run on a remote tensor: <reason>; get() the tensor ...".
-``out=`` is a form, not a name: pointers do it as the op and a copy, where it gives one tensor.
+``out=`` is a form, not a name: pointers do it as the op and a copy, where it returns one tensor.
 """
 
 from __future__ import annotations
@@ -204,7 +204,8 @@ _REASONS: Final = {name: reason for reason, names in LEFT_OUT.items() for name i
 
 
 def reason_for(name: str) -> str | None:
-    """Why `name` is not on the table of ops, in half a sentence; None for a name that nobody left out."""
+    """Returns why `name` is not on the table of ops, in half a sentence; None for a name that nobody left
+    out."""
     if name.startswith("functional."):  # where torch defines some of its functions
         name = f"torch.{name.removeprefix('functional.')}"
     return _REASONS.get(name)

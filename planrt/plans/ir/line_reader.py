@@ -42,13 +42,13 @@ class LineReader:
         self._at = 0
 
     def fail(self, expected: str) -> PlanFormatError:
-        """The error for what stands here instead of `expected`."""
+        """Returns the error for what stands here instead of `expected`."""
         rest = self.text[self._at : self._at + 40]
         found = ascii(rest) if rest else "the end of the line"
         return PlanFormatError(f"line {self.number}: expected {expected}, found {found}")
 
     def wrong(self, reason: str) -> PlanFormatError:
-        """The error for something that is readable and cannot be."""
+        """Returns the error for something that is readable and cannot be."""
         return PlanFormatError(f"line {self.number}: {reason}")
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
@@ -59,7 +59,7 @@ class LineReader:
         return found
 
     def sees(self, pattern: re.Pattern[str]) -> bool:
-        """Whether `pattern` matches here."""
+        """Returns whether `pattern` matches here; reads nothing."""
         return pattern.match(self.text, self._at) is not None
 
     def accept(self, literal: str) -> bool:
@@ -96,7 +96,7 @@ class LineReader:
         return count
 
     def value(self, known: int, depth: int) -> Nested:
-        """An argument of an op; `show` is the inverse."""
+        """Reads an argument of an op; `show` is the inverse."""
         if depth > MAX_DEPTH:
             raise self.wrong(f"values nested more than {MAX_DEPTH} levels deep")
         if self.accept("("):
@@ -157,7 +157,7 @@ class LineReader:
         return number
 
     def string(self) -> str:
-        """A string in quotes."""
+        """Reads a string in quotes."""
         found = self.match(_STRING)
         if found is None:
             raise self.fail("a string in quotes")
@@ -179,7 +179,7 @@ class LineReader:
         return _ESCAPE.sub(character, text)
 
     def ref(self, known: int) -> Ref:
-        """A value of the plan that an earlier line made."""
+        """Reads a value of the plan that an earlier line made."""
         found = self.match(NUMBERED)
         if found is None:
             raise self.fail("a value of the plan, such as _0")
@@ -188,7 +188,7 @@ class LineReader:
         return Ref(int(found[1]))
 
     def name(self, what: str) -> str:
-        """A name, in quotes or plain."""
+        """Reads a name, in quotes or plain."""
         if self.sees(_STRING):
             return self.string()
         found = self.match(PLAIN_NAME)

@@ -5,10 +5,10 @@ Names are spelled as users know them: `torch.add`, `Tensor.view`, `Tensor.T` (a 
 a name that the installed torch does not have is simply absent, and `TABLE_HASH` tells two sides whether their
 tables agree. What torch has and the table has not stands in `planrt.plans.ir.left_out`, with the reasons.
 
-The callables are torch's own, with these exceptions: `torch.empty` and its kin give zeros, because
+The callables are torch's own, with these exceptions: `torch.empty` and its like return zeros, because
 uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
 checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`; `unbind`,
-`split` and their kin (`planrt.plans.ir.result_limits`) refuse to return more results than memory holds; and kernels
+`split` and their like (`planrt.plans.ir.result_limits`) refuse to return more results than memory holds; and kernels
 that trust their callers are checked first (`planrt.plans.ir.guards`).
 """
 
@@ -82,7 +82,7 @@ _TORCH_IN_PLACE = """
     square_ tan_ tanh_ threshold_ trunc_ xlogy_ zero_
 """
 
-# Factories with their own device argument; `torch.empty` and its kin stand below.
+# Factories with their own device argument; `torch.empty` and its like stand below.
 _FACTORIES = """
     arange as_tensor asarray bartlett_window blackman_window eye full hamming_window hann_window
     kaiser_window linspace logspace normal ones rand randint randn randperm scalar_tensor tensor
@@ -142,7 +142,7 @@ _NEW = """
 """
 
 # Operators that Python writes for the user; `x + 1` itself arrives as `Tensor.add`. The last three are older
-# names of a division; standing last, they leave it the name that `name_of` gives.
+# names of a division; standing last, they leave it the name that `name_of` returns.
 _DUNDERS = """
     __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__ __iand__ __ifloordiv__ __ilshift__
     __imod__ __imul__ __invert__ __ior__ __ipow__ __irshift__ __isub__ __itruediv__ __ixor__ __le__
@@ -286,7 +286,7 @@ _MANY: dict[str, Callable[..., Any]] = {
 }
 
 BOUNDED: Final = {name: bounded(name.rpartition(".")[2], function) for name, function in _MANY.items()}
-"""Name -> torch's function that first counts what it would give."""
+"""Name -> torch's function that first counts what it would return."""
 
 
 def _pack_padded_sequence(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
@@ -461,7 +461,7 @@ _RENORMING = ("nn.functional.embedding", "nn.functional.embedding_bag")
 
 
 def written_operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Those of an op's arguments that it may write to, whether it succeeds or fails on the way."""
+    """Returns those of an op's arguments that it may write to, whether it succeeds or fails on the way."""
     word = name.rpartition(".")[2]
     in_place = word.endswith("_") and not word.endswith("__")
     in_place = in_place or (word.startswith("__i") and word != "__invert__") or word == "__setitem__"
@@ -476,7 +476,8 @@ def written_operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def writes_unseen(name: str) -> bool:
-    """Whether an op changes operands without counting that in their versions, by which autograd sees writes."""
+    """Returns whether an op changes operands without counting that in their versions, by which autograd sees
+    writes."""
     return name in _STATISTICS or name in MEMORY_WRITES
 
 
@@ -488,7 +489,7 @@ PEER_OPS: Final[frozenset[str]] = frozenset()
 
 
 def lookup(name: str) -> Callable[..., Any]:
-    """The callable behind `name`.
+    """Returns the callable behind `name`.
 
     Raises:
         OpNotAllowedError: `name` is not on the table.
@@ -500,7 +501,7 @@ def lookup(name: str) -> Callable[..., Any]:
 
 
 def lookup_eager(name: str) -> Callable[..., Any]:
-    """The callable behind `name`, for an op that a pointer posted.
+    """Returns the callable behind `name`, for an op that a pointer posted.
 
     Raises:
         OpNotAllowedError: `name` is neither on the table nor in `EAGER`, or only plans have it.
@@ -512,7 +513,7 @@ def lookup_eager(name: str) -> Callable[..., Any]:
 
 
 def name_of(function: Any) -> str | None:
-    """The name of a torch function as a `TorchFunctionMode` sees it; None when it is off the table."""
+    """Returns the name of a torch function as a `TorchFunctionMode` sees it; None when it is off the table."""
     try:
         return _NAMES.get(function)
     except TypeError:  # unhashable: certainly none of ours

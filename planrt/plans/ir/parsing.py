@@ -35,7 +35,7 @@ _CALLED = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
 def parse(text: str) -> Graph:
-    """The graph whose printed form `text` is, names and docstring included; it has no state values.
+    """Parses the printed form of a graph, names and docstring included; the result has no state values.
 
     The hash in the first line may be left out; where it stands, it must be that of the lines below. The line
     ``<Plan ...>`` that `print(plan)` puts on top is passed over.

@@ -78,7 +78,7 @@ class PlanRecord:
         return self.graphs[0].state
 
     def graph(self, *, training: bool) -> Graph:
-        """The form for that mode.
+        """Returns the form for that mode.
 
         Raises:
             PlanError: the plan could not be recorded in that mode.
@@ -101,7 +101,7 @@ class PlanRecord:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The record as bytes."""
+        """Returns the record as bytes."""
         return self._bytes
 
     @cached_property
@@ -122,7 +122,7 @@ class PlanRecord:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> PlanRecord:
-        """What `to_bytes` made, every part of it checked; safe on bytes from anyone.
+        """Decodes what `to_bytes` made and checks every part of it; safe on bytes from anyone.
 
         Raises:
             PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the table.
@@ -150,8 +150,8 @@ class PlanRecord:
 
 
 def with_names(graph: Graph) -> bytes:
-    """The bytes of a record of `graph` alone, so that its name and those of its inputs and state travel along; where
-    these are no names of parameters, its canonical bytes."""
+    """Returns the bytes of a record of `graph` alone, so that its name and those of its inputs and state
+    travel along; where these are no names of parameters, its canonical bytes."""
     names = graph.input_names
     if (
         len(names) != len(graph.inputs)
@@ -167,7 +167,7 @@ def with_names(graph: Graph) -> bytes:
 
 
 def alone(data: bytes) -> Graph:
-    """The graph that `with_names` gave these bytes for; safe on bytes from anyone.
+    """Returns the graph that `with_names` made these bytes of; safe on bytes from anyone.
 
     Raises:
         PlanFormatError: other bytes, or a record of two graphs. OpNotAllowedError: an op off the table.
@@ -181,7 +181,7 @@ def alone(data: bytes) -> Graph:
 
 
 def is_record(data: bytes) -> bool:
-    """Whether these bytes begin as those of a record do."""
+    """Returns whether these bytes begin as those of a record do."""
     return bytes(data[:32]).find(_MAGIC.encode()) in range(8)
 
 

@@ -1,4 +1,4 @@
-"""Ops that give as many results as a size or an argument says, and how many that may be.
+"""Ops that return as many results as a size or an argument says, and how many that may be.
 
 A tensor of one element, expanded to 10^9, costs nothing; `unbind` of it makes 10^9 tensors, within one call that no
 time limit interrupts, and on meta tensors just the same, so that looking at such a plan would cost what running it
@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 MAX_RESULTS = 1 << 16
-"""Results that one op may give."""
+"""The most results that one op may return."""
 
 
 def _by_size(tensor: torch.Tensor, dim: int = 0) -> int:
@@ -54,11 +54,11 @@ _COUNTS: Final[dict[str, Callable[..., int]]] = {
     "dsplit": _by_places,
 }
 MANY: Final = tuple(_COUNTS)
-"""The words of the ops that give any number of results."""
+"""The words of the ops that return any number of results."""
 
 
 def bounded(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, torch's op `word` of `MANY`, refusing to give more than `MAX_RESULTS` results."""
+    """`function`, torch's op `word` of `MANY`, refusing to return more than `MAX_RESULTS` results."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         if _may_be_many((*args, *kwargs.values())) and (results := _count(word, args, kwargs)) > MAX_RESULTS:

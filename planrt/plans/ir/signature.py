@@ -67,11 +67,11 @@ class Signature:
 
     @property
     def count(self) -> int:
-        """How many input tensors there are."""
+        """The number of input tensors."""
         return len(self.input_names)
 
     def bind(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The input tensors of a call of plan `name`, in order.
+        """Returns the input tensors of a call of plan `name`, in order.
 
         Raises:
             PlanArgumentError: arguments that the plan was not recorded with; says which, and what to do.
@@ -156,7 +156,7 @@ class Signature:
 
     @classmethod
     def decoded(cls, parts: Any) -> Signature:
-        """What `encoded` made, every part of it checked.
+        """Decodes what `encoded` made, and checks every part of it.
 
         Raises:
             PlanFormatError: anything else.
@@ -199,7 +199,7 @@ _ABSENT: Final = _Absent()
 def recorded_signature(
     python: inspect.Signature, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Signature, list[torch.Tensor], dict[str, torch.nn.Module]]:
-    """What a call with example arguments looks like to a plan.
+    """Records how a plan is called from a call with example arguments.
 
     Returns the signature, the example tensors in its order, and the modules among the arguments, by the path of
     their place ("model", "nets.0").

@@ -19,7 +19,7 @@ _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 
 @lru_cache(maxsize=4096)
 def is_users(filename: str) -> bool:
-    """Whether that file is the user's: not torch's, Python's or planrt's."""
+    """Returns whether that file is the user's: not torch's, Python's or planrt's."""
     if filename.startswith((_PLANRT, _TORCH, "<frozen")):
         return False
     return not filename.startswith(_STDLIB) or "site-packages" in filename
@@ -39,7 +39,7 @@ def user_line() -> str | None:
 
 
 def running_modules() -> list[torch.nn.Module]:
-    """The modules whose forward is running, innermost first, below the tracer."""
+    """Returns the modules whose forward is running, innermost first, below the tracer."""
     found: list[torch.nn.Module] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -53,7 +53,8 @@ def running_modules() -> list[torch.nn.Module]:
 
 
 def called_by_user(through: str) -> bool:
-    """Whether the innermost frame that is not in the file `through`, above the caller's caller, is the user's."""
+    """Returns whether the innermost frame that is not in the file `through`, above the caller's caller, is
+    the user's."""
     frame = sys._getframe(3)
     while frame.f_code.co_filename == through and frame.f_back is not None:
         frame = frame.f_back
@@ -61,7 +62,8 @@ def called_by_user(through: str) -> bool:
 
 
 def frames_to_user() -> int:
-    """How many frames up from the caller the user's own code is: a `stacklevel` for the caller's warnings, less 1."""
+    """Counts the frames from the caller up to the user's own code: a `stacklevel` for the caller's warnings,
+    less 1."""
     frame, count = sys._getframe(1), 0
     while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         frame, count = frame.f_back, count + 1

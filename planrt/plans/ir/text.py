@@ -50,7 +50,7 @@ KEYWORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def show(value: Nested) -> str:
-    """A nested value as a line of source would have it.
+    """Writes a nested value as a line of source would have it.
 
     None, True, numbers, strings, ``...``, ``slice(0, 2, None)``, tuples, lists and dicts are written as in Python,
     dtypes, memory formats and layouts as in PyTorch. ``_3`` is a value of the plan, ``complex(1.0, 2.0)`` a
@@ -80,12 +80,12 @@ def show(value: Nested) -> str:
 
 
 def show_name(name: str) -> str:
-    """A name of a plan, an input or a state entry; in quotes unless it is plain."""
+    """Writes a name of a plan, an input or a state entry; in quotes unless it is plain."""
     return name if PLAIN_NAME.fullmatch(name) else ascii(name)
 
 
 def op_line(op: Op) -> str:
-    """One op as a line: ``_5 = torch.nn.functional.linear(_0, _1, _2)``, ``_2 = _1.add(1)``."""
+    """Writes one op as a line: ``_5 = torch.nn.functional.linear(_0, _1, _2)``, ``_2 = _1.add(1)``."""
     positional = list(op.args)
     if op.name.startswith("Tensor.") and positional and isinstance(positional[0], Ref):
         called = f"{positional.pop(0)}.{op.name.removeprefix('Tensor.')}"
@@ -129,14 +129,14 @@ def state_line(number: int, entry: StateSpec) -> str:
 
 
 def code_lines(graph: Graph) -> Iterator[str]:
-    """The ops, and what is returned."""
+    """Yields the lines of the ops, and of what is returned."""
     for op in graph.ops:
         yield op_line(op)
     yield f"return {show(graph.outputs)}"
 
 
 def graph_text(graph: Graph) -> str:
-    """The whole plan as text; see the module's docstring."""
+    """Writes the whole plan as text; see the module's docstring."""
     lines = [f"plan {show_name(graph.name)} sha256:{graph.hash}"]
     lines += [f"  # {shown(line)}".rstrip() for line in graph.doc.split("\n") if graph.doc]
     for index, spec in enumerate(graph.inputs):

@@ -59,7 +59,7 @@ class QueueFullError(ApprovalError):
 
 
 class Status(NamedTuple):
-    """How it stands with a plan, and the owner's words if there are any."""
+    """The decision about a plan, or that there is none yet, and the owner's words if there are any."""
 
     status: Standing
     why: str = ""
@@ -89,7 +89,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What is known of somebody who asked for a plan. `time` is ISO 8601 in UTC.
+    """The facts known of somebody who asked for a plan. `time` is ISO 8601 in UTC.
 
     `user` was proved by a token, and is ``""`` for a client that showed none; `data` (keys of data sets, or tags of
     private tensors) is what the worker was asked to run it on. The rest is what the asker says: the plan's name, those
@@ -141,7 +141,7 @@ class Approvals:
     # Reading
 
     def status(self, plan: str) -> Status:
-        """How it stands with a plan. Cheap: reads the record only when it changed.
+        """Returns the decision about a plan. It is cheap: the record is read only when it changed.
 
         Raises:
             ApprovalError: the record is broken.
@@ -154,7 +154,7 @@ class Approvals:
         return Status("pending") if waits else Status("unknown")
 
     def decisions(self) -> list[Decision]:
-        """Every decision, the oldest first."""
+        """Returns every decision, the oldest first."""
         self._refresh()
         return list(self._decisions)
 
@@ -165,7 +165,7 @@ class Approvals:
         return self._last_hash
 
     def pending(self) -> list[Pending]:
-        """The plans that wait, the oldest first."""
+        """Returns the plans that wait, the oldest first."""
         found = []
         for path in self._waiting.iterdir():
             plan = path.name.partition(".")[0]
@@ -175,7 +175,8 @@ class Approvals:
         return [one for _, one in sorted(found, key=lambda pair: (pair[0], pair[1].plan))]
 
     def askings(self, plan: str) -> list[Asking]:
-        """Who asked for a plan, the first one first. What cannot be read is left out: nothing depends on it."""
+        """Lists who asked for a plan, the first one first. Entries that cannot be read are left out: nothing
+        depends on them."""
         try:
             lines = (self._asked / f"{plan}.jsonl").read_bytes().splitlines()
         except OSError:
@@ -183,7 +184,8 @@ class Approvals:
         return [found for line in lines[:MAX_ASKINGS] if (found := _asking(line)) is not None]
 
     def resolve(self, prefix: str) -> str:
-        """The hash that begins with `prefix`, among the plans that wait and those decided. A whole hash is itself.
+        """Returns the hash that begins with `prefix`, among the plans that wait and those decided. A whole
+        hash is itself.
 
         Raises:
             ApprovalError: too short, none, or more than one.

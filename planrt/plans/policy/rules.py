@@ -60,7 +60,8 @@ ALL_PRIVATE: Final = "*"
 
 @dataclass(frozen=True)
 class ReleaseRule:
-    """What may leave a plan of what depends on inputs tagged `tag`: aggregates over at least `min_rows` rows.
+    """A rule on what may leave a plan of what depends on inputs tagged `tag`: aggregates over at least
+    `min_rows` rows.
 
     `aggregates` names the kinds that are allowed, of `planrt.plans.analysis.kernels.AGGREGATES`; None for all.
 
@@ -164,7 +165,7 @@ class Policy:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Policy:
-        """The policy in a TOML file.
+        """Reads the policy in a TOML file.
 
         Raises:
             OptionError: not there, not TOML, an unknown key, a wrong type or a value out of range; names file and key.
@@ -183,7 +184,7 @@ class Policy:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Policy:
-        """The policy in a mapping as a TOML file gives it.
+        """Makes the policy that a mapping describes, as a TOML file holds it.
 
         Raises:
             OptionError: names the key.

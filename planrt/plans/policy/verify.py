@@ -31,7 +31,8 @@ def check(
     constants: Sequence[Constant] | None = None,
     gradients: bool = False,
 ) -> Report:
-    """The report on `graph` for inputs of these specs, with what it breaks of `policy`, approval included.
+    """Checks `graph` for inputs of these specs, and returns the report with what it breaks of `policy`,
+    approval included.
 
     Args:
         graph: the plan.
@@ -59,7 +60,8 @@ def check_rules(
     *,
     gradients: bool = False,
 ) -> Report:
-    """The report on `graph`, with what it breaks of the rules of `policy`, whether it was approved or not.
+    """Checks `graph`, and returns the report with what it breaks of the rules of `policy`, whether it was
+    approved or not.
 
     Args:
         graph, policy, inputs, tags: as `check` takes them.

@@ -64,7 +64,8 @@ def record_in_both_modes(
     doc: str,
     moody: bool,
 ) -> tuple[PlanRecord, StateRegistry]:
-    """The record of ``call(...)`` on example tensors, and whose tensors its state is.
+    """Records ``call(...)`` on example tensors, in both modes; returns the record, and whose tensors its
+    state is.
 
     Args:
         call: the plan's Python code.
@@ -113,7 +114,8 @@ def record_in_both_modes(
 def leading_dims(
     signature: Signature, tensors: Sequence[torch.Tensor], modules: Mapping[str, torch.nn.Module]
 ) -> list[list[tuple[int, ...]]]:
-    """Which inputs may have a free dimension 0: `free_dims` to be tried in this order, the most free first.
+    """Lists which inputs may have a free dimension 0: `free_dims` to be tried in this order, the most free
+    first.
 
     Modules' tensors have none. That no input has one is not among them: it needs no trying.
     """

@@ -38,7 +38,8 @@ ON_EACH: Final = _on_each()
 
 
 def calls(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[TensorCall]:
-    """The call on each tensor that ``function(*args, **kwargs)`` stands for, `function` being one of `ON_EACH`.
+    """Yields the call on each tensor that ``function(*args, **kwargs)`` stands for, `function` being one of
+    `ON_EACH`.
 
     Arguments that are lists belong to the tensors one by one; the others to all of them.
     """

@@ -23,7 +23,7 @@ from planrt.types import Nested
 def inline(
     graph: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], *, name: str | None = None
 ) -> Nested:
-    """Record the ops of `graph` on `inputs` and `state`, and return what they give.
+    """Record the ops of `graph` on `inputs` and `state`, and return their results.
 
     Args:
         graph: the inner plan.

@@ -29,22 +29,22 @@ class KnownValues:
         self._sized: set[int] = set()  # also where free sizes have a part
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether the values of `tensor` are the same at every run."""
+        """Returns whether the values of `tensor` are the same at every run."""
         return _address(tensor) in self._memory
 
     def knows_all(self, values: Any) -> bool:
-        """Whether that holds for every tensor in `values`, and no number among them follows a free size."""
+        """Returns whether every tensor in `values` is known, and no number among them follows a free size."""
         return all(
             self.knows(leaf) if isinstance(leaf, torch.Tensor) else not isinstance(leaf, TracedNumber)
             for leaf in leaves(values)
         )
 
     def follows_sizes_only(self, tensor: torch.Tensor) -> bool:
-        """Whether nothing but sizes has a part in the values of `tensor`."""
+        """Returns whether nothing but sizes has a part in the values of `tensor`."""
         return _address(tensor) in self._sized
 
     def before(self, values: Any) -> _Watched:
-        """What `after` needs of an op's arguments: to be called before the op may change them."""
+        """Returns what `after` needs of an op's arguments: call it before the op may change them."""
         tensors = [leaf for leaf in leaves(values) if isinstance(leaf, torch.Tensor)]
         watched = [(tensor, tensor._version) for tensor in tensors if self.follows_sizes_only(tensor)]
         return self.knows_all(values), all(map(self.follows_sizes_only, tensors)), watched

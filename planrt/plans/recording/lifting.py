@@ -78,7 +78,7 @@ class StateEntry:
         self.geometry = (self.tensor.shape, self.tensor.stride())
 
     def spec(self) -> StateSpec:
-        """The entry as the plan describes it."""
+        """Returns the entry as the plan describes it."""
         trains = self.kind == "parameter" and self.requires_grad
         return StateSpec(self.name, TensorSpec.of(self.tensor), self.kind, trains)
 
@@ -93,7 +93,7 @@ class StateEntry:
             self.tensor.grad, self.grad = self.grad, None
 
     def restore(self) -> None:
-        """The tensor as it was; a captured constant that was written to becomes a buffer."""
+        """Puts the tensor back as it was; a captured constant that was written to becomes a buffer."""
         tensor = self.tensor
         written = tensor._version != self.version or any(
             alias._version != version for alias, version in self.unversioned
@@ -157,7 +157,7 @@ class StateRegistry:
                 self.name(tensor, f"loss.{name}")
 
     def module_name(self, module: torch.nn.Module, root: torch.nn.Module) -> str:
-        """What errors call `module`: its path in `root`, the outermost that runs, and its kind."""
+        """Returns what errors call `module`: its path in `root`, the outermost that runs, and its kind."""
         if id(module) not in self._module_names:
             self._name_modules(root, "")
         return self._module_names.get(id(module)) or type(module).__name__
@@ -168,8 +168,8 @@ class StateRegistry:
             self._module_names.setdefault(id(part), f"{path} ({kind})" if path else kind)
 
     def name(self, tensor: torch.Tensor, name: str, kind: StateKind | None = None) -> None:
-        """What `tensor` is to be called if the function uses it, and what kind of state it is. Named tensors are
-        captured without a notice."""
+        """Sets what `tensor` is to be called if the function uses it, and what kind of state it is. Named
+        tensors are captured without a warning."""
         self._names.setdefault(id(tensor), (name, kind, tensor))
 
     def _lift(self, module: torch.nn.Module, prefix: str) -> None:
@@ -196,14 +196,14 @@ class StateRegistry:
                     self.name(value, f"{owner}.{key}")
 
     def named(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The state by name, and the inputs by number."""
+        """Yields the state by name, and the inputs by number."""
         for entry in self.entries:
             yield f"state {entry.name!r}", entry.tensor
         for index, tensor in enumerate(inputs):
             yield f"argument {index}", tensor
 
     def find(self, tensor: torch.Tensor) -> int | None:
-        """The index of `tensor` in the state, None if it is not there."""
+        """Returns the index of `tensor` in the state, None if it is not there."""
         return self._index.get(id(tensor))
 
     def capture(self, tensor: torch.Tensor, line: str | None) -> int:

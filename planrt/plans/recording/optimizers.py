@@ -122,7 +122,7 @@ class OptimizerWatch:
 
 
 def why_no_step(optimizer: Optimizer, reason: str) -> str:
-    """Why an optimizer's step cannot be recorded, and what to do instead."""
+    """Explains why an optimizer's step cannot be recorded, and what to do instead."""
     name = type(optimizer).__name__
     if reason.startswith("_fused"):
         return f"optimizer {name} cannot step in a plan with fused=True, which is one kernel of its own: leave that out"

@@ -10,13 +10,14 @@ INSTEAD: Final = "draw with torch.rand(()) and choose with torch.where, which a 
 
 
 class Draws:
-    """Whether somebody drew from Python's or NumPy's own generator since this was made."""
+    """A watch over Python's and NumPy's own generators: `found` tells whose were drawn from since it was
+    made."""
 
     def __init__(self) -> None:
         self._python, self._numpy = _python(), _numpy()
 
     def found(self) -> str | None:
-        """Whose random numbers were drawn; None where nobody's were."""
+        """Returns whose random numbers were drawn; None where nobody's were."""
         if _python() != self._python:
             return "Python's random numbers (random.random() and its kin)"
         if _numpy() != self._numpy:
@@ -25,12 +26,13 @@ class Draws:
 
 
 def why_not(whose: str) -> str:
-    """Why a plan cannot draw them, and what to write."""
+    """Explains why a plan cannot draw random numbers of theirs, and what to write."""
     return f"the function draws {whose}, and a plan would freeze what it drew: {INSTEAD}"
 
 
 def generator_state(value: Any) -> Any:
-    """The state of a random generator of Python or NumPy that a module or function holds; None for anything else."""
+    """Returns the state of a random generator of Python or NumPy that a module or function holds; None for
+    anything else."""
     if isinstance(value, random.Random):
         return hash(value.getstate())
     numpy = sys.modules.get("numpy")

@@ -55,7 +55,7 @@ class Change:
 
     @property
     def is_generator(self) -> bool:
-        """Whether it is a random generator that was drawn from."""
+        """Tells whether it is a random generator that was drawn from."""
         return isinstance(self.after, _State)
 
 
@@ -133,20 +133,20 @@ class KeptState:
     # -------------------------------------------------------------------------------------------- what there is
 
     def snapshot(self) -> Snapshot:
-        """What is in every place now, and the states of random generators."""
+        """Copies what is in every place now, and the states of random generators."""
         states = {name: _State(generator_state(found)) for name, found in self._generators}
         return [*((place, place.items()) for place in self._places), (_Place("{}", "", {}, None), states)]
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Every place as it was then."""
+        """Puts every place back as it was then."""
         for place, items in snapshot[:-1]:
             now = place.items()
             if now.keys() != items.keys() or any(now[key] is not items[key] for key in items):
                 place.put(items)
 
     def changes(self, before: Snapshot, after: Snapshot, *, tensors: bool) -> list[Change]:
-        """What is another thing in `after` than in `before`. Without `tensors`, all tensors are alike: whether a run
-        uses one that an earlier run left is seen by the recorder."""
+        """Lists what is another thing in `after` than in `before`. Without `tensors`, all tensors are alike:
+        whether a run uses one that an earlier run left is seen by the recorder."""
         found = []
         for (place, old), (_, new) in zip(before, after, strict=True):
             if old is new:
@@ -162,7 +162,7 @@ class KeptState:
         return found
 
     def holder(self, snapshot: Snapshot, tensor: torch.Tensor) -> Change | None:
-        """Where `tensor` stands in `snapshot`."""
+        """Returns the entry of `snapshot` that holds `tensor`; None where none does."""
         for place, items in snapshot:
             for key, value in items.items():
                 if value is tensor:
@@ -338,14 +338,14 @@ def _listed(changes: Sequence[Change]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What a run left behind, for the next run that begins there."""
+    """The state that a run left behind, for the next run that begins there."""
 
     kept: KeptState
     snapshot: Snapshot
     known: KnownValues
 
     def reuses(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is one that the earlier run left, and as good as made anew.
+        """Returns whether `tensor` is one that the earlier run left, and as good as made anew.
 
         Raises:
             TraceError: it is one, and what it holds followed that run's arguments or state.
@@ -359,11 +359,11 @@ class Left:
 
 
 class KeptError(TraceError):
-    """What a call leaves behind decides what the next one computes."""
+    """The state that one call leaves behind decides what the next one computes."""
 
 
 def why_kept(changes: Sequence[Change]) -> str:
-    """Why a plan cannot be made of a function that keeps something, and what to write."""
+    """Explains why a plan cannot be made of a function that keeps something, and what to write."""
     return (
         f"the function keeps something from call to call, and computes with it: {_listed(changes)}. A plan "
         "would compute as in the first call for ever: keep it in a buffer (self.register_buffer(name, tensor), "
@@ -387,7 +387,8 @@ _LIBRARIES: Final = frozenset({"torch", "torchvision", "numpy", "planrt", *sys.s
 
 @functools.lru_cache(maxsize=4096)
 def is_library(module: str) -> bool:
-    """Whether the module of that name is somebody else's: its code stays as it is while a program runs."""
+    """Returns whether the module of that name is somebody else's: its code stays as it is while a program
+    runs."""
     if module.partition(".")[0] in _LIBRARIES:
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or ""

@@ -43,7 +43,7 @@ class SizesFixedError(TraceError):
 @dataclass(frozen=True, slots=True)
 class RecordedOp:
     """One recorded op: the user's line, the module whose forward ran (``layer2.0.bn1 (BatchNorm2d)``), and the number
-    that a size op gave in this run."""
+    that a size op returned in this run."""
 
     op: Op
     line: str | None
@@ -137,7 +137,8 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def at(self, line: str | None) -> Iterator[None]:
-        """What is recorded under this comes from an inner plan: from `line` of its function, if that is known."""
+        """Marks what is recorded under it as coming from an inner plan: from `line` of its function, if that
+        is known."""
         before = self._at, self._inlining
         self._at, self._inlining = line, True
         try:
@@ -439,7 +440,7 @@ class Recorder(TorchFunctionMode):
     # The end of a run
 
     def finish(self, outputs: Any) -> Run:
-        """The run with its outputs; closes the recorder."""
+        """Closes the recorder, and returns the run with its outputs."""
         self._write_back_buffers()
         named = map_leaves(outputs, self._leaf)
         self._closed = True

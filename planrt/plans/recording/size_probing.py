@@ -31,7 +31,8 @@ _INSTEAD = (
 def grown(
     examples: Sequence[torch.Tensor], free: Sequence[Sequence[int]], grow: Callable[[int], int]
 ) -> list[torch.Tensor]:
-    """The examples with `grow` applied to each free size. Entries are repeated, so that indices among them fit."""
+    """Returns the examples with `grow` applied to each free size. Entries are repeated, so that indices among
+    them fit."""
     others = []
     for example, dims in zip(examples, free, strict=True):
         other = example.detach()
@@ -47,7 +48,7 @@ def odd_runs(
     free: Sequence[Sequence[int]],
     run: Callable[[Sequence[torch.Tensor]], Run],
 ) -> list[Run]:
-    """A run with odd sizes, if the function takes any."""
+    """Runs the function with odd sizes, if it takes any; returns at most one run."""
     steps = itertools.count(1, 2)
     for grow in (lambda size: 2 * size + next(steps), lambda size: 2 * size + 1):
         try:
@@ -60,7 +61,7 @@ def odd_runs(
 
 
 def in_common(first: Run, others: Sequence[Run]) -> tuple[tuple[RecordedOp, ...], Nested]:
-    """The steps and outputs of all runs.
+    """Returns the steps and outputs of all runs.
 
     Raises:
         SizesFixedError: they differ; names the line.

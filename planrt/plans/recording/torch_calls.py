@@ -105,20 +105,21 @@ NO_HOOKS = "a plan would lose the hook: compute with the gradient after backward
 
 
 def reads_values(func: Any) -> bool:
-    """Whether `func` brings a tensor's values into Python."""
+    """Returns whether `func` brings a tensor's values into Python."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     name = getattr(func, "__name__", "")
     return (owner if name in _ACCESSORS else name) in _VALUE_READS
 
 
 def reads_plain_values(func: Any) -> bool:
-    """Whether `func` gives values as Python's own numbers and lists: what it gives does not share memory."""
+    """Returns whether `func` reads values as Python's own numbers and lists, which share no memory with the
+    tensor."""
     return getattr(func, "__name__", "") in _PLAIN_READS
 
 
 def why_refused(func: Any, public_name: str | None, asker: tuple[str, str] | None = None) -> str:
-    """One line on why a torch call cannot go into a plan. `asker`: what in torch makes the call, and what to write
-    instead, as `torch_code.asker` gives them."""
+    """Explains in one line why a torch call cannot go into a plan. `asker`: what in torch makes the call, and
+    what to write instead, as `torch_code.asker` returns them."""
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     short = owner if getattr(func, "__name__", "") in _ACCESSORS else getattr(func, "__name__", "")
     name = public_name or short or repr(func)
@@ -143,7 +144,7 @@ def why_refused(func: Any, public_name: str | None, asker: tuple[str, str] | Non
 
 
 def why_unseen(kernel: str) -> str:
-    """One line on why a write cannot go into a plan that torch told nobody of but the kernel."""
+    """Explains in one line why a write cannot go into a plan that torch told nobody of but the kernel."""
     if kernel == "aten::set_":
         return f"Tensor.set_ {_OTHER_MEMORY}"
     return (
@@ -153,7 +154,7 @@ def why_unseen(kernel: str) -> str:
 
 
 def why_from_nowhere(tensor: torch.Tensor) -> str:
-    """One line on why a tensor of which the recorder saw nothing cannot go into a plan."""
+    """Explains in one line why a tensor of which the recorder saw nothing cannot go into a plan."""
     if isinstance(tensor, torch.nn.Parameter):
         return "a parameter made in the function: make modules and parameters before, and use them in it"
     return (
@@ -163,7 +164,8 @@ def why_from_nowhere(tensor: torch.Tensor) -> str:
 
 
 def why_lost(tensor: torch.Tensor) -> str | None:
-    """One line on a tensor that came through a backward hook of a module; None for any other."""
+    """Explains in one line what was lost of a tensor that came through a backward hook of a module; None for
+    any other."""
     return LOST_HOOK if "BackwardHookFunction" in type(tensor.grad_fn).__name__ else None
 
 
@@ -175,7 +177,7 @@ class RecordedNode:
         self._node = node
 
     def name(self) -> str:
-        """The name of the real node."""
+        """Returns the name of the real node."""
         return str(self._node.name())
 
     def __getattr__(self, name: str) -> Any:
@@ -186,31 +188,31 @@ class RecordedNode:
 
 
 def without_numpy(leaf: Any) -> Any:
-    """A Python number for a numpy scalar; anything else as it is."""
+    """Converts a numpy scalar to a Python number; anything else is returned as it is."""
     if type(leaf).__module__ == "numpy" and getattr(leaf, "shape", None) == () and hasattr(leaf, "item"):
         return leaf.item()
     return leaf
 
 
 def hooked(tensor: torch.Tensor) -> bool:
-    """Whether somebody gets to see, or changes, the gradient of `tensor`."""
+    """Returns whether somebody gets to see, or changes, the gradient of `tensor`."""
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def backward_hooks(module: torch.nn.Module) -> str | None:
-    """What registered the backward hooks that `module` has; None where it has none."""
+    """Returns the name of the method that registered the backward hooks of `module`; None where it has none."""
     if module._backward_hooks:
         return "register_full_backward_hook"
     return "register_full_backward_pre_hook" if module._backward_pre_hooks else None
 
 
 def is_backward_default(key: str, value: Any) -> bool:
-    """Whether a backward pass is the same without this argument."""
+    """Returns whether a backward pass is the same without this argument."""
     return key in _BACKWARD_DEFAULTS and value is _BACKWARD_DEFAULTS[key]
 
 
 def share_all_memory(tensor: torch.Tensor, other: Any) -> bool:
-    """Whether `other` is all of the memory of `tensor`, laid out alike."""
+    """Returns whether `other` is all of the memory of `tensor`, laid out alike."""
     return isinstance(other, torch.Tensor) and (
         (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         == (other.data_ptr(), other.shape, other.stride(), other.dtype)
@@ -218,5 +220,6 @@ def share_all_memory(tensor: torch.Tensor, other: Any) -> bool:
 
 
 def holds_array(args: tuple[Any, ...]) -> bool:
-    """Whether the data argument of a factory is a numpy array (or anything else torch reads like one)."""
+    """Returns whether the data argument of a factory is a numpy array (or anything else torch reads like
+    one)."""
     return bool(args) and not isinstance(args[0], torch.Tensor) and hasattr(args[0], "__array_interface__")

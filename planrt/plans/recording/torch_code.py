@@ -36,7 +36,7 @@ _CHOICES: Final = {
     ("transformers.masking_utils", "_ignore_bidirectional_mask_sdpa"),
     ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask"),
 }
-"""(module, function) where False takes a general way, which gives what the special one gives."""
+"""(module, function) where False takes a general way, which returns what the special one returns."""
 
 _CHECKS: Final = {
     ("torch.nn.modules.rnn", "get_expected_hidden_size"),
@@ -56,7 +56,8 @@ _INSTEAD: Final = {
 
 
 def answer(read: str) -> bool | None:
-    """What the code is told that reads a value just now: False; True where it may see the value; None: refuse.
+    """Returns what the code that reads a value just now is told: False; True where it may see the value; None
+    to refuse.
 
     `read` is the last part of the name of what reads (``__bool__``).
     """
@@ -68,7 +69,8 @@ def answer(read: str) -> bool | None:
 
 
 def asker() -> tuple[str, str] | None:
-    """The public name of what in torch makes the call that a recorder sees just now, and what to write instead.
+    """Returns the public name of what in torch makes the call that a recorder sees just now, and what to
+    write instead.
 
     None where the user's own code makes it, or nothing that has a public name.
     """
@@ -88,7 +90,7 @@ def asker() -> tuple[str, str] | None:
 
 
 def is_in(file: str) -> bool:
-    """Whether the call that a recorder sees just now is made under that file of torch."""
+    """Returns whether the call that a recorder sees just now is made under that file of torch."""
     frame: FrameType | None = _caller()
     while frame is not None and _is_torchs(frame):
         if frame.f_code.co_filename == _TORCH + file.replace("/", os.sep):

@@ -86,12 +86,12 @@ _active = _Active()
 
 
 def active_recorder() -> Recorder | None:
-    """The recorder under which this thread runs a function."""
+    """Returns the recorder under which this thread runs a function."""
     return _active.recorder
 
 
 def recording() -> bool:
-    """Whether this thread is recording a plan: a plan that is called then is to be inlined."""
+    """Returns whether this thread is recording a plan: a plan that is called then is to be inlined."""
     return _active.recorder is not None
 
 

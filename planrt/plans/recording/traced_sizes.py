@@ -19,16 +19,16 @@ from planrt.types import Ref
 
 
 class SizeRecorder(Protocol):
-    """What sizes need from the tracer: one op recorded per arithmetic step."""
+    """The interface that sizes need of the tracer: one op recorded per arithmetic step."""
 
     def record_arithmetic(self, name: str, *operands: int | float) -> int | float:
-        """The result of ``operator.name(*operands)``, remembering its own plan value."""
+        """Computes ``operator.name(*operands)``; the result remembers its own plan value."""
 
     def record_comparison(self, name: str, left: int | float, right: int | float) -> bool:
-        """The result of ``operator.name(left, right)``, remembered with its line."""
+        """Computes ``operator.name(left, right)``, and remembers it with its line."""
 
     def record_reading(self, number: Any) -> Any:
-        """The plain number that `number` is, remembering that somebody saw it."""
+        """Returns the plain number that `number` is, and remembers that somebody saw it."""
 
 
 _LARGEST_POWER = 8  # x.shape[0] ** 2 is written as products
@@ -197,7 +197,7 @@ class TracedShape(tuple[int, ...]):
     __class__ = property(lambda self: torch.Size)  # for isinstance
 
     def numel(self) -> int:
-        """The product of the sizes, as `torch.Size.numel` returns it."""
+        """Returns the product of the sizes, as `torch.Size.numel` returns it."""
         return functools.reduce(operator.mul, self) if self else 1
 
     def __repr__(self) -> str:

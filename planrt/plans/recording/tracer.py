@@ -49,7 +49,7 @@ _TRIES: Final = 4  # of a run during which somebody seeded torch's generator
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What one traced function did: steps and outputs, values numbered as while recording."""
+    """The record of one traced function: steps and outputs, values numbered as while recording."""
 
     inputs: tuple[TensorSpec, ...]
     steps: tuple[RecordedOp, ...]
@@ -261,7 +261,7 @@ def assemble(
     input_names: Sequence[str] = (),
     doc: str = "",
 ) -> Graph:
-    """The plan of a recording, with everything in `registry` as its state."""
+    """Assembles the plan of a recording, with everything in `registry` as its state."""
     renumber = _Numbers(recording, registry)
     return Graph(
         inputs=recording.inputs,

@@ -49,7 +49,7 @@ class Spec:
         return spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.is_leaf)
 
     def twin(self) -> torch.Tensor:
-        """A new meta tensor like the remote one."""
+        """Makes a new meta tensor like the remote one."""
         made = torch.empty_strided(
             self.shape,
             self.stride,
@@ -69,7 +69,7 @@ _specs: dict[tuple[Any, ...], Spec] = {}
 def spec(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, leaf: bool
 ) -> Spec:
-    """The one `Spec` with these properties."""
+    """Returns the one `Spec` with these properties."""
     key = (shape, stride, dtype, requires_grad, leaf)
     found = _specs.get(key)
     if found is None:
@@ -89,7 +89,8 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """What an op gives: `results` nests `Spec`s, `Same`s and constants as the op nests its results."""
+    """The foreseen results of an op: `results` nests `Spec`s, `Same`s and constants as the op nests its
+    results."""
 
     results: Any
     changed: tuple[tuple[int, Spec], ...]
@@ -111,7 +112,7 @@ def infer(
     kwargs: dict[str, Any],
     operand_type: type,
 ) -> Inferred | None:
-    """What `function` returns for arguments whose tensors are of `operand_type` and carry a `_spec`.
+    """Infers what `function` returns for arguments whose tensors are of `operand_type` and carry a `_spec`.
 
     None where only the worker can tell. Operands are numbered in the order of `planrt.types.leaves`, args before
     kwargs.
@@ -143,7 +144,7 @@ def infer(
 
 
 def argument_key(value: Any, operand_type: type, floats: bool) -> Any:
-    """What an argument adds to the key of a cache of results. Finite floats count only with `floats`."""
+    """Returns what an argument adds to the key of a cache of results. Finite floats count only with `floats`."""
     kind = type(value)
     if issubclass(kind, operand_type):
         return value._spec
@@ -211,7 +212,8 @@ def _infer(
 
 
 def needs_values(error: Exception) -> bool:
-    """Whether an op that failed on meta tensors did so because it needs values, not because its arguments are wrong."""
+    """Returns whether an op that failed on meta tensors did so because it needs values, not because its
+    arguments are wrong."""
     if isinstance(error, NotImplementedError):
         return True
     return "meta" in str(error).lower() or type(error).__module__.startswith("torch.")
@@ -234,7 +236,8 @@ class _Named:
 
 
 def rebuild(results: Any, change: Callable[[Any], Any]) -> Any:
-    """The nested value that `results` of an `Inferred` describes, with `change` applied to its leaves, in order."""
+    """Rebuilds the nested value that `results` of an `Inferred` describes, with `change` applied to its
+    leaves, in order."""
     if isinstance(results, _Named):
         return results.kind([rebuild(part, change) for part in results.parts])
     if isinstance(results, tuple):

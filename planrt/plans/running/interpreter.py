@@ -28,7 +28,7 @@ from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
 @dataclass(frozen=True, slots=True)
 class PeerRequest:
-    """What an op asks of another worker; the driver sends the op's result back into the generator."""
+    """A request of an op to another worker; the driver sends the op's result back into the generator."""
 
     op: str
     args: tuple[Any, ...]
@@ -97,7 +97,7 @@ def execute(
 
 
 def drive(execution: Execution) -> Nested:
-    """The outputs of an execution that needs no peers.
+    """Runs an execution that needs no peers, and returns its outputs.
 
     Raises:
         PlanError: it does need one.
@@ -111,7 +111,7 @@ def drive(execution: Execution) -> Nested:
 
 
 def local_state(plan: Graph) -> tuple[torch.Tensor, ...]:
-    """The state values that `plan` was traced with.
+    """Returns the state values that `plan` was traced with.
 
     Raises:
         PlanError: the plan came as bytes and has state, which then must be given.
@@ -160,7 +160,7 @@ def check_inputs(plan: Graph, inputs: Sequence[torch.Tensor]) -> None:
 
 
 def program(plan: Graph, device: torch.device) -> Program:
-    """The compiled form of `plan` for `device`, made at the first call and kept with the plan."""
+    """Returns the compiled form of `plan` for `device`, made at the first call and kept with the plan."""
     cache: dict[torch.device, Program] = plan.__dict__.setdefault("_programs", {})
     found = cache.get(device)
     if found is None:
@@ -367,7 +367,7 @@ def _store(results: Nested, value: Any, slots: list[Any]) -> None:
 
 
 def failure(plan: Graph, index: int, error: Exception) -> ExecutionError:
-    """The error that names the op of `plan` at which `error` came up."""
+    """Returns the error that names the op of `plan` at which `error` came up."""
     op = plan.ops[index]
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = str(op)

@@ -34,7 +34,8 @@ _FOLLOW_FLOATS: Final = frozenset({
 
 
 def default_changed() -> bool:
-    """Whether `torch.set_default_dtype` was called with another than torch's own, which every worker has."""
+    """Returns whether `torch.set_default_dtype` was called with another dtype than torch's own, which every
+    worker has."""
     return torch.get_default_dtype() is not torch.float32
 
 

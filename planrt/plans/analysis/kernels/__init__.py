@@ -1,7 +1,7 @@
 """What ATen kernels do with the rows of their arguments: a closed table, reviewed by hand.
 
 Below autograd, whatever a plan does comes down to these kernels: `cross_entropy` is a log-softmax and a gather, a
-backward pass is products and sums. For each output of a kernel, a rule gives the tensors that it depends on, each
+backward pass is products and sums. For each output of a kernel, a rule returns the tensors that it depends on, each
 with the fates of its dimensions (`planrt.plans.analysis.rows`). A kernel without a rule loses every row that reaches
 it.
 
@@ -23,12 +23,12 @@ __all__ = ["AGGREGATES", "RULES", "VIEWS", "Call", "Kernel", "Link", "hidden_wri
 
 @lru_cache(maxsize=4096)
 def kernel(function: Any) -> Kernel:
-    """The `Kernel` of an ATen overload."""
+    """Returns the `Kernel` of an ATen overload."""
     return Kernel(function, RULES)
 
 
 def links(call: Call) -> Links:
-    """The links of every output of a call; from every argument, with all rows lost, where there is no rule, or one
-    that does not know of all the outputs that came."""
+    """Returns the links of every output of a call; from every argument, with all rows lost, where there is no
+    rule, or one that does not know of all the outputs that came."""
     found = call.kernel.rule(call) if call.kernel.rule is not None else None
     return found if found is not None and len(found) == len(call.outputs) else all_lost(call)

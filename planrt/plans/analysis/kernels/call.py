@@ -18,7 +18,7 @@ Links = list[list[Link]]
 
 
 class Kernel:
-    """What is fixed about a kernel: its name without overload, its rule, its arguments' names and defaults."""
+    """The fixed facts about a kernel: its name without overload, its rule, its arguments' names and defaults."""
 
     __slots__ = ("defaults", "flops", "name", "overload", "positions", "rule", "writes")
 
@@ -75,7 +75,7 @@ class Call:
         return self._kwargs.get(name, self.kernel.defaults.get(name))
 
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        """The shape that an argument had."""
+        """Returns the shape that an argument had."""
         return self.shapes[id(tensor)]
 
     @property
@@ -95,7 +95,8 @@ def dims_of(dims: Any, count: int) -> list[int]:
 
 
 def linked(call: Call, tensor: torch.Tensor, to: Callable[[int, int], Trace | int | None]) -> Link:
-    """A link by a function of (dimension, size): a fate, the dimension of the output it becomes, or None for lost."""
+    """Links an argument by a function of (dimension, size): a fate, the dimension of the output it becomes,
+    or None for lost."""
     fates = []
     for dim, size in enumerate(call.shape(tensor)):
         fate = to(dim, size)
@@ -104,7 +105,7 @@ def linked(call: Call, tensor: torch.Tensor, to: Callable[[int, int], Trace | in
 
 
 def all_lost(call: Call) -> Links:
-    """Every output depends on every argument, and all rows are lost."""
+    """Makes every output depend on every argument, with all rows lost."""
     every = [linked(call, tensor, lambda dim, size: None) for tensor in call.tensors]
     return [every for _ in call.outputs]
 
@@ -121,7 +122,7 @@ def aligned(call: Call, tensor: torch.Tensor, shape: Sequence[int]) -> Link:
 
 
 def elementwise(call: Call) -> Links:
-    """Each entry from the entries at its place, broadcast."""
+    """Makes each entry depend on the entries at its place, broadcast."""
     return [[aligned(call, tensor, output.shape) for tensor in call.tensors] for output in call.outputs]
 
 
@@ -136,12 +137,12 @@ def copied(call: Call) -> Links:
 
 
 def shifted(dims: list[int], keepdim: bool) -> Callable[[int], int]:
-    """Where the other dimensions go when `dims` are reduced."""
+    """Returns the places of the other dimensions when `dims` are reduced."""
     return lambda dim: dim if keepdim else dim - sum(1 for one in dims if one < dim)
 
 
 def aggregate(kind: str, dims: str = "dim") -> Callable[[Call], Links]:
-    """An aggregate over dimensions."""
+    """Aggregates over dimensions."""
 
     def rule(call: Call) -> Links:
         source = call.tensors[0]
@@ -156,7 +157,7 @@ def aggregate(kind: str, dims: str = "dim") -> Callable[[Call], Links]:
 
 
 def norm_of(kind: str, order: str) -> Callable[[Call], Links]:
-    """A vector norm; an infinite one selects."""
+    """Aggregates by a vector norm; an infinite one selects."""
     reduce = aggregate(kind)
 
     def rule(call: Call) -> Links:
@@ -167,7 +168,8 @@ def norm_of(kind: str, order: str) -> Callable[[Call], Links]:
 
 
 def select(call: Call) -> Links:
-    """One entry out of each line along some dimensions, or its place: maximum, median, `argmin`, `any`."""
+    """Selects one entry out of each line along some dimensions, or its place: maximum, median, `argmin`,
+    `any`."""
     if call.kernel.overload == "other":
         return elementwise(call)
     source = call.tensors[0]
@@ -223,5 +225,5 @@ def drawn(call: Call) -> Links:
 
 
 def complex_pair(call: Call) -> Links:
-    """The last dimension becomes the two parts of complex numbers, or comes from them."""
+    """Makes the last dimension the two parts of complex numbers, or drops it for them."""
     return [[linked(call, call.tensors[0], lambda dim, size: dim if dim < call.outputs[0].dim() else None)]]

@@ -14,7 +14,8 @@ from planrt.plans.analysis.rows import Trace, fold
 
 
 def contract(names: str, equation: str) -> Callable[[Call], Links]:
-    """A product by letters, as einsum has it: ("self mat2", "ik,kj->ij"). A letter that goes is an aggregate."""
+    """Multiplies by letters, as einsum has it: ("self mat2", "ik,kj->ij"). A letter that goes is an
+    aggregate."""
     inputs, result = equation.split("->")
     pairs = list(zip(names.split(), inputs.split(","), strict=True))
 
@@ -78,7 +79,7 @@ def convolution(call: Call) -> Links:
 
 
 def convolution_backward(call: Call) -> Links:
-    """The gradients of input, weight and bias: that of the weight sums over the batch."""
+    """Returns links of the gradients of input, weight and bias: that of the weight sums over the batch."""
     gradient, source, weight = call["grad_output"], call["input"], call["weight"]
     whole = call["groups"] == 1
     out, into = (1, 0) if call["transposed"] else (0, 1)
@@ -180,7 +181,7 @@ def layer_norm(call: Call) -> Links:
 
 
 def layer_norm_backward(call: Call) -> Links:
-    """The gradients of weight and bias sum over all other dimensions."""
+    """Sums the gradients of weight and bias over all other dimensions."""
     rank = len(call.shape(call["input"]))
     lead = rank - len(call["normalized_shape"])
     whole = [call[name] for name in ("grad_out", "input")]
@@ -283,7 +284,7 @@ def group_norm(call: Call) -> Links:
 
 
 def group_norm_backward(call: Call) -> Links:
-    """The gradients of weight and bias sum over the batch."""
+    """Sums the gradients of weight and bias over the batch."""
     whole = [call[name] for name in ("grad_out", "input", "mean", "rstd")]
     weights = [call["weight"]] if isinstance(call["weight"], torch.Tensor) else []
     into_input = [linked(call, one, lambda dim, size: 0 if dim == 0 else None) for one in whole]

@@ -14,7 +14,7 @@ from planrt.plans.analysis.rows import Axis, Digit, Trace, keep, moved, reshaped
 
 
 def reshape(call: Call) -> Links:
-    """The same entries in row-major order."""
+    """Keeps the entries in row-major order, in another shape."""
     source = call.tensors[0]
     shape, target = call.shape(source), list(call.outputs[0].shape)
     if call.kernel.overload == "dtype":  # the same bytes, read as numbers of another size
@@ -42,7 +42,7 @@ def permute(call: Call) -> Links:
 
 
 def unsqueeze(call: Call) -> Links:
-    """A new dimension."""
+    """Adds a dimension."""
     dim = call["dim"] % call.outputs[0].dim()
     return [[linked(call, call.tensors[0], lambda old, size: old + (old >= dim))]]
 
@@ -58,7 +58,7 @@ def squeeze(call: Call) -> Links:
 
 
 def select_view(call: Call) -> Links:
-    """One entry of a dimension: one row, if that holds the rows."""
+    """Takes one entry of a dimension: one row, if that holds the rows."""
     source = call.tensors[0]
     (gone,) = dims_of(call["dim"], len(call.shape(source)))
     place = shifted([gone], keepdim=False)
@@ -67,7 +67,7 @@ def select_view(call: Call) -> Links:
 
 
 def slicing(call: Call) -> Links:
-    """Some entries of a dimension."""
+    """Takes some entries of a dimension."""
     source = call.tensors[0]
     (cut,) = dims_of(call["dim"], len(call.shape(source)))
     left = call.outputs[0].shape[cut]
@@ -123,7 +123,7 @@ def windows(call: Call) -> Links:
 
 
 def flip(call: Call) -> Links:
-    """The other way round."""
+    """Turns dimensions the other way round."""
     source = call.tensors[0]
     turned = dims_of(call["dims"], len(call.shape(source)))
     return [[linked(call, source, lambda dim, size: moved(dim, size, "flip") if dim in turned else dim)]]
@@ -296,7 +296,8 @@ def gather(call: Call) -> Links:
 
 
 def index_put(call: Call) -> Links:
-    """What stays where it was keeps its place; a mask does too. Values may come from anywhere in their tensor."""
+    """Keeps the place of what stays where it was, masks included. Values may come from anywhere in their
+    tensor."""
     shape = call.outputs[0].shape
     first = call["indices"][0]
     mask = first if first is not None and first.dtype == torch.bool else None

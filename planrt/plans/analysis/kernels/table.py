@@ -103,7 +103,7 @@ _INDEPENDENT = """
 
 
 def named(words: str, rule: Callable[[Call], Links]) -> dict[str, Callable[[Call], Links]]:
-    """The same rule for several kernels."""
+    """Gives several kernels the same rule."""
     return dict.fromkeys(words.split(), rule)
 
 
