@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from planrt.lazy import names_of
 
 if TYPE_CHECKING:
-    from planrt.fl.averaging import federated_avg
+    from planrt.fl.averaging import Aggregation, federated_avg
     from planrt.fl.config import TrainConfig
     from planrt.fl.data.federated import FederatedDataLoader, FederatedDataset
     from planrt.fl.data.splitting import federate
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from planrt.workers.results import FitResult
 
 _HOMES = {
+    "Aggregation": "planrt.fl.averaging",
     "federated_avg": "planrt.fl.averaging",
     "FitResult": "planrt.workers.results",
     "TrainConfig": "planrt.fl.config",
@@ -33,6 +34,7 @@ _HOMES = {
 """Public name -> module, imported at first use, so that the commands can parse options before torch loads."""
 
 __all__ = [
+    "Aggregation",
     "FederatedDataLoader",
     "FederatedDataset",
     "FitResult",

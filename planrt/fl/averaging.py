@@ -1,8 +1,19 @@
 """Federated averaging: a streaming mean over models, in a fixed order.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017
-(arXiv:1602.05629), section 2, algorithm 1: the server's step. Plain (every model counts the same) or weighted
-(by the number of samples each model was trained on).
+(arXiv:1602.05629), section 2, algorithm 1: the server's step. In round t each of K workers trains the state w(t) on
+its n_k samples, which makes w_k(t+1) of it; the server then sets
+
+    w(t+1)  =  sum over k of  (n_k / n) w_k(t+1),    where  n  =  sum over k of  n_k
+
+That is the mean `weighted` by samples. Unweighted, every model counts the same: n_k = 1, n = K.
+
+The sum is kept, and divided once at the end, so one state is held for any number of models:
+
+    total = n_1 w_1;   total += n_k w_k  for k = 2, 3, ...;   w = total / n
+
+Additions of floats do not associate: another order would have other last bits. So whoever adds does so in the order
+of the workers' ids, and equal runs have equal bits.
 """
 
 from __future__ import annotations
@@ -10,16 +21,66 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
 from planrt.errors import OptionError
 from planrt.plans.recording.lifting import attribute_tensors
+from planrt.types import TensorSpec
 
 State = Mapping[str, torch.Tensor]
 Model = TypeVar("Model", bound=nn.Module | dict[str, torch.Tensor])
+A = TypeVar("A")
+"""What an `Aggregation` keeps while the states of a round come in."""
+
+
+class Aggregation(Protocol[A]):
+    """A way to make one state out of those that the workers of a round return: ``RoundScheduler(aggregation=...)``.
+
+    It is three functions over plain state, as the aggregators of FedJAX are: of itself it keeps nothing from call to
+    call, so one object serves any number of rounds. The coordinate-wise median, which one worker cannot drag away
+    however wrong its state is (Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical
+    Rates", ICML 2018, arXiv:1803.01498, algorithm 1, option I)::
+
+        class CoordinateMedian:
+            def init(self):
+                return []
+
+            def add(self, states, entries, weight):
+                return [*states, entries]
+
+            def result(self, states):
+                return {
+                    name: torch.stack([one[name] for one in states]).median(dim=0).values
+                    for name in states[0]
+                }
+
+        scheduler = RoundScheduler(workers, config, dataset_key="d", seed=1, aggregation=CoordinateMedian())
+
+    `add` may run in a thread of its own, never two at a time.
+    """
+
+    def init(self) -> A:
+        """Returns the aggregate of no states: called once a round, before the first reply."""
+        ...
+
+    def add(self, aggregate: A, entries: dict[str, torch.Tensor], weight: float, /) -> A:
+        """Returns `aggregate` with the state of one more worker, which it may change and return itself.
+
+        Called for each worker that trained on something, in the order of their ids. `entries` are the entries that
+        training can change, by name; they are the aggregation's own, to keep or to overwrite. `weight` is the number
+        of samples in a weighted round, else 1.
+        """
+        ...
+
+    def result(self, aggregate: A, /) -> Mapping[str, torch.Tensor]:
+        """Returns the new state: each name that `add` was given, in the same shape and dtype.
+
+        Called once, after the last `add`; not at all where no worker trained on anything.
+        """
+        ...
 
 
 class StreamingAverage:
@@ -80,6 +141,58 @@ class StreamingAverage:
                 )
 
 
+class FederatedAveraging:
+    """The aggregation that rounds use by default: the mean of the states, `StreamingAverage`, in the memory of one."""
+
+    def init(self) -> StreamingAverage:
+        """Returns an average of nothing."""
+        return StreamingAverage()
+
+    def add(self, average: StreamingAverage, entries: State, weight: float) -> StreamingAverage:
+        """Adds `entries` to `average`, and returns it; the first entries become the accumulator."""
+        average.add(entries, weight=weight, own=True)
+        return average
+
+    def result(self, average: StreamingAverage) -> dict[str, torch.Tensor]:
+        """Returns the mean; `average` is used up."""
+        return average.result()
+
+
+def check_aggregation(aggregation: Any) -> None:
+    """Raises OptionError unless `aggregation` has the methods of an `Aggregation`."""
+    if isinstance(aggregation, type):
+        raise OptionError(f"aggregation is an object, not a class: write {aggregation.__name__}()")
+    missing = [name for name in ("init", "add", "result") if not callable(getattr(aggregation, name, None))]
+    if missing:
+        raise OptionError(
+            f"aggregation must have the methods init, add and result (see planrt.fl.Aggregation), and a "
+            f"{type(aggregation).__name__} lacks {', '.join(missing)}"
+        )
+
+
+def check_aggregated(found: Any, like: State) -> dict[str, torch.Tensor]:
+    """Returns the result of an aggregation, checked against entries `like` those that it was given.
+
+    Raises:
+        OptionError: it is no mapping of tensors, or has other names, shapes or dtypes.
+    """
+    if not isinstance(found, Mapping):
+        raise OptionError(f"result of an aggregation returns tensors by name, not a {type(found).__name__}")
+    if found.keys() != like.keys():
+        odd = ", ".join(sorted(map(str, found.keys() ^ like.keys())))
+        raise OptionError(
+            f"result of an aggregation must have the entries that add was given; these differ: {odd}"
+        )
+    for name, wanted in like.items():
+        value = found[name]
+        if not isinstance(value, torch.Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
+            what = TensorSpec.of(value) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise OptionError(
+                f"result of an aggregation: {name!r} must be {TensorSpec.of(wanted)}, as it was given, not {what}"
+            )
+    return {name: value.detach() for name, value in found.items()}
+
+
 def _averages(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -99,6 +212,13 @@ def federated_avg(
     copy: bool = False,
 ) -> Model:
     """Averages `models` (worker id -> model), plainly, or weighted by `weights` (worker id -> samples).
+
+    For example, after each worker trained a copy of `model`::
+
+        model = federated_avg({"alice": trained_by_alice, "bob": trained_by_bob})
+        model = federated_avg({"alice": one, "bob": other}, weights={"alice": 600, "bob": 200})
+
+    The formula, and the paper that it is from, are in the docstring of `planrt.fl.averaging`.
 
     Models are nn.Modules, traced modules or state dicts. Of modules, the first in the mapping is changed to be the
     average, and returned, as in PySyft 0.2: its parameters stay the same objects, so an optimizer of it goes on. With

@@ -1,8 +1,17 @@
 """Federated rounds: the plan once, then per round and worker one request, one reply.
 
-`RoundScheduler.run_round` fires the requests at all workers at once and averages the replies as they come, in
-the order of the worker ids, so that neither result nor memory depends on who answers first: replies that come
-out of order are held, at most `hold` of them in memory and the rest in temporary files.
+The messages, with workers alice and bob:
+
+    prepare()       StorePlan  -> alice, bob     the training plan, once; a worker that has it is not sent it again
+                    Stored     <- each
+    run_round(1)    Fit        -> alice, bob     both at once: hash of the plan, data set, optimizer, seed; the state
+                    Fitted     <- bob            loss, samples; the entries that training changed
+                    Fitted     <- alice
+    run_round(2)    Fit        -> alice, bob     ...
+
+Replies are added up in the order of the worker ids, not in that in which they come: so neither result nor memory
+depends on who answers first. Here bob's reply is held until alice's is in. At most `hold` replies wait in memory, and
+the others in temporary files.
 """
 
 from __future__ import annotations
@@ -12,13 +21,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 
 from planrt.cards import card
 from planrt.errors import OptionError
-from planrt.fl.averaging import StreamingAverage
+from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregated, check_aggregation
 from planrt.fl.config import TrainConfig
 from planrt.fl.options import learning_rate, whole
 from planrt.fl.recording_cache import dataset_of
@@ -90,16 +99,30 @@ class RoundResult:
 class RoundScheduler:
     """Runs rounds of `config` on `workers`, each on its data set `dataset_key`.
 
+    For example::
+
+        scheduler = RoundScheduler([alice, bob], config, dataset_key="digits", seed=1)
+        await scheduler.prepare()
+        state = config.state
+        for number in range(1, 11):
+            result = await scheduler.run_round(number, state)
+            state = result.state
+        model.load_state_dict(state)
+
+    Both coroutines may be awaited on any loop. A round makes the mean of the workers' states (`federated_avg` has the
+    formula), or what an `aggregation` of your own makes of them (`planrt.fl.Aggregation`).
+
     Every random choice of a worker derives from (`seed`, round, worker id): the same run has the same bits on
     virtual and on websocket workers with the same torch build and number of threads. `weighted` counts each
     worker by the samples it trained on.
 
     Memory of a round stays under (2 + `hold`) times the state for states over 10 MB: the state, the first reply,
     which becomes the average, and `hold` times as much for replies that arrive out of order and whatever
-    connections have in hand. Further replies wait in temporary files.
+    connections have in hand. Further replies wait in temporary files. An aggregation of your own needs what it keeps
+    in addition.
 
     Raises:
-        OptionError: no workers, two with the same id, a negative `hold`.
+        OptionError: no workers, two with the same id, a negative `hold`, an `aggregation` without its methods.
     """
 
     def __init__(
@@ -111,6 +134,7 @@ class RoundScheduler:
         seed: int,
         hold: int = 2,
         weighted: bool = False,
+        aggregation: Aggregation[Any] | None = None,
     ) -> None:
         if isinstance(workers, BaseWorker):
             raise OptionError("workers is a list: write RoundScheduler([worker], config, ...)")
@@ -130,6 +154,8 @@ class RoundScheduler:
         self.seed = whole("seed", seed, at_least=0)
         self._hold = whole("hold", hold, at_least=0)
         self._weighted = weighted
+        self._aggregation: Aggregation[Any] = FederatedAveraging() if aggregation is None else aggregation
+        check_aggregation(self._aggregation)
 
     def __repr__(self) -> str:
         ids = shown(", ".join(worker.id for worker in self.workers), 200)
@@ -167,13 +193,12 @@ class RoundScheduler:
 
         `state` stays as it is, unless `in_place`: then a round that succeeds ends by writing the average into its
         tensors, which saves the memory of a second model. `keep_worker_states` keeps each worker's result as well
-        (a model each).
+        (a model each). A worker that has trained on nothing (its data set is empty, or `drop_last` left nothing) does
+        not count.
 
         Raises:
-            A worker that has trained on nothing (its data set is empty, or `drop_last` left nothing) does not count.
-
-        Raises:
-            OptionError: the arguments are swapped, or the state does not fit the model.
+            OptionError: the arguments are swapped, the state does not fit the model, or the aggregation makes another
+                state than it was given.
             WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
         """
         if isinstance(round_number, Mapping):
@@ -189,7 +214,8 @@ class RoundScheduler:
         checked = names.named(before)  # once for all workers: tied weights may have to be compared
         large = sum(value.nbytes for value in before.values()) > _LARGE
         leases = _Leases(max(0, self._hold - 1) if large else self._hold)
-        average = StreamingAverage()
+        aggregate = self._aggregation.init()
+        added: dict[str, torch.Tensor] = {}
         parts: dict[str, WorkerRound] = {}
         kept: dict[str, ModelState] = {}
         try:
@@ -207,17 +233,23 @@ class RoundScheduler:
                         kept[worker.id] = names.named({**before, **result.entries})
                     if part.samples:
                         weight = float(part.samples) if self._weighted else 1.0
-                        fold = partial(average.add, result.entries, weight=weight, own=not keep_worker_states)
-                        await asyncio.to_thread(fold) if large else fold()
-                        del fold
+                        added = added or {name: before[name] for name in result.entries}
+                        entries = dict(result.entries)
+                        if keep_worker_states:  # what is kept must not become the accumulator
+                            entries = {name: value.clone() for name, value in entries.items()}
+                        if large:
+                            aggregate = await asyncio.to_thread(self._add, aggregate, entries, weight)
+                        else:
+                            aggregate = self._add(aggregate, entries, weight)
+                        del entries
                     del result
                     lease.release()
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
         samples = sum(part.samples for part in parts.values())
         loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
-        averaged = average.result() if average.count else {}
-        after = names.assign(state, averaged) if in_place else {**before, **averaged}
+        aggregated = check_aggregated(self._aggregation.result(aggregate), added) if added else {}
+        after = names.assign(state, aggregated) if in_place else {**before, **aggregated}
         return RoundResult(
             round_number,
             time.perf_counter() - started,
@@ -226,6 +258,15 @@ class RoundScheduler:
             parts,
             kept,
         )
+
+    def _add(self, aggregate: Any, entries: dict[str, torch.Tensor], weight: float) -> Any:
+        after = self._aggregation.add(aggregate, entries, weight)
+        if after is None:
+            raise OptionError(
+                f"add of {type(self._aggregation).__name__} returned None: return the aggregate, also where it was "
+                "changed in place"
+            )
+        return after
 
     async def _fit(
         self,
