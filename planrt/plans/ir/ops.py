@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from planrt.errors import OpNotAllowedError
 from planrt.plans.ir.guards import GUARDS
 from planrt.plans.ir.result_limits import MANY, bounded
+from planrt.plans.ir.traits import OpTraits
 
 # Functions of torch: pointwise maths, reductions, comparison, shape, indexing, products, convolution,
 # pooling, normalisation, recurrent nets, random draws. Left out: quantised, sparse, nested and vendor kernels
@@ -457,28 +458,46 @@ _STATISTICS = {
 MEMORY_WRITES: Final = ("Tensor.data.__set__", "Tensor.set_")
 """Ops that give a tensor other memory."""
 
+_NEW_VERSION_COUNTERS = (*MEMORY_WRITES, "Tensor.data", "torch.as_tensor", "torch.asarray")
 _RENORMING = ("nn.functional.embedding", "nn.functional.embedding_bag")
+
+
+def _traits(name: str) -> OpTraits:
+    word = name.rpartition(".")[2]
+    in_place = word.endswith("_") and not word.endswith("__")
+    in_place = in_place or (word.startswith("__i") and word != "__invert__") or word == "__setitem__"
+    return OpTraits(
+        name,
+        random=name in RANDOM,
+        factory=name in FACTORIES,
+        plans_only=name in PLANS_ONLY,
+        in_place=in_place or name in MEMORY_WRITES,
+        statistics=_STATISTICS.get(name, ()),
+        renorms=name in _RENORMING,
+        writes_unseen=name in _STATISTICS or name in MEMORY_WRITES,
+        new_version_counter=name in _NEW_VERSION_COUNTERS,
+        data_independent=name in GRADIENTS or name in EAGER,
+        computes_gradients=name == "autograd.grad",
+        reads_gradient=name == "Tensor.grad",
+        sets_gradient=name == "Tensor.grad.__set__",
+        retains_gradient=name == "Tensor.retain_grad",
+        gains_gradient=name in ("Tensor.retain_grad", REQUIRES_GRAD),
+    )
+
+
+TRAITS: Final = {name: _traits(name) for name in (*TABLE, *EAGER)}
+"""Name -> what sets the op apart; every op that there is has an entry."""
 
 
 def written_operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Returns those of an op's arguments that it may write to, whether it succeeds or fails on the way."""
-    word = name.rpartition(".")[2]
-    in_place = word.endswith("_") and not word.endswith("__")
-    in_place = in_place or (word.startswith("__i") and word != "__invert__") or word == "__setitem__"
-    written = []
-    if in_place or name in MEMORY_WRITES or kwargs.get("inplace"):
-        written.append(args[0] if args else next(iter(kwargs.values()), None))
-    for position, keyword in _STATISTICS.get(name, ()):
-        written.append(args[position] if position < len(args) else kwargs.get(keyword))
-    if name in _RENORMING and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
-        written.append(args[1] if len(args) > 1 else kwargs.get("weight"))
-    return written
+    return (TRAITS.get(name) or _traits(name)).written_arguments(args, kwargs)
 
 
 def writes_unseen(name: str) -> bool:
     """Returns whether an op changes operands without counting that in their versions, by which autograd sees
     writes."""
-    return name in _STATISTICS or name in MEMORY_WRITES
+    return (TRAITS.get(name) or _traits(name)).writes_unseen
 
 
 SIZE_OPS: Final = frozenset({"Tensor.size", "Tensor.numel", *SIZE_ARITHMETIC})

@@ -16,6 +16,7 @@ import torch
 from planrt.errors import ExecutionError, PolicyError
 from planrt.logs import get_logger
 from planrt.plans.ir.graph import Graph
+from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import interpreter
 from planrt.types import TensorSpec
 from planrt.workers.machine import plan_objects
@@ -25,7 +26,6 @@ from planrt.workers.machine.plan_objects import PlanObject
 from planrt.workers.machine.private import written_operands
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.store import ObjectStore, StoredObject
-from planrt.workers.wire import plan_call
 from planrt.workers.wire.posted import PostedOp
 
 log = get_logger("planrt.worker")
@@ -35,7 +35,7 @@ def admit(
     gate: Gate,
     store: ObjectStore,
     session: Session,
-    op: PostedOp,
+    traits: OpTraits,
     args: tuple[Any, ...],
     used: Sequence[StoredObject],
 ) -> tuple[bool, float]:
@@ -45,9 +45,9 @@ def admit(
     Raises:
         NotApproved, PolicyError: it may not run.
     """
-    if op.name != plan_call.CALL:
-        if op.name != plan_call.COPY:
-            gate.admit_op(op.name)
+    if not traits.calls_plan:
+        if not traits.needs_no_policy:
+            gate.admit_op(traits.name)
         return False, math.inf
     graph = plan_objects.called_graph(args)
     interpreter.check_inputs(graph, args[2:])
@@ -98,10 +98,10 @@ def readable_label(store: ObjectStore, session: Session, used: Sequence[StoredOb
 
 
 def label_overwritten(
-    store: ObjectStore, session: Session, op: PostedOp, used: Sequence[StoredObject]
+    store: ObjectStore, session: Session, op: PostedOp, traits: OpTraits, used: Sequence[StoredObject]
 ) -> None:
     """Private inputs of a released plan that it wrote to are no longer the data that its owner put here."""
-    for operand in written_operands(op, [stored.value for stored in used]):
+    for operand in written_operands(op, traits, [stored.value for stored in used]):
         stored = store.objects[operand.index]
         own = store.label_of(stored)
         if isinstance(stored.value, torch.Tensor) and not session.may_read(own):

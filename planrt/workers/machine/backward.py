@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from planrt.errors import LocalError
 from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.failures import OpFailedError, failure_of, failure_of_op
-from planrt.workers.machine.labels import Label, MemoryLabels, both
+from planrt.workers.machine.labels import Label, both
 from planrt.workers.machine.objects import KeptObjects, tensor_of
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.private import leaf_tensors
@@ -26,8 +26,8 @@ from planrt.workers.machine.store import PeerRef, grad_of, spec_of
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 
-GradientsBefore: TypeAlias = list[tuple[torch.Tensor | None, int, Label]]
-"""For each tensor its gradient, that one's version, and who may read it."""
+GradientsBefore: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor | None, int, Label]]
+"""Tensors with their gradients before a pass: the tensor, its gradient, that one's version, and who may read it."""
 
 
 class BackwardPasses:
@@ -91,18 +91,18 @@ class BackwardPasses:
                 )
             except Exception as error:
                 op = PostedOp("Tensor.backward", (), {}, None, True)
-                raise OpFailedError(failure_of_op(error, op, None, everything, self._store)) from error
+                raise OpFailedError(failure_of_op(error, op, None, private=label is not None)) from error
             finally:  # a pass that fails may have left gradients before
-                self.account(written, before, label)
+                self.account(before, label)
         return m.Gradients(list(self._gradients(session))), ()
 
     def retain(self, tensor: torch.Tensor) -> None:
         """`retain_grad` was called on an inner tensor."""
         self._retaining[tensor] = None
 
-    def inner(self) -> list[torch.Tensor]:
-        """Inner tensors that retain their gradients: a pass may write to any of them."""
-        return list(self._retaining) if self._store.memory.watching else []
+    def before_autograd_grad(self) -> GradientsBefore:
+        """Returns the gradients at inner tensors that retain theirs: `autograd.grad` may write to any of them."""
+        return self.gradients_before(list(self._retaining)) if self._store.memory.watching else []
 
     def _written_by(self, roots: Sequence[torch.Tensor], session: Session) -> list[torch.Tensor]:
         """Tensors whose gradients a pass from `roots` may write: leaves of the graph, whoever knows them, inner tensors
@@ -119,12 +119,19 @@ class BackwardPasses:
         return list({id(tensor): tensor for tensor in found}.values())
 
     def gradients_before(self, tensors: Sequence[torch.Tensor]) -> GradientsBefore:
-        """The gradients at `tensors`, before a pass."""
-        return [_seen(grad_of(tensor), self._store.memory) for tensor in tensors]
+        """Returns the gradients at `tensors`, before a pass."""
+        before = []
+        for tensor in tensors:
+            grad = grad_of(tensor)
+            version, label = (
+                (0, None) if grad is None else (grad._version, self._store.memory.of_gradient(grad))
+            )
+            before.append((tensor, grad, version, label))
+        return before
 
-    def account(self, tensors: Sequence[torch.Tensor], before: GradientsBefore, label: Label) -> None:
-        """Labels the gradients at `tensors` that a pass of that label made or changed."""
-        for tensor, (old, version, old_label) in zip(tensors, before, strict=True):
+    def account(self, before: GradientsBefore, label: Label) -> None:
+        """Labels those gradients that a pass of that label made or changed since `before`."""
+        for tensor, old, version, old_label in before:
             grad = grad_of(tensor)
             if grad is not None and (grad is not old or grad._version != version):
                 self._store.memory.account(grad, both(label, old_label))
@@ -137,7 +144,3 @@ class BackwardPasses:
                 del session.leaves[id]  # handed over
             elif isinstance(stored.value, torch.Tensor) and (grad := grad_of(stored.value)) is not None:
                 yield id, spec_of(grad)
-
-
-def _seen(grad: torch.Tensor | None, memory: MemoryLabels) -> tuple[torch.Tensor | None, int, Label]:
-    return (None, 0, None) if grad is None else (grad, grad._version, memory.of_gradient(grad))

@@ -14,10 +14,8 @@ Backward passes are `planrt.workers.machine.backward`; ops on pointers to object
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -33,27 +31,24 @@ from planrt.workers.machine.events import Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError, cut, failure_of_op
 from planrt.workers.machine.labels import Label, both
 from planrt.workers.machine.objects import KeptObjects, freed_by, tensor_of
-from planrt.workers.machine.peers import Outgoing, PeerOps
+from planrt.workers.machine.operations import (
+    NOTHING_WATCHED,
+    OPERATIONS,
+    UNKNOWN,
+    UNLABELLED,
+    Admitted,
+    Foreseen,
+    Resolved,
+    Result,
+)
+from planrt.workers.machine.peers import Forwarded, PeerOps
 from planrt.workers.machine.plan_objects import PlanObject
 from planrt.workers.machine.private import foresee, stand_in, unaliased, written_operands
 from planrt.workers.machine.sessions import Session, users_of
 from planrt.workers.machine.store import PeerRef, StoredObject, new_id, spec_of, tensors_of
 from planrt.workers.wire import messages as m
-from planrt.workers.wire import plan_call
 from planrt.workers.wire.posted import PostedOp
-from planrt.workers.wire.refusals import GetNotPermitted, NotApproved
-
-_NEW_VERSION_COUNTERS = (*ops.MEMORY_WRITES, "Tensor.data", "torch.as_tensor", "torch.asarray")
-"""Ops after which two tensors share memory, but not the version counter by which autograd sees writes."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """What an op gave; where it or an op before it is `lost`, a value that stands in."""
-
-    value: Any
-    label: Label
-    lost: m.Failure | None
+from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, UnknownObject
 
 
 class EagerOps:
@@ -73,17 +68,17 @@ class EagerOps:
 
     def post(self, session: Session, body: m.Post) -> list[ToPeer]:
         """Runs the ops of `body`; returns what goes on to other workers."""
-        outgoing: dict[m.PeerAddress, Outgoing] = {}
+        forwarded = Forwarded()
         grad_mode = torch.is_grad_enabled()
         try:
             for packed in body.ops:
-                self._post_one(session, packed, outgoing)
-            self._drop(session, body.drop, outgoing)
+                self._post_one(session, packed, forwarded)
+            self._drop(session, body.drop, forwarded)
         finally:
             torch.set_grad_enabled(grad_mode)
-        return [ToPeer(peer, m.Post(out.ops, out.drop)) for peer, out in outgoing.items()]
+        return forwarded.messages()
 
-    def _post_one(self, session: Session, packed: bytes, outgoing: dict[m.PeerAddress, Outgoing]) -> None:
+    def _post_one(self, session: Session, packed: bytes, forwarded: Forwarded) -> None:
         number = session.posted
         session.posted += 1
         try:
@@ -93,136 +88,199 @@ class EagerOps:
                 type(error).__name__, cut(str(error)), number=number
             )
             return
-        self._drop(session, op.drop, outgoing)
+        if op.drop:
+            self._drop(session, op.drop, forwarded)
         if session.halted is not None:
             self._skip(session, op, session.halted)
             return
-        used: list[StoredObject] = []
+        resolved = self._resolve(session, op)
         try:
-            made = self._run(session, op, used, outgoing)
-            if made is not None:
-                self._keep(session, op.results, made.value, made)
+            if resolved.elsewhere:
+                self._check_ready(session, resolved)
+                forwarded.op(*self._peers.pass_on(session, op, resolved.operands))
+            else:
+                result = self._run(session, resolved)
+                self._keep(session, op.results, result.value, result)
         except Exception as error:  # whatever an op raises is its client's to hear, never the worker's end
-            refused = isinstance(error, NotApproved | PolicyError)  # nothing was computed
-            self._poison(
-                session, op, [] if refused else used, failure_of_op(error, op, number, used, self._store)
-            )
+            self._poison(session, resolved, error, number)
 
-    def _run(
-        self,
-        session: Session,
-        op: PostedOp,
-        used: list[StoredObject],
-        outgoing: dict[m.PeerAddress, Outgoing],
-    ) -> _Result | None:
-        """What the op gave; None if it was passed on to another worker. `used` gets the operands."""
-        function = _function(op)
-        args, kwargs = self._operands(session, op, used)
-        label: Label = None
-        passed_on = False
-        lost: m.Failure | None = None
-        for stored in used:
-            self._objects.check_failure(session, stored)
-            lost = lost or stored.lost
-            label = both(label, self._store.label_of(stored))
-            passed_on = passed_on or isinstance(stored.value, PeerRef)
-        if passed_on:
-            self._peers.pass_on(session, op, used, outgoing)
-            return None
-        if op.name == "Tensor.grad":
-            label = lost = None  # of its own: its memory has a label
-        elif op.name == "autograd.grad":
-            label = both(label, session.graphs.label)
-        elif op.name in _NEW_VERSION_COUNTERS:
-            session.graphs.unseen_writes = True
-        if op.kwargs.get("out") is not None:
-            raise LocalError("workers take no out=: use the result")
-        if op.seed is None and (
-            op.name in ops.RANDOM or (op.name == plan_call.CALL and plan_objects.called_graph(args).is_random)
-        ):
-            raise LocalError("an op that draws random numbers needs a seed")
-        released, deadline = False, math.inf
-        if self._gate is not None:
-            released, deadline = admit(self._gate, self._store, session, op, args, used)
-            if released:
-                label = readable_label(self._store, session, used)
+    # ------------------------------------------------------------------------- the stages of one op
+
+    def _run(self, session: Session, resolved: Resolved) -> Result:
+        """Runs an op whose operands are here, which `_resolve` has found: the other stages, in their order."""
+        admitted = self._admit(session, resolved)
         # A released result has no history: its gradients would be of rows where it is of an aggregate.
-        torch.set_grad_enabled(op.grad and not released)
-        inner = self._passes.inner() if op.name == "autograd.grad" else []
-        retained = self._passes.gradients_before(inner)
-        foreseen = None if session.may_read(label) else foresee(op, function, [one.value for one in used])
-        before = [] if label is None else [_version(stored.value) for stored in used]
+        torch._C._set_grad_enabled(resolved.op.grad and not admitted.released)
+        foreseen = self._foresee(session, resolved, admitted)
         try:
-            if op.name == plan_call.CALL:
-                kwargs = {"deadline": deadline}
-            result = self._compute(op, function, args, kwargs)
-            if foreseen is not None and op.name == plan_call.CALL:
-                result = unaliased(result, foreseen, self._device)
-        except Exception as error:
-            if released and self._gate is not None:
-                failed_on_data(self._gate, session, error, plan=plan_objects.called_graph(args).hash)
-            if foreseen is None:
-                raise
-            lost = lost or failure_of_op(error, op, None, used, self._store)
-            result = stand_in(op, foreseen, [one.value for one in used], before, self._device)
-        finally:  # a failed op may have written some of its values before
-            if released:
-                label_overwritten(self._store, session, op, used)
-            if label is not None:
-                self._label_what_changed(session, op, used, before, label)
-            if op.name == "autograd.grad":
-                self._passes.account(inner, retained, label)
-        if op.name == "Tensor.grad" and isinstance(result, torch.Tensor):
-            label = self._store.memory.of_gradient(result)
-        elif op.name == "Tensor.grad.__set__" and len(used) > 1:
-            self._store.memory.account(tensor_of(used[1]), label)
-        elif op.name == "Tensor.retain_grad" or op.name == "Tensor.requires_grad_":
-            session.leaves[_ids(op.args[0])[0]] = None
-            if op.name == "Tensor.retain_grad":
-                self._passes.retain(tensor_of(used[0]))
-        if lost is not None:
-            for operand in written_operands(op, [stored.value for stored in used]):
-                if isinstance(operand, Ref):
-                    written = self._store.objects[operand.index]
-                    written.lost = written.lost or lost
-        return _Result(result, label, lost)
+            result = self._compute(session, resolved, admitted, foreseen)
+        finally:  # an op that fails may have written before, and whether it fails can depend on private values
+            self._label_written(session, resolved, admitted, foreseen)
+        return self._label_result(session, resolved, result)
 
-    def _compute(
-        self, op: PostedOp, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if op.seed is None:
-            return function(*args, **kwargs)
-        with seeded(op.seed, self._device):
-            return function(*args, **kwargs)
+    def _resolve(self, session: Session, op: PostedOp) -> Resolved:
+        """Finds the op and its operands by their names. It never raises: where something is missing, those operands
+        that are there still say who may hear of it."""
+        operation = OPERATIONS.get(op.name)
+        operands: list[StoredObject] = []
+        if operation is None:
+            return Resolved(op, UNKNOWN, (), {}, operands, None, elsewhere=False, missing=True)
+        label: Label = None
+        elsewhere = missing = False
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
 
-    def _operands(
-        self, session: Session, op: PostedOp, used: list[StoredObject]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value_of(leaf: Any) -> Any:
+            nonlocal label, elsewhere
             if type(leaf) is Ref:
                 stored = self._store.find(session.id, leaf.index)
-                used.append(stored)
+                operands.append(stored)
+                label = both(label, self._store.label_of(stored))
+                elsewhere = elsewhere or isinstance(stored.value, PeerRef)
                 return stored.value
             return self._device if leaf is DEVICE else leaf
 
-        args: tuple[Any, ...] = map_leaves(op.args, value_of)
-        kwargs: dict[str, Any] = map_leaves(op.kwargs, value_of) if op.kwargs else {}
-        if op.name in ops.FACTORIES and kwargs.get("device") is None and self._device.type != "cpu":
+        try:
+            args = map_leaves(op.args, value_of)
+            if op.kwargs:
+                kwargs = map_leaves(op.kwargs, value_of)
+        except UnknownObject:
+            missing = True
+        if operation.traits.factory and kwargs.get("device") is None and self._device.type != "cpu":
             kwargs["device"] = self._device
-        return args, kwargs
+        return Resolved(op, operation, args, kwargs, operands, label, elsewhere, missing)
 
-    def _keep(self, session: Session, results: Nested, value: Any, of: _Result) -> None:
+    def _admit(self, session: Session, resolved: Resolved) -> Admitted:
+        """Raises unless the op may run: its operands are ready, it has the seed that it needs, and the owner's policy
+        allows it. Nothing has been computed or written to before."""
+        op, traits, label = resolved.op, resolved.operation.traits, resolved.label
+        hidden_failure = self._check_ready(session, resolved)
+        if traits.reads_gradient:
+            label = hidden_failure = None  # of its own: its memory has a label
+        elif traits.computes_gradients:
+            label = both(label, session.graphs.label)
+        elif traits.new_version_counter:
+            session.graphs.unseen_writes = True
+        if op.kwargs and op.kwargs.get("out") is not None:
+            raise LocalError("workers take no out=: use the result")
+        if op.seed is None and (
+            traits.random or (traits.calls_plan and plan_objects.called_graph(resolved.args).is_random)
+        ):
+            raise LocalError("an op that draws random numbers needs a seed")
+        if self._gate is not None:
+            released, deadline = admit(
+                self._gate, self._store, session, traits, resolved.args, resolved.operands
+            )
+            if released:
+                label = readable_label(self._store, session, resolved.operands)
+            return Admitted(label, hidden_failure, released, deadline)
+        if label is None and hidden_failure is None:
+            return UNLABELLED
+        return Admitted(label, hidden_failure)
+
+    def _foresee(self, session: Session, resolved: Resolved, admitted: Admitted) -> Foreseen:
+        """Notes what the op may change. Where the session may not read what it computes from, also what its results
+        will look like, told from what the operands look like; raises where that depends on their values."""
+        traits, label = resolved.operation.traits, admitted.label
+        if label is None and not traits.computes_gradients:
+            return NOTHING_WATCHED
+        gradients = self._passes.before_autograd_grad() if traits.computes_gradients else ()
+        results = None
+        if not session.may_read(label):
+            results = foresee(resolved.op, traits, resolved.operation.function, resolved.values)
+        versions = () if label is None else [_version(value) for value in resolved.values]
+        return Foreseen(results, versions, gradients)
+
+    def _compute(
+        self, session: Session, resolved: Resolved, admitted: Admitted, foreseen: Foreseen
+    ) -> Result:
+        """Calls the function. Where the results were foreseen it returns some that look like that, whether the op
+        fails or not; else it raises what the op raises."""
+        op, traits, function = resolved.op, resolved.operation.traits, resolved.operation.function
+        args, kwargs = resolved.args, resolved.kwargs
+        if traits.calls_plan:
+            kwargs = {"deadline": admitted.deadline}
+        try:
+            if op.seed is None:
+                value = function(*args, **kwargs)
+            else:
+                with seeded(op.seed, self._device):
+                    value = function(*args, **kwargs)
+            if foreseen.results is not None and traits.calls_plan:
+                value = unaliased(value, foreseen.results, self._device)
+            return Result(value, admitted.label, admitted.hidden_failure)
+        except Exception as error:
+            if admitted.released and self._gate is not None:
+                failed_on_data(self._gate, session, error, plan=plan_objects.called_graph(args).hash)
+            if foreseen.results is None:
+                raise
+            hidden_failure = admitted.hidden_failure or failure_of_op(error, op, None, private=True)
+            value = stand_in(op, traits, foreseen.results, resolved.values, foreseen.versions, self._device)
+            return Result(value, admitted.label, hidden_failure)
+
+    def _label_written(
+        self, session: Session, resolved: Resolved, admitted: Admitted, foreseen: Foreseen
+    ) -> None:
+        """Gives the op's label to all memory that it wrote to, or may have, whether it failed or not."""
+        op, traits = resolved.op, resolved.operation.traits
+        if admitted.released:
+            label_overwritten(self._store, session, op, traits, resolved.operands)
+        if admitted.label is not None:
+            self._label_operands(session, resolved, admitted.label, foreseen.versions)
+        if traits.computes_gradients:
+            self._passes.account(foreseen.gradients, admitted.label)
+
+    def _label_result(self, session: Session, resolved: Resolved, result: Result) -> Result:
+        """Sees to it that what the op returned has the label of what it was made from, and operands that it should
+        have changed the failure that it hides."""
+        traits, operands = resolved.operation.traits, resolved.operands
+        if traits.reads_gradient and isinstance(result.value, torch.Tensor):
+            result.label = self._store.memory.of_gradient(result.value)
+        elif traits.sets_gradient and len(operands) > 1:
+            self._store.memory.account(tensor_of(operands[1]), result.label)
+        elif traits.gains_gradient:
+            session.leaves[_ids(resolved.op.args[0])[0]] = None
+            if traits.retains_gradient:
+                self._passes.retain(tensor_of(operands[0]))
+        if result.hidden_failure is not None:
+            for operand in written_operands(resolved.op, traits, resolved.values):
+                if isinstance(operand, Ref):
+                    written = self._store.objects[operand.index]
+                    written.hidden_failure = written.hidden_failure or result.hidden_failure
+        return result
+
+    # ------------------------------------------------------------------------ what the stages share
+
+    def _check_found(self, session: Session, resolved: Resolved) -> None:
+        """Raises what keeps an op from being resolved."""
+        if not resolved.missing:
+            return
+        if resolved.operation is UNKNOWN:
+            ops.lookup_eager(resolved.op.name)
+        for id in _ids((resolved.op.args, resolved.op.kwargs)):
+            self._store.find(session.id, id)
+
+    def _check_ready(self, session: Session, resolved: Resolved) -> m.Failure | None:
+        """Raises what keeps the operands from having values; returns the first failure that one of them hides."""
+        self._check_found(session, resolved)
+        hidden: m.Failure | None = None
+        for stored in resolved.operands:
+            if stored.failure is not None or stored.hidden_failure is not None:
+                self._objects.check_failure(session, stored)
+                hidden = hidden or stored.hidden_failure
+        return hidden
+
+    def _keep(self, session: Session, results: Nested, value: Any, of: Result) -> None:
         """Stores the parts of `value`, of a result, under the ids that `results` gives them."""
         if results is None:
             return
         if isinstance(results, Ref):
-            if isinstance(value, PlanObject):
-                self._store.add(results.index, StoredObject(value, session.id, of.label, lost=of.lost))
-                return
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor | PlanObject):
                 raise LocalError(f"the op gave a {type(value).__name__}, not a tensor")
-            self._store.add(results.index, StoredObject(value, session.id, of.label, lost=of.lost))
-            if value.requires_grad and value.is_leaf:
+            self._store.add(
+                results.index, StoredObject(value, session.id, of.label, hidden_failure=of.hidden_failure)
+            )
+            if isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf:
                 session.leaves[results.index] = None
             return
         if (
@@ -241,91 +299,91 @@ class EagerOps:
             with contextlib.suppress(LocalError):  # the id is in use, or the worker is full
                 self._store.add(id, StoredObject(None, session.id, failure=failure))
 
-    def _poison(
-        self, session: Session, op: PostedOp, used: Sequence[StoredObject], failure: m.Failure
-    ) -> None:
-        label: Label = None
-        for stored in used:
-            label = both(label, self._store.label_of(stored))
+    def _poison(self, session: Session, resolved: Resolved, error: Exception, number: int) -> None:
+        """Keeps the failure of a posted op as its results. An operand that it was to change tells it at the next fetch;
+        if there is nobody else to tell it, the session's next request does."""
+        op, operands = resolved.op, resolved.operands
+        label = self._label_of_all(operands)
+        failure = failure_of_op(error, op, number, private=label is not None)
+        if isinstance(error, NotApproved | PolicyError):  # nothing was computed from them
+            label, operands = None, []
         for id in _ids(op.results):
             try:
                 self._store.add(id, StoredObject(None, session.id, label, failure=failure))
             except LocalError:  # the id is in use, or the worker is full
                 session.failure = session.failure or failure
-        if op.name == plan_call.CALL:  # None stands for a size, and the plan itself is as good as before
+        if (
+            resolved.operation.traits.calls_plan
+        ):  # None stands for a size, the plan itself is as good as before
             if not _ids(op.results):
                 session.failure = session.failure or failure
         elif any(leaf is None for leaf in leaves(op.results)):
-            if used:
-                used[0].failure = used[0].failure or failure
+            if operands:
+                operands[0].failure = operands[0].failure or failure
             else:
                 session.failure = session.failure or failure
 
-    def _label_what_changed(
-        self,
-        session: Session,
-        op: PostedOp,
-        used: Sequence[StoredObject],
-        before: Sequence[int],
-        label: Label,
+    def _label_of_all(self, operands: Sequence[StoredObject]) -> Label:
+        label: Label = None
+        for stored in operands:
+            label = both(label, self._store.label_of(stored))
+        return label
+
+    def _label_operands(
+        self, session: Session, resolved: Resolved, label: Label, versions: Sequence[int]
     ) -> None:
-        """Gives the op's label to the memory that it wrote to, or may have: also where it failed, since whether it
-        failed can depend on private values."""
+        """Labels the memory of those operands that were written to since they had these `versions`, and of those that
+        the op may write to."""
+        traits = resolved.operation.traits
         written = [
-            stored.value
-            for stored, version in zip(used, before, strict=True)
-            if isinstance(stored.value, torch.Tensor) and _version(stored.value) != version
+            value
+            for value, version in zip(resolved.values, versions, strict=True)
+            if isinstance(value, torch.Tensor) and value._version != version
         ]
-        seen = not (op.name == plan_call.CALL or ops.writes_unseen(op.name))
-        for operand in written_operands(op, [stored.value for stored in used]):
+        for operand in written_operands(resolved.op, traits, resolved.values):
             if isinstance(operand, Ref):
                 written += tensors_of(self._store.objects[operand.index].value)
         for tensor in written:
             self._store.memory.add(tensor, label)
-        if written and (session.graphs.unseen_writes or not seen):
+        unseen = session.graphs.unseen_writes or traits.calls_plan or traits.writes_unseen
+        if written and unseen:
             session.graphs.label = both(session.graphs.label, label)
 
-    def _drop(self, session: Session, ids: Sequence[int], outgoing: dict[m.PeerAddress, Outgoing]) -> None:
+    def _drop(self, session: Session, ids: Sequence[int], forwarded: Forwarded) -> None:
         for id in ids:
             stored = self._store.drop(session.id, id)
             if stored is None:
                 continue
             session.leaves.pop(id, None)
             for peer, freed in freed_by(stored):
-                outgoing.setdefault(peer, Outgoing()).drop.extend(freed)
+                forwarded.drop(peer, freed)
 
     # ------------------------------------------------------------------------------------- requests
 
     def call(self, session: Session, body: m.Call) -> Steps:
-        """An op whose results the client could not foresee."""
+        """Runs an op whose results the client could not foresee; answers with ids for them, and what they look like."""
         op = PostedOp.unpack(body.op)
-        used: list[StoredObject] = []
-        outgoing: dict[m.PeerAddress, Outgoing] = {}
-        self._drop(session, op.drop, outgoing)
-        yield from [ToPeer(peer, m.Post([], out.drop)) for peer, out in outgoing.items()]
+        forwarded = Forwarded()
+        self._drop(session, op.drop, forwarded)
+        yield from forwarded.messages()
+        resolved = self._resolve(session, op)
         grad_mode = torch.is_grad_enabled()
         try:
-            function_args = self._operands(session, op, used)
-            label: Label = None
-            for stored in used:
-                label = both(label, self._store.label_of(stored))
-            if (
-                not session.may_read(label) and op.name != plan_call.CALL
-            ):  # of which `_run` foresees the results
+            self._check_found(session, resolved)
+            # What a plan returns is foreseen, as it is for posted ops; of other ops that are called it cannot be.
+            if not (session.may_read(resolved.label) or resolved.operation.traits.calls_plan):
                 raise GetNotPermitted(
                     f"{op.name} on private data: what its results look like depends on the values, and those may be "
-                    f"seen by {users_of(label)} only"
+                    f"seen by {users_of(resolved.label)} only"
                 )
-            if any(isinstance(stored.value, PeerRef) for stored in used):
-                return (yield from self._peers.call(session, op, used))
-            del function_args
-            used.clear()
-            made = self._run(session, op, used, outgoing)
-            assert made is not None  # noqa: S101 - passed on above
+            if resolved.elsewhere:
+                return (yield from self._peers.call(session, op, resolved.operands))
+            made = self._run(session, resolved)
         except (OpFailedError, GetNotPermitted, NotApproved, PolicyError):
             raise
         except Exception as error:
-            raise OpFailedError(failure_of_op(error, op, None, used, self._store)) from error
+            private = self._label_of_all(resolved.operands) is not None
+            raise OpFailedError(failure_of_op(error, op, None, private=private)) from error
         finally:
             torch.set_grad_enabled(grad_mode)
         objects: list[tuple[int, m.ObjectSpec]] = []
@@ -340,17 +398,6 @@ class EagerOps:
 
         named = map_leaves(_plain(made.value), numbered)
         return m.Made(encode(named), objects), ()
-
-
-_OF_PLANS: Final[dict[str, Callable[..., Any]]] = {
-    plan_call.CALL: plan_objects.call,
-    plan_call.COPY: PlanObject.copy,
-    plan_call.STATE: PlanObject.tensors,
-}
-
-
-def _function(op: PostedOp) -> Callable[..., Any]:
-    return _OF_PLANS.get(op.name) or ops.lookup_eager(op.name)
 
 
 def _ids(nested: Nested) -> list[int]:

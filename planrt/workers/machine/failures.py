@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
 from planrt.errors import ExecutionError, LocalError, PolicyError
 from planrt.workers.machine.determinism import explained
-from planrt.workers.machine.store import ObjectStore, StoredObject
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, kind_of
@@ -109,10 +107,11 @@ def failure_of(error: Exception) -> m.Failure:
     return m.Failure(kind, text, traceback=cut(_trace_of(error)[-_LONGEST:]), **in_plan(error))
 
 
-def failure_of_op(
-    error: Exception, op: PostedOp, number: int | None, used: Sequence[StoredObject], store: ObjectStore
-) -> m.Failure:
-    """`error`, of an op on the objects `used`, as the client is told of it; of private operands nothing is told."""
+def failure_of_op(error: Exception, op: PostedOp, number: int | None, *, private: bool) -> m.Failure:
+    """Returns `error`, of an op, as the client is told of it; where its operands are `private`, not why it failed.
+
+    `number` counts the ops of the session, from 0; None for one that is answered.
+    """
     if isinstance(error, OpFailedError):
         return error.failure
     kind = kind_of(error)
@@ -122,7 +121,7 @@ def failure_of_op(
         return m.Failure(
             kind, cut(str(error)), error.op or op.name, error.line, index=error.index, number=number
         )
-    if any(store.label_of(stored) is not None for stored in used):
+    if private:
         return m.Failure(
             "ExecutionError", f"op {op.name} failed; its operands are private, so the worker does not say why",
             op.name, number=number,

@@ -334,8 +334,8 @@ class KeptObjects:
         """Raises why there is no value, unless that tells somebody about values that are not for them."""
         if stored.failure is not None:
             raise OpFailedError(stored.failure)
-        if stored.lost is not None and session.may_read(self.store.label_of(stored)):
-            raise OpFailedError(stored.lost)
+        if stored.hidden_failure is not None and session.may_read(self.store.label_of(stored)):
+            raise OpFailedError(stored.hidden_failure)
 
 
 def _listed(id: int, stored: StoredObject) -> m.ListedItem:

@@ -8,24 +8,37 @@ the same with tensors that are here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from planrt.errors import LocalError
 from planrt.types import Ref, map_leaves
-from planrt.workers.machine.events import Steps
+from planrt.workers.machine.events import Steps, ToPeer
 from planrt.workers.machine.sessions import Session, ask
 from planrt.workers.machine.store import ObjectStore, PeerRef, StoredObject, new_id
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 
 
-@dataclass(slots=True)
-class Outgoing:
-    """What a batch of ops passes on to one peer."""
+class Forwarded:
+    """What a batch of posted ops leaves for other workers: one `Post` for each of them, sent when the batch is done."""
 
-    ops: list[bytes] = field(default_factory=list)
-    drop: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._ops: dict[m.PeerAddress, list[bytes]] = {}
+        self._drops: dict[m.PeerAddress, list[int]] = {}
+
+    def op(self, peer: m.PeerAddress, packed: bytes) -> None:
+        """Adds an op, in the bytes that `peer` gets."""
+        self._ops.setdefault(peer, []).append(packed)
+
+    def drop(self, peer: m.PeerAddress, ids: Sequence[int]) -> None:
+        """Adds objects that `peer` can free, by the ids that they have there."""
+        self._drops.setdefault(peer, []).extend(ids)
+
+    def messages(self) -> list[ToPeer]:
+        """Returns the messages. A worker runs the ops of one before it frees what is dropped."""
+        peers = dict.fromkeys([*self._ops, *self._drops])
+        return [ToPeer(peer, m.Post(self._ops.get(peer, []), self._drops.get(peer, []))) for peer in peers]
 
 
 class PeerOps:
@@ -36,14 +49,14 @@ class PeerOps:
         self._store = store
 
     def pass_on(
-        self,
-        session: Session,
-        op: PostedOp,
-        used: Sequence[StoredObject],
-        outgoing: dict[m.PeerAddress, Outgoing],
-    ) -> None:
-        """Passes a posted op on; its results are pointers. It leaves with what else is `outgoing`."""
-        peer = self._common_peer(used)
+        self, session: Session, op: PostedOp, operands: Sequence[StoredObject]
+    ) -> tuple[m.PeerAddress, bytes]:
+        """Keeps pointers as the results of a posted op; returns the worker that runs it, and the op's bytes there.
+
+        Raises:
+            LocalError: its operands are not all on one other worker.
+        """
+        peer = self._common_peer(operands)
 
         def there(leaf: Any) -> Any:
             return Ref(self._peer_id(session, leaf.index)) if isinstance(leaf, Ref) else leaf
@@ -63,11 +76,11 @@ class PeerOps:
         packed = passed.pack()  # before the pointers are kept: an op that fails has none
         for id, ref in refs:
             self._store.add(id, StoredObject(ref, session.id))
-        outgoing.setdefault(peer, Outgoing()).ops.append(packed)
+        return peer, packed
 
-    def call(self, session: Session, op: PostedOp, used: Sequence[StoredObject]) -> Steps:
+    def call(self, session: Session, op: PostedOp, operands: Sequence[StoredObject]) -> Steps:
         """Asks for an op whose results nobody could foresee; they are pointers, with what the other worker tells."""
-        peer = self._common_peer(used)
+        peer = self._common_peer(operands)
 
         def there(leaf: Any) -> Any:
             return Ref(self._peer_id(session, leaf.index)) if isinstance(leaf, Ref) else leaf
@@ -104,8 +117,8 @@ class PeerOps:
         found = [(here.get(PeerRef(peer, id)), spec) for id, spec in answer.objects]
         return m.Gradients([(id, spec) for id, spec in found if id is not None]), ()
 
-    def _common_peer(self, used: Sequence[StoredObject]) -> m.PeerAddress:
-        peers = {stored.value.peer if isinstance(stored.value, PeerRef) else None for stored in used}
+    def _common_peer(self, operands: Sequence[StoredObject]) -> m.PeerAddress:
+        peers = {stored.value.peer if isinstance(stored.value, PeerRef) else None for stored in operands}
         if len(peers) > 1:
             places = sorted(self._worker_id if peer is None else peer.worker for peer in peers)
             raise LocalError(f"operands on different workers: {' and '.join(places)}")

@@ -144,8 +144,9 @@ def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[i
 
     found: frozenset[int] = frozenset()
     for op in graph.ops:
-        if ops.writes_unseen(op.name):
-            for operand in ops.written_operands(op.name, op.args, op.kwargs):
+        traits = ops.TRAITS[op.name]
+        if traits.writes_unseen:
+            for operand in traits.written_arguments(op.args, op.kwargs):
                 found |= position(operand) if isinstance(operand, Ref) else frozenset()
     inputs, state = [one.twin() for one in specs], meta_state(graph)
     tensors = [*inputs, *state]

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.autograd.graph import get_gradient_edge, increment_version
 
-from planrt.plans.ir import ops
+from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import inference
 from planrt.plans.running.inference import Inferred, Same, Spec
 from planrt.types import Ref, leaves, map_leaves
@@ -55,14 +55,16 @@ class _Operand:
     _spec: Spec
 
 
-def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any]) -> Inferred | None:
+def foresee(
+    op: PostedOp, traits: OpTraits, function: Callable[..., Any], operands: Sequence[Any]
+) -> Inferred | None:
     """What the results of `op` will be like, from what its operands are like. None: gradients and other memory,
     whose ops fail or not whatever the values.
 
     Raises:
         GetNotPermitted: it depends on the values. Or what torch raises for operands that do not fit.
     """
-    if op.name in ops.GRADIENTS or op.name in ops.EAGER or op.name in (plan_call.COPY, plan_call.STATE):
+    if traits.data_independent:
         return None
     rest = iter(operands)
     twins: dict[int, _Operand] = {}
@@ -71,18 +73,18 @@ def foresee(op: PostedOp, function: Callable[..., Any], operands: Sequence[Any])
         if type(leaf) is not Ref:
             return leaf
         value = next(rest)
-        if isinstance(value, PlanObject):
+        if not isinstance(value, torch.Tensor):
             return value
         return twins.setdefault(id(value), _Operand(inference.Spec.of(value)))
 
     args, kwargs = map_leaves(op.args, twin), map_leaves(op.kwargs, twin)
-    if op.name == plan_call.CALL:
+    if traits.calls_plan:
         function = plan_call.call_on_meta
         args = (PlanTwin(args[0].record.graph(training=args[1])), *args[2:])
     foreseen = inference.infer(op.name, function, args, kwargs, _Operand)
     if foreseen is None:
         raise GetNotPermitted(f"{op.name} on private data: what its results look like depends on the values")
-    if op.name == plan_call.CALL:
+    if traits.calls_plan:
         _check_changes(foreseen, operands[1:])
     return foreseen
 
@@ -114,10 +116,10 @@ def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device)
     return tuple(alone(value, like) for value, like in zip(values, foreseen.results, strict=True))
 
 
-def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
+def written_operands(op: PostedOp, traits: OpTraits, operands: Sequence[Any]) -> list[Any]:
     """Those of an op's arguments that it may write to, `operands` being what its `Ref`s stand for."""
-    if op.name != plan_call.CALL:
-        return ops.written_operands(op.name, op.args, op.kwargs)
+    if not traits.calls_plan:
+        return traits.written_arguments(op.args, op.kwargs)
     if not operands or not isinstance(operands[0], PlanObject):
         return []
     written = plan_objects.written(operands[0].record.graph(training=op.args[1]), operands[1:])
@@ -126,14 +128,19 @@ def written_operands(op: PostedOp, operands: Sequence[Any]) -> list[Any]:
 
 
 def stand_in(
-    op: PostedOp, foreseen: Inferred, operands: Sequence[Any], versions: Sequence[int], device: torch.device
+    op: PostedOp,
+    traits: OpTraits,
+    foreseen: Inferred,
+    operands: Sequence[Any],
+    versions: Sequence[int],
+    device: torch.device,
 ) -> Any:
     """Zeros for the results of an op that failed, in the autograd graph that the results would have had.
 
     `versions` are those of the operands before the op. Operands that it should have changed in place count as
     changed. (The graph is that of a linear op: gradients of gradients may tell the difference.)
     """
-    written = written_operands(op, operands)
+    written = written_operands(op, traits, operands)
     refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
     state: Sequence[torch.Tensor] = ()
     if operands and isinstance(operands[0], PlanObject):  # inference counts tensors only
@@ -168,10 +175,10 @@ def stand_in(
             continue
         like = changed.get(number) or inference.Spec.of(operand)
         # Others are changed behind autograd's back, or the plan that changes them gives them back as they are.
-        joins = number in changed or (number in same and op.name != plan_call.CALL)
+        joins = number in changed or (number in same and not traits.calls_plan)
         if joins and like.requires_grad and not like.leaf and torch.is_grad_enabled():
             operand.add_(zeros(like))
-        elif operand._version == version and not ops.writes_unseen(op.name):
+        elif operand._version == version and not traits.writes_unseen:
             increment_version(operand)
     return results
 

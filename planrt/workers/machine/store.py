@@ -50,7 +50,7 @@ class StoredObject:
     """Of the operation that made it; `ObjectStore.label_of` knows what was written to its memory since."""
     failure: m.Failure | None = None
     """Why there is no value, or why the last change in place did not happen."""
-    lost: m.Failure | None = None
+    hidden_failure: m.Failure | None = None
     """Why the value only stands in for another: an op failed on private values. For those who may read these."""
     tags: tuple[str, ...] = ()
     description: str = ""
@@ -198,6 +198,8 @@ class ObjectStore:
     def label_of(self, stored: StoredObject) -> Label:
         """Who may read the value of `stored`."""
         label = stored.label
+        if not self.memory:
+            return label
         for tensor in tensors_of(stored.value):
             label = both(label, self.memory.of(tensor))
         return label

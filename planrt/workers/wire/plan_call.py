@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 
 from planrt.plans.ir.graph import Graph
+from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import interpreter
 from planrt.types import Ref, leaves
 
@@ -17,6 +18,13 @@ COPY: Final = "plan.copy"
 """Copies a plan's object, its state included."""
 STATE: Final = "plan.state"
 """The tensors of a plan's state, themselves, as objects: whoever writes to one changes the plan."""
+
+TRAITS: Final = {
+    CALL: OpTraits(CALL, calls_plan=True),
+    COPY: OpTraits(COPY, data_independent=True, needs_no_policy=True),
+    STATE: OpTraits(STATE, data_independent=True),
+}
+"""Name -> what sets it apart, as `planrt.plans.ir.ops.TRAITS` has it for torch's ops."""
 
 
 @dataclass(frozen=True, eq=False)
