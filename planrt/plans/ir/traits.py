@@ -1,4 +1,4 @@
-"""What sets single ops apart, as one frozen record per op. Pure data: no torch.
+"""Traits: one frozen record per op of what sets it apart. Pure data: no torch.
 
 Whoever runs ops asks an op's traits and never compares its name, as jax registers rules per primitive. The records
 are built once, from the reviewed tables of `planrt.plans.ir.ops` (`ops.TRAITS`); what is done to plans as objects of
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class OpTraits:
-    """What sets the op `name` apart. An op that is not set apart, as most are, has only its name."""
+    """A record of what sets the op `name` apart. An op that nothing sets apart, as most are, has only its name."""
 
     name: str
 
