@@ -16,6 +16,9 @@
     │   ├── UnknownNameError       no op of the table has that name (also an AttributeError)
     │   ├── DataError              a data set that is missing, incomplete or malformed
     │   ├── MissingPackageError    a package that a job needs is not installed (also an ImportError)
+    │   ├── SharingError           secret shares that do not fit each other, or parties who do not (also a ValueError)
+    │   │   ├── ValueRangeError        a value that shares cannot hold (also an OverflowError); names the range
+    │   │   └── RandomnessError        correlated randomness of the wrong shape, used up, or asked for twice
     │   ├── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
     │   └── PointerError           a pointer was used in a way that pointers cannot be
     │       ├── RemoteValueError       its value was read here: write `.get()` first
@@ -165,6 +168,18 @@ class DataError(LocalError):
 
 class MissingPackageError(LocalError, ImportError):
     """A job needs a package that is not installed; says which, and what to install. `name` is the module."""
+
+
+class SharingError(LocalError, ValueError):
+    """Secret shares, or the parties who hold them, do not fit each other."""
+
+
+class ValueRangeError(SharingError, OverflowError):
+    """A value cannot be held in shares: too large for its scale, infinite or not a number; names the range."""
+
+
+class RandomnessError(SharingError):
+    """Correlated randomness is missing, of the wrong shape, or was used before."""
 
 
 class BlockingCallError(LocalError, RuntimeError):

@@ -1,0 +1,70 @@
+"""Fractions as integers: a value is held as the integer nearest to value * scale. The scale is public.
+
+Source: Catrina and Saxena, "Secure Computation with Fixed-Point Numbers" (FC 2010), section 2. The usual scale is
+2**16; PySyft 0.2's ``fix_precision(precision_fractional=3)`` means thousandths, a scale of 10**3.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from planrt.errors import OptionError, ValueRangeError
+from planrt.types import as_whole
+
+LIMIT = 2**62
+"""Integers in shares are kept below this in size: then quotients (`quotients`) and differences of two are right."""
+
+DEFAULT_SCALE = 2**16
+
+
+def scale_of(*, base: int = 2, precision_fractional: int = 16) -> int:
+    """Returns the scale of `precision_fractional` digits in `base`.
+
+    Raises:
+        OptionError: no whole numbers, a base below 2, or a scale from 2**31 on, at which no product fits.
+    """
+    base = as_whole(base, "base")
+    digits = as_whole(precision_fractional, "precision_fractional")
+    if base < 2 or digits < 0:
+        raise OptionError(f"a scale has a base of at least 2 and no negative digits, not {base}**{digits}")
+    if digits >= 31 or base**digits >= 2**31:
+        raise OptionError(f"{base}**{digits} is too fine: products of values need a scale below 2**31")
+    scale: int = base**digits
+    return scale
+
+
+def encode(values: torch.Tensor, scale: int = DEFAULT_SCALE) -> torch.Tensor:
+    """Returns `values` (real numbers of any dtype) as int64, rounded to the nearest multiple of 1 / scale.
+
+    Raises:
+        ValueRangeError: a value is not finite, or its size times `scale` reaches 2**62.
+    """
+    if values.is_complex():
+        raise ValueRangeError(
+            "complex numbers have no fixed-point form: share real and imaginary parts apart"
+        )
+    if not values.is_floating_point():
+        whole = values.to(torch.int64)
+        _check(bool((whole > LIMIT // scale).any() or (whole < -(LIMIT // scale)).any()), values, scale)
+        return whole * scale
+    exact = values.detach().double() * scale
+    _check(not bool((exact.abs() < LIMIT).all()), values, scale)
+    return exact.round_().to(torch.int64)
+
+
+def decode(
+    values: torch.Tensor, scale: int = DEFAULT_SCALE, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Returns the inverse of `encode`, as `dtype`."""
+    return (values.double() / scale).to(dtype)
+
+
+def _check(bad: bool, values: torch.Tensor, scale: int) -> None:
+    if not bad:
+        return
+    edge = LIMIT / scale
+    finite = values[values.isfinite()] if values.is_floating_point() else values
+    seen = f"from {finite.min().item()} to {finite.max().item()}" if finite.numel() else "none that is finite"
+    if finite.numel() < values.numel():
+        seen += f", and {values.numel() - finite.numel()} that are infinite or not numbers"
+    raise ValueRangeError(f"with scale {scale}, values lie between -{edge:g} and {edge:g}; these are {seen}")

@@ -1,0 +1,148 @@
+"""Signs, equality and what follows from them against plain torch, for two, three and four parties."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from planrt.sharing import selection
+from planrt.sharing.comparisons import below, borrow, equal, less_than, less_than_zero
+from planrt.sharing.masked import mask
+from planrt.sharing.rounds import Transcript
+
+
+def near_and_far(anything, bits=64):
+    x = anything(300, bits=bits)
+    x[100:] = torch.randint(-4, 5, (200,))
+    return x
+
+
+def test_signs_of_the_whole_range(run, anything, parties):
+    x = near_and_far(anything)
+    transcript = Transcript(parties)
+    assert torch.equal(run(less_than_zero, x, transcript=transcript), (x < 0).long())
+    assert transcript.rounds == 4
+    assert transcript.sent[0] / len(x) / (parties - 1) < 12.6
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (9, 3), (0, 3)])
+def test_shapes(run, shape):
+    x = torch.randint(-2, 3, shape)
+    assert torch.equal(run(less_than_zero, x), (x < 0).long())
+    assert torch.equal(run(selection.relu, x), x.relu())
+
+
+def test_equality(run, anything):
+    x = near_and_far(anything)
+    y = x.clone()
+    y[::2] += anything(150)
+    y[1] = x[1] ^ (-(2**63))
+    assert torch.equal(run(equal, x, y), (x == y).long())
+
+
+def test_order(run, anything):
+    x, y = near_and_far(anything, 63), near_and_far(anything, 63).flip(0)
+    assert torch.equal(run(less_than, x, y), (x < y).long())
+
+
+def test_thresholds_share_an_opening(run, anything, parties):
+    x = near_and_far(anything, 63)
+    thresholds = (-(2**61), -3, 0, 1, 2**40)
+
+    def bits(party, x):
+        (x,) = yield from mask(party, x)
+        return (yield from below(party, x, thresholds)).share(party)
+
+    transcript = Transcript(parties)
+    found = run(bits, x, transcript=transcript)
+    assert torch.equal(found, torch.stack([x < one for one in thresholds]).long())
+    assert transcript.rounds == 4
+
+
+@pytest.mark.parametrize("bits", [1, 5, 16, 17, 64])
+def test_borrows_make_quotients_exact(run, bits):
+    x = torch.randint(0, 2**15, (200,))
+
+    def carried(party, x):
+        (x,) = yield from mask(party, x)
+        bit = yield from borrow(party, x, bits)
+        # x mod 2**bits is c - r + borrow * 2**bits on the low bits: its parity shows whether the borrow is right
+        return x.share(party), bit.share(party)
+
+    value, bit = run(carried, x)
+    assert torch.equal(value, x)
+    assert ((bit == 0) | (bit == 1)).all()
+
+
+def test_relu_and_its_derivative(run, anything):
+    x = near_and_far(anything)
+
+    def both(party, x):
+        (x,) = yield from mask(party, x)
+        result, bit = yield from selection.rectified(party, x)
+        return result, bit.share(party)
+
+    result, derivative = run(both, x)
+    assert torch.equal(result, x.relu())
+    assert torch.equal(derivative, (x >= 0).long())
+
+
+@pytest.mark.parametrize("divisor", [1000, 65536])
+def test_relu_with_a_quotient(run, anything, divisor, parties):
+    x = near_and_far(anything, 62)
+    x[:100] = torch.randint(-10 * divisor, 10 * divisor, (100,))
+    transcript = Transcript(parties)
+    found = run(lambda party, x: selection.relu(party, x, divisor), x, transcript=transcript)
+    assert ((found * divisor - x.relu()).abs() < divisor).all()
+    assert (found[x < 0] == 0).all()
+    assert transcript.rounds == 4
+
+
+def test_absolute_and_sign(run, anything):
+    x = near_and_far(anything)
+    assert torch.equal(run(selection.absolute, x), x.abs())
+    x = near_and_far(anything, 63)
+    assert torch.equal(run(selection.sign, x), x.sign())
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2, 3), (3, -2), (None, 1), (-1, None), (0, 0), (None, None)])
+def test_clamp(run, anything, low, high):
+    x = near_and_far(anything, 63)
+    expected = x if low is high is None else x.clamp(low, high)
+    assert torch.equal(run(lambda party, x: selection.clamp(party, x, low, high), x), expected)
+
+
+def test_where(run, anything):
+    condition, x, y = torch.randint(0, 2, (5, 1)), anything(5, 4), anything(4)
+    assert torch.equal(run(selection.where, condition, x, y), torch.where(condition.bool(), x, y))
+
+
+def test_larger_and_smaller_of_two(run, anything):
+    x, y = near_and_far(anything, 63), near_and_far(anything, 63).flip(0)
+    assert torch.equal(run(selection.maximum, x, y), torch.maximum(x, y))
+    assert torch.equal(run(selection.minimum, x, y), torch.minimum(x, y))
+
+
+ROUNDS = {1: 0, 2: 4, 5: 5, 6: 6, 16: 6, 17: 10, 70: 16}
+
+
+@pytest.mark.parametrize("count", ROUNDS)
+def test_largest_and_its_place(run, count, parties):
+    x = torch.randint(-(2**61), 2**61, (20, count))
+    x[10:] = torch.randint(-2, 2, (10, count))
+    transcript = Transcript(parties)
+    found, places = run(lambda party, x: selection.largest(party, x, 1, index=True), x, transcript=transcript)
+    assert torch.equal(found, x.max(1).values)
+    assert torch.equal(places, x.argmax(1))
+    assert transcript.rounds == ROUNDS[count]
+    found, _ = run(lambda party, x: selection.largest(party, x, 0), x)
+    assert torch.equal(found, x.max(0).values)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 2), (1, 0))]
+)
+def test_max_pool(run, kernel, stride, padding):
+    x = torch.randint(-(2**40), 2**40, (2, 3, 8, 7))
+    found = run(lambda party, x: selection.max_pool2d(party, x, kernel, stride, padding), x)
+    expected = functional.max_pool2d(x.double(), kernel, stride, padding)
+    assert torch.equal(found, expected.long())
