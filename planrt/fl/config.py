@@ -14,8 +14,9 @@ from planrt.fl.options import flag, learning_rate, optimizer_name, optimizer_opt
 from planrt.fl.recording_cache import casting_hint, dataset_of, example_batch, recorded
 from planrt.loop import on_loop, run
 from planrt.plans.forms.torchscript import class_name
+from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
-from planrt.plans.training import EvaluationResult, ModelPlans
+from planrt.plans.training import EvaluationResult
 from planrt.serde.frames import Allocate, in_memory
 from planrt.workers.base import BaseWorker, expect
 from planrt.workers.client.plans import purpose_text

@@ -17,7 +17,8 @@ from planrt.fl.options import whole
 from planrt.fl.recording_cache import casting_hint, check_here, dataset_of, example_batch, recorded
 from planrt.plans.fingerprint import fingerprint
 from planrt.plans.ir.graph import Graph
-from planrt.plans.training import EvaluationResult, ModelPlans
+from planrt.plans.model_plans import ModelPlans
+from planrt.plans.training import EvaluationResult
 from planrt.seeding import derive_seed
 from planrt.workers.base import BaseWorker, expect
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import OptionError
-from planrt.plans.training import OPTIMIZERS, check_optimizer
+from planrt.plans.optimizer_options import OPTIMIZERS, check_optimizer
 from planrt.types import plain
 
 _BY_LOWER_CASE: Final = {name.lower(): name for name in OPTIMIZERS}

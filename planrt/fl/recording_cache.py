@@ -20,8 +20,8 @@ from torch import nn
 from planrt.errors import LocalError, TraceError, UnknownDatasetError
 from planrt.plans.fingerprint import Fingerprint, fingerprint
 from planrt.plans.ir.graph import Graph
+from planrt.plans.model_plans import Loss, ModelPlans, trace_model
 from planrt.plans.model_state import StateMap
-from planrt.plans.training import Loss, ModelPlans, trace_model
 from planrt.serde.dtypes import DTYPES
 from planrt.workers.base import BaseWorker
 from planrt.workers.pointers.tensor import PointerTensor

@@ -32,8 +32,9 @@ from planrt.fl.config import TrainConfig
 from planrt.fl.options import learning_rate, whole
 from planrt.fl.recording_cache import dataset_of
 from planrt.loop import on_loop
+from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
-from planrt.plans.training import EvaluationResult, ModelPlans
+from planrt.plans.training import EvaluationResult
 from planrt.seeding import derive_seed
 from planrt.serde.frames import MemoryStore, SpoolStore, Store
 from planrt.shown import shown

@@ -8,10 +8,11 @@ from planrt.lazy import names_of
 
 if TYPE_CHECKING:
     from planrt.plans.forms.files import PlanFile, load_file
+    from planrt.plans.functions import func2plan
     from planrt.plans.ir.graph import Graph, Op, StateSpec
     from planrt.plans.ir.parsing import parse
     from planrt.plans.methods import method2plan
-    from planrt.plans.plan import Plan, func2plan
+    from planrt.plans.plan import Plan
     from planrt.plans.recording.tracer import trace
     from planrt.plans.saving import load_plan
 
@@ -21,7 +22,7 @@ _HOMES = {
     "Graph": "planrt.plans.ir.graph",
     "PlanFile": "planrt.plans.forms.files",
     "StateSpec": "planrt.plans.ir.graph",
-    "func2plan": "planrt.plans.plan",
+    "func2plan": "planrt.plans.functions",
     "load_file": "planrt.plans.forms.files",
     "load_plan": "planrt.plans.saving",
     "method2plan": "planrt.plans.methods",

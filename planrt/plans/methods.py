@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 
 from planrt.errors import PlanArgumentError
-from planrt.plans.plan import Plan, func2plan
+from planrt.plans.functions import func2plan
+from planrt.plans.plan import Plan
 
 _PLANS = "_planrt_method_plans"
 """The attribute of an object that holds the plans of its methods, by where they are defined."""

@@ -17,60 +17,39 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self
 
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from planrt.cards import card
 from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
+from planrt.lazy import names_of
 from planrt.plans.forms.state_tree import hold
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord, state_hash
 from planrt.plans.ir.signature import Signature, recorded_signature
-from planrt.plans.ir.text import show_name
 from planrt.plans.other_sizes import Forms, fits, form_for, has_code
+from planrt.plans.plan_state import PlanState
 from planrt.plans.recording.building import examples_of, leading_dims, record_in_both_modes
 from planrt.plans.recording.inlining import inline
 from planrt.plans.recording.recorder import SizesFixedError
 from planrt.plans.recording.trace_warnings import told_once
 from planrt.plans.recording.traced_run import active_recorder
 from planrt.plans.running.interpreter import execute
+from planrt.plans.showing import plan_html, plan_line, plan_text
 from planrt.types import TensorSpec
 
 if TYPE_CHECKING:
     from planrt.plans.analysis.report import Report
+    from planrt.plans.functions import func2plan
     from planrt.plans.policy.rules import Policy
 
+__all__ = ["Plan", "PlanState", "func2plan"]
+
+__getattr__ = names_of(__name__, {"func2plan": "planrt.plans.functions"})
 
 P = ParamSpec("P", default=...)
 R = TypeVar("R", default=Any)
-
-
-class PlanState(torch.nn.Module):
-    """Tensors that a function plan keeps: ``func2plan(state=(t,))``. The function gets it as its last argument."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        for index, tensor in enumerate(tensors):
-            if not isinstance(tensor, torch.Tensor):
-                raise PlanArgumentError(f"state holds tensors, not {type(tensor).__name__} (item {index})")
-            if tensor.requires_grad and tensor.is_leaf:
-                self._parameters[str(index)] = tensor  # type: ignore[assignment]  # a parameter but for its class
-            else:
-                self._buffers[str(index)] = tensor.detach()
-
-    def read(self) -> list[torch.Tensor]:
-        """Returns the tensors, in the order in which they were given."""
-        held: dict[str, Any] = {**self._parameters, **self._buffers}
-        return [held[key] for key in sorted(held, key=int)]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Returns the same tensors as `read`."""
-        return self.read()
-
-    def __len__(self) -> int:
-        return len(self._parameters) + len(self._buffers)
 
 
 class Plan(torch.nn.Module, Generic[P, R]):
@@ -456,16 +435,9 @@ class Plan(torch.nn.Module, Generic[P, R]):
         Raises:
             PlanError: not built yet. OptionError: a path that cannot be written.
         """
-        from planrt.plans.forms import files  # needed here only
+        from planrt.plans.saving import save_plan  # it imports this module
 
-        state = self.state_here()
-        names = {id(tensor): entry.name for entry, tensor in zip(self.record.state, state, strict=True)}
-        keys = {key: names[id(one)] for key, one in self.named_state().items() if id(one) in names}
-        described = files.PlanFile(
-            self.record, self.training, tuple(self.tags), self.description, state_hash(state), keys,
-            sum(one.nbytes for one in state),
-        )  # fmt: skip
-        files.write(path, described, state)
+        save_plan(self, path)
 
     def to_exported_program(self, *examples: Any, **keywords: Any) -> torch.export.ExportedProgram:
         """Returns the plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its
@@ -523,21 +495,9 @@ class Plan(torch.nn.Module, Generic[P, R]):
         Raises:
             PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run on such.
         """
-        from planrt.plans.analysis.analysing import analyse  # plans that are only run do without it
-        from planrt.plans.ir.constants import constants_of
-        from planrt.plans.policy.verify import check
+        from planrt.plans.checking import check_plan  # plans that are only run do without it
 
-        graph = self.graph
-        specs = [TensorSpec.of(one) if isinstance(one, torch.Tensor) else one for one in inputs]
-        unknown = [name for name in (tags or {}) if name not in graph.input_names]
-        if unknown:
-            known = ", ".join(graph.input_names)
-            raise PlanArgumentError(f"plan {self.name!r} has no input {unknown[0]!r}: it has {known}")
-        places = {graph.input_names.index(name): tuple(names) for name, names in (tags or {}).items()}
-        constants = constants_of(graph, self.state_tensors())
-        if policy is None:
-            return analyse(graph, specs).with_constants(constants).with_violations((), None, places)
-        return check(graph, policy, specs, places, constants=constants)
+        return check_plan(self, policy, inputs, tags or {})
 
     # ------------------------------------------------------------------------------------- for people
 
@@ -564,36 +524,13 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return to_torchscript(replace(self.graph, state_values=tuple(self.state_here())))
 
     def __str__(self) -> str:
-        name = show_name(self.name)
-        if self._record is None:
-            return f"<Plan {name} id:{self.id} owner:me not built: call {name}.build(...)>"
-        return f"<Plan {name} id:{self.id} owner:me built>\n{self.graph}"
+        return plan_text(self)
 
     def __repr__(self) -> str:
-        if self._record is None:
-            return str(self)
-        graph = self._record.graphs[-1]
-        inside = f"{len(graph.inputs)} inputs, {len(graph.ops)} ops"
-        return f"<Plan {show_name(self.name)} id:{self.id} owner:me built: {inside}>"
+        return plan_line(self)
 
     def _repr_html_(self) -> str:
-        graph = self._record.graph(training=self.training) if self._record is not None else None
-        takes = (
-            [f"{graph.input_name(place)}: {spec}" for place, spec in enumerate(graph.inputs)] if graph else []
-        )
-        return card(
-            f"Plan {self.name}",
-            [
-                ("built", "yes" if graph else f"no: call {self.name}.build(...)"),
-                ("hash", graph and graph.hash),
-                ("takes", ", ".join(takes)),
-                ("state", graph and f"{len(graph.state)} tensors"),
-                ("ops", graph and len(graph.ops)),
-                ("tags", " ".join(self._tags)),
-                ("description", self._description.strip().partition("\n")[0]),
-            ],
-            text=graph.code if graph else "",
-        )
+        return plan_html(self)
 
     @classmethod
     def from_record(
@@ -629,76 +566,3 @@ class Plan(torch.nn.Module, Generic[P, R]):
         if any(held.get(name) is not tensor for name, tensor in tensors.items()):
             raise PlanFormatError("malformed plan: the names of its state cannot be those of a module")
         return made
-
-
-Shapes = Sequence[Sequence[int]]
-
-
-@overload
-def func2plan(
-    function: Callable[P, R], *, args_shape: Shapes | None = None, state: None = None, strict: bool = False
-) -> Plan[P, R]: ...
-
-
-@overload
-def func2plan(
-    function: list[Any] | tuple[Any, ...] | None = None,
-    *,
-    args_shape: Shapes | None = None,
-    state: None = None,
-    strict: bool = False,
-) -> Callable[[Callable[P, R]], Plan[P, R]]: ...
-
-
-@overload
-def func2plan(
-    function: Callable[..., R],
-    *,
-    args_shape: Shapes | None = None,
-    state: Sequence[torch.Tensor],
-    strict: bool = False,
-) -> Plan[..., R]: ...
-
-
-@overload
-def func2plan(
-    function: list[Any] | tuple[Any, ...] | None = None,
-    *,
-    args_shape: Shapes | None = None,
-    state: Sequence[torch.Tensor],
-    strict: bool = False,
-) -> Callable[[Callable[..., R]], Plan[..., R]]: ...
-
-
-def func2plan(
-    function: Callable[..., Any] | list[Any] | tuple[Any, ...] | None = None,
-    *,
-    args_shape: Shapes | None = None,
-    state: Sequence[torch.Tensor] | None = None,
-    strict: bool = False,
-) -> Any:
-    """Turns a function of tensors into a `Plan`: ``@func2plan()``, or ``func2plan(function, args_shape=[(-1, 3)])``.
-
-    With `args_shape`, one shape per argument (-1 for a size that stays free), it is built at once, on float32
-    tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or as
-    the one called ``state``), which callers do not pass. With `strict`, calls with other sizes, ranks or dtypes are
-    refused; without, the plan is recorded for them too, which is a form of it with a hash of its own.
-    A list in place of the function is taken as `args_shape`.
-
-    Raises:
-        PlanArgumentError: wrong number of shapes, or impossible ones.
-        TraceError: the function cannot be recorded.
-    """
-
-    if isinstance(function, list | tuple):
-        return func2plan(args_shape=function, state=state, strict=strict)
-
-    def decorate(function: Callable[..., Any]) -> Plan[..., Any]:
-        if not callable(function):
-            raise PlanArgumentError(f"func2plan makes a plan of a function, not of {type(function).__name__}")
-        made: Plan[..., Any] = Plan(function, state=state, strict=strict)
-        if args_shape is None or (len(args_shape) == 0 and made._signature().parameters):
-            return made  # ``args_shape=()``: not built yet
-        return made.build_from_shapes(args_shape)
-
-    return decorate if function is None else decorate(function)

@@ -1,13 +1,29 @@
-"""Plans from files: `load_plan` reads what `Plan.save` wrote, in the format of `planrt.plans.forms.files`."""
+"""Plans as files: `save_plan` is `Plan.save`, and `load_plan` reads what it wrote.
+
+The format is that of `planrt.plans.forms.files`.
+"""
 
 from __future__ import annotations
 
 import io
 from typing import BinaryIO
 
-from planrt.plans.forms.files import MAGIC, AnyPath, read
+from planrt.plans.forms.files import MAGIC, AnyPath, PlanFile, read, write
+from planrt.plans.ir.record import state_hash
 from planrt.plans.plan import Plan
 from planrt.serde.objects import register
+
+
+def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
+    """Writes `plan` to a file; see `Plan.save`."""
+    state = plan.state_here()
+    names = {id(tensor): entry.name for entry, tensor in zip(plan.record.state, state, strict=True)}
+    keys = {key: names[id(one)] for key, one in plan.named_state().items() if id(one) in names}
+    described = PlanFile(
+        plan.record, plan.training, tuple(plan.tags), plan.description, state_hash(state), keys,
+        sum(one.nbytes for one in state),
+    )  # fmt: skip
+    write(path, described, state)
 
 
 def load_plan(path: AnyPath | BinaryIO) -> Plan:

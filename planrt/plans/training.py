@@ -1,74 +1,61 @@
 """Training and evaluating a model from its plans: what a worker does with one request. No I/O in here.
 
-`trace_model` records a model together with its loss, once as it trains and once as it is evaluated. `train`
-and `evaluate` run those plans over batches, with the same numbers, bit for bit, as the plain PyTorch loop.
+`train` and `evaluate` run the plans that `trace_model` (`planrt.plans.model_plans`) made of a model and its loss over
+batches, with the same numbers, bit for bit, as the plain PyTorch loop::
+
+    plans = trace_model(model, F.cross_entropy, *example_batch)
+    state = [tensor.clone() for tensor in plans.training.state_values]
+    result = train(plans.training, state, batches, optimizer="SGD", optimizer_args={"lr": 0.1}, seed=1)
+    result.loss, result.state  # the mean loss, and the entries of the state that training can change
+
+The order within one batch is that of the plain loop, and for the same reasons:
+
+    zero_grad -> run the plan -> loss.backward() -> optimizer.step()
+
+The plan runs on tensors of this call that require gradients (`own_gradients=False` when it was recorded), so autograd
+goes over it as over any code. `backward` runs on it from outside, and not as an op in the plan, because the worker
+chooses the optimizer by name: one plan serves every optimizer, LBFGS with its several closures a step included. The
+loss is kept as a tensor until the end: reading each one would wait for the device once a batch.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 
 from planrt.cards import card
-from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanError, TraceError
-from planrt.plans.forms.torchscript import (
-    argument_names,
-    as_traceable,
-    class_name,
-    is_torchscript,
-    script_call,
-)
+from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanError
 from planrt.plans.ir.graph import Graph
-from planrt.plans.model_state import ModelState, StateMap, map_state
-from planrt.plans.recording.lifting import StateRegistry, check_plain
-from planrt.plans.recording.trace_warnings import told_once
-from planrt.plans.recording.tracer import Recording, assemble, record
+from planrt.plans.model_plans import Loss, ModelPlans, loss_call, trace_model
+from planrt.plans.optimizer_options import OPTIMIZERS, check_optimizer
 from planrt.plans.running.interpreter import check_inputs, check_state, drive, program
 from planrt.seeding import seeded
 from planrt.types import Ref, TensorSpec
 
+__all__ = [
+    "OPTIMIZERS",
+    "Batch",
+    "EvaluationResult",
+    "Loss",
+    "ModelPlans",
+    "TrainResult",
+    "check_classes",
+    "check_optimizer",
+    "evaluate",
+    "loss_call",
+    "trace_model",
+    "train",
+    "warm_up",
+]
+
 Batch = tuple[torch.Tensor, torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
-    name: getattr(torch.optim, name)
-    for name in (
-        "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon", "NAdam",
-        "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam",
-    )
-    if hasattr(torch.optim, name)
-}  # fmt: skip
-"""The optimizers that a request may name."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPlans:
-    """A model with its loss, as two plans over the same state.
-
-    Both take (data, target) and return (loss, prediction), with the batch dimension free. `names` joins the entries of
-    their state to those of the model's `state_dict`.
-    """
-
-    training: Graph
-    evaluation: Graph
-    names: StateMap
-
-    def __repr__(self) -> str:
-        return f"<ModelPlans {self.training!r}, {self.evaluation!r}, {len(self.names.entries)} state entries>"
-
-    @property
-    def state(self) -> ModelState:
-        """The model's state as ``load_state_dict`` takes it: its own tensors, detached. They share memory with the
-        model, so clone what must not follow it."""
-        return self.names.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,141 +134,6 @@ class EvaluationResult(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries())
-
-
-@told_once()
-def trace_model(
-    model: torch.nn.Module, loss_fn: Loss, data: torch.Tensor, target: torch.Tensor
-) -> ModelPlans:
-    """Record ``loss_fn(model(data), target)`` in training and in evaluation mode.
-
-    Args:
-        model: an nn.Module, or a module from `torch.jit.trace`, whose mode stays as it was traced.
-        loss_fn: (prediction, target) -> a loss without dimensions; a function or an nn.Module.
-        data: an example batch, dimension 0 the batch; at least two samples if the model has batch norm.
-        target: its targets, dimension 0 the batch.
-
-    Raises:
-        TraceError: the model or loss cannot be recorded, or do not fit; the message names the line. Also a loss with
-            parameters of its own, which nothing would train.
-    """
-    for name, example in (("data", data), ("target", target)):
-        check_plain(example, f"the example {name}")
-    call, modules = as_traceable(model, (data,))
-    call_loss = loss_call(loss_fn)
-    loss_modules = [loss_fn] if isinstance(loss_fn, torch.nn.Module) else []
-    registry = StateRegistry(modules, also_undo=loss_modules, captured_train=False)
-    for name, parameter in (one for module in loss_modules for one in module.named_parameters()):
-        if parameter.requires_grad and registry.find(parameter) is None:
-            raise TraceError(
-                f"the loss has a parameter of its own, {name!r}, and only the model's are trained: make the loss a "
-                "part of the model (a module whose forward returns what the loss needs), or freeze it with "
-                "requires_grad_(False)"
-            )
-
-    def step(data: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        prediction = call(data)
-        return _loss(call_loss, prediction, target), prediction
-
-    free = [(0,) if example.dim() else () for example in (data, target)]
-    recordings = {}
-    for training in (True, False):
-        with _mode([*modules, *loss_modules], training=training):
-            recordings[training] = record(
-                step, (data, target), registry=registry, free_dims=free, own_gradients=False
-            )
-    registry.warn_of_captures(class_name(model))
-    for entry in registry.entries:
-        # A moving average of weights, say: no optimizer changes it, forward does.
-        if entry.written and entry.kind == "parameter" and not entry.requires_grad:
-            entry.kind = "buffer"
-
-    def plan(mode: str, recording: Recording) -> Graph:
-        name = f"{class_name(model)} ({mode})"
-        return assemble(recording, registry, name=name, input_names=("data", "target"))
-
-    # Both recordings stand before either plan does: what only one of them captured is state of both.
-    return ModelPlans(
-        training=plan("training", recordings[True]),
-        evaluation=plan("evaluation", recordings[False]),
-        names=map_state(model, registry),
-    )
-
-
-def loss_call(loss_fn: Loss) -> Loss:
-    """`loss_fn` as a function of (prediction, target), in this order.
-
-    A loss with parameters named ``pred`` and ``target`` is called by name, in whatever order they stand; every other
-    one by position. TorchScript functions are translated.
-
-    Raises:
-        TraceError: a loss that takes the target first under another name, and would be given the prediction there; one
-            that cannot be called with two tensors; TorchScript that cannot be translated.
-    """
-    if isinstance(loss_fn, torch.nn.Module) and is_torchscript(loss_fn):
-        raise TraceError("a loss that is a TorchScript module cannot be recorded: pass the nn.Module itself")
-    called = script_call(loss_fn) if is_torchscript(loss_fn) else loss_fn
-    names = argument_names(loss_fn) if is_torchscript(loss_fn) else _parameter_names(loss_fn)
-    if {"pred", "target"} <= set(names):
-        if is_torchscript(loss_fn):  # what was translated takes its arguments by position
-            if names.index("target") > names.index("pred"):
-                return called
-            return lambda prediction, target: called(target, prediction)
-        return lambda prediction, target: loss_fn(pred=prediction, target=target)  # type: ignore[call-arg]
-    if names and names[0].lower() in _TARGETS:
-        raise TraceError(
-            f"the loss takes {names[0]!r} first, and is called with (prediction, target): name its parameters pred and "
-            "target, and it is called by name, or change their order"
-        )
-    return called
-
-
-_TARGETS: Final = frozenset({"target", "targets", "y_true", "label", "labels"})
-
-
-def _parameter_names(function: Any) -> list[str]:
-    try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # of C code
-        return []
-
-
-def warm_up() -> None:
-    """Makes torch load what it puts off until the first optimizer is made: more than a second of imports."""
-    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-
-
-def _loss(loss_fn: Loss, prediction: Any, target: torch.Tensor) -> torch.Tensor:
-    try:
-        loss = loss_fn(prediction, target)
-    except TraceError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TraceError(
-            f"the model's output {_described(prediction)} does not fit the loss with the target "
-            f"{_described(target)}: {reason}"
-        ) from error
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        raise TraceError(f"the loss must be one number (a tensor without dimensions), not {_described(loss)}")
-    return loss
-
-
-def _described(value: Any) -> str:
-    return str(TensorSpec.of(value)) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-@contextmanager
-def _mode(modules: Sequence[torch.nn.Module], *, training: bool) -> Iterator[None]:
-    """`modules` in training or evaluation mode; each submodule gets its own mode back."""
-    before = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.train(training)
-    try:
-        yield
-    finally:
-        for part, mode in before:
-            part.training = mode
 
 
 def train(
@@ -499,41 +351,9 @@ def _weighted_mean(losses: list[torch.Tensor], sizes: list[int]) -> float:
 # Optimizers
 
 
-def check_optimizer(name: str, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Checks the keyword arguments for optimizer `name`, and returns them: names it takes, values that are
-    plain data.
-
-    Raises:
-        OptionError: unknown optimizer, unknown keyword, or a value of another kind.
-    """
-    if name not in OPTIMIZERS:
-        raise OptionError(f"unknown optimizer {name!r}: choose one of {', '.join(sorted(OPTIMIZERS))}")
-    known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key not in ("self", "params")]
-    checked: dict[str, Any] = {}
-    for key, value in (args or {}).items():
-        if key not in known:
-            raise OptionError(f"optimizer {name} has no option {key!r}; it has: {', '.join(known)}")
-        checked[key] = _plain_option(name, key, value)
-    return checked
-
-
-def _plain_option(optimizer: str, key: str, value: Any) -> Any:
-    if (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and len(value) <= 32)
-    ):
-        return value
-    if (
-        isinstance(value, tuple | list)
-        and len(value) <= 8
-        and all(type(x) in (int, float, type(None)) for x in value)
-    ):
-        return tuple(value)
-    raise OptionError(
-        f"option {key!r} of optimizer {optimizer} must be a number, a bool, None, a short string or a short "
-        f"tuple of numbers, not {type(value).__name__}"
-    )
+def warm_up() -> None:
+    """Makes torch load what it puts off until the first optimizer is made: more than a second of imports."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
 def _optimizer(

@@ -40,15 +40,15 @@ def bob(make_worker):
 @pytest.fixture
 def recordings(monkeypatch):
     """How often a function was recorded so far."""
-    from planrt.plans import training
+    from planrt.plans import model_plans
 
-    counted, real = [], training.record
+    counted, real = [], model_plans.record
 
     def record(*args, **kwargs):
         counted.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "record", record)
+    monkeypatch.setattr(model_plans, "record", record)
     return counted
 
 
