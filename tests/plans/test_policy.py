@@ -86,6 +86,8 @@ def test_bytes_have_units_and_limits_can_be_lifted(tmp_path):
         ('max_memory = "GiB"', "max_memory must be a number of bytes"),
         ("max_seconds = 0", "max_seconds must be a number of seconds above 0"),
         ("max_seconds = inf", "max_seconds must be"),
+        ("max_check_seconds = 0", "max_check_seconds must be a number of seconds above 0"),
+        ('max_check_seconds = "soon"', "max_check_seconds must be"),
         ('approval = "yes"', 'approval must be "open", "list" or "ask", got \'yes\''),
         ("approved = 3", "approved must be a list of strings"),
         ('approved = ["abc"]', "approved: 'abc' is not a plan's hash"),
@@ -187,6 +189,28 @@ def test_a_long_plan_is_refused_without_being_analysed():
     report = check(Graph((spec,), (), (wrong,), Ref(1)), Policy(max_ops=0))
     assert rules(report) == ["max_ops"]
     assert report.ops == ()
+
+
+def many(count, name="torch.add", least=1):
+    """A plan of so many different ops, each of which has to be looked at by itself."""
+    ops = tuple(Op(name, (Ref(i), least + i), {}, Ref(i + 1)) for i in range(count))
+    return Graph((TensorSpec((8, 8), F32),), (), ops, Ref(count))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("plan", [many(3000), many(300, "torch.matrix_power", 10**6)])
+def test_a_plan_that_takes_long_to_look_at_is_refused(plan, gradients):
+    report = check(plan, Policy(approval="open", max_check_seconds=1e-3), gradients=gradients)
+    assert [str(one) for one in report.violations] == [
+        "[max_check_seconds] looking at the plan takes more than 0.001 s"
+    ]
+    assert report.ops == ()
+    assert not check(many(20), Policy(approval="open", max_check_seconds=60.0)).violations
+
+
+def test_what_takes_no_time_to_look_at_keeps_its_version():
+    assert Policy(max_check_seconds=10.0).version == Policy().version
+    assert Policy(max_check_seconds=None).version != Policy().version
 
 
 def test_sizes_that_nobody_can_tell_fail_closed():

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planrt.plans import trace
+from planrt.plans.analysis import flow
 from planrt.plans.analysis.analysing import analyse
+from planrt.plans.analysis.flow import joined
 from planrt.plans.ir import ops
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.running.interpreter import execute
@@ -36,6 +38,43 @@ def rows_of(function, *shapes, dtypes=None, both=True):
     if both:
         assert [of_input(value) for value in analyse(graph, gradients=True).outputs] == found
     return found[0] if len(found) == 1 else found
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_looking_at_views_takes_time_in_proportion_to_their_number(monkeypatch, gradients):
+    """Each is written to: all others share the memory, and none of them is asked about."""
+    calls = []
+    monkeypatch.setattr(flow, "joined", lambda *pair: calls.append(None) or joined(*pair))
+
+    def cost(count):
+        views = [Op("Tensor.__getitem__", (Ref(0), i % 8), {}, Ref(1 + i)) for i in range(count)]
+        writes = [Op("Tensor.add_", (Ref(1 + i), 1.0), {}, Ref(1 + count + i)) for i in range(count)]
+        graph = Graph((TensorSpec((8, 3), torch.float32),), (), (*views, *writes), Ref(0))
+        calls.clear()
+        analyse(graph, gradients=gradients)
+        return len(calls)
+
+    assert cost(120) <= 5 * cost(30)
+
+
+def test_a_write_reaches_every_view_of_the_memory():
+    """The row of `y` that is returned was written through another view of it, by way of a third."""
+
+    def other_views(x, y):
+        first, _ = y[0], y[1]
+        whole = y.view(-1).view(2, 3)
+        first.add_(x.sum(0))
+        whole[1].add_(x[0])
+        return y[0] + 0, y[1] + 0, first + 0, y.clone()
+
+    assert rows_of(other_views, (N, 3), (2, 3)) == ["raw"] * 4
+
+    def one_view(x, y):
+        first = y[0]
+        first.add_(x.sum(0))
+        return first + 0, y[1] + 0, y.sum()
+
+    assert rows_of(one_view, (N, 3), (2, 3)) == [N, N, N]
 
 
 def of_input(value, source=0):

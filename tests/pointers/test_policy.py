@@ -16,8 +16,10 @@ from planrt.errors import (
     RemoteError,
 )
 from planrt.fl import TrainConfig
+from planrt.plans import Graph, Op
 from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.rules import Policy, ReleaseRule
+from planrt.types import Ref, TensorSpec
 from planrt.workers import BaseDataset, VirtualWorker
 from tests.pointers.conftest import OWNER
 
@@ -162,6 +164,17 @@ def test_a_run_that_takes_too_long_is_ended_between_ops(hospital):
         slow.send(worker)(torch.ones(300, 300).send(worker)).get()
     assert raised.value.index > 0
     assert doubled.send(worker)(torch.ones(1, 3).send(worker)).get() is not None  # the worker goes on
+
+
+def test_a_plan_that_takes_long_to_look_at_is_refused(hospital):
+    worker = hospital(Policy(approval="open", max_check_seconds=0.2))()
+    ops = tuple(Op("torch.matrix_power", (Ref(i), 10**6 + i), {}, Ref(i + 1)) for i in range(3000))
+    endless = Graph((TensorSpec((3, 3), torch.float32),), (), ops, Ref(len(ops)))
+    with pytest.raises(
+        PolicyRefusedError, match=r"\[max_check_seconds\] looking at the plan takes more than"
+    ):
+        worker.run(endless, torch.eye(3))
+    assert worker.run(doubled, torch.ones(4, 3)).sum() == 24.0
 
 
 # ------------------------------------------------------------------------------------------------- release

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from planrt.errors import PlanArgumentError
+from planrt.errors import ExecutionError, PlanArgumentError
+from planrt.plans.analysis.findings import AnalysisTimeError, Clock
 from planrt.plans.analysis.op_by_op import Composed
 from planrt.plans.analysis.report import Report
 from planrt.plans.analysis.run_whole import Whole
@@ -22,7 +23,13 @@ from planrt.plans.ir.graph import Graph
 from planrt.types import FREE, TensorSpec
 
 
-def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients: bool = False) -> Report:
+def analyse(
+    graph: Graph,
+    inputs: Sequence[TensorSpec | None] = (),
+    *,
+    gradients: bool = False,
+    seconds: float | None = None,
+) -> Report:
     """Analyses what `graph` does with inputs of these specs, without running it.
 
     Inputs and state are taken to be contiguous, and none to share memory with another: who runs the plan on the
@@ -35,15 +42,22 @@ def analyse(graph: Graph, inputs: Sequence[TensorSpec | None] = (), *, gradients
         gradients: as a training loop runs the plan: trainable parameters require gradients, autograd keeps what a
             backward pass needs, and if the first output is a scalar that depends on them, the pass is run from it.
             Plans that differentiate do all that by themselves, where they say so.
+        seconds: of processor time that the analysis may take; None for any.
 
     Raises:
         PlanArgumentError: specs that do not fit the plan's inputs, or leave a size free.
         ExecutionError: an op cannot run on such inputs; names it.
+        AnalysisTimeError: the analysis takes longer than `seconds`.
     """
     given = concrete_inputs(graph, inputs)
-    if gradients or graph.differentiates:
-        return Whole(graph, given, gradients).report()
-    return Composed(graph, given).report()
+    clock = Clock(seconds)
+    whole = gradients or graph.differentiates
+    try:
+        return (Whole(graph, given, clock, gradients) if whole else Composed(graph, given, clock)).report()
+    except ExecutionError as error:
+        if isinstance(error.__cause__, AnalysisTimeError):  # not the op's fault at which it was over
+            raise error.__cause__ from None
+        raise
 
 
 def concrete_inputs(graph: Graph, inputs: Sequence[TensorSpec | None]) -> tuple[TensorSpec, ...]:

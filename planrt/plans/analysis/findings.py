@@ -8,9 +8,11 @@ and agree in what is then said of it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from planrt.errors import LocalError
 from planrt.plans.analysis.flow import Info
 from planrt.plans.analysis.report import Dependence, OpReport, Report, Totals, Unforeseen, ValueReport
 from planrt.plans.analysis.rows import Trace, keep, lost
@@ -31,12 +33,33 @@ Output = tuple[str, TensorSpec | Unforeseen | None, Info]
 _NO_ROWS = lost("a tensor without dimensions")
 
 
+class AnalysisTimeError(LocalError):
+    """The analysis of a plan took longer than it may."""
+
+
+class Clock:
+    """Counts the processor time of this thread, so that a busy machine shortens no analysis.
+
+    Args:
+        seconds: of processor time that the analysis may take from now on; None for any.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._end = math.inf if seconds is None else time.thread_time() + seconds
+
+    def check(self) -> None:
+        """Raises AnalysisTimeError if the time is over."""
+        if time.thread_time() > self._end:
+            raise AnalysisTimeError(f"looking at the plan takes more than {self._seconds:g} s")
+
+
 class Findings:
     """The facts that are known of a plan so far. Each way of analysing derives from it, takes notes, and
     makes the report.
 
     Attributes:
-        graph: the plan. inputs: their specs.
+        graph: the plan. inputs: their specs. clock: when the analysis must be over.
         sources: the specs of inputs and state, in this order. A source's number is its place here.
         ops: what was noted of each op. flops: the sum of theirs.
         unbounded: places of ops whose memory has no known bound.
@@ -44,8 +67,9 @@ class Findings:
         written: source -> places of the ops that write to it.
     """
 
-    def __init__(self, graph: Graph, inputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(self, graph: Graph, inputs: tuple[TensorSpec, ...], clock: Clock) -> None:
         self.graph = graph
+        self.clock = clock
         self.inputs = inputs
         self.sources = [*inputs, *[entry.spec for entry in graph.state]]
         self.input_bytes = sum(bytes_of(one) for one in inputs)
@@ -63,6 +87,7 @@ class Findings:
 
         `size` and `flops` are None where they depend on values.
         """
+        self.clock.check()
         self.ops.append(OpReport(index, outputs, size, flops, self.graph))
         if size is None:
             self.unbounded.append(index)

@@ -76,22 +76,63 @@ def all_lost(info: Info, kernel: str, index: int = -1) -> Info:
     return Info(info.sources, info.ops, rows)
 
 
-class Node:
-    """A value: a tensor of some shape in a piece of memory."""
+class _Writes:
+    """How often values of one piece of memory were written to."""
 
-    __slots__ = ("children", "fates", "info", "parent", "shape")
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Node:
+    """A value: a tensor of some shape in a piece of memory, as a whole or as a view of another value.
+
+    A write reaches what the value is a view of at once, up to the whole, and its other views when they are next asked
+    about. A plan may have as many views as it has ops, and write to each: reaching all of them at each write would take
+    time that grows with the square of its length.
+    """
+
+    __slots__ = ("_info", "_met", "_seen", "_writes", "children", "fates", "parent", "shape")
 
     def __init__(
         self, info: Info, shape: tuple[int, ...], parent: Node | None = None, fates: Fates = ()
     ) -> None:
-        self.info = info
+        self._info = info
         self.shape = shape
         self.parent = parent
         self.fates = fates
         """Those of the parent's dimensions, in this view."""
         self.children: list[Node] = []
+        self._writes = _Writes()
+        """Of its memory: all views of it have the same object."""
+        self._met = 0
+        """How many of the writes `_info` has met."""
+        self._seen: Info | None = None
+        """The parent's info that `_info` has met."""
         if parent is not None:
-            parent.children.append(self)
+            self._join(parent)
+
+    def attach(self, parent: Node, fates: Fates) -> None:
+        """From now on the value, which stood for itself, is a view of `parent`."""
+        self.parent, self.fates = parent, fates
+        self._join(parent)
+
+    def _join(self, parent: Node) -> None:
+        parent.children.append(self)
+        self._seen = parent.info
+        left = [self]
+        while left:
+            node = left.pop()
+            node._writes, node._met = parent._writes, parent._writes.count
+            left.extend(node.children)
+
+    @property
+    def info(self) -> Info:
+        """Returns what the value depends on, after all writes so far."""
+        if self._met != self._writes.count:
+            self._meet_writes()
+        return self._info
 
     def write(self, info: Info) -> None:
         """Notes that the value now depends on something else too, and so does what shares its memory.
@@ -99,25 +140,29 @@ class Node:
         What was there before counts still, even where all of it was overwritten: whether ``y.contiguous()`` is `y` or a
         copy hangs on strides, and those of a real run may be others than these.
         """
-        self.info = joined(self.info, info)
+        self._info = joined(self.info, info)
+        self._writes.count += 1
         node = self
-        while node.parent is not None:
+        while True:
+            node._met = (
+                node._writes.count
+            )  # what goes up from here need not come down here again, with less detail
             parent = node.parent
-            rows = {source: upwards(trace, node.fates) for source, trace in node.info.rows.items()}
-            parent.info = joined(parent.info, Info(node.info.sources, node.info.ops, rows))
-            node._refresh_others(parent)
+            if parent is None:
+                break
+            rows = {source: upwards(trace, node.fates) for source, trace in node._info.rows.items()}
+            parent._info = joined(parent._info, Info(node._info.sources, node._info.ops, rows))
+            node._seen = parent._info
             node = parent
-        self._refresh()
 
-    def _refresh_others(self, parent: Node) -> None:
-        for child in parent.children:
-            if child is not self:
-                child._take(parent)
-
-    def _refresh(self) -> None:
-        for child in self.children:
-            child._take(self)
-
-    def _take(self, parent: Node) -> None:
-        self.info = joined(self.info, parent.info.through(parent.shape, self.fates))
-        self._refresh()
+    def _meet_writes(self) -> None:
+        """Takes over, from the whole down to this view, what was written to the values it is a view of."""
+        path = [self]
+        while (above := path[-1].parent) is not None:
+            path.append(above)
+        for node in reversed(path):
+            parent = node.parent
+            if parent is not None and node._seen is not parent._info:  # an Info never changes
+                node._info = joined(node._info, parent._info.through(parent.shape, node.fates))
+                node._seen = parent._info
+            node._met = node._writes.count

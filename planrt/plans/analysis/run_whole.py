@@ -16,7 +16,15 @@ import torch
 
 from planrt.errors import ExecutionError
 from planrt.plans.analysis.effects import on_meta
-from planrt.plans.analysis.findings import COPIES_BY_STRIDES, Findings, Output, bytes_of, paths, source_info
+from planrt.plans.analysis.findings import (
+    COPIES_BY_STRIDES,
+    Clock,
+    Findings,
+    Output,
+    bytes_of,
+    paths,
+    source_info,
+)
 from planrt.plans.analysis.flow import INDEPENDENT, all_lost, joined
 from planrt.plans.analysis.report import Report, Unforeseen, ValueReport
 from planrt.plans.analysis.tracker import Tracker
@@ -30,10 +38,10 @@ from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 class Whole(Findings):
     """A plan that differentiates, or is to be differentiated."""
 
-    def __init__(self, graph: Graph, inputs: tuple[TensorSpec, ...], gradients: bool) -> None:
-        super().__init__(graph, inputs)
+    def __init__(self, graph: Graph, inputs: tuple[TensorSpec, ...], clock: Clock, gradients: bool) -> None:
+        super().__init__(graph, inputs, clock)
         self.gradients = gradients
-        self.tracker = Tracker()
+        self.tracker = Tracker(clock.check)
         self.index = 0
 
     def report(self) -> Report:

@@ -9,7 +9,7 @@ that memory is freed, which is also how it knows how much is in use.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,9 @@ class _Cell:
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows everything that runs under it. Tensors that come from outside are announced by `register`.
 
+    Args:
+        check: called before each kernel; what it raises ends the run.
+
     Attributes:
         flops: floating-point operations so far. Products and convolutions by torch's formulas (a multiplication and
             an addition are two), everything else one for each entry of the larger of arguments and results.
@@ -52,8 +55,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """torch asks; True would import its compiler at the first kernel: 70 MB, and a second or two."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._check = check
         self.flops = 0
         self.live = 0
         self.peak = 0
@@ -89,8 +93,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node, parent = self._node(result), self._node(base)
         while node.parent is not None:
             node = node.parent
-        node.parent, node.fates = parent, tuple([lost("a copy")] * len(parent.shape))
-        parent.children.append(node)
+        node.attach(parent, tuple([lost("a copy")] * len(parent.shape)))
 
     def allocated(self, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
         """Memory -> bytes, of those of these tensors whose memory the running op allocated."""
@@ -108,6 +111,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch for each kernel."""
+        self._check()
         kwargs = kwargs or {}
         about = kernel(func)
         tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))] if kwargs else list(_tensors(args))

@@ -107,6 +107,7 @@ class Policy:
         max_memory: bytes at the peak of one run, inputs and state included.
         max_input_bytes, max_output_bytes: of one run.
         max_seconds: that one run may take.
+        max_check_seconds: of processor time that holding a plan against these rules may take, before it runs.
         max_failures: runs of one session that may fail on data which it may not see, before the session is ended. Each
             failure tells one of the plan's ops, or that it was none of them.
         max_pending: plans that one user was the first to ask for and that wait for the owner; clients without a token
@@ -129,6 +130,7 @@ class Policy:
     max_input_bytes: int | None = 4 * 2**30
     max_output_bytes: int | None = 2**30
     max_seconds: float | None = 600.0
+    max_check_seconds: float | None = 10.0
     max_failures: int | None = 20
     max_pending: int | None = 20
     release: tuple[ReleaseRule, ...] = ()
@@ -151,13 +153,14 @@ class Policy:
         for name in ("max_failures", "max_pending"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
-        seconds = self.max_seconds
-        if seconds is not None and (
-            isinstance(seconds, bool)
-            or not isinstance(seconds, int | float)
-            or not (math.isfinite(seconds) and seconds > 0)
-        ):
-            raise OptionError(f"max_seconds must be a number of seconds above 0, got {seconds!r}")
+        for name in ("max_seconds", "max_check_seconds"):
+            seconds = getattr(self, name)
+            if seconds is not None and (
+                isinstance(seconds, bool)
+                or not isinstance(seconds, int | float)
+                or not (math.isfinite(seconds) and seconds > 0)
+            ):
+                raise OptionError(f"{name} must be a number of seconds above 0, got {seconds!r}")
         if not isinstance(self.release, tuple) or not all(
             isinstance(one, ReleaseRule) for one in self.release
         ):
@@ -204,7 +207,7 @@ class Policy:
         Keys that policies did not have from the beginning count where they differ from their defaults.
         """
         values = asdict(self)
-        for name in ("max_failures", "max_pending"):
+        for name in ("max_failures", "max_pending", "max_check_seconds"):
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -227,6 +230,7 @@ class Policy:
             ("bytes in", self.max_input_bytes, count_bytes),
             ("bytes out", self.max_output_bytes, count_bytes),
             ("seconds", self.max_seconds, "{:g}".format),
+            ("seconds of the check before", self.max_check_seconds, "{:g}".format),
             ("failures on private data, a session", self.max_failures, "{:,}".format),
             ("plans that wait, a user", self.max_pending, "{:,}".format),
         ]
@@ -319,6 +323,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_ops": _limit,
     "max_flops": _limit,
     "max_seconds": _limit,
+    "max_check_seconds": _limit,
     "max_failures": _limit,
     "max_pending": _limit,
     "max_memory": _bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from planrt.plans.analysis.analysing import analyse, concrete_inputs
+from planrt.plans.analysis.findings import AnalysisTimeError
 from planrt.plans.analysis.report import (
     Dependence,
     Report,
@@ -68,7 +69,8 @@ def check_rules(
         gradients: the plan is to be trained with; see `planrt.plans.analysis.analyse`. Then the loss, the gradients and
             what the plan changes leave, and its other outputs (predictions) stay.
 
-    A plan longer than `Policy.max_ops` is refused without being looked at further.
+    A plan longer than `Policy.max_ops` is refused without being looked at further, and so is one that takes longer than
+    `Policy.max_check_seconds` to look at.
 
     Raises:
         PlanArgumentError: specs that do not fit the plan.
@@ -79,15 +81,28 @@ def check_rules(
     violations: list[Violation] = []
     if policy.max_ops is not None and len(graph.ops) > policy.max_ops:
         message = f"{len(graph.ops):,} ops are more than the {policy.max_ops:,} that are allowed"
-        violations.append(Violation("max_ops", message))
-        report = Report(graph, given, (), (), (), Totals(0, 0, 0, 0, 0))
-        return report.with_violations(violations, policy.version, marked)
-    report = analyse(graph, given, gradients=gradients)
+        return _refused(graph, given, Violation("max_ops", message), policy, marked)
+    try:
+        report = analyse(graph, given, gradients=gradients, seconds=policy.max_check_seconds)
+    except AnalysisTimeError as error:
+        return _refused(graph, given, Violation("max_check_seconds", str(error)), policy, marked)
     violations += _ops(graph, policy)
     violations += _limits(report, policy)
     for rule in policy.release:
         violations += _release(report, rule, marked, training=gradients)
     return report.with_violations(violations, policy.version, marked)
+
+
+def _refused(
+    graph: Graph,
+    inputs: tuple[TensorSpec, ...],
+    why: Violation,
+    policy: Policy,
+    tags: dict[int, tuple[str, ...]],
+) -> Report:
+    """The report on a plan that was not looked at to its end."""
+    report = Report(graph, inputs, (), (), (), Totals(0, 0, 0, 0, 0))
+    return report.with_violations([why], policy.version, tags)
 
 
 def _approval(
