@@ -58,7 +58,7 @@ def _rows(size: Size, remote: BaseWorker) -> list[Row]:
 
         def call() -> None:
             for _ in range(calls):
-                remote.fetch(pointer(x), delete=False)
+                remote.workplace.objects.fetch(pointer(x), delete=False)
 
         return call
 
@@ -74,10 +74,16 @@ def _rows(size: Size, remote: BaseWorker) -> list[Row]:
         value = x
         for _ in range(OPS[-1]):
             op = PostedOp(
-                "Tensor.add", (Ref(value.id_at_location), 1), {}, None, True, None, remote.take_drops()
+                "Tensor.add",
+                (Ref(value.id_at_location), 1),
+                {},
+                None,
+                True,
+                None,
+                remote.workplace.take_drops(),
             )
-            value = remote.call(op.pack())
-        remote.fetch(value, delete=False)
+            value = remote.workplace.call(op.pack())
+        remote.workplace.objects.fetch(value, delete=False)
 
     times = in_turns(
         {

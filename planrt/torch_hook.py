@@ -154,7 +154,7 @@ def send(
     refuse_hooks(self, "this tensor")
     pointers = []
     for worker in workers:
-        (handle,) = worker.put([self], allowed=allowed)
+        (handle,) = worker.workplace.objects.put([self], allowed=allowed)
         handle.owned = garbage_collection and garbage_collect_data
         pointers.append(_pointer_to(self, handle))
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
@@ -170,7 +170,10 @@ async def async_send(
     allowed = _allowed(private, allowed_users)
     _check_workers(workers)
     refuse_hooks(self, "this tensor")
-    pointers = [_pointer_to(self, (await worker.put_async([self], allowed=allowed))[0]) for worker in workers]
+    pointers = [
+        _pointer_to(self, (await worker.workplace.objects.put_async([self], allowed=allowed))[0])
+        for worker in workers
+    ]
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
 
 
@@ -181,7 +184,7 @@ def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tenso
     allowed = allowed_users(options.pop("private", False), options.pop("allowed_users", None))
     if options:
         raise LocalError(f"send_ takes private and allowed_users, not {', '.join(options)}")
-    (handle,) = worker.put([self], allowed=allowed, confirm=True)
+    (handle,) = worker.workplace.objects.put([self], allowed=allowed, confirm=True)
     become_pointer(self, handle, contiguous(self))
     return self
 

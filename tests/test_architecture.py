@@ -204,6 +204,26 @@ def test_nothing_executes_what_a_peer_sent(path):
             assert not bad, f"{path.name}:{node.lineno} calls {called}"
 
 
+REACH_IN = (
+    "workers/client/", "workers/transport/", "workers/base.py", "workers/virtual.py", "workers/websocket_client.py",
+    "workers/names_of_02.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nobody_reaches_through_a_worker_to_its_connection(path):
+    """`BaseWorker.ask` is the way to ask a worker, and `Workplace` what pointers speak to."""
+    if str(path.relative_to(PACKAGE)).startswith(REACH_IN):
+        return
+    found = [
+        f"{path.name}:{node.lineno}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and (node.attr == "_connection" or ast.unparse(node).endswith("place.connection"))
+    ]
+    assert not found
+
+
 def test_torch_jit_lives_in_one_module():
     users = {
         path.name for path in modules() if "torch.jit." in _code_of(path) or "torch._C._jit" in _code_of(path)

@@ -18,7 +18,7 @@ from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult
 from planrt.serde.frames import Allocate, in_memory
-from planrt.workers.base import BaseWorker, expect
+from planrt.workers.base import BaseWorker
 from planrt.workers.client.plans import purpose_text
 from planrt.workers.results import FitResult
 from planrt.workers.wire import messages as m
@@ -236,7 +236,7 @@ class TrainConfig:
         """
         plans = plans or self._plans_for(worker, dataset_key)
         plan = plans.training
-        await worker.put_plan(plan, purpose=self.purpose)
+        await worker.workplace.put_plan(plan, purpose=self.purpose)
         body = m.Fit(
             plan=plan.hash,
             dataset=dataset_key,
@@ -245,8 +245,7 @@ class TrainConfig:
             **self.fit_options(None if lr is None else learning_rate(lr)),
         )
         tensors = list(plans.names.by_entry(state).values())
-        reply = await worker.request(body, tensors, plan=plan, allocate=allocate)
-        fitted, values = expect(m.Fitted, reply, worker)
+        fitted, values = await worker.ask(m.Fitted, body, tensors, plan=plan, allocate=allocate)
         names = [plan.state[index].name for index in fitted.changed]
         entries = dict(zip(names, values, strict=True))
         changed = plans.names.keyed(entries)
@@ -266,15 +265,16 @@ class TrainConfig:
         back."""
         plans = self._plans_for(worker, dataset_key)
         plan = plans.evaluation
-        await worker.put_plan(plan, purpose=self.purpose)
+        await worker.workplace.put_plan(plan, purpose=self.purpose)
         body = m.Evaluate(
             plan.hash,
             dataset_key,
             whole("batch_size", batch_size, at_least=1),
             whole("bins", bins, at_least=0),
         )
-        reply = await worker.request(body, list(plans.names.by_entry(state).values()), plan=plan)
-        return evaluated(expect(m.Evaluated, reply, worker)[0], bins=bins)
+        tensors = list(plans.names.by_entry(state).values())
+        answer, _ = await worker.ask(m.Evaluated, body, tensors, plan=plan)
+        return evaluated(answer, bins=bins)
 
 
 def _no_module(given: Any) -> str:

@@ -20,7 +20,7 @@ from planrt.plans.ir.graph import Graph
 from planrt.plans.model_plans import ModelPlans
 from planrt.plans.training import EvaluationResult
 from planrt.seeding import derive_seed
-from planrt.workers.base import BaseWorker, expect
+from planrt.workers.base import BaseWorker
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
 from planrt.workers.pointers.tensor import PointerTensor, alive, make_pointer
 from planrt.workers.results import FitResult
@@ -79,7 +79,7 @@ class SentJob:
 
     async def _put(self, worker: BaseWorker, tensors: dict[str, torch.Tensor]) -> None:
         values = [tensor.detach() for tensor in tensors.values()]
-        handles = await worker.put_async(values)
+        handles = await worker.workplace.objects.put_async(values)
         for name, value, handle in zip(tensors, values, handles, strict=True):
             self._there[name] = make_pointer(handle, contiguous(value))
 
@@ -112,7 +112,7 @@ class SentJob:
     async def fit_on(self, worker: BaseWorker, dataset_key: str, *, seed: int) -> FitResult:
         """Trains the model on `worker`, from where the last fit left it."""
         plans = await self._ready(worker, dataset_key)
-        await worker.put_plan(plans.training, purpose=self._purpose)
+        await worker.workplace.put_plan(plans.training, purpose=self._purpose)
         body = m.Fit(
             plan=plans.training.hash,
             dataset=dataset_key,
@@ -121,8 +121,7 @@ class SentJob:
             objects=self._objects(plans.training),
             **self._options,
         )
-        reply = await worker.request(body, plan=plans.training)
-        fitted, _ = expect(m.Fitted, reply, worker)
+        fitted, _ = await worker.ask(m.Fitted, body, plan=plans.training)
         self.fits += 1
         return FitResult(
             worker.id, fitted.loss, fitted.samples, fitted.batches, plans.names.keyed({}), entries={}
@@ -148,7 +147,7 @@ class SentJob:
         if return_histograms and max(bins, nr_bins) < 1:
             raise OptionError("return_histograms needs the number of classes: nr_bins=10")
         counted = max(bins, nr_bins) if return_histograms or bins else 0
-        await worker.put_plan(plans.evaluation, purpose=self._purpose)
+        await worker.workplace.put_plan(plans.evaluation, purpose=self._purpose)
 
         async def figures(classes: int) -> EvaluationResult:
             body = m.Evaluate(
@@ -158,10 +157,8 @@ class SentJob:
                 classes,
                 objects=self._objects(plans.evaluation),
             )
-            return evaluated(
-                expect(m.Evaluated, await worker.request(body, plan=plans.evaluation), worker)[0],
-                bins=counted,
-            )
+            answer, _ = await worker.ask(m.Evaluated, body, plan=plans.evaluation)
+            return evaluated(answer, bins=counted)
 
         if counted or not return_raw_accuracy or self._counts_classes is False:
             result = await figures(counted)

@@ -178,7 +178,9 @@ class RoundScheduler:
                 f"the workers' data sets {self.dataset_key!r} have different shapes or dtypes: {'; '.join(specs)}"
             )
         plan = self.config.trace_for(self.workers[0], self.dataset_key).training
-        await asyncio.gather(*(worker.put_plan(plan, purpose=self.config.purpose) for worker in self.workers))
+        await asyncio.gather(
+            *(worker.workplace.put_plan(plan, purpose=self.config.purpose) for worker in self.workers)
+        )
 
     @on_loop
     async def run_round(
@@ -324,7 +326,7 @@ class ModelEvaluator:
     async def prepare(self) -> None:
         """Traces the plan if it is not yet, and sends it to the worker, once."""
         plan = self.config.trace_for(self.worker, self.dataset_key).evaluation
-        await self.worker.put_plan(plan, purpose=self.config.purpose)
+        await self.worker.workplace.put_plan(plan, purpose=self.config.purpose)
 
     @on_loop
     async def evaluate(self, state: Mapping[str, torch.Tensor]) -> EvaluationResult:

@@ -292,7 +292,7 @@ class Plan(torch.nn.Module, Generic[P, R]):
             if location is not None:
                 if has_code(self) and self._is_away():
                     return super().__call__(*args, **kwargs)  # where its module is, op by op
-                pointer = self._pointers[location] = location.send_plan(self)
+                pointer = self._pointers[location] = location.workplace.plans.send(self)
                 return pointer(*args, **kwargs)
         try:
             return execute(self.graph, inputs, self.state_tensors())
@@ -365,16 +365,16 @@ class Plan(torch.nn.Module, Generic[P, R]):
         if not workers:
             raise LocalError("send to whom? write plan.send(worker)")
         for worker in workers:
-            if not hasattr(worker, "send_plan"):
+            if not hasattr(worker, "workplace"):
                 raise LocalError(f"send takes workers, not {type(worker).__name__}")
-        pointers = [worker.send_plan(self, **options) for worker in workers]
+        pointers = [worker.workplace.plans.send(self, **options) for worker in workers]
         self._sent_to.update({worker.id: one for worker, one in zip(workers, pointers, strict=True)})
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 
     async def async_send(self, *workers: Any, **options: Any) -> Any:
         """`send`, to be awaited on any loop."""
         self.record  # noqa: B018 - raises if there is none
-        pointers = [await worker.async_send_plan(self, **options) for worker in workers]
+        pointers = [await worker.workplace.plans.send_async(self, **options) for worker in workers]
         self._sent_to.update({worker.id: one for worker, one in zip(workers, pointers, strict=True)})
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 

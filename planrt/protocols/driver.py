@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import cast
+
+import torch
 
 from planrt.errors import (
     LocalError,
@@ -14,7 +17,7 @@ from planrt.errors import (
     WorkerLostError,
 )
 from planrt.workers.base import BaseWorker
-from planrt.workers.client.connection import Outgoing, Reply
+from planrt.workers.client.connection import Reply
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Failed, Send
 
@@ -78,23 +81,21 @@ class Driver:
                     self._answers.put_nowait((one.key, error))
 
     def _send(self, one: Send) -> None:
-        connection = self._workers[one.place]._connection
+        place = self._workers[one.place].workplace
         if one.key:
-            task = asyncio.create_task(
-                self._wait(one.key, one.place, connection.enqueue(one.body, one.tensors))
-            )
+            task = asyncio.create_task(self._wait(one.key, place.ask(m.Message, one.body, one.tensors)))
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
         elif isinstance(one.body, m.Post) and one.body.ops:
             for op in one.body.ops:
-                connection.post_op(op)  # which counts ops, as the worker does
+                place.post_op(op)  # which counts ops, as the worker does
         else:
-            connection.post(one.body, one.tensors)
+            place.post(one.body, one.tensors)
 
-    async def _wait(self, key: str, place: str, asked: Outgoing) -> None:
+    async def _wait(self, key: str, asked: Awaitable[tuple[m.Message, list[torch.Tensor]]]) -> None:
         answer: Reply | Exception
         try:
-            answer = await self._workers[place]._connection.finish(asked)
+            answer = cast(Reply, await asked)
         except PlanrtError as error:
             answer = error
         self._answers.put_nowait((key, answer))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from planrt.errors import (
-    LocalError,
     MixedLocationsError,
     PlanFormatError,
     PlanrtError,
@@ -24,11 +23,9 @@ from planrt.plans.plan import Plan
 from planrt.protocols.places import bound, resolve, seed_of_run
 from planrt.protocols.progress import OnProgress, Progress
 from planrt.protocols.shapes import check_inputs
-from planrt.serde.values import decode
-from planrt.types import Ref, map_leaves
-from planrt.workers.base import BaseWorker, expect
+from planrt.workers.base import BaseWorker
 from planrt.workers.client.objects import allowed_users as allowed_list
-from planrt.workers.client.objects import kinds
+from planrt.workers.pointers import kinds
 from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.printing import gone_words, pointer_card
 from planrt.workers.pointers.tensor import (
@@ -37,10 +34,10 @@ from planrt.workers.pointers.tensor import (
     PointerTensor,
     alive,
     handle_at,
-    make_pointer,
 )
+from planrt.workers.pointers.workplace import Location
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.objects import check_travels, new_id, spec_from_wire
+from planrt.workers.wire.objects import check_travels, new_id
 
 if TYPE_CHECKING:
     from planrt.protocols.protocol import Protocol
@@ -91,15 +88,14 @@ class PointerProtocol(ObjectPointer):
         chain = await self._read()
         self._workers = resolve(chain.places, {}, workers)
         worker, body = self.location, m.DeployProtocol(alive(self).id, _addresses(self._workers))
-        expect(m.Done, await worker._connection.finish(worker._ask(body)), worker)
+        await worker.ask(m.Done, body)
         return self
 
     @on_loop
     async def _read(self) -> Chain:
         if self._chain is None:
-            worker = self.location
-            reply = await worker._connection.finish(worker._ask(m.ReadPlan(alive(self).id)))
-            self._chain = _chain_of(*expect(m.FetchedProtocol, reply, worker))
+            asking = m.ReadPlan(alive(self).id)
+            self._chain = _chain_of(*await self.location.ask(m.FetchedProtocol, asking))
         return self._chain
 
     # ---------------------------------------------------------------------------------------- running
@@ -171,11 +167,14 @@ class PointerProtocol(ObjectPointer):
         *,
         watched: bool,
     ) -> Any:
-        worker, workers = alive(self).worker, dict(self._workers)
-        await worker.gradients.settle_async()
+        workers = dict(self._workers)
+        worker, place = self.location, self.location.workplace
+        await place.gradients.settle_async()
         handles = []
         for value in values:
-            handles += [alive(value)] if isinstance(value, PointerTensor) else await worker.put_async([value])
+            handles += (
+                [alive(value)] if isinstance(value, PointerTensor) else await place.objects.put_async([value])
+            )
         results = {}
         for ref in refs_in(chain.outputs):
             maker = chain.maker(ref.index)
@@ -186,19 +185,19 @@ class PointerProtocol(ObjectPointer):
         body = m.RunProtocol(alive(self).id, number, [one.id for one in handles], list(results), grad, seed)
         for step in chain.steps:
             progress.on_step(step.name, step.place, "waiting")
-        running = asyncio.ensure_future(worker._connection.finish(worker._ask(body)))
+        running = asyncio.ensure_future(place.ask(m.Made, body))
         watching = asyncio.create_task(self._watch(worker, number, chain, progress)) if watched else None
         if watching is not None:
             watching.add_done_callback(
                 lambda done: done.cancelled() or (done.exception() and running.cancel())
             )
         try:
-            made, _ = expect(m.Made, await running, worker)
+            made, _ = await running
             if watching is not None and watching.done():
                 watching.result()  # raises what ended it: the results go with their handles
         except asyncio.CancelledError:
             with contextlib.suppress(PlanrtError):
-                worker._connection.post(m.CancelRun(number))
+                place.post(m.CancelRun(number))
             if watching is not None and watching.done():
                 watching.result()  # raises what ended it
             raise
@@ -216,16 +215,12 @@ class PointerProtocol(ObjectPointer):
         for step in chain.steps:
             progress.on_step(step.name, step.place, "done")
         progress.tell()
-        try:
-            kept = {id for id, _ in made.objects}
-            pointers = [make_pointer(results[id], spec_from_wire(like)) for id, like in made.objects]
-            for id, handle in results.items():
-                handle.alive = id in kept
-            return map_leaves(
-                decode(made.results), lambda leaf: pointers[leaf.index] if isinstance(leaf, Ref) else leaf
-            )
-        except (LocalError, KeyError, IndexError) as error:
-            raise worker._unexpected(made) from error
+        kept = [id for id, _ in made.objects]
+        if not set(kept) <= set(results):
+            raise place.unexpected(made)
+        for id, handle in results.items():
+            handle.alive = id in kept
+        return place.pointers_in(made, [results[id] for id in kept])
 
     async def _watch(self, worker: BaseWorker, number: int, chain: Chain, progress: Progress) -> None:
         """Asks where a run stands, as long as it runs."""
@@ -233,8 +228,7 @@ class PointerProtocol(ObjectPointer):
         while True:
             progress.tell()
             await asyncio.sleep(_ASK_EVERY)
-            reply = await worker._connection.finish(worker._ask(m.ReadRun(number)))
-            states, _ = expect(m.RunStates, reply, worker)
+            states, _ = await worker.ask(m.RunStates, m.ReadRun(number))
             for step, state in states.steps:
                 if step in places:
                     progress.on_step(step, places[step], state)
@@ -252,10 +246,9 @@ class PointerProtocol(ObjectPointer):
     @on_loop
     async def async_get(self) -> Protocol:
         """`get`, to be awaited on any loop."""
-        worker, handle = self.location, alive(self)
-        body, tensors = await worker._connection.finish(worker._ask(m.Fetch(handle.id, False)))
-        made = _rebuilt(*expect(m.FetchedProtocol, (body, tensors), worker))
-        worker.removed(handle, published=bool(self._tags))
+        handle = alive(self)
+        made = _rebuilt(*await self.location.ask(m.FetchedProtocol, m.Fetch(handle.id, False)))
+        handle.place.objects.removed(handle, published=bool(self._tags))
         made.id = handle.id
         made._tags, made._text = self._tags, self._description
         return made
@@ -263,13 +256,13 @@ class PointerProtocol(ObjectPointer):
     def tag(self, *tags: str) -> Self:
         """Tags the protocol, which publishes it: others find it by these tags, and it outlives this session."""
         every = (*self._tags, *tags)
-        alive(self).worker.describe_object(self, every, self._description)
+        alive(self).place.objects.describe(self, every, self._description)
         self._tags = every
         return self
 
     def describe(self, description: str) -> Self:
         """Gives the protocol a description, whose words `search` finds."""
-        alive(self).worker.describe_object(self, self._tags, description)
+        alive(self).place.objects.describe(self, self._tags, description)
         self._description = description
         return self
 
@@ -298,9 +291,10 @@ async def send_protocol(
     allowed_users: Sequence[str] | None,
 ) -> PointerProtocol:
     """Stores a protocol on `worker`, under `id` if that is free. State of plans on workers is brought here for it."""
-    handle = worker.handle_called(id)
+    place = worker.workplace
+    handle = place.objects.handle_called(id)
     if tags:
-        worker.ids.leave(handle.id)
+        place.ids.leave(handle.id)
     body = m.StoreProtocol(handle.id, list(tags), description, allowed_list(private, allowed_users))
     states = [plan.state_tensors() if isinstance(plan, Plan) else None for plan in plans]
 
@@ -309,17 +303,14 @@ async def send_protocol(
         payload: list[torch.Tensor] = [torch.frombuffer(bytearray(chain.to_bytes()), dtype=torch.uint8)]
         for plan, state in zip(plans, states, strict=True):
             if isinstance(plan, PointerPlan):
-                asked = plan.location._ask(m.Fetch(alive(plan).id, False))
-                _, fetched = expect(
-                    m.FetchedPlan, await plan.location._connection.finish(asked), plan.location
-                )
+                _, fetched = await plan.location.ask(m.FetchedPlan, m.Fetch(alive(plan).id, False))
                 state = fetched[1:]
             for tensor in state or ():
                 check_travels(tensor)
                 payload.append(tensor.detach())
-        await worker._connection.send(body, payload)
+        await place.send(body, payload)
         if workers:
-            worker._connection.post(m.DeployProtocol(handle.id, _addresses(workers)))
+            place.post(m.DeployProtocol(handle.id, _addresses(workers)))
 
     await send()
     return PointerProtocol(handle, chain=chain, workers=workers, tags=tags, description=description)
@@ -355,11 +346,10 @@ def _rebuilt(body: m.Body, tensors: Sequence[torch.Tensor]) -> Protocol:
     return Protocol.from_chain(chain, plans)
 
 
-def found_protocol(worker: BaseWorker, item: m.FoundItem) -> PointerProtocol:
-    """Makes a pointer to a protocol that a search found."""
-    return PointerProtocol(
-        Handle(worker, item.id, owned=item.snapshot), tags=item.tags, description=item.description
-    )
+def _found(worker: Location, found: m.FoundItem) -> PointerProtocol:
+    """Returns a pointer to a protocol that a search found."""
+    handle = Handle(worker, found.id, owned=found.snapshot)
+    return PointerProtocol(handle, tags=found.tags, description=found.description)
 
 
-kinds["protocol"] = found_protocol
+kinds.register("protocol", _found)

@@ -157,7 +157,7 @@ class Protocol:
         made = self._there()
         for number, place in self._needed():
             if (number, place) not in made:
-                made[number, place] = self._workers[place].send_plan(self._plan(number))
+                made[number, place] = self._workers[place].workplace.plans.send(self._plan(number))
         self._pointers = made
         return self
 
@@ -170,7 +170,8 @@ class Protocol:
         made = self._there()
         for number, place in self._needed():
             if (number, place) not in made:
-                made[number, place] = await self._workers[place].async_send_plan(self._plan(number))
+                plans = self._workers[place].workplace.plans
+                made[number, place] = await plans.send_async(self._plan(number))
         self._pointers = made
         return self
 
@@ -267,7 +268,7 @@ class Protocol:
         chain, workers = self._description.chain, dict(self._workers)
         held = [*values, *self._description.held]  # referred to from here until the run ends
         for worker in dict.fromkeys(workers.values()):
-            await worker.gradients.settle_async()
+            await worker.workplace.gradients.settle_async()
         a_run = ChainRun(
             chain,
             {place: m.PeerAddress(worker.id, worker.link_address) for place, worker in workers.items()},

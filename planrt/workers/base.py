@@ -18,21 +18,21 @@ from typing import Any, Protocol, Self, TypeVar, overload
 import torch
 
 from planrt.cards import card
-from planrt.errors import OptionError, RemoteError, UnknownPlanError, WireError
+from planrt.errors import OptionError, WireError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.constants import approval_hash, constants_of, has_constants
 from planrt.plans.ir.graph import Graph, refs_in
-from planrt.plans.ir.record import with_names
 from planrt.plans.plan import P, Plan, R
 from planrt.plans.policy.approvals import Approvals, Status
 from planrt.plans.running.interpreter import check_inputs, local_state
 from planrt.plans.training import EvaluationResult
 from planrt.serde.frames import Allocate, in_memory
 from planrt.shown import shown
-from planrt.types import Ref, as_text, map_leaves, plain
+from planrt.types import Ref, as_text, as_whole, map_leaves, plain
 from planrt.workers.client import registry
-from planrt.workers.client.connection import Connection, Reply
+from planrt.workers.client.connection import Connection
 from planrt.workers.client.registry import KnowsWorkers
+from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.names_of_02 import NamesOf02
 from planrt.workers.remote_names import RemoteNames
 from planrt.workers.results import FitResult
@@ -75,9 +75,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         self.id = id
         self.is_client_worker = is_client_worker
         self.train_job: TrainJob | None = None
-        self._connection = connection
-        self._plans: set[str] = set()
-        self._init_plans()
+        self.workplace = RemoteWorkplace(self, connection)
         self.msg_history = []
         self.log_msgs, self.message_pending_time = log_msgs, message_pending_time
         if auto_add:
@@ -112,9 +110,18 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         )
 
     @property
+    def _connection(self) -> Connection:
+        return self.workplace.connection
+
+    @property
     def address(self) -> str:
         """``ws://host:port`` or ``memory://id``."""
         return self._connection.session.address
+
+    @property
+    def link_address(self) -> str:
+        """Where other workers reach this one."""
+        return self.address
 
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
@@ -144,9 +151,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
         The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
         """
-        answer, _ = expect(
-            m.Approval, await self._connection.request(m.AskApproval(_filed_under(plan))), self
-        )
+        answer, _ = await self.workplace.ask(m.Approval, m.AskApproval(_filed_under(plan)))
         return Status(answer.status, answer.why)
 
     def approval(self, plan: Plan | Graph | str) -> Status:
@@ -165,7 +170,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         Raises:
             PlanError: the plan is not built. WorkerLostError.
         """
-        pointer = await self.async_send_plan(plan, purpose=purpose)
+        pointer = await self.workplace.plans.send_async(plan, purpose=purpose)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (status := await self.async_approval(plan)).status == "pending":
             left = deadline - time.monotonic()
@@ -187,44 +192,109 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         self.train_job = job
         self._connection.post_drops()
 
-    # ------------------------------------------------------------------------------------- requests
+    # ------------------------------------------------------------------------------ what is there
 
-    async def request(
+    @on_loop
+    async def async_search(self, query: str | Sequence[str], *more: str) -> list[Any]:
+        """Returns pointers to this session's objects and to published ones that match every term exactly.
+
+        A term is a tag, an id, or a word of the description.
+
+        Raises:
+            OptionError: a term is no string and no number. WorkerLostError.
+        """
+        asked = query if isinstance(query, list | tuple | set | frozenset) else [query]
+        return await self.workplace.objects.search([*asked, *more])
+
+    def search(self, query: str | Sequence[str], *more: str) -> list[Any]:
+        """The blocking form of `async_search`."""
+        return run(self.async_search(query, *more), instead="await worker.async_search(...)")
+
+    @on_loop
+    async def async_objects_count(self) -> int:
+        """Returns how many objects the worker holds for this client."""
+        return await self.workplace.objects.count()
+
+    def objects_count(self) -> int:
+        """The blocking form of `async_objects_count`."""
+        return run(self.async_objects_count(), instead="await worker.async_objects_count()")
+
+    @on_loop
+    async def async_clear_objects(self) -> Self:
+        """Removes every object that this client has there, published ones too; returns the worker."""
+        await self.workplace.objects.clear()
+        return self
+
+    def clear_objects(self) -> Self:
+        """The blocking form of `async_clear_objects`."""
+        return run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
+
+    @on_loop
+    async def async_list_objects(self) -> dict[int, Any]:
+        """Returns what the worker holds for this client, by id, without values.
+
+        Tensors, plans and protocols are pointers, which keep nothing there; a `HeldPointer` is what points to another
+        worker, and None what an op should have made that failed.
+        """
+        return await self.workplace.contents.listing()
+
+    @on_loop
+    async def async_fetch_plan(self, plan_id: int, location: BaseWorker, copy: bool = False) -> Plan:
+        """Returns the plan that worker `location` holds under that id, which stays there.
+
+        What comes is a plan of its own either way, as ``copy=True`` says; `PointerPlan.get` takes a plan back instead.
+
+        Raises:
+            UnknownObjectError: this client has nothing there under that id. GetNotPermittedError: its state is private.
+            OptionError: `location` is no worker, or what is there is no plan.
+        """
+        number = as_whole(plan_id, "a plan's id")
+        if not isinstance(location, BaseWorker):
+            raise OptionError(
+                f"fetch_plan takes the worker that holds the plan, not {type(location).__name__}: write "
+                "fetch_plan(pointer.id_at_location, pointer.location)"
+            )
+        return await location.workplace.plans.copied(number)
+
+    def fetch_plan(self, plan_id: int, location: BaseWorker, copy: bool = False) -> Plan:
+        """The blocking form of `async_fetch_plan`: ``plan.owner.fetch_plan(id, bob)``."""
+        fetching = self.async_fetch_plan(plan_id, location, copy)
+        return run(fetching, instead="await worker.async_fetch_plan(plan_id, location)")
+
+    # -------------------------------------------------------------------------------------- asking
+
+    @on_loop
+    async def ask(
         self,
+        kind: type[B],
         body: m.Body,
         tensors: Sequence[torch.Tensor] = (),
         *,
         plan: Graph | None = None,
         allocate: Allocate[m.Envelope] = in_memory,
-    ) -> Reply:
-        """One request, one reply; runs on planrt's loop.
+    ) -> tuple[B, list[torch.Tensor]]:
+        """Sends one message of `planrt.workers.wire.messages` and returns its answer; to be awaited on any loop::
 
-        If the worker has lost `plan`, which `body` names, it is sent again, and then the request.
+            counted, _ = await worker.ask(m.Counted, m.CountObjects())
+
+        Args:
+            kind: what it is answered by, as the docstring of the message says.
+            tensors: those that travel along. They must not change before this returns.
+            plan: the plan that `body` runs there, and names by its hash: see `RemoteWorkplace.put_plan`. If the worker
+                has lost it, it is sent again.
+            allocate: where the tensors of the answer to a request with a `plan` go.
+
+        Returns:
+            The answer, of `kind`, and its tensors.
 
         Raises:
             RemoteError: the worker could not do it; says where in the model's code, if an op of `plan` failed.
-            WorkerLostError: it is gone.
+            WireError: the answer is of another kind. WorkerLostError: the worker is gone.
+            OptionError, LocalError, MessageTooLargeError: the message cannot be sent, and was not.
         """
-        try:
-            return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
-        except UnknownPlanError:
-            if plan is None:
-                raise
-            self._plans.discard(plan.hash)
-            await self.put_plan(plan)
-            return await self._connection.request(body, tensors, allocate=allocate, in_turn=True)
-        except RemoteError as error:
-            if plan is not None and error.index is not None:
-                error.found_at(plan.place(error.index))
-            raise
-
-    async def put_plan(self, plan: Graph, *, purpose: str = "") -> None:
-        """Sends `plan`, and what it is for, unless this connection has sent it before; runs on planrt's loop."""
-        if plan.hash in self._plans and (not purpose or f"{plan.hash} {purpose}" in self._plans):
-            return
-        data = torch.frombuffer(bytearray(with_names(plan)), dtype=torch.uint8)
-        expect(m.Done, await self._connection.request(m.PutPlan(plan.hash, purpose), [data]), self)
-        self._plans |= {plan.hash, f"{plan.hash} {purpose}"}
+        if plan is None:
+            return await self.workplace.ask(kind, body, tensors)
+        return await self.workplace.ask_about_plan(kind, body, tensors, plan, allocate)
 
     @overload
     async def async_run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
@@ -260,9 +330,9 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         self, plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], seed: int
     ) -> Any:
         check_inputs(plan, inputs)
-        await self.put_plan(plan)
+        await self.workplace.put_plan(plan)
         body = m.RunPlan(plan.hash, seed)
-        answer, tensors = expect(m.Values, await self.request(body, [*inputs, *state], plan=plan), self)
+        answer, tensors = await self.ask(m.Values, body, [*inputs, *state], plan=plan)
         wanted = sum(1 for _ in refs_in(plan.outputs))
         if len(answer.numbers) != wanted or answer.numbers.count(None) != len(tensors):
             raise WireError(
@@ -429,9 +499,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     def _reconnected(self, connection: Connection) -> None:
         """What was known of the earlier connection's objects and plans goes with it."""
         connection.history, connection.latency = self._connection.history, self._connection.latency
-        self._connection = connection
-        self._plans = set()
-        self._init_plans()
+        self.workplace = RemoteWorkplace(self, connection)
 
     def __enter__(self) -> Self:
         return self
@@ -494,21 +562,6 @@ def _filed_under(plan: Plan | Graph | str) -> str:
             "give the hash that the worker named when it refused"
         )
     return approval_hash(graph, constants_of(graph, state))
-
-
-def expect(kind: type[B], reply: Reply, worker: BaseWorker) -> tuple[B, list[torch.Tensor]]:
-    """`reply`, if it is of the kind that was asked for.
-
-    Raises:
-        WireError: it is of another kind.
-    """
-    body, tensors = reply
-    if not isinstance(body, kind):
-        raise WireError(
-            f"worker {worker.id!r} answered with {type(body).__name__} instead of {kind.__name__}",
-            address=worker.address,
-        )
-    return body, tensors
 
 
 def worker_id(hook: object, id: object, write: str) -> str:

@@ -16,6 +16,7 @@ from planrt.errors import DataError, LocalError, MixedLocationsError, OptionErro
 from planrt.loop import on_loop
 from planrt.types import TensorSpec
 from planrt.workers.client import objects
+from planrt.workers.client.registry import KnowsWorkers
 from planrt.workers.machine.batches import Batch, describe, first_line, listed
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
 from planrt.workers.pointers.tensor import Handle, PointerTensor, make_pointer
@@ -106,7 +107,7 @@ class BaseDataset(Dataset[Batch]):
         """
         worker = self.location
         if worker is not None:
-            (indices,) = _pointers([indices], worker.put([indices]))
+            (indices,) = _pointers([indices], worker.workplace.objects.put([indices]))
         data, targets = self.data.index_select(0, indices), self.targets.index_select(0, indices)
         if self.batch_transform is not None:
             data = self.batch_transform(data)
@@ -198,7 +199,7 @@ class BaseDataset(Dataset[Batch]):
         """
         allowed = self._allowed(worker, private, allowed_users)
         tensors = self._tensors()
-        return self._with(_pointers(tensors, worker.put(tensors, allowed=allowed)))
+        return self._with(_pointers(tensors, worker.workplace.objects.put(tensors, allowed=allowed)))
 
     async def async_send(
         self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
@@ -253,7 +254,7 @@ class BaseDataset(Dataset[Batch]):
             raise LocalError(
                 f"the data set is {_place(self.data)} already: get() it before you send it elsewhere"
             )
-        if not isinstance(worker, objects.RemoteObjects):
+        if not isinstance(worker, KnowsWorkers):
             raise LocalError(f"send takes a worker, not {describe(worker)}")
         return objects.allowed_users(private, users)
 
@@ -341,4 +342,4 @@ def _pointers(tensors: Sequence[torch.Tensor], handles: Sequence[Handle]) -> lis
 
 @on_loop
 async def _put(worker: BaseWorker, tensors: list[torch.Tensor], allowed: list[str] | None) -> list[Handle]:
-    return await worker.put_async(tensors, allowed=allowed)
+    return await worker.workplace.objects.put_async(tensors, allowed=allowed)

@@ -56,7 +56,7 @@ def location_of(module: nn.Module) -> BaseWorker | None:
     if len(places) > 1:
         raise MixedLocationsError(f"the module's tensors are in {' and '.join(sorted(places))}")
     for tensor in places.values():
-        return tensor._handle.worker if isinstance(tensor, PointerTensor) else None
+        return tensor.location if isinstance(tensor, PointerTensor) else None
     return None
 
 
@@ -76,7 +76,7 @@ def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
         return _placed(module, worker)
     local = _local(module)
     if local:
-        _become_remote(module, local, worker, worker.put(local, confirm=True))
+        _become_remote(module, local, worker, worker.workplace.objects.put(local, confirm=True))
     return module
 
 
@@ -90,7 +90,7 @@ async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
         return _placed(module, worker)
     local = _local(module)
     if local:
-        _become_remote(module, local, worker, await worker.put_async(local, confirm=True))
+        _become_remote(module, local, worker, await worker.workplace.objects.put_async(local, confirm=True))
     return module
 
 
@@ -272,9 +272,10 @@ def make_remote(
     handle = Handle(worker, new_id())
     wire = map_leaves(kwargs, lambda leaf: DEVICE if isinstance(leaf, torch.device) else leaf)
     wire.pop("device", None)
-    seed = worker.draw_seed() if name in ops.RANDOM else None
-    op = PostedOp(name, args, wire, Ref(handle.id), torch.is_grad_enabled(), seed, worker.take_drops())
-    worker.post_op(packed(op, worker))
+    place = worker.workplace
+    seed = place.draw_seed() if name in ops.RANDOM else None
+    op = PostedOp(name, args, wire, Ref(handle.id), torch.is_grad_enabled(), seed, place.take_drops())
+    place.post_op(packed(op, handle))
     return make_pointer(handle, Spec.of(like))
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from planrt.errors import OptionError, UnknownNameError
+from planrt.loop import run
 from planrt.plans.plan import Plan
 from planrt.types import as_whole, plain
-from planrt.workers.client.contents import Contents
+from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.pointers.tensor import PointerTensor, give_id
+from planrt.workers.pointers.tensor import PointerTensor, give_id, refuse_user
 from planrt.workers.wire import messages as m
 
 _OPS = "call torch's functions on pointers, or worker.remote.torch.zeros(2, 3)"
@@ -35,9 +36,11 @@ _INSTEAD = {
 """What workers had in PySyft 0.2 and have not here, and what to write."""
 
 
-class NamesOf02(Contents):
+class NamesOf02:
     """The part of a worker's client that has PySyft 0.2's names, and nothing that others need."""
 
+    id: str
+    workplace: RemoteWorkplace
     is_client_worker: bool
     train_job: Any
     msg_history: list[m.Body]
@@ -96,13 +99,7 @@ class NamesOf02(Contents):
 
     def rm_obj(self, id: int) -> None:
         """Removes what this client has there under that id, published or not. Nothing happens if there is nothing."""
-        number = as_whole(id, "an object's id")
-        self._request(m.Remove([number]), instead="del pointer")
-        holder = self.ids.holder(number)
-        if holder is not None and holder.worker is self:
-            holder.alive = False
-        self.gradients.forget(number)
-        self.ids.gone(number)
+        self.workplace.objects.remove(as_whole(id, "an object's id"))
 
     def de_register_obj(self, obj: Any, _recurse_torch_objs: bool = True) -> None:
         """`rm_obj` of `obj`, which was put there from here, or is a pointer to it."""
@@ -110,6 +107,67 @@ class NamesOf02(Contents):
         if number is None:
             raise OptionError(f"de_register_obj takes an object that was sent, not {type(obj).__name__}")
         self.rm_obj(number)
+
+    # ------------------------------------------------------------------------------ what is there
+
+    def request_search(self, query: str | Sequence[str], *more: str, location: Any) -> list[Any]:
+        """What `location` has: ``me.request_search(["#boston"], location=bob)``."""
+        found: list[Any] = location.search(query, *more)
+        return found
+
+    @property
+    def _objects(self) -> dict[int, Any]:
+        """What the worker holds for this client, by id; see `BaseWorker.async_list_objects`."""
+        return run(self.workplace.contents.listing(), instead="await worker.async_list_objects()")
+
+    @_objects.setter
+    def _objects(self, value: object) -> None:
+        self._replace_objects(value)
+
+    def _replace_objects(self, value: object) -> None:
+        if value:
+            raise OptionError(
+                "_objects is a listing: worker.set_obj(x) puts something there, rm_obj(id) removes it"
+            )
+        run(self.workplace.objects.clear(), instead="await worker.async_clear_objects()")
+
+    def list_objects(self) -> str:
+        """What the worker holds, in words."""
+        return str(self._objects)
+
+    def list_objects_remote(self) -> str:
+        """The same as `list_objects`."""
+        return self.list_objects()
+
+    def objects_count_remote(self) -> int:
+        """The same as `objects_count`."""
+        return run(self.workplace.objects.count(), instead="await worker.async_objects_count()")
+
+    def clear_objects_remote(self) -> Self:
+        """The same as `clear_objects`."""
+        run(self.workplace.objects.clear(), instead="await worker.async_clear_objects()")
+        return self
+
+    def get_obj(self, id: int) -> Any:
+        """What the worker holds under that id, as its listing shows it.
+
+        Raises:
+            UnknownObjectError: there is nothing under that id.
+        """
+        found = self._objects
+        number = as_whole(id, "an object's id")
+        return found[number] if number in found else self.workplace.contents.at(number)
+
+    def request_obj(self, id: int, location: NamesOf02, user: str | None = None, reason: str = "") -> Any:
+        """The value of object `id` on worker `location`, which forgets it: ``me.request_obj(x.id_at_location, bob)``.
+
+        Raises:
+            UnknownObjectError: this client has no such object there. GetNotPermittedError: it is private.
+        """
+        if not isinstance(location, NamesOf02):
+            raise OptionError(f"request_obj takes the worker that holds it, not {type(location).__name__}")
+        refuse_user(user)
+        return location.workplace.contents.taken(as_whole(id, "an object's id"))
 
     @property
     def train_config(self) -> Any:
@@ -130,23 +188,23 @@ class NamesOf02(Contents):
     @property
     def log_msgs(self) -> bool:
         """Whether `msg_history` gets what is sent to this worker."""
-        return self._connection.history is not None
+        return self.workplace.connection.history is not None
 
     @log_msgs.setter
     def log_msgs(self, value: bool) -> None:
-        self._connection.history = self.msg_history if value else None
+        self.workplace.connection.history = self.msg_history if value else None
 
     @property
     def message_pending_time(self) -> float:
         """Seconds that every message to this worker waits before it leaves, to try a slow network; 0 by default."""
-        return self._connection.latency
+        return self.workplace.connection.latency
 
     @message_pending_time.setter
     def message_pending_time(self, seconds: float) -> None:
         number = plain(seconds)
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
             raise OptionError(f"message_pending_time is a number of seconds of at least 0, not {seconds!r}")
-        self._connection.latency = float(number)
+        self.workplace.connection.latency = float(number)
 
     @staticmethod
     def is_framework_supported(framework: str) -> bool:

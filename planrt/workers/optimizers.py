@@ -147,5 +147,5 @@ def _reached(optimizer: torch.optim.Optimizer, value: PointerTensor, bring: Any)
 
 
 def _sent(values: list[torch.Tensor], worker: Any) -> list[torch.Tensor]:
-    handles = worker.put(values) if values else []
+    handles = worker.workplace.objects.put(values) if values else []
     return [make_pointer(handle, contiguous(value)) for value, handle in zip(values, handles, strict=True)]

@@ -125,7 +125,7 @@ class VirtualWorker(BaseWorker):
         self._host = WorkerHost(state, virtual_compute(), limits=limits)
         self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
         """All clients of the host, this one included."""
-        self._link_address = memory.new_address(id, self._host.serve)
+        self._link_address = memory.new_address(id, self._host)
         self._token, self._datasets_given = token, dict(datasets or {})
         opening = _open_memory(id, self._host, limits or Limits(), token)
         connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
@@ -239,8 +239,9 @@ class VirtualWorker(BaseWorker):
         """A worker that nobody refers to any more: its tasks must end, whether it has been closed or not, and with its
         last client its connections to other workers.
         """
-        connection = self.__dict__.get("_connection")
-        if connection is not None and not sys.is_finalizing():
+        place = self.__dict__.get("workplace")
+        if place is not None and not sys.is_finalizing():
+            connection = place.connection
             last = all(one is self for one in self._clients)
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 connection.loop.call_soon_threadsafe(
@@ -275,7 +276,7 @@ async def _open_memory(
     global _virtual_turns
     if _virtual_turns is None:
         _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
-    pipe, serving = memory.connect(f"memory://{id}", host.serve, limits)
+    pipe, serving = memory.connect(f"memory://{id}", host, limits)
     connection = await Connection.open(
         pipe, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns, token=token
     )

@@ -399,17 +399,17 @@ def test_a_plan_trains_the_sessions_own_readable_tensors_only(make_worker):
     ben = worker.connect_as("b")
     mine = TrainConfig(net(), F.cross_entropy)
     plan = mine.trace_for(worker, "d").training
-    asyncio.run(on_loop(worker.put_plan)(plan))
+    asyncio.run(on_loop(worker.workplace.put_plan)(plan))
     weight, bias = (one.detach().clone().send(worker) for one in mine.model.parameters())
     secret = torch.zeros(3).send(worker, allowed_users=["ben"])
     theirs = torch.zeros(3).send(ben)
 
     def fit(*objects, tensors=()):
         body = m.Fit(plan.hash, "d", 60, 1, -1, False, "SGD", {"lr": 0.5}, False, 0, objects=list(objects))
-        return asyncio.run(on_loop(worker.request)(body, tensors))
+        return asyncio.run(worker.ask(m.Fitted, body, tensors))
 
     def evaluate(*objects):
-        return asyncio.run(on_loop(worker.request)(m.Evaluate(plan.hash, "d", 60, 0, list(objects))))
+        return asyncio.run(worker.ask(m.Evaluated, m.Evaluate(plan.hash, "d", 60, 0, list(objects))))
 
     ids = [weight.id_at_location, bias.id_at_location]
     for objects, says in [

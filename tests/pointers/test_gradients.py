@@ -146,7 +146,7 @@ def test_reading_a_gradient_does_not_wait(bob):
         w = torch.ones(3, requires_grad=True).send(bob)
         unused = torch.ones(3, requires_grad=True).send(bob)
         ((w * 2).sum()).backward()
-        passes = bob.gradients._pending
+        passes = bob.workplace.gradients._pending
         assert [one.foreseen for one in passes] == [True]
         assert unused.grad is None
         return await w.grad.clone().async_get()
@@ -329,7 +329,9 @@ def test_a_failure_is_heard_at_the_next_gradient_once_it_is_known(bob):
     loss = (w * w).sum()
     loss.backward()
     loss.backward()
-    assert _eventually(lambda: bob.gradients._pending and bob.gradients._pending[-1].went_well is False)
+    assert _eventually(
+        lambda: bob.workplace.gradients._pending and bob.workplace.gradients._pending[-1].went_well is False
+    )
     with pytest.raises(RemoteError, match="second time"):
         w.grad  # noqa: B018
     assert w.grad is not None
@@ -374,13 +376,13 @@ def test_many_passes_leave_nothing_behind(bob):
     w.clone().get()
     connection = bob._connection
     assert len(connection._pending) < 100
-    assert not bob.gradients._pending
+    assert not bob.workplace.gradients._pending
 
 
 def test_a_worker_that_does_not_halt_is_waited_for(bob, monkeypatch):
     """An older worker, in the handshake, does not say that it halts."""
-    monkeypatch.setattr(type(bob), "halts", property(lambda self: False))
+    monkeypatch.setattr(type(bob.workplace), "halts", property(lambda self: False))
     w = torch.ones(2, requires_grad=True).send(bob)
     (w * w).sum().backward()
-    assert [one.foreseen for one in bob.gradients._pending] == [False]
+    assert [one.foreseen for one in bob.workplace.gradients._pending] == [False]
     assert w.grad.clone().get().tolist() == [2, 2]

@@ -291,7 +291,7 @@ def test_more_results_than_memory_holds_are_refused_here_and_there(bob):
     assert [part.shape[0] for part in x.split(4 * 10**8)] == [4 * 10**8, 4 * 10**8, 2 * 10**8]
     unchecked = PostedOp("Tensor.unbind", (Ref(x.id_at_location),), {}, None, True, None, ())
     with pytest.raises(RemoteError, match=r"unbind would give 1,000,000,000 results"):
-        bob.call(unchecked.pack())
+        bob.workplace.call(unchecked.pack())
 
 
 def test_an_op_that_does_not_travel_frees_what_it_was_to_free(bob):

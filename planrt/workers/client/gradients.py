@@ -131,7 +131,11 @@ class GradientTable:
 
     def known(self, pointer: PointerTensor) -> Spec | None:
         """As `spec_of`, without waiting."""
-        return self._specs.get(alive(pointer).id)
+        return self.of(alive(pointer).id)
+
+    def of(self, id: int) -> Spec | None:
+        """Returns what the gradient of object `id` looks like, without waiting; None where none is known."""
+        return self._specs.get(id)
 
     def forget(self, id: int) -> None:
         """The object is gone."""

@@ -1,41 +1,42 @@
-"""A worker's plans as its clients see them: sending, reading, taking back. `BaseWorker` inherits this."""
+"""A worker's plans as its clients see them: sending, reading, taking back."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanFormatError
+from planrt.errors import OptionError, PlanFormatError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.record import PlanRecord, state_hash
 from planrt.plans.plan import Plan
-from planrt.types import as_text, as_whole
-from planrt.workers.client.moving import MovingObjects, check_worker
+from planrt.types import as_text
 from planrt.workers.client.objects import COPIED_BYTES, allowed_users
 from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.tensor import Handle, alive
-from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import check_travels, new_id
+
+if TYPE_CHECKING:
+    from planrt.workers.client.workplace import RemoteWorkplace
 
 Fetched = tuple[PlanRecord, list[torch.Tensor], bool]
 """A plan, its state, and whether it is in training mode."""
 
 
-class RemotePlans(MovingObjects):
-    """The part of a worker's client that plans use."""
+class RemotePlans:
+    """The plans of one session."""
 
-    def _init_plans(self) -> None:
-        self._init_objects()
+    def __init__(self, place: RemoteWorkplace) -> None:
+        self._place = place
         self._sent: weakref.WeakValueDictionary[tuple[Any, ...], Handle] = weakref.WeakValueDictionary()
         self._exposed: weakref.WeakSet[Handle] = weakref.WeakSet()
         """Plans whose state there may be another than what was sent, since there are pointers to it."""
 
-    def send_plan(
+    def send(
         self,
         plan: Plan,
         *,
@@ -55,12 +56,12 @@ class RemotePlans(MovingObjects):
             return known
         handle, body, payload = self._message(plan, state, key)
         if sum(tensor.nbytes for tensor in payload) <= COPIED_BYTES:
-            self._connection.post(body, [tensor.clone() for tensor in payload])
+            self._place.connection.post(body, [tensor.clone() for tensor in payload])
         else:
-            run(self._connection.send(body, payload), instead="await plan.async_send(worker)")
+            run(self._place.connection.send(body, payload), instead="await plan.async_send(worker)")
         return self._pointer(plan, handle, key)
 
-    async def async_send_plan(
+    async def send_async(
         self,
         plan: Plan,
         *,
@@ -68,7 +69,7 @@ class RemotePlans(MovingObjects):
         allowed_users: Sequence[str] | None = None,
         purpose: str = "",
     ) -> PointerPlan:
-        """`send_plan`, to be awaited on any loop."""
+        """`send`, to be awaited on any loop."""
         key = await asyncio.to_thread(self._key, plan, private, allowed_users, purpose)
         if (known := self._known(plan, key)) is not None:
             return known
@@ -78,7 +79,7 @@ class RemotePlans(MovingObjects):
 
     @on_loop
     async def _send_async(self, body: m.StorePlan, payload: Sequence[torch.Tensor]) -> None:
-        await self._connection.send(body, payload)
+        await self._place.connection.send(body, payload)
 
     def _key(self, plan: Plan, private: bool, users: Sequence[str] | None, purpose: str) -> tuple[Any, ...]:
         """What makes two plans the same on a worker: ops, names, state, who may get it, and what it is for."""
@@ -95,8 +96,8 @@ class RemotePlans(MovingObjects):
         handle = self._sent.get(key)
         if handle is None or not handle.alive:
             return None
-        self.check_open()
-        last = plan._sent_to.get(self.id)
+        self._place.check_open()
+        last = plan._sent_to.get(self._place.worker.id)
         if last is not None and last._handle is handle and last.training == plan.training:
             return last  # type: ignore[no-any-return]
         return self._pointer(plan, handle, key)
@@ -115,10 +116,10 @@ class RemotePlans(MovingObjects):
     def _message(
         self, plan: Plan, state: Sequence[torch.Tensor], key: tuple[Any, ...]
     ) -> tuple[Handle, m.StorePlan, list[torch.Tensor]]:
-        handle = self.handle_called(plan.id)
+        handle = self._place.objects.handle_called(plan.id)
         plan.id = handle.id
         if plan._tags:
-            self.ids.leave(handle.id)
+            self._place.ids.leave(handle.id)
         self._sent[key] = handle
         allowed = None if key[2] is None else list(key[2])
         body = m.StorePlan(
@@ -135,109 +136,68 @@ class RemotePlans(MovingObjects):
         pointer._sent = key[1:3]
         return pointer
 
-    def _found(self, item: m.FoundItem) -> Any:
-        if item.kind != "plan":
-            return super()._found(item)
-        return PointerPlan(
-            Handle(self, item.id, owned=item.snapshot), name=item.name, training=item.training,  # type: ignore[arg-type]
-            tags=item.tags, description=item.description,
-        )  # fmt: skip
-
     # ------------------------------------------------------------------------------------ bringing back
 
-    def read_plan(self, pointer: PointerPlan) -> PlanRecord:
-        """The record of a plan that was found on the worker."""
-        reply = self._request(m.ReadPlan(alive(pointer).id), instead="pointer.record, from a thread")
-        return self._fetched_plan(*reply)[0]
+    def read(self, pointer: PointerPlan) -> PlanRecord:
+        """Returns the record of a plan that was found on the worker."""
+        answer = self._place.ask_and_wait(
+            m.FetchedPlan, m.ReadPlan(alive(pointer).id), instead="pointer.record, from a thread"
+        )
+        return self._plan_in(*answer)[0]
 
-    def take_plan(self, pointer: PointerPlan) -> Fetched:
-        """A plan with its state; the worker forgets it."""
-        reply = self._request(m.Fetch(alive(pointer).id, False), instead="await pointer.async_get()")
-        return self._taken(pointer, *reply)
+    def take(self, pointer: PointerPlan) -> Fetched:
+        """Returns a plan with its state; the worker forgets it."""
+        answer = self._place.ask_and_wait(
+            m.FetchedPlan, m.Fetch(alive(pointer).id, False), instead="await pointer.async_get()"
+        )
+        return self._taken(pointer, *answer)
 
     @on_loop
-    async def take_plan_async(self, pointer: PointerPlan) -> Fetched:
-        """`take_plan`, to be awaited on any loop."""
-        await self.gradients.settle_async()
-        return self._taken(
-            pointer, *await self._connection.finish(self._ask(m.Fetch(alive(pointer).id, False)))
-        )
+    async def take_async(self, pointer: PointerPlan) -> Fetched:
+        """`take`, to be awaited on any loop."""
+        await self._place.gradients.settle_async()
+        answer = await self._place.ask(m.FetchedPlan, m.Fetch(alive(pointer).id, False))
+        return self._taken(pointer, *answer)
 
-    def _taken(self, pointer: PointerPlan, body: m.Body, tensors: list[torch.Tensor]) -> Fetched:
-        fetched = self._fetched_plan(body, tensors)
-        self.removed(pointer._handle, published=bool(pointer._tags))
+    def _taken(self, pointer: PointerPlan, body: m.FetchedPlan, tensors: list[torch.Tensor]) -> Fetched:
+        fetched = self._plan_in(body, tensors)
+        self._place.objects.removed(pointer._handle, published=bool(pointer._tags))
         return fetched
 
-    def _fetched_plan(self, body: m.Body, tensors: list[torch.Tensor]) -> Fetched:
-        if not isinstance(body, m.FetchedPlan) or not tensors or tensors[0].dtype != torch.uint8:
-            raise self._unexpected(body)
+    def _plan_in(self, body: m.FetchedPlan, tensors: list[torch.Tensor]) -> Fetched:
+        if not tensors or tensors[0].dtype != torch.uint8:
+            raise self._place.unexpected(body)
         try:
             record = PlanRecord.from_bytes(tensors[0].numpy().tobytes())
         except PlanFormatError as error:
-            raise self._unexpected(body) from error
+            raise self._place.unexpected(body) from error
         return record, tensors[1:], body.training
 
-    def fetch_plan(self, plan_id: int, location: RemotePlans, copy: bool = False) -> Plan:
-        """The plan that worker `location` holds under that id, which stays there: ``plan.owner.fetch_plan(id, bob)``.
-
-        What comes is a plan of its own either way, as ``copy=True`` says; `PointerPlan.get` takes a plan back instead.
+    @on_loop
+    async def copied(self, id: int) -> Plan:
+        """Returns the plan that the worker holds under that id, which stays there; to be awaited on any loop.
 
         Raises:
             UnknownObjectError: this client has nothing there under that id. GetNotPermittedError: its state is private.
-            OptionError: `location` is no worker, or what is there is no plan.
+            OptionError: what is there is no plan.
         """
-        fetching = self.async_fetch_plan(plan_id, location, copy)
-        return run(fetching, instead="await worker.async_fetch_plan(plan_id, location)")
-
-    @on_loop
-    async def async_fetch_plan(self, plan_id: int, location: RemotePlans, copy: bool = False) -> Plan:
-        """`fetch_plan`, to be awaited on any loop."""
-        number = as_whole(plan_id, "a plan's id")
-        if not isinstance(location, RemotePlans):
-            raise OptionError(
-                f"fetch_plan takes the worker that holds the plan, not {type(location).__name__}: write "
-                "fetch_plan(pointer.id_at_location, pointer.location)"
-            )
-        await location.gradients.settle_async()
-        body, tensors = await location._connection.finish(location._ask(m.Fetch(number, False)))
+        await self._place.gradients.settle_async()
+        body, tensors = await self._place.ask(m.Message, m.Fetch(id, False))
         if not isinstance(body, m.FetchedPlan):
-            raise OptionError(f"object {number} on worker {location.id!r} is no plan: get() a pointer to it")
-        record, state, training = location._fetched_plan(body, tensors)
+            raise OptionError(
+                f"object {id} on worker {self._place.worker.id!r} is no plan: get() a pointer to it"
+            )
+        record, state, training = self._plan_in(body, tensors)
         return Plan.from_record(record, state, training=training)
 
-    # ------------------------------------------------------------------------------------------- moving
-
-    def move_plan(self, pointer: PointerPlan, to: RemotePlans) -> PointerPlan:
-        """Moves a plan from this worker to `to`, directly where this one can reach it; `pointer` follows it."""
-        return run(self.async_move_plan(pointer, to), instead="await worker.async_move_plan(pointer, to)")
-
-    @on_loop
-    async def async_move_plan(self, pointer: PointerPlan, to: RemotePlans) -> PointerPlan:
-        """`move_plan`, to be awaited on any loop."""
-        handle = alive(pointer)
-        if handle.via:
-            raise LocalError("a pointer to a pointer cannot be moved: get() it, and move what it points to")
-        check_worker(to, "move")
-        if to is self:
-            return pointer
-        to.check_open()
-        if not reaches(self.link_address, to.link_address):  # through here, then
-            reply = await self._connection.request(m.Fetch(handle.id, False))
-            record, state, training = self._fetched_plan(*reply)
-            allowed = reply[0].allowed if isinstance(reply[0], m.FetchedPlan) else None
-            moved = Handle(to, new_id())  # type: ignore[arg-type]
-            body = m.StorePlan(moved.id, training, list(pointer._tags), pointer.description, allowed)
-            await to._connection.request(body, [_as_tensor(record), *state])
-        else:
-            moved = await self._send_on(handle, to)
-        if pointer._tags:
-            to.ids.leave(moved.id)
-        if self.state_exposed(handle):
-            to.expose_state(moved)
-        await self._forget_moved(handle)
-        pointer._handle = moved
-        pointer._forms.clear()  # they are where the plan was
-        return pointer
+    async def copied_to(self, pointer: PointerPlan, there: RemoteWorkplace) -> Handle:
+        """Stores a plan of this worker at `there`, through here; returns what holds it. Runs on planrt's loop."""
+        body, tensors = await self._place.ask(m.FetchedPlan, m.Fetch(alive(pointer).id, False))
+        record, state, training = self._plan_in(body, tensors)
+        made = Handle(there.worker, new_id())
+        stored = m.StorePlan(made.id, training, list(pointer._tags), pointer.description, body.allowed)
+        await there.ask(m.Done, stored, [_as_tensor(record), *state])
+        return made
 
 
 def _as_tensor(record: PlanRecord) -> torch.Tensor:

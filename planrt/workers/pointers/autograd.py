@@ -54,20 +54,20 @@ def get_grad_fn(pointer: PointerTensor) -> RemoteGradFn | None:
 def get_grad(pointer: PointerTensor) -> PointerTensor | None:
     """`pointer.grad`: the same pointer at every read, until there may be another gradient."""
     handle = alive(pointer)
-    like = handle.worker.gradients.spec_of(pointer)
+    like = handle.place.gradients.spec_of(pointer)
     if like is None:
         return None
     known = pointer.__dict__.get("_grad_pointer")
-    epoch = handle.worker.gradients.epoch
+    epoch = handle.place.gradients.epoch
     if known is not None and known[0] == epoch and known[1]._handle.alive:
         return known[1]  # type: ignore[no-any-return]
     grad = make_pointer(Handle(handle.worker, new_id(), handle.via), like)
     grad._is_grad = True  # type: ignore[attr-defined]
     op = PostedOp(
         "Tensor.grad", (Ref(handle.id),), {}, Ref(grad._handle.id), torch.is_grad_enabled(), None,
-        handle.worker.take_drops(),
+        handle.place.take_drops(),
     )  # fmt: skip
-    handle.worker.post_op(packed(op, handle.worker), calling_line())
+    handle.place.post_op(packed(op, handle), calling_line())
     pointer.__dict__["_grad_pointer"] = (epoch, grad)
     return grad
 
@@ -75,7 +75,7 @@ def get_grad(pointer: PointerTensor) -> PointerTensor | None:
 def set_grad(pointer: PointerTensor, grad: Any) -> None:
     """`pointer.grad = grad`, a gradient on the same worker or None."""
     handle = alive(pointer)
-    gradients = handle.worker.gradients
+    gradients = handle.place.gradients
     if grad is None and gradients.spec_of(pointer) is None:
         return
     if grad is not None and not isinstance(grad, PointerTensor):
@@ -108,7 +108,7 @@ def set_memory(pointer: PointerTensor, source: Any = None, *args: Any, **kwargs:
     if torch.is_grad_enabled() and pointer._spec.requires_grad and pointer._spec.leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     _assign("Tensor.set_", pointer, source)
-    alive(pointer).worker.gradients.histories.rewrite()
+    alive(pointer).place.gradients.histories.rewrite()
     old, new = pointer._spec, source._spec
     set_spec(pointer, spec(new.shape, new.stride, new.dtype, old.requires_grad, old.leaf))
     return pointer
@@ -120,8 +120,8 @@ def _assign(name: str, pointer: PointerTensor, value: PointerTensor | None) -> N
     if value is not None and (alive(value).worker is not handle.worker or value._handle.via != handle.via):
         refuse_mixed(name, (pointer, value), {})
     args = (Ref(handle.id), None if value is None else Ref(value._handle.id))
-    op = PostedOp(name, args, {}, None, torch.is_grad_enabled(), None, handle.worker.take_drops())
-    handle.worker.post_op(packed(op, handle.worker), calling_line())
+    op = PostedOp(name, args, {}, None, torch.is_grad_enabled(), None, handle.place.take_drops())
+    handle.place.post_op(packed(op, handle), calling_line())
 
 
 def retain_grad(pointer: PointerTensor) -> None:
@@ -129,9 +129,9 @@ def retain_grad(pointer: PointerTensor) -> None:
     handle = alive(pointer)
     if not pointer._spec.requires_grad:
         raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
-    op = PostedOp("Tensor.retain_grad", (Ref(handle.id),), {}, None, True, None, handle.worker.take_drops())
-    handle.worker.post_op(packed(op, handle.worker), calling_line())
-    handle.worker.gradients.histories.rewrite()  # passes leave more gradients from here on
+    op = PostedOp("Tensor.retain_grad", (Ref(handle.id),), {}, None, True, None, handle.place.take_drops())
+    handle.place.post_op(packed(op, handle), calling_line())
+    handle.place.gradients.histories.rewrite()  # passes leave more gradients from here on
 
 
 def backward(
@@ -171,14 +171,14 @@ def backward_all(
             raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
         if one is None and torch.Size(root._spec.shape).numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    simple = only is None and not create_graph and not first.via and first.worker.halts
-    first.worker.backward(
+    simple = only is None and not create_graph and not first.via and first.place.halts
+    first.place.backward(
         [root._handle.id for root in roots],
         [None if one is None else one._handle.id for one in given],
         create_graph if retain_graph is None else retain_graph,
         create_graph,
         None if only is None else [one._handle.id for one in only],
-        first.worker.gradients.foresee(roots) if simple else None,
+        first.place.gradients.foresee(roots) if simple else None,
     )
 
 
@@ -213,16 +213,16 @@ def autograd_grad(
         "is_grads_batched": is_grads_batched, "materialize_grads": materialize_grads,
     }  # fmt: skip
     args = (refs(sources), refs(wanted), refs(given))
-    worker = first.worker
+    place = first.place
     if allow_unused or is_grads_batched:
-        op = PostedOp("autograd.grad", args, kwargs, None, True, None, worker.take_drops())
-        return worker.call(packed(op, worker), via=first.via)
+        op = PostedOp("autograd.grad", args, kwargs, None, True, None, place.take_drops())
+        return place.call(packed(op, first), via=first.via)
     made = []
     for one in wanted:
         s = one._spec
         like = spec(s.shape, s.stride, s.dtype, create_graph, not create_graph)
-        made.append(make_pointer(Handle(worker, new_id(), first.via), like))
+        made.append(make_pointer(Handle(first.worker, new_id(), first.via), like))
     results = tuple([Ref(one._handle.id) for one in made])
-    op = PostedOp("autograd.grad", args, kwargs, results, True, None, worker.take_drops())
-    worker.post_op(packed(op, worker), calling_line())
+    op = PostedOp("autograd.grad", args, kwargs, results, True, None, place.take_drops())
+    place.post_op(packed(op, first), calling_line())
     return tuple(made)

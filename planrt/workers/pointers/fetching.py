@@ -6,20 +6,23 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from planrt.workers.pointers.tensor import PointerTensor
+from planrt.loop import refuse_to_block, run
+from planrt.workers.pointers.tensor import PointerTensor, alive
+
+_INSTEAD = "await pointer.async_get()"
 
 
 def fetch_all(pointers: Sequence[PointerTensor]) -> list[Any]:
-    """The values behind several pointers, asked for at once; none leaves its worker before all are here."""
-    asked = [(pointer, pointer.location.begin_fetch(pointer)) for pointer in pointers]
-    values = [pointer.location.end_fetch(pointer, one) for pointer, one in asked]
-    _remove_all(pointers, values)
-    return values
+    """Returns the values behind several pointers, which are asked for at once; none leaves its worker before all are
+    here.
+    """
+    refuse_to_block(_INSTEAD)
+    return run(fetch_all_async(pointers), instead=_INSTEAD)
 
 
 async def fetch_all_async(pointers: Sequence[PointerTensor]) -> list[Any]:
     """`fetch_all`, to be awaited on any loop."""
-    fetches = [pointer.location.fetch_async(pointer, delete=False) for pointer in pointers]
+    fetches = [alive(pointer).place.objects.fetch_async(pointer, delete=False) for pointer in pointers]
     done = await asyncio.gather(*fetches, return_exceptions=True)
     for one in done:
         if isinstance(one, BaseException):
@@ -30,8 +33,10 @@ async def fetch_all_async(pointers: Sequence[PointerTensor]) -> list[Any]:
 
 def _remove_all(pointers: Sequence[PointerTensor], values: Sequence[Any]) -> None:
     for pointer, value in zip(pointers, values, strict=True):
-        if pointer._handle.alive:
-            published = bool(value.__dict__.get("_tags"))
-            pointer.location.removed(pointer._handle, published=published, nbytes=value.nbytes)
-    for worker in {pointer.location for pointer in pointers}:
-        worker._connection.flush_drops()
+        handle = pointer._handle
+        if handle.alive:
+            handle.place.objects.removed(
+                handle, published=bool(value.__dict__.get("_tags")), nbytes=value.nbytes
+            )
+    for place in {pointer._handle.place for pointer in pointers}:
+        place.flush_drops()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from planrt.workers.pointers.histories import sources_of
 from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer
 from planrt.workers.wire.objects import new_id
 from planrt.workers.wire.posted import Line, PostedOp
-
-if TYPE_CHECKING:
-    from planrt.workers.base import BaseWorker
 
 _Tensor = torch.Tensor
 
@@ -69,14 +66,14 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     if first is None:
         raise RemoteOpError(f"{name}: no pointer among the arguments")
     sources = sources_of(operands) if torch.is_grad_enabled() else None
-    seed = first.worker.draw_seed() if name in ops.RANDOM else None
+    seed = first.place.draw_seed() if name in ops.RANDOM else None
     line = calling_line()
     inferred = infer(name, ops.CHECKED.get(name, function), args, kwargs, PointerTensor)
     if default_changed():
         _refuse_default_dtype(name, operands, (args, kwargs), inferred)
     result = post(name, wire_args, wire_kwargs, first, inferred, operands, seed, line)
     if sources:
-        first.worker.gradients.histories.record(name, sources, operands, result, args, kwargs)
+        first.place.gradients.histories.record(name, sources, operands, result, args, kwargs)
     return result
 
 
@@ -117,19 +114,19 @@ def post(
     name: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    place: Handle,
+    at: Handle,
     inferred: Inferred | None,
     operands: list[PointerTensor],
     seed: int | None,
     line: Line | None,
 ) -> Any:
-    """Posts an op with wire arguments to the worker of `place`; returns pointers to what was inferred, at once. Where
-    nothing was, it waits for the worker to tell.
+    """Posts an op with wire arguments to where the object of `at` is; returns pointers to what was inferred, at once.
+    Where nothing was, it waits for the worker to tell.
     """
-    worker, via = place.worker, place.via
+    place, worker, via = at.place, at.worker, at.via
     if inferred is None:
-        op = PostedOp(name, args, kwargs, None, torch.is_grad_enabled(), seed, worker.take_drops())
-        return worker.call(packed(op, worker), via=via)
+        op = PostedOp(name, args, kwargs, None, torch.is_grad_enabled(), seed, place.take_drops())
+        return place.call(packed(op, at), via=via)
     handles: list[Handle] = []
 
     def named(leaf: Any) -> Any:
@@ -140,8 +137,8 @@ def post(
         return Ref(handle.id)
 
     results = _wire_results(inferred.results, named)
-    op = PostedOp(name, args, kwargs, results, torch.is_grad_enabled(), seed, worker.take_drops())
-    worker.post_op(packed(op, worker), line)
+    op = PostedOp(name, args, kwargs, results, torch.is_grad_enabled(), seed, place.take_drops())
+    place.post_op(packed(op, at), line)
     for number, after in inferred.changed:
         set_spec(operands[number], after)
     return _made(inferred, operands, handles)
@@ -167,25 +164,26 @@ def _into(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         return apply("Tensor.copy_", _Tensor.copy_, (out, result), {})
 
 
-def packed(op: PostedOp, worker: BaseWorker) -> bytes:
-    """`op` as bytes for `worker`; if it does not travel, the objects that it was to free are freed by another op.
+def packed(op: PostedOp, at: Handle) -> bytes:
+    """Returns `op` as bytes, for where the object of `at` is. If it does not travel, another op frees the objects that
+    it was to free.
 
     Raises:
         RemoteOpError: its arguments do not travel.
     """
     try:
         data = op.pack()
-        if len(data) > worker.op_bytes:
-            raise PlanFormatError(f"an op of {len(data):,} bytes, over the limit of {worker.op_bytes:,}")
+        if len(data) > at.place.op_bytes:
+            raise PlanFormatError(f"an op of {len(data):,} bytes, over the limit of {at.place.op_bytes:,}")
         return data
     except PlanFormatError as error:
         for id in op.drop:
-            worker.forget(id)
+            at.place.forget(id)
         for leaf in leaves((op.args, op.kwargs)):
             if isinstance(leaf, np.ndarray):
                 raise RemoteOpError(
-                    f"{op.name}: one of its arguments is a NumPy array, which is here and not on worker {worker.id!r}: "
-                    "write torch.from_numpy(array).send(worker)"
+                    f"{op.name}: one of its arguments is a NumPy array, which is here and not on worker "
+                    f"{at.worker.id!r}: write torch.from_numpy(array).send(worker)"
                 ) from None
         reason = str(error).replace("cannot stand in a plan", "cannot go to a worker with an op")
         raise RemoteOpError(f"{op.name}: {reason}") from None

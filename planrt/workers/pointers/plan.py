@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from planrt.errors import LocalError, OptionError, PlanArgumentError
+from planrt.loop import run
 from planrt.plans import other_sizes as forms
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord, state_hash
 from planrt.plans.plan import Plan
 from planrt.shown import shown
 from planrt.types import as_whole
+from planrt.workers.pointers import kinds
 from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.plan_calls import call_plan, copy_plan, state_pointers
 from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
@@ -22,6 +24,8 @@ from planrt.workers.pointers.tensor import Handle, ObjectPointer, PointerTensor,
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker
+    from planrt.workers.pointers.workplace import Location
+    from planrt.workers.wire import messages as m
 
 
 class PointerPlan(ObjectPointer):
@@ -98,7 +102,7 @@ class PointerPlan(ObjectPointer):
         if pointer is None or not pointer._handle.alive:
             state, allowed = self._sent
             if self.record.state and (
-                self.location.state_exposed(self._handle)
+                self._handle.place.plans.state_exposed(self._handle)
                 or forms.writes(self.graph)
                 or forms.writes(form.graph)
                 or state_hash(origin.state_tensors()) != state
@@ -110,7 +114,7 @@ class PointerPlan(ObjectPointer):
             options: Any = (
                 {} if allowed is None else {"allowed_users": allowed} if allowed else {"private": True}
             )
-            pointer = self._forms[form] = self.location.send_plan(form, **options)
+            pointer = self._forms[form] = self._handle.place.plans.send(form, **options)
         pointer.training = self.training
         return pointer
 
@@ -120,7 +124,7 @@ class PointerPlan(ObjectPointer):
     def record(self) -> PlanRecord:
         """All of the plan but the values of its state; asks the worker, if the plan was found there."""
         if self._record is None:
-            self._record = alive(self).worker.read_plan(self)
+            self._record = alive(self).place.plans.read(self)
         return self._record
 
     @property
@@ -147,7 +151,7 @@ class PointerPlan(ObjectPointer):
         """Pointers to the plan's parameters, where they are: what is written to one changes the plan there, so
         ``torch.optim.SGD(pointer.parameters(), lr=0.1)`` trains it. Each call returns new pointers.
         """
-        self.location.expose_state(alive(self))
+        alive(self).place.plans.expose_state(self._handle)
         kinds = [entry.kind for entry in self.record.state]
         return [one for one, kind in zip(state_pointers(self), kinds, strict=True) if kind == "parameter"]
 
@@ -168,11 +172,11 @@ class PointerPlan(ObjectPointer):
         Raises:
             GetNotPermittedError: its state is private, or private data was written to it. GonePointerError.
         """
-        return self._taken(*alive(self).worker.take_plan(self))
+        return self._taken(*alive(self).place.plans.take(self))
 
     async def async_get(self) -> Plan:
         """`get`, to be awaited on any loop."""
-        return self._taken(*await alive(self).worker.take_plan_async(self))
+        return self._taken(*await alive(self).place.plans.take_async(self))
 
     def _taken(self, record: PlanRecord, state: Sequence[torch.Tensor], training: bool) -> Plan:
         if self._origin is None or self._origin.record.hash != record.hash:
@@ -197,7 +201,11 @@ class PointerPlan(ObjectPointer):
         Raises:
             GetNotPermittedError: its state is private. RemoteError: one of the workers could not.
         """
-        return alive(self).worker.move_plan(self, worker)
+        return run(self.async_move(worker), instead="await pointer.async_move(worker)")
+
+    async def async_move(self, worker: BaseWorker) -> PointerPlan:
+        """`move`, to be awaited on any loop."""
+        return await alive(self).place.moves.move_plan_async(self, worker)
 
     def send(self, worker: BaseWorker) -> NoReturn:
         """Not for plans that are on a worker."""
@@ -208,13 +216,13 @@ class PointerPlan(ObjectPointer):
     def tag(self, *tags: str) -> PointerPlan:
         """Tags the plan, which publishes it: others find it by these tags, and it outlives this session."""
         every = (*self._tags, *tags)
-        alive(self).worker.describe_object(self, every, self._description)
+        alive(self).place.objects.describe(self, every, self._description)
         self._tags = every
         return self
 
     def describe(self, description: str) -> PointerPlan:
         """Gives the plan a description, whose words `search` finds."""
-        alive(self).worker.describe_object(self, self._tags, description)
+        alive(self).place.objects.describe(self, self._tags, description)
         self._description = description
         return self
 
@@ -282,3 +290,14 @@ class MultiPointerPlan:
 
     def __repr__(self) -> str:
         return "[MultiPointerPlan]" + "".join(f"\n\t-> {pointer!r}" for pointer in self.child.values())
+
+
+def _found(worker: Location, found: m.FoundItem) -> PointerPlan:
+    """Returns a pointer to a plan that a search found."""
+    return PointerPlan(
+        Handle(worker, found.id, owned=found.snapshot), name=found.name, training=found.training, tags=found.tags,
+        description=found.description,
+    )  # fmt: skip
+
+
+kinds.register("plan", _found)

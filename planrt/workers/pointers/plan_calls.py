@@ -44,14 +44,14 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
         operands.append(tensor)
     check_inputs(graph, operands)
     if seed is None and graph.is_random:
-        seed = handle.worker.draw_seed()
+        seed = handle.place.draw_seed()
     called = calling_line()
     line: Line | None = (called[0], called[1], weakref.ref(graph)) if called is not None else None
     inferred = infer(plan_call.CALL, plan_call.call_on_meta, (PlanTwin(graph), *operands), {}, PointerTensor)
     wire = (Ref(handle.id), plan.training, *(Ref(one._handle.id) for one in operands))
     values = iter(post(plan_call.CALL, wire, {}, handle, inferred, operands, seed, line))
     if any(one._spec.requires_grad for one in operands):
-        handle.worker.gradients.histories.rewrite()  # a plan may write to its operands
+        handle.place.gradients.histories.rewrite()  # a plan may write to its operands
     return map_leaves(graph.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
 
 
@@ -60,8 +60,7 @@ def copy_plan(plan: PointerPlan) -> PointerPlan:
     from planrt.workers.pointers.plan import PointerPlan  # it imports this module
 
     handle = alive(plan)
-    worker = handle.worker
-    made = Handle(worker, new_id(), handle.via)
+    made = Handle(handle.worker, new_id(), handle.via)
     op = PostedOp(
         plan_call.COPY,
         (Ref(handle.id),),
@@ -69,9 +68,9 @@ def copy_plan(plan: PointerPlan) -> PointerPlan:
         Ref(made.id),
         torch.is_grad_enabled(),
         None,
-        worker.take_drops(),
+        handle.place.take_drops(),
     )
-    worker.post_op(packed(op, worker), calling_line())
+    handle.place.post_op(packed(op, handle), calling_line())
     return PointerPlan(
         made, name=plan.name, record=plan._record, origin=plan._origin, training=plan.training,
         description=plan.description,
@@ -81,15 +80,21 @@ def copy_plan(plan: PointerPlan) -> PointerPlan:
 def state_pointers(plan: PointerPlan) -> list[PointerTensor]:
     """Pointers to the tensors of the plan's state on its worker, in the order of its record; posts one op."""
     handle = alive(plan)
-    worker, entries = handle.worker, plan.record.state
+    entries = plan.record.state
     if not entries:
         return []
-    made = [Handle(worker, new_id(), handle.via) for _ in entries]
+    made = [Handle(handle.worker, new_id(), handle.via) for _ in entries]
     results = tuple([Ref(one.id) for one in made])
     op = PostedOp(
-        plan_call.STATE, (Ref(handle.id),), {}, results, torch.is_grad_enabled(), None, worker.take_drops()
+        plan_call.STATE,
+        (Ref(handle.id),),
+        {},
+        results,
+        torch.is_grad_enabled(),
+        None,
+        handle.place.take_drops(),
     )
-    worker.post_op(packed(op, worker), calling_line())
+    handle.place.post_op(packed(op, handle), calling_line())
     likes = [
         spec(one.spec.shape, contiguous_stride(one.spec.shape), one.spec.dtype, one.trainable, True)
         for one in entries

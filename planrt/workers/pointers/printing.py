@@ -24,7 +24,8 @@ def gone_words(handle: Handle) -> str:
     """`` (used up)`` or `` (gone: WHY)`` of a pointer that points to nothing any more, else ``""``."""
     if not handle.alive:
         return " (used up)"
-    return f" (gone: {handle.connection.why_ended})" if handle.connection.closed else ""
+    why = handle.place.why_ended
+    return f" (gone: {why})" if why else ""
 
 
 def pointer_card(
@@ -37,7 +38,7 @@ def pointer_card(
 ) -> str:
     """The HTML of a pointer, for notebooks."""
     handle = pointer._handle
-    why = "used up" if not handle.alive else handle.connection.why_ended
+    why = "used up" if not handle.alive else handle.place.why_ended
     place = " -> ".join([f"{handle.worker.id}:{handle.id}", *(worker.id for worker in handle.via)])
     return card(
         kind,

@@ -8,16 +8,19 @@ once, with shape and dtype, and the values stay where they are until `get`. A po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import torch
 
-from planrt.errors import GonePointerError, OptionError, RemoteOpError, RemoteValueError
+from planrt.errors import GonePointerError, LocalError, OptionError, RemoteOpError, RemoteValueError
 from planrt.loop import run
 from planrt.plans.running.inference import Spec
 from planrt.types import as_whole, plain
+from planrt.workers.pointers import kinds
 from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
-from planrt.workers.wire.objects import new_id
+from planrt.workers.pointers.workplace import Location
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.objects import new_id, spec_from_wire
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker
@@ -35,27 +38,30 @@ ID_PROVIDER = IdProvider()
 
 
 class Handle:
-    """What a pointer holds on to: the object `id` on `worker`. Going, it lets the worker free the object."""
+    """What a pointer holds on to: the object `id` on `worker`. When nobody refers to it any more, the worker may free
+    the object.
+    """
 
-    __slots__ = ("__weakref__", "alive", "connection", "id", "owned", "via", "worker")
+    __slots__ = ("__weakref__", "alive", "id", "owned", "place", "via", "worker")
 
     def __init__(
-        self, worker: BaseWorker, id: int, via: tuple[BaseWorker, ...] = (), *, owned: bool = True
+        self, worker: Location, id: int, via: tuple[Location, ...] = (), *, owned: bool = True
     ) -> None:
         self.worker = worker
+        self.place = worker.workplace
+        """The session there that the object belongs to; the worker has another one after it was connected again."""
         self.id = id
         self.via = via
         """The workers that the object itself points through, in order; empty for a tensor."""
         self.owned = owned
         self.alive = True
-        self.connection = worker._connection
 
     def __del__(self) -> None:
-        if self.alive and self.connection is self.worker._connection:
+        if self.alive and self.place is self.worker.workplace:
             if self.owned:
-                self.worker.forget(self.id)
+                self.place.forget(self.id)
             else:
-                self.worker.ids.leave(self.id)
+                self.place.ids.leave(self.id)
 
 
 class PointerTensor(torch.Tensor):
@@ -85,7 +91,7 @@ class PointerTensor(torch.Tensor):
             OptionError: no worker, no id, or no tensor. UnknownObjectError: there is nothing under that id.
         """
         handle_at(location, id_at_location)
-        pointer: PointerTensor = location.tensor_at(id_at_location)
+        pointer: PointerTensor = location.workplace.objects.tensor_at(id_at_location)
         if garbage_collect_data:
             pointer._handle.owned = True
         if id is not None:
@@ -131,7 +137,7 @@ class PointerTensor(torch.Tensor):
     @property
     def location(self) -> BaseWorker:
         """The worker that holds the object."""
-        return self._handle.worker
+        return cast("BaseWorker", self._handle.worker)
 
     @property
     def id_at_location(self) -> int:
@@ -193,12 +199,12 @@ class PointerTensor(torch.Tensor):
             ReplyTooLargeError: it is larger than this client takes.
         """
         refuse_user(user)
-        return alive(self).worker.fetch(self)
+        return alive(self).place.objects.fetch(self)
 
     async def async_get(self, user: str | None = None, reason: str = "") -> Any:
         """`get`, to be awaited on any loop."""
         refuse_user(user)
-        return await alive(self).worker.fetch_async(self)
+        return await alive(self).place.objects.fetch_async(self)
 
     def combine(self, *others: PointerTensor) -> Any:
         """This pointer and `others`, each on a worker of its own, as one `MultiPointerTensor`."""
@@ -206,7 +212,7 @@ class PointerTensor(torch.Tensor):
 
     def get_(self) -> PointerTensor:
         """`get` in place: this object, made a pointer by ``send_``, becomes a tensor again."""
-        become_tensor(self, alive(self).worker.fetch(self))
+        become_tensor(self, alive(self).place.objects.fetch(self))
         return self
 
     def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
@@ -230,14 +236,14 @@ class PointerTensor(torch.Tensor):
             RemoteError: one of the workers could not. GetNotPermittedError: it is private. WorkerLostError.
         """
         refuse_options("move", requires_grad=requires_grad)
-        return alive(self).worker.move(self, worker)
+        return alive(self).place.moves.move(self, worker)
 
     def remote_send(self, worker: BaseWorker) -> PointerTensor:
         """Moves the object to `worker` and leaves a pointer to it where it was, which this pointer points to."""
-        here = alive(self).worker
-        here.move(self, worker)
-        if worker is not here:
-            take_place(self, worker.hand_pointer(self, here))
+        here = alive(self)
+        here.place.moves.move(self, worker)
+        if worker is not here.worker:
+            take_place(self, self._handle.place.moves.hand_over(self, here.worker))
         return self
 
     def remote_get(self) -> PointerTensor:
@@ -247,20 +253,23 @@ class PointerTensor(torch.Tensor):
         Raises:
             LocalError: this points to a tensor. RemoteError, WorkerLostError: as of `move`.
         """
-        worker = alive(self).worker
-        return run(worker.remote_get_async(self), instead="await worker.remote_get_async(pointer)")
+        return run(self.async_remote_get(), instead="await pointer.async_remote_get()")
+
+    async def async_remote_get(self) -> PointerTensor:
+        """`remote_get`, to be awaited on any loop."""
+        return await alive(self).place.moves.remote_get_async(self)
 
     async def async_move(self, worker: BaseWorker) -> PointerTensor:
         """`move`, to be awaited on any loop."""
-        return await alive(self).worker.move_async(self, worker)
+        return await alive(self).place.moves.move_async(self, worker)
 
     def send(self, worker: BaseWorker) -> PointerTensor:
         """Gives `worker` this pointer: the result points to it there. `get` brings it back."""
-        return alive(self).worker.hand_pointer(self, worker)
+        return alive(self).place.moves.hand_over(self, worker)
 
     async def async_send(self, worker: BaseWorker) -> PointerTensor:
         """`send`, to be awaited on any loop."""
-        return await alive(self).worker.hand_pointer_async(self, worker)
+        return await alive(self).place.moves.hand_over_async(self, worker)
 
     def send_(self, worker: BaseWorker, **options: Any) -> NoReturn:
         """Not for pointers: `send` returns a new one."""
@@ -270,7 +279,7 @@ class PointerTensor(torch.Tensor):
 
     async def async_grad(self) -> PointerTensor | None:
         """`grad`, to be awaited on any loop: it may have to wait for a backward pass."""
-        return await alive(self).worker.async_gradient(self)
+        return await alive(self).place.objects.gradient(self)
 
     def _repr_html_(self) -> str:
         attributes, spec = self.__dict__, self._spec
@@ -282,13 +291,13 @@ class PointerTensor(torch.Tensor):
     def tag(self, *tags: str) -> PointerTensor:
         """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
         every = (*self.__dict__.get("_tags", ()), *tags)
-        self._handle.worker.describe_object(self, every, self.__dict__.get("_description", ""))
+        self._handle.place.objects.describe(self, every, self.__dict__.get("_description", ""))
         self.__dict__["_tags"] = tuple(plain(tag) for tag in every)
         return self
 
     def describe(self, description: str) -> PointerTensor:
         """Gives the object a description, whose words `search` finds."""
-        self._handle.worker.describe_object(self, self.__dict__.get("_tags", ()), description)
+        self._handle.place.objects.describe(self, self.__dict__.get("_tags", ()), description)
         self.__dict__["_description"] = plain(description)
         return self
 
@@ -434,7 +443,7 @@ def alive(pointer: Pointer) -> Handle:
             f"this pointer to {handle.id} on worker {handle.worker.id!r} was used up by get() or send(): use what that "
             "returned"
         )
-    if handle.connection is not handle.worker._connection:
+    if handle.place is not handle.worker.workplace:
         raise GonePointerError(
             f"object {handle.id} went with the earlier connection to worker {handle.worker.id!r}: a session's objects "
             "do not outlive it, unless they are tagged; send it again, or search() for it"
@@ -448,11 +457,11 @@ def handle_at(location: object, id_at_location: object) -> Handle:
     Raises:
         OptionError: no worker, or no id.
     """
-    if not hasattr(location, "ids") or id_at_location is None:
+    if not hasattr(location, "workplace") or id_at_location is None:
         raise OptionError("a pointer is made with location=worker and id_at_location=the object's id there")
     worker: Any = location
     number = as_whole(id_at_location, "id_at_location")
-    held: Handle | None = worker.ids.holder(number)
+    held: Handle | None = worker.workplace.ids.holder(number)
     return held or Handle(worker, number, owned=False)
 
 
@@ -472,7 +481,7 @@ class ObjectPointer:
     @property
     def location(self) -> BaseWorker:
         """The worker that holds the object."""
-        return self._handle.worker
+        return cast("BaseWorker", self._handle.worker)
 
     @property
     def id_at_location(self) -> int:
@@ -482,7 +491,7 @@ class ObjectPointer:
     @property
     def owner(self) -> BaseWorker:
         """The worker that stands for this process."""
-        here: BaseWorker = getattr(torch.empty(0), "owner", None) or self._handle.worker
+        here: BaseWorker = getattr(torch.empty(0), "owner", None) or self.location
         return here
 
     @property
@@ -539,3 +548,15 @@ def give_id(tensor: torch.Tensor, number: int) -> int:
     """Makes `number` the id of `tensor`."""
     tensor.__dict__["_id"] = (number, id(tensor))
     return number
+
+
+def _found(worker: Location, found: m.FoundItem) -> PointerTensor:
+    """Returns a pointer to a tensor that a search found."""
+    if found.spec is None:
+        raise LocalError(f"worker {worker.id!r} found a tensor without its shape")
+    pointer = make_pointer(Handle(worker, found.id, owned=found.snapshot), spec_from_wire(found.spec))
+    pointer.__dict__["_tags"], pointer.__dict__["_description"] = tuple(found.tags), found.description
+    return pointer
+
+
+kinds.register("tensor", _found)

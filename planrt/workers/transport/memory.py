@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Protocol
 
 from planrt.errors import ConnectError, OptionError
 from planrt.serde.frames import Limits
 from planrt.workers.transport.addresses import DialOptions, ListenOptions, ServePipe, register
 from planrt.workers.transport.pipes import MemoryPipe, Pipe, memory_pipes
 
-Serve = Callable[[Pipe], Coroutine[Any, Any, None]]
-"""A bound method of what serves a virtual worker."""
 
-_served: dict[str, weakref.WeakMethod[Serve]] = {}
+class Host(Protocol):
+    """Whatever serves a virtual worker."""
+
+    async def serve(self, pipe: Pipe) -> None:
+        """Serves one connection until it ends."""
+
+
+_hosts: weakref.WeakValueDictionary[str, Host] = weakref.WeakValueDictionary()
 """Address -> who serves it. Whoever made a worker keeps it alive, and nobody else."""
 _numbers = itertools.count(1)
 
@@ -25,20 +29,20 @@ _under_way: set[asyncio.Task[None]] = set()
 """Connections being served; the loop itself keeps weak references only."""
 
 
-def new_address(worker_id: str, serve: Serve) -> str:
-    """An address of its own for the virtual worker of that id, which goes with the object that `serve` is a method of.
+def new_address(worker_id: str, host: Host) -> str:
+    """Returns an address for the virtual worker of that id, which this process reaches it at as long as `host` exists.
 
-    It holds for this process; connections to it are served on planrt's loop.
+    Connections to it are served on planrt's loop.
     """
     address = f"memory://{worker_id}/{next(_numbers)}"
-    _served[address] = weakref.WeakMethod(serve, lambda gone: _served.pop(address, None))
+    _hosts[address] = host
     return address
 
 
-def connect(address: str, serve: Serve, limits: Limits) -> tuple[MemoryPipe, asyncio.Task[None]]:
-    """A pipe to `serve`, and the task that serves it; on planrt's loop. `address` is what errors call it."""
+def connect(address: str, host: Host, limits: Limits) -> tuple[MemoryPipe, asyncio.Task[None]]:
+    """Returns a pipe to `host`, and the task that serves it; on planrt's loop. `address` is what errors call it."""
     near, far = memory_pipes(address, limits)
-    serving = asyncio.create_task(serve(far))
+    serving = asyncio.create_task(host.serve(far))
     _under_way.add(serving)
     serving.add_done_callback(_under_way.discard)
     return near, serving
@@ -58,14 +62,13 @@ class MemoryTransport:
         """
         if options.ca is not None:
             raise OptionError(f"ca= is for TLS, and {address} is without")
-        found = _served.get(address)
-        serve = None if found is None else found()
-        if serve is None:
+        host = _hosts.get(address)
+        if host is None:
             raise ConnectError(
                 f"no worker is at {address} in this process: virtual workers are reached from their own process only",
                 address=address,
             )
-        return connect(address, serve, options.limits)[0]
+        return connect(address, host, options.limits)[0]
 
     def listen(
         self, address: str, serve: ServePipe, options: ListenOptions
