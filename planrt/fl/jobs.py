@@ -22,7 +22,8 @@ from planrt.plans.training import EvaluationResult
 from planrt.seeding import derive_seed
 from planrt.workers.base import BaseWorker
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
-from planrt.workers.pointers.tensor import PointerTensor, alive, make_pointer
+from planrt.workers.pointers.handle import alive
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.results import FitResult
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import contiguous, new_id

@@ -9,8 +9,9 @@ import torch
 
 from planrt.errors import LocalError, MixedLocationsError, ProtocolError
 from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.multi import MultiPointerTensor
-from planrt.workers.pointers.tensor import PointerTensor, alive
+from planrt.workers.pointers.tensor import PointerTensor
 
 
 def resolve(

@@ -26,15 +26,10 @@ from planrt.protocols.shapes import check_inputs
 from planrt.workers.base import BaseWorker
 from planrt.workers.client.objects import allowed_users as allowed_list
 from planrt.workers.pointers import kinds
+from planrt.workers.pointers.handle import Handle, ObjectPointer, alive, handle_at
 from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.printing import gone_words, pointer_card
-from planrt.workers.pointers.tensor import (
-    Handle,
-    ObjectPointer,
-    PointerTensor,
-    alive,
-    handle_at,
-)
+from planrt.workers.pointers.tensor import PointerTensor
 from planrt.workers.pointers.workplace import Location
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import check_travels, new_id
@@ -252,19 +247,6 @@ class PointerProtocol(ObjectPointer):
         made.id = handle.id
         made._tags, made._text = self._tags, self._description
         return made
-
-    def tag(self, *tags: str) -> Self:
-        """Tags the protocol, which publishes it: others find it by these tags, and it outlives this session."""
-        every = (*self._tags, *tags)
-        alive(self).place.objects.describe(self, every, self._description)
-        self._tags = every
-        return self
-
-    def describe(self, description: str) -> Self:
-        """Gives the protocol a description, whose words `search` finds."""
-        alive(self).place.objects.describe(self, self._tags, description)
-        self._description = description
-        return self
 
     def __repr__(self) -> str:
         handle = self._handle

@@ -22,8 +22,9 @@ from planrt.protocols.shapes import check_inputs
 from planrt.protocols.steps import HELD, Description, Step, build_description, is_line
 from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.plan import PointerPlan
-from planrt.workers.pointers.tensor import Handle, alive, make_pointer
+from planrt.workers.pointers.tensor import make_pointer
 from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Given, Output

@@ -19,7 +19,8 @@ from planrt.workers.client import objects
 from planrt.workers.client.registry import KnowsWorkers
 from planrt.workers.machine.batches import Batch, describe, first_line, listed
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
-from planrt.workers.pointers.tensor import Handle, PointerTensor, make_pointer
+from planrt.workers.pointers.handle import Handle
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.wire.objects import contiguous, new_id
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from planrt.workers.base import BaseWorker
 from planrt.workers.client.moving import check_worker
 from planrt.workers.optimizers import RemoteState, states_of
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
+from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.ops import packed, place_of, refuse_autocast, refuse_hooks
 from planrt.workers.pointers.tensor import (
-    Handle,
     PointerParameter,
     PointerTensor,
     become_pointer,

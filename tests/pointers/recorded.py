@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from planrt.plans.running.inference import spec
+from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.histories import Histories
-from planrt.workers.pointers.tensor import Handle, make_pointer
+from planrt.workers.pointers.tensor import make_pointer
 from planrt.workers.wire.objects import contiguous_stride, new_id
 from planrt.workers.wire.posted import PostedOp
 

@@ -11,8 +11,8 @@ from planrt.types import Ref
 from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.pointers import kinds
 from planrt.workers.pointers import workplace as interface
+from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.plan import PointerPlan
-from planrt.workers.pointers.tensor import Handle
 from planrt.workers.wire import messages as m
 
 from .recorded import RecordedGradients, RecordedIds, RecordedWorkplace

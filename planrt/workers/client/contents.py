@@ -12,7 +12,8 @@ from planrt.loop import on_loop, run
 from planrt.plans.running.inference import spec
 from planrt.workers.client import registry
 from planrt.workers.pointers import kinds
-from planrt.workers.pointers.tensor import Handle, make_pointer
+from planrt.workers.pointers.handle import Handle
+from planrt.workers.pointers.tensor import make_pointer
 from planrt.workers.wire import messages as m
 
 if TYPE_CHECKING:

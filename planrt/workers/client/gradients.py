@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Final
 
 from planrt.loop import run
 from planrt.plans.running.inference import Spec, spec
+from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.histories import Histories
-from planrt.workers.pointers.tensor import PointerTensor, alive
+from planrt.workers.pointers.tensor import PointerTensor
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import spec_from_wire
 

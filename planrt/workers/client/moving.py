@@ -15,8 +15,9 @@ from planrt.errors import LocalError, OptionError, RemoteError, WorkerLostError
 from planrt.loop import on_loop, run
 from planrt.plans.running.inference import spec
 from planrt.workers.client.registry import KnowsWorkers
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.plan import PointerPlan
-from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer, take_place
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer, take_place
 from planrt.workers.transport.addresses import reaches
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import contiguous_stride, new_id

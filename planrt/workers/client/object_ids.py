@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import OrderedDict
 
-from planrt.workers.pointers.tensor import Handle
+from planrt.workers.pointers.handle import Handle
 
 _LEFT = 100_000
 """Ids remembered of objects that nobody here points at, and that may be on the worker still."""

@@ -12,15 +12,8 @@ from planrt.errors import LocalError, OptionError, WorkerLostError
 from planrt.loop import on_loop, refuse_to_block, run
 from planrt.types import as_text, as_whole, plain
 from planrt.workers.pointers import kinds
-from planrt.workers.pointers.tensor import (
-    Handle,
-    Pointer,
-    PointerTensor,
-    alive,
-    give_id,
-    make_pointer,
-    pointer_id,
-)
+from planrt.workers.pointers.handle import Handle, Pointer, alive
+from planrt.workers.pointers.tensor import PointerTensor, give_id, make_pointer, pointer_id
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import check_travels, contiguous, new_id
 

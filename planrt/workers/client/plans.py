@@ -15,8 +15,8 @@ from planrt.plans.ir.record import PlanRecord, state_hash
 from planrt.plans.plan import Plan
 from planrt.types import as_text
 from planrt.workers.client.objects import COPIED_BYTES, allowed_users
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.plan import PointerPlan
-from planrt.workers.pointers.tensor import Handle, alive
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import check_travels, new_id
 

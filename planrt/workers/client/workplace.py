@@ -27,7 +27,8 @@ from planrt.workers.client.moving import MovingObjects
 from planrt.workers.client.object_ids import ids_of
 from planrt.workers.client.objects import RemoteObjects
 from planrt.workers.client.plans import RemotePlans
-from planrt.workers.pointers.tensor import Handle, make_pointer
+from planrt.workers.pointers.handle import Handle
+from planrt.workers.pointers.tensor import make_pointer
 from planrt.workers.pointers.workplace import Location
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import spec_from_wire

@@ -14,8 +14,9 @@ import torch
 from planrt.errors import RemoteOpError
 from planrt.plans.running.inference import spec
 from planrt.types import Ref
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.ops import apply, calling_line, packed, refuse_mixed, set_spec
-from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.wire.objects import new_id
 from planrt.workers.wire.posted import PostedOp
 

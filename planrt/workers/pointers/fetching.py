@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from planrt.loop import refuse_to_block, run
-from planrt.workers.pointers.tensor import PointerTensor, alive
+from planrt.workers.pointers.handle import alive
+from planrt.workers.pointers.tensor import PointerTensor
 
 _INSTEAD = "await pointer.async_get()"
 

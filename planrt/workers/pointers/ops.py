@@ -28,8 +28,9 @@ from planrt.plans.running.inference import Inferred, Same, Spec, infer, rebuild
 from planrt.plans.running.modes import any_autocast, default_changed
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.histories import sources_of
-from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.wire.objects import new_id
 from planrt.workers.wire.posted import Line, PostedOp
 

@@ -17,10 +17,11 @@ from planrt.plans.plan import Plan
 from planrt.shown import shown
 from planrt.types import as_whole
 from planrt.workers.pointers import kinds
+from planrt.workers.pointers.handle import Handle, ObjectPointer, alive, handle_at
 from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.plan_calls import call_plan, copy_plan, state_pointers
 from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
-from planrt.workers.pointers.tensor import Handle, ObjectPointer, PointerTensor, alive, handle_at
+from planrt.workers.pointers.tensor import PointerTensor
 
 if TYPE_CHECKING:
     from planrt.workers.base import BaseWorker
@@ -212,19 +213,6 @@ class PointerPlan(ObjectPointer):
         raise LocalError(
             f"plan {self.name!r} is on worker {self.location.id!r} already: move() it, or get() it and send the plan"
         )
-
-    def tag(self, *tags: str) -> PointerPlan:
-        """Tags the plan, which publishes it: others find it by these tags, and it outlives this session."""
-        every = (*self._tags, *tags)
-        alive(self).place.objects.describe(self, every, self._description)
-        self._tags = every
-        return self
-
-    def describe(self, description: str) -> PointerPlan:
-        """Gives the plan a description, whose words `search` finds."""
-        alive(self).place.objects.describe(self, self._tags, description)
-        self._description = description
-        return self
 
     @staticmethod
     def several(pointers: Sequence[PointerPlan]) -> MultiPointerPlan:

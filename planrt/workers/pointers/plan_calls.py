@@ -13,8 +13,9 @@ from planrt.errors import MixedLocationsError
 from planrt.plans.running.inference import infer, spec
 from planrt.plans.running.interpreter import check_inputs
 from planrt.types import Ref, map_leaves
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.ops import calling_line, packed, place_of, post
-from planrt.workers.pointers.tensor import Handle, PointerTensor, alive, make_pointer
+from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.wire import plan_call
 from planrt.workers.wire.objects import contiguous_stride, new_id
 from planrt.workers.wire.plan_call import PlanTwin

@@ -9,7 +9,7 @@ from planrt.cards import card
 from planrt.shown import shown
 
 if TYPE_CHECKING:
-    from planrt.workers.pointers.tensor import Handle, Pointer
+    from planrt.workers.pointers.handle import Handle, Pointer
 
 
 def tag_lines(tags: Sequence[str], description: str, between: str = "") -> str:

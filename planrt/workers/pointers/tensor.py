@@ -7,16 +7,16 @@ once, with shape and dtype, and the values stay where they are until `get`. A po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from planrt.errors import GonePointerError, LocalError, OptionError, RemoteOpError, RemoteValueError
+from planrt.errors import LocalError, OptionError, RemoteOpError, RemoteValueError
 from planrt.loop import run
 from planrt.plans.running.inference import Spec
-from planrt.types import as_whole, plain
+from planrt.types import as_whole
 from planrt.workers.pointers import kinds
+from planrt.workers.pointers.handle import Handle, PointsToObject, alive, handle_at
 from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
 from planrt.workers.pointers.workplace import Location
 from planrt.workers.wire import messages as m
@@ -37,34 +37,7 @@ class IdProvider:
 ID_PROVIDER = IdProvider()
 
 
-class Handle:
-    """What a pointer holds on to: the object `id` on `worker`. When nobody refers to it any more, the worker may free
-    the object.
-    """
-
-    __slots__ = ("__weakref__", "alive", "id", "owned", "place", "via", "worker")
-
-    def __init__(
-        self, worker: Location, id: int, via: tuple[Location, ...] = (), *, owned: bool = True
-    ) -> None:
-        self.worker = worker
-        self.place = worker.workplace
-        """The session there that the object belongs to; the worker has another one after it was connected again."""
-        self.id = id
-        self.via = via
-        """The workers that the object itself points through, in order; empty for a tensor."""
-        self.owned = owned
-        self.alive = True
-
-    def __del__(self) -> None:
-        if self.alive and self.place is self.worker.workplace:
-            if self.owned:
-                self.place.forget(self.id)
-            else:
-                self.place.ids.leave(self.id)
-
-
-class PointerTensor(torch.Tensor):
+class PointerTensor(PointsToObject, torch.Tensor):
     """A tensor on a worker.
 
     Attributes (besides those of `torch.Tensor`, which answer without asking the worker):
@@ -127,55 +100,6 @@ class PointerTensor(torch.Tensor):
     def __hash__(self) -> int:
         """As `torch.Tensor` has it: dictionaries find a parameter again after it was sent."""
         return id(self)
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        not_copied()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        not_copied()
-
-    @property
-    def location(self) -> BaseWorker:
-        """The worker that holds the object."""
-        return cast("BaseWorker", self._handle.worker)
-
-    @property
-    def id_at_location(self) -> int:
-        """The object's id on its worker."""
-        return self._handle.id
-
-    @property
-    def garbage_collection(self) -> bool:
-        """Whether the object goes when the last pointer to it does."""
-        return self._handle.owned
-
-    @garbage_collection.setter
-    def garbage_collection(self, value: bool) -> None:
-        self._handle.owned = bool(value)
-
-    @property
-    def gc(self) -> bool:
-        """The same as `garbage_collection`."""
-        return self._handle.owned
-
-    @gc.setter
-    def gc(self, value: bool) -> None:
-        self._handle.owned = bool(value)
-
-    @property
-    def garbage_collect_data(self) -> bool:
-        """The same as `garbage_collection`."""
-        return self._handle.owned
-
-    @garbage_collect_data.setter
-    def garbage_collect_data(self, value: bool) -> None:
-        self._handle.owned = bool(value)
-
-    @property
-    def disable_gc(self) -> PointerTensor:
-        """This pointer, whose object stays from here on when the last pointer to it goes."""
-        self._handle.owned = False
-        return self
 
     @property
     def child(self) -> PointerTensor:
@@ -288,19 +212,6 @@ class PointerTensor(torch.Tensor):
             self, "PointerTensor", attributes.get("_tags", ()), attributes.get("_description", ""), facts
         )
 
-    def tag(self, *tags: str) -> PointerTensor:
-        """Tags the object, which publishes it: others find it by these tags, and it outlives this session."""
-        every = (*self.__dict__.get("_tags", ()), *tags)
-        self._handle.place.objects.describe(self, every, self.__dict__.get("_description", ""))
-        self.__dict__["_tags"] = tuple(plain(tag) for tag in every)
-        return self
-
-    def describe(self, description: str) -> PointerTensor:
-        """Gives the object a description, whose words `search` finds."""
-        self._handle.place.objects.describe(self, self.__dict__.get("_tags", ()), description)
-        self.__dict__["_description"] = plain(description)
-        return self
-
 
 def combine_pointers(*pointers: PointerTensor) -> Any:
     """One `MultiPointerTensor` that stands for `pointers`, each on a worker of its own.
@@ -345,14 +256,6 @@ def refuse_options(call: str, **options: object) -> None:
     for name, value in options.items():
         if value:
             raise OptionError(f"{call} takes no {name}=: {_NOT_TAKEN[name]}")
-
-
-def not_copied() -> NoReturn:
-    """Refuses `copy.deepcopy` and `pickle` of a pointer."""
-    raise RemoteOpError(
-        "a pointer cannot be pickled or deep-copied, it would point to an object that nobody keeps: copy() the object "
-        "on its worker, or get() it; of a model, get() it before you save it or its optimizer, whose state comes along"
-    )
 
 
 _base: Any = torch.Tensor._make_wrapper_subclass
@@ -423,101 +326,6 @@ def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
 def is_swapped(pointer: PointerTensor) -> bool:
     """Whether it has memory of its own: `make_pointer`'s have none."""
     return not torch._C._dispatch_keys(pointer).has(torch._C.DispatchKey.Python)
-
-
-class Pointer(Protocol):
-    """What points to an object on a worker: a tensor, a plan, a protocol."""
-
-    _handle: Handle
-
-
-def alive(pointer: Pointer) -> Handle:
-    """The handle of a pointer that still points somewhere.
-
-    Raises:
-        GonePointerError: after `get` or `move`.
-    """
-    handle = pointer._handle
-    if not handle.alive:
-        raise GonePointerError(
-            f"this pointer to {handle.id} on worker {handle.worker.id!r} was used up by get() or send(): use what that "
-            "returned"
-        )
-    if handle.place is not handle.worker.workplace:
-        raise GonePointerError(
-            f"object {handle.id} went with the earlier connection to worker {handle.worker.id!r}: a session's objects "
-            "do not outlive it, unless they are tagged; send it again, or search() for it"
-        )
-    return handle
-
-
-def handle_at(location: object, id_at_location: object) -> Handle:
-    """A handle of what worker `location` holds under that id; it stays there when the handle goes.
-
-    Raises:
-        OptionError: no worker, or no id.
-    """
-    if not hasattr(location, "workplace") or id_at_location is None:
-        raise OptionError("a pointer is made with location=worker and id_at_location=the object's id there")
-    worker: Any = location
-    number = as_whole(id_at_location, "id_at_location")
-    held: Handle | None = worker.workplace.ids.holder(number)
-    return held or Handle(worker, number, owned=False)
-
-
-class ObjectPointer:
-    """What pointers to plans and to protocols have in common: they are no tensors, and stand for a worker's object.
-
-    Attributes:
-        id: the pointer's own id, here.
-    """
-
-    def __init__(self, handle: Handle, tags: Sequence[str], description: str) -> None:
-        self._handle = handle
-        self._tags = tuple(tags)
-        self._description = description
-        self.id = new_id()
-
-    @property
-    def location(self) -> BaseWorker:
-        """The worker that holds the object."""
-        return cast("BaseWorker", self._handle.worker)
-
-    @property
-    def id_at_location(self) -> int:
-        """The object's id on its worker."""
-        return self._handle.id
-
-    @property
-    def owner(self) -> BaseWorker:
-        """The worker that stands for this process."""
-        here: BaseWorker = getattr(torch.empty(0), "owner", None) or self.location
-        return here
-
-    @property
-    def tags(self) -> set[str]:
-        """Its tags."""
-        return set(self._tags)
-
-    @property
-    def description(self) -> str:
-        """Its description."""
-        return self._description
-
-    @property
-    def garbage_collection(self) -> bool:
-        """Whether the object goes from the worker when the last pointer to it does."""
-        return self._handle.owned
-
-    @garbage_collection.setter
-    def garbage_collection(self, value: bool) -> None:
-        self._handle.owned = bool(value)
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        not_copied()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        not_copied()
 
 
 # How a pointer prints: nothing is asked of the worker. Tags and descriptions of what was found are others' words.

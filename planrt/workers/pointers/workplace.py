@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from planrt.plans.ir.record import PlanRecord
     from planrt.plans.plan import Plan
+    from planrt.workers.pointers.handle import Handle, Pointer
     from planrt.workers.pointers.histories import Histories
     from planrt.workers.pointers.plan import PointerPlan
-    from planrt.workers.pointers.tensor import Handle, Pointer, PointerTensor
+    from planrt.workers.pointers.tensor import PointerTensor
 
 
 class Location(Protocol):
