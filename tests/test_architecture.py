@@ -82,7 +82,7 @@ ROOMS = (
 stand together never meet. Imports inside functions and for types count."""
 
 FOR_TYPES = {
-    ("workers.pointers.ops", "workers.base"), ("workers.pointers.plan", "workers.base"),
+    ("workers.pointers.handle", "workers.base"), ("workers.pointers.plan", "workers.base"),
     ("workers.pointers.tensor", "workers.base"), ("workers.client.registry", "workers.base"),
 }  # fmt: skip
 """Types only: `pointer.location` is a `BaseWorker` for who writes ``pointer.location.search(...)``."""
