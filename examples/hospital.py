@@ -30,6 +30,7 @@ from planrt.extras import needed
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.plans.policy import Policy
 from planrt.workers import BaseWorker
+from planrt.workers.serving import users_file
 
 POLICY = Path(__file__).with_name("hospital_policy.toml")
 TOKEN = "only the hospital's own staff knows this"  # noqa: S105 - it guards nothing but this example
@@ -104,7 +105,7 @@ def hospital(folder: Path, *, websocket: bool) -> Iterator[Connect]:
             yield lambda token: stack.enter_context(worker.connect_as(token))
             return
         users = folder / "users.txt"
-        users.write_text(f"staff: {TOKEN}\n", encoding="utf-8")
+        users_file.add(users, "staff", TOKEN)  # as `planrt users add staff --token-stdin` does
         child = ChildOptions(
             "hospital",
             options=("--empty", "--threads", "1", "--users", str(users), "--policy", str(POLICY),

@@ -1,6 +1,6 @@
 """``planrt``: serve a worker, run the main job, and for data owners: look into plans, approve and deny them.
 
-What needs no torch starts without it: `pending`, `approve`, `deny` and `decisions` answer at once.
+What needs no torch starts without it: `pending`, `approve`, `deny`, `decisions` and `users` answer at once.
 
 Exit codes (those of `serve` and `run` are in `planrt.command_line`): 0 done (for ``inspect``: the plan keeps the
 policy), 1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planrt.command_line import Parser, leave, run_command
+from planrt.commands import users
 from planrt.errors import OptionError, PlanrtError
 from planrt.shown import shown
 from planrt.version import VERSION
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     for one in (waiting, decided):
         one.add_argument("--json", action="store_true", help="print JSON")
         _folder(one)
+    users.register(commands, _command)
     return parser
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from planrt.command_line import Parser, run_command, stopped_by, whole_number
 from planrt.fl.data import digits as data
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
-from planrt.fl.serve import describe
+from planrt.fl.serve import add_tls, describe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dataset", choices=data.DATASETS, default="auto", help="which images to serve (%(default)s)")
     add("--threads", type=threads, help="torch threads of each worker (the cores are shared out)")
     add("--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors")
+    add("--users", metavar="FILE", help="the workers' users, as `planrt users add` writes them")
+    add("--require-user", action="store_true", help="let nobody in who proves to be no user")
+    add_tls(add)
     options = parser.parse_args(arguments)
     return run_command(parser.prog, lambda: start(options), verbose=options.verbose)
 
@@ -40,7 +43,7 @@ def start(options: argparse.Namespace) -> None:
     if source.notice:
         print(f"Notice: {source.notice}")
     children = mnist_children(
-        source, first_port=options.port, threads=options.threads, verbose=options.verbose
+        source, first_port=options.port, threads=options.threads, verbose=options.verbose, more=_who(options)
     )
     workers = WorkerProcesses(children, host=options.host)
     try:
@@ -57,6 +60,14 @@ def start(options: argparse.Namespace) -> None:
     finally:
         workers.stop()
     print("All four workers are stopped", flush=True)
+
+
+def _who(options: argparse.Namespace) -> list[str]:
+    """What the workers are told of who may connect."""
+    named = ("users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny")
+    given = [(name, getattr(options, name)) for name in named if getattr(options, name) is not None]
+    flags = [f"--{name.replace('_', '-')}" for name in ("require_user", "insecure") if getattr(options, name)]
+    return [*[f"--{name.replace('_', '-')}={value}" for name, value in given], *flags]
 
 
 if __name__ == "__main__":

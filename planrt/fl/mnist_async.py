@@ -25,7 +25,15 @@ from planrt.extras import check_installed, needed
 from planrt.fl.data import digits as data
 from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
-from planrt.fl.runs.discovery import connect, dataset_of, given_addresses, named_address, running_addresses
+from planrt.fl.runs.discovery import (
+    Identity,
+    add_identity,
+    connect,
+    dataset_of,
+    given_addresses,
+    named_address,
+    running_addresses,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +91,7 @@ def parser(prog: str = "mnist_async") -> Parser:
         metavar="NAME=URI",
         help="use this worker (repeatable)",
     )
+    add_identity(add)
     add("--report", metavar="PATH", help="where report.json goes instead of the run folder")
     add("--run-dir", metavar="DIR", help="run folder (runs/<time>-seed<seed>)")
     return parser
@@ -97,7 +106,8 @@ def run(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     check_installed("tqdm", "matplotlib", by="this run")
     with _run_folder(options) as folder:
-        addresses = given_addresses(options.worker) if options.worker else running_addresses()
+        identity = Identity.of(options)
+        addresses = given_addresses(options.worker) if options.worker else running_addresses(identity)
         with contextlib.ExitStack() as stack:
             children = None
             if addresses is None:
@@ -118,13 +128,18 @@ def run(options: argparse.Namespace) -> None:
             network = seeded_net(options.seed)
             if children is not None:
                 addresses = {worker.id: worker.uri for worker in children.wait_ready().values()}
-            report, state = asyncio.run(_train(options, addresses or {}, network, began))
+                identity = Identity()  # they have no users
+            report, state = asyncio.run(_train(options, addresses or {}, identity, network, began))
         _write(options, folder, report, state)
     _print_summary(options, folder, report, time.perf_counter() - began)
 
 
 async def _train(
-    options: argparse.Namespace, addresses: Mapping[str, str], network: torch.nn.Module, began: float
+    options: argparse.Namespace,
+    addresses: Mapping[str, str],
+    identity: Identity,
+    network: torch.nn.Module,
+    began: float,
 ) -> tuple[Report, Mapping[str, torch.Tensor]]:
     import torch.nn.functional as F
 
@@ -132,7 +147,7 @@ async def _train(
     from planrt.fl.rounds import ModelEvaluator, RoundScheduler
 
     async with contextlib.AsyncExitStack() as stack:
-        workers = await connect(addresses, stack)
+        workers = await connect(addresses, stack, identity)
         report = Report(
             dataset_of(workers, options.dataset), options.seed, _by_option_name(options), _versions()
         )

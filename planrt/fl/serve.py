@@ -15,14 +15,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from planrt.command_line import Parser, first_line, leave, one_line, run_command, stopped_by, whole_number
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
+from planrt.workers.serving import users_file
+from planrt.workers.transport.addresses import scheme_of
 
 if TYPE_CHECKING:
     from planrt.plans.policy.rules import Policy
@@ -73,6 +74,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
+        users = _users(options.users)
         if options.device.startswith("cuda") and not options.fast_kernels:
             prepare_process()  # before CUDA starts
         _check_device(options.device)
@@ -84,7 +86,13 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             threads=options.threads,
             device=options.device,
             deterministic=False if options.fast_kernels else None,
-            users=_users(options.users),
+            users=users,
+            require_user=options.require_user,
+            cert_path=options.tls_cert,
+            key_path=options.tls_key,
+            client_ca=options.tls_client_ca,
+            deny=options.tls_deny,
+            insecure=options.insecure,
             policy=policy,
             approvals=options.approvals,
             origins=options.allow_origin,
@@ -101,6 +109,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             items = 0 if served.dataset is None else len(served.dataset)
             if status is not None:
                 report = {"port": port, "key": served.key, "description": served.description}
+                report |= {"secure": options.tls_cert is not None}
                 _send(status, report | {"images": items, "digits": served.digits})
                 return
             if served.notice:
@@ -111,10 +120,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
                 print(holdings(options.id, served.key, served.description, items, served.digits))
             if policy is not None:
                 print(_about(policy, options.approvals))
-            print(
-                f"Worker {options.id} serves at ws://{options.host}:{port}; {stopped_by()} stops it",
-                flush=True,
-            )
+            address = f"{scheme_of(worker.address)}://{options.host}:{port}"
+            print(f"Worker {options.id} serves at {address}; {stopped_by()} stops it", flush=True)
 
         worker.start(ready=ready)
     except Exception as error:
@@ -154,7 +161,9 @@ def parser(prog: str) -> Parser:
         action="store_true",
         help="on a GPU: take the fastest kernels, though results then need not repeat bit for bit",
     )
-    add("--users", metavar="FILE", help="users and their tokens, a line `name: token` each, for private data")
+    add("--users", metavar="FILE", help="the worker's users, as `planrt users add` writes them")
+    add("--require-user", action="store_true", help="let nobody in who proves to be no user")
+    add_tls(add)
     add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")
     add(
         "--approvals",
@@ -181,6 +190,27 @@ def parser(prog: str) -> Parser:
     # A data set that `planrt.fl.local` put into a file.
     add("--saved", action="append", default=[], help=argparse.SUPPRESS)
     return parser
+
+
+def add_tls(add: Callable[..., Any]) -> None:
+    """Adds the options of what a worker shows and asks of its clients: `add` is a parser's `add_argument`."""
+    add("--tls-cert", metavar="FILE", help="certificate (PEM): serve wss:// (planrt certs makes one)")
+    add("--tls-key", metavar="FILE", help="its private key (PEM)")
+    add(
+        "--tls-client-ca",
+        metavar="FILE",
+        help="authorities (PEM): only clients with a certificate of one of these get in, as the user that it names",
+    )
+    add(
+        "--tls-deny",
+        metavar="FILE",
+        help="SHA-256 fingerprints of clients' certificates that get in no longer",
+    )
+    add(
+        "--insecure",
+        action="store_true",
+        help="listen on an address that other machines reach without TLS, or without users",
+    )
 
 
 def _served(options: argparse.Namespace) -> Served:
@@ -245,22 +275,17 @@ def _from_file(path: str) -> tuple[Any, str]:
 
 
 def _users(path: str | None) -> dict[str, str]:
-    """The users in a file of ``name: token`` lines. A file, as command lines can be seen by others."""
+    """The users in a file. A file, as command lines can be seen by others."""
     if path is None:
         return {}
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--users {path} cannot be read: {first_line(error)}") from error
-    users: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, colon, token = (part.strip() for part in line.partition(":"))
-        if not colon or not name or not token or name in users:
-            raise OptionError(f"--users {path}, line {number}: write `name: token`, each name once")
-        users[name] = token
-    return users
+    found = users_file.read(path)
+    if found.in_clear:
+        print(
+            f"Notice: {path} holds tokens ({', '.join(found.in_clear)}): `planrt users convert --users {path}` keeps "
+            "what checks them instead",
+            file=sys.stderr,
+        )
+    return found.users
 
 
 def _policy(options: argparse.Namespace) -> Policy | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -61,7 +61,8 @@ class WebsocketClientWorker(BaseWorker):
         host, port: where it listens; or `uri`, ``ws://host:port`` or ``wss://host:port``, or an address of another
             transport that this process knows (`planrt.workers.transport.addresses`).
         secure: over TLS, ``wss://``. The server's certificate is checked against the system's authorities, or against
-            those in the file `ca`.
+            those in the file `ca`; `cert` and `key` are files of what this client shows of itself, to a worker that
+            asks for it, all in PEM.
         id: the worker's name, which it must answer with.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
         log_msgs: keep what is sent to the worker in `msg_history`.
@@ -69,7 +70,7 @@ class WebsocketClientWorker(BaseWorker):
         message_pending_time: seconds that every message waits before it leaves, to try a slow network.
         data: not taken: a server holds its own data.
         timeout: seconds to wait for the connection and its handshake. limits: the sizes of messages that it takes.
-        token: tells the worker which of its users this is.
+        token: proves to the worker which of its users this is. It does not travel.
         auto_add: whether `get_worker` finds it.
 
     Raises:
@@ -94,6 +95,8 @@ class WebsocketClientWorker(BaseWorker):
         token: str = "",
         limits: Limits | None = None,
         ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
         auto_add: bool = True,
         message_pending_time: float = 0.0,
     ) -> None:
@@ -106,7 +109,9 @@ class WebsocketClientWorker(BaseWorker):
             uri = f"{'wss' if secure else 'ws'}://{as_text(host, 'host')}:{as_whole(port, 'port')}"
         elif secure and not transport_of(uri).encrypted:
             raise OptionError(f"secure=True means wss://, and uri is {uri!r}: write wss:// there")
-        self._opening = Opening(uri, DialOptions(timeout or DEFAULT_TIMEOUT, limits or Limits(), ca), token)
+        self._opening = Opening(
+            uri, DialOptions(timeout or DEFAULT_TIMEOUT, limits or Limits(), ca, cert, key), token
+        )
         opened = run(self._opening.open(id), instead="await WebsocketClientWorker.connect(id, uri)")
         super().__init__(
             id, opened, is_client_worker=is_client_worker, auto_add=auto_add, log_msgs=log_msgs,
@@ -123,10 +128,12 @@ class WebsocketClientWorker(BaseWorker):
         timeout: float = DEFAULT_TIMEOUT,
         limits: Limits | None = None,
         ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
     ) -> Self:
         """Connects to the worker `id` at `uri` within `timeout` seconds; awaitable from any loop."""
         worker = cls.__new__(cls)
-        worker._opening = Opening(uri, DialOptions(timeout, limits or Limits(), ca), token)
+        worker._opening = Opening(uri, DialOptions(timeout, limits or Limits(), ca, cert, key), token)
         BaseWorker.__init__(worker, id, await worker._opening.open(id))
         return worker
 
@@ -150,7 +157,7 @@ class Opening:
 
     uri: str
     options: DialOptions
-    token: str
+    token: str = field(repr=False)
 
     @on_loop
     async def open(self, id: str) -> Connection:

@@ -27,10 +27,11 @@ from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
-from planrt.workers.transport.callers import Callers
-from planrt.workers.transport.websocket import server_tls
+from planrt.workers.transport.callers import Callers, check_open
+from planrt.workers.transport.tls import server_tls
 from planrt.workers.wire.messages import DatasetInfo
 from planrt.workers.wire.objects import check_travels
+from planrt.workers.wire.proofs import check_strength, is_verifier
 
 log = get_logger("planrt.worker")
 
@@ -47,10 +48,14 @@ class WebsocketServerWorker:
     over the cores. Results are bit-identical only between workers with the same number of threads. `deterministic`
     says whether only torch's deterministic kernels run; None: on everything but a CPU.
 
-    `users` maps user names to the tokens that prove them: private data names the users who may see it. `policy` is
-    what the owner allows, and `approvals` the folder of the owner's decisions about plans. `data` are tensors that it
-    holds from the start, with their tags and descriptions. `cert_path` and `key_path` are files in PEM, the certificate
-    and its private key: with them the worker is reached at ``wss://``, and no longer at ``ws://``.
+    `users` maps user names to the tokens that prove them: private data names the users who may see it. With
+    `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
+    the owner's decisions about plans. `data` are tensors that it holds from the start, with tags and descriptions.
+
+    `cert_path` and `key_path` are files in PEM, the certificate and its private key: with them the worker is reached at
+    ``wss://``, and no longer at ``ws://``. With `client_ca`, a file of authorities, only who shows a certificate of one
+    of them gets in, as the user that this names; `deny` is a file of the SHA-256 fingerprints of those that do not. A
+    worker that other machines reach needs a certificate, and users or a `client_ca`, unless it is to be `insecure`.
 
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.
@@ -79,6 +84,10 @@ class WebsocketServerWorker:
         deterministic: bool | None = None,
         limits: Limits | None = None,
         users: Mapping[str, str] | None = None,
+        require_user: bool = False,
+        client_ca: str | Path | None = None,
+        deny: str | Path | None = None,
+        insecure: bool = False,
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
         origins: Sequence[str] = (),
@@ -104,7 +113,17 @@ class WebsocketServerWorker:
         self.port = port
         self.address = uri or f"{scheme}://{host}:{port}"
         """Where it listens, or will; with the port that it got once it does."""
-        self._tls = server_tls(cert_path, key_path)
+        self._tls = server_tls(cert_path, key_path, client_ca, deny)
+        for user, token in (users or {}).items():
+            if not is_verifier(token):
+                check_strength(user, token)
+        if uri is None or host:  # some transports have no hosts
+            check_open(
+                host,
+                tls=addresses.transport_of(self.address).encrypted,
+                known=bool(users) or client_ca is not None,
+                insecure=insecure,
+            )
         self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
         self._threads = threads
         self._limits = limits or Limits()
@@ -113,6 +132,7 @@ class WebsocketServerWorker:
             id,
             device=device,
             users=users,
+            require_user=require_user,
             policy=policy,
             approvals=decisions_in(approvals),
             limits=limits,

@@ -57,13 +57,14 @@ def test_by_hand_it_says_what_it_holds(monkeypatch, capsys):
 def test_users_come_from_a_file(tmp_path):
     planrt.TorchHook(torch)
     users = tmp_path / "users"
-    users.write_text("# who may see private data\nann: token of ann\n\nben:token of ben\n")
+    users.write_text("# who may see private data\nann: the long token of ann\n\nben:the long token of ben\n")
+    users.chmod(0o600)
     child = ChildOptions("dora", options=("--empty", "--threads", "1", "--users", str(users)))
     with WorkerProcesses([child]) as processes:
         uri = processes.wait_ready()["dora"].uri
         with (
-            WebsocketClientWorker("dora", uri=uri, token="token of ann") as ann,
-            WebsocketClientWorker("dora", uri=uri, token="token of ben") as ben,
+            WebsocketClientWorker("dora", uri=uri, token="the long token of ann") as ann,
+            WebsocketClientWorker("dora", uri=uri, token="the long token of ben") as ben,
         ):
             x = torch.ones(2).tag("#private").send(ann, allowed_users=["ann"])
             ann.objects_count()
@@ -75,10 +76,15 @@ def test_users_come_from_a_file(tmp_path):
             WebsocketClientWorker("dora", uri=uri, token="guess")
 
 
-@pytest.mark.parametrize("text", ["ann", "ann:", ":token", "ann: a\nann: b", "ann: a\nben: a"])
+LONG = "a token that is long enough"
+TWICE = [f"ann: {LONG}\nann: {LONG}x", f"ann: {LONG}\nben: {LONG}"]
+
+
+@pytest.mark.parametrize("text", ["ann", "ann:", ":token", *TWICE, "ann: a"])
 def test_malformed_users_are_refused(tmp_path, capsys, text):
     users = tmp_path / "users"
     users.write_text(text)
+    users.chmod(0o600)
     assert serve.main(["--id", "bob", "--empty", "--port", "0", "--users", str(users)]) == 2
     assert "token" in capsys.readouterr().err
     assert serve.main(["--id", "bob", "--empty", "--port", "0", "--users", str(tmp_path / "none")]) == 2

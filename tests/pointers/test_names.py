@@ -420,7 +420,7 @@ def test_keywords_and_order_of_the_workers_arguments(hook):
             (lambda: WebsocketServerWorker(hook, "127.0.0.1", 0), "needs an id"),
             (lambda: WebsocketServerWorker("a", loop=object()), "loop"),
             (lambda: WebsocketServerWorker("a", cert_path="cert.pem"), "both cert_path"),
-            (lambda: WebsocketServerWorker("a", cert_path="no", key_path="no"), "no certificate"),
+            (lambda: WebsocketServerWorker("a", cert_path="no", key_path="no"), "cannot be read"),
         ):
             with pytest.raises(OptionError, match=says):
                 wrong()

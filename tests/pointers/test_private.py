@@ -12,7 +12,7 @@ import planrt
 from planrt.errors import GetNotPermittedError, HandshakeError, OptionError, PlanrtError, RemoteError
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
-USERS = {"ann": "token of ann", "ben": "token of ben"}
+USERS = {"ann": "the long token of ann", "ben": "the long token of ben"}
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_private_and_allowed_users_contradict_each_other(clinic):
 def test_a_token_that_nobody_has_opens_nothing(clinic):
     clinic(USERS["ann"])
     with pytest.raises(HandshakeError, match="token"):
-        clinic("token of ann ")
+        clinic("the long token of ann ")
     with pytest.raises(HandshakeError, match="token"):
         clinic("ann")
 

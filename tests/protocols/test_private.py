@@ -9,7 +9,7 @@ from planrt import Protocol, Step
 from planrt.errors import GetNotPermittedError
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
-USERS = {"ann": "token of ann", "ben": "token of ben"}
+USERS = {"ann": "the long token of ann", "ben": "the long token of ben"}
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def test_a_port_in_use_and_a_foreign_host_are_one_line(commands, small):
         ended = commands.run([*SERVE, "--id", "alice", "--data", small, "--port", str(port)])
     assert is_one_line_error(ended, 1), ended
     assert f"127.0.0.1:{port}" in ended.err
-    ended = commands.run([*SERVE, "--id", "alice", "--data", small, "--host", "192.0.2.1"])
+    ended = commands.run([*SERVE, "--id", "alice", "--data", small, "--host", "192.0.2.1", "--insecure"])
     assert is_one_line_error(ended, 1), ended
     assert "192.0.2.1" in ended.err
 

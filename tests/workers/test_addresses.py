@@ -201,7 +201,8 @@ def test_a_virtual_workers_address_goes_with_it():
     ("options", "error"),
     [
         ({"uri": "ws://127.0.0.1:99999"}, OptionError), ({"uri": "wss://127.0.0.1:0"}, OptionError),
-        ({"uri": "ws://127.0.0.1"}, ConnectError), ({"uri": "ws://no.such.host.invalid:0"}, ConnectError),
+        ({"uri": "ws://127.0.0.1"}, ConnectError),
+        ({"uri": "ws://no.such.host.invalid:0", "insecure": True}, ConnectError),
     ],
 )  # fmt: skip
 def test_a_server_at_an_address_that_it_cannot_have(options, error):

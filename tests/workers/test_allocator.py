@@ -118,6 +118,7 @@ def test_the_command_starts_itself_again_where_it_has_users(tmp_path):
     """Its own environment tells, which is what the system gave the process when it began."""
     users = tmp_path / "users.txt"
     users.write_text("ann: a-long-token-of-hers\n")
+    users.chmod(0o600)
     for options, clears in ((["--users", str(users)], True), ([], False)):
         command = [sys.executable, "-m", "planrt.fl.serve", "--id", "bob", "--empty", "--port", "0", *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
@@ -132,6 +133,7 @@ def test_the_command_starts_itself_again_where_it_has_users(tmp_path):
 def test_other_tunables_stay(tmp_path):
     users = tmp_path / "users.txt"
     users.write_text("ann: a-long-token-of-hers\n")
+    users.chmod(0o600)
     command = [
         sys.executable,
         "-m",

@@ -21,6 +21,7 @@ from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
+from tests.proving import open_session
 
 ANN, BEN, DR = 1, 2, 3
 SHARED = m.PeerAddress("carol", "ws://127.0.0.1:1")
@@ -32,8 +33,7 @@ class Worker:
     def __init__(self):
         self.state = WorkerState("bob", users={"dr": "secret"})
         for connection in (ANN, BEN, DR):
-            hello = m.Hello(str(connection) * 32, own_versions(), "secret" if connection == DR else "")
-            self.state.handle(Received(connection, m.Envelope(1, hello), []))
+            open_session(self.state, connection, "secret" if connection == DR else "")
         self.put(1)
         self.put(2, by=BEN)
 

@@ -18,13 +18,15 @@ from planrt.workers.machine import eager, store
 from planrt.workers.machine.events import Disconnected, Received, Reply
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.proofs import Verifier
+from tests.proving import open_session
 
 PROGRAMS = 200
 """Random programs a test."""
 
 OWNER, MALLORY, ACCOMPLICE = 1, 2, 3
+USERS = {"dr": str(Verifier.of("secret"))}
 
 OPS = [
     "Tensor.add",
@@ -140,11 +142,10 @@ class Program:
     def __init__(self, seed, private):
         self.random = random.Random(seed)
         self.seen = []
-        self.state = WorkerState("bob", users={"dr": "secret"})
+        self.state = WorkerState("bob", users=USERS)
         self.next = 10
         for connection, token in ((OWNER, "secret"), (MALLORY, ""), (ACCOMPLICE, "")):
-            hello = m.Hello(f"{connection}" * 32, own_versions(), token)
-            self.state.handle(Received(connection, m.Envelope(1, hello), []))
+            open_session(self.state, connection, token)
         items = [
             m.PutItem(id, False, False, [tag], "", ["dr"])
             for id, tag in ((1, "#p"), (2, "#n"), (3, "#i"))

@@ -256,7 +256,7 @@ def test_a_taken_port(server):
 def test_a_host_that_is_not_this_machine():
     with (
         pytest.raises(ConnectError, match="no address of this machine"),
-        WebsocketServerWorker("bob", "203.0.113.1").running(),
+        WebsocketServerWorker("bob", "203.0.113.1", insecure=True).running(),
     ):
         pass
 

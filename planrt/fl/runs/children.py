@@ -50,11 +50,13 @@ class ReadyWorker:
     description: str
     images: int
     digits: dict[int, int]
+    secure: bool = False
+    """Whether it is reached over TLS."""
 
     @property
     def uri(self) -> str:
         """The address at which clients find it."""
-        return f"ws://{self.host}:{self.port}"
+        return f"{'wss' if self.secure else 'ws'}://{self.host}:{self.port}"
 
 
 class WorkerProcesses:
@@ -198,6 +200,7 @@ def mnist_children(
     device: str = "cpu",
     fast_kernels: bool = False,
     verbose: bool = False,
+    more: Sequence[str] = (),
 ) -> list[ChildOptions]:
     """Alice, bob, charlie and testing with their parts of `source`.
 
@@ -209,6 +212,7 @@ def mnist_children(
         device: where they compute.
         fast_kernels: on a GPU, whether they may take kernels that do not repeat their bits.
         verbose: they log what happens.
+        more: further options of all of them.
     """
     cores = available_cores()
     children = []
@@ -219,6 +223,7 @@ def mnist_children(
         options += ["--testing"] if worker_id == TESTING else []
         options += ["--fast-kernels"] if fast_kernels else []
         options += ["--verbose"] if verbose else []
+        options += more
         port = 0 if first_port is None else first_port + number
         children.append(ChildOptions(worker_id, port, tuple(options)))
     return children

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import socket
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from planrt.errors import ConnectError, DataError, OptionError, TransportError
+from planrt.errors import ConnectError, DataError, HandshakeError, OptionError, TransportError
 from planrt.fl.data import digits as data
 from planrt.fl.data.digits import TESTING
+from planrt.workers.serving.secret_files import TOKEN_VARIABLE, token_from
 from planrt.workers.transport.addresses import scheme_of, schemes
 
 if TYPE_CHECKING:
@@ -48,27 +50,76 @@ def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
     return addresses
 
 
-def running_addresses() -> dict[str, str] | None:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An identity is what a run shows of itself to its workers, and asks of them."""
+
+    token: str = field(default="", repr=False)
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Identity:
+        """Returns the identity that a command's options name.
+
+        Raises:
+            OptionError: a token's file cannot be read, or others may read it.
+        """
+        return cls(token_from(options.token_file), options.ca, options.cert, options.key)
+
+
+def add_identity(add: Callable[..., Any]) -> None:
+    """Adds the options of an `Identity`: `add` is a parser's `add_argument`."""
+    add(
+        "--ca",
+        metavar="FILE",
+        help="authorities (PEM) that the workers' certificates are of, for wss:// addresses",
+    )
+    add("--cert", metavar="FILE", help="certificate (PEM) to show to workers that ask for one")
+    add("--key", metavar="FILE", help="its private key (PEM)")
+    add(
+        "--token-file",
+        metavar="FILE",
+        help=f"the token of your user at the workers (or set {TOKEN_VARIABLE})",
+    )
+
+
+NOBODY: Final = Identity()
+
+
+def running_addresses(identity: Identity = NOBODY) -> dict[str, str] | None:
     """Returns the usual addresses if all four workers answer a handshake there, None if none does.
 
+    With a `ca` they are looked for at ``wss://``.
+
     Raises:
-        ConnectError: only some do.
+        ConnectError: only some do. HandshakeError: one does not take the token. OptionError: none answers, and the
+            identity is for workers that run.
     """
-    answering = [worker_id for worker_id, uri in USUAL_ADDRESSES.items() if _listens(uri)]
+    usual = {
+        worker_id: uri if identity.ca is None else uri.replace("ws://", "wss://")
+        for worker_id, uri in USUAL_ADDRESSES.items()
+    }
+    answering = [worker_id for worker_id, uri in usual.items() if _listens(uri)]
     if answering:  # a handshake needs torch: only when somebody is there
-        answering = [worker_id for worker_id in answering if _shakes_hands(worker_id)]
+        answering = [
+            worker_id for worker_id in answering if _shakes_hands(worker_id, usual[worker_id], identity)
+        ]
+    if not answering and (identity.ca, identity.cert, identity.key) != (None, None, None):
+        raise OptionError(
+            "--ca, --cert and --key are for workers that run: start them, or name them with --worker"
+        )
     if not answering:
         return None
-    missing = [
-        f"{worker_id} at {uri}" for worker_id, uri in USUAL_ADDRESSES.items() if worker_id not in answering
-    ]
+    missing = [f"{worker_id} at {uri}" for worker_id, uri in usual.items() if worker_id not in answering]
     if missing:
         raise ConnectError(
             f"{', '.join(answering)} running, but no answer from {', '.join(missing)}: start all four with "
             "scripts/start_websocket_servers.py, stop them all, or name the ones to use with --worker",
-            address=USUAL_ADDRESSES[TESTING],
+            address=usual[TESTING],
         )
-    return USUAL_ADDRESSES
+    return usual
 
 
 def _listens(uri: str) -> bool:
@@ -80,18 +131,26 @@ def _listens(uri: str) -> bool:
     return True
 
 
-def _shakes_hands(worker_id: str) -> bool:
+def _shakes_hands(worker_id: str, uri: str, identity: Identity) -> bool:
     from planrt.workers import WebsocketClientWorker
 
     try:
-        WebsocketClientWorker(worker_id, uri=USUAL_ADDRESSES[worker_id], timeout=3).close()
+        WebsocketClientWorker(worker_id, uri=uri, timeout=3, **_shown(identity)).close()
+    except HandshakeError:
+        if identity.token:  # which it did not take: that is no reason to start others
+            raise
+        return False
     except TransportError:
         return False
     return True
 
 
+def _shown(identity: Identity) -> dict[str, Any]:
+    return {"token": identity.token, "ca": identity.ca, "cert": identity.cert, "key": identity.key}
+
+
 async def connect(
-    addresses: Mapping[str, str], stack: contextlib.AsyncExitStack
+    addresses: Mapping[str, str], stack: contextlib.AsyncExitStack, identity: Identity = NOBODY
 ) -> dict[str, WebsocketClientWorker]:
     """Connects to all; `stack` closes the connections.
 
@@ -102,7 +161,7 @@ async def connect(
 
     workers = {}
     for worker_id, uri in addresses.items():
-        workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri)
+        workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri, **_shown(identity))
         stack.push_async_callback(workers[worker_id].async_close)
     return workers
 

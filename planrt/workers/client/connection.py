@@ -131,13 +131,10 @@ class Connection:
         session = ClientSession(worker_id, address=pipe.address, limits=limits)
         try:
             async with asyncio.timeout(timeout):
-                await pipe.send(encode(m.to_wire(session.hello(token))))
-                received = await pipe.receive()
-            if received is None:
-                raise HandshakeError(
-                    f"{pipe.address} closed the connection in the handshake", address=pipe.address
-                )
-            session.welcome(received.message)
+                answer = await _exchange(pipe, session.hello(token, pipe.channel.binding))
+                if (proof := session.challenged(answer)) is not None:
+                    answer = await _exchange(pipe, proof)
+            session.welcome(answer)
         except (TimeoutError, ConnectionError) as error:
             await pipe.close()
             raise HandshakeError(
@@ -530,6 +527,15 @@ class Connection:
             address=self._pipe.address,
             worker_id=self.session.worker_id,
         )
+
+
+async def _exchange(pipe: Pipe, message: m.Envelope) -> m.Envelope:
+    """Sends a message of the handshake; the answer."""
+    await pipe.send(encode(m.to_wire(message)))
+    received = await pipe.receive()
+    if received is None:
+        raise HandshakeError(f"{pipe.address} closed the connection in the handshake", address=pipe.address)
+    return received.message
 
 
 def _fail(outgoing: Outgoing, error: Exception) -> None:

@@ -1,6 +1,7 @@
 """The client's half of a session: numbers requests, matches replies, turns failures into errors; no I/O.
 
-Call ``hello`` and send what it returns; hand the first reply to ``welcome``. From then on call ``request`` for
+Call ``hello`` and send what it returns; hand the reply to ``challenged``, and to ``welcome`` when it asks for nothing.
+From then on call ``request`` for
 each message to send, and ``reply`` for each one that arrives: it says which request was answered, and how.
 """
 
@@ -18,6 +19,7 @@ from planrt.errors import (
 from planrt.serde.frames import Limits
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
+from planrt.workers.wire.proofs import ProofError, Proving
 from planrt.workers.wire.refusals import RAISED
 
 
@@ -43,23 +45,48 @@ class ClientSession:
         """``file:line`` of a posted op by its number; the connection knows."""
         self.place_of: Callable[[int | None, int | None], str] = lambda number, index: ""
         """Where an op of a plan came from, by the number of its call and its place there; the connection knows."""
+        self._proving: Proving | None = None
         self._last = 0
         self._pending: set[int] = set()
         self._abandoned: set[int] = set()
 
-    def hello(self, token: str = "") -> m.Envelope:
-        """The first message of a connection; `token` proves to the worker which of its users this is."""
-        return self.request(m.Hello(self.id, self._mine, token))
+    def hello(self, token: str = "", binding: bytes | None = None) -> m.Envelope:
+        """The first message of a connection. `token` is what the worker shall know its user by; it is proved, bound to
+        the channel where that has a `binding`, and stays here.
+        """
+        self._proving = Proving(token, binding) if token else None
+        return self.request(m.Hello(self.id, self._mine, proof=self._proving.first if self._proving else ""))
 
-    def welcome(self, envelope: m.Envelope) -> None:
-        """Takes the answer to `hello`.
+    def challenged(self, envelope: m.Envelope) -> m.Envelope | None:
+        """The proof that the answer to `hello` asks for, to be sent and its answer given to `welcome`; None if it asks
+        for none. Takes milliseconds.
 
         Raises:
-            HandshakeError: refused, or another worker answers under this address.
+            HandshakeError: it cannot be answered.
+        """
+        if self._proving is None or not isinstance(envelope.body, m.Challenge):
+            return None
+        self._pending.discard(envelope.id)
+        try:
+            return self.request(m.Prove(self._proving.answer(envelope.body.proof)))
+        except ProofError as error:
+            raise self._unproved(error) from None
+
+    def welcome(self, envelope: m.Envelope) -> None:
+        """Takes the answer to `hello`, or to the proof that was asked for.
+
+        Raises:
+            HandshakeError: refused, or another worker answers under this address, or one that does not know the token.
         """
         self._pending.discard(envelope.id)
         match envelope.body:
             case m.Welcome(worker=worker) as welcome if worker == self.worker_id:
+                proving, self._proving = self._proving, None
+                if proving is not None:
+                    try:
+                        proving.check(welcome.proof)
+                    except ProofError as error:
+                        raise self._unproved(error) from None
                 self.versions, self.datasets = welcome.versions, welcome.datasets
             case m.Welcome(worker=worker):
                 raise HandshakeError(
@@ -72,6 +99,12 @@ class ClientSession:
                 raise HandshakeError(
                     f"{self.address} answered the handshake with {type(other).__name__}", address=self.address
                 )
+
+    def _unproved(self, error: ProofError) -> HandshakeError:
+        return HandshakeError(
+            f"{self.address} did not prove that it knows the token: {error}; is it the worker {self.worker_id!r}?",
+            address=self.address,
+        )
 
     def differences(self) -> list[tuple[str, str, str]]:
         """(what, here, there) where the worker runs something else: a plan may then be refused, or bits differ."""

@@ -9,8 +9,17 @@ from typing import TypeAlias
 import torch
 
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import Channel
 
 # -------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A connection was opened, with what is known of it. Left out for one of which nothing is."""
+
+    connection: int
+    channel: Channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class PeerFailed:
     reason: str
 
 
-Event: TypeAlias = Received | Disconnected | PeerAnswered | PeerFailed
+Event: TypeAlias = Connected | Received | Disconnected | PeerAnswered | PeerFailed
 
 # -------------------------------------------------------------------------------------- instructions
 
@@ -88,7 +97,14 @@ class Close:
     connection: int
 
 
-Instruction: TypeAlias = Reply | ToPeer | Wait | Close
+@dataclass(frozen=True, slots=True)
+class Distrust:
+    """What `connection` gave as a proof was none: let the next one from there wait."""
+
+    connection: int
+
+
+Instruction: TypeAlias = Reply | ToPeer | Wait | Close | Distrust
 
 Answer: TypeAlias = tuple[m.Body, Sequence[torch.Tensor]]
 Steps: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, Answer]

@@ -2,6 +2,7 @@
 
 The host (`planrt.workers.serving.host`) turns what happens into events and calls ``handle``, one event at a time::
 
+    Connected(connection, channel)             a connection was opened
     Received(connection, envelope, tensors)    a message arrived
     Disconnected(connection)                   a connection ended
     PeerAnswered(key, body, tensors)           another worker answered a waiting request
@@ -13,6 +14,7 @@ and carries out, in order, the instructions it returns::
     ToPeer(peer, body, tensors, key)           send this to another worker
     Wait(key, others)                          nothing to do until PeerAnswered with one of these keys
     Close(connection)                          close the connection (after the replies before it)
+    Distrust(connection)                       its proof was wrong: let the next one from there wait
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
 its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
@@ -22,7 +24,6 @@ message under the number 0 is posted and gets none.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,9 @@ from planrt.workers.machine.determinism import wanted
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
     Close,
+    Connected,
     Disconnected,
+    Distrust,
     Event,
     Instruction,
     PeerAnswered,
@@ -51,6 +54,7 @@ from planrt.workers.machine.events import (
 )
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
+from planrt.workers.machine.handshakes import Handshakes, Opened, RefusedError, Users
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocol_objects import PeerError, RunCancelledError
@@ -78,7 +82,8 @@ class WorkerState:
     """One worker: its data sets and objects, the plans it was sent, its sessions, and requests that wait for peers.
 
     `id` names the worker; `device` is where its torch work runs. `users` maps the name of each user to the
-    token that proves it: private objects name the users who may see them. With a `policy` nothing runs that breaks it;
+    token that proves it, or to a verifier of that: private objects name the users who may see them. With `require_user`
+    nobody gets a session who is none. With a `policy` nothing runs that breaks it;
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another.
@@ -90,6 +95,7 @@ class WorkerState:
         *,
         device: str | torch.device = "cpu",
         users: Mapping[str, str] | None = None,
+        require_user: bool = False,
         policy: Policy | None = None,
         approvals: Approvals | None = None,
         limits: Limits | None = None,
@@ -104,11 +110,7 @@ class WorkerState:
         """Whether whoever hands it events must see to deterministic kernels."""
         self.versions = own_versions(limits)
         self.store = ObjectStore()
-        self._users = dict(users or {})
-        if any(not token for token in self._users.values()) or len(set(self._users.values())) < len(
-            self._users
-        ):
-            raise OptionError("every user needs a token of its own, and not an empty one")
+        self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
         self._gate = None if policy is None else Gate(policy, approvals)
         peers = PeerOps(id, self.store)
         self._objects = KeptObjects(self.store, self.device, self._gate)
@@ -181,6 +183,9 @@ class WorkerState:
     def handle(self, event: Event) -> list[Instruction]:
         """Takes one event and says what to do; never raises for anything a client sent."""
         match event:
+            case Connected(connection, channel):
+                self._handshakes.connected(connection, channel)
+                return []
             case Received(connection, envelope, tensors):
                 return self._received(connection, envelope, tensors)
             case PeerAnswered(key):
@@ -193,6 +198,7 @@ class WorkerState:
     def _disconnected(self, connection: int) -> list[Instruction]:
         instructions: list[Instruction] = []
         session = self._sessions.pop(connection, None)
+        self._handshakes.disconnected(connection)
         for request in self._of(connection):
             if request.run is not None:  # what it made on other workers must go
                 instructions += self._wake(request, RunCancelledError("its client is gone"))
@@ -225,7 +231,7 @@ class WorkerState:
         self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]
     ) -> list[Instruction]:
         session = self._sessions.get(connection)
-        if isinstance(envelope.body, m.Hello):
+        if isinstance(envelope.body, m.Hello | m.Prove):
             return self._open(connection, envelope, envelope.body)
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
@@ -275,34 +281,24 @@ class WorkerState:
     def _claim(self, session: Session, body: m.Claim) -> None:
         self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
 
-    def _open(self, connection: int, envelope: m.Envelope, hello: m.Hello) -> list[Instruction]:
-        mine = self.versions
-        if hello.versions.protocol != mine.protocol:
-            failure = m.Failure(
-                "HandshakeError",
-                f"protocol version {hello.versions.protocol} (planrt {hello.versions.planrt}) does not fit this "
-                f"worker's {mine.protocol} (planrt {mine.planrt}): install the same planrt on both sides",
-            )
-            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
-        if hello.token and self._user(hello.token) is None:
-            failure = m.Failure("HandshakeError", "the token is none of this worker's users': check it")
-            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
-        if connection in self._sessions:
-            failure = m.Failure("HandshakeError", "this connection has a session already")
-            return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
-        # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
-        own_name = f"{connection}:{hello.session}"
-        self._sessions[connection] = Session(own_name, self._user(hello.token), client=hello.versions)
-        welcome = m.Welcome(self.id, mine, dict(self.datasets))
-        return [Reply(connection, m.Envelope(envelope.id, welcome))]
+    def _open(self, connection: int, envelope: m.Envelope, body: m.Hello | m.Prove) -> list[Instruction]:
+        def answer(body: m.Body) -> Reply:
+            return Reply(connection, m.Envelope(envelope.id, body))
 
-    def _user(self, token: str) -> str | None:
-        """Whose token that is. Every token is compared, so that the time taken tells nothing."""
-        found = None
-        for user, known in self._users.items():
-            if hmac.compare_digest(known.encode(), token.encode()):
-                found = user
-        return found
+        try:
+            if connection in self._sessions:
+                raise RefusedError("this connection has a session already")
+            if isinstance(body, m.Prove):
+                opened: Opened | m.Challenge = self._handshakes.proven(connection, body)
+            else:
+                opened = self._handshakes.hello(connection, body)
+        except RefusedError as error:
+            distrust: list[Instruction] = [Distrust(connection)] if error.distrusted else []
+            return [*distrust, answer(m.Failure("HandshakeError", str(error))), Close(connection)]
+        if isinstance(opened, m.Challenge):
+            return [answer(opened)]
+        self._sessions[connection] = opened.session
+        return [answer(m.Welcome(self.id, self.versions, dict(self.datasets), opened.proof))]
 
     def _advance(self, request: _Request, sent: PeerAnswered | Exception | None) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""

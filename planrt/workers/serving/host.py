@@ -22,7 +22,9 @@ from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers.machine.determinism import deterministic_kernels
 from planrt.workers.machine.events import (
     Close,
+    Connected,
     Disconnected,
+    Distrust,
     Event,
     Instruction,
     Received,
@@ -33,9 +35,11 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import Channel
 
 T = TypeVar("T")
 
@@ -102,6 +106,7 @@ class WorkerHost:
         self._numbers = itertools.count(1)
         self._pipes: dict[int, Pipe] = {}
         self._serving: set[asyncio.Task[Any]] = set()
+        self._guesses = Guesses()
         self._links = Links(state.id, self._handle, self._limits)
         self._stopping = False
 
@@ -132,13 +137,19 @@ class WorkerHost:
         number = next(self._numbers)
         self._pipes[number] = pipe
         log.debug("connected", worker=self.state.id, client=pipe.address)
+        if pipe.channel != Channel():
+            await self._handle(Connected(number, pipe.channel))
         try:
             while (received := await pipe.receive()) is not None:
                 event = Received(number, received.message, received.tensors)
                 del (
                     received
                 )  # neither request nor reply may outlive its turn: they can be as large as a model
-                await self._handle(event)
+                if isinstance(event.envelope.body, m.Prove) and pipe.channel.host:
+                    async with self._guesses.turn(pipe.channel.host):
+                        await self._handle(event)
+                else:
+                    await self._handle(event)
                 del event
         except TransportError as error:
             log.warning("bad_message", worker=self.state.id, client=pipe.address, error=str(error))
@@ -167,10 +178,18 @@ class WorkerHost:
                 case Close(connection):
                     if pipe := self._pipes.get(connection):
                         await pipe.close()
+                case Distrust(connection):
+                    self._distrust(connection)
                 case Wait():
                     pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
                 case ToPeer():
                     self._links.send(instruction)
+
+    def _distrust(self, connection: int) -> None:
+        pipe = self._pipes.get(connection)
+        if pipe is not None:
+            wait = self._guesses.wrong(pipe.channel.host) if pipe.channel.host else 0.0
+            log.warning("wrong_proof", worker=self.state.id, client=pipe.address, next_one_waits=wait)
 
     def _encode(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
         """An answer as it is sent; where the client does not take it, or it has no byte form, that is the answer."""

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 from planrt.errors import ConnectError, OptionError
 
 if TYPE_CHECKING:
-    import ssl
-
     from planrt.serde.frames import Limits
     from planrt.workers.transport.callers import Callers
     from planrt.workers.transport.pipes import Pipe
+    from planrt.workers.transport.tls import ServerTls
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,20 @@ class DialOptions:
         timeout: seconds until the connection must stand.
         limits: the sizes of messages that this side takes.
         ca: a file of the authorities to trust, in place of the system's, where the transport encrypts.
+        cert, key: files of what this side shows of itself, where the other one asks for it.
     """
 
     timeout: float
     limits: Limits
     ca: str | Path | None = None
+    cert: str | Path | None = None
+    key: str | Path | None = None
+
+    def refuse_tls(self, why: str) -> None:
+        """Raises OptionError if an option is for TLS: the transport has none."""
+        for name in ("ca", "cert", "key"):
+            if getattr(self, name) is not None:
+                raise OptionError(f"{name}= is for TLS, and {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class ListenOptions:
     """
 
     limits: Limits
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    tls: ServerTls | None = field(default=None, repr=False)
     callers: Callers | None = None
 
 

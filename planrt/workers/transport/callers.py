@@ -53,6 +53,35 @@ class Callers:
         return None
 
 
+def check_open(host: str, *, tls: bool, known: bool, insecure: bool) -> None:
+    """Raises OptionError where a worker would take requests of other machines without TLS, or of anybody at all.
+
+    Args:
+        host: the address that it listens on.
+        tls: whether it has a certificate.
+        known: whether it can know its callers, by tokens or certificates.
+        insecure: whether its owner said that this is to be so.
+    """
+    if insecure or is_loopback(host) or (tls and known):
+        return
+    lacks = " and ".join(
+        ["a certificate (--tls-cert, --tls-key)"] * (not tls)
+        + ["users (--users, or --tls-client-ca)"] * (not known)
+    )
+    raise OptionError(
+        f"other machines reach {host or 'all addresses'}: that needs {lacks}, which `planrt certs` and `planrt users` "
+        "make; without, everybody there can read along and take part, if you write --insecure (insecure=True)"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine reach an address."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _name_in(host: str) -> str:
     """The name in a ``Host`` header, without port and brackets."""
     if host.startswith("["):

@@ -58,10 +58,9 @@ class MemoryTransport:
         """Connects to the virtual worker at `address`.
 
         Raises:
-            ConnectError: there is none in this process. OptionError: `ca`, which is for TLS.
+            ConnectError: there is none in this process. OptionError: `ca`, `cert` or `key`, which are for TLS.
         """
-        if options.ca is not None:
-            raise OptionError(f"ca= is for TLS, and {address} is without")
+        options.refuse_tls(f"{address} is without")
         host = _hosts.get(address)
         if host is None:
             raise ConnectError(

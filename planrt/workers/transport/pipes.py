@@ -14,6 +14,7 @@ from typing import Protocol
 
 from planrt.errors import WireError
 from planrt.serde.frames import Allocate, Frame, FrameAssembler, Limits, Received, in_memory
+from planrt.workers.wire.channel import Channel
 from planrt.workers.wire.messages import Envelope, from_wire
 
 
@@ -45,6 +46,7 @@ class Pipe(Protocol):
 
     address: str
     traffic: Traffic
+    channel: Channel
 
     async def send(self, frame: Frame) -> None:
         """Sends a frame; once this returns, the tensors in it may change.
@@ -80,6 +82,7 @@ class MemoryPipe:
     def __init__(self, address: str, limits: Limits) -> None:
         self.address = address
         self.traffic = Traffic()
+        self.channel = Channel()
         self._limits = limits
         self._incoming: asyncio.Queue[tuple[Frame, asyncio.Future[None]] | None] = asyncio.Queue()
         self._other: MemoryPipe | None = None

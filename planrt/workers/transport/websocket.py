@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -30,7 +29,9 @@ from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
 from planrt.workers.transport.addresses import DialOptions, ListenOptions, ServePipe, register, scheme_of
 from planrt.workers.transport.callers import Callers
 from planrt.workers.transport.pipes import Traffic, assembler
+from planrt.workers.transport.tls import ServerTls, client_tls, fingerprint, user_of, why_not
 from planrt.workers.transport.websocket_stream import FrameStream
+from planrt.workers.wire.channel import Channel
 from planrt.workers.wire.messages import Envelope
 
 _OPTIONS: dict[str, Any] = {
@@ -66,10 +67,15 @@ class WebsocketPipe:
     """One end of a websocket connection."""
 
     def __init__(
-        self, connection: _ClientConnection | _ServerConnection, address: str, limits: Limits
+        self,
+        connection: _ClientConnection | _ServerConnection,
+        address: str,
+        limits: Limits,
+        channel: Channel,
     ) -> None:
         self.address = address
         self.traffic = Traffic()
+        self.channel = channel
         self._connection = connection
         self._limits = limits
         connection.stream.start(address, limits)
@@ -107,20 +113,17 @@ class WebsocketTransport:
 
         Raises:
             ConnectError: malformed address, nobody listens, refused, or no answer in time.
-            HandshakeError: something listens there, but it is no websocket server, or its certificate is not trusted.
-            OptionError: `ca` cannot be read, or is given for ``ws://``.
+            HandshakeError: something listens there, but it is no websocket server, or its certificate is not trusted,
+                or it does not let this client in.
+            OptionError: a file of the options cannot be used, or is given for ``ws://``.
         """
         return await _dial(address, options, self._tls(address, options))
 
     def _tls(self, address: str, options: DialOptions) -> ssl.SSLContext | None:
-        if not self.encrypted:
-            if options.ca is not None:
-                raise OptionError(f"ca= is for TLS, and {address} is without: write wss://, or secure=True")
-            return None
-        try:
-            return ssl.create_default_context(cafile=None if options.ca is None else os.fspath(options.ca))
-        except (OSError, ssl.SSLError) as error:
-            raise OptionError(f"ca={os.fspath(options.ca or '')!r} cannot be read: {error}") from error
+        if self.encrypted:
+            return client_tls(options.ca, options.cert, options.key)
+        options.refuse_tls(f"{address} is without: write wss://, or secure=True")
+        return None
 
     def listen(
         self, address: str, serve: ServePipe, options: ListenOptions
@@ -162,7 +165,7 @@ async def dial(uri: str, *, timeout: float, limits: Limits, ca: str | Path | Non
     return await transport.dial(uri, DialOptions(timeout, limits, ca))
 
 
-async def _dial(uri: str, options: DialOptions, tls: ssl.SSLContext | None) -> WebsocketPipe:
+async def _dial(uri: str, options: DialOptions, context: ssl.SSLContext | None) -> WebsocketPipe:
     timeout, limits = options.timeout, options.limits
     try:
         parts = urlsplit(uri)
@@ -173,14 +176,15 @@ async def _dial(uri: str, options: DialOptions, tls: ssl.SSLContext | None) -> W
         raise ConnectError(f"{uri!r} is no worker address: write ws://HOST:PORT", address=uri)
     try:
         connection = await connect(
-            uri, open_timeout=timeout, proxy=None, create_connection=_ClientConnection, ssl=tls, **_OPTIONS
+            uri,
+            open_timeout=timeout,
+            proxy=None,
+            create_connection=_ClientConnection,
+            ssl=context,
+            **_OPTIONS,
         )
     except ssl.SSLError as error:
-        raise HandshakeError(
-            f"no TLS connection to {uri}: {error.reason or error}; does it serve wss://, with a certificate for that "
-            "name from an authority that you trust (ca=...)?",
-            address=uri,
-        ) from error
+        raise HandshakeError(why_not(error, uri), address=uri) from error
     except TimeoutError as error:
         raise ConnectError(
             f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
@@ -189,34 +193,35 @@ async def _dial(uri: str, options: DialOptions, tls: ssl.SSLContext | None) -> W
         if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.FORBIDDEN:
             said = (error.response.body or b"")[:500].decode(errors="replace").strip()
             raise HandshakeError(f"{uri} refused the connection: {said or error}", address=uri) from error
-        raise HandshakeError(f"{uri} does not speak websocket: {error}", address=uri) from error
+        if context is not None and isinstance(error.__cause__, EOFError):
+            # In TLS 1.3 a server looks at its client's certificate when that has begun to talk; it hangs up, no more.
+            known = "does not take your certificate" if options.cert else "knows its clients by certificates"
+            raise HandshakeError(
+                f"{uri} closed the connection at once: maybe it {known}, then show one (cert=..., key=...) of the "
+                "authority that its owner trusts",
+                address=uri,
+            ) from error
+        hint = "" if context else "; if it is served with TLS, write wss://"
+        raise HandshakeError(f"{uri} does not speak websocket: {error}{hint}", address=uri) from error
     except socket.gaierror as error:
         raise ConnectError(f"the host of {uri} is not known: check the name", address=uri) from error
     except OSError as error:
+        if context is not None and isinstance(error, ConnectionResetError):
+            raise HandshakeError(
+                f"{uri} does not speak TLS: is it served without, at ws://?", address=uri
+            ) from error
         raise ConnectError(
             f"nobody answers at {uri} ({error.strerror or error}): is the worker started?", address=uri
         ) from error
-    return WebsocketPipe(cast(_ClientConnection, connection), uri, limits)
+    shown = _certificate(connection) if context else b""
+    channel = Channel(parts.hostname or "", fingerprint(shown) if shown else None)
+    return WebsocketPipe(cast(_ClientConnection, connection), uri, limits, channel)
 
 
-def server_tls(cert: str | Path | None, key: str | Path | None) -> ssl.SSLContext | None:
-    """What a server with that certificate (and chain) and private key listens with, both files in PEM; None without.
-
-    Raises:
-        OptionError: one of them is missing, cannot be read, or they do not fit.
-    """
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        raise OptionError("TLS takes both cert_path=, the certificate, and key_path=, its private key")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(os.fspath(cert), os.fspath(key), password=lambda: b"")
-    except (OSError, ssl.SSLError) as error:
-        raise OptionError(
-            f"cert_path={os.fspath(cert)!r}, key_path={os.fspath(key)!r} are no certificate and its key: {error}"
-        ) from error
-    return context
+def _certificate(connection: ClientConnection | ServerConnection) -> bytes:
+    """The certificate (DER) of the other end of a connection; empty if it showed none."""
+    tls = connection.transport.get_extra_info("ssl_object")
+    return b"" if tls is None else tls.getpeercert(binary_form=True) or b""
 
 
 def _why_not_listening(error: OSError, host: str, port: int) -> str:
@@ -237,7 +242,7 @@ async def listen(
     *,
     limits: Limits,
     serve_pipe: ServePipe,
-    tls: ssl.SSLContext | None = None,
+    tls: ServerTls | None = None,
     callers: Callers | None = None,
 ) -> AsyncIterator[int]:
     """Listens on `host`:`port` (0: a free port) and runs `serve_pipe` for every client; yields the port. With `tls`
@@ -250,7 +255,11 @@ async def listen(
     async def handler(connection: ServerConnection) -> None:
         peer = connection.remote_address
         address = f"client {peer[0]}:{peer[1]}" if peer else "client"
-        await serve_pipe(WebsocketPipe(cast(_ServerConnection, connection), address, limits))
+        user = None
+        if tls is not None and tls.asks_clients:
+            user = user_of(connection.transport.get_extra_info("peercert") or {})
+        channel = Channel(str(peer[0]) if peer else "", tls.binding if tls else None, user)
+        await serve_pipe(WebsocketPipe(cast(_ServerConnection, connection), address, limits, channel))
 
     welcome = callers or Callers(host, tls=tls is not None)
 
@@ -259,6 +268,8 @@ async def listen(
             refusal = welcome.refusal(request.headers)
         except MultipleValuesError:
             refusal = "one Host and one Origin at most"
+        if tls is not None and tls.denied is not None and tls.denied.denies(_certificate(connection)):
+            refusal = "the worker's owner takes this certificate no longer"
         return None if refusal is None else connection.respond(HTTPStatus.FORBIDDEN, f"{refusal}\n")
 
     address = f"ws://{host}:{port}"
@@ -268,7 +279,7 @@ async def listen(
             host,
             port,
             create_connection=_ServerConnection,
-            ssl=tls,
+            ssl=tls.context if tls else None,
             process_request=check,
             **_OPTIONS,
         )

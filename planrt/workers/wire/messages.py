@@ -34,6 +34,8 @@ Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(
 Users = Annotated[list[Id], Meta(max_length=1000)]
 Purpose = Annotated[str, Meta(max_length=1000)]
 Token = Annotated[str, Meta(max_length=200)]
+Proof = Annotated[str, Meta(max_length=1000)]
+"""A message of SCRAM; see `planrt.workers.wire.proofs`."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,13 +124,21 @@ class FoundItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 # ------------------------------------------------------------------------------- client -> worker
 
 
-class Hello(Message, frozen=True, tag="hello"):
-    """Opens a session. No tensors. Answered by Welcome."""
+class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
+    """Opens a session. No tensors. Answered by Welcome, or with a proof by Challenge."""
 
     session: Id
     versions: Versions
     token: Token = ""
-    """What tells the worker which user this is; without one the session is nobody's."""
+    """A token in clear, as clients sent it before they proved it. Refused."""
+    proof: Proof = ""
+    """The first message of a proof; without one the session is nobody's, or that of its client's certificate."""
+
+
+class Prove(Message, frozen=True, tag="prove"):
+    """Answers a Challenge. No tensors. Answered by Welcome."""
+
+    proof: Proof
 
 
 class PutPlan(Message, frozen=True, tag="put_plan", omit_defaults=True):
@@ -377,12 +387,20 @@ class CountObjects(Message, frozen=True, tag="count_objects"):
 # ------------------------------------------------------------------------------- worker -> client
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
+class Challenge(Message, frozen=True, tag="challenge"):
+    """The session opens when this is answered with a Prove. No tensors."""
+
+    proof: Proof
+
+
+class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     """The session is open. No tensors."""
 
     worker: Id
     versions: Versions
     datasets: dict[Id, DatasetInfo]
+    proof: Proof = ""
+    """The worker's own proof, where its client gave one."""
 
 
 class Done(Message, frozen=True, tag="done"):
@@ -523,10 +541,11 @@ class Counted(Message, frozen=True, tag="counted"):
 
 
 Body = (
-    Hello | PutPlan | RunPlan | Fit | Evaluate
+    Hello | Prove | PutPlan | RunPlan | Fit | Evaluate
     | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Resume | Describe | Search | Move
     | HandOver
     | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
+    | Challenge
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
     | Counted | Remove | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip

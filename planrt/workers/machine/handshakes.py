@@ -1,0 +1,144 @@
+"""How sessions open: who a client is, as it proves, and what it is told then. No I/O.
+
+A client proves a token (`planrt.workers.wire.proofs`), or has shown a certificate when it connected, or is nobody. A
+wrong token, and one of nobody's, take as long and are told the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from planrt.errors import OptionError, PlanrtError
+from planrt.workers.machine.sessions import Session
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import Channel
+from planrt.workers.wire.proofs import Checking, ProofError, Verifier, fake_verifier, is_verifier
+
+_CLEAR: Final = (
+    "this worker takes no tokens that are sent in clear: install the same planrt on both sides. Whoever listened has "
+    "this one now: the worker's owner should give you another"
+)
+_WHO: Final = "this worker takes users only: show a token (token=...) or a certificate (cert=..., key=...)"
+
+
+class RefusedError(PlanrtError):
+    """No session for this client; the message tells it why."""
+
+    def __init__(self, message: str, *, distrusted: bool = False) -> None:
+        super().__init__(message)
+        self.distrusted = distrusted
+        """Whether it gave a proof that does not hold."""
+
+
+class Users:
+    """The users of a worker: name -> token, or what proves it, as a `Verifier` in words.
+
+    Raises:
+        OptionError: a user without a token, or two with the same.
+    """
+
+    def __init__(self, given: Mapping[str, str] | None) -> None:
+        self._by_id: dict[str, tuple[str, Verifier]] = {}
+        for user, text in (given or {}).items():
+            if not user or not text:
+                raise OptionError("every user needs a token of its own, and not an empty one")
+            verifier = Verifier.parse(text) if is_verifier(text) else Verifier.of(text)
+            if verifier.id in self._by_id:
+                raise OptionError("every user needs a token of its own, and not an empty one")
+            self._by_id[verifier.id] = user, verifier
+        keys = sorted(verifier.server_key for _, verifier in self._by_id.values())
+        self._secret = hashlib.sha256(b"".join(keys) or secrets.token_bytes(32)).digest()
+
+    def find(self, id: str) -> Verifier:
+        """The verifier of a token's id, or one that nothing proves and that looks like any other."""
+        fake = fake_verifier(id, self._secret)
+        return self._by_id.get(id, ("", fake))[1]
+
+    def user(self, id: str) -> str:
+        """Whose token has that id, which was proved."""
+        return self._by_id[id][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A session, and the proof for its client where it gave one."""
+
+    session: Session
+    proof: str = ""
+
+
+class Handshakes:
+    """The handshakes of one worker.
+
+    Args:
+        versions: what the worker runs.
+        users: its users.
+        require_user: whether nobody gets in who is nobody.
+    """
+
+    def __init__(self, versions: m.Versions, users: Users, *, require_user: bool = False) -> None:
+        self._versions = versions
+        self._users = users
+        self._require_user = require_user
+        self._channels: dict[int, Channel] = {}
+        self._checking: dict[int, tuple[m.Hello, Checking]] = {}
+
+    def connected(self, connection: int, channel: Channel) -> None:
+        """A connection was opened."""
+        self._channels[connection] = channel
+
+    def disconnected(self, connection: int) -> None:
+        """A connection has ended, whatever was said on it."""
+        self._channels.pop(connection, None)
+        self._checking.pop(connection, None)
+
+    def hello(self, connection: int, hello: m.Hello) -> Opened | m.Challenge:
+        """A client wants a session: it gets one, or is asked for the rest of its proof.
+
+        Raises:
+            RefusedError: it gets none.
+        """
+        mine, theirs = self._versions, hello.versions
+        if theirs.protocol != mine.protocol:
+            raise RefusedError(
+                f"protocol version {theirs.protocol} (planrt {theirs.planrt}) does not fit this "
+                f"worker's {mine.protocol} (planrt {mine.planrt}): install the same planrt on both sides"
+            )
+        if connection in self._checking:
+            raise RefusedError("this connection is being asked for a proof")
+        if hello.token:
+            raise RefusedError(_CLEAR, distrusted=True)
+        channel = self._channels.get(connection, Channel())
+        if not hello.proof:
+            return Opened(self._session(connection, hello, channel.user))
+        try:
+            checking = Checking(hello.proof, self._users.find, channel.binding)
+        except ProofError as error:
+            raise RefusedError(str(error)) from None
+        self._checking[connection] = hello, checking
+        return m.Challenge(checking.challenge)
+
+    def proven(self, connection: int, proof: m.Prove) -> Opened:
+        """A client gives the proof that it was asked for.
+
+        Raises:
+            RefusedError: it was asked for none, or this is not it.
+        """
+        if connection not in self._checking:
+            raise RefusedError("this connection was not asked for a proof")
+        hello, checking = self._checking.pop(connection)
+        try:
+            own = checking.verify(proof.proof)
+        except ProofError as error:
+            raise RefusedError(str(error), distrusted=True) from None
+        return Opened(self._session(connection, hello, self._users.user(checking.id)), own)
+
+    def _session(self, connection: int, hello: m.Hello, user: str | None) -> Session:
+        if user is None and self._require_user:
+            raise RefusedError(_WHO)
+        # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
+        return Session(f"{connection}:{hello.session}", user, client=hello.versions)
