@@ -35,9 +35,11 @@ _ROOMS: Final = (
     """),
     ("planrt.workers", "planrt.workers.machine", """
         admission backward determinism eager events failures gate labels objects_kept=objects peer_ops=peers
-        plan_objects private protocol_objects protocol_ops=protocols sessions state store
+        private protocol_ops=protocols sessions state store
         training_ops=training
     """),
+    ("planrt.workers", "planrt.workers.machine.kinds", "plan_objects=plan protocol_objects=protocol"),
+    ("planrt.workers.machine", "planrt.workers.machine.kinds", "plan_objects=plan protocol_objects=protocol"),
     ("planrt.workers", "planrt.workers.pointers", """
         dispatch multipointer=multi plan_calls plan_pointers=plan remote_autograd=autograd remote_ops=ops
     """),
@@ -76,6 +78,12 @@ def _table() -> dict[str, tuple[str, ...]]:
     table["planrt.plans.files"] += ("planrt.plans.saving",)
     table["planrt.workers.objects"] += ("planrt.workers.pointers.fetching", "planrt.workers.wire.objects")
     table["planrt.workers.state"] += ("planrt.workers.wire.messages",)
+    table["planrt.workers.store"] += (
+        "planrt.workers.machine.kinds.base", "planrt.workers.machine.kinds.pointer",
+        "planrt.workers.machine.kinds.tensor",
+    )  # fmt: skip
+    table["planrt.workers.objects_kept"] += ("planrt.workers.machine.kinds.tensor",)
+    table["planrt.workers.private"] += ("planrt.workers.machine.sessions",)
     table["planrt.workers.plan_objects"] += ("planrt.workers.wire.plan_call",)
     return table
 

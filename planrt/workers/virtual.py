@@ -25,8 +25,8 @@ from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worke
 from planrt.workers.client import registry
 from planrt.workers.client.connection import Connection
 from planrt.workers.client.contents import held_pointer
+from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.state import WorkerState
-from planrt.workers.machine.store import PeerRef
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.host import WorkerHost, virtual_compute
 from planrt.workers.transport import addresses, memory

@@ -19,13 +19,14 @@ from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import interpreter
 from planrt.types import TensorSpec
-from planrt.workers.machine import plan_objects
 from planrt.workers.machine.gate import Gate
+from planrt.workers.machine.kinds import plan as plan_objects
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.plan import PlanObject
 from planrt.workers.machine.labels import Label, both
-from planrt.workers.machine.plan_objects import PlanObject
 from planrt.workers.machine.private import written_operands
 from planrt.workers.machine.sessions import Session
-from planrt.workers.machine.store import ObjectStore, StoredObject
+from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire.posted import PostedOp
 
 log = get_logger("planrt.worker")

@@ -17,12 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from planrt.errors import LocalError
 from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.failures import OpFailedError, failure_of, failure_of_op
+from planrt.workers.machine.kinds.tensor import grad_of, spec_of, tensor_of
 from planrt.workers.machine.labels import Label, both
-from planrt.workers.machine.objects import KeptObjects, tensor_of
+from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.private import leaf_tensors
 from planrt.workers.machine.sessions import Session
-from planrt.workers.machine.store import PeerRef, grad_of, spec_of
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 
@@ -67,7 +67,7 @@ class BackwardPasses:
         given = [None if id is None else self._objects.ready(session, id) for id in body.gradients]
         inputs = None if body.inputs is None else [self._objects.ready(session, id) for id in body.inputs]
         everything = [*roots, *(one for one in given if one is not None), *(inputs or [])]
-        if any(isinstance(stored.value, PeerRef) for stored in everything):
+        if any(self._store.kinds.of(stored.value).elsewhere for stored in everything):
             return (yield from self._peers.backward(session, body, everything))
         label = session.graphs.label
         for stored in everything:

@@ -24,13 +24,15 @@ from planrt.plans.ir import ops
 from planrt.seeding import seeded
 from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, leaves, map_leaves
-from planrt.workers.machine import plan_objects
 from planrt.workers.machine.admission import admit, failed_on_data, label_overwritten, readable_label
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.events import Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError, cut, failure_of_op
+from planrt.workers.machine.kinds import plan as plan_objects
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.tensor import spec_of, tensor_of
 from planrt.workers.machine.labels import Label, both
-from planrt.workers.machine.objects import KeptObjects, freed_by, tensor_of
+from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.operations import (
     NOTHING_WATCHED,
     OPERATIONS,
@@ -42,10 +44,9 @@ from planrt.workers.machine.operations import (
     Result,
 )
 from planrt.workers.machine.peers import Forwarded, PeerOps
-from planrt.workers.machine.plan_objects import PlanObject
 from planrt.workers.machine.private import foresee, stand_in, unaliased, written_operands
 from planrt.workers.machine.sessions import Session, users_of
-from planrt.workers.machine.store import PeerRef, StoredObject, new_id, spec_of, tensors_of
+from planrt.workers.machine.store import new_id
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, UnknownObject
@@ -59,6 +60,7 @@ class EagerOps:
     ) -> None:
         self._objects = objects
         self._store = objects.store
+        self._kinds = objects.store.kinds
         self._gate = objects.gate
         self._passes = passes
         self._peers = peers
@@ -136,7 +138,7 @@ class EagerOps:
                 stored = self._store.find(session.id, leaf.index)
                 operands.append(stored)
                 label = both(label, self._store.label_of(stored))
-                elsewhere = elsewhere or isinstance(stored.value, PeerRef)
+                elsewhere = elsewhere or self._kinds.of(stored.value).elsewhere
                 return stored.value
             return self._device if leaf is DEVICE else leaf
 
@@ -275,12 +277,13 @@ class EagerOps:
         if results is None:
             return
         if isinstance(results, Ref):
-            if not isinstance(value, torch.Tensor | PlanObject):
+            kind = self._kinds.find(value)
+            if kind is None or not kind.made_by_ops:
                 raise LocalError(f"the op gave a {type(value).__name__}, not a tensor")
             self._store.add(
                 results.index, StoredObject(value, session.id, of.label, hidden_failure=of.hidden_failure)
             )
-            if isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf:
+            if kind.gains_gradient(value):
                 session.leaves[results.index] = None
             return
         if (
@@ -342,7 +345,7 @@ class EagerOps:
         ]
         for operand in written_operands(resolved.op, traits, resolved.values):
             if isinstance(operand, Ref):
-                written += tensors_of(self._store.objects[operand.index].value)
+                written += self._store.tensors_of(self._store.objects[operand.index])
         for tensor in written:
             self._store.memory.add(tensor, label)
         unseen = session.graphs.unseen_writes or traits.calls_plan or traits.writes_unseen
@@ -355,7 +358,7 @@ class EagerOps:
             if stored is None:
                 continue
             session.leaves.pop(id, None)
-            for peer, freed in freed_by(stored):
+            for peer, freed in self._objects.freed_by(stored):
                 forwarded.drop(peer, freed)
 
     # ------------------------------------------------------------------------------------- requests

@@ -6,22 +6,20 @@ Every object is looked up together with the session that asks, and its label say
 from __future__ import annotations
 
 import hmac
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from planrt.errors import LocalError
 from planrt.plans.running import interpreter
-from planrt.workers.machine import plan_objects
 from planrt.workers.machine.events import Answer, Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError
 from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.labels import both
-from planrt.workers.machine.plan_objects import PlanObject
-from planrt.workers.machine.protocol_objects import ProtocolObject
-from planrt.workers.machine.sessions import Session, allowed_list, ask, check_fits, users_of
-from planrt.workers.machine.store import ObjectStore, PeerRef, StoredObject, grad_of, spec_of
+from planrt.workers.machine.kinds import plan as plan_objects
+from planrt.workers.machine.kinds.base import Freed, StoredObject
+from planrt.workers.machine.kinds.pointer import PeerRef
+from planrt.workers.machine.sessions import Session, ask, check_fits, users_of
+from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import GetNotPermitted, UnknownObject
 
@@ -36,12 +34,12 @@ class KeptObjects:
 
     def end(self, session: Session) -> list[ToPeer]:
         """The session is over: frees what it held; returns what other workers can free."""
-        return _drops(self.store.end(session.id))
+        return _drops(self._freed(self.store.end(session.id)))
 
     def clear(self, session: Session) -> list[ToPeer]:
         """Removes everything that is the session's."""
         session.leaves.clear()
-        return _drops(self.store.clear(session.id))
+        return _drops(self._freed(self.store.clear(session.id)))
 
     def raise_unseen(self, session: Session) -> None:
         """Raises a failure that no result carries; called by every request that is answered."""
@@ -93,11 +91,7 @@ class KeptObjects:
     def read_plan(self, session: Session, body: m.ReadPlan) -> Answer:
         """What a plan or a protocol does, without its state."""
         value = self.ready(session, body.id).value
-        if isinstance(value, ProtocolObject):
-            return m.FetchedProtocol(), [value.chain_bytes()]
-        if not isinstance(value, PlanObject):
-            raise LocalError(f"object {body.id} is no plan")
-        return m.FetchedPlan(value.training), [value.record_bytes()]
+        return self.store.kinds.of(value).read(value, body.id)
 
     def _own(self, tensor: torch.Tensor, *, alone: bool) -> torch.Tensor:
         if tensor.device != self._device:
@@ -132,43 +126,18 @@ class KeptObjects:
             ):  # a change in place that did not happen: told now, the value is as it was
                 stored.failure = None
         value = stored.value
-        if isinstance(value, PeerRef):
-            token = secrets.token_hex(16)
-            yield from ask(value.peer, m.HandOver([value.id], token))
-            if body.delete:
-                self.store.discard(session.id, body.id)
-            return m.FetchedPointer(value.peer, value.id, token), ()
-        assert value is not None  # noqa: S101 - an object without a value has a failure
-        if isinstance(value, PlanObject):
-            parts = [value.record_bytes(), *(one.detach() for one in value.state)]
-            if body.delete:
-                check_fits(session.client, parts)
-                self.store.discard(session.id, body.id)
-            return m.FetchedPlan(value.training, allowed_list(label)), parts
-        if isinstance(value, ProtocolObject):
-            parts = [value.chain_bytes(), *(one.detach() for one in value.state)]
-            if body.delete:
-                check_fits(session.client, parts)
-                yield from self._removed(session, [body.id])
-            return m.FetchedProtocol(), parts
-        tensors, shared = [value.detach()], label
-        grad = grad_of(value)
-        if grad is not None:
-            label = self.store.memory.of_gradient(grad)
-            if not session.may_read(label):
-                raise GetNotPermitted(
-                    f"the gradient of object {body.id} was computed from private data: {users_of(label)} may get it; "
-                    "set .grad = None to fetch the value alone"
-                )
-            tensors.append(grad.detach())
-            shared = both(shared, label)
+        kind = self.store.kinds.of(value)
+        answer, tensors = yield from kind.fetch(session, body.id, stored, label, self.store.memory)
         if body.delete:
             check_fits(session.client, tensors)
-            self.store.discard(session.id, body.id)
-            session.leaves.pop(body.id, None)
-        return m.Fetched(
-            value.requires_grad, len(tensors) > 1, list(stored.tags), stored.description, allowed_list(shared)
-        ), tensors
+            self.forget(session, body.id)
+            yield from _drops(kind.freed_by_fetch(value))
+        return answer, tensors
+
+    def forget(self, session: Session, id: int) -> None:
+        """Removes the session's object `id`, published or not, if it is still there."""
+        session.leaves.pop(id, None)
+        self.store.discard(session.id, id)
 
     def remove(self, session: Session, body: m.Remove) -> list[ToPeer]:
         """Forgets objects of the session that have arrived elsewhere; returns what other workers can free."""
@@ -181,11 +150,20 @@ class KeptObjects:
             stored = self.store.objects.get(id)
             if stored is not None and stored.owner == session.id:
                 gone.append(self.store.remove(id))
-        return _drops(gone)
+        return _drops(self._freed(gone))
+
+    def _freed(self, gone: Sequence[StoredObject]) -> Freed:
+        for stored in gone:
+            yield from self.freed_by(stored)
+
+    def freed_by(self, stored: StoredObject) -> Freed:
+        """Returns what other workers can free now that an object is gone."""
+        return self.store.kinds.of(stored.value).freed(stored.value)
 
     def listing(self, session: Session) -> Answer:
         """What the session has here, without values."""
-        return m.Listed([_listed(id, stored) for id, stored in self.store.of(session.id)]), ()
+        of = self.store.kinds.of
+        return m.Listed([of(stored.value).listed(id, stored) for id, stored in self.store.of(session.id)]), ()
 
     def describe(self, session: Session, body: m.Describe) -> None:
         """Sets tags and description."""
@@ -198,75 +176,30 @@ class KeptObjects:
         """Published objects that match."""
         found = []
         for id, stored in self.store.search(session.id, body.query):
+            kind = self.store.kinds.of(stored.value)
             private = self.store.label_of(stored) is not None
             snapshot = self.store.objects[id] is not stored
-            if isinstance(plan := stored.value, PlanObject):
-                found.append(
-                    m.FoundItem(
-                        id, None, list(stored.tags), stored.description, private, snapshot, "plan",
-                        plan.record.name[:200], plan.training,
-                    )
-                )  # fmt: skip
-                continue
-            if isinstance(stored.value, ProtocolObject):
-                found.append(
-                    m.FoundItem(
-                        id, None, list(stored.tags), stored.description, private, snapshot, "protocol"
-                    )
-                )
-                continue
-            value = tensor_of(stored)
-            found.append(
-                m.FoundItem(id, spec_of(value), list(stored.tags), stored.description, private, snapshot)
-            )
-            if value.requires_grad and value.is_leaf:
+            found.append(kind.found(id, stored, private=private, snapshot=snapshot))
+            if kind.gains_gradient(stored.value):
                 session.leaves[id] = None
         return m.Found(found), ()
 
     def move(self, session: Session, body: m.Move) -> Steps:
         """Sends an object to another worker, and forgets it; or sends a copy."""
         stored = self.store.find(session.id, body.id)
-        grad = grad_of(stored.value) if isinstance(stored.value, torch.Tensor) and not body.copy else None
+        kind = self.store.kinds.of(stored.value)
         label = self.store.label_of(stored)
-        if grad is not None:
-            label = both(label, self.store.memory.of_gradient(grad))
+        if not body.copy:
+            label = kind.label_with_gradient(stored.value, label, self.store.memory)
         if not session.may_read(label):
             raise GetNotPermitted(
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
             )
-        value = self.ready(session, body.id).value
-        if isinstance(value, PlanObject):
-            if body.copy:
-                raise LocalError("copies of plans are not sent on: copy() it, and move the copy")
-            message = m.StorePlan(
-                body.target, value.training, list(stored.tags), stored.description,
-                allowed_list(label), body.token,
-            )  # fmt: skip
-            yield from ask(body.peer, message, [value.record_bytes(), *(one.detach() for one in value.state)])
-            if not body.keep:
-                self.store.discard(session.id, body.id)
-            return m.Done(), ()
-        if not isinstance(value, torch.Tensor):
-            raise LocalError(
-                "pointers to other workers and protocols cannot be moved: get() it, and move what that gives"
-            )
-        if body.copy:
-            values = m.PutItem(body.target, value.requires_grad, allowed=allowed_list(label))
-            # Ops that come after this one may change the object while it waits to be sent.
-            yield from ask(body.peer, m.Put([values], body.token), [value.detach().clone()])
-            return m.Done(), ()
-        item = m.PutItem(
-            body.target, value.requires_grad, grad is not None, list(stored.tags), stored.description,
-            allowed_list(label),
-        )  # fmt: skip
-        tensors = [value.detach(), *([] if grad is None else [grad.detach()])]
-        if body.keep:  # ops that come after this one may change the object while it waits to be sent
-            tensors = [one.clone() for one in tensors]
-        yield from ask(body.peer, m.Put([item], body.token), tensors)
-        if not body.keep:
-            self.store.discard(session.id, body.id)
-            session.leaves.pop(body.id, None)
-        return m.Done(), ()
+        self.check_failure(session, stored)
+        answer = yield from kind.move(stored, body, label)
+        if not (body.copy or body.keep):
+            self.forget(session, body.id)
+        return answer
 
     def hand_over(self, session: Session, body: m.HandOver) -> Answer:
         """Lets the bearer of a token become the owner."""
@@ -289,7 +222,7 @@ class KeptObjects:
                 giver.leaves.pop(id, None)
                 session.share_graphs(giver)
             self.store.change_owner(id, session.id)
-            if isinstance(stored.value, torch.Tensor) and stored.value.requires_grad and stored.value.is_leaf:
+            if self.store.kinds.of(stored.value).gains_gradient(stored.value):
                 session.leaves[id] = None
 
     def ready(self, session: Session, id: int) -> StoredObject:
@@ -338,37 +271,8 @@ class KeptObjects:
             raise OpFailedError(stored.hidden_failure)
 
 
-def _listed(id: int, stored: StoredObject) -> m.ListedItem:
-    value, about = stored.value, (list(stored.tags), stored.description)
-    if isinstance(value, PeerRef):
-        return m.ListedItem(id, "pointer", None, *about, value.peer, value.id)
-    if isinstance(value, PlanObject):
-        return m.ListedItem(id, "plan", None, *about)
-    if isinstance(value, ProtocolObject):
-        return m.ListedItem(id, "protocol", None, *about)
-    if value is None:
-        return m.ListedItem(id, "failed", None, *about)
-    return m.ListedItem(id, "tensor", spec_of(value), *about)
-
-
-def _drops(gone: Sequence[StoredObject]) -> list[ToPeer]:
+def _drops(freed: Freed) -> list[ToPeer]:
     by_peer: dict[m.PeerAddress, list[int]] = {}
-    for stored in gone:
-        for peer, ids in freed_by(stored):
-            by_peer.setdefault(peer, []).extend(ids)
+    for peer, ids in freed:
+        by_peer.setdefault(peer, []).extend(ids)
     return [ToPeer(peer, m.Post([], ids)) for peer, ids in by_peer.items()]
-
-
-def freed_by(stored: StoredObject) -> Iterator[tuple[m.PeerAddress, list[int]]]:
-    """What other workers can free now that an object is gone."""
-    if isinstance(stored.value, PeerRef):
-        yield stored.value.peer, [stored.value.id]
-    elif isinstance(stored.value, ProtocolObject):
-        yield from stored.value.freed()
-
-
-def tensor_of(stored: StoredObject) -> torch.Tensor:
-    """The value, if it is a tensor; a LocalError if not."""
-    if not isinstance(stored.value, torch.Tensor):
-        raise LocalError("not a tensor")
-    return stored.value

@@ -22,11 +22,10 @@ from typing import Any, Final
 from planrt.plans.ir import ops
 from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running.inference import Inferred
-from planrt.workers.machine import plan_objects
 from planrt.workers.machine.backward import GradientsBefore
+from planrt.workers.machine.kinds import plan as plan_objects
+from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.labels import Label
-from planrt.workers.machine.plan_objects import PlanObject
-from planrt.workers.machine.store import StoredObject
 from planrt.workers.wire import messages as m
 from planrt.workers.wire import plan_call
 from planrt.workers.wire.posted import PostedOp
@@ -48,8 +47,8 @@ def _operations() -> dict[str, Operation]:
     }
     of_plans: dict[str, Callable[..., Any]] = {
         plan_call.CALL: plan_objects.call,
-        plan_call.COPY: PlanObject.copy,
-        plan_call.STATE: PlanObject.tensors,
+        plan_call.COPY: plan_objects.PlanObject.copy,
+        plan_call.STATE: plan_objects.PlanObject.tensors,
     }
     return of_torch | {
         name: Operation(function, plan_call.TRAITS[name]) for name, function in of_plans.items()

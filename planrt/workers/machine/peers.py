@@ -14,8 +14,10 @@ from typing import Any
 from planrt.errors import LocalError
 from planrt.types import Ref, map_leaves
 from planrt.workers.machine.events import Steps, ToPeer
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.sessions import Session, ask
-from planrt.workers.machine.store import ObjectStore, PeerRef, StoredObject, new_id
+from planrt.workers.machine.store import ObjectStore, new_id
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 

@@ -5,14 +5,15 @@ Results keep their labels (`planrt.workers.machine.labels`). Beyond that, a clie
 * what results look like, where that depends on the values (`foresee` refuses such ops);
 * whether an op failed, where that depends on the values: an index out of range, for one, would tell about one
   private value per op. Zeros stand in for the results (`stand_in`);
-* gradients that a graph computes later, from private values that were written past autograd (`Graphs`).
+* gradients that a graph computes later, from private values that were written past autograd
+  (`planrt.workers.machine.sessions.Graphs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge, increment_version
@@ -21,31 +22,12 @@ from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import inference
 from planrt.plans.running.inference import Inferred, Same, Spec
 from planrt.types import Ref, leaves, map_leaves
-from planrt.workers.machine import plan_objects
-from planrt.workers.machine.labels import Label
-from planrt.workers.machine.plan_objects import PlanObject
+from planrt.workers.machine.kinds import plan as plan_objects
+from planrt.workers.machine.kinds.plan import PlanObject
 from planrt.workers.wire import plan_call
 from planrt.workers.wire.plan_call import PlanTwin
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
-
-S = TypeVar("S")
-
-
-@dataclass(slots=True, eq=False)
-class Graphs(Generic[S]):
-    """What is known of the autograd graphs of sessions that handed objects to one another.
-
-    A label says who may read what an op computed from the values of its time. A graph computes once more, later,
-    with tensors that it has kept. Autograd refuses where it sees that one of them was written to meanwhile, but
-    writes past its version counters it does not see: from such a write of private values on, gradients count as
-    computed from them.
-    """
-
-    members: list[S] = field(default_factory=list)
-    unseen_writes: bool = False
-    """Whether there may be tensors that share memory without sharing a version counter."""
-    label: Label = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +125,7 @@ def stand_in(
     written = written_operands(op, traits, operands)
     refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
     state: Sequence[torch.Tensor] = ()
-    if operands and isinstance(operands[0], PlanObject):  # inference counts tensors only
+    if traits.calls_plan:  # inference counts tensors only
         state = operands[0].state
         if refs[0] in written:
             for tensor in state:

@@ -10,9 +10,9 @@ import torch
 from planrt.errors import LocalError
 from planrt.workers.machine.events import Answer, PeerAnswered, Steps, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, cut
-from planrt.workers.machine.labels import Label
-from planrt.workers.machine.objects import KeptObjects
-from planrt.workers.machine.protocol_objects import (
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.pointer import PeerRef
+from planrt.workers.machine.kinds.protocol import (
     PeerError,
     ProtocolObject,
     RunCancelledError,
@@ -20,8 +20,9 @@ from planrt.workers.machine.protocol_objects import (
     new_protocol_object,
     new_run,
 )
+from planrt.workers.machine.labels import Label
+from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session, allowed_list, users_of
-from planrt.workers.machine.store import PeerRef, StoredObject
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Given, Reaches, Send, StepState, always
 from planrt.workers.wire.refusals import GetNotPermitted

@@ -13,9 +13,24 @@ from planrt.serde.tensors import payload_bytes
 from planrt.workers.machine.events import ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.labels import Label, both
-from planrt.workers.machine.private import Graphs
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import ReplyTooLarge
+
+
+@dataclass(slots=True, eq=False)
+class Graphs:
+    """What is known of the autograd graphs of sessions that handed objects to one another.
+
+    A label says who may read what an op computed from the values of its time. A graph computes once more, later,
+    with tensors that it has kept. Autograd refuses where it sees that one of them was written to meanwhile, but
+    writes past its version counters it does not see: from such a write of private values on, gradients count as
+    computed from them.
+    """
+
+    members: list[Session] = field(default_factory=list)
+    unseen_writes: bool = False
+    """Whether there may be tensors that share memory without sharing a version counter."""
+    label: Label = None
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +57,7 @@ class Session:
     """(plan, data set, optimizer, first object of the state or 0) -> what the optimizer keeps."""
     purposes: dict[str, str] = field(default_factory=dict)
     """Hash of a plan that was sent -> what its client says it is for."""
-    graphs: Graphs[Session] = field(init=False)
+    graphs: Graphs = field(init=False)
 
     def __post_init__(self) -> None:
         self.graphs = Graphs([self])

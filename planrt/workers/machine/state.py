@@ -55,12 +55,13 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.handshakes import Handshakes, Opened, RefusedError, Users
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
-from planrt.workers.machine.protocol_objects import PeerError, RunCancelledError
 from planrt.workers.machine.protocols import ProtocolOps
 from planrt.workers.machine.sessions import Session
-from planrt.workers.machine.store import ObjectStore, StoredObject
+from planrt.workers.machine.store import ObjectStore
 from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always

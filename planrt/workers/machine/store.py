@@ -9,69 +9,20 @@ published.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 
 from planrt.errors import DuplicateIdError, LocalError
-from planrt.serde.dtypes import DTYPE_NAMES
+from planrt.workers.machine.kinds import KINDS
+from planrt.workers.machine.kinds.base import ObjectKinds, StoredObject
+from planrt.workers.machine.kinds.tensor import grad_of
 from planrt.workers.machine.labels import Label, MemoryLabels, both
-from planrt.workers.machine.plan_objects import PlanObject, shared_copy
-from planrt.workers.machine.protocol_objects import ProtocolObject
-from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import UnknownObject
 
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerRef:
-    """A pointer to an object on another worker."""
-
-    peer: m.PeerAddress
-    id: int
-
-
-Value: TypeAlias = torch.Tensor | PlanObject | ProtocolObject | PeerRef | None
-
-
-@dataclass(slots=True, eq=False)
-class StoredObject:
-    """One object of a worker."""
-
-    value: Value
-    """None when the op that should have made it failed."""
-    owner: str
-    """The session's id; empty for the worker's own."""
-    label: Label = None
-    """Of the operation that made it; `ObjectStore.label_of` knows what was written to its memory since."""
-    failure: m.Failure | None = None
-    """Why there is no value, or why the last change in place did not happen."""
-    hidden_failure: m.Failure | None = None
-    """Why the value only stands in for another: an op failed on private values. For those who may read these."""
-    tags: tuple[str, ...] = ()
-    description: str = ""
-    handover: str = ""
-    """The token that makes its bearer the owner."""
-    source: frozenset[str] | None = None
-    """The tags of data as its owner put it here, for release rules; None for what was computed. Who found a snapshot
-    cannot change them."""
-    original: bool = False
-    """Whether it is what the owner put here, and not a snapshot of it."""
-
-
-def spec_of(tensor: torch.Tensor) -> m.ObjectSpec:
-    """What may be known of `tensor` without its values."""
-    return m.ObjectSpec(
-        list(tensor.shape),
-        list(tensor.stride()),
-        DTYPE_NAMES[tensor.dtype],
-        tensor.requires_grad,
-        tensor.is_leaf,
-    )
 
 
 def new_id() -> int:
@@ -86,6 +37,7 @@ class ObjectStore:
     limit: int = MAX_OBJECTS
     objects: dict[int, StoredObject] = field(default_factory=dict)
     memory: MemoryLabels = field(default_factory=MemoryLabels)
+    kinds: ObjectKinds = field(default_factory=lambda: ObjectKinds(KINDS))
     when_private: Callable[[], None] | None = None
     """Called when the first object comes that not everybody may read."""
     _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
@@ -109,7 +61,7 @@ class ObjectStore:
     def _gradients(self) -> Iterator[torch.Tensor]:
         """Every gradient that an object has."""
         for stored in self.objects.values():
-            for tensor in tensors_of(stored.value):
+            for tensor in self.tensors_of(stored):
                 if (grad := grad_of(tensor)) is not None:
                     yield grad
 
@@ -169,7 +121,7 @@ class ObjectStore:
         """Frees what belongs to a session that has ended; what it published becomes the worker's own."""
         gone = []
         for id, stored in list(self.of(session)):
-            if stored.tags and isinstance(stored.value, torch.Tensor | PlanObject | ProtocolObject):
+            if stored.tags and self.kinds.of(stored.value).outlives_session:
                 self.change_owner(id, "")
             else:
                 gone.append(self.remove(id))
@@ -190,7 +142,7 @@ class ObjectStore:
             (id, stored)
             for id, stored in list(self.objects.items())
             if (stored.owner in (session, "") or stored.tags)
-            and _can_be_shown(stored.value)
+            and self.kinds.of(stored.value).can_be_found(stored.value)
             and all(_matches(term, id, stored) for term in terms)
         ]
         return [hit if hit[1].owner == session else self._snapshot(session, hit[1]) for hit in hits]
@@ -200,9 +152,13 @@ class ObjectStore:
         label = stored.label
         if not self.memory:
             return label
-        for tensor in tensors_of(stored.value):
+        for tensor in self.tensors_of(stored):
             label = both(label, self.memory.of(tensor))
         return label
+
+    def tensors_of(self, stored: StoredObject) -> Sequence[torch.Tensor]:
+        """Returns the tensors that an object holds."""
+        return self.kinds.of(stored.value).tensors(stored.value)
 
     def source_of(self, stored: StoredObject) -> frozenset[str] | None:
         """Its tags as data that nothing was written to since its owner put it here; None for anything else."""
@@ -211,42 +167,13 @@ class ObjectStore:
         return None
 
     def _snapshot(self, session: str, stored: StoredObject) -> tuple[int, StoredObject]:
-        value = stored.value
-        own: torch.Tensor | PlanObject | ProtocolObject
-        if isinstance(value, PlanObject | ProtocolObject):
-            own = value.snapshot()
-        elif isinstance(value, torch.Tensor):
-            with torch.no_grad():
-                own = shared_copy(value).requires_grad_(value.requires_grad)
-        else:
-            raise LocalError("only tensors, plans and protocols can be shared")
+        own = self.kinds.of(stored.value).snapshot(stored.value)
         id, label = new_id(), self.label_of(stored)
         copy = StoredObject(
             own, session, label, description=stored.description, source=self.source_of(stored)
         )
         self.add(id, copy)
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
-
-
-def grad_of(value: torch.Tensor) -> torch.Tensor | None:
-    """The gradient, where a tensor can have one: torch warns about the question elsewhere."""
-    return value.grad if value.is_leaf or value.retains_grad else None
-
-
-def tensors_of(value: Value) -> list[torch.Tensor]:
-    """The tensors that an object holds."""
-    if isinstance(value, PlanObject | ProtocolObject):
-        return value.state
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
-def _can_be_shown(value: Value) -> bool:
-    if isinstance(value, PlanObject | ProtocolObject):
-        return True
-    try:
-        return isinstance(value, torch.Tensor) and value.is_leaf in (True, False)
-    except RuntimeError:  # a view whose base was changed in a way that leaves autograd at a loss
-        return False
 
 
 def _matches(term: str, id: int, stored: StoredObject) -> bool:

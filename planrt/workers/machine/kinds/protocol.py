@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -19,7 +19,11 @@ from planrt.plans.ir.graph import refs_in
 from planrt.plans.running import interpreter
 from planrt.serde.values import encode
 from planrt.types import Ref, map_leaves
-from planrt.workers.machine.plan_objects import PlanObject, new_plan_object
+from planrt.workers.machine.events import Answer, Steps
+from planrt.workers.machine.kinds.base import Freed, ObjectKind, StoredObject
+from planrt.workers.machine.kinds.plan import PlanObject, new_plan_object
+from planrt.workers.machine.labels import Label, MemoryLabels
+from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Given, Output, Reaches, StepState, Where
 
@@ -89,6 +93,41 @@ class ProtocolObject:
         for (_, place), id in self.deployed.items():
             yield self.places[place], [id]
         self.deployed.clear()
+
+
+class ProtocolKind(ObjectKind[ProtocolObject]):
+    """Protocols, with the state of their plans. What one has stored at its places goes with it."""
+
+    python_type = ProtocolObject
+    name: ClassVar[Literal["protocol"]] = "protocol"
+
+    def tensors(self, value: ProtocolObject) -> Sequence[torch.Tensor]:
+        """Returns the tensors of the state of its plans."""
+        return value.state
+
+    def can_be_found(self, value: ProtocolObject) -> bool:
+        """Returns True."""
+        return True
+
+    def snapshot(self, value: ProtocolObject) -> ProtocolObject:
+        """Returns a protocol whose state shares the memory until somebody writes."""
+        return value.snapshot()
+
+    def freed(self, value: ProtocolObject) -> Freed:
+        """Returns the plans that it has stored at its places."""
+        return value.freed()
+
+    def read(self, value: ProtocolObject, id: int) -> Answer:
+        """Returns its chain."""
+        return m.FetchedProtocol(), [value.chain_bytes()]
+
+    def fetch(
+        self, session: Session, id: int, stored: StoredObject, label: Label, memory: MemoryLabels
+    ) -> Steps:
+        """Returns its chain and the state of its plans."""
+        yield from ()  # asks nobody
+        protocol: ProtocolObject = stored.value
+        return m.FetchedProtocol(), [protocol.chain_bytes(), *(one.detach() for one in protocol.state)]
 
 
 def new_protocol_object(tensors: Sequence[torch.Tensor], device: torch.device) -> ProtocolObject:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,6 +24,12 @@ from planrt.plans.ir.record import PlanRecord
 from planrt.plans.running import interpreter
 from planrt.plans.running.inference import Spec
 from planrt.types import Ref
+from planrt.workers.machine.events import Answer, Steps
+from planrt.workers.machine.kinds.base import ObjectKind, StoredObject
+from planrt.workers.machine.kinds.tensor import shared_copy
+from planrt.workers.machine.labels import Label, MemoryLabels
+from planrt.workers.machine.sessions import Session, allowed_list, ask
+from planrt.workers.wire import messages as m
 from planrt.workers.wire.plan_call import PlanTwin, meta_state, output_values
 
 
@@ -55,6 +61,10 @@ class PlanObject:
         """Its record, as it travels."""
         return torch.frombuffer(bytearray(self.record.to_bytes()), dtype=torch.uint8)
 
+    def parts(self) -> list[torch.Tensor]:
+        """Returns all of it, as it travels: its record, and its state."""
+        return [self.record_bytes(), *(one.detach() for one in self.state)]
+
     def copy(self) -> PlanObject:
         """A plan with a state of its own."""
         return PlanObject(self.record, [_again(tensor, tensor.detach().clone()) for tensor in self.state],
@@ -71,19 +81,59 @@ class PlanObject:
             )
 
 
-def shared_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that shares the memory of `tensor` until either is written to, where torch can do that.
-
-    It cannot where the memory is not of its own allocator: large messages arrive in blocks that are used again.
-    """
-    try:
-        return torch._lazy_clone(tensor)
-    except RuntimeError:
-        return tensor.detach().clone()
-
-
 def _again(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value.requires_grad_(like.requires_grad)
+
+
+class PlanKind(ObjectKind[PlanObject]):
+    """Plans, with the tensors of their state."""
+
+    python_type = PlanObject
+    name: ClassVar[Literal["plan"]] = "plan"
+    made_by_ops = True
+
+    def tensors(self, value: PlanObject) -> Sequence[torch.Tensor]:
+        """Returns the tensors of its state."""
+        return value.state
+
+    def can_be_found(self, value: PlanObject) -> bool:
+        """Returns True."""
+        return True
+
+    def snapshot(self, value: PlanObject) -> PlanObject:
+        """Returns a plan whose state shares the memory until somebody writes."""
+        return value.snapshot()
+
+    def found(self, id: int, stored: StoredObject, *, private: bool, snapshot: bool) -> m.FoundItem:
+        """Returns its name and its mode, with its tags."""
+        plan: PlanObject = stored.value
+        return m.FoundItem(
+            id, None, list(stored.tags), stored.description, private, snapshot, self.name,
+            plan.record.name[:200], plan.training,
+        )  # fmt: skip
+
+    def read(self, value: PlanObject, id: int) -> Answer:
+        """Returns its record."""
+        return m.FetchedPlan(value.training), [value.record_bytes()]
+
+    def fetch(
+        self, session: Session, id: int, stored: StoredObject, label: Label, memory: MemoryLabels
+    ) -> Steps:
+        """Returns its record and its state."""
+        yield from ()  # asks nobody
+        plan: PlanObject = stored.value
+        return m.FetchedPlan(plan.training, allowed_list(label)), plan.parts()
+
+    def move(self, stored: StoredObject, body: m.Move, label: Label) -> Steps:
+        """Sends its record and its state; a copy is not sent."""
+        plan: PlanObject = stored.value
+        if body.copy:
+            raise LocalError("copies of plans are not sent on: copy() it, and move the copy")
+        message = m.StorePlan(
+            body.target, plan.training, list(stored.tags), stored.description, allowed_list(label), body.token,
+        )  # fmt: skip
+        yield from ask(body.peer, message, plan.parts())
+        return m.Done(), ()
 
 
 def new_plan_object(
