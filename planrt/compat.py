@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
 from planrt.compat_names import BY_OLD, MODULES
 from planrt.errors import UnknownNameError
+from planrt.lazy import AliasFinder
 
 _ROOT = "syft"
 _ORIGIN = "planrt.compat"
@@ -54,26 +53,24 @@ class _Alias(ModuleType):
         return sorted({name for name in inside if "." not in name} | set(self.__dict__))
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder(AliasFinder):
     """Finds the modules of the table, and says of others below ``syft`` what to write instead."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The spec of a module of 0.2; of other names None.
+    packages = True
+
+    def origin_of(self, fullname: str) -> str | None:
+        """Says that a module of 0.2 is planrt's; None for any other name.
 
         Raises:
             ImportError: a name below ``syft`` that planrt has not.
         """
-        if fullname in MODULES:
-            return ModuleSpec(fullname, self, origin=_ORIGIN, is_package=True)
-        if fullname.startswith(f"{_ROOT}."):
+        if fullname not in MODULES and fullname.startswith(f"{_ROOT}."):
             raise ImportError(_missing(fullname), name=fullname)
-        return None
+        return _ORIGIN if fullname in MODULES else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty one, which looks names up when they are asked for."""
-        return _Alias(spec.name, f"PySyft 0.2's {spec.name}, as planrt has it: see planrt.compat.")
+    def make(self, fullname: str) -> ModuleType:
+        """Returns an empty module, which looks names up when they are asked for."""
+        return _Alias(fullname, f"PySyft 0.2's {fullname}, as planrt has it: see planrt.compat.")
 
     def exec_module(self, module: ModuleType) -> None:
         """Names what ``from syft import *`` gives, and nothing else."""
@@ -122,8 +119,7 @@ def _install() -> None:
             "or write `import planrt as sy` and see MIGRATION.md",
             name=_ROOT,
         )
-    others = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
-    sys.meta_path[:] = [*others, _Finder()]
+    _Finder().install()
 
 
 _install()

@@ -75,7 +75,7 @@ syft.AutogradTensor                                   - | gradients of pointers 
 syft.PrivateTensor                                    - | {_PRIVATE}
 syft.LoggingTensor                                    - | call logging.basicConfig(level=logging.DEBUG) and see worker.traffic
 syft.ObjectWrapper                                    - | nothing from a peer is run: send a Plan made with func2plan
-syft.ObjectPointer                                    planrt.workers.pointers.tensor.ObjectPointer
+syft.ObjectPointer                                    planrt.workers.pointers.handle.ObjectPointer
 syft.String                                           - | text does not travel as an object: tag or describe a tensor
 syft.keras                                            - | planrt is for PyTorch: trace a module with planrt.Plan
 
@@ -169,7 +169,7 @@ syft.generic.pointers.pointer_tensor.PointerTensor    planrt.PointerTensor
 syft.generic.pointers.multi_pointer.MultiPointerTensor planrt.MultiPointerTensor
 syft.generic.pointers.pointer_plan.PointerPlan        planrt.workers.pointers.plan.PointerPlan
 syft.generic.pointers.pointer_protocol.PointerProtocol planrt.PointerProtocol
-syft.generic.pointers.object_pointer.ObjectPointer    planrt.workers.pointers.tensor.ObjectPointer
+syft.generic.pointers.object_pointer.ObjectPointer    planrt.workers.pointers.handle.ObjectPointer
 syft.generic.pointers.pointer_dataset.PointerDataset  planrt.BaseDataset
 syft.generic.pointers.object_wrapper.ObjectWrapper    - | nothing from a peer is run: send a Plan made with func2plan
 syft.generic.pointers.callable_pointer.CallablePointer - | send a Plan made with func2plan, and call its pointer

@@ -5,13 +5,11 @@ Each old path is a module that looks names up in the new one when they are asked
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final
+
+from planrt.lazy import AliasFinder
 
 _ROOMS: Final = (
     ("planrt.fl", "planrt", "command=command_line"),
@@ -109,24 +107,18 @@ class _Moved(ModuleType):
         return dir(import_module(MOVED[self.__name__][0]))
 
 
-class _OldPaths(MetaPathFinder, Loader):
+class _OldPaths(AliasFinder):
     """Finds what is not where it was."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The spec of a module that moved; of other names None."""
-        return ModuleSpec(fullname, self, origin=MOVED[fullname][0]) if fullname in MOVED else None
+    def origin_of(self, fullname: str) -> str | None:
+        """Returns where the module is now; None for one that did not move."""
+        return MOVED[fullname][0] if fullname in MOVED else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """One that looks names up where they are now."""
-        return _Moved(spec.name, f"Moved to {MOVED[spec.name][0]}.")
-
-    def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to run."""
+    def make(self, fullname: str) -> ModuleType:
+        """Returns a module that looks names up where they are now."""
+        return _Moved(fullname, f"Moved to {MOVED[fullname][0]}.")
 
 
 def install() -> None:
-    """Old paths are found from here on; calling it again changes nothing."""
-    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
-        sys.meta_path.append(_OldPaths())
+    """Makes old paths found from here on; calling it again changes nothing."""
+    _OldPaths().install()

@@ -16,7 +16,15 @@ from planrt.loop import run
 from planrt.plans.running.inference import Spec
 from planrt.types import as_whole
 from planrt.workers.pointers import kinds
-from planrt.workers.pointers.handle import Handle, PointsToObject, alive, handle_at
+from planrt.workers.pointers.handle import (  # noqa: F401 - some were here, and are imported from here
+    Handle,
+    ObjectPointer,
+    Pointer,
+    PointsToObject,
+    alive,
+    handle_at,
+    not_copied,
+)
 from planrt.workers.pointers.printing import gone_words, pointer_card, tag_lines
 from planrt.workers.pointers.workplace import Location
 from planrt.workers.wire import messages as m
