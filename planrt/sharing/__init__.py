@@ -26,4 +26,7 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     quotients       division by a public number, which scaling down after a product is
     comparisons     signs and equality, as bits
     selection       relu, abs, clamp, where, largest and smallest of several
+    curves          functions of one variable, as cubic pieces (`splines`)
+    roots           reciprocals, quotients, roots, logarithms over the whole range
+    networks        softmax, losses, means and norms
 """

@@ -28,7 +28,7 @@ def unsigned(values: torch.Tensor) -> Words:
 
 def from_unsigned(values: Words) -> torch.Tensor:
     """Returns the inverse of `unsigned`."""
-    return torch.from_numpy(np.ascontiguousarray(values).view(np.int64))
+    return torch.from_numpy(np.ascontiguousarray(values).view(np.int64)).reshape(values.shape)
 
 
 def packed(flags: npt.NDArray[Any]) -> Bits:
