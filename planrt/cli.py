@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planrt.command_line import Parser, leave, run_command
-from planrt.commands import users
+from planrt.commands import certs, users
 from planrt.errors import OptionError, PlanrtError
 from planrt.shown import shown
 from planrt.version import VERSION
@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--json", action="store_true", help="print JSON")
         _folder(one)
     users.register(commands, _command)
+    certs.register(commands, _command)
     return parser
 
 

@@ -64,9 +64,10 @@ def start(options: argparse.Namespace) -> None:
 
 def _who(options: argparse.Namespace) -> list[str]:
     """What the workers are told of who may connect."""
-    named = ("users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny")
+    named = ("users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny", "peer_ca", "peer_token_file")
     given = [(name, getattr(options, name)) for name in named if getattr(options, name) is not None]
     flags = [f"--{name.replace('_', '-')}" for name in ("require_user", "insecure") if getattr(options, name)]
+    flags += [f"--peers={peer}" for peer in options.peers or ()]
     return [*[f"--{name.replace('_', '-')}={value}" for name, value in given], *flags]
 
 

@@ -23,6 +23,7 @@ from planrt.command_line import Parser, first_line, leave, one_line, run_command
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
 from planrt.workers.serving import users_file
+from planrt.workers.serving.secret_files import token_from
 from planrt.workers.transport.addresses import scheme_of
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             client_ca=options.tls_client_ca,
             deny=options.tls_deny,
             insecure=options.insecure,
+            peers=options.peers if options.peers != ["none"] else [],
+            peer_ca=options.peer_ca,
+            peer_token=token_from(options.peer_token_file) if options.peer_token_file else "",
             policy=policy,
             approvals=options.approvals,
             origins=options.allow_origin,
@@ -206,6 +210,15 @@ def add_tls(add: Callable[..., Any]) -> None:
         metavar="FILE",
         help="SHA-256 fingerprints of clients' certificates that get in no longer",
     )
+    add(
+        "--peers",
+        action="append",
+        metavar="HOST:PORT",
+        help="worker that this one may dial for its clients, HOST:* for all ports (repeatable; default: those of this "
+        "machine); none for none",
+    )
+    add("--peer-ca", metavar="FILE", help="authorities (PEM) that these workers' certificates are of")
+    add("--peer-token-file", metavar="FILE", help="the token of the user that this worker is at these")
     add(
         "--insecure",
         action="store_true",

@@ -28,6 +28,7 @@ from planrt.workers.client.contents import held_pointer
 from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
+from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import WorkerHost, virtual_compute
 from planrt.workers.transport import addresses, memory
 from planrt.workers.wire.objects import check_travels
@@ -122,7 +123,7 @@ class VirtualWorker(BaseWorker):
         for tensor in data:
             check_travels(tensor)
             state.own(pointer_id(tensor), tensor)
-        self._host = WorkerHost(state, virtual_compute(), limits=limits)
+        self._host = WorkerHost(state, virtual_compute(), limits=limits, dialling=Dialling(everywhere=True))
         self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
         """All clients of the host, this one included."""
         self._link_address = memory.new_address(id, self._host)

@@ -24,6 +24,7 @@ from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
+from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
@@ -57,6 +58,9 @@ class WebsocketServerWorker:
     of them gets in, as the user that this names; `deny` is a file of the SHA-256 fingerprints of those that do not. A
     worker that other machines reach needs a certificate, and users or a `client_ca`, unless it is to be `insecure`.
 
+    For its clients the worker dials others: those of this machine, or those of `peers` (``["10.0.0.5:8777"]``). To them
+    it shows its own certificate, or proves `peer_token`; theirs are of an authority in the file `peer_ca`.
+
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.
 
@@ -88,6 +92,9 @@ class WebsocketServerWorker:
         client_ca: str | Path | None = None,
         deny: str | Path | None = None,
         insecure: bool = False,
+        peers: Sequence[str] | None = None,
+        peer_ca: str | Path | None = None,
+        peer_token: str = "",
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
         origins: Sequence[str] = (),
@@ -125,6 +132,7 @@ class WebsocketServerWorker:
                 insecure=insecure,
             )
         self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
+        self._dialling = Dialling(peers, ca=peer_ca, cert=cert_path, key=key_path, token=peer_token)
         self._threads = threads
         self._limits = limits or Limits()
         self._guarded = bool(users) or policy is not None
@@ -173,7 +181,7 @@ class WebsocketServerWorker:
             ConnectError: the port is taken, or the host is not this machine's.
         """
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
-        host = WorkerHost(self._state, compute, limits=self._limits)
+        host = WorkerHost(self._state, compute, limits=self._limits, dialling=self._dialling)
         try:
             options = ListenOptions(self._limits, self._tls, self._callers)
             async with addresses.listen(self.address, host.serve, options) as self.address:

@@ -121,6 +121,7 @@ class Connection:
         limits: Limits,
         turns: asyncio.Semaphore | None = None,
         token: str = "",
+        for_others: bool = False,
     ) -> Connection:
         """Shakes hands with the worker at the other end of `pipe` within `timeout` seconds.
 
@@ -131,7 +132,9 @@ class Connection:
         session = ClientSession(worker_id, address=pipe.address, limits=limits)
         try:
             async with asyncio.timeout(timeout):
-                answer = await _exchange(pipe, session.hello(token, pipe.channel.binding))
+                answer = await _exchange(
+                    pipe, session.hello(token, pipe.channel.binding, for_others=for_others)
+                )
                 if (proof := session.challenged(answer)) is not None:
                     answer = await _exchange(pipe, proof)
             session.welcome(answer)

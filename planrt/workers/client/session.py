@@ -50,12 +50,13 @@ class ClientSession:
         self._pending: set[int] = set()
         self._abandoned: set[int] = set()
 
-    def hello(self, token: str = "", binding: bytes | None = None) -> m.Envelope:
+    def hello(self, token: str = "", binding: bytes | None = None, *, for_others: bool = False) -> m.Envelope:
         """The first message of a connection. `token` is what the worker shall know its user by; it is proved, bound to
-        the channel where that has a `binding`, and stays here.
+        the channel where that has a `binding`, and stays here. `for_others` is of a worker that acts for its clients.
         """
         self._proving = Proving(token, binding) if token else None
-        return self.request(m.Hello(self.id, self._mine, proof=self._proving.first if self._proving else ""))
+        first = self._proving.first if self._proving else ""
+        return self.request(m.Hello(self.id, self._mine, proof=first, for_others=for_others))
 
     def challenged(self, envelope: m.Envelope) -> m.Envelope | None:
         """The proof that the answer to `hello` asks for, to be sent and its answer given to `welcome`; None if it asks

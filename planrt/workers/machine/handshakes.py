@@ -140,5 +140,7 @@ class Handshakes:
     def _session(self, connection: int, hello: m.Hello, user: str | None) -> Session:
         if user is None and self._require_user:
             raise RefusedError(_WHO)
+        if hello.for_others:
+            user = None  # whoever it acts for is to have no more here than it would have by itself
         # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
         return Session(f"{connection}:{hello.session}", user, client=hello.versions)

@@ -35,6 +35,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links
 from planrt.workers.transport.pipes import Pipe
@@ -99,7 +100,14 @@ class ComputeThread:
 class WorkerHost:
     """Serves one worker to any number of pipes, on one event loop."""
 
-    def __init__(self, state: WorkerState, compute: ComputeThread, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        state: WorkerState,
+        compute: ComputeThread,
+        *,
+        limits: Limits | None = None,
+        dialling: Dialling | None = None,
+    ) -> None:
         self.state = state
         self._compute = compute
         self._limits = limits or Limits()
@@ -107,7 +115,7 @@ class WorkerHost:
         self._pipes: dict[int, Pipe] = {}
         self._serving: set[asyncio.Task[Any]] = set()
         self._guesses = Guesses()
-        self._links = Links(state.id, self._handle, self._limits)
+        self._links = Links(state.id, self._handle, self._limits, dialling)
         self._stopping = False
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """A worker's connections to other workers: made when first needed, with the address that a client gave.
 
-Towards the other worker this one is a client like any other, and a nobody: it shows no token, so it can do
-nothing with private data there.
+Towards the other worker this one is a client like any other, and a nobody: what it shows there (`dialling.py`) lets it
+in, and gives it no rights, so it can do nothing with private data there.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from planrt.logs import get_logger
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import Event, PeerAnswered, PeerFailed, ToPeer
-from planrt.workers.transport.addresses import DialOptions, dial
+from planrt.workers.serving.dialling import Dialling
 from planrt.workers.wire import messages as m
 
 log = get_logger("planrt.worker")
 
-LINK_TIMEOUT = 10.0
-"""Seconds for reaching another worker."""
 MAX_LINKS = 64
 """Other workers that one worker is connected to at a time."""
 
@@ -34,8 +32,15 @@ class _Link:
 class Links:
     """Carries out `ToPeer` for one worker; answers come back to it as events through `handle`."""
 
-    def __init__(self, worker_id: str, handle: Callable[[Event], Awaitable[None]], limits: Limits) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        handle: Callable[[Event], Awaitable[None]],
+        limits: Limits,
+        dialling: Dialling | None = None,
+    ) -> None:
         self._worker_id = worker_id
+        self._dialling = dialling or Dialling()
         self._handle = handle
         self._limits = limits
         self._links: dict[m.PeerAddress, _Link] = {}
@@ -99,8 +104,7 @@ class Links:
 
     async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
         self._make_room()
-        pipe = await dial(peer.address, DialOptions(LINK_TIMEOUT, self._limits))
-        link.connection = await Connection.open(pipe, peer.worker, timeout=LINK_TIMEOUT, limits=self._limits)
+        link.connection = await self._dialling.connect(self._worker_id, peer, self._limits)
 
     def _make_room(self) -> None:
         """Closes the oldest links when there are too many; what they made elsewhere is freed there."""

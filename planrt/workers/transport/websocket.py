@@ -63,6 +63,14 @@ class _ServerConnection(ServerConnection):
         self.stream = FrameStream(self, cast(asyncio.Transport, transport))
 
 
+class _Connect(connect):
+    """One that goes where it was told to, and nowhere else."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Follows no redirection: a proof, and a worker that dials for its clients, are meant for one address."""
+        return exc
+
+
 class WebsocketPipe:
     """One end of a websocket connection."""
 
@@ -175,7 +183,7 @@ async def _dial(uri: str, options: DialOptions, context: ssl.SSLContext | None) 
     if not valid:
         raise ConnectError(f"{uri!r} is no worker address: write ws://HOST:PORT", address=uri)
     try:
-        connection = await connect(
+        connection = await _Connect(
             uri,
             open_timeout=timeout,
             proxy=None,

@@ -133,6 +133,8 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """A token in clear, as clients sent it before they proved it. Refused."""
     proof: Proof = ""
     """The first message of a proof; without one the session is nobody's, or that of its client's certificate."""
+    for_others: bool = False
+    """Of a worker that acts for clients of its own: it may come in, and has no more rights than nobody."""
 
 
 class Prove(Message, frozen=True, tag="prove"):
