@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [*(ROOT / name for name in ("README.md", "MIGRATION.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-     *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+     *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md", ROOT / "planrt" / "plans" / "ir" / "README.md"]
 )  # fmt: skip
 LANGUAGES = {"python", "sh", "console", "toml", "text"}
 RUNNABLE = ("python", "sh", "console")
