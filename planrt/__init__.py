@@ -59,7 +59,8 @@ _HOMES = {
     "TrainConfig": "planrt.fl",
     "federated_avg": "planrt.fl",
 }
-"""Public name -> the module that defines it, imported at first use (PEP 562): commands start before torch loads."""
+"""Public name -> the module that defines it, imported at first use (PEP 562): commands start before torch
+loads."""
 
 _MODULES = {"errors": "errors", "exceptions": "exceptions", "serde": "plans", "version": "version"}
 """Public module -> the module to import for it: what is serialised, plans say."""

@@ -1,18 +1,21 @@
-"""How a worker's process uses memory: what was freed is kept for the next batch, and cleared before others have it.
+"""How a worker's process uses memory: what was freed is kept for the next batch, and cleared before others
+have it.
 
-A training step makes and frees tens of megabytes. By default glibc's malloc gives most of that back to the system
-after each step, and more so on a thread that is not the main one, as a worker's compute thread is; the next step then
-waits for the system to clear the same pages again (1,200 page faults a step of the MNIST network, a tenth of its time).
+A training step makes and frees tens of megabytes. By default glibc's malloc gives most of that back to the
+system after each step, and more so on a thread that is not the main one, as a worker's compute thread is; the
+next step then waits for the system to clear the same pages again (1,200 page faults a step of the MNIST
+network, a tenth of its time).
 
-Memory that is used again still holds what others freed, and a kernel that leaves part of its result unwritten, or reads
-past its operand, would show it. So where a worker has users, a policy or private data, malloc writes over memory twice:
-when it is freed (ones), and when it is handed out (zeros). That takes malloc's own cache for small blocks to be off,
-which only the environment can say before a process starts: `begin_clearing` starts it again for that. Measured on one
-thread: a training step of the MNIST network takes 1.1 times as long, sums of two 20 MB tensors, which are nothing but
-memory, 2.4 times, small ops and products of matrices as long as before within what can be told. (torch's own
-`fill_uninitialized_memory` costs less, but knows nothing of results that kernels allocate for themselves, nor of reads
-past an operand; clearing in `torch.empty` alone, which `planrt.plans.ir.ops` does on every worker, neither.) GPU memory
-comes from torch's own allocator, and is not cleared.
+Memory that is used again still holds what others freed, and a kernel that leaves part of its result
+unwritten, or reads past its operand, would show it. So where a worker has users, a policy or private data,
+malloc writes over memory twice: when it is freed (ones), and when it is handed out (zeros). That takes
+malloc's own cache for small blocks to be off, which only the environment can say before a process starts:
+`begin_clearing` starts it again for that. Measured on one thread: a training step of the MNIST network takes
+1.1 times as long, sums of two 20 MB tensors, which are nothing but memory, 2.4 times, small ops and products
+of matrices as long as before within what can be told. (torch's own `fill_uninitialized_memory` costs less,
+but knows nothing of results that kernels allocate for themselves, nor of reads past an operand; clearing in
+`torch.empty` alone, which `planrt.plans.ir.ops` does on every worker, neither.) GPU memory comes from torch's
+own allocator, and is not cleared.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _PERTURB = -1, -3, -6  # mallopt(3)
 KEPT = 128 << 20
 """Bytes that malloc may keep for each of its arenas, free at its end."""
 LARGEST = 32 << 20
-"""Bytes of the largest block that is kept; larger ones go back to the system at once. malloc takes no more."""
+"""Bytes of the largest block that is kept; larger ones go back to the system at once. malloc takes no
+more."""
 
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
@@ -45,7 +49,8 @@ def _mallopt() -> Callable[[int, int], int] | None:
 
 
 def keep_freed_memory() -> bool:
-    """Tells malloc to keep up to `KEPT` bytes, for this whole process: for processes that do nothing but work.
+    """Tells malloc to keep up to `KEPT` bytes, for this whole process: for processes that do nothing but
+    work.
 
     Returns whether it did: not where the environment sets malloc up already, nor without glibc.
     """
@@ -77,8 +82,8 @@ def begin_clearing() -> None:
 
 
 def clear_new_memory() -> bool:
-    """Tells malloc to clear memory from now on, in this whole process. Returns whether that is all memory: where it was
-    not said before the process began, small blocks (up to 1 KiB) may still hold what was freed.
+    """Tells malloc to clear memory from now on, in this whole process. Returns whether that is all memory:
+    where it was not said before the process began, small blocks (up to 1 KiB) may still hold what was freed.
     """
     mallopt = _mallopt()
     return mallopt is not None and bool(mallopt(_PERTURB, _FILL)) and clears_from_the_start()

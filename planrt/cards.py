@@ -1,6 +1,8 @@
-"""HTML for notebooks: a title, facts, a table, text. Whatever is shown is escaped, and what cannot be seen as escapes.
+"""HTML for notebooks: a title, facts, a table, text. Whatever is shown is escaped, and what cannot be seen as
+escapes.
 
-Names, tags, descriptions and reasons may come from others. Nothing here is a link, a style of theirs, or runs.
+Names, tags, descriptions and reasons may come from others. Nothing here is a link, a style of theirs, or
+runs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What needs no torch starts without it: `pending`, `approve`, `deny`, `decisions` and `users` answer at once.
 
-Exit codes (those of `serve` and `run` are in `planrt.command_line`): 0 done (for ``inspect``: the plan keeps the
-policy), 1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
+Exit codes (those of `serve` and `run` are in `planrt.command_line`): 0 done (for ``inspect``: the plan keeps
+the policy), 1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -320,7 +320,8 @@ def _askings_beside(path: Path) -> list[Asking]:
 def _graphs(path: Path) -> tuple[dict[str, Graph], tuple[Constant, ...] | None]:
     """What a plan's file holds: its graphs by mode, and its constants if they are known.
 
-    Plans that wait have no other state: they are a record, or a graph alone, and the constants where it has some.
+    Plans that wait have no other state: they are a record, or a graph alone, and the constants where it has
+    some.
     """
     from planrt.plans.forms.files import is_plan_file, load_file
     from planrt.plans.ir.constants import constants_of, decoded, has_constants, is_waiting, plan_that_waits

@@ -1,8 +1,9 @@
-"""``import planrt.compat``: from there on ``import syft as sy`` and PySyft 0.2's module paths give planrt's names.
+"""``import planrt.compat``: from there on ``import syft as sy`` and PySyft 0.2's module paths give planrt's
+names.
 
 For scripts that cannot be edited; others write ``import planrt as sy``. The modules are made of one table,
-`planrt.compat_names`. A name that planrt has not raises an error that says what to write instead. Nothing is imported
-before it is asked for.
+`planrt.compat_names`. A name that planrt has not raises an error that says what to write instead. Nothing is
+imported before it is asked for.
 
 Raises:
     ImportError: a real PySyft is installed or imported: planrt does not take its place.

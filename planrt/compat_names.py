@@ -1,8 +1,9 @@
-"""What PySyft 0.2 called things, and what planrt calls them: the table behind `planrt.compat` and MIGRATION.md.
+"""What PySyft 0.2 called things, and what planrt calls them: the table behind `planrt.compat` and
+MIGRATION.md.
 
-One row a line: the old name, the new one or ``-`` where there is none, and after ``|`` what is different and what to
-write. A row needs a new name or such a text. ``python scripts/write_migration.py`` writes MIGRATION.md from it, and
-``tests/compat`` walks it.
+One row a line: the old name, the new one or ``-`` where there is none, and after ``|`` what is different and
+what to write. A row needs a new name or such a text. ``python scripts/write_migration.py`` writes
+MIGRATION.md from it, and ``tests/compat`` walks it.
 """
 
 # ruff: noqa: E501 - rows are lines
@@ -18,7 +19,8 @@ class Name:
     """A name of PySyft 0.2.
 
     Attributes:
-        old: the name with its module, such as ``syft.exceptions.GetNotPermittedError``; of methods with their class.
+        old: the name with its module, such as ``syft.exceptions.GetNotPermittedError``; of methods with their
+            class.
         new: planrt's, with its module; empty where it has none.
         note: what is different, and what to write; may be empty where `new` is not.
     """

@@ -42,11 +42,11 @@
         ├── MessageTooLargeError   a message over a configured limit; on the way out, nothing was sent
         └── WorkerLostError        the connection to a worker ended while an answer was due
 
-Many derive from a class of Python's as well, so that what catches these there catches them here, retry loops above
-all: `PlanError`, `PointerError`, `RemoteError` and `BlockingCallError` from RuntimeError, `ProtocolError` from that and
-ValueError; wrong values from ValueError, names that are not there from KeyError or AttributeError, and what happens to
-connections from ConnectionRefusedError and ConnectionResetError. None derives from TypeError: operators swallow that
-type to try the reflected operand.
+Many derive from a class of Python's as well, so that what catches these there catches them here, retry loops
+above all: `PlanError`, `PointerError`, `RemoteError` and `BlockingCallError` from RuntimeError,
+`ProtocolError` from that and ValueError; wrong values from ValueError, names that are not there from KeyError
+or AttributeError, and what happens to connections from ConnectionRefusedError and ConnectionResetError. None
+derives from TypeError: operators swallow that type to try the reflected operand.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class PlanrtError(Exception):
         return Exception.__str__(self)
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and Jupyter show of this error, in place of every frame with its neighbouring lines."""
+        """What IPython and Jupyter show of this error, in place of every frame with its neighbouring
+        lines."""
         return rendered(self)
 
 
@@ -175,7 +176,8 @@ class SharingError(LocalError, ValueError):
 
 
 class ValueRangeError(SharingError, OverflowError):
-    """A value cannot be held in shares: too large for its scale, infinite or not a number; names the range."""
+    """A value cannot be held in shares: too large for its scale, infinite or not a number; names the
+    range."""
 
 
 class RandomnessError(SharingError):
@@ -307,7 +309,8 @@ class MessageTooLargeError(TransportError):
 
 
 class WorkerLostError(TransportError, ConnectionResetError):
-    """The connection to a worker ended while an answer was due; `worker_id` names it, `step` a protocol's step."""
+    """The connection to a worker ended while an answer was due; `worker_id` names it, `step` a protocol's
+    step."""
 
     def __init__(self, message: str, *, address: str, worker_id: str, step: str | None = None) -> None:
         super().__init__(message, address=address)

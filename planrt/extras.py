@@ -1,4 +1,5 @@
-"""Packages that only some jobs need: imported by these jobs, and installed with an extra (see pyproject.toml)."""
+"""Packages that only some jobs need: imported by these jobs, and installed with an extra (see
+pyproject.toml)."""
 
 from __future__ import annotations
 

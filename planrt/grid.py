@@ -41,7 +41,8 @@ class PrivateGridNetwork:
         """Searches all workers at the same time for objects that match every term of `query`.
 
         Args:
-            query: tags, ids, or words of descriptions, exactly as they are there. Without any, what is tagged.
+            query: tags, ids, or words of descriptions, exactly as they are there. Without any, what is
+                tagged.
 
         Returns:
             Worker id -> pointers, for the workers that have some, in the workers' order.

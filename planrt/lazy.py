@@ -27,8 +27,8 @@ def names_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 class AliasFinder(MetaPathFinder, Loader):
-    """Finds modules that have no file, and look their names up in others. Subclasses say which there are, and make
-    them.
+    """Finds modules that have no file, and look their names up in others. Subclasses say which there are, and
+    make them.
 
     The class's own module is its identity: `install` takes out the finder that the same module put in before.
     """
@@ -37,7 +37,8 @@ class AliasFinder(MetaPathFinder, Loader):
     """Whether there are modules below these."""
 
     def origin_of(self, fullname: str) -> str | None:
-        """Returns what the spec of module `fullname` names as its origin; None where the finder has no such module."""
+        """Returns what the spec of module `fullname` names as its origin; None where the finder has no such
+        module."""
         raise NotImplementedError
 
     def make(self, fullname: str) -> ModuleType:

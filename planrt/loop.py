@@ -49,8 +49,8 @@ def background_loop() -> asyncio.AbstractEventLoop:
 def _use_one_torch_thread(loop: asyncio.AbstractEventLoop) -> None:
     """Averages are added up on the loop thread, while workers may need the cores: no helpers for it there.
 
-    torch keeps the number of OpenMP threads per thread, but everything else about threads per process: that is
-    put back. A thread's first question for its number sets it to the process's, so it is asked before.
+    torch keeps the number of OpenMP threads per thread, but everything else about threads per process: that
+    is put back. A thread's first question for its number sets it to the process's, so it is asked before.
     """
     elsewhere = torch.get_num_threads()
 

@@ -1,6 +1,7 @@
 """Modules that moved into rooms, found under their old paths too: imports of planrt 0.1 go on working.
 
-Each old path is a module that looks names up in the new one when they are asked for. Nothing is imported before.
+Each old path is a module that looks names up in the new one when they are asked for. Nothing is imported
+before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`send`, `get` and `move` as functions, with types: what type checkers cannot see of torch's classes.
 
-``planrt.send(x, bob)`` is ``x.send(bob)``, and so on. The methods are added to torch's classes while a program runs
-(`planrt.torch_hook`), where mypy and editors do not find them; these functions say what comes back.
+``planrt.send(x, bob)`` is ``x.send(bob)``, and so on. The methods are added to torch's classes while a
+program runs (`planrt.torch_hook`), where mypy and editors do not find them; these functions say what comes
+back.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def get(thing: torch.Tensor) -> torch.Tensor: ...
 
 
 def get(thing: Any) -> Any:
-    """Brings back what is on a worker: ``planrt.get(x)`` is ``x.get()``, for pointers and modules that were sent.
+    """Brings back what is on a worker: ``planrt.get(x)`` is ``x.get()``, for pointers and modules that were
+    sent.
 
     Results of torch's functions on pointers are pointers too, though type checkers call them tensors.
 

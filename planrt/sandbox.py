@@ -41,12 +41,12 @@ def create_sandbox(
 ) -> None:
     """Fills a program's globals with a hook, six workers and a grid of them: ``create_sandbox(globals())``.
 
-    The data sets that come with scikit-learn, and Boston Housing's training part where ``PLANRT_DATA`` holds it, are
-    split over the workers in their order, and tagged: ``#data`` or ``#target``, and the data set's name
-    (``#boston``, ``#iris``, ...). Data are float32 [N, columns], targets float32, or int64 for classes.
+    The data sets that come with scikit-learn, and Boston Housing's training part where ``PLANRT_DATA`` holds
+    it, are split over the workers in their order, and tagged: ``#data`` or ``#target``, and the data set's
+    name (``#boston``, ``#iris``, ...). Data are float32 [N, columns], targets float32, or int64 for classes.
 
-    Afterwards `gbs` has ``hook``, ``bob``, ``theo``, ``jason``, ``alice``, ``andy``, ``jon``, ``workers`` (the list
-    of them), ``grid``, ``torch`` and ``sy``.
+    Afterwards `gbs` has ``hook``, ``bob``, ``theo``, ``jason``, ``alice``, ``andy``, ``jon``, ``workers``
+    (the list of them), ``grid``, ``torch`` and ``sy``.
 
     Args:
         gbs: the globals to fill; names that are there are replaced.
@@ -119,7 +119,8 @@ def _labelled(tensor: Any, *tags: str, text: str) -> torch.Tensor:
 
 
 def _distribute(whole: Any, workers: list[BaseWorker]) -> None:
-    """Sends each worker its part of `whole`, with the whole's tags and description, unless it has that already."""
+    """Sends each worker its part of `whole`, with the whole's tags and description, unless it has that
+    already."""
     for part, worker in zip(whole.tensor_split(len(workers)), workers, strict=True):
         if worker.search(sorted(whole.tags)):
             continue

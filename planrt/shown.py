@@ -1,7 +1,8 @@
 """Text from somebody else, as it is safe to show: names, reasons and descriptions may come from anyone.
 
-On a terminal, control characters move the cursor and change what is there already, bidirectional ones turn words round,
-and some take no room at all: two names that look alike need not be. So they are written as escapes.
+On a terminal, control characters move the cursor and change what is there already, bidirectional ones turn
+words round, and some take no room at all: two names that look alike need not be. So they are written as
+escapes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 
 
 def shown(text: str, longest: int | None = None) -> str:
-    """`text` on one line, with what cannot be seen written as escapes, and backslashes twice; cut after `longest`
-    characters, where that is given.
+    """`text` on one line, with what cannot be seen written as escapes, and backslashes twice; cut after
+    `longest` characters, where that is given.
     """
     made = "".join(_escaped(char) for char in text)
     if longest is not None and len(made) > longest:

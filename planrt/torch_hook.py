@@ -1,8 +1,8 @@
-"""`TorchHook`: gives `torch.Tensor`, `torch.nn.Module` and `torch.utils.data.Dataset` their remote methods, and
-this process a worker.
+"""`TorchHook`: gives `torch.Tensor`, `torch.nn.Module` and `torch.utils.data.Dataset` their remote methods,
+and this process a worker.
 
-These methods are all that planrt adds to torch; none of its functions is replaced. Names that
-begin with ``native_``, as PySyft 0.2 called torch's own functions, are the tensors' methods, or say what to write.
+These methods are all that planrt adds to torch; none of its functions is replaced. Names that begin with
+``native_``, as PySyft 0.2 called torch's own functions, are the tensors' methods, or say what to write.
 """
 
 from __future__ import annotations
@@ -128,11 +128,12 @@ def send(
 ) -> PointerTensor | MultiPointerTensor:
     """Sends the tensor, with `requires_grad`, `.grad`, tags and description; returns a pointer, at once.
 
-    Sent to several workers, it returns one pointer that stands for all. `private`: nobody may read it or what is
-    computed from it. `allowed_users`: only these may. With ``garbage_collection=False``, which may be written
-    ``garbage_collect_data=False``, the object stays when its last pointer goes. The object has the tensor's `id` on the
-    worker; while one is there that was sent before, both the tensor and the new object get another one. `inplace` is
-    `send_`. `no_wrap` is without effect, and the other options of PySyft 0.2 are refused, saying what to write instead.
+    Sent to several workers, it returns one pointer that stands for all. `private`: nobody may read it or what
+    is computed from it. `allowed_users`: only these may. With ``garbage_collection=False``, which may be
+    written ``garbage_collect_data=False``, the object stays when its last pointer goes. The object has the
+    tensor's `id` on the worker; while one is there that was sent before, both the tensor and the new object
+    get another one. `inplace` is `send_`. `no_wrap` is without effect, and the other options of PySyft 0.2
+    are refused, saying what to write instead.
 
     Raises:
         UnsupportedTensorError: sparse, quantised, nested, or of a dtype that does not travel.
@@ -278,7 +279,8 @@ def _set_id(self: torch.Tensor, number: int) -> None:
 
 
 _ENCRYPTED = ("fix_prec", "fix_precision", "float_prec", "float_precision", "share", "encrypt", "decrypt")
-"""What tensors and modules were asked for in the encrypted parts of PySyft 0.2; with ``_`` behind, in place."""
+"""What tensors and modules were asked for in the encrypted parts of PySyft 0.2; with ``_`` behind, in
+place."""
 
 
 def _not_encrypted(name: str) -> Any:

@@ -1,9 +1,9 @@
 """Tracebacks of planrt's errors as users are shown them: their own lines, and not the way through planrt.
 
-What went wrong, and where on a worker, is in the error's words; the frames between the user's line and these words are
-planrt's, torch's and asyncio's. Notebooks ask an error how it wants to be shown, scripts ask `sys.excepthook`. Nothing
-is taken from the error itself: debuggers, loggers and test runners see every frame. ``PLANRT_FULL_TRACEBACK=1`` in
-the environment shows all of them everywhere.
+What went wrong, and where on a worker, is in the error's words; the frames between the user's line and these
+words are planrt's, torch's and asyncio's. Notebooks ask an error how it wants to be shown, scripts ask
+`sys.excepthook`. Nothing is taken from the error itself: debuggers, loggers and test runners see every frame.
+``PLANRT_FULL_TRACEBACK=1`` in the environment shows all of them everywhere.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def full_wanted() -> bool:
 def short(error: BaseException, name_line: Callable[[str], str] | None = None) -> list[str]:
     """Returns the lines of `error`'s traceback with the frames of the user's code only.
 
-    A cause that has no frame of the user's is left out; what it said is in the words of `error`. `name_line` gives the
-    place ``file:line`` another name, as notebooks do with their cells.
+    A cause that has no frame of the user's is left out; what it said is in the words of `error`. `name_line`
+    gives the place ``file:line`` another name, as notebooks do with their cells.
     """
     shown = traceback.TracebackException.from_exception(error)
     _shorten(shown)
@@ -80,7 +80,8 @@ _internal_folders: tuple[str, ...] = ()
 
 
 def install() -> None:
-    """Uncaught errors of planrt in scripts show the short form, unless a hook of somebody else's is there already."""
+    """Uncaught errors of planrt in scripts show the short form, unless a hook of somebody else's is there
+    already."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _hook
 
@@ -100,7 +101,8 @@ def rendered(error: BaseException) -> list[str]:
 
 
 def shorten(error: BaseException) -> None:
-    """Has an error of another class than planrt's shown as those are: torch's, about what the user gave a pointer."""
+    """Has an error of another class than planrt's shown as those are: torch's, about what the user gave a
+    pointer."""
     error._render_traceback_ = _rendered_now  # type: ignore[attr-defined]
 
 

@@ -1,8 +1,8 @@
 """Federated averaging: a streaming mean over models, in a fixed order.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017
-(arXiv:1602.05629), section 2, algorithm 1: the server's step. In round t each of K workers trains the state w(t) on
-its n_k samples, which makes w_k(t+1) of it; the server then sets
+(arXiv:1602.05629), section 2, algorithm 1: the server's step. In round t each of K workers trains the state
+w(t) on its n_k samples, which makes w_k(t+1) of it; the server then sets
 
     w(t+1)  =  sum over k of  (n_k / n) w_k(t+1),    where  n  =  sum over k of  n_k
 
@@ -12,8 +12,8 @@ The sum is kept, and divided once at the end, so one state is held for any numbe
 
     total = n_1 w_1;   total += n_k w_k  for k = 2, 3, ...;   w = total / n
 
-Additions of floats do not associate: another order would have other last bits. So whoever adds does so in the order
-of the workers' ids, and equal runs have equal bits.
+Additions of floats do not associate: another order would have other last bits. So whoever adds does so in the
+order of the workers' ids, and equal runs have equal bits.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ A = TypeVar("A")
 
 
 class Aggregation(Protocol[A]):
-    """A way to make one state out of those that the workers of a round return: ``RoundScheduler(aggregation=...)``.
+    """A way to make one state out of those that the workers of a round return:
+    ``RoundScheduler(aggregation=...)``.
 
-    It is three functions over plain state, as the aggregators of FedJAX are: of itself it keeps nothing from call to
-    call, so one object serves any number of rounds. The coordinate-wise median, which one worker cannot drag away
-    however wrong its state is (Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical
-    Rates", ICML 2018, arXiv:1803.01498, algorithm 1, option I)::
+    It is three functions over plain state, as the aggregators of FedJAX are: of itself it keeps nothing from
+    call to call, so one object serves any number of rounds. The coordinate-wise median, which one worker
+    cannot drag away however wrong its state is (Yin et al., "Byzantine-Robust Distributed Learning: Towards
+    Optimal Statistical Rates", ICML 2018, arXiv:1803.01498, algorithm 1, option I)::
 
         class CoordinateMedian:
             def init(self):
@@ -69,9 +70,9 @@ class Aggregation(Protocol[A]):
     def add(self, aggregate: A, entries: dict[str, torch.Tensor], weight: float, /) -> A:
         """Returns `aggregate` with the state of one more worker, which it may change and return itself.
 
-        Called for each worker that trained on something, in the order of their ids. `entries` are the entries that
-        training can change, by name; they are the aggregation's own, to keep or to overwrite. `weight` is the number
-        of samples in a weighted round, else 1.
+        Called for each worker that trained on something, in the order of their ids. `entries` are the entries
+        that training can change, by name; they are the aggregation's own, to keep or to overwrite. `weight`
+        is the number of samples in a weighted round, else 1.
         """
         ...
 
@@ -142,7 +143,8 @@ class StreamingAverage:
 
 
 class FederatedAveraging:
-    """The aggregation that rounds use by default: the mean of the states, `StreamingAverage`, in the memory of one."""
+    """The aggregation that rounds use by default: the mean of the states, `StreamingAverage`, in the memory
+    of one."""
 
     def init(self) -> StreamingAverage:
         """Returns an average of nothing."""
@@ -220,12 +222,13 @@ def federated_avg(
 
     The formula, and the paper that it is from, are in the docstring of `planrt.fl.averaging`.
 
-    Models are nn.Modules, traced modules or state dicts. Of modules, the first in the mapping is changed to be the
-    average, and returned, as in PySyft 0.2: its parameters stay the same objects, so an optimizer of it goes on. With
-    `copy` it is a new model, and the given ones stay as they are. Of state dicts it is always a new dict.
+    Models are nn.Modules, traced modules or state dicts. Of modules, the first in the mapping is changed to
+    be the average, and returned, as in PySyft 0.2: its parameters stay the same objects, so an optimizer of
+    it goes on. With `copy` it is a new model, and the given ones stay as they are. Of state dicts it is
+    always a new dict.
 
-    Models are added in the order of their ids, whatever order the mapping has, so the result does not depend on who
-    answered first. A sequence is averaged in its own order; its weights then are a sequence, too.
+    Models are added in the order of their ids, whatever order the mapping has, so the result does not depend
+    on who answered first. A sequence is averaged in its own order; its weights then are a sequence, too.
 
     Raises:
         OptionError: no models, models that do not match, or a weight missing or not positive.

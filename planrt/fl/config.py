@@ -25,25 +25,26 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
 
 Loss = Callable[..., torch.Tensor]
-"""(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and ``target``."""
+"""(prediction, target) -> 0-d loss, the mean over the batch; or with parameters called ``pred`` and
+``target``."""
 
 
 class TrainConfig:
     """A model, its loss and how to train it.
 
-    `model` is an nn.Module, or one from `torch.jit.trace` or `torch.jit.script`. `loss_fn` takes (prediction, target)
-    and returns the mean over the batch; if its parameters are named ``pred`` and ``target``, it is called by name, in
-    whatever order they stand. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no bound), `shuffle` and
-    `drop_last` (whether to leave out the short last batch of each pass) say which batches. `optimizer` is a class of
-    torch.optim or its name, and `optimizer_args` its arguments.
+    `model` is an nn.Module, or one from `torch.jit.trace` or `torch.jit.script`. `loss_fn` takes (prediction,
+    target) and returns the mean over the batch; if its parameters are named ``pred`` and ``target``, it is
+    called by name, in whatever order they stand. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no
+    bound), `shuffle` and `drop_last` (whether to leave out the short last batch of each pass) say which
+    batches. `optimizer` is a class of torch.optim or its name, and `optimizer_args` its arguments.
 
-    Each round starts a fresh optimizer unless `keep_optimizer_state`, which keeps its state on the worker between
-    rounds. `worker.fit`, which goes on with a model that was sent, keeps it unless that is False.
+    Each round starts a fresh optimizer unless `keep_optimizer_state`, which keeps its state on the worker
+    between rounds. `worker.fit`, which goes on with a model that was sent, keeps it unless that is False.
 
-    The model is followed: after a layer was frozen or added, the next round trains it as it is then. The plans are
-    traced on `example`, a (data, target) batch, or else on zeros of the shapes that the worker announces for its data
-    set; `plans` are used as they are. `id` and `owner` are what scripts of the 0.2 era give, for show.
-    `purpose` says what the training is for, to owners who have to approve its plans.
+    The model is followed: after a layer was frozen or added, the next round trains it as it is then. The
+    plans are traced on `example`, a (data, target) batch, or else on zeros of the shapes that the worker
+    announces for its data set; `plans` are used as they are. `id` and `owner` are what scripts of the 0.2 era
+    give, for show. `purpose` says what the training is for, to owners who have to approve its plans.
 
     Raises:
         OptionError: a number out of range, an unknown optimizer, or arguments it does not accept.
@@ -135,7 +136,8 @@ class TrainConfig:
         """The training and the evaluation plan of the model as it is now.
 
         Raises:
-            LocalError: nothing was traced yet. TraceError: the model was changed, and cannot be recorded any more.
+            LocalError: nothing was traced yet. TraceError: the model was changed, and cannot be recorded any
+                more.
         """
         if self._given is not None:
             return self._given
@@ -179,7 +181,8 @@ class TrainConfig:
         return self.plans if self.is_traced else self.trace_for(worker, dataset_key)
 
     def fit_options(self, lr: float | None = None) -> dict[str, Any]:
-        """Returns the fields of a `Fit` message that are this config's, with another learning rate if given."""
+        """Returns the fields of a `Fit` message that are this config's, with another learning rate if
+        given."""
         return {
             "batch_size": self.batch_size,
             "epochs": self.epochs,

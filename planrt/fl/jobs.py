@@ -41,10 +41,11 @@ class Sent:
 
 
 class SentJob:
-    """A `TrainConfig` on one worker, as it was sent: changes of the config or of the model here do not reach it.
+    """A `TrainConfig` on one worker, as it was sent: changes of the config or of the model here do not reach
+    it.
 
-    The worker holds the model's state, each tensor as an object of this session. `fit` trains these where they are;
-    only figures come back.
+    The worker holds the model's state, each tensor as an object of this session. `fit` trains these where
+    they are; only figures come back.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -235,8 +236,8 @@ class ModelPointer:
         self.id_at_location = job.id
 
     def get(self) -> Sent:
-        """Brings the model back, as `obj`: a copy of the one that was sent, with the state from the worker, which keeps
-        nothing.
+        """Brings the model back, as `obj`: a copy of the one that was sent, with the state from the worker,
+        which keeps nothing.
 
         Raises:
             LocalError: it was taken back already. WorkerLostError, RemoteError: see `PointerTensor.get`.

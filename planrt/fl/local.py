@@ -1,8 +1,8 @@
 """`local_workers`: workers in processes of their own on this machine, for as long as a block runs.
 
-A process each, as on machines far apart: they compute at the same time, and an error in one takes nothing else along.
-They run in sessions of their own, so that Ctrl-C in a terminal and "interrupt kernel" in a notebook reach the program
-alone, and end with it, however it ends (`planrt.fl.runs.children`).
+A process each, as on machines far apart: they compute at the same time, and an error in one takes nothing
+else along. They run in sessions of their own, so that Ctrl-C in a terminal and "interrupt kernel" in a
+notebook reach the program alone, and end with it, however it ends (`planrt.fl.runs.children`).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class local_workers:  # noqa: N801 - it is used as a function
         with planrt.local_workers("alice", "bob", datasets={"alice": {"digits": some}}) as (alice, bob):
             ...
 
-    The block gets a `WebsocketClientWorker` for each id, in order; ``async with`` does the same in a coroutine. Leaving
-    it, or the end of this process, ends the workers.
+    The block gets a `WebsocketClientWorker` for each id, in order; ``async with`` does the same in a
+    coroutine. Leaving it, or the end of this process, ends the workers.
 
     Args:
         ids: the workers' names, all different.
-        datasets: worker id -> key -> map-style data set of (data, target) pairs. Its items are read here, once, and
-            kept in a file that only this user can read until the worker has it. A data set that gives other items each
-            time, as random transforms do, therefore stays as it was first read.
+        datasets: worker id -> key -> map-style data set of (data, target) pairs. Its items are read here,
+            once, and kept in a file that only this user can read until the worker has it. A data set that
+            gives other items each time, as random transforms do, therefore stays as it was first read.
         threads: torch threads of each worker. None: the cores of this machine, shared out, at least 1 each.
         device: where they compute.
         timeout: seconds until all must serve.
@@ -52,7 +52,8 @@ class local_workers:  # noqa: N801 - it is used as a function
 
     Raises:
         OptionError: an argument that cannot be used. DataError: a data set that cannot be read.
-        ConnectError: a worker that does not start, or not within `timeout`. The last two at the block's begin.
+        ConnectError: a worker that does not start, or not within `timeout`. The last two at the block's
+            begin.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """The main job: ``planrt run --rounds 40`` trains the MNIST network on workers.
 
-``python -m planrt.fl.mnist_async`` is the same command. Three workers train on digits 0-3, 4-6 and 7-9, their models
-are averaged every round, and a fourth, called testing, evaluates. Workers that already run are used (`--worker`, or
-ports 8777-8780); otherwise four processes are started and stopped again. Exit codes: see `planrt.command_line`.
+``python -m planrt.fl.mnist_async`` is the same command. Three workers train on digits 0-3, 4-6 and 7-9, their
+models are averaged every round, and a fourth, called testing, evaluates. Workers that already run are used
+(`--worker`, or ports 8777-8780); otherwise four processes are started and stopped again. Exit codes: see
+`planrt.command_line`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class Optims:
 
     Args:
         workers: workers or their ids, each once.
-        optim: the optimizer to make copies of: the copies have its class, parameters and options, and no state.
-            A scheduler of its learning rate does not reach the copies; make one for each.
+        optim: the optimizer to make copies of: the copies have its class, parameters and options, and no
+            state. A scheduler of its learning rate does not reach the copies; make one for each.
 
     Raises:
         OptionError: no workers, the same one twice, or `optim` is no optimizer.

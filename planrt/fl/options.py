@@ -20,7 +20,8 @@ _LARGEST: Final = 2**63 - 1
 
 
 def whole(name: str, value: Any, *, at_least: int) -> int:
-    """`value` as an int, if it is a whole number of at least that: a Python or NumPy integer or a 0-d tensor of one.
+    """`value` as an int, if it is a whole number of at least that: a Python or NumPy integer or a 0-d tensor
+    of one.
 
     Raises:
         OptionError: it is not; `name` says which option is meant.

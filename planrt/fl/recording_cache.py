@@ -1,8 +1,8 @@
 """What was recorded of models, kept for models that are the same but for the values of their state.
 
-The tutorial's loop makes a new model every round: the average of the last ones. It must not be recorded again each
-time, and a model that was changed between rounds must be. So recordings are kept by the model's fingerprint
-(`planrt.plans.fingerprint`), never by the model, and no entry keeps a model or its weights alive.
+The tutorial's loop makes a new model every round: the average of the last ones. It must not be recorded again
+each time, and a model that was changed between rounds must be. So recordings are kept by the model's
+fingerprint (`planrt.plans.fingerprint`), never by the model, and no entry keeps a model or its weights alive.
 """
 
 from __future__ import annotations

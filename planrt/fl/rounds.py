@@ -9,9 +9,9 @@ The messages, with workers alice and bob:
                     Fitted     <- alice
     run_round(2)    Fit        -> alice, bob     ...
 
-Replies are added up in the order of the worker ids, not in that in which they come: so neither result nor memory
-depends on who answers first. Here bob's reply is held until alice's is in. At most `hold` replies wait in memory, and
-the others in temporary files.
+Replies are added up in the order of the worker ids, not in that in which they come: so neither result nor
+memory depends on who answers first. Here bob's reply is held until alice's is in. At most `hold` replies wait
+in memory, and the others in temporary files.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ _SMALL = 1 << 20
 """Replies under this many bytes are not worth a temporary file."""
 
 _LARGE = 8 << 20
-"""Folding states over this many bytes leaves the loop thread, which has pings to answer. Of replies over this many
-bytes one less is held: what connections have in hand while they receive (about 10 MB in all) takes its place."""
+"""Folding states over this many bytes leaves the loop thread, which has pings to answer. Of replies over this
+many bytes one less is held: what connections have in hand while they receive (about 10 MB in all) takes its
+place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +111,21 @@ class RoundScheduler:
             state = result.state
         model.load_state_dict(state)
 
-    Both coroutines may be awaited on any loop. A round makes the mean of the workers' states (`federated_avg` has the
-    formula), or what an `aggregation` of your own makes of them (`planrt.fl.Aggregation`).
+    Both coroutines may be awaited on any loop. A round makes the mean of the workers' states (`federated_avg`
+    has the formula), or what an `aggregation` of your own makes of them (`planrt.fl.Aggregation`).
 
     Every random choice of a worker derives from (`seed`, round, worker id): the same run has the same bits on
     virtual and on websocket workers with the same torch build and number of threads. `weighted` counts each
     worker by the samples it trained on.
 
-    Memory of a round stays under (2 + `hold`) times the state for states over 10 MB: the state, the first reply,
-    which becomes the average, and `hold` times as much for replies that arrive out of order and whatever
-    connections have in hand. Further replies wait in temporary files. An aggregation of your own needs what it keeps
-    in addition.
+    Memory of a round stays under (2 + `hold`) times the state for states over 10 MB: the state, the first
+    reply, which becomes the average, and `hold` times as much for replies that arrive out of order and
+    whatever connections have in hand. Further replies wait in temporary files. An aggregation of your own
+    needs what it keeps in addition.
 
     Raises:
-        OptionError: no workers, two with the same id, a negative `hold`, an `aggregation` without its methods.
+        OptionError: no workers, two with the same id, a negative `hold`, an `aggregation` without its
+            methods.
     """
 
     def __init__(
@@ -169,7 +171,8 @@ class RoundScheduler:
         """Traces the plan if it is not yet, and sends it to every worker, once.
 
         Raises:
-            UnknownDatasetError, TraceError: see `TrainConfig`. OptionError: the workers' data differ in shape.
+            UnknownDatasetError, TraceError: see `TrainConfig`. OptionError: the workers' data differ in
+                shape.
         """
         infos = [dataset_of(worker, self.dataset_key) for worker in self.workers]
         specs = {str((info.data, info.target)) for info in infos}
@@ -194,14 +197,14 @@ class RoundScheduler:
     ) -> RoundResult:
         """Trains `state` on every worker, with learning rate `lr` if given, and averages what comes back.
 
-        `state` stays as it is, unless `in_place`: then a round that succeeds ends by writing the average into its
-        tensors, which saves the memory of a second model. `keep_worker_states` keeps each worker's result as well
-        (a model each). A worker that has trained on nothing (its data set is empty, or `drop_last` left nothing) does
-        not count.
+        `state` stays as it is, unless `in_place`: then a round that succeeds ends by writing the average into
+        its tensors, which saves the memory of a second model. `keep_worker_states` keeps each worker's result
+        as well (a model each). A worker that has trained on nothing (its data set is empty, or `drop_last`
+        left nothing) does not count.
 
         Raises:
-            OptionError: the arguments are swapped, the state does not fit the model, or the aggregation makes another
-                state than it was given.
+            OptionError: the arguments are swapped, the state does not fit the model, or the aggregation makes
+                another state than it was given.
             WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
         """
         if isinstance(round_number, Mapping):

@@ -35,7 +35,8 @@ STOP_GRACE = 5.0
 
 @dataclass(frozen=True)
 class Served:
-    """A data set, or None, and how it is announced; `digits` counts images per digit where that makes sense."""
+    """A data set, or None, and how it is announced; `digits` counts images per digit where that makes
+    sense."""
 
     dataset: Any
     key: str
@@ -50,7 +51,8 @@ def main(
 ) -> int:
     """Runs the command; returns its exit code. `prog` is what it was called by.
 
-    `alone`: the process is there for nothing else, and may be started again, with a malloc that clears memory.
+    `alone`: the process is there for nothing else, and may be started again, with a malloc that clears
+    memory.
     """
     options = parser(prog).parse_args(arguments)
     if alone and (options.users is not None or options.policy is not None):

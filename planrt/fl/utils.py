@@ -1,4 +1,5 @@
-"""The functions that scripts of the 0.2 era call round by round: fit, evaluate and average models on workers."""
+"""The functions that scripts of the 0.2 era call round by round: fit, evaluate and average models on
+workers."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ async def fit_model_on_worker(
     """Trains a copy of `traced_model` on `worker`'s data; awaitable from any loop.
 
     `traced_model` is a `torch.jit.trace`d module or any nn.Module that planrt can record; it stays as it is.
-    At most `max_nr_batches` batches (-1: the whole data set, once) of `batch_size`, with a fresh `optimizer` of
-    learning rate `lr`. Order and random ops derive from (`seed`, `curr_round`, worker id).
+    At most `max_nr_batches` batches (-1: the whole data set, once) of `batch_size`, with a fresh `optimizer`
+    of learning rate `lr`. Order and random ops derive from (`seed`, `curr_round`, worker id).
 
     Returns:
         (worker id, trained model, mean loss over the samples).
@@ -96,10 +97,11 @@ async def async_evaluate_model_on_worker(
 ) -> EvaluationResult:
     """Evaluates `model` on `worker`'s data and logs what came out, under the name `model_identifier`.
 
-    `nr_bins` classes are counted (10 for digits); their shares are logged in thirds as in the digits' tutorials when
-    there are ten. `print_target_hist` logs the data's own counts first. `device` is taken as scripts of the 0.2 era
-    give it: a worker computes on its own. Lines go to the logger ``planrt.fl``; without handlers of its own Python
-    shows warnings only, so call `logging.basicConfig(level=logging.INFO)` to see them.
+    `nr_bins` classes are counted (10 for digits); their shares are logged in thirds as in the digits'
+    tutorials when there are ten. `print_target_hist` logs the data's own counts first. `device` is taken as
+    scripts of the 0.2 era give it: a worker computes on its own. Lines go to the logger ``planrt.fl``;
+    without handlers of its own Python shows warnings only, so call `logging.basicConfig(level=logging.INFO)`
+    to see them.
 
     Raises:
         TraceError, RemoteError, WorkerLostError.
@@ -190,7 +192,8 @@ def scale_model(model: nn.Module, scale: float) -> nn.Module:
 
 
 def accuracy(pred_softmax: torch.Tensor, target: torch.Tensor) -> float:
-    """Returns the share of rows of `pred_softmax` [N, classes] whose largest entry is at `target` [N] or [N, 1].
+    """Returns the share of rows of `pred_softmax` [N, classes] whose largest entry is at `target` [N] or [N,
+    1].
 
     Raises:
         OptionError: other shapes.
@@ -217,8 +220,8 @@ def extract_batches_per_worker(
 
 
 def create_gaussian_mixture_toy_data(nr_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [N, 2] around (-5, -5) and (5, 5), as many of each, and their classes 0 and 1 (int64): N is `nr_samples`,
-    rounded down to an even number."""
+    """Points [N, 2] around (-5, -5) and (5, 5), as many of each, and their classes 0 and 1 (int64): N is
+    `nr_samples`, rounded down to an even number."""
     half = whole("nr_samples", nr_samples, at_least=0) // 2
     points = torch.cat([torch.randn(half, 2) - 5, torch.randn(half, 2) + 5])
     return points, torch.arange(2).repeat_interleave(half)

@@ -1,4 +1,5 @@
-"""`check_plan`, which is `Plan.check`: what a plan does, and what it breaks of a policy, before it is sent."""
+"""`check_plan`, which is `Plan.check`: what a plan does, and what it breaks of a policy, before it is
+sent."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
 """What a recording depends on, as one value: a model that was changed since has another.
 
-A plan is recorded once and used for many rounds, so somebody has to notice when the model is no longer the one that was
-recorded: layers frozen or added, another dropout rate, another `forward`. `fingerprint` walks over everything that
-Python code can reach from a model and its loss: the tree of modules with their plain attributes and hooks; shapes,
-dtypes, memory and `requires_grad` of tensors; the code of classes, methods and functions with their closures, defaults
-and the globals they name. Of a module's own tensors the values do not matter, of all other tensors they do, since a
-plan keeps these. Two models with equal fingerprints are recorded to equal plans. Where something cannot be looked
-into there is no fingerprint, and whoever asks has to record again.
+A plan is recorded once and used for many rounds, so somebody has to notice when the model is no longer the
+one that was recorded: layers frozen or added, another dropout rate, another `forward`. `fingerprint` walks
+over everything that Python code can reach from a model and its loss: the tree of modules with their plain
+attributes and hooks; shapes, dtypes, memory and `requires_grad` of tensors; the code of classes, methods and
+functions with their closures, defaults and the globals they name. Of a module's own tensors the values do not
+matter, of all other tensors they do, since a plan keeps these. Two models with equal fingerprints are
+recorded to equal plans. Where something cannot be looked into there is no fingerprint, and whoever asks has
+to record again.
 
-Code of libraries (the standard library, torch, whatever is installed in site-packages) is taken not to change.
+Code of libraries (the standard library, torch, whatever is installed in site-packages) is taken not to
+change.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ def fingerprint(model: torch.nn.Module, *others: Any) -> Fingerprint | None:
     """Computes one value for all that recording `model` with `others` (a loss, examples) depends on; None if
     that is not known.
 
-    The values of the model's parameters and buffers do not matter, those of all other tensors do. It is made of
-    descriptions, and keeps none of the values alive.
+    The values of the model's parameters and buffers do not matter, those of all other tensors do. It is made
+    of descriptions, and keeps none of the values alive.
     """
     try:
         walk = _Walk(model)
@@ -78,8 +80,8 @@ def _modes() -> Fingerprint:
 
 
 class _Walk:
-    """Describes values as nested tuples. What is met twice is told by its number the second time, so that what is
-    shared (tied weights), and circles, are told from copies."""
+    """Describes values as nested tuples. What is met twice is told by its number the second time, so that
+    what is shared (tied weights), and circles, are told from copies."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._met: dict[int, tuple[int, Any]] = {}  # the values are kept here, so that no id is used twice
@@ -225,7 +227,8 @@ class _Walk:
             return "empty"
 
     def _globals(self, code: types.CodeType, known: dict[str, Any]) -> Iterable[Fingerprint]:
-        """What the global names in `code` stand for; of modules that are no library the attributes it may mean."""
+        """What the global names in `code` stand for; of modules that are no library the attributes it may
+        mean."""
         names, attributes = _names_in(code)
         for name in names:
             if name in known:
@@ -270,7 +273,8 @@ def _digest(tensor: torch.Tensor) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _names_in(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that `code` (and what is defined in it) reads as globals, and those it may read as attributes."""
+    """The names that `code` (and what is defined in it) reads as globals, and those it may read as
+    attributes."""
     found: dict[str, None] = {}
     attributes = dict.fromkeys(code.co_names)
     for instruction in dis.get_instructions(code):

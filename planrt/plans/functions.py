@@ -56,13 +56,14 @@ def func2plan(
     state: Sequence[torch.Tensor] | None = None,
     strict: bool = False,
 ) -> Any:
-    """Turns a function of tensors into a `Plan`: ``@func2plan()``, or ``func2plan(function, args_shape=[(-1, 3)])``.
+    """Turns a function of tensors into a `Plan`: ``@func2plan()``, or ``func2plan(function, args_shape=[(-1,
+    3)])``.
 
     With `args_shape`, one shape per argument (-1 for a size that stays free), it is built at once, on float32
-    tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or as
-    the one called ``state``), which callers do not pass. With `strict`, calls with other sizes, ranks or dtypes are
-    refused; without, the plan is recorded for them too, which is a form of it with a hash of its own.
-    A list in place of the function is taken as `args_shape`.
+    tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or
+    as the one called ``state``), which callers do not pass. With `strict`, calls with other sizes, ranks or
+    dtypes are refused; without, the plan is recorded for them too, which is a form of it with a hash of its
+    own. A list in place of the function is taken as `args_shape`.
 
     Raises:
         PlanArgumentError: wrong number of shapes, or impossible ones.

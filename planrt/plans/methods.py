@@ -35,7 +35,8 @@ class _Method(torch.nn.Module):
 
 
 class PlanMethod:
-    """A method that is a plan: ``object.method`` is the `Plan`, whose state are the tensors of `object` it uses."""
+    """A method that is a plan: ``object.method`` is the `Plan`, whose state are the tensors of `object` it
+    uses."""
 
     def __init__(
         self, function: Callable[..., Any], args_shape: Sequence[Sequence[int]] | None, *, strict: bool
@@ -90,9 +91,9 @@ def method2plan(
 ) -> Any:
     """Turns a method into a plan, one for each object: ``@method2plan()`` above ``def forward(self, x):``.
 
-    ``net.forward.build(x)``, ``net.forward.send(worker)`` and ``net.forward(x)`` are those of a `Plan`; tensors of the
-    object that the method uses are its state. With `args_shape` it is built when it is first used. `strict` is as of
-    `func2plan`.
+    ``net.forward.build(x)``, ``net.forward.send(worker)`` and ``net.forward(x)`` are those of a `Plan`;
+    tensors of the object that the method uses are its state. With `args_shape` it is built when it is first
+    used. `strict` is as of `func2plan`.
 
     Raises:
         PlanArgumentError: it decorates something that is no function.

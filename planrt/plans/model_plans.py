@@ -1,4 +1,5 @@
-"""A model with its loss as two plans: `trace_model` records them, once as it trains and once as it is evaluated."""
+"""A model with its loss as two plans: `trace_model` records them, once as it trains and once as it is
+evaluated."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class ModelPlans:
     """A model with its loss, as two plans over the same state.
 
-    Both take (data, target) and return (loss, prediction), with the batch dimension free. `names` joins the entries of
-    their state to those of the model's `state_dict`.
+    Both take (data, target) and return (loss, prediction), with the batch dimension free. `names` joins the
+    entries of their state to those of the model's `state_dict`.
     """
 
     training: Graph
@@ -45,8 +46,8 @@ class ModelPlans:
 
     @property
     def state(self) -> ModelState:
-        """The model's state as ``load_state_dict`` takes it: its own tensors, detached. They share memory with the
-        model, so clone what must not follow it."""
+        """The model's state as ``load_state_dict`` takes it: its own tensors, detached. They share memory
+        with the model, so clone what must not follow it."""
         return self.names.state
 
 
@@ -63,8 +64,8 @@ def trace_model(
         target: its targets, dimension 0 the batch.
 
     Raises:
-        TraceError: the model or loss cannot be recorded, or do not fit; the message names the line. Also a loss with
-            parameters of its own, which nothing would train.
+        TraceError: the model or loss cannot be recorded, or do not fit; the message names the line. Also a
+            loss with parameters of its own, which nothing would train.
     """
     for name, example in (("data", data), ("target", target)):
         check_plain(example, f"the example {name}")
@@ -112,12 +113,12 @@ def trace_model(
 def loss_call(loss_fn: Loss) -> Loss:
     """`loss_fn` as a function of (prediction, target), in this order.
 
-    A loss with parameters named ``pred`` and ``target`` is called by name, in whatever order they stand; every other
-    one by position. TorchScript functions are translated.
+    A loss with parameters named ``pred`` and ``target`` is called by name, in whatever order they stand;
+    every other one by position. TorchScript functions are translated.
 
     Raises:
-        TraceError: a loss that takes the target first under another name, and would be given the prediction there; one
-            that cannot be called with two tensors; TorchScript that cannot be translated.
+        TraceError: a loss that takes the target first under another name, and would be given the prediction
+            there; one that cannot be called with two tensors; TorchScript that cannot be translated.
     """
     if isinstance(loss_fn, torch.nn.Module) and is_torchscript(loss_fn):
         raise TraceError("a loss that is a TorchScript module cannot be recorded: pass the nn.Module itself")

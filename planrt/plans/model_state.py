@@ -4,6 +4,25 @@ A plan has one state entry per *tensor*. A module's `state_dict` has one per *na
 stand in two places have several, buffers that are not persistent have none, and neither have tensors that belong to
 the loss, or that the function took from elsewhere. `StateMap` knows both sides of one model, and translates exactly,
 both ways: what a round returns is what `load_state_dict` takes.
+
+The border, for a model whose `decoder.weight` is tied to `embed.weight`, with a buffer that is not persistent and a
+loss that has class weights:
+
+    key of state_dict      entry of the plans      where it is kept
+    embed.weight    \
+                     >---  embed.weight            `keys`: two keys, one entry
+    decoder.weight  /
+    norm.running_mean ---  norm.running_mean       `keys`
+    (none)           ---   mask                    `unsaved`: the model's, found by its name in the module
+    (none)           ---   loss.weight             neither: `entries` holds its value; the model does not have it
+    _extra_state     ---   (none)                  `extra`: handed through as it was
+
+From state to entries (`by_entry`): an entry is looked up under each of its keys. Two keys of one entry must
+hold equal values, since one tensor cannot have two; that they are equal is checked, not assumed. Entries
+without a key come from `ModelState.rest`, and from a plain dict, which has none, as they were when the model
+was recorded. From entries to state (`named`): each key gets its entry's tensor, so tied keys get one and the
+same object, and `rest` gets the others. So ``by_entry(named(e))`` has the entries e again, and
+``named(by_entry(s))`` equal tensors under the keys of s, for each state s that is accepted.
 """
 
 from __future__ import annotations
@@ -24,9 +43,10 @@ _NAMED = 8  # entries that an error lists
 class ModelState(dict[str, torch.Tensor]):
     """The state of a model as `state_dict()` has it: ``model.load_state_dict(state)`` takes it as it is.
 
-    Tied weights stand under each of their names, as one tensor. `rest` holds what a `state_dict` has no name for and
-    the plans need all the same, by its name in the plan: buffers that are not persistent, tensors of the loss.
-    Handed on from round to round it goes along; a plain dict without it means their values of today.
+    Tied weights stand under each of their names, as one tensor. `rest` holds what a `state_dict` has no name
+    for and the plans need all the same, by its name in the plan: buffers that are not persistent, tensors of
+    the loss. Handed on from round to round it goes along; a plain dict without it means their values of
+    today.
     """
 
     def __init__(
@@ -74,8 +94,8 @@ class StateMap:
         """Returns a tensor for every entry of the plans, in their order: the inverse of `named`.
 
         Raises:
-            OptionError: `state` lacks entries of the model, has some that the model has not, or has different values
-                for weights that are tied.
+            OptionError: `state` lacks entries of the model, has some that the model has not, or has different
+                values for weights that are tied.
         """
         if not isinstance(state, Mapping):
             raise OptionError(
@@ -108,7 +128,8 @@ class StateMap:
     def assign(
         self, state: Mapping[str, torch.Tensor], entries: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Writes `entries` into the tensors of `state`; returns all entries of the plans, as they are then."""
+        """Writes `entries` into the tensors of `state`; returns all entries of the plans, as they are
+        then."""
         held = self.by_entry(state)
         places = [(state[key], name) for key, name in self.keys.items()]
         if isinstance(state, ModelState):

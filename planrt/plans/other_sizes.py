@@ -1,9 +1,10 @@
-"""Forms of a plan: what it is recorded into for arguments of other sizes, ranks or dtypes than it was built with.
+"""Forms of a plan: what it is recorded into for arguments of other sizes, ranks or dtypes than it was built
+with.
 
-A plan that still has its Python code is recorded again for such arguments, as `torch.compile` and `jax.jit` do. Each
-form is a plan of its own, with its own hash, which a worker is sent and an owner approves by itself; all share the
-modules of the plan, so there is one state here. On a worker a form has a copy of the state. So a plan that writes to
-its state has no forms there: they would part.
+A plan that still has its Python code is recorded again for such arguments, as `torch.compile` and `jax.jit`
+do. Each form is a plan of its own, with its own hash, which a worker is sent and an owner approves by itself;
+all share the modules of the plan, so there is one state here. On a worker a form has a copy of the state. So
+a plan that writes to its state has no forms there: they would part.
 """
 
 from __future__ import annotations

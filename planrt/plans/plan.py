@@ -1,9 +1,9 @@
 """`Plan`: a function or module that is recorded once and runs anywhere. `func2plan` makes one of a function.
 
 A plan is an `nn.Module`. Before `build` it runs its Python code, like any function or module. `build` records
-it (`planrt.plans.recording.tracer`), and from then on the op list runs: here when it is called, and on workers when it
-was sent. Its parameters and buffers are the state of the plan; so are tensors that the function uses but was
-not given.
+it (`planrt.plans.recording.tracer`), and from then on the op list runs: here when it is called, and on
+workers when it was sent. Its parameters and buffers are the state of the plan; so are tensors that the
+function uses but was not given.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         function: what the plan does; leave it out in classes with a `forward`.
         name: by default the function's or the class's.
         state: tensors that the function gets as a `PlanState`, after its other arguments.
-        strict: refuse arguments of other sizes, ranks or dtypes than the plan was built with, instead of recording
-            a form of it for them (`planrt.plans.other_sizes`).
+        strict: refuse arguments of other sizes, ranks or dtypes than the plan was built with, instead of
+            recording a form of it for them (`planrt.plans.other_sizes`).
     """
 
     _function: Callable[..., Any] | None
@@ -105,7 +105,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         self._captured: dict[str, torch.Tensor] = {}
         self._forms: Forms = OrderedDict()
         self._pointers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        """worker -> where the plan was sent by a call with pointers, so that the next call need not send it."""
+        """worker -> where the plan was sent by a call with pointers, so that the next call need not send
+        it."""
         self._sent_to: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._tags: tuple[str, ...] = ()
         self._description = ""
@@ -171,15 +172,16 @@ class Plan(torch.nn.Module, Generic[P, R]):
     ) -> Self:
         """Record the plan on example arguments, and return it. Building again replaces what was recorded.
 
-        Arguments are as the function takes them: tensors, modules (their parameters and buffers become inputs),
-        and tuples, lists and dicts of these. Anything else becomes a constant.
+        Arguments are as the function takes them: tensors, modules (their parameters and buffers become
+        inputs), and tuples, lists and dicts of these. Anything else becomes a constant.
 
         Args:
             examples, keywords: the arguments.
             free_dims: per input tensor, the dimensions that may differ at run time. By default dimension 0 is
-                free as far as the function takes that: of every tensor, else of those that share the size of the
-                first one's, else of the first one, else of none. Modules' tensors have fixed sizes.
-            strict: whether calls with other sizes, ranks or dtypes are refused; by default as the plan was made.
+                free as far as the function takes that: of every tensor, else of those that share the size of
+                the first one's, else of the first one, else of none. Modules' tensors have fixed sizes.
+            strict: whether calls with other sizes, ranks or dtypes are refused; by default as the plan was
+                made.
 
         Raises:
             PlanArgumentError: arguments that do not fit the function, or that no plan can take.
@@ -198,7 +200,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return self._built(signature, tensors, modules, [()] * len(tensors))
 
     def build_from_shapes(self, shapes: Sequence[Sequence[int]]) -> Self:
-        """Record the plan on float32 tensors of these shapes, one per argument, -1 for a size that stays free.
+        """Record the plan on float32 tensors of these shapes, one per argument, -1 for a size that stays
+        free.
 
         Raises:
             PlanArgumentError: a wrong number of shapes, or shapes that are none or do not fit the function.
@@ -265,8 +268,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the plan: the recorded ops on its own state, or before `build` its Python code.
 
-        Given pointers, it is sent to their worker and runs there; if the module that it was made of is on a worker, its
-        Python code runs on that.
+        Given pointers, it is sent to their worker and runs there; if the module that it was made of is on a
+        worker, its Python code runs on that.
 
         Raises:
             PlanArgumentError: arguments that do not fit, and for which the plan cannot be recorded.
@@ -301,7 +304,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return form(*args, **kwargs)
 
     def state_tensors(self) -> list[torch.Tensor]:
-        """Returns the tensors of the plan's state, in its order: parameters, buffers, and what it captured."""
+        """Returns the tensors of the plan's state, in its order: parameters, buffers, and what it
+        captured."""
         held = self._held()
         return [held[entry.name] for entry in self.record.state]
 
@@ -333,7 +337,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
                 yield from module.named_buffers(remove_duplicate=False)
 
     def named_state(self) -> dict[str, torch.Tensor]:
-        """Returns the tensors of `state_dict()`, themselves; of a plan made of a module, also that module's."""
+        """Returns the tensors of `state_dict()`, themselves; of a plan made of a module, also that
+        module's."""
         named: dict[str, torch.Tensor] = {}
         for module in (self, self._function):
             if isinstance(module, torch.nn.Module):
@@ -353,7 +358,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
     # ------------------------------------------------------------------------------------ travelling
 
     def send(self, *workers: Any, **options: Any) -> Any:
-        """Sends the plan with its state to workers; returns a pointer to call there, or one that stands for several.
+        """Sends the plan with its state to workers; returns a pointer to call there, or one that stands for
+        several.
 
         What a worker has already is not sent again. `private` and `allowed_users` are as for tensors: who may
         get the state back. `purpose` says what the plan is for, to an owner who has to approve it.
@@ -379,7 +385,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 
     def get_pointers(self) -> dict[str, Any]:
-        """Worker's id -> the pointer that `send` returned last for that worker, as long as somebody holds it."""
+        """Worker's id -> the pointer that `send` returned last for that worker, as long as somebody holds
+        it."""
         return {one.location.id: one for one in self._sent_to.values() if one._handle.alive}
 
     def get(self) -> Any:
@@ -429,8 +436,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
         `path` may be a binary file that is open for writing, such as an `io.BytesIO`.
 
-        The file holds data only, in the format that `planrt.plans.forms.files` describes. It is complete or not
-        there: a failed save leaves what stood at `path`.
+        The file holds data only, in the format that `planrt.plans.forms.files` describes. It is complete or
+        not there: a failed save leaves what stood at `path`.
 
         Raises:
             PlanError: not built yet. OptionError: a path that cannot be written.
@@ -443,8 +450,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
         """Returns the plan in its current mode as an `ExportedProgram` of `torch.export`, with a copy of its
         state.
 
-        It is called as the plan is (``program.module()(x)``), free sizes are dynamic dimensions, and modules among
-        the arguments are dicts of their tensors. Constant arguments that have a default are left out.
+        It is called as the plan is (``program.module()(x)``), free sizes are dynamic dimensions, and modules
+        among the arguments are dicts of their tensors. Constant arguments that have a default are left out.
 
         Args:
             examples, keywords: arguments to export with; by default zeros.
@@ -458,17 +465,19 @@ class Plan(torch.nn.Module, Generic[P, R]):
         return to_exported_program(self, examples, keywords)
 
     def to_onnx(self, path: str | os.PathLike[str], *examples: Any, **keywords: Any) -> None:
-        """Writes the plan in its current mode as an ONNX model, with its state; needs ``pip install 'planrt[onnx]'``.
+        """Writes the plan in its current mode as an ONNX model, with its state; needs ``pip install
+        'planrt[onnx]'``.
 
-        Inputs and outputs are the tensors of a call in order. Free sizes stay free. State of more than 1 GiB goes
-        into a second file, ``PATH.data``.
+        Inputs and outputs are the tensors of a call in order. Free sizes stay free. State of more than 1 GiB
+        goes into a second file, ``PATH.data``.
 
         Args:
             path: the file; replaced if it is there.
             examples, keywords: arguments to export with; by default zeros.
 
         Raises:
-            PlanError: not built; an op that ONNX has no form for, or that changes state or inputs: says which.
+            PlanError: not built; an op that ONNX has no form for, or that changes state or inputs: says
+                which.
             PlanArgumentError: examples that do not fit. OptionError: a path that cannot be written.
             MissingPackageError: onnx or onnxscript is not installed.
         """
@@ -488,12 +497,13 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
         Args:
             policy: an owner's rules; without, nothing is violated.
-            inputs: per input tensor, in the order of ``graph.input_names``, its spec or a tensor like it. One whose
-                sizes the plan fixes may be None, and all may be left out where it fixes all.
+            inputs: per input tensor, in the order of ``graph.input_names``, its spec or a tensor like it. One
+                whose sizes the plan fixes may be None, and all may be left out where it fixes all.
             tags: input name -> tags of private data that it is to stand for (``{"x": ["#patients"]}``).
 
         Raises:
-            PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run on such.
+            PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run
+                on such.
         """
         from planrt.plans.checking import check_plan  # plans that are only run do without it
 
@@ -543,8 +553,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
     ) -> Plan:
         """Makes the plan that a record and its state describe: it has no Python code, and runs its ops.
 
-        `keys` says what `state_dict()` calls the state (key -> name in the record); by default the names of the
-        record. What has no key belongs to the plan as captured tensors do.
+        `keys` says what `state_dict()` calls the state (key -> name in the record); by default the names of
+        the record. What has no key belongs to the plan as captured tensors do.
 
         Raises:
             PlanFormatError: names that tensors of a module cannot have.

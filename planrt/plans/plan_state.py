@@ -11,7 +11,8 @@ from planrt.errors import PlanArgumentError
 
 
 class PlanState(torch.nn.Module):
-    """Tensors that a function plan keeps: ``func2plan(state=(t,))``. The function gets it as its last argument."""
+    """Tensors that a function plan keeps: ``func2plan(state=(t,))``. The function gets it as its last
+    argument."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()

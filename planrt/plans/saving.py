@@ -29,8 +29,8 @@ def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
 def load_plan(path: AnyPath | BinaryIO) -> Plan:
     """Loads the plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
 
-    `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to its end. It
-    has no Python code, and runs its ops. No code of the file runs, because there is none in it.
+    `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to
+    its end. It has no Python code, and runs its ops. No code of the file runs, because there is none in it.
 
     Raises:
         OptionError: no file there, or one that cannot be read.

@@ -1,7 +1,7 @@
 """Training and evaluating a model from its plans: what a worker does with one request. No I/O in here.
 
-`train` and `evaluate` run the plans that `trace_model` (`planrt.plans.model_plans`) made of a model and its loss over
-batches, with the same numbers, bit for bit, as the plain PyTorch loop::
+`train` and `evaluate` run the plans that `trace_model` (`planrt.plans.model_plans`) made of a model and its
+loss over batches, with the same numbers, bit for bit, as the plain PyTorch loop::
 
     plans = trace_model(model, F.cross_entropy, *example_batch)
     state = [tensor.clone() for tensor in plans.training.state_values]
@@ -12,10 +12,11 @@ The order within one batch is that of the plain loop, and for the same reasons:
 
     zero_grad -> run the plan -> loss.backward() -> optimizer.step()
 
-The plan runs on tensors of this call that require gradients (`own_gradients=False` when it was recorded), so autograd
-goes over it as over any code. `backward` runs on it from outside, and not as an op in the plan, because the worker
-chooses the optimizer by name: one plan serves every optimizer, LBFGS with its several closures a step included. The
-loss is kept as a tensor until the end: reading each one would wait for the device once a batch.
+The plan runs on tensors of this call that require gradients (`own_gradients=False` when it was recorded), so
+autograd goes over it as over any code. `backward` runs on it from outside, and not as an op in the plan,
+because the worker chooses the optimizer by name: one plan serves every optimizer, LBFGS with its several
+closures a step included. The loss is kept as a tensor until the end: reading each one would wait for the
+device once a batch.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class TrainResult:
 class EvaluationResult(Mapping[str, Any]):
     """The result of one call of `evaluate`, with names as below and as a mapping with those of the 0.2 era.
 
-    As a mapping it has ``loss``; where classes are counted also ``nr_correct_predictions`` and ``nr_predictions``; with
-    histograms ``histogram_predictions`` and ``histogram_target``, as arrays.
+    As a mapping it has ``loss``; where classes are counted also ``nr_correct_predictions`` and
+    ``nr_predictions``; with histograms ``histogram_predictions`` and ``histogram_target``, as arrays.
 
     Attributes:
         loss: the mean per sample (nan without samples).
@@ -227,8 +228,8 @@ def evaluate(
     """Computes the loss of `state` over `batches`, and with `bins` > 0 counts what was predicted for so many
     classes.
 
-    The predicted class is the argmax over dimension 1 of a prediction [samples, classes]; it is counted as correct
-    where it equals the integer target [samples]. Classes outside ``range(bins)`` are in no histogram.
+    The predicted class is the argmax over dimension 1 of a prediction [samples, classes]; it is counted as
+    correct where it equals the integer target [samples]. Classes outside ``range(bins)`` are in no histogram.
 
     Raises:
         OptionError: negative `bins`.
@@ -270,8 +271,8 @@ def evaluate(
 def check_classes(prediction: TensorSpec | None, target: TensorSpec) -> None:
     """Raises unless classes can be counted in such tensors; None is no tensor.
 
-    Only where it is plain what they are: one score per class and sample. What one output says about two classes
-    depends on the loss (a logit, a probability?), and classes per pixel are no samples.
+    Only where it is plain what they are: one score per class and sample. What one output says about two
+    classes depends on the loss (a logit, a probability?), and classes per pixel are no samples.
 
     Raises:
         PlanArgumentError: they cannot; says why, and what to write.
@@ -326,7 +327,8 @@ def _own(batch: Batch, device: torch.device) -> list[torch.Tensor]:
 
 @contextmanager
 def _in_batch(number: int, batch: Batch) -> Iterator[None]:
-    """An op that fails in here, or its backward pass, says in which batch (from 0), and of how many samples."""
+    """An op that fails in here, or its backward pass, says in which batch (from 0), and of how many
+    samples."""
     try:
         yield
     except ExecutionError as error:

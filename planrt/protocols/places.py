@@ -1,4 +1,5 @@
-"""What a run is given: which worker stands for which name, where the inputs are, what random ops draw from."""
+"""What a run is given: which worker stands for which name, where the inputs are, what random ops draw
+from."""
 
 from __future__ import annotations
 

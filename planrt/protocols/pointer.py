@@ -46,7 +46,8 @@ NewProgress = Callable[[Mapping[str, BaseWorker], OnProgress | None], Progress]
 class PointerProtocol(ObjectPointer):
     """A protocol on a worker: what `Protocol.send` returns, and what `search` finds.
 
-    ``PointerProtocol(location=bob, id_at_location=protocol.id)`` points to one that is there, which stays when it goes.
+    ``PointerProtocol(location=bob, id_at_location=protocol.id)`` points to one that is there, which stays
+    when it goes.
 
     Attributes:
         id: the pointer's own id, here. tags, description: as the protocol was given them.
@@ -100,12 +101,13 @@ class PointerProtocol(ObjectPointer):
     ) -> Any:
         """Has the worker run the protocol on objects that it holds; see `Protocol.run`.
 
-        Tensors of this process are sent to it first. The results are pointers to the worker, which point to where
-        the results are: ``get`` returns a pointer to that.
+        Tensors of this process are sent to it first. The results are pointers to the worker, which point to
+        where the results are: ``get`` returns a pointer to that.
 
         Raises:
-            ProtocolError: not deployed by this client, missing inputs. MixedLocationsError: an input on another
-                worker. RemoteError: a step failed; its `step` is the step's name. GetNotPermittedError.
+            ProtocolError: not deployed by this client, missing inputs. MixedLocationsError: an input on
+                another worker. RemoteError: a step failed; its `step` is the step's name.
+                GetNotPermittedError.
         """
         grad = torch.is_grad_enabled()  # here: the loop's thread has a mode of its own
         start = self._start(inputs, named, seed, on_progress, grad, _quiet, verbose=False)
@@ -272,7 +274,8 @@ async def send_protocol(
     private: bool,
     allowed_users: Sequence[str] | None,
 ) -> PointerProtocol:
-    """Stores a protocol on `worker`, under `id` if that is free. State of plans on workers is brought here for it."""
+    """Stores a protocol on `worker`, under `id` if that is free. State of plans on workers is brought here
+    for it."""
     place = worker.workplace
     handle = place.objects.handle_called(id)
     if tags:

@@ -40,8 +40,8 @@ class Protocol:
         protocol.deploy(alice, bob, charlie)
         pointer = protocol.run(x)                   # on charlie
 
-    With `Step`s that say what they take, any other shape: here two workers compute at the same time, and a third
-    has the mean::
+    With `Step`s that say what they take, any other shape: here two workers compute at the same time, and a
+    third has the mean::
 
         protocol = Protocol(
             [*(Step(name, local_update, ["model"], name=name) for name in ("alice", "bob")),
@@ -49,9 +49,9 @@ class Protocol:
             inputs=["model"],
         )
 
-    The workers hand results to each other directly; none comes here. The results of a step go to each worker that
-    needs it, as a copy where it is needed on its own worker too, and is freed after its last use. Steps start as
-    soon as they have what they take.
+    The workers hand results to each other directly; none comes here. The results of a step go to each worker
+    that needs it, as a copy where it is needed on its own worker too, and is freed after its last use. Steps
+    start as soon as they have what they take.
 
     Args:
         steps: `Step`s, or (worker, plan) pairs. A step may take results of steps before it.
@@ -66,8 +66,9 @@ class Protocol:
         id: its number in this process. tags, description: what `search` finds it by, once it is sent.
 
     Raises:
-        ProtocolError: a description that cannot work: unknown or unused names, circles, results that do not fit what
-            takes them. PlanError: a plan that is not built. PlanArgumentError: a wrong number of arguments.
+        ProtocolError: a description that cannot work: unknown or unused names, circles, results that do not
+            fit what takes them. PlanError: a plan that is not built. PlanArgumentError: a wrong number of
+            arguments.
     """
 
     def __init__(
@@ -142,13 +143,15 @@ class Protocol:
         return dict(self._workers)
 
     def deploy(self, *workers: BaseWorker) -> Self:
-        """Puts workers in the places of the names, and sends each its plans. Doing it again sends nothing new.
+        """Puts workers in the places of the names, and sends each its plans. Doing it again sends nothing
+        new.
 
         A worker whose id is one of the names takes that place; the others take the places that are left, in
         order. Different names are different workers.
 
         Raises:
-            ProtocolError: too few or too many workers, or one twice; plans or held objects that are on others.
+            ProtocolError: too few or too many workers, or one twice; plans or held objects that are on
+                others.
             WorkerLostError: a worker's connection has ended.
         """
         self._resolve(workers)
@@ -212,10 +215,10 @@ class Protocol:
     ) -> Any:
         """Runs all steps; returns pointers to the results, on the workers that made them.
 
-        Inputs are given in order or by name: tensors, which are sent to the workers that need them, or pointers,
-        on a worker where a step takes them. Pointers stay usable; what a plan changes in place is changed. After
-        `send`, the worker that has the protocol runs it, inputs are there, and the results are pointers to it,
-        which point to where they are.
+        Inputs are given in order or by name: tensors, which are sent to the workers that need them, or
+        pointers, on a worker where a step takes them. Pointers stay usable; what a plan changes in place is
+        changed. After `send`, the worker that has the protocol runs it, inputs are there, and the results are
+        pointers to it, which point to where they are.
 
         Args:
             seed: what random ops draw from; by default drawn from torch's generator here.
@@ -223,9 +226,10 @@ class Protocol:
                 "failed", whenever that changes; on planrt's own thread, where blocking calls are refused.
 
         Raises:
-            ProtocolError: not deployed; missing inputs, or such as do not fit. MixedLocationsError: an input that is on
-                another worker. RemoteError: a step failed; its `step` is the step's name. GetNotPermittedError: a
-                private value would have to go to another worker. WorkerLostError: a worker is gone.
+            ProtocolError: not deployed; missing inputs, or such as do not fit. MixedLocationsError: an input
+                that is on another worker. RemoteError: a step failed; its `step` is the step's name.
+                GetNotPermittedError: a private value would have to go to another worker. WorkerLostError: a
+                worker is gone.
         """
         grad = torch.is_grad_enabled()  # here: the loop's thread has a mode of its own
         return run(
@@ -235,7 +239,8 @@ class Protocol:
     async def async_run(
         self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
     ) -> Any:
-        """`run`, to be awaited on any loop. Cancelled, it drops all that was made and what is still being made."""
+        """`run`, to be awaited on any loop. Cancelled, it drops all that was made and what is still being
+        made."""
         return await self._start(inputs, named, seed, on_progress, torch.is_grad_enabled())
 
     async def _start(

@@ -15,7 +15,8 @@ from planrt.plans.running import interpreter
 from planrt.types import FREE, Ref, TensorSpec, leaves
 
 _SIZES = (2, 4)
-"""What free sizes are while a plan is tried out: as in the tracer. Sizes of results that differ then are free."""
+"""What free sizes are while a plan is tried out: as in the tracer. Sizes of results that differ then are
+free."""
 _NUMBER: Final = "a number"
 Known: TypeAlias = TensorSpec | Literal["a number"]
 

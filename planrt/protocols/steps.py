@@ -20,7 +20,8 @@ from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.tensor import PointerTensor
 
 HELD: Final = "\x1f"
-"""Stands between the parts of the name that a held object has among a chain's inputs: step, argument, number."""
+"""Stands between the parts of the name that a held object has among a chain's inputs: step, argument,
+number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +29,14 @@ class Step:
     """One step of a protocol: ``Step("alice", plan, ["x", "front"], name="back")``, or ``("alice", plan)``.
 
     Args:
-        worker: where it runs: a worker, or a name for one given to `Protocol.deploy`. Equal names mean the same
-            worker.
+        worker: where it runs: a worker, or a name for one given to `Protocol.deploy`. Equal names mean the
+            same worker.
         plan: a built `Plan`, or a `PointerPlan` on that worker.
-        inputs: the arguments of the plan: a list of them, or a dict for keyword arguments. A string names an input
-            of the protocol or an earlier step, whose result it stands for; a part of a result is named
-            ``"front.0"`` or ``"front.loss"``. Pointers, and modules that were sent, stand for themselves: they
-            are on the step's worker already. By default the result of the step before, or for the first step
-            the inputs of the protocol.
+        inputs: the arguments of the plan: a list of them, or a dict for keyword arguments. A string names an
+            input of the protocol or an earlier step, whose result it stands for; a part of a result is named
+            ``"front.0"`` or ``"front.loss"``. Pointers, and modules that were sent, stand for themselves:
+            they are on the step's worker already. By default the result of the step before, or for the first
+            step the inputs of the protocol.
         name: what others call its result; by default the plan's name.
     """
 
@@ -47,7 +48,8 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """A protocol, checked. `plans` are those of the chain; `held` the pointers that its last inputs stand for."""
+    """A protocol, checked. `plans` are those of the chain; `held` the pointers that its last inputs stand
+    for."""
 
     chain: Chain
     names: tuple[str, ...]

@@ -10,7 +10,8 @@ Layout of a frame::
 To send, call `encode` and write what `Frame.fragments` yields, in order. To receive, make a `FrameAssembler`,
 `feed` it whatever arrives, in pieces of any size, and call `finish` after the last one. The header is decoded
 and validated before memory for the payload is taken, and the payload is written once, to where its tensors
-then live. Who reads from a socket can read straight to there: into `room`, and says with `filled` how much it was.
+then live. Who reads from a socket can read straight to there: into `room`, and says with `filled` how much it
+was.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ _OWN_FRAGMENT = 1 << 17
 """Pieces of at least this many bytes leave without being copied together with their neighbours."""
 
 _LARGE = 8 << 20
-"""Payloads from here on lie in blocks that are used again. malloc does the same for smaller ones, but for larger
-ones it can keep several times what was in use at once."""
+"""Payloads from here on lie in blocks that are used again. malloc does the same for smaller ones, but for
+larger ones it can keep several times what was in use at once."""
 
 _SPOOL_BUFFER = 1 << 18
 """Bytes on their way to a file, at most."""
@@ -140,7 +141,8 @@ class Store(Protocol):
     """A place for a payload while it arrives."""
 
     def room(self) -> memoryview:
-        """Memory for the next bytes; may be shorter than what is still to come, but is empty only at the end."""
+        """Memory for the next bytes; may be shorter than what is still to come, but is empty only at the
+        end."""
 
     def filled(self, nbytes: int) -> None:
         """Notes that the first `nbytes` of `room` have been written."""
@@ -153,10 +155,10 @@ class Store(Protocol):
 class _Blocks:
     """Large blocks of memory, used again when the last tensor in them is gone.
 
-    The system's page faults take longer than copying into a block (1.4 GB/s in all, against 8), and rounds need
-    blocks of the same size again and again. Free blocks of another size than asked for are let go, so no more
-    is ever kept than was in use at once. A block may hold older bytes: a payload is only looked at when all of
-    it has been written.
+    The system's page faults take longer than copying into a block (1.4 GB/s in all, against 8), and rounds
+    need blocks of the same size again and again. Free blocks of another size than asked for are let go, so no
+    more is ever kept than was in use at once. A block may hold older bytes: a payload is only looked at when
+    all of it has been written.
     """
 
     def __init__(self) -> None:
@@ -185,7 +187,8 @@ _blocks = _Blocks()
 class MemoryStore:
     """A payload of `nbytes` in memory.
 
-    Aligned as torch's own tensors are: the last bits of a matrix product can depend on where its operands lie.
+    Aligned as torch's own tensors are: the last bits of a matrix product can depend on where its operands
+    lie.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -237,7 +240,8 @@ class SpoolStore:
 
 
 class _Nothing:
-    """The payload of a message without tensors. Most are, and making a tensor takes longer than reading one."""
+    """The payload of a message without tensors. Most are, and making a tensor takes longer than reading
+    one."""
 
     def room(self) -> memoryview:
         return memoryview(b"")

@@ -23,23 +23,25 @@ _LENGTH: Final = struct.Struct("<I")
 _WHERE: Final = "the bytes given to deserialize"
 
 _OTHERS: Final = ("planrt.plans.saving",)
-"""Modules of later rooms that `register` what they have. They are imported at the first call, since nothing else that a
-program did need have imported them."""
+"""Modules of later rooms that `register` what they have. They are imported at the first call, since nothing
+else that a program did need have imported them."""
 
 _kinds: list[tuple[type, bytes, Callable[[Any], bytes], Callable[[bytes], Any]]] = []
 
 
 def register(kind: type, magic: bytes, write: Callable[[Any], bytes], read: Callable[[bytes], Any]) -> None:
-    """Objects of class `kind` are written by `write`, as bytes that begin with `magic`, and read by `read`."""
+    """Objects of class `kind` are written by `write`, as bytes that begin with `magic`, and read by
+    `read`."""
     _kinds.append((kind, magic, write, read))
 
 
 def serialize(value: Any, **options: Any) -> bytes:
-    """`value`, a built plan or a tensor that is here, as bytes for `deserialize`: another format than PySyft 0.2's.
+    """`value`, a built plan or a tensor that is here, as bytes for `deserialize`: another format than PySyft
+    0.2's.
 
     Raises:
-        OptionError: it is nothing of the kind, or options are given. LocalError: the tensor is on a worker, or cannot
-            travel. PlanError: the plan is not built.
+        OptionError: it is nothing of the kind, or options are given. LocalError: the tensor is on a worker,
+            or cannot travel. PlanError: the plan is not built.
     """
     if options:
         raise OptionError(f"serialize takes no {', '.join(options)}: there is one format")

@@ -117,8 +117,8 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
 def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
     """Returns the tensors that lie in `payload` (uint8), in its memory.
 
-    They are no views of one another, as those that were sent were none: autograd counts their changes apart, so that
-    ``num_batches_tracked.add_(1)`` is no change of a weight that came along.
+    They are no views of one another, as those that were sent were none: autograd counts their changes apart,
+    so that ``num_batches_tracked.add_(1)`` is no change of a weight that came along.
 
     Raises:
         WireError: a bool tensor with bytes other than 0 and 1 (undefined behaviour in torch).

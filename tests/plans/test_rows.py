@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planrt.plans import trace
-from planrt.plans.analysis import flow
+from planrt.plans.analysis import flow, rows
 from planrt.plans.analysis.analysing import analyse
 from planrt.plans.analysis.flow import joined
 from planrt.plans.ir import ops
@@ -615,3 +615,30 @@ def test_claims_hold_by_experiment(seed):
                 assert not touched.any()
             elif claim != "raw":
                 assert not ((touched > 0) & (touched < claim)).any(), f"{value.path} {claim}\n{graph}"
+
+
+def test_the_example_of_the_module_is_right():
+    x = rows.keep(0, 6)
+    fates = rows.reshaped(4, 6, (2, 3, 4), "view"), rows.reshaped(1, 4, (2, 3, 4), "view")
+    y = rows.compose(x, (6, 4), fates)
+    (axis,) = y.axes
+    assert axis.digits == (rows.Digit(1, 1, 3, 1), rows.Digit(0, 1, 2, 3))
+    z = rows.compose(y, (2, 3, 4), (rows.keep(0, 2), rows.fold(3, "sum"), rows.keep(1, 4)))
+    assert z.axes == (rows.Axis(2, (rows.Digit(0, 1, 2, 3),), 3),)
+    total = rows.compose(z, (2, 4), (rows.fold(2, "sum"), rows.keep(0, 4)))
+    assert (total.axes, total.least) == ((), 6)
+    other = rows.compose(y, (2, 3, 4), (rows.fold(2, "sum"), rows.keep(0, 3), rows.keep(1, 4)))
+    assert other.axes == (rows.Axis(3, (rows.Digit(0, 1, 3, 1),), 2),)
+    assert [trace.rows for trace in (x, y, z, total, other)] == [1, 1, 3, 6, 2]
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x: x.view(2, 3, 4).sum(1), 3), (lambda x: x.view(2, 3, 4).sum(1).sum(0), 6),
+        (lambda x: x.view(2, 3, 4).sum(0), 2), (lambda x: (x[1:] - x[:-1]).sum(0), "raw"),
+        (lambda x: x.max(0).values, "raw"), (lambda x: x.view(4, 6).sum(0), "raw"),
+    ],
+)  # fmt: skip
+def test_the_examples_of_lost_rows_are_right(function, found):
+    assert rows_of(function, (6, 4)) == found

@@ -1,9 +1,9 @@
 """The Boston Housing data set: found, read and standardised.
 
-Harrison and Rubinfeld, "Hedonic housing prices and the demand for clean air", Journal of Environmental Economics
-and Management 5 (1978), 81-102. 506 census tracts around Boston with 13 columns each; the target is the median
-value of owner-occupied homes in thousands of dollars. scikit-learn no longer brings it, so it comes from a file,
-``boston_housing.npz`` with the arrays x_train, y_train, x_test and y_test.
+Harrison and Rubinfeld, "Hedonic housing prices and the demand for clean air", Journal of Environmental
+Economics and Management 5 (1978), 81-102. 506 census tracts around Boston with 13 columns each; the target is
+the median value of owner-occupied homes in thousands of dollars. scikit-learn no longer brings it, so it
+comes from a file, ``boston_housing.npz`` with the arrays x_train, y_train, x_test and y_test.
 """
 
 from __future__ import annotations

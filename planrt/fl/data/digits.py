@@ -2,7 +2,8 @@
 
 `find` says which data set there is and checks its files, `read` loads it, `load` does both, with numpy only.
 Torch is imported by `partition_for` alone, which makes the data set that a worker serves, torchvision only to
-download, and scikit-learn only for the digits, so that a worker process finds out early and fast whether it has data.
+download, and scikit-learn only for the digits, so that a worker process finds out early and fast whether it
+has data.
 
 Search order: the folder given; else the folder in ``PLANRT_DATA``, then the user's cache folder, then a
 download into that. A folder given by hand is the only place looked at, and nothing is downloaded for it. A
@@ -103,8 +104,8 @@ def find(dataset: str = "auto", folder: str | Path | None = None) -> DataSource:
 
     Raises:
         OptionError: `dataset` is not one of `DATASETS`.
-        DataError: MNIST was asked for and cannot be had, some of its files are missing or damaged, or ``PLANRT_DATA``
-            names no folder.
+        DataError: MNIST was asked for and cannot be had, some of its files are missing or damaged, or
+            ``PLANRT_DATA`` names no folder.
     """
     if dataset not in DATASETS:
         raise OptionError(f"unknown data set {dataset!r}: use one of {', '.join(DATASETS)}")
@@ -341,7 +342,8 @@ def _read_digits(notice: str) -> LoadedData:
     """scikit-learn's digits (8x8, values 0-16) as images like MNIST's: a 20x20 digit centred in 28x28.
 
     Interpolation leaves strokes with softer edges than MNIST's; more contrast gives the pixels about MNIST's
-    standard deviation (0.32 and 0.31, in [0, 1]; 0.28 without). Of each digit every sixth image is for testing.
+    standard deviation (0.32 and 0.31, in [0, 1]; 0.28 without). Of each digit every sixth image is for
+    testing.
     """
     what = f"{notice}, which" if notice else "the data set of handwritten digits"
     datasets = needed("sklearn.datasets", by=what)

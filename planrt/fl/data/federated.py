@@ -1,4 +1,5 @@
-"""Data that lies on several workers: `FederatedDataset`, and `FederatedDataLoader` that reads it in batches."""
+"""Data that lies on several workers: `FederatedDataset`, and `FederatedDataLoader` that reads it in
+batches."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class FederatedDataset:
     """The data sets of several workers, each in its place.
 
     Args:
-        datasets: `BaseDataset`s of pointers, each on a worker of its own. `dataset.federate(workers)` makes such.
+        datasets: `BaseDataset`s of pointers, each on a worker of its own. `dataset.federate(workers)` makes
+            such.
 
     Raises:
         DataError: none given, one that is not on a worker, or two on the same worker.
@@ -92,11 +94,12 @@ class FederatedDataset:
 
 
 class FederatedDataLoader:
-    """Reads a `FederatedDataset` in batches of pointers: ``for data, target in loader: model.send(data.location)``.
+    """Reads a `FederatedDataset` in batches of pointers: ``for data, target in loader:
+    model.send(data.location)``.
 
     One worker's data comes after the other's, batch by batch. The batches are put together where the data is;
-    only indices travel. They are copies: changing one in place leaves the data as it is. Each pass goes over all
-    items once, and passes may overlap.
+    only indices travel. They are copies: changing one in place leaves the data as it is. Each pass goes over
+    all items once, and passes may overlap.
 
     Args:
         federated_dataset: what to read.
@@ -105,8 +108,9 @@ class FederatedDataLoader:
         drop_last: leave out each worker's short last batch.
         num_iterators: how many workers are read at a time. With more than one, a pass yields
             ``{worker: (data, target)}`` instead of pairs: one batch of each worker that is being read.
-        iter_per_worker: a step yields ``{worker: (data, target)}`` with a batch of *every* worker. A pass is as long
-            as the longest of them needs; whoever has given all starts again meanwhile, in a new order if shuffled.
+        iter_per_worker: a step yields ``{worker: (data, target)}`` with a batch of *every* worker. A pass is
+            as long as the longest of them needs; whoever has given all starts again meanwhile, in a new order
+            if shuffled.
         seed: for `shuffle`. None: torch's own generator here, which `torch.manual_seed` sets.
         num_workers, pin_memory: what scripts pass to a `DataLoader`; without effect here, where no data is.
 
@@ -169,7 +173,8 @@ class FederatedDataLoader:
         return self._pass
 
     def __next__(self) -> Any:
-        """What comes next in the pass that `iter` of this loader began last; a new one begins if there was none."""
+        """What comes next in the pass that `iter` of this loader began last; a new one begins if there was
+        none."""
         return next(self._pass if self._pass is not None else iter(self))
 
     def _batches(self) -> Iterator[Any]:
@@ -184,7 +189,8 @@ class FederatedDataLoader:
         return {self.federated_dataset[id].location: batch for id, batch in fetched.items()}
 
     def _steps(self) -> Iterator[WorkerReads]:
-        """Whose which items come when: all orders are drawn at the start of the pass, but of what is read again."""
+        """Whose which items come when: all orders are drawn at the start of the pass, but of what is read
+        again."""
         if self.iter_per_worker:
             yield from self._all_at_every_step()
             return

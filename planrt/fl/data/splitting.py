@@ -38,10 +38,10 @@ def federate(
 ) -> FederatedDataset:
     """Splits `dataset` into one part per worker, in its order, and sends each part to its worker.
 
-    Parts differ in size by one item at most, the first ones being the larger. A `BaseDataset`, a `TensorDataset`,
-    torchvision's MNIST with the usual transforms, and subsets of these are split as whole tensors: images travel
-    as uint8 and are transformed on the worker, batch by batch. Anything else that is map-style is read item by
-    item, once: random transforms give one and the same picture ever after.
+    Parts differ in size by one item at most, the first ones being the larger. A `BaseDataset`, a
+    `TensorDataset`, torchvision's MNIST with the usual transforms, and subsets of these are split as whole
+    tensors: images travel as uint8 and are transformed on the worker, batch by batch. Anything else that is
+    map-style is read item by item, once: random transforms give one and the same picture ever after.
 
     Args:
         dataset: map-style, of (data, target) pairs.
@@ -51,8 +51,8 @@ def federate(
 
     Raises:
         OptionError: no workers, the same one twice, or something that is no worker.
-        DataError: `dataset` is not map-style, its items do not fit together, or it has fewer items than there are
-            workers.
+        DataError: `dataset` is not map-style, its items do not fit together, or it has fewer items than there
+            are workers.
     """
     refuse_to_block("await async_federate(dataset, workers)")
     parts = _split(dataset, workers)

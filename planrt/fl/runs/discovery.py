@@ -94,8 +94,8 @@ def running_addresses(identity: Identity = NOBODY) -> dict[str, str] | None:
     With a `ca` they are looked for at ``wss://``.
 
     Raises:
-        ConnectError: only some do. HandshakeError: one does not take the token. OptionError: none answers, and the
-            identity is for workers that run.
+        ConnectError: only some do. HandshakeError: one does not take the token. OptionError: none answers,
+            and the identity is for workers that run.
     """
     usual = {
         worker_id: uri if identity.ca is None else uri.replace("ws://", "wss://")

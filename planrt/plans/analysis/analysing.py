@@ -1,10 +1,11 @@
-"""Says what a plan will do, from its inputs' shapes alone: sizes, memory, cost, and what each output depends on.
+"""Says what a plan will do, from its inputs' shapes alone: sizes, memory, cost, and what each output depends
+on.
 
-Every op runs on meta tensors, or rather, each kind of op once per process: a plan that does not differentiate is put
-together from what its ops do one by one (`planrt.plans.analysis.op_by_op`). A plan with backward passes cannot be:
-what a pass computes hangs on the autograd graph that the ops before it left. It runs whole
-(`planrt.plans.analysis.run_whole`). Both ways gather the same findings (`planrt.plans.analysis.findings`) and use the
-same rules for rows (`planrt.plans.analysis.rows`).
+Every op runs on meta tensors, or rather, each kind of op once per process: a plan that does not differentiate
+is put together from what its ops do one by one (`planrt.plans.analysis.op_by_op`). A plan with backward
+passes cannot be: what a pass computes hangs on the autograd graph that the ops before it left. It runs whole
+(`planrt.plans.analysis.run_whole`). Both ways gather the same findings (`planrt.plans.analysis.findings`) and
+use the same rules for rows (`planrt.plans.analysis.rows`).
 
 This module is the way in: it checks what is asked, and chooses.
 """
@@ -32,16 +33,16 @@ def analyse(
 ) -> Report:
     """Analyses what `graph` does with inputs of these specs, without running it.
 
-    Inputs and state are taken to be contiguous, and none to share memory with another: who runs the plan on the
-    strength of this report has to make them so.
+    Inputs and state are taken to be contiguous, and none to share memory with another: who runs the plan on
+    the strength of this report has to make them so.
 
     Args:
         graph: the plan.
-        inputs: shape and dtype of each input, without free sizes. One that the plan itself fixes may be None, and all
-            may be left out where it fixes all.
-        gradients: as a training loop runs the plan: trainable parameters require gradients, autograd keeps what a
-            backward pass needs, and if the first output is a scalar that depends on them, the pass is run from it.
-            Plans that differentiate do all that by themselves, where they say so.
+        inputs: shape and dtype of each input, without free sizes. One that the plan itself fixes may be None,
+            and all may be left out where it fixes all.
+        gradients: as a training loop runs the plan: trainable parameters require gradients, autograd keeps
+            what a backward pass needs, and if the first output is a scalar that depends on them, the pass is
+            run from it. Plans that differentiate do all that by themselves, where they say so.
         seconds: of processor time that the analysis may take; None for any.
 
     Raises:

@@ -1,8 +1,16 @@
 """What one op does, told from its arguments' specs: run once on meta tensors, then looked up.
 
-The result is in terms of the op's own arguments: this result depends on that argument, whose dimensions meet these
-fates (`planrt.plans.analysis.rows`). So it holds wherever the op stands, and a plan of many ops of few kinds is
-checked in a few microseconds an op.
+The result is in terms of the op's own arguments: this result depends on that argument, whose dimensions meet
+these fates (`planrt.plans.analysis.rows`). So it holds wherever the op stands, and a plan of many ops of few
+kinds is checked in a few microseconds an op.
+
+Why one run on meta tensors tells enough: what kernels an op comes down to hangs on specs and constants alone,
+as long as no kernel asks for a value, and a meta tensor that is asked for one raises (`NeedsValuesError`). To
+see where rows go, each dimension of each argument is followed as though it held them: argument n, dimension d
+gets a source of its own (`_observe`), and what a result's `Info` says about that source is the fate of the
+dimension. Fates compose (`rows.compose`), so the effect of an op, applied to what its arguments have become,
+is what running the plan whole would have found. What does not compose is a backward pass: which kernels run
+there hangs on the ops before. Plans with such a pass take the other way (`planrt.plans.analysis.run_whole`).
 """
 
 from __future__ import annotations
@@ -22,8 +30,8 @@ from planrt.serde.values import DEVICE
 from planrt.types import leaves, map_leaves
 
 ArgumentFates = tuple[tuple[int, tuple[Trace, ...]], ...]
-"""(number of an argument, fates of its dimensions), for each argument that something depends on. Arguments are
-numbered in the order of `planrt.types.leaves`, keyword arguments last, tensors only."""
+"""(number of an argument, fates of its dimensions), for each argument that something depends on. Arguments
+are numbered in the order of `planrt.types.leaves`, keyword arguments last, tensors only."""
 
 
 class Operand:
@@ -37,8 +45,8 @@ class Operand:
 class MadeTensor:
     """A tensor that an op returns.
 
-    `memory`: a number for memory that the op allocated, -1 where it is that of argument `base`. `same`: it is that
-    argument, or looks at the same entries of it.
+    `memory`: a number for memory that the op allocated, -1 where it is that of argument `base`. `same`: it is
+    that argument, or looks at the same entries of it.
     """
 
     spec: Spec
@@ -52,9 +60,9 @@ class MadeTensor:
 class Effect:
     """The effect of one op. `results` nests `MadeTensor`s and constants as the op nests its results.
 
-    `written`: arguments changed in place, with what they depend on then. `reshaped`: arguments that get another spec.
-    `memory`: bytes of each piece of memory that results hold. `peak`: bytes in use while the op runs, results
-    included. `unknown`: kernels that rows could not be followed through.
+    `written`: arguments changed in place, with what they depend on then. `reshaped`: arguments that get
+    another spec. `memory`: bytes of each piece of memory that results hold. `peak`: bytes in use while the op
+    runs, results included. `unknown`: kernels that rows could not be followed through.
     """
 
     results: Any

@@ -1,8 +1,8 @@
 """What an analysis gathers on its way through a plan, and the report that it makes of that.
 
 Kept separate from `planrt.plans.analysis.analyse`, because both ways of analysing build on it
-(`planrt.plans.analysis.op_by_op`, `planrt.plans.analysis.run_whole`): they differ in how they find out what an op does,
-and agree in what is then said of it.
+(`planrt.plans.analysis.op_by_op`, `planrt.plans.analysis.run_whole`): they differ in how they find out what
+an op does, and agree in what is then said of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ COPIES_BY_STRIDES = frozenset(
     for home in ("torch", "Tensor")
     for word in ("reshape", "reshape_as", "contiguous", "flatten", "ravel", "to", "type_as")
 )
-"""Ops whose result may be their argument's memory or a copy, depending on its strides. Those of a real run may differ
-from these, so what is written into such a copy counts as written into the argument."""
+"""Ops whose result may be their argument's memory or a copy, depending on its strides. Those of a real run
+may differ from these, so what is written into such a copy counts as written into the argument."""
 
 Output = tuple[str, TensorSpec | Unforeseen | None, Info]
 """An output of a plan: where it stands, what it is like (None for a constant), and what it depends on."""
@@ -83,7 +83,8 @@ class Findings:
     def note(
         self, index: int, outputs: tuple[TensorSpec | Unforeseen, ...], size: int | None, flops: int | None
     ) -> None:
-        """Notes of op `index`, and its results, the bytes it allocates for them and its floating-point operations.
+        """Notes of op `index`, and its results, the bytes it allocates for them and its floating-point
+        operations.
 
         `size` and `flops` are None where they depend on values.
         """

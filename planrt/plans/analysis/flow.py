@@ -1,8 +1,19 @@
-"""What the values of a plan depend on, kept per piece of memory, so that writes through views reach every view.
+"""What the values of a plan depend on, kept per piece of memory, so that writes through views reach every
+view.
 
-Values that share memory are nodes of one tree: a view hangs below what it was taken from, with the fates of the
-dimensions on the way (`planrt.plans.analysis.rows`). A write adds to its node, then to everything above (which may
-hold more than what was written), then to everything below that.
+Values that share memory are nodes of one tree: a view hangs below what it was taken from, with the fates of
+the dimensions on the way (`planrt.plans.analysis.rows`). A write adds to its node, then to everything above
+(which may hold more than what was written), then to everything below that. For example
+
+    a = torch.zeros(4, 3)
+    b, c = a[0], a.view(12)         two nodes below that of a
+    b.add_(x)                       b depends on x; so does a, because b's memory is part of a's;
+                                    and so does c, because it looks at all of a
+
+Upwards a write keeps rows only where the view left their dimension as it was (`rows.upwards`): a row of x
+that was written into ``a[0]`` stands in one row of a, and nothing says in which.
+
+What a value depended on before a write is never taken away: `Node.write` has the reason.
 """
 
 from __future__ import annotations
@@ -88,9 +99,9 @@ class _Writes:
 class Node:
     """A value: a tensor of some shape in a piece of memory, as a whole or as a view of another value.
 
-    A write reaches what the value is a view of at once, up to the whole, and its other views when they are next asked
-    about. A plan may have as many views as it has ops, and write to each: reaching all of them at each write would take
-    time that grows with the square of its length.
+    A write reaches what the value is a view of at once, up to the whole, and its other views when they are
+    next asked about. A plan may have as many views as it has ops, and write to each: reaching all of them at
+    each write would take time that grows with the square of its length.
     """
 
     __slots__ = ("_info", "_met", "_seen", "_writes", "children", "fates", "parent", "shape")
@@ -137,8 +148,8 @@ class Node:
     def write(self, info: Info) -> None:
         """Notes that the value now depends on something else too, and so does what shares its memory.
 
-        What was there before counts still, even where all of it was overwritten: whether ``y.contiguous()`` is `y` or a
-        copy hangs on strides, and those of a real run may be others than these.
+        What was there before counts still, even where all of it was overwritten: whether ``y.contiguous()``
+        is `y` or a copy hangs on strides, and those of a real run may be others than these.
         """
         self._info = joined(self.info, info)
         self._writes.count += 1

@@ -1,8 +1,8 @@
 """The analysis of a plan that does not differentiate: put together from what its ops do one by one.
 
-One of the two ways of `planrt.plans.analysis.analyse`. No tensor is made here and no kernel runs: what an op does is
-looked up (`planrt.plans.analysis.effects`), and this module fits it to the values that the plan has at that point,
-with their memory and what they depend on.
+One of the two ways of `planrt.plans.analysis.analyse`. No tensor is made here and no kernel runs: what an op
+does is looked up (`planrt.plans.analysis.effects`), and this module fits it to the values that the plan has
+at that point, with their memory and what they depend on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
 
 
 class _Memory:
-    """A piece of memory: its bytes, how many values of the plan look at it, and whose it is (a source, or -1)."""
+    """A piece of memory: its bytes, how many values of the plan look at it, and whose it is (a source, or
+    -1)."""
 
     __slots__ = ("owner", "size", "users")
 

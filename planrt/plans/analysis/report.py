@@ -31,9 +31,10 @@ class Unforeseen:
 class Dependence:
     """That a value depends on an input or a state entry, and how.
 
-    `how`: "raw" (single rows may show), "aggregated" (everything went through aggregates over at least `rows` rows),
-    or "used" for what has no rows: state, and inputs without dimensions. `aggregates` names the kinds it went
-    through. `lost`: the kernel through which rows could not be followed, and its op's place (-1: not one op's).
+    `how`: "raw" (single rows may show), "aggregated" (everything went through aggregates over at least `rows`
+    rows), or "used" for what has no rows: state, and inputs without dimensions. `aggregates` names the kinds
+    it went through. `lost`: the kernel through which rows could not be followed, and its op's place (-1: not
+    one op's).
     """
 
     source: int
@@ -58,10 +59,11 @@ class Dependence:
 
 @dataclass(frozen=True, slots=True)
 class OpReport:
-    """One op: what it returns, the bytes it allocates for that (0 for views) and its floating-point operations.
+    """One op: what it returns, the bytes it allocates for that (0 for views) and its floating-point
+    operations.
 
-    None where that depends on values. `line` is the op as a plan prints it, `source` the file and line it was traced
-    at, where known.
+    None where that depends on values. `line` is the op as a plan prints it, `source` the file and line it was
+    traced at, where known.
     """
 
     index: int
@@ -91,9 +93,9 @@ class OpReport:
 class ValueReport:
     """Something that leaves a plan: an output, or an input or state entry that it changed in place.
 
-    `path` says which (``output['loss']``), `ops` are the places of the ops on the way to it, `written_by` those
-    that changed it. `spec` is None for a number, which depends on sizes alone. `source` is the value's number where
-    it is an input or state.
+    `path` says which (``output['loss']``), `ops` are the places of the ops on the way to it, `written_by`
+    those that changed it. `spec` is None for a number, which depends on sizes alone. `source` is the value's
+    number where it is an input or state.
     """
 
     path: str
@@ -106,12 +108,12 @@ class ValueReport:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Of the whole plan. Where sizes depend on values, bounds stand for them; `unbounded` are the ops without one,
-    and then the totals say at least so much.
+    """Of the whole plan. Where sizes depend on values, bounds stand for them; `unbounded` are the ops without
+    one, and then the totals say at least so much.
 
-    `peak_bytes`: inputs and state, which their owner holds throughout, and the most that the interpreter needs
-    beside them, each value freed after its last use and each op's own intermediate results included. What a kernel
-    uses inside (workspaces) is not seen.
+    `peak_bytes`: inputs and state, which their owner holds throughout, and the most that the interpreter
+    needs beside them, each value freed after its last use and each op's own intermediate results included.
+    What a kernel uses inside (workspaces) is not seen.
     """
 
     flops: int
@@ -142,8 +144,8 @@ class Report:
     """The findings of `planrt.plans.analysis.analyse`, and the policy's `violations`, if the plan was held
     against one.
 
-    `gradients` are those that a training loop gets of the plan's parameters, where it was analysed for training.
-    `constants` are those of the plan, None where their values are not known.
+    `gradients` are those that a training loop gets of the plan's parameters, where it was analysed for
+    training. `constants` are those of the plan, None where their values are not known.
     """
 
     graph: Graph

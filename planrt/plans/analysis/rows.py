@@ -1,20 +1,45 @@
-"""Where the rows of an input are in a value that was computed from it, and over how many rows it was aggregated.
+"""Where the rows of an input are in a value that was computed from it, and over how many rows it was
+aggregated.
 
-Dimension 0 of an input holds its *rows*: one person, one record each. A `Trace` says what a value knows of them:
+Dimension 0 of an input holds its *rows*: one person, one record each. A `Trace` says what a value knows of
+them:
 
-* it has *axes*: an entry depends on one row (or on an aggregate over a group of rows), and which one, its position
-  along the axis tells. Different positions are different rows. So an operation that combines all positions of an
-  axis, such as a sum, aggregates over as many rows as the axis has.
+* it has *axes*: an entry depends on one row (or on an aggregate over a group of rows), and which one, its
+  position along the axis tells. Different positions are different rows. So an operation that combines all
+  positions of an axis, such as a sum, aggregates over as many rows as the axis has.
 * every other dependence goes through aggregates over `least` rows or more.
 * or the rows are *lost*: some operation did with them what cannot be followed. A lost value counts as raw.
 
-An axis need not be one dimension. ``x.view(-1, f)`` merges rows with others, ``x.view(10, 100, f)`` spreads them
-over two. So an axis is a list of `Digit`s: its position is a number in a mixed radix, and each digit stands in some
-dimension. Summing the 100 away leaves an axis of ten positions whose entries aggregate 100 rows each (`done`).
+An axis need not be one dimension. ``x.view(-1, f)`` merges rows with others, ``x.view(10, 100, f)`` spreads
+them over two. So an axis is a list of `Digit`s: its position is a number in a mixed radix, and each digit
+stands in some dimension. Summing the 100 away leaves an axis of ten positions whose entries aggregate 100
+rows each (`done`).
 
 What one operation does with the dimensions of one argument is again a list of traces, one for each dimension
 (its *fates*), as though that dimension held the rows. `compose` puts the two together. It is all there is to
 following rows: through a kernel, through a whole op, and through a plan.
+
+An example, `x` with six rows of four numbers, as the traces of its rows go (`tests/plans/test_rows.py` holds
+it):
+
+    x                      [6, 4]     axis of 6: one digit, dim 0.                       rows 1: raw
+    y = x.view(2, 3, 4)    [2, 3, 4]  axis of 6: position = 3 * dim 0 + dim 1,
+                                      so the digits (dim 1, size 3, weight 1)
+                                      and (dim 0, size 2, weight 3).                     rows 1: raw
+    z = y.sum(1)           [2, 4]     the digit of dim 1 is folded: 3 rows are in each
+                                      entry; left is an axis of 2, dim 0, done 3.        rows 3
+    z.sum(0)               [4]        the last digit is folded too: no axis, least 6.    rows 6
+    y.sum(0)               [3, 4]     instead of z: axis of 3, dim 1, done 2.            rows 2
+
+Why rows are lost, by three cases:
+
+* ``x[1:] - x[:-1]``: both operands have an axis of 5 in dim 0, and at one position stand rows n + 1 and n. A
+  sum over it would count as an aggregate of 5, and is ``x[5] - x[0]``, of two rows. So two axes that share a
+  dimension must have the same rows at the same positions (`_clash`), or the value is lost.
+* ``x.max(0)``: the entry *is* one row's. What selects loses the dimension that it selects from, however many
+  rows it looked at.
+* ``x.view(4, 6)``: four rows of six numbers out of six of four. A new row has parts of two old ones, and no
+  digit of the old position stands in one dimension: `_place` finds no room for it.
 
 This is an information-flow rule about the program's form, not about numbers: see what it does not stop in
 `planrt.plans.policy.rules`.
@@ -44,8 +69,9 @@ class Digit(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """`length` positions, each with its own `done` rows. `order` tells which rows were picked, in which order: axes of
-    equal order and digits have the same rows at the same positions. `partial`: the rest of the dimension is others'."""
+    """`length` positions, each with its own `done` rows. `order` tells which rows were picked, in which
+    order: axes of equal order and digits have the same rows at the same positions. `partial`: the rest of the
+    dimension is others'."""
 
     length: int
     digits: tuple[Digit, ...]
@@ -119,7 +145,15 @@ def _slots(shape: Sequence[int]) -> list[tuple[int, int, int, int]]:
 def _place(
     stride: int, size: int, weight: int, slots: Sequence[tuple[int, int, int, int]]
 ) -> tuple[Digit, ...] | None:
-    """The digit ``index // stride % size`` as digits in `slots` (stride, size, dim, inner); None if it does not fit."""
+    """The digit ``index // stride % size`` as digits in `slots` (stride, size, dim, inner); None if it does
+    not fit.
+
+    A slot is a digit of the new index: ``index // stride % size`` of the flat index is ``// inner`` of
+    dimension `dim`. A digit goes into the slot in whose range its stride lies, as much of it as there is
+    room, and the rest into the next slot up. Where the borders of digit and slot are no multiples of each
+    other, an entry of the slot would hold parts of several positions, and nothing could be said about its
+    rows: None.
+    """
     digits = []
     while size > 1:
         slot = next((one for one in slots if one[0] <= stride < one[0] * one[1]), None)
@@ -169,7 +203,9 @@ def _follow(axis: Axis, shape: Sequence[int], fates: Sequence[Trace]) -> Trace:
             return fate
         found: list[tuple[Digit, ...] | None] = []
         if fate.least != NO_AGGREGATE:
-            if fate.least != size:
+            if (
+                fate.least != size
+            ):  # over a part of the dimension: how many of this axis's rows, cannot be told
                 return lost("partial aggregate")
             found.append(None)
             kinds |= fate.kinds
@@ -180,6 +216,9 @@ def _follow(axis: Axis, shape: Sequence[int], fates: Sequence[Trace]) -> Trace:
                 return lost("reordered groups")
             found.append(digits)
         options.append(found)
+    # An argument may reach the result in several ways (as a sum and as it is, in layer norm). Each choice of one way
+    # for every digit is a way for the axis: its folded digits multiply into `done`, the others are the axis that is
+    # left; and where none is left, all that comes this way is an aggregate over `done` rows.
     axes, least = [], NO_AGGREGATE
     for choice in product(*options):
         done = axis.done

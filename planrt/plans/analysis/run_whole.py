@@ -1,9 +1,9 @@
 """The analysis of a plan that differentiates, or is to be differentiated: it runs whole, on meta tensors.
 
-One of the two ways of `planrt.plans.analysis.analyse`, for plans that cannot be put together from single ops. The
-interpreter runs them under autograd, as it would a real call, watched by `planrt.plans.analysis.tracker`. So this is
-the way that makes tensors and runs kernels; it costs far more than looking ops up, and stops at the first that needs
-values.
+One of the two ways of `planrt.plans.analysis.analyse`, for plans that cannot be put together from single ops.
+The interpreter runs them under autograd, as it would a real call, watched by `planrt.plans.analysis.tracker`.
+So this is the way that makes tensors and runs kernels; it costs far more than looking ops up, and stops at
+the first that needs values.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ class Whole(Findings):
         return watched
 
     def _cut_off(self, tensors: Sequence[torch.Tensor]) -> Report:
-        """An op needed values: nothing is known from there on, so everything may depend on everything, raw."""
+        """An op needed values: nothing is known from there on, so everything may depend on everything,
+        raw."""
         first = len(self.ops)
         everything = INDEPENDENT
         for tensor in tensors:

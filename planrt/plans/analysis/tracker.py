@@ -1,9 +1,9 @@
 """Watches ATen kernels run on meta tensors: what depends on what, memory, and floating-point operations.
 
-`Tracker` is a `TorchDispatchMode`, so it sees what happens below autograd: compound functions as the kernels they
-are made of, and backward passes as well. Nothing is computed: meta tensors have shapes and no values. What it knows
-of a tensor hangs on the tensor's memory (autograd makes new tensor objects for the values it saved), and goes when
-that memory is freed, which is also how it knows how much is in use.
+`Tracker` is a `TorchDispatchMode`, so it sees what happens below autograd: compound functions as the kernels
+they are made of, and backward passes as well. Nothing is computed: meta tensors have shapes and no values.
+What it knows of a tensor hangs on the tensor's memory (autograd makes new tensor objects for the values it
+saved), and goes when that memory is freed, which is also how it knows how much is in use.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         check: called before each kernel; what it raises ends the run.
 
     Attributes:
-        flops: floating-point operations so far. Products and convolutions by torch's formulas (a multiplication and
-            an addition are two), everything else one for each entry of the larger of arguments and results.
+        flops: floating-point operations so far. Products and convolutions by torch's formulas (a
+            multiplication and an addition are two), everything else one for each entry of the larger of
+            arguments and results.
         live: bytes in use that were allocated under this mode; `peak` the most since it was last set.
         unknown: names of kernels without a rule that ran.
         written: memory that was written to; the caller clears it.
@@ -81,13 +82,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return int(tensor.untyped_storage()._cdata)
 
     def settle(self, results: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> None:
-        """Take in what an op returned that no kernel was seen to make, as `torch.tensor` does with its constants."""
+        """Take in what an op returned that no kernel was seen to make, as `torch.tensor` does with its
+        constants."""
         for tensor in results:
             if self.memory(tensor) not in self._cells:
                 self._add(tensor, self._everything if operands else INDEPENDENT, counted=True)
 
     def tie(self, result: torch.Tensor, base: torch.Tensor) -> None:
-        """From now on, what is written into `result`, a copy of `base`, counts as written into `base` as well."""
+        """From now on, what is written into `result`, a copy of `base`, counts as written into `base` as
+        well."""
         if self.memory(result) == self.memory(base):
             return
         node, parent = self._node(result), self._node(base)

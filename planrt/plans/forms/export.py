@@ -1,11 +1,11 @@
 """Plans for other runtimes: as an `ExportedProgram` of `torch.export`, and as an ONNX file.
 
-Both are translated from the op list, by exporting a module that runs the interpreter. So they take what the plan
-takes and return what it returns, on any size of its free dimensions. They are made here and go out only: nothing ever
-loads such a program (`torch.export.load` executes what it reads).
+Both are translated from the op list, by exporting a module that runs the interpreter. So they take what the
+plan takes and return what it returns, on any size of its free dimensions. They are made here and go out only:
+nothing ever loads such a program (`torch.export.load` executes what it reads).
 
-What comes out is the plan in the mode it is in, with a copy of its state. Random ops draw other numbers than the
-plan where the other runtime has a generator of its own. A plan that differentiates has no exported form.
+What comes out is the plan in the mode it is in, with a copy of its state. Random ops draw other numbers than
+the plan where the other runtime has a generator of its own. A plan that differentiates has no exported form.
 """
 
 from __future__ import annotations
@@ -215,7 +215,8 @@ def _free_dims(argument: Nested, specs: Sequence[TensorSpec]) -> Any:
 def _example_inputs(
     plan: Exportable, examples: Sequence[Any], keywords: Mapping[str, Any]
 ) -> Sequence[torch.Tensor]:
-    """Inputs to export with: the examples, or zeros. A free size of 1 is doubled: torch would take it as fixed."""
+    """Inputs to export with: the examples, or zeros. A free size of 1 is doubled: torch would take it as
+    fixed."""
     graph = plan.graph
     check_only_forward(graph, "an exported program")
     plan.state_here()

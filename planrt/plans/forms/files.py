@@ -161,7 +161,8 @@ def load_file(path: AnyPath) -> PlanFile:
 
 @contextlib.contextmanager
 def _written_to(target: AnyPath | BinaryIO) -> Iterator[BinaryIO]:
-    """`target` itself where it is a binary file that is open for writing, or else a new file; see `replacing`."""
+    """`target` itself where it is a binary file that is open for writing, or else a new file; see
+    `replacing`."""
     if isinstance(target, io.TextIOBase):
         raise OptionError("cannot save to a text file: open it in binary mode, or give its path")
     if isinstance(target, str | os.PathLike) or not hasattr(target, "write"):

@@ -93,7 +93,8 @@ def _check_traceable(plan: Graph) -> None:
 
 
 def under_trace(plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> Nested:
-    """Runs `plan` while `torch.jit.trace` writes down what happens; what it assumes of its sizes is not checked then.
+    """Runs `plan` while `torch.jit.trace` writes down what happens; what it assumes of its sizes is not
+    checked then.
 
     Raises:
         PlanError: no TorchScript can be made of it.
@@ -105,8 +106,8 @@ def under_trace(plan: Graph, inputs: Sequence[torch.Tensor], state: Sequence[tor
 def to_torchscript(plan: Graph, *examples: torch.Tensor) -> torch.jit.ScriptModule:
     """`plan` as TorchScript, made by tracing the interpreter; it has copies of the plan's state.
 
-    It takes the plan's input tensors in order, and returns what the plan returns; a size that the plan returns is a
-    0-d tensor there. What the plan assumes of its sizes is not checked there.
+    It takes the plan's input tensors in order, and returns what the plan returns; a size that the plan
+    returns is a 0-d tensor there. What the plan assumes of its sizes is not checked there.
 
     Args:
         plan: with its state values (as traced, not as read from bytes).
@@ -190,13 +191,13 @@ def from_torchscript(
 ) -> Graph:
     """Returns the plan of a `ScriptModule` or `ScriptFunction`.
 
-    What `torch.jit.trace` made is in the mode it was traced in, what `torch.jit.script` made in the one that `training`
-    says. Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or from the graph
-    where `torch.jit.trace` left them there. State values are the script's own tensors.
+    What `torch.jit.trace` made is in the mode it was traced in, what `torch.jit.script` made in the one that
+    `training` says. Dimension 0 of the inputs is free; their other sizes and dtypes come from `examples`, or
+    from the graph where `torch.jit.trace` left them there. State values are the script's own tensors.
 
     Raises:
-        TraceError: control flow that depends on values or sizes, an operator without a place in the table, or unknown
-            input shapes.
+        TraceError: control flow that depends on values or sizes, an operator without a place in the table, or
+            unknown input shapes.
     """
     with _quiet():
         graph = _straight(script, training)
@@ -222,7 +223,8 @@ def script_call(script: Any) -> Callable[..., Any]:
 
 
 def argument_names(script: Any) -> list[str]:
-    """Returns the names of the arguments that a `ScriptFunction`, or the forward of a `ScriptModule`, takes."""
+    """Returns the names of the arguments that a `ScriptFunction`, or the forward of a `ScriptModule`,
+    takes."""
     called: Any = script if isinstance(script, torch.jit.ScriptFunction) else script.forward
     return [argument.name for argument in called.schema.arguments if argument.name != "self"]
 
@@ -238,8 +240,8 @@ _CHECKS = frozenset(
 
 
 def _straight(script: Any, training: bool) -> Any:
-    """The graph of `script`. What was scripted and not traced is rid of whatever depends on constants alone, such as
-    the mode, and of checks of sizes, which the ops after them make as well."""
+    """The graph of `script`. What was scripted and not traced is rid of whatever depends on constants alone,
+    such as the mode, and of checks of sizes, which the ops after them make as well."""
     graph = script.inlined_graph
     if isinstance(script, _MADE_BY_TRACE) and not any(graph.findNode(kind) for kind in _CONTROL):
         return graph

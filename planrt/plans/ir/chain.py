@@ -1,12 +1,13 @@
 """`Chain`: several plans, and which takes the results of which, as data. What a protocol is made of.
 
-A chain's values are numbered as a graph's are: first its inputs, then what each step returns, in the order of the
-steps. A step names a place, which stands for a worker, and takes earlier values by `Ref`; so a chain cannot go
-round in circles. Its bytes are MessagePack of
+A chain's values are numbered as a graph's are: first its inputs, then what each step returns, in the order of
+the steps. A step names a place, which stands for a worker, and takes earlier values by `Ref`; so a chain
+cannot go round in circles. Its bytes are MessagePack of
 
     ["planrt-chain", 1, inputs, plans, steps, outputs]
 
-where a plan is [its record's bytes, whether it is in training mode], and a step is [name, place, plan, arguments].
+where a plan is [its record's bytes, whether it is in training mode], and a step is [name, place, plan,
+arguments].
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Chain:
     """A checked list of steps over a list of plans; `outputs` nests `Ref`s to what steps return.
 
     Raises:
-        PlanFormatError: references to values that do not exist yet, names that are none or not different, wrong
-            numbers of arguments, too many steps.
+        PlanFormatError: references to values that do not exist yet, names that are none or not different,
+            wrong numbers of arguments, too many steps.
     """
 
     inputs: tuple[str, ...]
@@ -76,7 +77,8 @@ class Chain:
 
     @cached_property
     def results(self) -> tuple[range, ...]:
-        """For each step the numbers of the values that it returns: one per `Ref` in its plan's outputs, in order."""
+        """For each step the numbers of the values that it returns: one per `Ref` in its plan's outputs, in
+        order."""
         found, known = [], len(self.inputs)
         for step in self.steps:
             count = sum(1 for _ in refs_in(self.plans[step.plan].graph.outputs))
@@ -134,7 +136,8 @@ class Chain:
         """Decodes what `to_bytes` made and checks every part of it; safe on bytes from anyone.
 
         Raises:
-            PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the table.
+            PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the
+                table.
         """
         parts = unpack_sections(bytes(data), _MAGIC, CHAIN_VERSION, 6, what="protocol")
         inputs, plans, steps = (_items(part) for part in parts[2:5])

@@ -5,6 +5,24 @@ A mask, a table or fixed weights that a function finds outside itself are as muc
 constants is filed under a hash of the ops and of these values (`approval_hash`). Parameters and buffers are what
 training changes: their values are the client's, and no part of what is approved.
 
+What an approval binds, then:
+
+    bound                                                  not bound
+    the ops, their arguments and their order               names of the plan, of inputs and of state; the docstring
+    dtype and shape of inputs (free sizes as free)         the values of inputs, the free sizes of a run
+    dtype, shape, kind and trainability of state           the values of parameters and buffers
+    dtype, shape and values of constants
+
+Values of parameters are not bound because each round brings others; so a client may choose weights that make of a plan
+what its owner did not think of. `planrt.plans.policy.rules` says so among what release rules do not stop.
+
+With constants c1, c2 ... in the order of the state, each as the SHA-256 of its dtype, shape and elements, the key is
+
+    approval_hash  =  SHA-256( hash "\n" digest(c1) "\n" digest(c2) ... )       in hex digits, as text
+
+It is a hash of digests, and not of all the values, so that it can be checked without them: a plan that waits keeps
+its constants only up to `KEPT` bytes.
+
 A plan with constants waits for its owner as MessagePack of
 
     ["planrt-waiting", 1, plan, [[digest, bytes] ...]]
@@ -40,8 +58,8 @@ _VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Constant:
-    """One constant of a plan: the SHA-256 over its dtype, shape and values (64 hex digits), and these where they are
-    at hand."""
+    """One constant of a plan: the SHA-256 over its dtype, shape and values (64 hex digits), and these where
+    they are at hand."""
 
     digest: str
     values: torch.Tensor | None = None
@@ -90,8 +108,8 @@ def known_constants(graph: Graph) -> tuple[Constant, ...] | None:
 def approval_hash(graph: Graph, constants: Sequence[Constant]) -> str:
     """Returns the hash under which an owner's decision about a plan is filed, as 64 hex digits.
 
-    That is the plan's hash, if it has no constants. Else it is the SHA-256 of the hash and the constants' digests, a
-    line each.
+    That is the plan's hash, if it has no constants. Else it is the SHA-256 of the hash and the constants'
+    digests, a line each.
     """
     if not constants:
         return graph.hash

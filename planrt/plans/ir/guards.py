@@ -1,12 +1,13 @@
 """Checks in front of kernels that trust their callers.
 
-torch's public functions check their arguments in Python (`torch.nn.functional`), in a kernel's structured part, or not
-at all. A kernel of the last kind reads or writes memory that is not its own, ends the process, or computes for ever,
-when it is given arguments that no user of torch would write. On a worker anybody may write them. So the ops below are
-checked first: shapes and modes, the one overflow that a processor traps, and integers that say how often a loop runs.
+torch's public functions check their arguments in Python (`torch.nn.functional`), in a kernel's structured
+part, or not at all. A kernel of the last kind reads or writes memory that is not its own, ends the process,
+or computes for ever, when it is given arguments that no user of torch would write. On a worker anybody may
+write them. So the ops below are checked first: shapes and modes, the one overflow that a processor traps, and
+integers that say how often a loop runs.
 
-Each check says what its kernel leaves out; `tests/plans/test_guards.py` shows what happens without. What has no cheap
-check is off the table (`planrt.plans.ir.left_out`).
+Each check says what its kernel leaves out; `tests/plans/test_guards.py` shows what happens without. What has
+no cheap check is off the table (`planrt.plans.ir.left_out`).
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ _PACKED: Final = [
 
 
 def _recurrent(gates: int) -> Callable[[Function], Function]:
-    """The kernels count on as many states and weights, of the right sizes, as layers and directions are named.
+    """The kernels count on as many states and weights, of the right sizes, as layers and directions are
+    named.
 
     Without: they read past the ends of both lists (a crash, or memory that is not theirs).
     """

@@ -1,13 +1,14 @@
-"""The review of torch's public functions and tensor methods that are *not* on the table of ops, with the reasons.
+"""The review of torch's public functions and tensor methods that are *not* on the table of ops, with the
+reasons.
 
-`planrt.plans.ir.ops` is an allow-list. Everything that torch itself lists as overridable is either there or here,
-and a test fails on names that are in neither: whoever moves to a newer torch decides, name by name, so that the
-table never widens in silence. A name goes on the table when it makes sense on a tensor that is elsewhere: it
-computes on tensors, numbers and dtypes alone, and returns the same for the same. Names that only older or newer
-releases of torch have may stand here too.
+`planrt.plans.ir.ops` is an allow-list. Everything that torch itself lists as overridable is either there or
+here, and a test fails on names that are in neither: whoever moves to a newer torch decides, name by name, so
+that the table never widens in silence. A name goes on the table when it makes sense on a tensor that is
+elsewhere: it computes on tensors, numbers and dtypes alone, and returns the same for the same. Names that
+only older or newer releases of torch have may stand here too.
 
-The reasons end up in error messages: "Tensor.item cannot run on a remote tensor: <reason>; get() the tensor ...".
-``out=`` is a form, not a name: pointers do it as the op and a copy, where it returns one tensor.
+The reasons end up in error messages: "Tensor.item cannot run on a remote tensor: <reason>; get() the tensor
+...". ``out=`` is a form, not a name: pointers do it as the op and a copy, where it returns one tensor.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""One line of a printed plan, read from left to right: values, names, shapes. `planrt.plans.ir.parsing` reads the
-whole.
+"""One line of a printed plan, read from left to right: values, names, shapes. `planrt.plans.ir.parsing` reads
+the whole.
 
 A reader of its own: it evaluates nothing and builds plain values only.
 """

@@ -6,10 +6,10 @@ a name that the installed torch does not have is simply absent, and `TABLE_HASH`
 tables agree. What torch has and the table has not stands in `planrt.plans.ir.left_out`, with the reasons.
 
 The callables are torch's own, with these exceptions: `torch.empty` and its like return zeros, because
-uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes and
-checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`; `unbind`,
-`split` and their like (`planrt.plans.ir.result_limits`) refuse to return more results than memory holds; and kernels
-that trust their callers are checked first (`planrt.plans.ir.guards`).
+uninitialised memory on a worker holds what other clients freed; `operator.*` is 64-bit arithmetic on sizes
+and checks of how they compare, nothing else; `torch.set_grad_enabled` is the switch behind `torch.no_grad`;
+`unbind`, `split` and their like (`planrt.plans.ir.result_limits`) refuse to return more results than memory
+holds; and kernels that trust their callers are checked first (`planrt.plans.ir.guards`).
 """
 
 from __future__ import annotations
@@ -321,8 +321,8 @@ UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
     **{f"operator.assume_{word}": compare for word, compare in COMPARISONS.items()},
     **_EMPTY,
 }
-"""Name -> plain function of the ops that planrt puts a check around: for running a plan under a recorder, which sees
-the calls that are made."""
+"""Name -> plain function of the ops that planrt puts a check around: for running a plan under a recorder,
+which sees the calls that are made."""
 
 
 def _build_table() -> tuple[dict[str, Callable[..., Any]], dict[Any, str]]:
@@ -399,8 +399,8 @@ EAGER: Final[dict[str, Callable[..., Any]]] = {
 writing into it; state that took other memory would not be what the plan's owner holds."""
 
 PLANS_ONLY: Final = frozenset({"Tensor.backward", "autograd.backward"})
-"""What plans can do besides, and posted ops cannot: a backward pass. Clients ask for one by a request of its own
-(`planrt.workers.wire.messages.Backward`), because it labels the gradients it leaves."""
+"""What plans can do besides, and posted ops cannot: a backward pass. Clients ask for one by a request of its
+own (`planrt.workers.wire.messages.Backward`), because it labels the gradients it leaves."""
 
 REQUIRES_GRAD: Final = "Tensor.requires_grad_"
 """The op that makes a leaf. On the table like any method; it makes a plan one that differentiates."""
@@ -437,8 +437,8 @@ RANDOM: Final = frozenset(
     + [f"nn.functional.{word}" for word in _RANDOM_FUNCTIONAL.split()]
     + [f"nn.init.{word}" for word in _RANDOM_INIT.split()]
 )
-"""Ops that draw random numbers. A pointer's op of these carries a seed, drawn from torch's generator where the
-pointer is: the same `torch.manual_seed` there gives the same numbers, whatever else the worker does."""
+"""Ops that draw random numbers. A pointer's op of these carries a seed, drawn from torch's generator where
+the pointer is: the same `torch.manual_seed` there gives the same numbers, whatever else the worker does."""
 
 RESULTS_FOLLOW_FLOATS: Final = FACTORIES | {
     "nn.functional.interpolate",
@@ -532,7 +532,8 @@ def lookup_eager(name: str) -> Callable[..., Any]:
 
 
 def name_of(function: Any) -> str | None:
-    """Returns the name of a torch function as a `TorchFunctionMode` sees it; None when it is off the table."""
+    """Returns the name of a torch function as a `TorchFunctionMode` sees it; None when it is off the
+    table."""
     try:
         return _NAMES.get(function)
     except TypeError:  # unhashable: certainly none of ours

@@ -1,8 +1,10 @@
-"""Reads the printed form of a plan: `parse` is the inverse of `str(graph)`; `planrt.plans.ir.text` shows the form.
+"""Reads the printed form of a plan: `parse` is the inverse of `str(graph)`; `planrt.plans.ir.text` shows the
+form.
 
-A reader of its own, one line at a time: it evaluates nothing, builds plain values only, and takes names of ops
-from the fixed table. Each line has one spelling, the printed one: what is parsed is printed again and compared,
-so a plan has one text. Free are the spaces around lines, empty lines, and whether the hash is given.
+A reader of its own, one line at a time: it evaluates nothing, builds plain values only, and takes names of
+ops from the fixed table. Each line has one spelling, the printed one: what is parsed is printed again and
+compared, so a plan has one text. Free are the spaces around lines, empty lines, and whether the hash is
+given.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ train (dropout, batch norm). Its bytes are MessagePack of
 
     ["planrt-record", 1, name, doc, signature, state names, evaluation graph, training graph]
 
-where a graph is its canonical bytes, or nil where there is none, and the training graph is true where it is the
-same as the other.
+where a graph is its canonical bytes, or nil where there is none, and the training graph is true where it is
+the same as the other.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class PlanRecord:
     Attributes:
         name, doc: what people call it and say about it.
         signature: how it is called.
-        evaluation, training: its two forms; the same graph where the mode makes no difference. One of them may be
-            None: then it could not be recorded in that mode.
+        evaluation, training: its two forms; the same graph where the mode makes no difference. One of them
+            may be None: then it could not be recorded in that mode.
 
     Raises:
         PlanFormatError: graphs that do not belong together, or do not fit the signature.
@@ -125,7 +125,8 @@ class PlanRecord:
         """Decodes what `to_bytes` made and checks every part of it; safe on bytes from anyone.
 
         Raises:
-            PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the table.
+            PlanFormatError: truncated, altered, or of a newer version. OpNotAllowedError: an op off the
+                table.
         """
         parts = unpack_sections(bytes(data), _MAGIC, RECORD_VERSION, _FIELDS, what="plan")
         name, doc, signature, state_names, evaluation, training = parts[2:]

@@ -1,8 +1,8 @@
 """Ops that return as many results as a size or an argument says, and how many that may be.
 
-A tensor of one element, expanded to 10^9, costs nothing; `unbind` of it makes 10^9 tensors, within one call that no
-time limit interrupts, and on meta tensors just the same, so that looking at such a plan would cost what running it
-costs. So these ops count first. Counting needs shapes only.
+A tensor of one element, expanded to 10^9, costs nothing; `unbind` of it makes 10^9 tensors, within one call
+that no time limit interrupts, and on meta tensors just the same, so that looking at such a plan would cost
+what running it costs. So these ops count first. Counting needs shapes only.
 """
 
 from __future__ import annotations

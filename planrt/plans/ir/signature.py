@@ -51,8 +51,8 @@ class Signature:
     """The parameters of a plan, and what each was when it was recorded.
 
     `arguments` maps parameter names to nested values whose leaves are a `Ref` to an input, or a constant. A
-    parameter that was left out and whose default is no constant (a tensor, say) is not among them: the default
-    is state of the plan.
+    parameter that was left out and whose default is no constant (a tensor, say) is not among them: the
+    default is state of the plan.
     """
 
     parameters: tuple[Parameter, ...]
@@ -201,8 +201,8 @@ def recorded_signature(
 ) -> tuple[Signature, list[torch.Tensor], dict[str, torch.nn.Module]]:
     """Records how a plan is called from a call with example arguments.
 
-    Returns the signature, the example tensors in its order, and the modules among the arguments, by the path of
-    their place ("model", "nets.0").
+    Returns the signature, the example tensors in its order, and the modules among the arguments, by the path
+    of their place ("model", "nets.0").
 
     Raises:
         PlanArgumentError: arguments that do not fit the function, or that no plan can take.

@@ -1,4 +1,5 @@
-"""Plans as text: the printed form, complete and readable, one value per line. `planrt.plans.ir.parsing` reads it.
+"""Plans as text: the printed form, complete and readable, one value per line. `planrt.plans.ir.parsing` reads
+it.
 
     plan Net sha256:32eb6db7aab057c19f1345d1bd2069bbfce85f032fb231f9f40e15df5b04a19d
       # The docstring, one comment a line.
@@ -10,17 +11,17 @@
       return {'logits': _4}
 
 The lines stand in the order of the numbers: inputs, state, ops, and what is returned. ``*`` is a free size.
-State is a ``parameter``, a ``buffer`` or a ``constant``; a parameter that is not trained is ``frozen``, anything
-else that asks for gradients is marked ``requires_grad``.
+State is a ``parameter``, a ``buffer`` or a ``constant``; a parameter that is not trained is ``frozen``,
+anything else that asks for gradients is marked ``requires_grad``.
 
-An op is written as PyTorch code would have it: ``torch.add(...)``, ``torch.nn.functional.relu(...)``; a method
-(``Tensor.add`` in the table of ops) as ``_3.add(...)``, a property as ``_3.T``. Where a method's first argument is
-no value of the plan, it is written ``torch.Tensor.add(...)``. Several results are ``_5, _6 = ``, one that is not
-kept is ``_``, and a sequence of one is ``(_5,) = ``. `show` says how arguments are written.
+An op is written as PyTorch code would have it: ``torch.add(...)``, ``torch.nn.functional.relu(...)``; a
+method (``Tensor.add`` in the table of ops) as ``_3.add(...)``, a property as ``_3.T``. Where a method's first
+argument is no value of the plan, it is written ``torch.Tensor.add(...)``. Several results are ``_5, _6 = ``,
+one that is not kept is ``_``, and a sequence of one is ``(_5,) = ``. `show` says how arguments are written.
 
-Text that is not ASCII is escaped, but for docstrings, where control characters are: what an owner reads is what
-is there. The hash (`Graph.hash`) stands in the first line only, so a plain text diff of two plans shows what
-differs between them.
+Text that is not ASCII is escaped, but for docstrings, where control characters are: what an owner reads is
+what is there. The hash (`Graph.hash`) stands in the first line only, so a plain text diff of two plans shows
+what differs between them.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ KEYWORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def show(value: Nested) -> str:
     """Writes a nested value as a line of source would have it.
 
-    None, True, numbers, strings, ``...``, ``slice(0, 2, None)``, tuples, lists and dicts are written as in Python,
-    dtypes, memory formats and layouts as in PyTorch. ``_3`` is a value of the plan, ``complex(1.0, 2.0)`` a
-    complex number, and ``DEVICE`` the device that the plan runs on.
+    None, True, numbers, strings, ``...``, ``slice(0, 2, None)``, tuples, lists and dicts are written as in
+    Python, dtypes, memory formats and layouts as in PyTorch. ``_3`` is a value of the plan, ``complex(1.0,
+    2.0)`` a complex number, and ``DEVICE`` the device that the plan runs on.
     """
     if isinstance(value, str):
         return ascii(str(value))

@@ -1,8 +1,8 @@
 """Traits: one frozen record per op of what sets it apart. Pure data: no torch.
 
-Whoever runs ops asks an op's traits and never compares its name, as jax registers rules per primitive. The records
-are built once, from the reviewed tables of `planrt.plans.ir.ops` (`ops.TRAITS`); what is done to plans as objects of
-a worker has traits too (`planrt.workers.wire.plan_call`).
+Whoever runs ops asks an op's traits and never compares its name, as jax registers rules per primitive. The
+records are built once, from the reviewed tables of `planrt.plans.ir.ops` (`ops.TRAITS`); what is done to
+plans as objects of a worker has traits too (`planrt.workers.wire.plan_call`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class OpTraits:
-    """A record of what sets the op `name` apart. An op that nothing sets apart, as most are, has only its name."""
+    """A record of what sets the op `name` apart. An op that nothing sets apart, as most are, has only its
+    name."""
 
     name: str
 
@@ -35,7 +36,8 @@ class OpTraits:
     writes_unseen: bool = False
     """It does not count its writes in the version counters of tensors, by which autograd sees writes."""
     new_version_counter: bool = False
-    """After it two tensors share memory, but no version counter: autograd does not see what one writes to the other."""
+    """After it two tensors share memory, but no version counter: autograd does not see what one writes to the
+    other."""
 
     # How it goes with gradients.
     data_independent: bool = False
@@ -43,7 +45,8 @@ class OpTraits:
     computes_gradients: bool = False
     """It runs a backward pass over the graphs of its operands, and returns gradients."""
     reads_gradient: bool = False
-    """It returns the gradient of its operand: no result of its values, but memory that has a label of its own."""
+    """It returns the gradient of its operand: no result of its values, but memory that has a label of its
+    own."""
     sets_gradient: bool = False
     """It makes its second operand the gradient of the first."""
     retains_gradient: bool = False
@@ -58,7 +61,8 @@ class OpTraits:
     """It computes nothing, so that an owner's policy has no say over it."""
 
     def written_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Returns those of an op's arguments that it may write to, whether it succeeds or fails on the way."""
+        """Returns those of an op's arguments that it may write to, whether it succeeds or fails on the
+        way."""
         written = []
         if self.in_place or kwargs.get("inplace"):
             written.append(args[0] if args else next(iter(kwargs.values()), None))

@@ -6,16 +6,16 @@
       decided/HASH.plan   the same after a decision, to look at later
       asked/HASH.jsonl    who asked for the plan, on which data, and what for: an `Asking` a line
 
-HASH is what decisions are filed under: the plan's hash, or where the plan has constants one of the plan and their
-values (`planrt.plans.ir.constants`).
+HASH is what decisions are filed under: the plan's hash, or where the plan has constants one of the plan and
+their values (`planrt.plans.ir.constants`).
 
-A line is a JSON object with the keys of `Decision` and ``previous``: 64 hex digits, the SHA-256 of the line before
-without its newline, zeros for the first. So a line that was changed, removed or put in between later shows, and is an
-error. The last lines can be cut off unseen, and who may write the file may write a new one: keep a copy of the last
-line's hash elsewhere if that matters (`planrt decisions` prints it).
+A line is a JSON object with the keys of `Decision` and ``previous``: 64 hex digits, the SHA-256 of the line
+before without its newline, zeros for the first. So a line that was changed, removed or put in between later
+shows, and is an error. The last lines can be cut off unseen, and who may write the file may write a new one:
+keep a copy of the last line's hash elsewhere if that matters (`planrt decisions` prints it).
 
-The worker reads here while `planrt approve` writes: writers hold a lock and write a line in one piece, readers look
-whether the file changed.
+The worker reads here while `planrt approve` writes: writers hold a lock and write a line in one piece,
+readers look whether the file changed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Status(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One line of the record. `time` is ISO 8601 in UTC; `policy` the version of the policy at that time, or ``""``."""
+    """One line of the record. `time` is ISO 8601 in UTC; `policy` the version of the policy at that time, or
+    ``""``."""
 
     plan: str
     decision: Verdict
@@ -91,9 +92,9 @@ class Pending:
 class Asking:
     """The facts known of somebody who asked for a plan. `time` is ISO 8601 in UTC.
 
-    `user` was proved by a token, and is ``""`` for a client that showed none; `data` (keys of data sets, or tags of
-    private tensors) is what the worker was asked to run it on. The rest is what the asker says: the plan's name, those
-    of its inputs, and the purpose.
+    `user` was proved by a token, and is ``""`` for a client that showed none; `data` (keys of data sets, or
+    tags of private tensors) is what the worker was asked to run it on. The rest is what the asker says: the
+    plan's name, those of its inputs, and the purpose.
     """
 
     name: str = ""
@@ -218,8 +219,8 @@ class Approvals:
     ) -> Status:
         """Put a plan before the owner, unless it waits already or was decided. Returns how it stands.
 
-        `asking` is noted next to it, as `asked` does. `most` bounds the plans that wait and that its user was the first
-        to ask for, and their bytes in proportion; clients without a token are one user.
+        `asking` is noted next to it, as `asked` does. `most` bounds the plans that wait and that its user was
+        the first to ask for, and their bytes in proportion; clients without a token are one user.
 
         Raises:
             QueueFullError: no more can wait. ApprovalError: no hash, or it cannot be written.
@@ -268,8 +269,8 @@ class Approvals:
             raise
 
     def asked(self, plan: str, asking: Asking) -> None:
-        """Note who asks for a plan that waits. Texts are cut; the same is noted once, `MAX_ASKINGS` in all, and
-        `MAX_ASKINGS_OF_ONE` of one user.
+        """Note who asks for a plan that waits. Texts are cut; the same is noted once, `MAX_ASKINGS` in all,
+        and `MAX_ASKINGS_OF_ONE` of one user.
 
         Raises:
             ApprovalError: it cannot be written.
@@ -295,7 +296,8 @@ class Approvals:
         """Record that the plan (its hash, or enough of it) may run; a later decision about it counts.
 
         Raises:
-            ApprovalError: an unknown plan, an unusable name or reason, a broken record, or it cannot be written.
+            ApprovalError: an unknown plan, an unusable name or reason, a broken record, or it cannot be
+                written.
         """
         return self._decide(plan, "approved", by, why, policy)
 

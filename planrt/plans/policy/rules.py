@@ -1,35 +1,40 @@
-"""What a data owner allows: which ops, how much of the machine, who must have said yes, and what may be released.
+"""What a data owner allows: which ops, how much of the machine, who must have said yes, and what may be
+released.
 
-A policy is a TOML file (`examples/hospital_policy.toml` explains every key) or a `Policy`. It is checked before a
-plan runs, by `planrt.plans.policy.verify.check`, on what `planrt.plans.analysis.analyse` finds out from shapes alone.
+A policy is a TOML file (`examples/hospital_policy.toml` explains every key) or a `Policy`. It is checked
+before a plan runs, by `planrt.plans.policy.verify.check`, on what `planrt.plans.analysis.analyse` finds out
+from shapes alone.
 
-**What release rules mean.** ``min_rows = 20`` for a tag: whatever leaves a plan and depends on an input with that
-tag went through aggregates (sums, means, products over rows, losses, ...) over at least 20 rows each. Rows are the
-entries of dimension 0. A maximum, a median or a sorted value is one row's value and no aggregate. A gradient with
-respect to shared parameters is one; a gradient with respect to something with a place for each row is not.
+**What release rules mean.** ``min_rows = 20`` for a tag: whatever leaves a plan and depends on an input with
+that tag went through aggregates (sums, means, products over rows, losses, ...) over at least 20 rows each.
+Rows are the entries of dimension 0. A maximum, a median or a sorted value is one row's value and no
+aggregate. A gradient with respect to shared parameters is one; a gradient with respect to something with a
+place for each row is not.
 
-**What they do not stop.** They look at the form of a program. They catch mistakes and plain requests for data; they
-are no proof of privacy:
+**What they do not stop.** They look at the form of a program. They catch mistakes and plain requests for
+data; they are no proof of privacy:
 
-A rule is about the form of one run. Against an attacker who is patient it is a price on each question, not a lock.
-Counts by value (``bincount``, ``histc``) are a table to look values up in, so they lose the rows. An evaluation's
-counts of classes leave only where each is of none or of at least ``min_rows`` rows, and a batch's predictions must each
-be about its own row.
+A rule is about the form of one run. Against an attacker who is patient it is a price on each question, not a
+lock. Counts by value (``bincount``, ``histc``) are a table to look values up in, so they lose the rows. An
+evaluation's counts of classes leave only where each is of none or of at least ``min_rows`` rows, and a
+batch's predictions must each be about its own row.
 
-* *Weights.* A weighted sum whose weights are 0 but for one row is that row. Masks, `where`, losses with weights,
-  an `ignore_index` and writes of zeros into a copy do the same, and the weights may be computed inside the plan.
+* *Weights.* A weighted sum whose weights are 0 but for one row is that row. Masks, `where`, losses with
+  weights, an `ignore_index` and writes of zeros into a copy do the same, and the weights may be computed
+  inside the plan.
 * *Differences.* The sum over 100 rows and the sum over 99 of them, in one plan or in two, give the last one.
 * *Extremes in disguise.* ``logsumexp(1000 * x) / 1000`` is a maximum to three digits, a high norm likewise.
-* *Gradients.* A permitted gradient over k rows can often be inverted to the rows it came from when k is small, and a
-  trained model can remember them. What is learnt over many rounds adds up.
-* *Repetition.* A row may appear in the data more than once, and one person may own many rows: the rule counts rows.
+* *Gradients.* A permitted gradient over k rows can often be inverted to the rows it came from when k is
+  small, and a trained model can remember them. What is learnt over many rounds adds up.
+* *Repetition.* A row may appear in the data more than once, and one person may own many rows: the rule counts
+  rows.
 * *Lookup by hand.* ``(x == k).float().sum(0)`` counts who has the value k, and nobody sees how few they are.
-* *Facts besides values.* Sizes of results, time, whether counts were withheld, and at which op a plan fails: the
-  logarithm of the number of its ops in bits, `Policy.max_failures` times a session. Nothing counts over sessions but
-  the owner, who finds each failure in the worker's log.
+* *Facts besides values.* Sizes of results, time, whether counts were withheld, and at which op a plan fails:
+  the logarithm of the number of its ops in bits, `Policy.max_failures` times a session. Nothing counts over
+  sessions but the owner, who finds each failure in the worker's log.
 
-Against somebody who wants to find out about a single person only noise helps (differential privacy), or reading the
-plan before approving it. That is what ``approval = "ask"`` is for.
+Against somebody who wants to find out about a single person only noise helps (differential privacy), or
+reading the plan before approving it. That is what ``approval = "ask"`` is for.
 """
 
 from __future__ import annotations
@@ -63,7 +68,8 @@ class ReleaseRule:
     """A rule on what may leave a plan of what depends on inputs tagged `tag`: aggregates over at least
     `min_rows` rows.
 
-    `aggregates` names the kinds that are allowed, of `planrt.plans.analysis.kernels.AGGREGATES`; None for all.
+    `aggregates` names the kinds that are allowed, of `planrt.plans.analysis.kernels.AGGREGATES`; None for
+    all.
 
     Raises:
         OptionError: a value that cannot be used; names it.
@@ -94,24 +100,26 @@ class ReleaseRule:
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules of one data owner. The defaults ask before anything runs and keep a plan to a workstation's size.
+    """The rules of one data owner. The defaults ask before anything runs and keep a plan to a workstation's
+    size.
 
     Attributes:
-        approval: "open": any plan within the rules runs. "list": only those whose hash is in `approved`. "ask": those,
-            and others once the owner approved them; until then they wait.
-        approved: hashes of plans (64 hex digits), as `planrt inspect` prints them: those of plans with constants are of
-            the constants too.
-        allow, deny: patterns (``nn.functional.*``) of op names: an op must match one of `allow` and none of `deny`.
+        approval: "open": any plan within the rules runs. "list": only those whose hash is in `approved`.
+            "ask": those, and others once the owner approved them; until then they wait.
+        approved: hashes of plans (64 hex digits), as `planrt inspect` prints them: those of plans with
+            constants are of the constants too.
+        allow, deny: patterns (``nn.functional.*``) of op names: an op must match one of `allow` and none of
+            `deny`.
         max_ops: ops of a plan.
         max_flops: floating-point operations of one run.
         max_memory: bytes at the peak of one run, inputs and state included.
         max_input_bytes, max_output_bytes: of one run.
         max_seconds: that one run may take.
         max_check_seconds: of processor time that holding a plan against these rules may take, before it runs.
-        max_failures: runs of one session that may fail on data which it may not see, before the session is ended. Each
-            failure tells one of the plan's ops, or that it was none of them.
-        max_pending: plans that one user was the first to ask for and that wait for the owner; clients without a token
-            are one user. They may take the same part of the bytes that are there for plans that wait.
+        max_failures: runs of one session that may fail on data which it may not see, before the session is
+            ended. Each failure tells one of the plan's ops, or that it was none of them.
+        max_pending: plans that one user was the first to ask for and that wait for the owner; clients without
+            a token are one user. They may take the same part of the bytes that are there for plans that wait.
         release: rules for private data.
 
     A limit of None is none. Bytes of memory and time are those that a run needs for the inputs it is given.
@@ -171,7 +179,8 @@ class Policy:
         """Reads the policy in a TOML file.
 
         Raises:
-            OptionError: not there, not TOML, an unknown key, a wrong type or a value out of range; names file and key.
+            OptionError: not there, not TOML, an unknown key, a wrong type or a value out of range; names file
+                and key.
         """
         try:
             with open(path, "rb") as file:

@@ -39,9 +39,11 @@ def check(
         graph: the plan.
         policy: the owner's rules.
         inputs: see `planrt.plans.analysis.analyse`.
-        tags: for each input that is private data its place and its tags, possibly none. Release rules are about these.
+        tags: for each input that is private data its place and its tags, possibly none. Release rules are
+            about these.
         approvals: the owner's decisions. Without them a plan that has to be asked for is not held up here.
-        constants: the plan's constants, of which an approval is too; where None, from the state that `graph` has.
+        constants: the plan's constants, of which an approval is too; where None, from the state that `graph`
+            has.
         gradients: as `check_rules` takes it.
 
     Raises:
@@ -66,11 +68,11 @@ def check_rules(
 
     Args:
         graph, policy, inputs, tags: as `check` takes them.
-        gradients: the plan is to be trained with; see `planrt.plans.analysis.analyse`. Then the loss, the gradients and
-            what the plan changes leave, and its other outputs (predictions) stay.
+        gradients: the plan is to be trained with; see `planrt.plans.analysis.analyse`. Then the loss, the
+            gradients and what the plan changes leave, and its other outputs (predictions) stay.
 
-    A plan longer than `Policy.max_ops` is refused without being looked at further, and so is one that takes longer than
-    `Policy.max_check_seconds` to look at.
+    A plan longer than `Policy.max_ops` is refused without being looked at further, and so is one that takes
+    longer than `Policy.max_check_seconds` to look at.
 
     Raises:
         PlanArgumentError: specs that do not fit the plan.

@@ -69,8 +69,8 @@ def record_in_both_modes(
 
     Args:
         call: the plan's Python code.
-        own: modules whose parameters and buffers are state, the plan first. It is recorded in the mode they are in,
-            and in the other one, as far as the examples allow that.
+        own: modules whose parameters and buffers are state, the plan first. It is recorded in the mode they
+            are in, and in the other one, as far as the examples allow that.
         signature, tensors, modules: as `recorded_signature` returns them.
         free_dims: as `Plan.build` takes them.
         name, doc: what the plan is called, and what is said about it.

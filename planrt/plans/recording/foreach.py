@@ -1,7 +1,8 @@
-"""torch's calls on lists of tensors (`torch._foreach_add_`, ...), as the calls on each tensor that they stand for.
+"""torch's calls on lists of tensors (`torch._foreach_add_`, ...), as the calls on each tensor that they stand
+for.
 
-Optimizers and gradient clipping make them. A plan holds the plain ops: they compute the same, the table stays as
-small as it is, and whoever reads the plan sees what happens to which tensor.
+Optimizers and gradient clipping make them. A plan holds the plain ops: they compute the same, the table stays
+as small as it is, and whoever reads the plan sees what happens to which tensor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A plan called while another one is recorded: its ops become ops of that plan.
 
-The inner plan runs on the interpreter, as ever; what it calls is seen by the recorder. So sizes that are free stay
-free, no-grad regions stay, and the lines are those of the inner function.
+The inner plan runs on the interpreter, as ever; what it calls is seen by the recorder. So sizes that are free
+stay free, no-grad regions stay, and the lines are those of the inner function.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def inline(
     Args:
         graph: the inner plan.
         inputs: tensors of the function that is being recorded.
-        state: the tensors that the inner plan holds, themselves and not copies: a tensor that the outer plan knows
-            already (both use one module) is one state entry. Others become state of the outer plan.
+        state: the tensors that the inner plan holds, themselves and not copies: a tensor that the outer plan
+            knows already (both use one module) is one state entry. Others become state of the outer plan.
         name: what the new entries' names begin with, the plan's name by default: ``inner.weight``.
 
     Raises:

@@ -1,7 +1,7 @@
 """Which tensors of a recording have values that are the same at every run of the plan.
 
-A causal mask, made of constants, is one: no input, no state, no free size and no random number has a part in it. Its
-values may be read while recording, because a plan that froze what was read is right for ever.
+A causal mask, made of constants, is one: no input, no state, no free size and no random number has a part in
+it. Its values may be read while recording, because a plan that froze what was read is right for ever.
 """
 
 from __future__ import annotations

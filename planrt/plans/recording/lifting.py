@@ -1,4 +1,23 @@
-"""State of a plan: the tensors a traced function uses but does not make; and undoing what tracing did."""
+"""State of a plan: the tensors a traced function uses but does not make; and undoing what tracing did.
+
+To lift a tensor is to make it an entry of the plan's state (`torch.export` calls it that). There are three
+kinds, decided where the tensor is first met:
+
+* ``parameter``: a parameter of the modules, or a tensor from outside that requires gradients. A round may
+  train it.
+* ``buffer``: a buffer of the modules, or another tensor that the function wrote to in some run: what it holds
+  after a run is what the next one begins with.
+* ``constant``: another tensor from outside. Its values are as much of the program as its ops, and an owner
+  approves them (`planrt.plans.ir.constants`).
+
+A constant becomes a buffer when a run has written to it, which is only known after that run: so kinds are
+final once all runs are over, and plans are assembled then. Whether it was written to is told by torch's
+version counters (`tensor._version`). `Tensor.data` has a counter of its own, which is why such aliases are
+kept (`unversioned`).
+
+Tracing runs the user's function several times, and each run must begin as the first did: `Undo` puts back
+attributes, registers, values, gradients, optimizers and generators after each run, not only at the end.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +66,8 @@ def check_plain(tensor: Any, what: str, *, line: str | None = None) -> torch.Ten
 
 
 def attribute_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(path, tensor) of tensors that are plain attributes of a part of `module`: neither parameters nor buffers."""
+    """(path, tensor) of tensors that are plain attributes of a part of `module`: neither parameters nor
+    buffers."""
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor):
@@ -122,8 +142,8 @@ class StateRegistry:
     share a registry: their plans then have the same state. `also_undo` are modules that run as well, such as
     a loss: their attributes are put back too, but they bring no state unless the function uses it.
 
-    A captured tensor that requires gradients is a parameter of the plan, unless `captured_train` is False: then only
-    the modules' own parameters are, as for an optimizer that is given ``model.parameters()``.
+    A captured tensor that requires gradients is a parameter of the plan, unless `captured_train` is False:
+    then only the modules' own parameters are, as for an optimizer that is given ``model.parameters()``.
     """
 
     def __init__(
@@ -267,8 +287,8 @@ class StateRegistry:
 
 
 class Undo:
-    """Puts back what tracing changed: module attributes and state, captured tensors, gradients, optimizers, random
-    generators."""
+    """Puts back what tracing changed: module attributes and state, captured tensors, gradients, optimizers,
+    random generators."""
 
     def __init__(self, registry: StateRegistry) -> None:
         self._registry = registry

@@ -1,9 +1,10 @@
-"""Optimizers that step inside a recorded function: what they keep must be there before, and survive recording.
+"""Optimizers that step inside a recorded function: what they keep must be there before, and survive
+recording.
 
-The update itself is ordinary torch calls, which the recorder sees. What it does not see is the optimizer's own
-book-keeping: `torch.optim.SGD` with momentum makes its buffers in the first step and looks for them in the next
-one. Recorded, that first step would be every step. So an optimizer from outside the function must have its state
-before; its tensors then are state of the plan, under names like ``weight.momentum_buffer``.
+The update itself is ordinary torch calls, which the recorder sees. What it does not see is the optimizer's
+own book-keeping: `torch.optim.SGD` with momentum makes its buffers in the first step and looks for them in
+the next one. Recorded, that first step would be every step. So an optimizer from outside the function must
+have its state before; its tensors then are state of the plan, under names like ``weight.momentum_buffer``.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def _same(old: Any, new: Any) -> bool:
 class OptimizerWatch:
     """The optimizers that step while a function is recorded, over all runs of it.
 
-    A recorder that begins a run sets `on_step`, which is called with an optimizer before it steps for the first
-    time in that run, and with what a step of an earlier run has shown that a plan cannot hold (None: nothing).
+    A recorder that begins a run sets `on_step`, which is called with an optimizer before it steps for the
+    first time in that run, and with what a step of an earlier run has shown that a plan cannot hold (None:
+    nothing).
     """
 
     def __init__(self) -> None:

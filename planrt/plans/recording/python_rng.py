@@ -1,4 +1,5 @@
-"""Random numbers that a plan cannot draw: Python's and NumPy's. A recorded function that draws them is found out."""
+"""Random numbers that a plan cannot draw: Python's and NumPy's. A recorded function that draws them is found
+out."""
 
 from __future__ import annotations
 

@@ -1,15 +1,33 @@
-"""What Python code keeps between calls: attributes that `forward` changes, lists that grow, globals that count.
+"""What Python code keeps between calls: attributes that `forward` changes, lists that grow, globals that
+count.
 
-A plan is recorded from a first call and runs that call for ever. So what a call leaves behind for the next one would be
-lost, and nobody would be told. `KeptState` looks at all that the function can reach before and after a run: attributes
-of modules and of objects of the user's own classes, lists, dicts and sets, and the globals and closures that the code
-names. Where a run changed some of it, the tracer runs the function once more from there:
+A plan is recorded from a first call and runs that call for ever. So what a call leaves behind for the next
+one would be lost, and nobody would be told. `KeptState` looks at all that the function can reach before and
+after a run: attributes of modules and of objects of the user's own classes, lists, dicts and sets, and the
+globals and closures that the code names. Where a run changed some of it, the tracer runs the function once
+more from there:
 
 - If it then does something else, what is kept has a part in what is computed: a `TraceError` names it.
-- If it does the same, and what is kept goes on changing (a counter, a list that grows), a `PlanWarning` names it.
-- If it does the same and leaves the same, it is a cache or a note (``self.last_shape = x.shape``): the plan is right.
+- If it does the same, and what is kept goes on changing (a counter, a list that grows), a `PlanWarning` names
+  it.
+- If it does the same and leaves the same, it is a cache or a note (``self.last_shape = x.shape``): the plan
+  is right.
 
-After every run all of it is as it was before. Parameters and buffers are no matter of this: a plan keeps them.
+Why a second run decides, and not the change itself: a module that writes ``self.last_shape = x.shape``
+changes, and is right as a plan; one that counts its calls and adds the count to the result changes as little,
+and is not. Only what the function *does* from the changed state tells them apart, and ops are compared
+exactly as for other sizes (`size_probing.in_common`). Tensors are an exception. A first run may make a mask
+and keep it, and the second use it again, with fewer ops and the same result: that is allowed where nothing
+but sizes has a part in the mask (`Left.reuses`, `KnownValues.follows_sizes_only`), since then it is the same
+at every run of the plan.
+
+For example, with ``def forward(self, x): self.calls += 1; return x * self.calls``
+
+    start {calls: 0} -> run 1 -> after {calls: 1}   differs: run again from `after`
+    after {calls: 1} -> run 2                       multiplies by 2, and run 1 by 1: refused, `calls` is named
+
+After every run all of it is as it was before. Parameters and buffers are no matter of this: a plan keeps
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`Recorder`: every torch call that a function makes, written down as a step.
 
-The tracer runs a function several times (`planrt.plans.recording.traced_run`), each time under a recorder of its
-own, and makes a plan of what all runs agree on.
+The tracer runs a function several times (`planrt.plans.recording.traced_run`), each time under a recorder of
+its own, and makes a plan of what all runs agree on.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class SizesFixedError(TraceError):
 
 @dataclass(frozen=True, slots=True)
 class RecordedOp:
-    """One recorded op: the user's line, the module whose forward ran (``layer2.0.bn1 (BatchNorm2d)``), and the number
-    that a size op returned in this run."""
+    """One recorded op: the user's line, the module whose forward ran (``layer2.0.bn1 (BatchNorm2d)``), and
+    the number that a size op returned in this run."""
 
     op: Op
     line: str | None
@@ -72,8 +72,8 @@ class DrawnError(TraceError):
 class Recorder(TorchFunctionMode):
     """Writes down every torch call made under it. One recorder sees one run.
 
-    `values` are the constants by value (arrays turned into tensors) of the first run, for a second one. `left` is what
-    an earlier run left behind, for one that begins there.
+    `values` are the constants by value (arrays turned into tensors) of the first run, for a second one.
+    `left` is what an earlier run left behind, for one that begins there.
     """
 
     def __init__(
@@ -225,7 +225,8 @@ class Recorder(TorchFunctionMode):
     def _gradients(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Backward passes, and reading and setting `.grad`. A tensor's gradient begins empty in a recording."""
+        """Backward passes, and reading and setting `.grad`. A tensor's gradient begins empty in a
+        recording."""
         if name == "Tensor.grad":
             (tensor,) = args
             self._tensor_ref(tensor)  # a tensor from outside leaves its own gradient there

@@ -1,8 +1,20 @@
-"""Whether a recording holds for other sizes than those of its examples: more runs, and what they have in common.
+"""Whether a recording holds for other sizes than those of its examples: more runs, and what they have in
+common.
 
-The function must run with every free size doubled. It may run with odd sizes, first with a different one for each
-free dimension, then with those that were equal staying so: what wants even sizes or equal ones fails there, as it
-will at run time. Runs that succeed must agree: in the ops, their arguments and the results. Where the function
+The function must run with every free size doubled. It may run with odd sizes, first with a different one for
+each free dimension, then with those that were equal staying so: what wants even sizes or equal ones fails
+there, as it will at run time.
+
+Why these sizes: doubling tells a size from a constant (3 and 6 differ), and keeps relations such as "even"
+and "equal", so nearly every function that takes free sizes at all runs with it. Odd and different sizes show
+what doubling keeps: ``int(x.shape[0]) % 2`` is 0 at 4 and at 8, and 1 at 9. A function that fails there only
+says that it does not take such sizes, which is no error of the plan's.
+
+For example `x` [4] with a free size, and ``return x / len(x)``: the runs have 4 and 8 elements, and divide by
+4 and by 8, since `len` makes a plain number. The ops differ in an argument, so the size would have been
+frozen: refused, with the line. ``x / x.shape[0]`` divides by the value `_1` of ``_1 = _0.size(0)`` in both.
+
+Runs that succeed must agree: in the ops, their arguments and the results. Where the function
 compared a free size, with one outcome in all runs, the plan checks that outcome at run time.
 """
 

@@ -170,8 +170,8 @@ def why_lost(tensor: torch.Tensor) -> str | None:
 
 
 class RecordedNode:
-    """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would be used
-    behind the recorder's back."""
+    """Stands for `grad_fn` while recording: it is there, and has a name. Its hooks and its neighbours would
+    be used behind the recorder's back."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
@@ -200,7 +200,8 @@ def hooked(tensor: torch.Tensor) -> bool:
 
 
 def backward_hooks(module: torch.nn.Module) -> str | None:
-    """Returns the name of the method that registered the backward hooks of `module`; None where it has none."""
+    """Returns the name of the method that registered the backward hooks of `module`; None where it has
+    none."""
     if module._backward_hooks:
         return "register_full_backward_hook"
     return "register_full_backward_pre_hook" if module._backward_pre_hooks else None

@@ -1,9 +1,9 @@
 """Torch's own Python code under a recorder: where it looks at values, and what it is told.
 
-Modules and functions of torch that are written in Python look at values in a few places, and so do those
-of transformers. Some choose a faster way to
-the same result: they are told to take the general one. Some check their arguments: a check that only raises sees the
-values of the run. Everything else is refused under the public name of what the user called, with what to write.
+Modules and functions of torch that are written in Python look at values in a few places, and so do those of
+transformers. Some choose a faster way to the same result: they are told to take the general one. Some check
+their arguments: a check that only raises sees the values of the run. Everything else is refused under the
+public name of what the user called, with what to write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from planrt.plans.ir.source import is_users
 _TORCH: Final = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 CHOOSES_NESTED: Final = getattr(torch, "_nested_tensor_from_mask_left_aligned", None)
-"""What `nn.TransformerEncoder` asks in evaluation mode, given a padding mask: whether to compute on nested tensors."""
+"""What `nn.TransformerEncoder` asks in evaluation mode, given a padding mask: whether to compute on nested
+tensors."""
 
 NOT_NESTED: Final = (
     "nn.TransformerEncoder with src_key_padding_mask computes on nested tensors where nobody wants gradients, and "
@@ -100,7 +101,8 @@ def is_in(file: str) -> bool:
 
 
 def _public_name(home: str, qualname: str) -> str:
-    """``distributions.Normal`` for ``Normal.__init__`` in ``torch.distributions.normal``: what users write."""
+    """``distributions.Normal`` for ``Normal.__init__`` in ``torch.distributions.normal``: what users
+    write."""
     word, parts = qualname.partition(".")[0], home.split(".")
     for end in range(1, len(parts)):
         package = ".".join(parts[:end])

@@ -1,7 +1,7 @@
 """Warnings that come up while something is recorded: each once, with the user's line.
 
-Recording runs a function several times, and torch warns from inside planrt's own calls of it. So a warning would be
-shown up to six times, each naming a file of planrt.
+Recording runs a function several times, and torch warns from inside planrt's own calls of it. So a warning
+would be shown up to six times, each naming a file of planrt.
 """
 
 from __future__ import annotations

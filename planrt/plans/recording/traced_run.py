@@ -25,13 +25,13 @@ _SEED: Final = 0x706C616E  # of torch's generator during a run: a function that 
 
 
 class SeededError(TraceError):
-    """Somebody seeded torch's generator during a run: the function, or another thread, as workers of this process do
-    while they compute."""
+    """Somebody seeded torch's generator during a run: the function, or another thread, as workers of this
+    process do while they compute."""
 
 
 class _UnseenWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no hints there
-    """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as `Tensor.set_`
-    and ``z.real = x``. They would be missing in the plan."""
+    """Below the recorder: refuses writes to tensors that are part of no call which it sees, such as
+    `Tensor.set_` and ``z.real = x``. They would be missing in the plan."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -61,8 +61,9 @@ _collected_before = True
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Python's cyclic collector waits: it would finalize in this thread, at any moment, what the function knows
-    nothing of, and the recorder would take what that does (a ``no_grad`` block that ends, say) for the function's."""
+    """Python's cyclic collector waits: it would finalize in this thread, at any moment, what the function
+    knows nothing of, and the recorder would take what that does (a ``no_grad`` block that ends, say) for the
+    function's."""
     global _runs, _collected_before
     with _collecting:
         if _runs == 0:
@@ -104,8 +105,8 @@ def run_once(
     values: list[torch.Tensor] | None = None,
     left: Left | None = None,
 ) -> Run:
-    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a later one;
-    `left` is what an earlier run left behind, in one that begins there.
+    """Run `function` on copies of `examples` under a recorder. `values` are those of the first run, in a
+    later one; `left` is what an earlier run left behind, in one that begins there.
 
     Raises:
         TraceError: whatever went wrong, with the user's line.

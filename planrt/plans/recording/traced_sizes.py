@@ -1,9 +1,9 @@
 """Sizes that remember where they came from, for the tracer.
 
 While a function is recorded, `x.shape[0]` is a `SizeInt`: an ordinary int that also knows the number of the
-plan value it stands for. Arithmetic keeps that memory, and a comparison is remembered with its outcome: a plan
-checks that its sizes still compare that way. Whatever turns it into a plain number (`int`, `float`, `hash`, bits)
-is remembered too, as far as Python asks: `range` and list indices just see an int.
+plan value it stands for. Arithmetic keeps that memory, and a comparison is remembered with its outcome: a
+plan checks that its sizes still compare that way. Whatever turns it into a plain number (`int`, `float`,
+`hash`, bits) is remembered too, as far as Python asks: `range` and list indices just see an int.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def traced(value: int | float, ref: Ref, recorder: SizeRecorder) -> int | float:
 
 
 class TracedShape(tuple[int, ...]):
-    """A shape whose sizes remember where they came from. It passes for a torch.Size, which cannot be subclassed."""
+    """A shape whose sizes remember where they came from. It passes for a torch.Size, which cannot be
+    subclassed."""
 
     __class__ = property(lambda self: torch.Size)  # for isinstance
 

@@ -1,10 +1,11 @@
 """Records a PyTorch function into a `Graph` by running it on example arguments.
 
 A `TorchFunctionMode` sees every public torch call and writes one op each, with the arguments as written. The
-function runs again with other free sizes (`planrt.plans.recording.size_probing`). What is equal in all runs is a
-constant; what follows the sizes stays computed from them; anything else that differs would silently freeze the
-example's sizes, and is a `TraceError` that names the line. Tensors that the function uses but did not make become
-state of the plan. The function's side effects on modules, tensors, optimizers and generators are undone.
+function runs again with other free sizes (`planrt.plans.recording.size_probing`). What is equal in all runs
+is a constant; what follows the sizes stays computed from them; anything else that differs would silently
+freeze the example's sizes, and is a `TraceError` that names the line. Tensors that the function uses but did
+not make become state of the plan. The function's side effects on modules, tensors, optimizers and generators
+are undone.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ def trace(
 ) -> Graph:
     """Record ``function(*examples)`` into a plan.
 
-    A function may differentiate: call `backward`, read `.grad`, update parameters under `torch.no_grad()` or by
-    an optimizer. Such a plan begins without gradients at every run, on new leaves that share the memory of its
-    parameters (the first ops, `detach` and `requires_grad_`, show them), and its results carry no history.
+    A function may differentiate: call `backward`, read `.grad`, update parameters under `torch.no_grad()` or
+    by an optimizer. Such a plan begins without gradients at every run, on new leaves that share the memory of
+    its parameters (the first ops, `detach` and `requires_grad_`, show them), and its results carry no
+    history.
 
     Args:
         function: takes tensors, returns tensors (also nested in tuples, lists and dicts with string keys).
@@ -184,7 +186,8 @@ def record(
 
 
 def _check_hooks(registry: StateRegistry, *, trained: bool) -> None:
-    """Raises TraceError for hooks that nobody would call where the plan runs. Forward hooks run while recording."""
+    """Raises TraceError for hooks that nobody would call where the plan runs. Forward hooks run while
+    recording."""
     for path, module in _named_modules(registry.modules):
         what = torch_calls.backward_hooks(module)
         if what is not None:
@@ -227,7 +230,8 @@ def _check_repeats(first: Run, again: Callable[[], Run], error: SizesFixedError)
 def _check_kept(
     kept: KeptState, first: Run, after: Snapshot, again: Callable[[Left], tuple[Run, Snapshot]]
 ) -> None:
-    """Finds out whether what the first run left behind has a part in what the next one does (`python_state` has why).
+    """Finds out whether what the first run left behind has a part in what the next one does (`python_state`
+    has why).
 
     Raises:
         KeptError: it has. DrawnError: a random generator that the function holds was drawn from.
@@ -291,8 +295,8 @@ def assemble(
 class _Numbers:
     """From the numbers of a recording to those of its plan: call it with the leaves of arguments and results.
 
-    Where a plan has gradients of its own, `leaf_ops` make a new leaf for each input and parameter that requires
-    gradients and is used; everything after them refers to that leaf.
+    Where a plan has gradients of its own, `leaf_ops` make a new leaf for each input and parameter that
+    requires gradients and is used; everything after them refers to that leaf.
     """
 
     def __init__(self, recording: Recording, registry: StateRegistry) -> None:

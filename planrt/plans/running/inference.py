@@ -1,8 +1,8 @@
 """What an op's results will be like, told from its arguments' specs, without any values.
 
-Ops run on *meta* tensors (shape, stride, dtype and autograd flags, no memory), so torch itself says what comes
-out, and raises its own errors for shapes and dtypes that do not fit, at the line that made the mistake. Results
-are cached by (op, grad mode, specs and constants of the arguments).
+Ops run on *meta* tensors (shape, stride, dtype and autograd flags, no memory), so torch itself says what
+comes out, and raises its own errors for shapes and dtypes that do not fit, at the line that made the mistake.
+Results are cached by (op, grad mode, specs and constants of the arguments).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from planrt.types import map_leaves
 
 
 class Spec:
-    """Shape, stride, dtype and autograd flags of a remote tensor. Equal specs are the same object (`spec`)."""
+    """Shape, stride, dtype and autograd flags of a remote tensor. Equal specs are the same object
+    (`spec`)."""
 
     __slots__ = ("dtype", "leaf", "requires_grad", "shape", "stride")
 
@@ -114,8 +115,8 @@ def infer(
 ) -> Inferred | None:
     """Infers what `function` returns for arguments whose tensors are of `operand_type` and carry a `_spec`.
 
-    None where only the worker can tell. Operands are numbered in the order of `planrt.types.leaves`, args before
-    kwargs.
+    None where only the worker can tell. Operands are numbered in the order of `planrt.types.leaves`, args
+    before kwargs.
 
     Raises:
         Whatever torch raises for arguments that do not fit.
@@ -144,7 +145,8 @@ def infer(
 
 
 def argument_key(value: Any, operand_type: type, floats: bool) -> Any:
-    """Returns what an argument adds to the key of a cache of results. Finite floats count only with `floats`."""
+    """Returns what an argument adds to the key of a cache of results. Finite floats count only with
+    `floats`."""
     kind = type(value)
     if issubclass(kind, operand_type):
         return value._spec

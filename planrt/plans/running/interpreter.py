@@ -55,8 +55,8 @@ def run(
     off for a while, never on, and it is restored. Ops that work in place change the tensors given here. No op
     begins after `deadline`, on `time.monotonic`'s clock (seconds); one that runs is not interrupted.
 
-    A plan that differentiates gets the tensors detached and its own grad mode, and its results are detached: it
-    cannot reach a graph or a `.grad` of the caller.
+    A plan that differentiates gets the tensors detached and its own grad mode, and its results are detached:
+    it cannot reach a graph or a `.grad` of the caller.
 
     Raises:
         PlanError: a plan that differentiates, under `torch.inference_mode`.
@@ -196,7 +196,45 @@ _Step = tuple[
 
 
 class Program:
-    """A plan compiled for one device. `functions` replaces callables of the table, by name."""
+    """A plan compiled for one device. `functions` replaces callables of the table, by name.
+
+    Methods call each other as follows::
+
+        Program(plan, device)     once for a plan and a device; `program` keeps it
+            _compile              for each op: its callable, where its arguments lie, where its result goes,
+                                  and which slots are free after it
+                _function         the callable behind the op's name; classes derived from this override it
+                _arguments        how to pick the positional arguments out of the slots
+        run                       for each call: a generator, which goes through the steps
+            _filled               keyword arguments that hold values of the plan
+            _store                several results
+            _detached             with `isolated`: results without history
+
+    The slots of a plan with 2 inputs, 1 state entry and 2 ops, where op 1 adds a constant::
+
+        0 1       2       3 4              5         6
+        inputs    state   results of ops   nowhere   constants
+
+    A program that counts the calls of each op::
+
+        class Counting(Program):
+            def __init__(self, plan, device):
+                self.counts = {}
+                super().__init__(plan, device)
+
+            def _function(self, index, op):
+                function = super()._function(index, op)
+
+                def counted(*args, **kwargs):
+                    self.counts[op.name] = self.counts.get(op.name, 0) + 1
+                    return function(*args, **kwargs)
+
+                return counted
+
+        counting = Counting(graph, torch.device("cpu"))
+        outputs = drive(counting.run(inputs, state))
+        counting.counts  # {'Tensor.mul': 1, 'Tensor.sum': 1}
+    """
 
     def __init__(
         self, plan: Graph, device: torch.device, *, functions: Mapping[str, Callable[..., Any]] | None = None

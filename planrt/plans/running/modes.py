@@ -1,7 +1,7 @@
 """Settings of a thread or process that change what torch calls do: `docs/modes.md` says which are honoured.
 
-They come about without a call that could be recorded, and do not reach workers. So they are looked at where an op is
-recorded, run or posted.
+They come about without a call that could be recorded, and do not reach workers. So they are looked at where
+an op is recorded, run or posted.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _has_dtype(values: Any, dtype: torch.dtype) -> bool:
 
 
 def check_default_dtype(plan: Graph) -> None:
-    """Raises PlanError where `plan` makes tensors of torch's default dtype, which this process has changed."""
+    """Raises PlanError where `plan` makes tensors of torch's default dtype, which this process has
+    changed."""
     for op in plan.ops:
         given = leaves((op.args, op.kwargs))
         follows = op.name not in _FOLLOW_FLOATS or any(isinstance(leaf, float | complex) for leaf in given)

@@ -18,7 +18,8 @@ Links = list[list[Link]]
 
 
 class Kernel:
-    """The fixed facts about a kernel: its name without overload, its rule, its arguments' names and defaults."""
+    """The fixed facts about a kernel: its name without overload, its rule, its arguments' names and
+    defaults."""
 
     __slots__ = ("defaults", "flops", "name", "overload", "positions", "rule", "writes")
 
@@ -47,7 +48,8 @@ def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
 
 
 class Call:
-    """One call of a kernel: ``call["dim"]`` is an argument by its name in torch's schema, however it was given."""
+    """One call of a kernel: ``call["dim"]`` is an argument by its name in torch's schema, however it was
+    given."""
 
     __slots__ = ("_args", "_kwargs", "kernel", "outputs", "shapes", "tensors")
 
@@ -198,7 +200,8 @@ def along(*names: str) -> Callable[[Call], Links]:
 
 
 def inner(count: int) -> Callable[[Call], Links]:
-    """Works on the last `count` dimensions: pooling, padding, matrix decompositions. Dimensions before stay."""
+    """Works on the last `count` dimensions: pooling, padding, matrix decompositions. Dimensions before
+    stay."""
 
     def rule(call: Call) -> Links:
         return [[last_mixed(call, tensor, output) for tensor in call.tensors] for output in call.outputs]

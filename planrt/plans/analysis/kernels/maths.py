@@ -111,7 +111,8 @@ def convolution_backward(call: Call) -> Links:
 def asked_for(call: Call, every: Links) -> Links:
     """Of the links for all possible outputs those whose output is there.
 
-    That is what was asked for, but on meta tensors some kernels return all the same (`native_batch_norm_backward`).
+    That is what was asked for, but on meta tensors some kernels return all the same
+    (`native_batch_norm_backward`).
     """
     if len(call.outputs) == len(every):
         return every
@@ -214,7 +215,8 @@ def layer_norm_backward(call: Call) -> Links:
 
 
 def batch_norm(call: Call) -> Links:
-    """Statistics aggregate over the batch. An entry of the output depends on its own row and, in training, on them.
+    """Statistics aggregate over the batch. An entry of the output depends on its own row and, in training, on
+    them.
 
     The kernel also writes the running statistics, which its schema does not say: see `hidden_writes`.
     """
@@ -237,7 +239,8 @@ def _into_statistic(dim: int, size: int) -> Trace | int:
 
 
 def hidden_writes(call: Call) -> list[tuple[torch.Tensor, list[Link]]]:
-    """Arguments that a kernel writes to besides those its schema names, with what they depend on afterwards."""
+    """Arguments that a kernel writes to besides those its schema names, with what they depend on
+    afterwards."""
     if call.kernel.name not in ("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"):
         return []
     if not ("training" not in call.kernel.positions or call["training"]):
