@@ -101,6 +101,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             peer_token=token_from(options.peer_token_file) if options.peer_token_file else "",
             policy=policy,
             approvals=options.approvals,
+            access=options.access,
             origins=options.allow_origin,
             hosts=options.allow_host,
         )
@@ -168,6 +169,7 @@ def parser(prog: str) -> Parser:
         help="on a GPU: take the fastest kernels, though results then need not repeat bit for bit",
     )
     add("--users", metavar="FILE", help="the worker's users, as `planrt users add` writes them")
+    add("--access", metavar="FILE", help="which user may do what with which data (TOML); see docs/connect.md")
     add("--require-user", action="store_true", help="let nobody in who proves to be no user")
     add_tls(add)
     add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")

@@ -25,6 +25,7 @@ from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worke
 from planrt.workers.client import registry
 from planrt.workers.client.connection import Connection
 from planrt.workers.client.contents import held_pointer
+from planrt.workers.machine.access import Access
 from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
@@ -58,6 +59,7 @@ class VirtualWorker(BaseWorker):
         users: user name -> token; private data names the users who may see it.
         token: which of these users this client is.
         policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
+        access: which user may do what with which data; see `planrt.workers.machine.access`.
         device, limits: where it computes; the sizes of messages it takes.
         deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
@@ -96,13 +98,14 @@ class VirtualWorker(BaseWorker):
         token: str = "",
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
+        access: Access | Mapping[str, Any] | str | Path | None = None,
         device: str | torch.device = "cpu",
         deterministic: bool | None = None,
         limits: Limits | None = None,
     ) -> None:
         id = worker_id(hook, id, 'VirtualWorker(hook, id="bob")')
         made_with: dict[str, Any] = {
-            "users": users, "token": token or None, "policy": policy, "approvals": approvals,
+            "users": users, "token": token or None, "policy": policy, "approvals": approvals, "access": access,
             "device": torch.device(device), "limits": limits, "deterministic": deterministic,
         }  # fmt: skip
         if "_made_with" in self.__dict__:
@@ -117,6 +120,7 @@ class VirtualWorker(BaseWorker):
             limits=limits,
             deterministic=deterministic,
             reaches=addresses.reaches,
+            access=Access.of(access),
         )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)

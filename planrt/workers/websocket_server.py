@@ -22,6 +22,7 @@ from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
+from planrt.workers.machine.access import Access
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.dialling import Dialling
@@ -51,7 +52,8 @@ class WebsocketServerWorker:
 
     `users` maps user names to the tokens that prove them: private data names the users who may see it. With
     `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
-    the owner's decisions about plans. `data` are tensors that it holds from the start, with tags and descriptions.
+    the owner's decisions about plans. `access` says which user may do what with which data
+    (`planrt.workers.machine.access`). `data` are tensors that it holds from the start, with tags and descriptions.
 
     `cert_path` and `key_path` are files in PEM, the certificate and its private key: with them the worker is reached at
     ``wss://``, and no longer at ``ws://``. With `client_ca`, a file of authorities, only who shows a certificate of one
@@ -97,6 +99,7 @@ class WebsocketServerWorker:
         peer_token: str = "",
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
+        access: Access | Mapping[str, Any] | str | Path | None = None,
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         uri: str | None = None,
@@ -146,6 +149,7 @@ class WebsocketServerWorker:
             limits=limits,
             deterministic=deterministic,
             reaches=addresses.reaches,
+            access=Access.of(access),
         )
         for tensor in data:
             check_travels(tensor)

@@ -12,6 +12,7 @@ import torch
 
 from planrt.errors import LocalError
 from planrt.plans.running import interpreter
+from planrt.workers.machine.access import Access
 from planrt.workers.machine.events import Answer, Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError
 from planrt.workers.machine.gate import Gate
@@ -27,8 +28,11 @@ from planrt.workers.wire.refusals import GetNotPermitted, UnknownObject
 class KeptObjects:
     """What sessions may do with the objects of one worker, besides computing on them."""
 
-    def __init__(self, store: ObjectStore, device: torch.device, gate: Gate | None = None) -> None:
+    def __init__(
+        self, store: ObjectStore, device: torch.device, gate: Gate | None = None, access: Access | None = None
+    ) -> None:
         self.store = store
+        self._access = access or Access()
         self.gate = gate
         self._device = device
 
@@ -175,7 +179,9 @@ class KeptObjects:
     def search(self, session: Session, body: m.Search) -> Answer:
         """Published objects that match."""
         found = []
-        for id, stored in self.store.search(session.id, body.query):
+        for id, stored in self.store.search(
+            session.id, body.query, lambda tags: self._access.finds(session.user, tags)
+        ):
             kind = self.store.kinds.of(stored.value)
             private = self.store.label_of(stored) is not None
             snapshot = self.store.objects[id] is not stored

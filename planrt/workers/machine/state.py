@@ -34,6 +34,7 @@ from planrt.errors import LocalError, OptionError
 from planrt.plans.policy.approvals import Approvals, Status
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
+from planrt.workers.machine.access import Access
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.determinism import wanted
 from planrt.workers.machine.eager import EagerOps
@@ -87,7 +88,7 @@ class WorkerState:
     nobody gets a session who is none. With a `policy` nothing runs that breaks it;
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
-    whether a worker at one address can dial one at another.
+    whether a worker at one address can dial one at another. `access` says which user may do what with which data.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class WorkerState:
         limits: Limits | None = None,
         deterministic: bool | None = None,
         reaches: Reaches = always,
+        access: Access | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -113,12 +115,13 @@ class WorkerState:
         self.store = ObjectStore()
         self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
         self._gate = None if policy is None else Gate(policy, approvals)
+        self._access = access or Access()
         peers = PeerOps(id, self.store)
-        self._objects = KeptObjects(self.store, self.device, self._gate)
+        self._objects = KeptObjects(self.store, self.device, self._gate, self._access)
         self._passes = BackwardPasses(self._objects, peers)
         self._eager = EagerOps(self._objects, self._passes, peers, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
-        self._training = TrainingOps(id, self.device, self._gate, self._objects)
+        self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -144,7 +147,11 @@ class WorkerState:
         tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
         with torch.no_grad():
             value = tensor.detach().to(self.device).requires_grad_(tensor.requires_grad)
-        label = frozenset[str]() if self._gate is not None and self._gate.covers(tags) else None
+        label = (
+            frozenset[str]()
+            if self._gate is not None and self._gate.covers(tags)
+            else self._access.label(tags)
+        )
         self.store.add(
             id,
             StoredObject(
@@ -252,6 +259,7 @@ class WorkerState:
     def _posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
         """A message that is not answered; what it could not do shows at the session's next request."""
         try:
+            self._access.check_publish(session.user, body)
             match body:
                 case m.Post():
                     return self._eager.post(session, body)
@@ -299,7 +307,8 @@ class WorkerState:
         if isinstance(opened, m.Challenge):
             return [answer(opened)]
         self._sessions[connection] = opened.session
-        return [answer(m.Welcome(self.id, self.versions, dict(self.datasets), opened.proof))]
+        datasets = self._training.seen_by(opened.session.user)
+        return [answer(m.Welcome(self.id, self.versions, datasets, opened.proof))]
 
     def _advance(self, request: _Request, sent: PeerAnswered | Exception | None) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
@@ -329,6 +338,7 @@ class WorkerState:
         if isinstance(body, m.Resume):  # which nothing keeps from being heard
             return self._passes.resume(session)
         self._objects.raise_unseen(session)
+        self._access.check_publish(session.user, body)
         match body:
             case m.Fetch():
                 return (yield from self._objects.fetch(session, body))

@@ -132,10 +132,16 @@ class ObjectStore:
         """Removes everything that belongs to `session`, published or not."""
         return [self.remove(id) for id, _ in list(self.of(session))]
 
-    def search(self, session: str, query: Iterable[str]) -> list[tuple[int, StoredObject]]:
+    def search(
+        self,
+        session: str,
+        query: Iterable[str],
+        may_find: Callable[[Sequence[str]], bool] = lambda tags: True,
+    ) -> list[tuple[int, StoredObject]]:
         """Objects that match every term: a tag, the id, or a word of the description, exactly.
 
-        The session's own are found as they are. Of others' published ones it gets snapshots of its own.
+        The session's own are found as they are. Of others' published ones, where it `may_find` what has their tags, it
+        gets snapshots of its own.
         """
         terms = list(query)
         hits = [
@@ -144,6 +150,7 @@ class ObjectStore:
             if (stored.owner in (session, "") or stored.tags)
             and self.kinds.of(stored.value).can_be_found(stored.value)
             and all(_matches(term, id, stored) for term in terms)
+            and (stored.owner == session or may_find(stored.tags))
         ]
         return [hit if hit[1].owner == session else self._snapshot(session, hit[1]) for hit in hits]
 

@@ -28,6 +28,7 @@ from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.types import Ref, TensorSpec, as_text, leaves
+from planrt.workers.machine.access import Access
 from planrt.workers.machine.admission import failed_on_data
 from planrt.workers.machine.batches import BatchSource, as_batches, iterate, sample_specs, smallest_batch
 from planrt.workers.machine.events import Answer
@@ -53,7 +54,10 @@ class _Dataset:
 class TrainingOps:
     """The data sets of one worker, and the plans that run on them."""
 
-    def __init__(self, worker_id: str, device: torch.device, gate: Gate | None, objects: KeptObjects) -> None:
+    def __init__(
+        self, worker_id: str, device: torch.device, gate: Gate | None, objects: KeptObjects, access: Access
+    ) -> None:
+        self._access = access
         self._worker_id = worker_id
         self._device = device
         self._gate = gate
@@ -96,6 +100,10 @@ class TrainingOps:
         """key -> what clients are told about the data set."""
         return {key: dataset.info for key, dataset in self._datasets.items()}
 
+    def seen_by(self, user: str | None) -> dict[str, m.DatasetInfo]:
+        """key -> what a client of that user is told about the data set."""
+        return {key: info for key, info in self.datasets.items() if self._access.sees(user, key)}
+
     def put_plan(self, session: Session, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
         """Keeps a plan that a client sends."""
         if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
@@ -136,7 +144,7 @@ class TrainingOps:
         """Trains a model on a data set: one worker's part of a round, or what a client left here."""
         plan = self._plan(body.plan)
         deadline = math.inf
-        source = self._dataset(body.dataset)
+        source = self._dataset(session, body.dataset)
         state = self._state(session, body, tensors)
         if self._gate is not None:
             constants = self._asked(self._gate, session, plan, state, body.dataset)
@@ -215,7 +223,7 @@ class TrainingOps:
     def evaluate(self, session: Session, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
         """Evaluates a model on a data set."""
         plan = self._plan(body.plan)
-        source, deadline = self._dataset(body.dataset), math.inf
+        source, deadline = self._dataset(session, body.dataset), math.inf
         state = self._state(session, body, tensors)
         if self._gate is not None:
             constants = self._asked(self._gate, session, plan, state, body.dataset)
@@ -280,12 +288,15 @@ class TrainingOps:
         info = self._datasets[key].info
         return [TensorSpec((rows, *sizes[1:]), DTYPES[dtype]) for dtype, sizes in (info.data, info.target)]
 
-    def _dataset(self, key: str) -> BatchSource:
-        try:
-            return self._datasets[key].source
-        except KeyError:
-            keys = ", ".join(sorted(self._datasets)) or "none"
-            raise UnknownDataset(f"no data set under the key {key!r}; it has: {keys}") from None
+    def _dataset(self, session: Session, key: str) -> BatchSource:
+        """The data set that a session's run is on. One that it may not see is not there for it."""
+        seen = self.seen_by(session.user)
+        if key not in seen:
+            raise UnknownDataset(
+                f"no data set under the key {key!r}; it has: {', '.join(sorted(seen)) or 'none'}"
+            )
+        self._access.check_run(session.user, key)
+        return self._datasets[key].source
 
 
 def _tags(tags: Sequence[str]) -> list[str]:
