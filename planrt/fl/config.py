@@ -32,6 +32,17 @@ Loss = Callable[..., torch.Tensor]
 class TrainConfig:
     """A model, its loss and how to train it.
 
+    For example, on workers that hold a data set under the key "digits"::
+
+        config = TrainConfig(
+            model, F.cross_entropy, batch_size=8, epochs=2, optimizer="SGD", optimizer_args={"lr": 0.05}
+        )
+        config.send(alice)
+        result = alice.fit("digits")                # trains the model there
+        model = config.model_ptr.get().obj          # and brings it back
+
+    `RoundScheduler` trains one such config on many workers.
+
     `model` is an nn.Module, or one from `torch.jit.trace` or `torch.jit.script`. `loss_fn` takes (prediction,
     target) and returns the mean over the batch; if its parameters are named ``pred`` and ``target``, it is
     called by name, in whatever order they stand. `batch_size`, `epochs`, `max_nr_batches` (in all; -1: no

@@ -56,8 +56,17 @@ def func2plan(
     state: Sequence[torch.Tensor] | None = None,
     strict: bool = False,
 ) -> Any:
-    """Turns a function of tensors into a `Plan`: ``@func2plan()``, or ``func2plan(function, args_shape=[(-1,
-    3)])``.
+    """Turns a function of tensors into a `Plan`, as a decorator or by a call.
+
+    For example::
+
+        @func2plan(args_shape=[(-1, 3), (3,)])
+        def distances(x, center):
+            return (x - center).pow(2).sum(dim=1).sqrt()
+
+        distances(torch.ones(5, 3), torch.zeros(3))          # runs here: the recorded ops
+        pointer = distances.send(bob)                        # once; from then on one message a call
+        result = pointer(x_on_bob, center_on_bob).get()
 
     With `args_shape`, one shape per argument (-1 for a size that stays free), it is built at once, on float32
     tensors; without, by `Plan.build`. With `state`, the function gets a `PlanState` as its last argument (or

@@ -29,6 +29,12 @@ def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
 def load_plan(path: AnyPath | BinaryIO) -> Plan:
     """Loads the plan that `Plan.save` wrote, on the CPU: to be called, sent, and saved again.
 
+    For example::
+
+        net.save("net.plan")
+        again = load_plan("net.plan")
+        assert again.hash == net.hash and again.state_hash == net.state_hash
+
     `path` may be a binary file that is open for reading (`io.BytesIO`): it is read from where it stands to
     its end. It has no Python code, and runs its ops. No code of the file runs, because there is none in it.
 

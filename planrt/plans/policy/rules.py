@@ -103,6 +103,15 @@ class Policy:
     """The rules of one data owner. The defaults ask before anything runs and keep a plan to a workstation's
     size.
 
+    An owner who lets every plan run at once, and nothing of the patients out but aggregates of 20 rows::
+
+        policy = Policy(approval="open", release=(ReleaseRule("#patients", 20),))
+        report = mean.check(policy, tags={"x": ["#patients"]})
+        report.ok, report.violations
+
+    A worker gets it as ``WebsocketServerWorker(id, policy=policy)`` or ``planrt serve --policy FILE``, and holds each
+    plan against it before it runs.
+
     Attributes:
         approval: "open": any plan within the rules runs. "list": only those whose hash is in `approved`.
             "ask": those, and others once the owner approved them; until then they wait.

@@ -35,6 +35,14 @@ def check(
     """Checks `graph` for inputs of these specs, and returns the report with what it breaks of `policy`,
     approval included.
 
+    For example, a plan that returns the rows that it was given::
+
+        report = check(graph, Policy(approval="open", release=(ReleaseRule("#patients", 20),)), tags={0: ["#patients"]})
+        report.ok          # False
+        print(report)      # what the plan does, and which rule it breaks
+
+    Nothing runs, and nothing is raised for a plan that breaks a rule: `Report.violations` has them all.
+
     Args:
         graph: the plan.
         policy: the owner's rules.

@@ -198,7 +198,7 @@ _Step = tuple[
 class Program:
     """A plan compiled for one device. `functions` replaces callables of the table, by name.
 
-    Methods call each other as follows::
+    Methods call each other as follows:
 
         Program(plan, device)     once for a plan and a device; `program` keeps it
             _compile              for each op: its callable, where its arguments lie, where its result goes,
@@ -210,7 +210,7 @@ class Program:
             _store                several results
             _detached             with `isolated`: results without history
 
-    The slots of a plan with 2 inputs, 1 state entry and 2 ops, where op 1 adds a constant::
+    The slots of a plan with 2 inputs, 1 state entry and 2 ops, where op 1 adds a constant:
 
         0 1       2       3 4              5         6
         inputs    state   results of ops   nowhere   constants
