@@ -305,8 +305,12 @@ def badly_begun(is_function: bool, text: str) -> bool:
     return first in CLAUSES or (is_function and first in ARTICLES) or text.rstrip()[-1] not in ".:"
 
 
-WRITTEN = [path for path in modules() if room_of(path) != "workers"]
-"""Modules whose docstrings begin with sentences: all but those of the workers, so far."""
+NOT_YET = (
+    "workers/machine/", "workers/client/session.py", "workers/serving/guesses.py", "workers/serving/secret_files.py",
+    "workers/serving/users_file.py", "workers/transport/tls.py", "workers/wire/channel.py", "workers/wire/proofs.py",
+)  # fmt: skip
+WRITTEN = [path for path in modules() if not str(path.relative_to(PACKAGE)).startswith(NOT_YET)]
+"""Modules whose docstrings begin with sentences: all but these, so far."""
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(PACKAGE)))

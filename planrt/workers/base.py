@@ -47,7 +47,7 @@ DEFAULT_TIMEOUT = 10.0
 
 
 class TrainJob(Protocol):
-    """What `planrt.fl.TrainConfig.send` leaves with a worker, for `fit` and `evaluate`."""
+    """A job that `planrt.fl.TrainConfig.send` leaves with a worker, for `fit` and `evaluate`."""
 
     config: Any
     """The TrainConfig, as it was sent."""
@@ -56,7 +56,7 @@ class TrainJob(Protocol):
         """Trains the model on `worker`, from where it is."""
 
     async def evaluate_on(self, worker: BaseWorker, dataset_key: str, **options: Any) -> EvaluationResult:
-        """The model as it is on `worker`, evaluated there; `options` as of `BaseWorker.evaluate`."""
+        """Evaluates the model as it is on `worker`, there; `options` as of `BaseWorker.evaluate`."""
 
 
 class BaseWorker(NamesOf02, KnowsWorkers):
@@ -120,7 +120,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     @property
     def link_address(self) -> str:
-        """Where other workers reach this one."""
+        """The address at which other workers reach this one."""
         return self.address
 
     @property
@@ -130,7 +130,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     @property
     def versions(self) -> m.Versions:
-        """What the worker runs."""
+        """The versions that the worker runs."""
         return self._connection.session.versions
 
     @property
@@ -147,7 +147,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     @on_loop
     async def async_approval(self, plan: Plan | Graph | str) -> Status:
-        """How it stands with a plan (or its hash) at the worker's owner: (status, why).
+        """Asks what the worker's owner has decided about a plan, or about its hash; returns (status, why).
 
         The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
         """
@@ -155,7 +155,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return Status(answer.status, answer.why)
 
     def approval(self, plan: Plan | Graph | str) -> Status:
-        """The blocking form of `async_approval`."""
+        """Blocks where `async_approval` awaits."""
         return run(self.async_approval(plan), instead="await worker.async_approval(plan)")
 
     async def async_wait_for_approval(
@@ -183,7 +183,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     def wait_for_approval(
         self, plan: Plan, *, timeout: float | None = None, every: float = 1.0, purpose: str = ""
     ) -> Status:
-        """The blocking form of `async_wait_for_approval`."""
+        """Blocks where `async_wait_for_approval` awaits."""
         waiting = self.async_wait_for_approval(plan, timeout=timeout, every=every, purpose=purpose)
         return run(waiting, instead="await worker.async_wait_for_approval(plan)")
 
@@ -207,7 +207,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return await self.workplace.objects.search([*asked, *more])
 
     def search(self, query: str | Sequence[str], *more: str) -> list[Any]:
-        """The blocking form of `async_search`."""
+        """Blocks where `async_search` awaits."""
         return run(self.async_search(query, *more), instead="await worker.async_search(...)")
 
     @on_loop
@@ -216,7 +216,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return await self.workplace.objects.count()
 
     def objects_count(self) -> int:
-        """The blocking form of `async_objects_count`."""
+        """Blocks where `async_objects_count` awaits."""
         return run(self.async_objects_count(), instead="await worker.async_objects_count()")
 
     @on_loop
@@ -226,7 +226,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return self
 
     def clear_objects(self) -> Self:
-        """The blocking form of `async_clear_objects`."""
+        """Blocks where `async_clear_objects` awaits."""
         return run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
 
     @on_loop
@@ -257,7 +257,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return await location.workplace.plans.copied(number)
 
     def fetch_plan(self, plan_id: int, location: BaseWorker, copy: bool = False) -> Plan:
-        """The blocking form of `async_fetch_plan`: ``plan.owner.fetch_plan(id, bob)``."""
+        """Blocks where `async_fetch_plan` awaits: ``plan.owner.fetch_plan(id, bob)``."""
         fetching = self.async_fetch_plan(plan_id, location, copy)
         return run(fetching, instead="await worker.async_fetch_plan(plan_id, location)")
 
@@ -354,7 +354,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     def run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
         self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
     ) -> Any:
-        """The blocking form of `async_run`."""
+        """Blocks where `async_run` awaits."""
         return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
 
     @overload
@@ -430,7 +430,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         *,
         seed: int = 0,
     ) -> FitResult | torch.Tensor:
-        """The blocking form of `async_fit`."""
+        """Blocks where `async_fit` awaits."""
         fitting: Coroutine[Any, Any, FitResult | torch.Tensor]
         fitting = self.async_fit(dataset_key, device, return_ids, seed=seed)  # type: ignore[arg-type]
         return run(fitting, instead="await worker.async_fit(...)")
@@ -481,7 +481,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         *,
         bins: int = 0,
     ) -> EvaluationResult:
-        """The blocking form of `async_evaluate`."""
+        """Blocks where `async_evaluate` awaits."""
         evaluating = self.async_evaluate(
             dataset_key, return_histograms, nr_bins, return_loss, return_raw_accuracy, device, bins=bins
         )
@@ -493,7 +493,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         await self._close()
 
     def close(self) -> None:
-        """The blocking form of `async_close`."""
+        """Blocks where `async_close` awaits."""
         run(self.async_close(), instead="await worker.async_close()")
 
     def _reconnected(self, connection: Connection) -> None:
@@ -565,7 +565,7 @@ def _filed_under(plan: Plan | Graph | str) -> str:
 
 
 def worker_id(hook: object, id: object, write: str) -> str:
-    """The id of a worker that is made with these arguments, the first of which may be a hook or the id itself.
+    """Returns the id of a worker that is made with these arguments, the first of which may be a hook or the id itself.
 
     Raises:
         OptionError: no id, two of them, or one that is no string.
@@ -580,7 +580,7 @@ def worker_id(hook: object, id: object, write: str) -> str:
 
 
 def decisions_in(approvals: Approvals | str | Path | None) -> Approvals | None:
-    """The decisions in a folder, or as they are given."""
+    """Returns the decisions in a folder, or as they are given."""
     return Approvals(approvals) if isinstance(approvals, str | Path) else approvals
 
 

@@ -102,7 +102,7 @@ class BaseDataset(Dataset[Batch]):
         return data[0], target[0]
 
     def fetch(self, indices: torch.Tensor) -> Batch:
-        """The items at `indices` (int64, one dimension): selected first, then transformed.
+        """Returns the items at `indices` (int64, one dimension): selected first, then transformed.
 
         Of a data set on a worker only the indices travel, and the call does not wait.
         """
@@ -139,11 +139,11 @@ class BaseDataset(Dataset[Batch]):
         return self
 
     def get_data(self) -> torch.Tensor:
-        """The data, untransformed."""
+        """Returns the data, untransformed."""
         return self.data
 
     def get_targets(self) -> torch.Tensor:
-        """The targets."""
+        """Returns the targets."""
         return self.targets
 
     @property
@@ -158,7 +158,7 @@ class BaseDataset(Dataset[Batch]):
 
     @property
     def description(self) -> str | None:
-        """What `describe` said; None before."""
+        """The text that `describe` was given; None before."""
         return self.data.__dict__.get("_description") or getattr(self.data, "description", None) or None
 
     @property
@@ -174,7 +174,7 @@ class BaseDataset(Dataset[Batch]):
 
     @property
     def reads_no_items(self) -> bool:
-        """Whether a batch of no items says what they are like: a transform of items cannot."""
+        """True if a batch of no items shows their dtype and shape, which a transform of items cannot."""
         return self.transform_ is None
 
     @property

@@ -47,7 +47,7 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 def location_of(module: nn.Module) -> BaseWorker | None:
-    """The worker that holds the module; None while it is here.
+    """Returns the worker that holds the module; None while it is here.
 
     Raises:
         MixedLocationsError: its tensors are in several places.
@@ -203,7 +203,7 @@ def _placed(module: nn.Module, worker: BaseWorker | None) -> nn.Module:
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A module of the same kind with copies of parameters and buffers on the same worker (or here)."""
+    """Returns a module of the same kind with copies of parameters and buffers on the same worker (or here)."""
     if location_of(module) is None:
         return copy.deepcopy(module)
     copies: dict[int, Any] = {}

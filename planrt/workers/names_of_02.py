@@ -111,7 +111,7 @@ class NamesOf02:
     # ------------------------------------------------------------------------------ what is there
 
     def request_search(self, query: str | Sequence[str], *more: str, location: Any) -> list[Any]:
-        """What `location` has: ``me.request_search(["#boston"], location=bob)``."""
+        """Searches `location`: ``me.request_search(["#boston"], location=bob)``."""
         found: list[Any] = location.search(query, *more)
         return found
 
@@ -132,24 +132,24 @@ class NamesOf02:
         run(self.workplace.objects.clear(), instead="await worker.async_clear_objects()")
 
     def list_objects(self) -> str:
-        """What the worker holds, in words."""
+        """Returns a text that lists the objects on the worker."""
         return str(self._objects)
 
     def list_objects_remote(self) -> str:
-        """The same as `list_objects`."""
+        """Does the same as `list_objects`."""
         return self.list_objects()
 
     def objects_count_remote(self) -> int:
-        """The same as `objects_count`."""
+        """Does the same as `objects_count`."""
         return run(self.workplace.objects.count(), instead="await worker.async_objects_count()")
 
     def clear_objects_remote(self) -> Self:
-        """The same as `clear_objects`."""
+        """Does the same as `clear_objects`."""
         run(self.workplace.objects.clear(), instead="await worker.async_clear_objects()")
         return self
 
     def get_obj(self, id: int) -> Any:
-        """What the worker holds under that id, as its listing shows it.
+        """Returns the object that the worker holds under that id, as its listing shows it.
 
         Raises:
             UnknownObjectError: there is nothing under that id.
@@ -159,7 +159,8 @@ class NamesOf02:
         return found[number] if number in found else self.workplace.contents.at(number)
 
     def request_obj(self, id: int, location: NamesOf02, user: str | None = None, reason: str = "") -> Any:
-        """The value of object `id` on worker `location`, which forgets it: ``me.request_obj(x.id_at_location, bob)``.
+        """Returns the value of object `id` on worker `location`, which forgets it, as in
+        ``me.request_obj(x.id_at_location, bob)``.
 
         Raises:
             UnknownObjectError: this client has no such object there. GetNotPermittedError: it is private.
@@ -187,7 +188,7 @@ class NamesOf02:
 
     @property
     def log_msgs(self) -> bool:
-        """Whether `msg_history` gets what is sent to this worker."""
+        """True while `msg_history` gets the messages that are sent to this worker."""
         return self.workplace.connection.history is not None
 
     @log_msgs.setter
@@ -208,7 +209,7 @@ class NamesOf02:
 
     @staticmethod
     def is_framework_supported(framework: str) -> bool:
-        """Whether workers run ops of `framework`: those of "torch"."""
+        """Returns whether workers run ops of `framework`: those of "torch"."""
         return framework == "torch"
 
 

@@ -41,7 +41,8 @@ class RemoteState:
 
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A global pre-step hook of `torch.optim`: does nothing for optimizers whose parameters are all here.
+    """Runs before each step, as a global hook of `torch.optim`; does nothing for optimizers whose parameters are all
+    here.
 
     Raises:
         RemoteOpError: an optimizer that cannot work on remote parameters. WorkerLostError: state is on a worker that
@@ -72,14 +73,16 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 def before_state_dict(optimizer: torch.optim.Optimizer) -> None:
-    """A hook of optimizers that have stepped on workers: what they keep of parameters that are here comes here."""
+    """Runs before the `state_dict` of an optimizer that has stepped on workers: state of parameters that are here
+    comes here.
+    """
     parameters = [one for group in optimizer.param_groups for one in group["params"]]
     local = [one for one in parameters if not isinstance(one, PointerTensor)]
     _bring(optimizer, [found for one in local for found in _apart(optimizer.state.get(one), one)])
 
 
 def stay(optimizer: torch.optim.Optimizer) -> None:
-    """The state of `optimizer` stays where it is when its model leaves: it belongs to one worker, as of `Optims`."""
+    """Keeps the state of `optimizer` where it is when its model leaves: it belongs to one worker, as of `Optims`."""
     _staying.add(optimizer)
 
 
@@ -89,7 +92,7 @@ def _bring(optimizer: torch.optim.Optimizer, states: list[tuple[dict[Any, Any], 
 
 
 def states_of(parameters: Sequence[PointerTensor]) -> list[RemoteState]:
-    """What optimizers keep of `parameters` on the workers that these are on."""
+    """Returns the state that optimizers keep of `parameters` on the workers that these are on."""
     return [
         RemoteState(entries, key, value)
         for optimizer in _stepped

@@ -13,7 +13,7 @@ from planrt.shown import shown
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What a worker sent back: the trained entries of the state, and how training went.
+    """The answer to a fit: the trained entries of the state, and how training went.
 
     `loss` is the mean over the samples seen (nan if there were none); ``float(result)`` and ``result.item()`` are the
     same. `changed` has the entries by the names of the model's `state_dict`, `entries` the same tensors by the names of
@@ -31,7 +31,7 @@ class FitResult:
         return self.loss
 
     def item(self) -> float:
-        """The loss, as scripts read it from a tensor."""
+        """Returns the loss, as scripts read it from a tensor."""
         return self.loss
 
     def _repr_html_(self) -> str:

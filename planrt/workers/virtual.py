@@ -170,7 +170,7 @@ class VirtualWorker(BaseWorker):
 
     @property
     def link_address(self) -> str:
-        """Where other workers of this process reach this one."""
+        """The address at which other workers of this process reach this one."""
         return self._link_address
 
     @property

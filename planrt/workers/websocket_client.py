@@ -153,7 +153,7 @@ class WebsocketClientWorker(BaseWorker):
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How the connection to a worker is opened, every time."""
+    """The way in which the connection to a worker is opened, every time."""
 
     uri: str
     options: DialOptions
@@ -161,7 +161,7 @@ class Opening:
 
     @on_loop
     async def open(self, id: str) -> Connection:
-        """A new connection, and a new session."""
+        """Opens a new connection with a new session."""
         pipe = await dial(self.uri, self.options)
         return await Connection.open(
             pipe, id, timeout=self.options.timeout, limits=self.options.limits, token=self.token

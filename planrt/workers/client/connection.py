@@ -153,17 +153,17 @@ class Connection:
 
     @property
     def traffic(self) -> Traffic:
-        """What went through the connection so far."""
+        """The messages and bytes that went through the connection so far."""
         return self._pipe.traffic
 
     @property
     def why_ended(self) -> str:
-        """Why the connection has ended, safe to show; ``""`` while it has not."""
+        """The reason why the connection has ended, safe to show; ``""`` while it has not."""
         return "" if self._ended is None else shown(str(self._ended), 200)
 
     @property
     def closed(self) -> bool:
-        """Whether the connection has ended."""
+        """True once the connection has ended."""
         return self._ended is not None
 
     # --------------------------------------------------------------------------- from any thread
@@ -294,7 +294,7 @@ class Connection:
             self._wake()
 
     def place_in_plan(self, number: int | None, index: int | None) -> str:
-        """Where op `index` of the plan came from that the posted op of that number called; see `Graph.place`."""
+        """Returns the line of op `index` of the plan that the posted op of that number called; see `Graph.place`."""
         found = self._lines.get(number) if number is not None else None
         graph = found[2]() if found is not None and len(found) == 3 else None
         return graph.place(index) if graph is not None and index is not None else ""
@@ -341,7 +341,7 @@ class Connection:
             return await self.finish(outgoing)
 
     async def finish(self, outgoing: Outgoing) -> Reply:
-        """The reply to a request that was queued.
+        """Waits for the reply to a request that was queued, and returns it.
 
         Raises:
             RemoteError: the worker could not do it. WorkerLostError: the connection ended first.

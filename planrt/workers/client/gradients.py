@@ -53,7 +53,7 @@ class _Pass:
 
 
 class GradientTable:
-    """Which objects on a worker have gradients."""
+    """The gradients on a worker that are known here."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -65,7 +65,9 @@ class GradientTable:
         self._taking = threading.Lock()
 
     def foresee(self, roots: Sequence[PointerTensor]) -> dict[int, Spec] | None:
-        """The gradients that a pass from `roots` leaves, without create_graph; None where only the worker knows."""
+        """Returns the gradients that a pass from `roots` leaves, by id, without create_graph; None where only the
+        worker knows.
+        """
         if any(not one.foreseen for one in list(self._pending)):
             return None
         reached = self.histories.reached(roots)
@@ -80,7 +82,7 @@ class GradientTable:
         return found
 
     def expect(self, connection: Connection, asked: Outgoing, foreseen: Mapping[int, Spec] | None) -> None:
-        """A backward pass is under way; `foreseen` are the gradients that it leaves, where they are known."""
+        """Notes a backward pass under way; `foreseen` are the gradients that it leaves, where these are known."""
         self.epoch += 1
         if foreseen is not None:
             self._specs.update(foreseen)
@@ -113,12 +115,12 @@ class GradientTable:
                 self._specs.update({id: spec_from_wire(wire) for id, wire in body.objects})
 
     def spec_of(self, pointer: PointerTensor) -> Spec | None:
-        """What the gradient of an object looks like; None where it has none. May wait for a backward pass."""
+        """Returns the spec of an object's gradient; None where it has none. It may wait for a backward pass."""
         self._look()
         return self.known(pointer)
 
     def set(self, id: int, like: Spec | None) -> None:
-        """The client itself set or removed a gradient."""
+        """Notes that the client itself set or removed a gradient."""
         self._look()
         self.epoch += 1
         if like is None:
@@ -127,11 +129,11 @@ class GradientTable:
             self._specs[id] = like
 
     def note(self, id: int, like: Spec) -> None:
-        """A new object came with a gradient."""
+        """Notes that a new object came with a gradient."""
         self._specs[id] = like
 
     def known(self, pointer: PointerTensor) -> Spec | None:
-        """As `spec_of`, without waiting."""
+        """Returns what `spec_of` does, as far as it is known, without waiting."""
         return self.of(alive(pointer).id)
 
     def of(self, id: int) -> Spec | None:
@@ -139,7 +141,7 @@ class GradientTable:
         return self._specs.get(id)
 
     def forget(self, id: int) -> None:
-        """The object is gone."""
+        """Notes that the object is gone."""
         self._specs.pop(id, None)
 
     def _take(self, one: _Pass) -> bool:

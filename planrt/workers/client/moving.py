@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MovingObjects:
-    """What one session's objects do between workers."""
+    """Moves one session's objects to other workers, and hands pointers on to them."""
 
     def __init__(self, place: RemoteWorkplace) -> None:
         self._place = place
@@ -35,7 +35,7 @@ class MovingObjects:
     # ------------------------------------------------------------------------------- pointers to pointers
 
     def hand_over(self, pointer: PointerTensor, to: Any) -> PointerTensor:
-        """The blocking form of `hand_over_async`."""
+        """Blocks where `hand_over_async` awaits."""
         return run(self.hand_over_async(pointer, to), instead="await pointer.async_send(worker)")
 
     @on_loop
@@ -80,7 +80,7 @@ class MovingObjects:
     # ------------------------------------------------------------------------------------------- moving
 
     def move(self, pointer: PointerTensor, to: Any) -> PointerTensor:
-        """The blocking form of `move_async`."""
+        """Blocks where `move_async` awaits."""
         return run(self.move_async(pointer, to), instead="await pointer.async_move(worker)")
 
     @on_loop

@@ -26,12 +26,12 @@ class ObjectIds:
         self._left: OrderedDict[int, None] = OrderedDict()
 
     def holder(self, id: int) -> Handle | None:
-        """Who holds the object that was given `id`, if somebody does."""
+        """Returns the handle of the object that was given `id`, if somebody holds one."""
         handle = self._handles.get(id)
         return handle if handle is not None and handle.alive and handle.id == id else None
 
     def free(self, id: int) -> bool:
-        """Whether no object of this process can have `id` there."""
+        """Returns whether no object of this process can have `id` there."""
         return id not in self._left and self.holder(id) is None
 
     def claim(self, handle: Handle, wanted: int) -> bool:
@@ -44,13 +44,15 @@ class ObjectIds:
             return True
 
     def leave(self, id: int) -> None:
-        """The object `id` stays when its pointers go, or belongs to somebody else now. Called by finalizers, too."""
+        """Notes that object `id` stays when its pointers go, or belongs to somebody else now. Finalizers call it,
+        too.
+        """
         self._left[id] = None
         if len(self._left) > _LEFT:
             self._left.popitem(last=False)
 
     def gone(self, id: int) -> None:
-        """The object `id` has been removed."""
+        """Notes that object `id` has been removed."""
         self._left.pop(id, None)
 
 
@@ -58,6 +60,6 @@ _by_worker: dict[str, ObjectIds] = {}
 
 
 def ids_of(worker_id: str) -> ObjectIds:
-    """The ids on workers called `worker_id`, however many clients of them this process has."""
+    """Returns the ids on workers called `worker_id`: one table, however many clients of them this process has."""
     with _choosing:
         return _by_worker.setdefault(worker_id, ObjectIds())

@@ -96,15 +96,17 @@ class RemoteObjects:
     # -------------------------------------------------------------------------------- what objects are called
 
     def new_handle(self, tensor: torch.Tensor) -> Handle:
-        """A handle for what is to be here of `tensor` (or pointer), under its id where that is free. Where it is not,
-        because it was sent before, say, the tensor gets a new id, too.
+        """Makes a handle for a tensor (or pointer) that is to come here, under its id where that is free. Where it is
+        not, because it was sent before, say, the tensor gets a new id, too.
         """
         handle = self.handle_called(pointer_id(tensor))
         give_id(tensor, handle.id)
         return handle
 
     def handle_called(self, wanted: int) -> Handle:
-        """A handle for what is to be here under the id `wanted`, or, where that is taken, under another one."""
+        """Makes a handle for an object that is to come here under the id `wanted`, or, where that is taken, under
+        another one.
+        """
         handle = Handle(self._place.worker, new_id())
         self._place.connection.post_drop_of(wanted)
         if not self._place.ids.claim(handle, wanted):
@@ -117,7 +119,7 @@ class RemoteObjects:
             await self._place.ask(m.Counted, m.CountObjects())
 
     def removed(self, handle: Handle, *, published: bool, nbytes: int = 0) -> None:
-        """The object of `handle` has arrived elsewhere: it goes here."""
+        """Removes the object of `handle` here, since it has arrived elsewhere."""
         self._place.gradients.forget(handle.id)
         with contextlib.suppress(WorkerLostError):  # it went with the connection
             if published:
@@ -250,7 +252,7 @@ def _term(value: Any) -> str:
 
 
 def allowed_users(private: bool, users: Sequence[str] | None) -> list[str] | None:
-    """Who may read what is sent with these options; None for everyone.
+    """Returns the users who may read an object that is sent with these options; None for everyone.
 
     Raises:
         OptionError: `users` is no list of strings, or given together with `private`.

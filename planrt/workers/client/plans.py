@@ -103,14 +103,16 @@ class RemotePlans:
         return self._pointer(plan, handle, key)
 
     def expose_state(self, handle: Handle) -> None:
-        """There are pointers to the state of the plan of `handle`: it stands for what was sent no longer."""
+        """Notes that there are pointers to the state of the plan of `handle`: from here on it may differ from the
+        state that was sent.
+        """
         self._exposed.add(handle)
         for key, held in list(self._sent.items()):
             if held is handle:
                 del self._sent[key]
 
     def state_exposed(self, handle: Handle) -> bool:
-        """Whether there are, or were, pointers to the state of the plan of `handle`."""
+        """Returns whether there are, or were, pointers to the state of the plan of `handle`."""
         return handle in self._exposed
 
     def _message(
@@ -205,7 +207,7 @@ def _as_tensor(record: PlanRecord) -> torch.Tensor:
 
 
 def purpose_text(given: object) -> str:
-    """What a plan is for, as a text that travels.
+    """Checks a plan's purpose, and returns it as a text that travels.
 
     Raises:
         OptionError: it is no string, or longer than 1,000 characters.

@@ -16,12 +16,12 @@ _known: weakref.WeakValueDictionary[str, BaseWorker] = weakref.WeakValueDictiona
 
 
 def find(id: str) -> BaseWorker | None:
-    """The worker of that id, the latest if there were several; None if there is none."""
+    """Returns the worker of that id, the latest if there were several; None if there is none."""
     return _known.get(id)
 
 
 def add(worker: BaseWorker) -> None:
-    """This process knows `worker` from here on, for as long as it exists."""
+    """Makes `worker` known to this process, for as long as it exists."""
     _known[worker.id] = worker
 
 
@@ -54,7 +54,7 @@ class KnowsWorkers:
         return self
 
     def get_worker(self, id_or_worker: Any) -> Any:
-        """The worker of an id; a worker is given back as it is.
+        """Returns the worker of an id; a worker is returned as it is.
 
         Raises:
             UnknownWorkerError: this process knows none of that id.

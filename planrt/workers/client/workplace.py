@@ -42,7 +42,7 @@ class ReachedWorker(Location, Protocol):
 
     @property
     def link_address(self) -> str:
-        """Where they reach it."""
+        """The address at which they reach it."""
 
 
 class RemoteWorkplace:
@@ -78,12 +78,12 @@ class RemoteWorkplace:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection has ended."""
+        """True once the connection has ended."""
         return self.connection.closed
 
     @property
     def why_ended(self) -> str:
-        """Why the connection has ended, safe to show; ``""`` while it has not."""
+        """The reason why the connection has ended, safe to show; ``""`` while it has not."""
         return self.connection.why_ended
 
     def check_open(self) -> None:
@@ -111,7 +111,7 @@ class RemoteWorkplace:
         return self.checked(kind, await self.connection.finish(asked))
 
     def ask_and_wait(self, kind: type[B], body: m.Body, *, instead: str) -> tuple[B, list[torch.Tensor]]:
-        """The blocking form of `ask`, for any thread but planrt's own, where `instead` is to be written.
+        """Blocks where `ask` awaits; for any thread but planrt's own, where `instead` is to be written.
 
         It waits for backward passes under way before it asks anything: what a pass that failed interrupts must not be
         lost.
@@ -268,5 +268,5 @@ class RemoteWorkplace:
 
     @property
     def halts(self) -> bool:
-        """Whether the worker stops at a backward pass that failed until its client has heard of it."""
+        """True if the worker stops at a backward pass that failed until its client has heard of it."""
         return self.connection.session.versions.halts

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """What a pointer holds on to: the object `id` on `worker`. When nobody refers to it any more, the worker may free
+    """A pointer's hold on the object `id` on `worker`. When nobody refers to it any more, the worker may free
     the object.
     """
 
@@ -46,7 +46,7 @@ class Handle:
 
 
 class Pointer(Protocol):
-    """What points to an object on a worker: a tensor, a plan, a protocol."""
+    """A pointer to an object on a worker: to a tensor, a plan, a protocol."""
 
     _handle: Handle
 
@@ -86,7 +86,7 @@ def handle_at(location: object, id_at_location: object) -> Handle:
 
 
 class PointsToObject:
-    """What users ask of any pointer: where its object is, how it is tagged, and whether it stays.
+    """The names that all pointers have for users: the place of the object, its tags, and how long it stays.
 
     Tags and description are in the attributes ``_tags`` and ``_description``, as those of tensors that are here.
     """
@@ -107,7 +107,7 @@ class PointsToObject:
 
     @property
     def garbage_collection(self) -> bool:
-        """Whether the object goes from the worker when the last pointer to it does."""
+        """True if the object goes from the worker when the last pointer to it does."""
         return self._handle.owned
 
     @garbage_collection.setter
@@ -163,7 +163,7 @@ def not_copied() -> NoReturn:
 
 
 class ObjectPointer(PointsToObject):
-    """What pointers to plans and to protocols have in common: they are no tensors, and stand for a worker's object.
+    """A pointer to a plan or a protocol: it is no tensor, and stands for a worker's object.
 
     Attributes:
         id: the pointer's own id, here.

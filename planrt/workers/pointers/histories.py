@@ -100,7 +100,7 @@ class Histories:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> None:
-        """An op was made that some operands with gradients went into; `sources` are theirs, from before, and `result`
+        """Notes an op that some operands with gradients went into; `sources` are theirs, from before, and `result`
         nests the pointers that it returned.
         """
         if name not in _PASSES or any(result is one for one in operands):
@@ -117,12 +117,12 @@ class Histories:
                 one.__dict__["_node"] = node
 
     def rewrite(self) -> None:
-        """Something happened that changes graphs, or what passes leave in them."""
+        """Notes that graphs, or the gradients that passes leave in them, may be others than the ops before tell."""
         self._rewritten = next(self._numbers)
 
     def reached(self, roots: Sequence[PointerTensor]) -> dict[int, Spec] | None:
-        """The leaves that a pass from `roots` gives a gradient: id -> what they look like; None where that is not
-        known here.
+        """Returns the leaves that a pass from `roots` gives a gradient: id -> what they look like; None where that is
+        not known here.
         """
         found: dict[int, Spec] = {}
         seen: set[int] = set()
@@ -149,7 +149,7 @@ class Histories:
 
 
 def sources_of(operands: Sequence[PointerTensor]) -> list[Source]:
-    """Where those of `operands` come from that require gradients."""
+    """Returns the sources of those of `operands` that require gradients."""
     return [_source(one) for one in operands if one._spec.requires_grad]
 
 

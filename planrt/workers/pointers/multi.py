@@ -72,7 +72,7 @@ class MultiPointerTensor(torch.Tensor):
         return id(self)
 
     def get(self, sum_results: bool = False) -> Any:
-        """The values, as a list in the order of the workers; with `sum_results`, their sum."""
+        """Returns the values, as a list in the order of the workers; with `sum_results`, their sum."""
         values = fetch_all(list(self.child.values()))
         return torch.stack([value.detach() for value in values]).sum(0) if sum_results else values
 
@@ -81,17 +81,19 @@ class MultiPointerTensor(torch.Tensor):
         return await fetch_all_async(list(self.child.values()))
 
     def sum_results(self) -> torch.Tensor:
-        """The sum of the values, brought here."""
+        """Returns the sum of the values, brought here."""
         total: torch.Tensor = self.get(sum_results=True)
         return total
 
     def average(self) -> torch.Tensor:
-        """The mean of the values, brought here."""
+        """Returns the mean of the values, brought here."""
         return torch.stack([value.detach() for value in self.get()]).mean(0)
 
     @staticmethod
     def together(done: Sequence[Any]) -> Any:
-        """What several workers gave, as one: multi-pointers for pointers, the first's answer for the rest."""
+        """Returns the results of several workers as one: multi-pointers for pointers, the first's answer for the
+        rest.
+        """
         first = done[0]
         if isinstance(first, PointerTensor):
             return MultiPointerTensor.of(done)

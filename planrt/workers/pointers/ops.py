@@ -213,12 +213,14 @@ def _made(inferred: Inferred, operands: list[PointerTensor], handles: list[Handl
 
 
 def set_spec(pointer: PointerTensor, after: Spec) -> None:
-    """Takes down that the tensor behind `pointer` now looks like `after`."""
+    """Sets what is known here of the tensor behind `pointer`, which an op has changed in place: it looks like `after`
+    now.
+    """
     pointer._spec = after
 
 
 def calling_line() -> Line | None:
-    """Where in the user's code this op is made."""
+    """Returns the line of the user's code that makes this op."""
     frame = sys._getframe(2)
     while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
@@ -235,7 +237,7 @@ def _on_one_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def place_of(leaf: Any) -> str:
-    """Where a tensor is, for messages."""
+    """Returns the place of a tensor in words, for messages."""
     if isinstance(leaf, PointerTensor):
         chain = "".join(f" -> {worker.id}" for worker in leaf._handle.via)
         return f"worker {leaf._handle.worker.id!r}{chain}"

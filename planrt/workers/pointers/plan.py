@@ -130,7 +130,7 @@ class PointerPlan(ObjectPointer):
 
     @property
     def graph(self) -> Graph:
-        """What runs in the pointer's mode."""
+        """The graph that runs in the pointer's mode."""
         return self.record.graph(training=self.training)
 
     @property
@@ -168,7 +168,7 @@ class PointerPlan(ObjectPointer):
         return self.train(False)
 
     def get(self) -> Plan:
-        """The plan with its state as it stands there; the worker forgets it.
+        """Returns the plan with the state that it has there; the worker forgets it.
 
         Raises:
             GetNotPermittedError: its state is private, or private data was written to it. GonePointerError.
@@ -191,7 +191,7 @@ class PointerPlan(ObjectPointer):
         return made
 
     def copy(self) -> PointerPlan:
-        """A pointer to a copy on the same worker, with a state of its own."""
+        """Makes a copy on the same worker, with a state of its own; returns a pointer to it."""
         return copy_plan(self)
 
     def move(self, worker: BaseWorker) -> PointerPlan:
@@ -216,7 +216,7 @@ class PointerPlan(ObjectPointer):
 
     @staticmethod
     def several(pointers: Sequence[PointerPlan]) -> MultiPointerPlan:
-        """One that stands for all of `pointers`."""
+        """Returns one pointer that stands for all of `pointers`."""
         return MultiPointerPlan(pointers)
 
     def __repr__(self) -> str:
@@ -273,7 +273,7 @@ class MultiPointerPlan:
         return [pointer.location for pointer in self.child.values()]
 
     def get(self) -> list[Plan]:
-        """The plans, in the order of the workers."""
+        """Returns the plans, in the order of the workers."""
         return [pointer.get() for pointer in self.child.values()]
 
     def __repr__(self) -> str:

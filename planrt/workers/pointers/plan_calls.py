@@ -57,7 +57,7 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
 
 
 def copy_plan(plan: PointerPlan) -> PointerPlan:
-    """A pointer to a copy of the plan, on the same worker."""
+    """Makes a copy of the plan on the same worker; returns a pointer to it."""
     from planrt.workers.pointers.plan import PointerPlan  # it imports this module
 
     handle = alive(plan)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def tag_lines(tags: Sequence[str], description: str, between: str = "") -> str:
-    """What is printed of tags and description, a line each; `between` them."""
+    """Returns the printed lines of tags and description, with `between` between them."""
     text = f"\n\tTags: {' '.join(shown(tag) for tag in tags)}{between}"
     if description:
         text += f"\n\tDescription: {shown((description.strip().splitlines() or [''])[0], 100)}..."
@@ -36,7 +36,7 @@ def pointer_card(
     facts: Sequence[tuple[str, object]] = (),
     code: str = "",
 ) -> str:
-    """The HTML of a pointer, for notebooks."""
+    """Returns the HTML of a pointer, for notebooks."""
     handle = pointer._handle
     why = "used up" if not handle.alive else handle.place.why_ended
     place = " -> ".join([f"{handle.worker.id}:{handle.id}", *(worker.id for worker in handle.via)])

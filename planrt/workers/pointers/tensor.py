@@ -120,7 +120,7 @@ class PointerTensor(PointsToObject, torch.Tensor):
         return True
 
     def get(self, user: str | None = None, reason: str = "") -> Any:
-        """The value, with `requires_grad` and `.grad` as they stand there; the worker forgets the object.
+        """Returns the value, with the `requires_grad` and `.grad` that it has there; the worker forgets the object.
 
         Of a pointer to a pointer, that is the pointer. The object goes once its value has arrived: whatever
         fails, it is still there. `user` is refused, with what to write instead; `reason` is taken, and not passed on.
@@ -148,13 +148,13 @@ class PointerTensor(PointsToObject, torch.Tensor):
         return self
 
     def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> PointerTensor:
-        """Takes the memory of another remote tensor. (torch does not let `Tensor.set_` be overridden elsewhere.)"""
+        """Takes the memory of another remote tensor. torch lets `Tensor.set_` be overridden only here."""
         from planrt.workers.pointers.autograd import set_memory
 
         return set_memory(self, source, *args, **kwargs)
 
     def copy(self) -> PointerTensor:
-        """A pointer to a copy on the same worker."""
+        """Makes a copy on the same worker; returns a pointer to it."""
         return self.clone()  # type: ignore[return-value]
 
     def move(self, worker: BaseWorker, requires_grad: bool = False) -> PointerTensor:
@@ -271,7 +271,7 @@ _no_function = torch._C.DisableTorchFunctionSubclass
 
 
 def make_pointer(handle: Handle, spec: Spec) -> PointerTensor:
-    """A new pointer to what `handle` holds."""
+    """Makes a pointer to the object that `handle` holds."""
     pointer: PointerTensor = _base(PointerTensor, spec.shape, strides=spec.stride, dtype=spec.dtype)
     pointer._handle = handle
     pointer._spec = spec
@@ -279,7 +279,7 @@ def make_pointer(handle: Handle, spec: Spec) -> PointerTensor:
 
 
 class PointerParameter(PointerTensor, torch.nn.Parameter):
-    """What a module's parameter becomes while its module is on a worker: the same object, of another class."""
+    """A module's parameter while its module is on a worker: the same object, of another class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PointerParameter:
         """Never made like this: `become_pointer` turns parameters into these."""
@@ -332,7 +332,7 @@ def become_tensor(pointer: PointerTensor, value: torch.Tensor) -> None:
 
 
 def is_swapped(pointer: PointerTensor) -> bool:
-    """Whether it has memory of its own: `make_pointer`'s have none."""
+    """Returns whether a pointer has memory of its own: those of `make_pointer` have none."""
     return not torch._C._dispatch_keys(pointer).has(torch._C.DispatchKey.Python)
 
 
@@ -353,7 +353,7 @@ def describe(pointer: PointerTensor) -> str:
 
 
 def pointer_id(tensor: torch.Tensor) -> int:
-    """The id of a tensor or pointer in this process, given at the first question."""
+    """Returns the id of a tensor or pointer in this process, which it gets at the first question."""
     found = tensor.__dict__.get("_id")
     if found is None or found[1] != id(tensor):  # a deep copy takes its original's attributes along
         return give_id(tensor, new_id())

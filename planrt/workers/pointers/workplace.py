@@ -44,7 +44,7 @@ class Workplace(Protocol):
 
     @property
     def why_ended(self) -> str:
-        """Why the session has ended; ``""`` while it has not."""
+        """The reason why the session has ended; ``""`` while it has not."""
 
     @property
     def op_bytes(self) -> int:
@@ -52,15 +52,15 @@ class Workplace(Protocol):
 
     @property
     def halts(self) -> bool:
-        """Whether the worker stops at a backward pass that failed until its client has heard of it."""
+        """True if the worker stops at a backward pass that failed until its client has heard of it."""
 
     @property
     def gradients(self) -> KnownGradients:
-        """Which of the objects have gradients."""
+        """The gradients of the objects, as far as they are known."""
 
     @property
     def ids(self) -> Ids:
-        """Which ids are taken there."""
+        """The ids that are taken there."""
 
     @property
     def objects(self) -> Objects:
@@ -115,7 +115,7 @@ class Workplace(Protocol):
 
 
 class KnownGradients(Protocol):
-    """Which objects have gradients, as far as that is known here."""
+    """The gradients of a session's objects, as far as they are known here."""
 
     @property
     def epoch(self) -> int:
@@ -123,7 +123,7 @@ class KnownGradients(Protocol):
 
     @property
     def histories(self) -> Histories:
-        """What the autograd graph is known to be."""
+        """The autograd graph, as far as it is known here."""
 
     def foresee(self, roots: Sequence[PointerTensor]) -> dict[int, Spec] | None:
         """Returns the gradients that a pass from `roots` leaves; None where only the worker knows."""
@@ -136,7 +136,7 @@ class KnownGradients(Protocol):
 
 
 class Ids(Protocol):
-    """Which ids the objects of this process have there."""
+    """The ids that objects of this process have there."""
 
     def holder(self, id: int) -> Handle | None:
         """Returns the handle of object `id`, if somebody here holds one."""

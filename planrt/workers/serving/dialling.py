@@ -27,7 +27,7 @@ LINK_TIMEOUT = 10.0
 
 
 class Dialling:
-    """How a worker reaches others.
+    """The way in which a worker reaches others.
 
     Args:
         peers: the addresses that it may dial, as ``HOST:PORT``, or ``HOST:*`` for all ports; None: of this machine.

@@ -228,7 +228,9 @@ _virtual_thread: ComputeThread | None = None
 
 
 def virtual_compute() -> ComputeThread:
-    """The compute thread that all virtual workers of this process share: one torch thread, whatever the machine."""
+    """Returns the compute thread that all virtual workers of this process share, with one torch thread on any
+    machine.
+    """
     global _virtual_thread
     with _virtual_lock:
         if _virtual_thread is None:

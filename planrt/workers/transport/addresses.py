@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DialOptions:
-    """How a worker is dialled. A transport that cannot do what an option asks for refuses it with `OptionError`.
+    """The options of dialling a worker. A transport that cannot do what an option asks for refuses it with
+    `OptionError`.
 
     Attributes:
         timeout: seconds until the connection must stand.
@@ -53,7 +54,7 @@ class DialOptions:
 
 @dataclass(frozen=True, slots=True)
 class ListenOptions:
-    """How a worker listens.
+    """The options of a worker that listens.
 
     Attributes:
         limits: the sizes of messages that it takes.
@@ -71,15 +72,15 @@ ServePipe = Callable[["Pipe"], Awaitable[None]]
 
 
 class Transport(Protocol):
-    """How workers are reached whose addresses begin with one scheme."""
+    """A way to reach the workers whose addresses begin with one scheme."""
 
     @property
     def within_process(self) -> bool:
-        """Whether only the worker's own process reaches it there."""
+        """True if only the worker's own process reaches it there."""
 
     @property
     def encrypted(self) -> bool:
-        """Whether what travels is encrypted."""
+        """True if what travels is encrypted."""
 
     async def dial(self, address: str, options: DialOptions) -> Pipe:
         """Connects to the worker at `address`; called on the loop that the pipe is used on.
@@ -126,18 +127,18 @@ def register(scheme: str, transport: Transport) -> None:
 
 
 def schemes() -> list[str]:
-    """The schemes that are known, sorted."""
+    """Returns the schemes that are known, sorted."""
     return sorted({*_HOMES, *_transports})
 
 
 def scheme_of(address: str) -> str:
-    """What stands before ``://`` in `address`; ``""`` where that is missing."""
+    """Returns the part of `address` before ``://``; ``""`` where that is missing."""
     scheme, found, _ = address.partition("://")
     return scheme if found else ""
 
 
 def transport_of(address: str) -> Transport:
-    """The transport that `address` means.
+    """Returns the transport that `address` means.
 
     Raises:
         ConnectError: its scheme is unknown; names those that are known.
@@ -174,7 +175,7 @@ def listen(address: str, serve: ServePipe, options: ListenOptions) -> AbstractAs
 
 
 def reaches(source: str, target: str) -> bool:
-    """Whether a worker at the address `source` can dial one at `target`, as far as that shows from here.
+    """Returns whether a worker at the address `source` can dial one at `target`, as far as that shows from here.
 
     A worker that only its own process reaches is out of reach for one that others reach too: that one may be elsewhere.
     An unknown scheme counts as reachable, since dialling says what is wrong with it.

@@ -16,7 +16,7 @@ from planrt.errors import OptionError
 
 
 class Callers:
-    """What a worker asks of whoever opens a connection.
+    """A worker's conditions for whoever opens a connection.
 
     Args:
         host: the address that the worker listens on.
@@ -37,7 +37,7 @@ class Callers:
         self._tls = tls
 
     def refusal(self, headers: Mapping[str, str]) -> str | None:
-        """Why a request with these headers is refused; None for one that is welcome."""
+        """Returns the reason why a request with these headers is refused; None for one that is welcome."""
         origin = headers.get("Origin")
         if origin is not None and origin.lower() not in self._origins:
             return (
@@ -75,7 +75,7 @@ def check_open(host: str, *, tls: bool, known: bool, insecure: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach an address."""
+    """Returns whether only programs of this machine reach an address."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -20,7 +20,7 @@ from planrt.workers.wire.messages import Envelope, from_wire
 
 @dataclass(slots=True)
 class Traffic:
-    """What went through one end of a pipe: messages, and their bytes."""
+    """The messages that went through one end of a pipe, and their bytes."""
 
     messages_sent: int = 0
     messages_received: int = 0
@@ -28,11 +28,11 @@ class Traffic:
     bytes_received: int = 0
 
     def copy(self) -> Traffic:
-        """The counters as they stand."""
+        """Returns a copy of the counters, which counts no further."""
         return Traffic(self.messages_sent, self.messages_received, self.bytes_sent, self.bytes_received)
 
     def since(self, before: Traffic) -> Traffic:
-        """What went through after `before` was copied."""
+        """Returns the counts of what went through after `before` was copied."""
         return Traffic(
             self.messages_sent - before.messages_sent,
             self.messages_received - before.messages_received,
@@ -56,7 +56,7 @@ class Pipe(Protocol):
         """
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
-        """The next message, or None when the other side has closed.
+        """Waits for the next message and returns it, or None when the other side has closed.
 
         Raises:
             WireError, MessageTooLargeError: what arrived is not a valid message; the pipe cannot go on.
@@ -67,7 +67,7 @@ class Pipe(Protocol):
 
 
 def assembler(allocate: Allocate[Envelope], limits: Limits, address: str) -> FrameAssembler[Envelope]:
-    """What a pipe feeds the pieces of one incoming frame to."""
+    """Returns the assembler to which a pipe feeds the pieces of one incoming frame."""
     return FrameAssembler(
         lambda header: from_wire(header, address=address), allocate=allocate, limits=limits, address=address
     )

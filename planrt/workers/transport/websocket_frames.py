@@ -23,7 +23,7 @@ _TILE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """What stands before a frame's payload of `nbytes` bytes; the header itself has `size` bytes."""
+    """The header of a frame whose payload has `nbytes` bytes; it has `size` bytes itself."""
 
     opcode: int
     final: bool
@@ -34,12 +34,12 @@ class FrameHeader:
 
     @property
     def control(self) -> bool:
-        """Whether it is a close, a ping or a pong: these may come between the frames of a message."""
+        """True for a close, a ping or a pong: these may come between the frames of a message."""
         return bool(self.opcode & _CONTROL)
 
 
 def read_header(data: memoryview, *, address: str = "") -> FrameHeader | None:
-    """The header that `data` begins with; None if there is more of it to come.
+    """Reads the header that `data` begins with; returns None if there is more of it to come.
 
     Raises:
         WireError: reserved bits, an unknown opcode, or a control frame that is long or in pieces.
@@ -68,7 +68,7 @@ def read_header(data: memoryview, *, address: str = "") -> FrameHeader | None:
 
 
 def header_bytes(opcode: int, nbytes: int, *, final: bool, key: bytes = b"") -> bytes:
-    """The header of a data frame with `nbytes` of payload, masked with `key` if there is one."""
+    """Returns the header of a data frame with `nbytes` of payload, masked with `key` if there is one."""
     first, masked = opcode | 0x80 * final, 0x80 if key else 0
     if nbytes < 126:
         return struct.pack("!BB", first, masked | nbytes) + key

@@ -116,7 +116,8 @@ class FrameStream(asyncio.BufferedProtocol):
                 raise
 
     async def receive(self, assembler: FrameAssembler[Envelope]) -> Received[Envelope] | None:
-        """The next message, put together by `assembler`; None when the other side has closed the connection.
+        """Waits for the next message, which `assembler` puts together; returns None when the other side has closed the
+        connection.
 
         Raises:
             TransportError: what arrived is no message. ConnectionError: no sign of life from the other side.
@@ -150,7 +151,9 @@ class FrameStream(asyncio.BufferedProtocol):
         self._resume()
 
     def start(self, address: str, limits: Limits) -> None:
-        """The opening handshake is over: asks for signs of life, and gives them. `address` is for error messages."""
+        """Starts to ask for signs of life, and to give them, once the opening handshake is over. `address` is for
+        error messages.
+        """
         self._address, self._limits = address, limits
         self._interval = min(limits.keepalive, _HEARTBEAT)
         if not self._lost:

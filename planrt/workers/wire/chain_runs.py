@@ -58,7 +58,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a run starts with, for one input: a tensor to be sent, or objects that are at places already."""
+    """One input of a run: a tensor to be sent, or objects that are at places already."""
 
     tensor: torch.Tensor | None = None
     allowed: list[str] | None = None
@@ -68,7 +68,9 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What ended a run: an error at the step `name`, on `worker`; `during` says what it waited for, if it did."""
+    """The end of a run that failed: an error at the step `name`, on `worker`; `during` says what it waited for, if it
+    did.
+    """
 
     name: str
     worker: str
@@ -76,7 +78,7 @@ class Failed:
     during: str = ""
 
     def where(self, *, worker: bool) -> str:
-        """The step in words, with its worker or without."""
+        """Returns the step in words, with its worker or without."""
         at = f" on worker {self.worker!r}" if worker else ""
         return f"step {self.name!r}{at}" + (f", which takes {self.during}" if self.during else "")
 
@@ -122,7 +124,7 @@ Reaches: TypeAlias = Callable[[str, str], bool]
 
 
 def always(source: str, target: str) -> bool:
-    """Every worker reaches every other."""
+    """Returns True: every worker reaches every other."""
     return True
 
 
@@ -223,11 +225,11 @@ class ChainRun:
 
     @property
     def cancelled(self) -> bool:
-        """Whether it ended without a failure, and without its results."""
+        """True if the run ended without a failure, and without its results."""
         return self._ending and self.failure is None
 
     def start(self) -> list[Send]:
-        """The first messages."""
+        """Returns the first messages. To be called once, before anything else."""
         sends: list[Send] = []
         for step in self._chain.steps:
             self._on_step(step.name, step.place, "waiting")
@@ -251,7 +253,7 @@ class ChainRun:
         return sends
 
     def answered(self, key: str, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> list[Send]:
-        """What to send now that `body` was answered under `key`."""
+        """Takes the answer `body` under `key`; returns the messages to send now."""
         pending = self._pending.pop(key)
         sends: list[Send] = []
         try:
@@ -264,7 +266,9 @@ class ChainRun:
         return [*sends, *self._ended()]
 
     def failed(self, key: str, error: Exception, kind: str = "") -> list[Send]:
-        """What to send now that the answer under `key` was a failure, of that kind on the worker that told it."""
+        """Takes a failure, of that kind on the worker that told it, as the answer under `key`; returns the messages
+        to send now.
+        """
         pending = self._pending.pop(key)
         sends: list[Send] = []
         gone = kind == "UnknownObjectError" and self._store is not None

@@ -43,7 +43,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Versions(msgspec.Struct, frozen=True):
-    """What each side runs and accepts; exchanged in the handshake."""
+    """The versions that each side runs and the limits that it accepts; exchanged in the handshake."""
 
     protocol: int
     planrt: Id
@@ -59,7 +59,7 @@ class Versions(msgspec.Struct, frozen=True):
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
-    """What a worker says about one of its data sets: length and the specs of a batch, never values."""
+    """The facts that a worker tells of a data set: its length and the specs of a batch, never values."""
 
     length: Count
     data: tuple[str, list[CountOrAll]]
@@ -70,7 +70,7 @@ class DatasetInfo(msgspec.Struct, frozen=True):
 
 
 class ObjectSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What is known of an object without its values."""
+    """The facts of an object that are known without its values."""
 
     shape: Annotated[list[Count], Meta(max_length=64)]
     stride: Annotated[list[Count], Meta(max_length=64)]
@@ -410,7 +410,7 @@ class Done(Message, frozen=True, tag="done"):
 
 
 class Values(Message, frozen=True, tag="values"):
-    """What a plan's outputs refer to, in their order: a number for a size, None for the next tensor."""
+    """The values that a plan's outputs refer to, in their order: a number for a size, None for the next tensor."""
 
     numbers: list[int | float | None]
 
@@ -472,7 +472,7 @@ class Fetched(Message, frozen=True, tag="fetched"):
 
 
 class Approval(Message, frozen=True, tag="approval"):
-    """What the owner decided about a plan. No tensors."""
+    """The owner's decision about a plan. No tensors."""
 
     status: Literal["approved", "denied", "pending", "unknown"]
     why: Text = ""
@@ -491,13 +491,13 @@ class FetchedProtocol(Message, frozen=True, tag="fetched_protocol"):
 
 
 class RunStates(Message, frozen=True, tag="run_states"):
-    """Where a run stands: (step, state) of each step, in order; empty if there is no such run now. No tensors."""
+    """The progress of a run: (step, state) of each step, in order; empty if there is no such run now. No tensors."""
 
     steps: list[tuple[str, Literal["waiting", "running", "done", "failed"]]]
 
 
 class FetchedPointer(Message, frozen=True, tag="fetched_pointer"):
-    """What was fetched points to an object on another worker, which `token` lets the client claim. No tensors."""
+    """The fetched object is a pointer to one on another worker, which `token` lets the client claim. No tensors."""
 
     peer: PeerAddress
     object: ObjectId
@@ -505,13 +505,13 @@ class FetchedPointer(Message, frozen=True, tag="fetched_pointer"):
 
 
 class Gradients(Message, frozen=True, tag="gradients"):
-    """Which of the session's objects have a gradient now, and what it looks like. No tensors."""
+    """The gradients that the session's objects have now: their ids and specs. No tensors."""
 
     objects: list[tuple[ObjectId, ObjectSpec]]
 
 
 class Found(Message, frozen=True, tag="found"):
-    """What a search found. No tensors."""
+    """The objects that a search found. No tensors."""
 
     objects: list[FoundItem]
 
@@ -531,13 +531,13 @@ class ListedItem(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class Listed(Message, frozen=True, tag="listed"):
-    """What the worker holds for the session, oldest first. No tensors."""
+    """The objects that the worker holds for the session, oldest first. No tensors."""
 
     objects: list[ListedItem]
 
 
 class Counted(Message, frozen=True, tag="counted"):
-    """How many objects the worker holds for the session. No tensors."""
+    """The number of objects that the worker holds for the session. No tensors."""
 
     objects: Count
 
@@ -566,7 +566,7 @@ def to_wire(envelope: Envelope) -> Any:
 
 
 def from_wire(builtins: object, *, address: str = "") -> Envelope:
-    """The inverse of `to_wire`.
+    """Returns the envelope that `to_wire` was given.
 
     Raises:
         WireError: anything that is not exactly one of the messages above.
@@ -578,7 +578,7 @@ def from_wire(builtins: object, *, address: str = "") -> Envelope:
 
 
 def own_versions(limits: Limits | None = None) -> Versions:
-    """What this side runs, and accepts."""
+    """Returns the versions that this side runs, and the limits that it accepts."""
     accepted = limits or Limits()
     return Versions(
         PROTOCOL_VERSION,

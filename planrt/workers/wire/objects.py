@@ -17,12 +17,12 @@ _ids = itertools.count(secrets.randbits(40) << 10)
 
 
 def new_id() -> int:
-    """An object id, in [0, 2**63), that no other process will choose either."""
+    """Returns an object id, in [0, 2**63), that no other process will choose either."""
     return next(_ids)
 
 
 def spec_from_wire(wire: m.ObjectSpec) -> Spec:
-    """The spec that a worker sent.
+    """Returns the spec that a worker sent.
 
     Raises:
         KeyError: a dtype that does not travel.
@@ -51,7 +51,7 @@ def check_travels(tensor: torch.Tensor) -> None:
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of a contiguous tensor of that shape."""
+    """Returns the strides of a contiguous tensor of that shape, in elements."""
     stride = []
     step = 1
     for size in reversed(shape):
@@ -61,6 +61,6 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def contiguous(tensor: torch.Tensor) -> Spec:
-    """The spec that `tensor` has once it has travelled: contiguous, and a leaf."""
+    """Returns the spec that `tensor` has once it has travelled: contiguous, and a leaf."""
     s = Spec.of(tensor)
     return spec(s.shape, contiguous_stride(s.shape), s.dtype, s.requires_grad, True)

@@ -51,7 +51,7 @@ def call_on_meta(twin: PlanTwin, *inputs: torch.Tensor) -> tuple[Any, ...]:
 
 
 def meta_state(graph: Graph) -> list[torch.Tensor]:
-    """The state of a plan, as tensors without values."""
+    """Returns the state of a plan, as tensors without values."""
     return [
         torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device="meta", requires_grad=entry.trainable)
         for entry in graph.state
@@ -59,6 +59,6 @@ def meta_state(graph: Graph) -> list[torch.Tensor]:
 
 
 def output_values(graph: Graph, outputs: Any) -> tuple[Any, ...]:
-    """Those leaves of a plan's outputs that it computed, in their order; constants are left out."""
+    """Returns the leaves of a plan's outputs that it computed, in their order; constants are left out."""
     pairs = zip(leaves(outputs), leaves(graph.outputs), strict=True)
     return tuple(value for value, leaf in pairs if isinstance(leaf, Ref))

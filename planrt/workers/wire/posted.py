@@ -43,7 +43,7 @@ class PostedOp:
     """Objects to free before the op: nobody points at them any more."""
 
     def pack(self) -> bytes:
-        """The op's bytes.
+        """Returns the op's bytes.
 
         Raises:
             PlanFormatError: an argument that cannot travel, or too many of them.
@@ -58,7 +58,7 @@ class PostedOp:
 
     @classmethod
     def unpack(cls, data: bytes) -> PostedOp:
-        """What `pack` made.
+        """Returns the op that `pack` was called on.
 
         Raises:
             PlanFormatError: anything else.

@@ -65,5 +65,5 @@ RAISED: Final[dict[str, type[RemoteError]]] = {
 
 
 def kind_of(error: BaseException) -> str:
-    """What messages call `error`."""
+    """Returns the kind of `error`, as messages call it."""
     return error.kind if isinstance(error, Refusal) else type(error).__name__
