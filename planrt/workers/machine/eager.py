@@ -14,7 +14,7 @@ Backward passes are `planrt.workers.machine.backward`; ops on pointers to object
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,17 +68,23 @@ class EagerOps:
 
     # ----------------------------------------------------------------------------------- posted ops
 
-    def post(self, session: Session, body: m.Post) -> list[ToPeer]:
-        """Runs the ops of `body`; returns what goes on to other workers."""
+    def post(
+        self, session: Session, body: m.Post, over: Callable[[], bool]
+    ) -> tuple[list[m.Post], list[ToPeer]]:
+        """Runs the ops of `body` until the turn is `over`, one of them at least; returns what is left, as one message
+        or none, and what goes on to other workers.
+        """
         forwarded = Forwarded()
         grad_mode = torch.is_grad_enabled()
         try:
-            for packed in body.ops:
+            for number, packed in enumerate(body.ops, 1):
                 self._post_one(session, packed, forwarded)
+                if number < len(body.ops) and over():
+                    return [m.Post(body.ops[number:], body.drop)], forwarded.messages()
             self._drop(session, body.drop, forwarded)
         finally:
             torch.set_grad_enabled(grad_mode)
-        return forwarded.messages()
+        return [], forwarded.messages()
 
     def _post_one(self, session: Session, packed: bytes, forwarded: Forwarded) -> None:
         number = session.posted

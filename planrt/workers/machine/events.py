@@ -104,7 +104,16 @@ class Distrust:
     connection: int
 
 
-Instruction: TypeAlias = Reply | ToPeer | Wait | Close | Distrust
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The turn of this event is over, and this much of it is left: hand that in as an event of its own, after events
+    of other connections that wait by now, and before others of its connection.
+    """
+
+    event: Received
+
+
+Instruction: TypeAlias = Reply | ToPeer | Wait | Close | Distrust | Again
 
 Answer: TypeAlias = tuple[m.Body, Sequence[torch.Tensor]]
 Steps: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, Answer]

@@ -15,6 +15,7 @@ and carries out, in order, the instructions it returns::
     Wait(key, others)                          nothing to do until PeerAnswered with one of these keys
     Close(connection)                          close the connection (after the replies before it)
     Distrust(connection)                       its proof was wrong: let the next one from there wait
+    Again(event)                               hand in this event, after those of others that wait
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
 its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
@@ -24,7 +25,7 @@ message under the number 0 is posted and gets none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.determinism import wanted
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
+    Again,
     Close,
     Connected,
     Disconnected,
@@ -188,14 +190,18 @@ class WorkerState:
 
     # ------------------------------------------------------------------------------------ the machine
 
-    def handle(self, event: Event) -> list[Instruction]:
-        """Takes one event and says what to do; never raises for anything a client sent."""
+    def handle(self, event: Event, over: Callable[[], bool] = lambda: False) -> list[Instruction]:
+        """Takes one event and says what to do; never raises for anything a client sent.
+
+        Between ops that a client posted it asks whether the turn of this event is `over`: what is left then is an event
+        of its own, which it returns (`Again`), so that the ops of one client never keep all others waiting.
+        """
         match event:
             case Connected(connection, channel):
                 self._handshakes.connected(connection, channel)
                 return []
             case Received(connection, envelope, tensors):
-                return self._received(connection, envelope, tensors)
+                return self._received(connection, envelope, tensors, over)
             case PeerAnswered(key):
                 return self._wake(self._waiting.get(key), event)
             case PeerFailed(key, reason):
@@ -236,7 +242,7 @@ class WorkerState:
         request.keys = ()
 
     def _received(
-        self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor]
+        self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor], over: Callable[[], bool]
     ) -> list[Instruction]:
         session = self._sessions.get(connection)
         if isinstance(envelope.body, m.Hello | m.Prove):
@@ -249,42 +255,51 @@ class WorkerState:
         if envelope.id == 0:
             if isinstance(envelope.body, m.CancelRun):
                 return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
-            return list(self._posted(session, envelope.body, tensors))
+            left, sends = self._posted(session, envelope.body, tensors, over)
+            return [*sends, *(Again(Received(connection, m.Envelope(0, body), [])) for body in left)]
         steps = self._steps(session, envelope.body, tensors)
         request = _Request(connection, envelope.id, steps)
         if isinstance(envelope.body, m.RunProtocol):
             request.run = envelope.body.run
         return self._advance(request, None)
 
-    def _posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
-        """A message that is not answered; what it could not do shows at the session's next request."""
+    def _posted(
+        self, session: Session, body: m.Body, tensors: list[torch.Tensor], over: Callable[[], bool]
+    ) -> tuple[Sequence[m.Post], Sequence[ToPeer]]:
+        """Does what a message asks for that is not answered; what it could not do shows at the session's next request.
+        Returns what is left of it when its turn is over, and what goes to other workers.
+        """
         try:
             self._access.check_publish(session.user, body)
-            match body:
-                case m.Post():
-                    return self._eager.post(session, body)
-                case m.Put():
-                    self._objects.put(session, body, tensors)
-                case m.StorePlan():
-                    self._objects.store_plan(session, body, tensors)
-                case m.StoreProtocol():
-                    self._protocols.store(session, body, tensors)
-                case m.DeployProtocol():
-                    return self._protocols.deploy(session, body)
-                case m.PutPointer():
-                    return self._objects.post_pointer(session, body)
-                case m.Describe():
-                    self._objects.describe(session, body)
-                case m.Remove():
-                    return self._objects.remove(session, body)
-                case m.Claim():
-                    self._claim(session, body)
-                case m.HandOver():
-                    self._objects.hand_over(session, body)
-                case _:
-                    raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
+            if isinstance(body, m.Post):
+                return self._eager.post(session, body, over)
+            return (), self._do_posted(session, body, tensors)
         except Exception as error:  # as in _advance
             session.failure = session.failure or failure_of(error)
+        return (), ()
+
+    def _do_posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
+        match body:
+            case m.Put():
+                self._objects.put(session, body, tensors)
+            case m.StorePlan():
+                self._objects.store_plan(session, body, tensors)
+            case m.StoreProtocol():
+                self._protocols.store(session, body, tensors)
+            case m.DeployProtocol():
+                return self._protocols.deploy(session, body)
+            case m.PutPointer():
+                return self._objects.post_pointer(session, body)
+            case m.Describe():
+                self._objects.describe(session, body)
+            case m.Remove():
+                return self._objects.remove(session, body)
+            case m.Claim():
+                self._claim(session, body)
+            case m.HandOver():
+                self._objects.hand_over(session, body)
+            case _:
+                raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
         return ()
 
     def _claim(self, session: Session, body: m.Claim) -> None:

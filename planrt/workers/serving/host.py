@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from planrt.logs import get_logger
 from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers.machine.determinism import deterministic_kernels
 from planrt.workers.machine.events import (
+    Again,
     Close,
     Connected,
     Disconnected,
@@ -46,6 +48,9 @@ T = TypeVar("T")
 
 log = get_logger("planrt.worker")
 
+
+TURN = 0.05
+"""Seconds that the ops of one message may run while others wait; an op that runs is not interrupted."""
 
 _computing = threading.Lock()
 """Held while a worker computes. torch's random generators and its number of threads belong to the process (MKL
@@ -174,24 +179,29 @@ class WorkerHost:
         await pipe.close()
 
     def _work(self, event: Event) -> list[Instruction]:
+        end = time.monotonic() + TURN
         with deterministic_kernels(self.state.deterministic):
-            return self.state.handle(event)
+            return self.state.handle(event, lambda: time.monotonic() >= end)
 
     async def _handle(self, event: Event) -> None:
-        for instruction in await self._compute.run(self._work, event):
-            match instruction:
-                case Reply(connection, envelope, tensors):
-                    if pipe := self._pipes.get(connection):
-                        await pipe.send(self._encode(connection, envelope, tensors))
-                case Close(connection):
-                    if pipe := self._pipes.get(connection):
-                        await pipe.close()
-                case Distrust(connection):
-                    self._distrust(connection)
-                case Wait():
-                    pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
-                case ToPeer():
-                    self._links.send(instruction)
+        left = [event]
+        while left:
+            for instruction in await self._compute.run(self._work, left.pop()):
+                match instruction:
+                    case Reply(connection, envelope, tensors):
+                        if pipe := self._pipes.get(connection):
+                            await pipe.send(self._encode(connection, envelope, tensors))
+                    case Close(connection):
+                        if pipe := self._pipes.get(connection):
+                            await pipe.close()
+                    case Distrust(connection):
+                        self._distrust(connection)
+                    case Wait():
+                        pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
+                    case ToPeer():
+                        self._links.send(instruction)
+                    case Again(rest):  # the compute thread first takes what has waited meanwhile
+                        left.append(rest)
 
     def _distrust(self, connection: int) -> None:
         pipe = self._pipes.get(connection)
