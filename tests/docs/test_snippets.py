@@ -38,6 +38,8 @@ NOT_RUN = {
     ("README.md", "planrt serve --id clinic --dataset"): (
         "it runs until it is stopped; see tests/scripts/test_commands.py"
     ),
+    ("docs/connect.md", "planrt serve --id alice"): "they run until they are stopped",
+    ("docs/connect.md", "planrt serve --id clinic"): "it runs until it is stopped",
     ("CONTRIBUTING.md", "make check"): "these are the test suite and the benchmarks",
     ("CONTRIBUTING.md", "bash scripts/test_versions.sh"): "it installs several versions of PyTorch",
     ("benchmarks/README.md", "make bench"): (
