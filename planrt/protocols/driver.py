@@ -17,14 +17,14 @@ from planrt.errors import (
     WorkerLostError,
 )
 from planrt.workers.base import BaseWorker
-from planrt.workers.client.connection import Reply
+from planrt.workers.client.connection import Response
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Failed, Send
 
 _endings: set[asyncio.Task[None]] = set()
 """Runs that were cancelled and wait for what was under way; the loop itself keeps weak references only."""
 
-Answer = tuple[str, Reply | Exception]
+Answer = tuple[str, Response | Exception]
 
 
 class Driver:
@@ -93,9 +93,9 @@ class Driver:
             place.post(one.body, one.tensors)
 
     async def _wait(self, key: str, asked: Awaitable[tuple[m.Message, list[torch.Tensor]]]) -> None:
-        answer: Reply | Exception
+        answer: Response | Exception
         try:
-            answer = cast(Reply, await asked)
+            answer = cast(Response, await asked)
         except PlanrtError as error:
             answer = error
         self._answers.put_nowait((key, answer))

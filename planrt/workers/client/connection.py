@@ -38,7 +38,7 @@ log = get_logger("planrt.client")
 
 B = TypeVar("B", bound=m.Body)
 
-Reply = tuple[m.Body, list[torch.Tensor]]
+Response = tuple[m.Body, list[torch.Tensor]]
 OPS_PER_MESSAGE = 1024
 _HEADER_REST = 4096
 """Bytes of a header beside its ops."""
@@ -54,12 +54,12 @@ _DROPS_WAITING = 512
 
 
 @dataclass(slots=True, eq=False)
-class Outgoing:
+class QueuedMessage:
     """A message to be sent: a request if somebody waits for a `reply`."""
 
     body: m.Body
     tensors: Sequence[torch.Tensor]
-    reply: asyncio.Future[Reply] | None
+    reply: asyncio.Future[Response] | None
     sent: asyncio.Future[None] | None
     allocate: Allocate[m.Envelope] = in_memory
     id: int = 0
@@ -85,7 +85,7 @@ class Connection:
         self.latency = 0.0
         """Seconds that each message waits before it leaves, to try a slow network."""
         self._turns = turns
-        self._outbox: deque[bytes | Outgoing] = deque()
+        self._outbox: deque[bytes | QueuedMessage] = deque()
         self._posting = threading.Lock()
         self._woken = False
         self._posted = 0
@@ -94,7 +94,7 @@ class Connection:
         self._dropping = threading.Lock()  # held by who takes from them; finalizers only add
         self._sender: asyncio.Task[None] | None = None
         self._drained: asyncio.Event = asyncio.Event()
-        self._pending: dict[int, Outgoing] = {}
+        self._pending: dict[int, QueuedMessage] = {}
         self._ended: PlanrtError | None = None
         self._unsent: PlanrtError | None = (
             None  # why something posted could not be sent; shows at the next request
@@ -195,7 +195,7 @@ class Connection:
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        self._outbox.append(Outgoing(self._checked(body, tensors), tensors, None, None))
+        self._outbox.append(QueuedMessage(self._checked(body, tensors), tensors, None, None))
         self._wake_soon()
 
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:
@@ -214,7 +214,7 @@ class Connection:
         *,
         allocate: Allocate[m.Envelope] = in_memory,
         drops: bool = False,
-    ) -> Outgoing:
+    ) -> QueuedMessage:
         """Queues a request; `finish` waits for its reply. With `drops`, what nobody points at is freed first.
 
         Raises:
@@ -229,11 +229,11 @@ class Connection:
             raise unsent
         if drops:
             self.post_drops()
-        reply: asyncio.Future[Reply] = asyncio.Future(loop=self.loop)
+        reply: asyncio.Future[Response] = asyncio.Future(loop=self.loop)
         reply.add_done_callback(
             lambda done: done.cancelled() or done.exception()
         )  # it may be read never, or late
-        outgoing = Outgoing(body, tensors, reply, None, allocate)
+        outgoing = QueuedMessage(body, tensors, reply, None, allocate)
         self._outbox.append(outgoing)
         self._wake_soon()
         return outgoing
@@ -253,7 +253,7 @@ class Connection:
     def post_drops(self) -> None:
         """Frees what nobody points at before whatever is handed over next."""
         while drops := self.take_drops():
-            self._outbox.append(Outgoing(m.Post([], list(drops)), (), None, None))
+            self._outbox.append(QueuedMessage(m.Post([], list(drops)), (), None, None))
             self._wake_soon()
 
     def check_open(self) -> None:
@@ -299,7 +299,7 @@ class Connection:
         graph = found[2]() if found is not None and len(found) == 3 else None
         return graph.place(index) if graph is not None and index is not None else ""
 
-    def forget_soon(self, outgoing: Sequence[Outgoing]) -> None:
+    def forget_soon(self, outgoing: Sequence[QueuedMessage]) -> None:
         """`forget` of several requests, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
             self.loop.call_soon_threadsafe(lambda: deque(map(self.forget, outgoing), maxlen=0))
@@ -324,7 +324,7 @@ class Connection:
         *,
         allocate: Allocate[m.Envelope] = in_memory,
         in_turn: bool = False,
-    ) -> Reply:
+    ) -> Response:
         """Sends `body` after everything posted before, and waits for its reply.
 
         `allocate` says where the reply's tensors go. The tensors must not change before the request has left.
@@ -340,7 +340,7 @@ class Connection:
             del tensors
             return await self.finish(outgoing)
 
-    async def finish(self, outgoing: Outgoing) -> Reply:
+    async def finish(self, outgoing: QueuedMessage) -> Response:
         """Waits for the reply to a request that was queued, and returns it.
 
         Raises:
@@ -354,7 +354,7 @@ class Connection:
         finally:
             self.forget(outgoing)
 
-    def forget(self, outgoing: Outgoing) -> None:
+    def forget(self, outgoing: QueuedMessage) -> None:
         """Nobody waits for the reply to a request any more. To be called on planrt's loop."""
         outgoing.given_up = True
         outgoing.reply = None
@@ -370,7 +370,7 @@ class Connection:
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        outgoing = Outgoing(self._checked(body, tensors), tensors, None, self.loop.create_future())
+        outgoing = QueuedMessage(self._checked(body, tensors), tensors, None, self.loop.create_future())
         self._outbox.append(outgoing)
         self._wake()
         try:
@@ -403,7 +403,7 @@ class Connection:
 
     async def _send_all(self) -> None:
         """Sends what waits, until nothing does."""
-        outgoing: Outgoing | None = None
+        outgoing: QueuedMessage | None = None
         try:
             while self._outbox or len(self._drops) > _DROPS_WAITING or (self._flush and self._drops):
                 outgoing = None
@@ -416,7 +416,7 @@ class Connection:
                     )
                 else:
                     first = self._outbox.popleft()
-                    assert isinstance(first, Outgoing)  # noqa: S101 - bytes were handled above
+                    assert isinstance(first, QueuedMessage)  # noqa: S101 - bytes were handled above
                     outgoing = first
                     del first
                     await self._send_one(outgoing)
@@ -457,7 +457,7 @@ class Connection:
             return m.Post(ops)
         return m.Post(ops, [self._drops.popleft() for _ in range(min(drops, max(1, room // 16)))])
 
-    async def _send_one(self, outgoing: Outgoing) -> None:
+    async def _send_one(self, outgoing: QueuedMessage) -> None:
         if outgoing.given_up:
             return
         try:
@@ -504,7 +504,7 @@ class Connection:
         self._ended = self._ended or why
         error = ConnectionResetError(str(self._ended))
         for outgoing in [*self._pending.values(), *self._outbox]:
-            if isinstance(outgoing, Outgoing):
+            if isinstance(outgoing, QueuedMessage):
                 _fail(outgoing, error)
         self._outbox.clear()
         self._drained.set()
@@ -541,7 +541,7 @@ async def _exchange(pipe: Pipe, message: m.Envelope) -> m.Envelope:
     return received.message
 
 
-def _fail(outgoing: Outgoing, error: Exception) -> None:
+def _fail(outgoing: QueuedMessage, error: Exception) -> None:
     for future in (outgoing.reply, outgoing.sent):
         if future is not None and not future.done():
             future.set_exception(error)

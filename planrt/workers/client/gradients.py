@@ -29,7 +29,7 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import spec_from_wire
 
 if TYPE_CHECKING:
-    from planrt.workers.client.connection import Connection, Outgoing
+    from planrt.workers.client.connection import Connection, QueuedMessage
 
 _KEPT_DONE: Final = 64
 """Passes that went well, before what the connection keeps of them is freed."""
@@ -40,7 +40,7 @@ class _Pass:
     """A backward pass under way."""
 
     connection: Connection
-    asked: Outgoing
+    asked: QueuedMessage
     foreseen: bool
 
     @property
@@ -81,7 +81,9 @@ class GradientTable:
             found[id] = there or spec(like.shape, like.stride, like.dtype, False, True)
         return found
 
-    def expect(self, connection: Connection, asked: Outgoing, foreseen: Mapping[int, Spec] | None) -> None:
+    def expect(
+        self, connection: Connection, asked: QueuedMessage, foreseen: Mapping[int, Spec] | None
+    ) -> None:
         """Notes a backward pass under way; `foreseen` are the gradients that it leaves, where these are known."""
         self.epoch += 1
         if foreseen is not None:

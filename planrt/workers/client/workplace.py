@@ -20,7 +20,7 @@ from planrt.plans.running.inference import Spec
 from planrt.serde.frames import Allocate
 from planrt.serde.values import decode
 from planrt.types import Ref, map_leaves
-from planrt.workers.client.connection import Connection, Outgoing, Reply
+from planrt.workers.client.connection import Connection, QueuedMessage, Response
 from planrt.workers.client.contents import Contents
 from planrt.workers.client.gradients import GradientTable
 from planrt.workers.client.moving import MovingObjects
@@ -106,7 +106,7 @@ class RemoteWorkplace:
         """
         return self.answer(kind, self.connection.enqueue(body, tensors, drops=drops))
 
-    async def answer(self, kind: type[B], asked: Outgoing) -> tuple[B, list[torch.Tensor]]:
+    async def answer(self, kind: type[B], asked: QueuedMessage) -> tuple[B, list[torch.Tensor]]:
         """Returns the answer to a request that `Connection.enqueue` queued; see `ask`."""
         return self.checked(kind, await self.connection.finish(asked))
 
@@ -146,10 +146,10 @@ class RemoteWorkplace:
 
     async def _computed(
         self, body: m.Body, tensors: Sequence[torch.Tensor], allocate: Allocate[m.Envelope]
-    ) -> Reply:
+    ) -> Response:
         return await self.connection.request(body, tensors, allocate=allocate, in_turn=True)
 
-    def checked(self, kind: type[B], reply: Reply) -> tuple[B, list[torch.Tensor]]:
+    def checked(self, kind: type[B], reply: Response) -> tuple[B, list[torch.Tensor]]:
         """Returns `reply`, if it is of the kind that was asked for.
 
         Raises:

@@ -4,6 +4,23 @@ The graph itself is on the worker. Here each result of an op remembers which ten
 from, where the op is one of those that pass a gradient to all of them (`PASSES_TO_ALL`). Then a walk from a loss tells
 which leaves a backward pass gives a gradient. Wherever that is not certain (ops in place, inner tensors that retain
 their gradients, plans, results with several parts, ...) the walk returns nothing, and the worker is asked.
+
+Why the walk is right where it returns something:
+
+1. A `Node` is made only for an op that passes a gradient to every source that it names. So what the walk reaches is
+   reached by the pass, and by 2 nothing else is.
+2. Whatever a result was made from and requires gradients is among its node's sources, or the source is None: unknown.
+   The walk stops with nothing at the first None.
+3. Nodes are numbered in the order of the ops. An op in place, or anything else that may change nodes that are there,
+   sets `_rewritten` to a number above all of theirs; the walk returns nothing if it meets a node up to that number.
+4. A leaf must still be what it was when it was used: the same object under the same id, with the same spec, owned by
+   this session. Otherwise somebody may have replaced it, and the walk returns nothing.
+5. The gradient of a leaf has its shape and dtype, and its strides if the leaf is dense (`_dense`): this is what the
+   walk returns as the gradient's spec. For leaves with gaps it returns nothing.
+
+Example: of ``y = x * w`` and ``loss = y.sum()`` only the leaf ``w`` requires a gradient. ``y`` gets node 1 with the
+source ``w``, ``loss`` node 2 with the source node 1; the walk from ``loss`` reaches ``w`` alone. After ``y.add_(1)``,
+`_rewritten` is 3, and for this ``loss`` the worker is asked.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ from planrt.workers.wire.posted import PostedOp
 
 StepState = Literal["waiting", "running", "done", "failed"]
 Transfer = Literal["send", "copy", "move"]
-Where: TypeAlias = tuple[int, str]
-"""A value, or a plan, at a place."""
+AtPlace: TypeAlias = tuple[int, str]
+"""(number of a value or of a plan, place)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class _Moving:
     """Empty when the value comes through here."""
 
 
-Store: TypeAlias = Callable[[int, int], tuple[m.StorePlan, Sequence[torch.Tensor]]]
+StoringMessage: TypeAlias = Callable[[int, int], tuple[m.StorePlan, Sequence[torch.Tensor]]]
 """(number of a plan, id) -> the message that stores it under that id."""
 
 
@@ -149,11 +149,11 @@ class ChainRun:
         chain: Chain,
         places: Mapping[str, m.PeerAddress],
         given: Sequence[Given],
-        plans: dict[Where, int],
+        plans: dict[AtPlace, int],
         *,
         grad: bool,
         seed: int,
-        store: Store | None = None,
+        store: StoringMessage | None = None,
         reaches: Reaches = always,
         on_step: Callable[[str, str, StepState], None] = lambda step, place, state: None,
         on_transfer: Callable[[Transfer, str, str], None] = lambda kind, source, target: None,
@@ -169,7 +169,7 @@ class ChainRun:
         self._on_step = on_step
         self._on_transfer = on_transfer
         self._pending: dict[str, _Call | _Moving] = {}
-        self._at: dict[Where, int] = {}
+        self._at: dict[AtPlace, int] = {}
         self._owned: dict[tuple[str, int], None] = {}
         """(place, id) of what the run made and nobody else knows of."""
         self._results: dict[int, Output | Any] = {}
@@ -181,11 +181,29 @@ class ChainRun:
         self._missing: list[set[Any]] = [set() for _ in chain.steps]
         self._following: dict[int, list[int]] = {}
         self._begun: set[int] = set()
-        self._uses: dict[Where, int] = {}
+        self._uses: dict[AtPlace, int] = {}
         self._plan_needs()
 
     def _plan_needs(self) -> None:
-        """What each step waits for: its arguments at its place, and earlier steps that must reach an object first."""
+        """Finds what each step waits for: its arguments at its place, and earlier steps that must reach an object
+        first.
+
+        Of two steps at one place that share an object, and of which one writes to it, the earlier must be sent first:
+        one connection keeps its order, so the worker then runs them in that order. For each object:
+
+        1. a step waits for the last step before it that writes (read after write, write after write);
+        2. a step that writes waits for every step that has read since then (write after read), and is the last writer
+           from here on;
+        3. steps that only read wait for no other reader.
+
+        A plan that writes to one of its operands, or to its state, counts as writing to all that it shares.
+
+        By 1 and 2 each step waits for the nearest ones before it that it must follow, and these wait for theirs. The
+        numbers of the steps that a step waits for are smaller than its own, so they never wait in a circle.
+
+        Example: steps 0, 1, 2, 3 at one place all take value 0, and 1 writes to it. Then 1 waits for 0; 2 and 3 wait
+        for 1, and not for each other.
+        """
         writer: dict[Any, int] = {}
         readers: dict[Any, list[int]] = {}
         """Since the last writer."""
@@ -229,7 +247,11 @@ class ChainRun:
         return self._ending and self.failure is None
 
     def start(self) -> list[Send]:
-        """Returns the first messages. To be called once, before anything else."""
+        """Returns the first messages; to be called once, before anything else.
+
+        Then send them in order, wait for an answer under one of the keys in `outstanding`, and call `answered` or
+        `failed` with it.
+        """
         sends: list[Send] = []
         for step in self._chain.steps:
             self._on_step(step.name, step.place, "waiting")
@@ -253,7 +275,10 @@ class ChainRun:
         return sends
 
     def answered(self, key: str, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> list[Send]:
-        """Takes the answer `body` under `key`; returns the messages to send now."""
+        """Takes the answer `body` under `key`; returns the messages to send now.
+
+        Go on while `outstanding` has keys. After that read `failure`, and where there is none `outputs`.
+        """
         pending = self._pending.pop(key)
         sends: list[Send] = []
         try:
@@ -283,7 +308,9 @@ class ChainRun:
         return self._ended()
 
     def cancel(self) -> list[Send]:
-        """Starts nothing more; what was made is dropped once nothing is outstanding."""
+        """Starts nothing more; returns the messages to send now. What was made is dropped once nothing is outstanding,
+        so go on with `answered` and `failed` until then.
+        """
         self._ending = True
         return self._ended()
 

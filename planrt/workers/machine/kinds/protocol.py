@@ -25,7 +25,7 @@ from planrt.workers.machine.kinds.plan import PlanObject, new_plan_object
 from planrt.workers.machine.labels import Label, MemoryLabels
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.chain_runs import ChainRun, Given, Output, Reaches, StepState, Where
+from planrt.workers.wire.chain_runs import AtPlace, ChainRun, Given, Output, Reaches, StepState
 
 
 class RunCancelledError(LocalError):
@@ -48,7 +48,7 @@ class ProtocolObject:
     plans: list[PlanObject]
     places: dict[str, m.PeerAddress] = field(default_factory=dict)
     """Place -> worker; empty before it is deployed."""
-    deployed: dict[Where, int] = field(default_factory=dict)
+    deployed: dict[AtPlace, int] = field(default_factory=dict)
     """Ids of the plans that were stored at their places."""
     gone: bool = False
     """Whether nobody can use it any more."""
@@ -76,7 +76,7 @@ class ProtocolObject:
             raise LocalError(
                 f"the protocol has the places {', '.join(self.chain.places)}, not {', '.join(places) or 'none'}"
             )
-        kept: dict[Where, int] = {}
+        kept: dict[AtPlace, int] = {}
         freed: dict[m.PeerAddress, list[int]] = {}
         for where, id in self.deployed.items():
             before = self.places[where[1]]
