@@ -38,8 +38,11 @@ def card(
         text: lines in a monospaced block, such as the ops of a plan.
     """
     parts = [f"<div><b>{_safe(title)}</b>"]
-    lines = [f"<tr><td {_CELL}>{_safe(name)}</td><td {_CELL}>{_safe(value)}</td></tr>" for name, value in facts
-             if value is not None and value != ""]  # fmt: skip
+    lines = [
+        f"<tr><td {_CELL}>{_safe(name)}</td><td {_CELL}>{_safe(value)}</td></tr>"
+        for name, value in facts
+        if value is not None and value != ""
+    ]
     if lines:
         parts.append(f"<table>{''.join(lines)}</table>")
     if rows:

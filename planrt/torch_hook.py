@@ -313,17 +313,29 @@ def _add_methods() -> None:
     """The methods that planrt adds to torch's classes."""
     splitting.install()
     additions: dict[str, Any] = {
-        "send": send, "async_send": async_send, "send_": send_, "tag": tag, "describe": describe,
-        "get": _not_remote("get"), "get_": _not_remote("get_"), "move": _not_remote("move"),
-        "id": property(pointer_id, _set_id, doc="A number of this tensor in this process; under which it is sent."),
-        "create_pointer": _create_pointer, "allow": _allow, "ser": _ser,
+        "send": send,
+        "async_send": async_send,
+        "send_": send_,
+        "tag": tag,
+        "describe": describe,
+        "get": _not_remote("get"),
+        "get_": _not_remote("get_"),
+        "move": _not_remote("move"),
+        "id": property(
+            pointer_id, _set_id, doc="A number of this tensor in this process; under which it is sent."
+        ),
+        "create_pointer": _create_pointer,
+        "allow": _allow,
+        "ser": _ser,
         "owner": property(_owner),
         "tags": property(lambda self: set(self.__dict__.get("_tags", ()))),
         "description": property(lambda self: self.__dict__.get("_description", "")),
-        "copy": torch.Tensor.clone, "is_wrapper": property(lambda self: False, doc="False: this is no pointer."),
-        "private_tensor": _private_tensor, "remote_get": _not_remote("remote_get"),
+        "copy": torch.Tensor.clone,
+        "is_wrapper": property(lambda self: False, doc="False: this is no pointer."),
+        "private_tensor": _private_tensor,
+        "remote_get": _not_remote("remote_get"),
         "remote_send": _not_remote("remote_send"),
-    }  # fmt: skip
+    }
     for name in ops.TABLE:  # PySyft 0.2 replaced torch's functions, and called torch's own by these names
         home, _, word = name.rpartition(".")
         if hasattr(torch.Tensor if home == "Tensor" else torch, f"native_{word}"):
@@ -341,10 +353,15 @@ def _add_methods() -> None:
     for name, value in additions.items():
         setattr(torch.Tensor, name, value)
     for name, value in {
-        "send": modules.send_module, "get": modules.get_module, "move": modules.move_module,
-        "async_send": modules.send_module_async, "async_get": modules.get_module_async,
-        "async_move": modules.move_module_async, "copy": modules.copy_module, "location": property(modules.location_of),
-    }.items():  # fmt: skip
+        "send": modules.send_module,
+        "get": modules.get_module,
+        "move": modules.move_module,
+        "async_send": modules.send_module_async,
+        "async_get": modules.get_module_async,
+        "async_move": modules.move_module_async,
+        "copy": modules.copy_module,
+        "location": property(modules.location_of),
+    }.items():
         setattr(nn.Module, name, value)
     # TorchScript compiles every property that it is not told to leave alone.
     unused = getattr(nn.Module, "__jit_unused_properties__", [])

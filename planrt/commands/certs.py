@@ -1,7 +1,8 @@
-"""``planrt certs``: an authority of one's own, and the certificates of a small federation's workers and users.
+"""``planrt certs``: an authority of one's own, and the certificates of a small federation's workers and
+users.
 
-Certificates are for 90 days unless said otherwise, so that one that was lost is soon worth nothing; the authority's own
-is for five years. Keys are of the curve P-256, and in files that only their owner may read.
+Certificates are for 90 days unless said otherwise, so that one that was lost is soon worth nothing; the
+authority's own is for five years. Keys are of the curve P-256, and in files that only their owner may read.
 """
 
 from __future__ import annotations

@@ -74,9 +74,12 @@ def fingerprint(model: torch.nn.Module, *others: Any) -> Fingerprint | None:
 def _modes() -> Fingerprint:
     """The settings of this thread and process that change what torch calls do."""
     return (
-        torch.get_default_dtype(), torch.is_autocast_enabled(), torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(),
-    )  # fmt: skip
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled(),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_inference_mode_enabled(),
+    )
 
 
 class _Walk:
@@ -176,8 +179,13 @@ class _Walk:
 
     def _looks(self, tensor: torch.Tensor) -> Fingerprint:
         return (
-            tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, self._memory_of(tensor)
-        )  # fmt: skip
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.device,
+            tensor.requires_grad,
+            self._memory_of(tensor),
+        )
 
     def _memory_of(self, tensor: torch.Tensor) -> Fingerprint:
         address = tensor.untyped_storage().data_ptr()
@@ -204,9 +212,12 @@ class _Walk:
             return kind
         members = [(name, value) for name, value in vars(kind).items() if name not in _NO_BEHAVIOUR]
         return (
-            "class", kind.__module__, kind.__qualname__, tuple(map(self, kind.__bases__)),
+            "class",
+            kind.__module__,
+            kind.__qualname__,
+            tuple(map(self, kind.__bases__)),
             tuple((name, self(value)) for name, value in members),
-        )  # fmt: skip
+        )
 
     def _function(self, function: types.FunctionType) -> Fingerprint:
         library = is_library(function.__globals__.get("__name__", ""))

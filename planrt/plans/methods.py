@@ -23,9 +23,14 @@ class _Method(torch.nn.Module):
     def __init__(self, owner: torch.nn.Module, method: MethodType) -> None:
         super().__init__()
         self.__dict__.update(
-            _owner=owner, forward=method, training=owner.training, __doc__=method.__doc__,
-            _parameters=owner._parameters, _buffers=owner._buffers, _modules=owner._modules,
-        )  # fmt: skip
+            _owner=owner,
+            forward=method,
+            training=owner.training,
+            __doc__=method.__doc__,
+            _parameters=owner._parameters,
+            _buffers=owner._buffers,
+            _modules=owner._modules,
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the module whose method it is."""

@@ -1,21 +1,21 @@
-"""The border between a module and the state of its plans: which entry of `state_dict()` is which tensor of a plan.
+"""The border between a module and the state of its plans: which entry of `state_dict()` is which tensor of a
+plan.
 
-A plan has one state entry per *tensor*. A module's `state_dict` has one per *name*: tied weights and layers that
-stand in two places have several, buffers that are not persistent have none, and neither have tensors that belong to
-the loss, or that the function took from elsewhere. `StateMap` knows both sides of one model, and translates exactly,
-both ways: what a round returns is what `load_state_dict` takes.
+A plan has one state entry per *tensor*. A module's `state_dict` has one per *name*: tied weights and layers
+that stand in two places have several, buffers that are not persistent have none, and neither have tensors
+that belong to the loss, or that the function took from elsewhere. `StateMap` knows both sides of one model,
+and translates exactly, both ways: what a round returns is what `load_state_dict` takes.
 
-The border, for a model whose `decoder.weight` is tied to `embed.weight`, with a buffer that is not persistent and a
-loss that has class weights:
+The border, for a model whose `decoder.weight` is tied to `embed.weight`, with a buffer that is not persistent
+and a loss that has class weights:
 
-    key of state_dict      entry of the plans      where it is kept
-    embed.weight    \
-                     >---  embed.weight            `keys`: two keys, one entry
-    decoder.weight  /
-    norm.running_mean ---  norm.running_mean       `keys`
-    (none)           ---   mask                    `unsaved`: the model's, found by its name in the module
-    (none)           ---   loss.weight             neither: `entries` holds its value; the model does not have it
-    _extra_state     ---   (none)                  `extra`: handed through as it was
+    key of state_dict     entry of the plans   where the relation is kept
+    embed.weight          embed.weight         `keys`
+    decoder.weight        embed.weight         `keys`: two keys, one entry
+    norm.running_mean     norm.running_mean    `keys`
+    (none)                mask                 `unsaved`: the model has it under that name
+    (none)                loss.weight          nowhere: `entries` has its value, the model has no such tensor
+    _extra_state          (none)               `extra`: handed through as it was
 
 From state to entries (`by_entry`): an entry is looked up under each of its keys. Two keys of one entry must
 hold equal values, since one tensor cannot have two; that they are equal is checked, not assumed. Entries

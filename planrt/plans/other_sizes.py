@@ -32,9 +32,12 @@ Forms = OrderedDict[tuple[TensorSpec, ...], "Plan"]
 
 
 def form_for(
-    plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[torch.Tensor],
+    plan: Plan,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    inputs: Sequence[torch.Tensor],
     error: PlanArgumentError,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Returns the form of `plan` that takes `inputs`, recorded if there is none yet. They may be pointers.
 
     Args:

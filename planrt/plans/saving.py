@@ -20,9 +20,14 @@ def save_plan(plan: Plan, path: AnyPath | BinaryIO) -> None:
     names = {id(tensor): entry.name for entry, tensor in zip(plan.record.state, state, strict=True)}
     keys = {key: names[id(one)] for key, one in plan.named_state().items() if id(one) in names}
     described = PlanFile(
-        plan.record, plan.training, tuple(plan.tags), plan.description, state_hash(state), keys,
+        plan.record,
+        plan.training,
+        tuple(plan.tags),
+        plan.description,
+        state_hash(state),
+        keys,
         sum(one.nbytes for one in state),
-    )  # fmt: skip
+    )
     write(path, described, state)
 
 

@@ -105,9 +105,15 @@ class Driver:
         if isinstance(error, RemoteError):
             return type(error)(
                 f"{failed.where(worker=error.worker_id != failed.worker)}: {error.reason}",
-                worker_id=error.worker_id, kind=error.kind, op=error.op, line=error.line, index=error.index,
-                remote_traceback=error.remote_traceback, cause=error.cause, step=failed.name,
-            )  # fmt: skip
+                worker_id=error.worker_id,
+                kind=error.kind,
+                op=error.op,
+                line=error.line,
+                index=error.index,
+                remote_traceback=error.remote_traceback,
+                cause=error.cause,
+                step=failed.name,
+            )
         text = f"{failed.where(worker=True)}: {error}"
         if isinstance(error, WorkerLostError):
             return WorkerLostError(text, address=error.address, worker_id=error.worker_id, step=failed.name)

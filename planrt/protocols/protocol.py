@@ -351,9 +351,16 @@ class Protocol:
                 "or make them inputs"
             )
         self._sent = await send_protocol(
-            worker, self.id, self._description.chain, self._description.plans, self._workers, tags=self._tags,
-            description=self._text, private=private, allowed_users=allowed_users,
-        )  # fmt: skip
+            worker,
+            self.id,
+            self._description.chain,
+            self._description.plans,
+            self._workers,
+            tags=self._tags,
+            description=self._text,
+            private=private,
+            allowed_users=allowed_users,
+        )
         self.id = self._sent.id_at_location
         return self._sent
 

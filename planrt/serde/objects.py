@@ -1,8 +1,8 @@
 """Objects as bytes, and back: `serialize` and `deserialize`. Data only; nothing in the bytes can run.
 
-A tensor is ``89 70 74 65 6E 73 6F 72`` ("\\x89ptensor"), the length of a header (4 bytes, little-endian), the header
-(MessagePack: the layout as in a frame's header, `requires_grad`, tags, description), and its elements. Other rooms add
-what they have with `register`; plans are the bytes of a plan file.
+A tensor is ``89 70 74 65 6E 73 6F 72`` ("\\x89ptensor"), the length of a header (4 bytes, little-endian), the
+header (MessagePack: the layout as in a frame's header, `requires_grad`, tags, description), and its elements.
+Other rooms add what they have with `register`; plans are the bytes of a plan file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Plans as files: `Plan.save` writes one, `load_plan` reads it. Data only; nothing in a file can run on loading.
+"""Plans as files: `Plan.save` writes one, `load_plan` reads it. Data only; nothing in a file can run on
+loading.
 
 Format 1, all numbers little-endian and unsigned:
 
@@ -13,13 +14,13 @@ Format 1, all numbers little-endian and unsigned:
                      elements in row-major order, in the dtype and shape that the record gives
     60+H+S    32     SHA-256 of all bytes before it
 
-The header is the array ``[record, training, tags, description, state hash, keys]``: the bytes of a `PlanRecord`;
-whether the plan is in training mode; a list of strings; a string; the hex digits that `Plan.state_hash` returns; and
-pairs ``[key, name]``, which say what `state_dict()` calls the state. Tied weights are one tensor with two keys,
-what a function captured is a tensor with none.
+The header is the array ``[record, training, tags, description, state hash, keys]``: the bytes of a
+`PlanRecord`; whether the plan is in training mode; a list of strings; a string; the hex digits that
+`Plan.state_hash` returns; and pairs ``[key, name]``, which say what `state_dict()` calls the state. Tied
+weights are one tensor with two keys, what a function captured is a tensor with none.
 
-The first digest lets `load_file` trust the header without reading the state. Every length is compared with the
-size of the file, and with what the record needs, before memory is taken for it.
+The first digest lets `load_file` trust the header without reading the state. Every length is compared with
+the size of the file, and with what the record needs, before memory is taken for it.
 """
 
 from __future__ import annotations

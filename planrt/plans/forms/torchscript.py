@@ -425,11 +425,17 @@ class _Translation:
 
     def _operator(self, node: Any, kind: str, values: list[Any], outputs: list[str]) -> None:
         schema = torch._C.parse_schema(node.schema())
-        on_sizes = bool(values) and all(
-            type(value) in (int, float) or (isinstance(value, Ref) and value.index in self._numbers)
-            or (isinstance(value, torch.Tensor) and value.dim() == 0) or isinstance(value, str)
-            for value in values
-        ) and any(isinstance(value, Ref) for value in values)  # fmt: skip
+        on_sizes = (
+            bool(values)
+            and all(
+                type(value) in (int, float)
+                or (isinstance(value, Ref) and value.index in self._numbers)
+                or (isinstance(value, torch.Tensor) and value.dim() == 0)
+                or isinstance(value, str)
+                for value in values
+            )
+            and any(isinstance(value, Ref) for value in values)
+        )
         named = [
             (argument, self._argument(value))
             for argument, value in zip(schema.arguments, values, strict=True)

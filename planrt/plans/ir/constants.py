@@ -1,9 +1,9 @@
 """Constants: what a plan's function captured from outside. An owner's approval is of their values too.
 
 A mask, a table or fixed weights that a function finds outside itself are as much of the program as its ops:
-``(x * mask).sum(0) / mask.sum()`` is a mean with one mask, and one row with another. So a decision about a plan with
-constants is filed under a hash of the ops and of these values (`approval_hash`). Parameters and buffers are what
-training changes: their values are the client's, and no part of what is approved.
+``(x * mask).sum(0) / mask.sum()`` is a mean with one mask, and one row with another. So a decision about a
+plan with constants is filed under a hash of the ops and of these values (`approval_hash`). Parameters and
+buffers are what training changes: their values are the client's, and no part of what is approved.
 
 What an approval binds, then:
 
@@ -13,22 +13,25 @@ What an approval binds, then:
     dtype, shape, kind and trainability of state           the values of parameters and buffers
     dtype, shape and values of constants
 
-Values of parameters are not bound because each round brings others; so a client may choose weights that make of a plan
-what its owner did not think of. `planrt.plans.policy.rules` says so among what release rules do not stop.
+Values of parameters are not bound because each round brings others; so a client may choose weights that make
+of a plan what its owner did not think of. `planrt.plans.policy.rules` says so among what release rules do not
+stop.
 
-With constants c1, c2 ... in the order of the state, each as the SHA-256 of its dtype, shape and elements, the key is
+With constants c1, c2 ... in the order of the state, each as the SHA-256 of its dtype, shape and elements, the
+key is
 
     approval_hash  =  SHA-256( hash "\n" digest(c1) "\n" digest(c2) ... )       in hex digits, as text
 
-It is a hash of digests, and not of all the values, so that it can be checked without them: a plan that waits keeps
-its constants only up to `KEPT` bytes.
+It is a hash of digests, and not of all the values, so that it can be checked without them: a plan that waits
+keeps its constants only up to `KEPT` bytes.
 
 A plan with constants waits for its owner as MessagePack of
 
     ["planrt-waiting", 1, plan, [[digest, bytes] ...]]
 
-with the plan as it came (a `PlanRecord` or a graph, as bytes), and a pair for each constant in the order of the state:
-`Constant.digest`, and its elements as they travel, or nil where the constants take more than `KEPT` bytes.
+with the plan as it came (a `PlanRecord` or a graph, as bytes), and a pair for each constant in the order of
+the state: `Constant.digest`, and its elements as they travel, or nil where the constants take more than
+`KEPT` bytes.
 """
 
 from __future__ import annotations

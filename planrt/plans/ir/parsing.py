@@ -89,9 +89,14 @@ class _Reader:
         for extra in self._lines:
             raise extra.fail("nothing after what is returned")
         made = Graph(
-            tuple(inputs), tuple(state), tuple(ops), outputs,
-            name=name, input_names=tuple(names), doc="\n".join(doc),
-        )  # fmt: skip
+            tuple(inputs),
+            tuple(state),
+            tuple(ops),
+            outputs,
+            name=name,
+            input_names=tuple(names),
+            doc="\n".join(doc),
+        )
         found = made.hash  # also when it is not asked for: what has no bytes is no plan
         if digest not in (None, found):
             raise first.wrong(

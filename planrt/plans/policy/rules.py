@@ -109,8 +109,8 @@ class Policy:
         report = mean.check(policy, tags={"x": ["#patients"]})
         report.ok, report.violations
 
-    A worker gets it as ``WebsocketServerWorker(id, policy=policy)`` or ``planrt serve --policy FILE``, and holds each
-    plan against it before it runs.
+    A worker gets it as ``WebsocketServerWorker(id, policy=policy)`` or ``planrt serve --policy FILE``, and
+    holds each plan against it before it runs.
 
     Attributes:
         approval: "open": any plan within the rules runs. "list": only those whose hash is in `approved`.

@@ -29,9 +29,10 @@ def examples_of(
         PlanArgumentError: a wrong number of shapes, or something that is no shape.
     """
     required = [
-        one.name for one in python.parameters.values()
+        one.name
+        for one in python.parameters.values()
         if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) and one.default is one.empty
-    ]  # fmt: skip
+    ]
     takes_more = len(python.parameters) > len(required)
     if len(shapes) < len(required) or (len(shapes) > len(required) and not takes_more):
         raise PlanArgumentError(

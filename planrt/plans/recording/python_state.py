@@ -305,9 +305,10 @@ class _Attributes(_Place):
 
     def items(self) -> dict[Any, Any]:
         return {
-            key: value for key, value in self.container.items()
+            key: value
+            for key, value in self.container.items()
             if key not in _REGISTERS and not key.endswith(("_hooks", "_hooks_with_kwargs"))
-        }  # fmt: skip
+        }
 
     def put(self, items: dict[Any, Any]) -> None:
         for key in self.items().keys() - items.keys():

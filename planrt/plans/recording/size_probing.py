@@ -127,10 +127,11 @@ def _compare(first: Sequence[RecordedOp], second: Sequence[RecordedOp]) -> None:
             )
         differing = [
             (a, b)
-            for a, b in zip(leaves((one.op.args, one.op.kwargs)), leaves((other.op.args, other.op.kwargs)),
-                            strict=False)
+            for a, b in zip(
+                leaves((one.op.args, one.op.kwargs)), leaves((other.op.args, other.op.kwargs)), strict=False
+            )
             if pack(encode(a)) != pack(encode(b))
-        ]  # fmt: skip
+        ]
         what = (
             f"{show(differing[0][0])} became {show(differing[0][1])}" if differing else "its results differ"
         )
