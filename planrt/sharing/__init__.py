@@ -18,7 +18,7 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     randomness      the keyed stream every random number comes from
     ring            int64 modulo 2**64, packed bits
     rounds          protocols: openings, several at once, all parties in one process
-    correlated      what the dealer hands out; used once
+    correlated      what the dealer hands out, used once; `requests` has what can be asked for
     fixed_point     fractions as integers with a public scale
     additive        sharing, reconstruction, what is local
     masked          a value opened under a mask: opened once, used in products, quotients and comparisons
@@ -29,4 +29,6 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     curves          functions of one variable, as cubic pieces (`splines`)
     roots           reciprocals, quotients, roots, logarithms over the whole range
     networks        softmax, losses, means and norms
+    kernels         PyTorch's operations as protocols
+    shared          SharedTensor: PyTorch's autograd and modules on shares, all parties in this process
 """

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing.correlated import Zero
 from planrt.sharing.randomness import Stream
+from planrt.sharing.requests import Zero
 from planrt.sharing.rounds import Party
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from planrt.sharing import ring
-from planrt.sharing.correlated import Known, Material, Part, Spec
+from planrt.sharing.correlated import Material
+from planrt.sharing.requests import Known, Part, Spec
 from planrt.sharing.ring import Bits, Words
 from planrt.sharing.rounds import Party, Protocol
 

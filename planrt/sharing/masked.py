@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from planrt.sharing.correlated import Known, Mask
+from planrt.sharing.requests import Known, Mask
 from planrt.sharing.rounds import Party, Protocol
 
 

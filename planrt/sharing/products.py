@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from planrt.sharing.bilinear import bilinear_sum
-from planrt.sharing.correlated import Known, Product
 from planrt.sharing.masked import Bit, Masked, mask
+from planrt.sharing.requests import Known, Product
 from planrt.sharing.rounds import Party, Protocol
 
 

@@ -14,9 +14,9 @@ import torch
 
 from planrt.errors import OptionError, SharingError
 from planrt.sharing import ring
-from planrt.sharing.correlated import Given
 from planrt.sharing.fixed_point import LIMIT
 from planrt.sharing.masked import Masked, mask
+from planrt.sharing.requests import Given
 from planrt.sharing.rounds import Party, Protocol
 
 

@@ -50,29 +50,30 @@ def bilinear(
     """Returns `product(left, right)` modulo 2**64, computed in float64, where torch is ten times faster than in int64.
 
     `product` is linear in both arguments and adds up at most `terms` products for an element. Both are cut into
-    balanced limbs (|limb| <= 2**21), the products of limbs that reach below bit 64 are exact.
+    balanced limbs (|limb| <= 2**21); the products of limbs that reach below bit 64 are exact, and so are sums of few.
     """
-    width = _LIMB if terms <= _FEW else 16
+    width, most = (_LIMB, _FEW // terms) if 0 < terms <= _FEW else (_LIMB - 6, 1)
     lefts, rights = _limbs(left, width), _limbs(right, width)
     total: torch.Tensor | None = None
     for place in range(len(lefts)):
-        for i in range(place + 1):
-            part = product(lefts[i], rights[place - i]).to(torch.int64)
-            if place:
-                part.bitwise_left_shift_(width * place)
-            total = part if total is None else total.add_(part)
+        for start in range(0, place + 1, most):  # so many products add up exactly
+            exact = product(lefts[start], rights[place - start])
+            for i in range(start + 1, min(start + most, place + 1)):
+                exact += product(lefts[i], rights[place - i])
+            part = exact.to(torch.int64)
+            total = part if total is None else total.add_(part.bitwise_left_shift_(width * place))
     assert total is not None  # noqa: S101 - there are at least three limbs
     return total
 
 
 def _limbs(values: torch.Tensor, width: int) -> list[torch.Tensor]:
     found = []
-    half, rest = 1 << (width - 1), values
+    rest = values
     for place in range(-(-64 // width)):
         if width * (place + 1) >= 64:
             found.append(rest.double())  # what is left has fewer bits than a limb, with its sign
             break
-        low = ((rest + half) & ((1 << width) - 1)) - half
+        low = (rest << (64 - width)).bitwise_right_shift_(64 - width)
         found.append(low.double())
-        rest = (rest - low) >> width
+        rest = low.neg_().add_(rest).bitwise_right_shift_(width)
     return found

@@ -15,12 +15,12 @@ import torch
 
 from planrt.sharing.additive import add_public
 from planrt.sharing.comparisons import below, negative, signs, to_bit
-from planrt.sharing.correlated import Given, pair_differences, pairs
 from planrt.sharing.fixed_point import LIMIT
 from planrt.sharing.gates import all_of
 from planrt.sharing.masked import Bit, Masked, mask
 from planrt.sharing.products import bit_times, known_times_coin, product
 from planrt.sharing.quotients import check_divisor, shifted
+from planrt.sharing.requests import Given, pair_differences, pairs
 from planrt.sharing.rounds import Party, Protocol
 
 GROUP = 16

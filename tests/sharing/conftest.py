@@ -8,6 +8,15 @@ from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.rounds import new_parties, run_together
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors gain nothing from threads, and lose where processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[2, 3, 4], ids=lambda count: f"{count}parties")
 def parties(request):
     return request.param

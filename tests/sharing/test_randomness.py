@@ -9,9 +9,10 @@ import torch
 from planrt.errors import RandomnessError, SharingError
 from planrt.sharing.additive import reconstruct, refresh, share
 from planrt.sharing.comparisons import less_than_zero
-from planrt.sharing.correlated import Coin, Dealer, Given, Known, Mask, Product, Stock, Supply, Zero
+from planrt.sharing.correlated import Dealer, Stock, Supply
 from planrt.sharing.products import multiply
 from planrt.sharing.randomness import Stream, new_seed
+from planrt.sharing.requests import Coin, Given, Known, Mask, Product, Zero
 from planrt.sharing.rounds import Party, new_parties, run_together
 
 KEY = bytes(range(16))
