@@ -126,7 +126,7 @@ class VirtualWorker(BaseWorker):
             state.add_dataset(dataset, key)
         for tensor in data:
             check_travels(tensor)
-            state.own(pointer_id(tensor), tensor)
+            state.add_tensor(pointer_id(tensor), tensor)
         self._host = WorkerHost(state, virtual_compute(), limits=limits, dialling=Dialling(everywhere=True))
         self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
         """All clients of the host, this one included."""
@@ -159,8 +159,8 @@ class VirtualWorker(BaseWorker):
                 self._datasets_given[key] = dataset
         for tensor in data:
             check_travels(tensor)
-            if not self._host.state.owns(tensor):
-                self._host.state.own(pointer_id(tensor), tensor)
+            if not self._host.state.has_tensor(tensor):
+                self._host.state.add_tensor(pointer_id(tensor), tensor)
         held = len(self._objects)
         tell = log.warning if held else log.info
         tell(f"worker {self.id!r} is there already: this is the same one, with its objects ({held})")

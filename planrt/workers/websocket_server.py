@@ -153,7 +153,7 @@ class WebsocketServerWorker:
         )
         for tensor in data:
             check_travels(tensor)
-            self._state.own(pointer_id(tensor), tensor)
+            self._state.add_tensor(pointer_id(tensor), tensor)
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
 

@@ -59,7 +59,7 @@ class Access:
 
     @classmethod
     def of(cls, given: Access | Mapping[str, Any] | str | Path | None) -> Access:
-        """An access that is given as such, as tables, or as the file that holds them.
+        """Returns an access that is given as such, as tables, or as the file that holds them.
 
         Raises:
             OptionError: the file cannot be read, is no TOML, or holds something else.
@@ -79,7 +79,7 @@ class Access:
             raise OptionError(f"access {given}: {error}") from None
 
     def sees(self, user: str | None, key: str) -> bool:
-        """Whether a user is told of a data set; None is nobody."""
+        """Returns whether a user is told of a data set; None is nobody."""
         rights = self._tables.get(key)
         return rights is None or rights.has("see", user)
 
@@ -92,11 +92,11 @@ class Access:
             )
 
     def finds(self, user: str | None, tags: Sequence[str]) -> bool:
-        """Whether a user finds, and may compute with, what others published under these tags."""
+        """Returns whether a user finds, and may compute with, what others published under these tags."""
         return all(tag not in self._tables or self._tables[tag].has("run", user) for tag in tags)
 
     def label(self, tags: Sequence[str]) -> Label:
-        """Who may read tensors of the worker's own that have these tags; None for everybody."""
+        """Returns who may read tensors of the worker's own that have these tags; None for everybody."""
         label: Label = None
         for tag in tags:
             if tag in self._tables and (who := self._tables[tag].fetch) is not None:

@@ -23,7 +23,7 @@ from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.kinds import plan as plan_objects
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.plan import PlanObject
-from planrt.workers.machine.labels import Label, both
+from planrt.workers.machine.labels import Label, join
 from planrt.workers.machine.private import written_operands
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.store import ObjectStore
@@ -38,9 +38,9 @@ def admit(
     session: Session,
     traits: OpTraits,
     args: tuple[Any, ...],
-    used: Sequence[StoredObject],
+    operands: Sequence[StoredObject],
 ) -> tuple[bool, float]:
-    """Asks whether an op may run on the objects `used`, which `args` have the values of. Says whether what a plan gives
+    """Asks whether an op may run on the `operands`, which `args` have the values of. Says whether what a plan gives
     of private data may be released, and when it must be over.
 
     Raises:
@@ -53,8 +53,8 @@ def admit(
     graph = plan_objects.called_graph(args)
     interpreter.check_inputs(graph, args[2:])
     tags: dict[int, frozenset[str]] = {}
-    others = not session.may_read(store.label_of(used[0]))  # the plan's own state
-    for place, stored in enumerate(used[1:]):
+    others = not session.may_read(store.label_of(operands[0]))  # the plan's own state
+    for place, stored in enumerate(operands[1:]):
         if session.may_read(store.label_of(stored)):
             continue
         source = store.source_of(stored)
@@ -88,21 +88,21 @@ def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) ->
     log.debug("failed_on_private_data", session=session.id, exc_info=error)
 
 
-def readable_label(store: ObjectStore, session: Session, used: Sequence[StoredObject]) -> Label:
-    """The label of what is computed from those operands that the session may read."""
+def readable_label(store: ObjectStore, session: Session, operands: Sequence[StoredObject]) -> Label:
+    """Returns the label of what is computed from those operands that the session may read."""
     label: Label = None
-    for stored in used:
+    for stored in operands:
         own = store.label_of(stored)
         if session.may_read(own):
-            label = both(label, own)
+            label = join(label, own)
     return label
 
 
 def label_overwritten(
-    store: ObjectStore, session: Session, op: PostedOp, traits: OpTraits, used: Sequence[StoredObject]
+    store: ObjectStore, session: Session, op: PostedOp, traits: OpTraits, operands: Sequence[StoredObject]
 ) -> None:
     """Private inputs of a released plan that it wrote to are no longer the data that its owner put here."""
-    for operand in written_operands(op, traits, [stored.value for stored in used]):
+    for operand in written_operands(op, traits, [stored.value for stored in operands]):
         stored = store.objects[operand.index]
         own = store.label_of(stored)
         if isinstance(stored.value, torch.Tensor) and not session.may_read(own):

@@ -1,9 +1,24 @@
 """Backward passes on a worker, and who may read the gradients that they leave. No I/O.
 
-A pass gives no results. It leaves gradients at tensors that its client did not name: at leaves, and at inner tensors
-that retain theirs. So its label goes to the memory of these gradients. Apart from `planrt.workers.machine.eager`,
-where ops label what they give and what they write to; `autograd.grad`, which is such an op, takes from here what it
-leaves at inner tensors.
+A pass returns no results. It leaves gradients at tensors that its client did not name: at leaves, and at inner tensors
+that retain theirs. So its label goes to the memory of these gradients. Ops label what they return and what they write
+to in `planrt.workers.machine.eager`; `autograd.grad`, which is such an op, takes from here what it leaves at inner
+tensors.
+
+Why a gradient that is missed is for nobody, and not for everybody:
+
+1. A pass can write to any tensor of its graphs, which can be tensors without an id here, of any session that ever
+   handed an object to this one. To name all of them, all ways into a graph must be known.
+2. So each pass notes the gradients that it can find before and after (`_written_by`: leaves of the graph, tensors that
+   retain theirs, objects that have gradients), and gives its label to those that it made or changed: they are accounted
+   for (`account`), and so are those that were there before the first private value (`MemoryLabels.watch`).
+3. A gradient that a pass made and that step 2 missed is in memory that nobody accounted for. `of_gradient` answers
+   "nobody" for such memory. A way into a graph that is not known costs a user a gradient, and tells nobody a value.
+4. That holds for new memory only: a pass that adds to a gradient in place keeps its memory, which may be accounted for
+   already. So step 2 looks at all objects with gradients of all sessions that share these graphs, whether the pass
+   reaches them or not. It sees such a change by the version, and joins the labels.
+5. Gradients are computed from what the graph has kept, not from what its operands hold now. Writes of private values
+   that autograd does not see are in the label of the session's graphs (`Graphs`), which joins that of every pass.
 """
 
 from __future__ import annotations
@@ -18,7 +33,7 @@ from planrt.errors import LocalError
 from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.failures import OpFailedError, failure_of, failure_of_op
 from planrt.workers.machine.kinds.tensor import grad_of, spec_of, tensor_of
-from planrt.workers.machine.labels import Label, both
+from planrt.workers.machine.labels import Label, join
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.private import leaf_tensors
@@ -41,7 +56,7 @@ class BackwardPasses:
         """Tensors on which `retain_grad` was called, with ids here or without."""
 
     def run(self, session: Session, body: m.Backward) -> Steps:
-        """A backward pass; says which objects of the session have gradients then."""
+        """Runs a backward pass; answers which objects of the session have gradients then."""
         if session.halted is not None:
             raise OpFailedError(session.halted)
         try:
@@ -52,7 +67,8 @@ class BackwardPasses:
             raise
 
     def resume(self, session: Session) -> Answer:
-        """The client knows of the pass that failed; says which objects of the session have gradients."""
+        """Goes on with the ops of a client that knows of the pass that failed; answers which of its objects have
+        gradients."""
         session.halted = None
         return m.Gradients(list(self._gradients(session))), ()
 
@@ -71,7 +87,7 @@ class BackwardPasses:
             return (yield from self._peers.backward(session, body, everything))
         label = session.graphs.label
         for stored in everything:
-            label = both(label, self._store.label_of(stored))
+            label = join(label, self._store.label_of(stored))
         if self._objects.gate is not None:
             self._objects.gate.admit_op("Tensor.backward")
         for id, stored in zip(body.inputs or (), inputs or (), strict=True):
@@ -134,7 +150,7 @@ class BackwardPasses:
         for tensor, old, version, old_label in before:
             grad = grad_of(tensor)
             if grad is not None and (grad is not old or grad._version != version):
-                self._store.memory.account(grad, both(label, old_label))
+                self._store.memory.account(grad, join(label, old_label))
 
     def _gradients(self, session: Session) -> Iterator[tuple[int, m.ObjectSpec]]:
         """Which objects of the session have gradients, and what these look like."""

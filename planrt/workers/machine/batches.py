@@ -22,13 +22,13 @@ Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """What a worker reads from: a length, and batches by index."""
+    """A source of samples, as a worker reads from it: a length, and batches by index."""
 
     def __len__(self) -> int:
         """Number of items."""
 
     def fetch(self, indices: torch.Tensor) -> Batch:
-        """The items at `indices` (int64, one dimension) as one batch, in that order.
+        """Returns the items at `indices` (int64, one dimension) as one batch, in that order.
 
         A source with ``reads_no_items = True`` can be asked for none, and says with that what they are like.
         """
@@ -248,12 +248,12 @@ def _name(key: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """The type of `value`, never its content: it may be private."""
+    """Returns the type of `value`, never its content: it may be private."""
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a value of type {type(value).__name__}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the rest of it."""
+    """Returns what an error says, without the rest of it."""
     return str(error).strip().partition("\n")[0]

@@ -23,7 +23,7 @@ _SIGNS: Final = ("use_deterministic_algorithms", _WORKSPACE)
 
 
 def wanted(device: torch.device, deterministic: bool | None) -> bool:
-    """Whether a worker on `device` computes deterministically: as it was told, or on everything but a CPU.
+    """Returns whether a worker on `device` computes deterministically: as it was told, or on everything but a CPU.
 
     Also prepares the process for it, which must happen before it first uses CUDA.
     """

@@ -31,7 +31,7 @@ from planrt.workers.machine.failures import OpFailedError, cut, failure_of_op
 from planrt.workers.machine.kinds import plan as plan_objects
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.tensor import spec_of, tensor_of
-from planrt.workers.machine.labels import Label, both
+from planrt.workers.machine.labels import Label, join
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.operations import (
     NOTHING_WATCHED,
@@ -44,7 +44,7 @@ from planrt.workers.machine.operations import (
     Result,
 )
 from planrt.workers.machine.peers import Forwarded, PeerOps
-from planrt.workers.machine.private import foresee, stand_in, unaliased, written_operands
+from planrt.workers.machine.private import in_own_memory, infer_results, placeholder_results, written_operands
 from planrt.workers.machine.sessions import Session, users_of
 from planrt.workers.machine.store import new_id
 from planrt.workers.wire import messages as m
@@ -53,7 +53,7 @@ from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, UnknownOb
 
 
 class EagerOps:
-    """What sessions may compute on the objects of one worker."""
+    """Runs the ops of sessions on the objects of one worker."""
 
     def __init__(
         self, objects: KeptObjects, passes: BackwardPasses, peers: PeerOps, device: torch.device
@@ -143,7 +143,7 @@ class EagerOps:
             if type(leaf) is Ref:
                 stored = self._store.find(session.id, leaf.index)
                 operands.append(stored)
-                label = both(label, self._store.label_of(stored))
+                label = join(label, self._store.label_of(stored))
                 elsewhere = elsewhere or self._kinds.of(stored.value).elsewhere
                 return stored.value
             return self._device if leaf is DEVICE else leaf
@@ -166,7 +166,7 @@ class EagerOps:
         if traits.reads_gradient:
             label = hidden_failure = None  # of its own: its memory has a label
         elif traits.computes_gradients:
-            label = both(label, session.graphs.label)
+            label = join(label, session.graphs.label)
         elif traits.new_version_counter:
             session.graphs.unseen_writes = True
         if op.kwargs and op.kwargs.get("out") is not None:
@@ -195,7 +195,7 @@ class EagerOps:
         gradients = self._passes.before_autograd_grad() if traits.computes_gradients else ()
         results = None
         if not session.may_read(label):
-            results = foresee(resolved.op, traits, resolved.operation.function, resolved.values)
+            results = infer_results(resolved.op, traits, resolved.operation.function, resolved.values)
         versions = () if label is None else [_version(value) for value in resolved.values]
         return Foreseen(results, versions, gradients)
 
@@ -215,7 +215,7 @@ class EagerOps:
                 with seeded(op.seed, self._device):
                     value = function(*args, **kwargs)
             if foreseen.results is not None and traits.calls_plan:
-                value = unaliased(value, foreseen.results, self._device)
+                value = in_own_memory(value, foreseen.results, self._device)
             return Result(value, admitted.label, admitted.hidden_failure)
         except Exception as error:
             if admitted.released and self._gate is not None:
@@ -223,7 +223,9 @@ class EagerOps:
             if foreseen.results is None:
                 raise
             hidden_failure = admitted.hidden_failure or failure_of_op(error, op, None, private=True)
-            value = stand_in(op, traits, foreseen.results, resolved.values, foreseen.versions, self._device)
+            value = placeholder_results(
+                op, traits, foreseen.results, resolved.values, foreseen.versions, self._device
+            )
             return Result(value, admitted.label, hidden_failure)
 
     def _label_written(
@@ -335,7 +337,7 @@ class EagerOps:
     def _label_of_all(self, operands: Sequence[StoredObject]) -> Label:
         label: Label = None
         for stored in operands:
-            label = both(label, self._store.label_of(stored))
+            label = join(label, self._store.label_of(stored))
         return label
 
     def _label_operands(
@@ -356,7 +358,7 @@ class EagerOps:
             self._store.memory.add(tensor, label)
         unseen = session.graphs.unseen_writes or traits.calls_plan or traits.writes_unseen
         if written and unseen:
-            session.graphs.label = both(session.graphs.label, label)
+            session.graphs.label = join(session.graphs.label, label)
 
     def _drop(self, session: Session, ids: Sequence[int], forwarded: Forwarded) -> None:
         for id in ids:

@@ -99,7 +99,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Distrust:
-    """What `connection` gave as a proof was none: let the next one from there wait."""
+    """Let the next proof from where `connection` comes from wait: this one did not hold."""
 
     connection: int
 

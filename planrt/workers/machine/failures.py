@@ -135,7 +135,7 @@ def failure_of_op(error: Exception, op: PostedOp, number: int | None, *, private
 
 
 def in_plan(error: Exception) -> dict[str, Any]:
-    """Where in a plan `error` happened, as fields of a `Failure`."""
+    """Returns where in a plan `error` happened, as fields of a `Failure`."""
     if not isinstance(error, ExecutionError):
         return {}
     cause = error.__cause__

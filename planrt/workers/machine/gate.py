@@ -75,7 +75,7 @@ class Gate:
         user: str | None,
         purpose: str = "",
     ) -> None:
-        """A client sent a plan: it is put before the owner, if it has to be, with who asks and what they say it is for.
+        """Puts a plan that a client sent before the owner, if it has to be, with who asks and what they say it is for.
 
         `data` is the file of it. `state` is None where its values are to come when it runs: a plan with constants is
         put before the owner then (`asked`).
@@ -96,8 +96,8 @@ class Gate:
         data: Iterable[str] = (),
         purpose: str = "",
     ) -> None:
-        """A client wants to run a plan: the owner, if not asked before, is asked, and told who asks and for which data
-        sets or tags of data.
+        """Asks the owner, if that was not done before, for a plan that a client wants to run; tells who asks, and for
+        which data sets or tags of data.
 
         Raises:
             NotApproved: it cannot wait for the owner.
@@ -105,7 +105,7 @@ class Gate:
         self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
 
     def constants(self, graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant, ...]:
-        """The plan's constants, where approvals are of plans."""
+        """Returns the plan's constants, where approvals are of plans."""
         if self.policy.approval == "open" or not has_constants(graph):
             return ()
         return constants_of(graph, state)
@@ -134,7 +134,7 @@ class Gate:
             raise NotApproved(_UNREADABLE) from None
 
     def standing(self, filed: str) -> Status:
-        """How it stands with what is filed under it: approved, denied, pending or unknown, and the owner's words.
+        """Returns how it stands with what is filed under it: approved, denied, pending or unknown, and the reason.
 
         A denial of a plan's own hash is one of the plan with any constants.
 
@@ -189,9 +189,8 @@ class Gate:
         constants: Sequence[Constant],
         gradients: bool = False,
     ) -> Report:
-        """The report on a plan that may run on such inputs; `tags` as `planrt.plans.policy.verify.check` takes them,
-        and its
-        constants as `constants` gives them.
+        """Returns the report on a plan that may run on such inputs. `tags` are as `planrt.plans.policy.verify.check`
+        takes them, `constants` as the method of that name returns them.
 
         Raises:
             NotApproved: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
@@ -212,7 +211,7 @@ class Gate:
         return found
 
     def covers(self, tags: Iterable[str]) -> bool:
-        """Whether a release rule is about private data with these tags."""
+        """Returns whether a release rule is about private data with these tags."""
         return bool(self._about(tags))
 
     def admit_training(
@@ -264,7 +263,9 @@ class Gate:
         loss: Graph = replace(graph, outputs=(graph.outputs[0],))
         self._check_release(loss, inputs, tags, smallest, gradients=False)
         if bins:
-            self._check_release(_counted(graph), inputs, tags, smallest, gradients=False, kinds=False)
+            self._check_release(
+                _counted(graph), inputs, tags, smallest, gradients=False, check_aggregates=False
+            )
         for rule in self._about(tags):
             if rows < rule.min_rows:
                 raise PolicyError(
@@ -273,7 +274,7 @@ class Gate:
                 )
 
     def counts_leave(self, tags: Iterable[str], counts: Iterable[int]) -> bool:
-        """Whether counts of rows with these tags may leave: each is of none, or of as many as the rules ask for."""
+        """Returns whether counts of rows with these tags may leave: each is of none, or as many as rules ask for."""
         least = 0
         for rule in self._about(tags):
             if rule.aggregates is not None and "count" not in rule.aggregates:
@@ -293,15 +294,15 @@ class Gate:
         smallest: int,
         *,
         gradients: bool,
-        kinds: bool = True,
+        check_aggregates: bool = True,
     ) -> None:
         """Raises if release rules are broken for batches of `smallest` rows with these tags, data and targets.
 
-        Without `kinds` any kind of aggregate will do.
+        Without `check_aggregates` any kind of aggregate will do.
         """
         fewest = [_with_rows(spec, smallest) for spec in inputs]
         marked = dict.fromkeys(range(len(inputs)), tuple(tags))
-        if kinds:
+        if check_aggregates:
             report = self._report(graph, fewest, marked, gradients)
         else:
             rules = tuple([replace(rule, aggregates=None) for rule in self.policy.release])
@@ -331,7 +332,7 @@ class Gate:
             raise PolicyError(f"the policy does not allow {name}", rule="ops", op=name)
 
     def deadline(self) -> float:
-        """When a run that begins now must be over, on `time.monotonic`'s clock."""
+        """Returns when a run that begins now must be over, on `time.monotonic`'s clock."""
         limit = self.policy.max_seconds
         return math.inf if limit is None else time.monotonic() + limit
 

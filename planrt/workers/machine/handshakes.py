@@ -54,12 +54,12 @@ class Users:
         self._secret = hashlib.sha256(b"".join(keys) or secrets.token_bytes(32)).digest()
 
     def find(self, id: str) -> Verifier:
-        """The verifier of a token's id, or one that nothing proves and that looks like any other."""
+        """Returns the verifier of a token's id, or one that nothing proves and that looks like any other."""
         fake = fake_verifier(id, self._secret)
         return self._by_id.get(id, ("", fake))[1]
 
     def user(self, id: str) -> str:
-        """Whose token has that id, which was proved."""
+        """Returns whose token has that id, which was proved."""
         return self._by_id[id][0]
 
 
@@ -88,16 +88,16 @@ class Handshakes:
         self._checking: dict[int, tuple[m.Hello, Checking]] = {}
 
     def connected(self, connection: int, channel: Channel) -> None:
-        """A connection was opened."""
+        """Takes note of a connection that was opened."""
         self._channels[connection] = channel
 
     def disconnected(self, connection: int) -> None:
-        """A connection has ended, whatever was said on it."""
+        """Forgets a connection that has ended, whatever was said on it."""
         self._channels.pop(connection, None)
         self._checking.pop(connection, None)
 
     def hello(self, connection: int, hello: m.Hello) -> Opened | m.Challenge:
-        """A client wants a session: it gets one, or is asked for the rest of its proof.
+        """Answers a client that wants a session: it gets one, or is asked for the rest of its proof.
 
         Raises:
             RefusedError: it gets none.
@@ -123,7 +123,7 @@ class Handshakes:
         return m.Challenge(checking.challenge)
 
     def proven(self, connection: int, proof: m.Prove) -> Opened:
-        """A client gives the proof that it was asked for.
+        """Takes the proof that a client was asked for.
 
         Raises:
             RefusedError: it was asked for none, or this is not it.

@@ -1,8 +1,24 @@
 """Labels: who may read what. No I/O.
 
-None stands for everyone, else a label is a set of users. What is computed from several objects may be read by
-those who may read all of them. Every object has the label of the operation that made it; besides, labels follow
-memory: what was written into a block of memory labels whatever shows that memory, now or later.
+None stands for everyone, else a label is a set of users; the empty set stands for nobody. Labels are a lattice, as in
+D. E. Denning, "A Lattice Model of Secure Information Flow" (1976): what is computed from several objects may be read
+by those who may read all of them, their `join`.
+
+Every object has the label of the operation that made it. That is not enough, because two objects can show the same
+memory. Say ``x`` is for everybody, and ``s`` is for alice::
+
+    y = x.view(2, 2)      y is another object, label None, and shows the memory of x
+    y.add_(s)             the op's label is {alice}: it writes values of s into that memory
+    x.get()               x has no label of its own, and would now tell s
+
+So labels follow memory too. The op's label goes to the block of memory (torch's storage) that it wrote to, and an
+object's label is the join of its own and those of the memory of its tensors (`ObjectStore.label_of`), asked anew each
+time. The label of memory only ever gets stricter: nobody knows whether what was written has been overwritten since.
+What follows from both:
+
+1. A view that existed before the write (``x``) and one made after it have the label, without anybody looking for them.
+2. A copy made before the write has not: its memory is another one, and holds values from before.
+3. A copy made after the write has it, from its operand, as its own label.
 """
 
 from __future__ import annotations
@@ -17,8 +33,8 @@ Label = frozenset[str] | None
 _PRUNE_EVERY = 1_000
 
 
-def both(first: Label, second: Label) -> Label:
-    """Who may read what was computed from two things."""
+def join(first: Label, second: Label) -> Label:
+    """Returns the label of what was computed from two things: those may read it who may read both."""
     if first is None:
         return second
     return first if second is None else first & second
@@ -32,18 +48,19 @@ class MemoryLabels:
         self._labels: dict[StorageWeakRef, frozenset[str]] = {}
         self._added = 0
         self._gradients: set[StorageWeakRef] | None = None
+        """Memory of the gradients whose label is known; None before the first private value comes."""
 
     def __bool__(self) -> bool:
         """Whether any memory has a label."""
         return bool(self._labels)
 
     def of(self, tensor: torch.Tensor) -> Label:
-        """The label of the memory that `tensor` shows."""
+        """Returns the label of the memory that `tensor` shows."""
         return self._labels.get(_memory(tensor)) if self._labels else None
 
     def add(self, tensor: torch.Tensor, label: Label) -> None:
         """Something with that label was written into the memory that `tensor` shows."""
-        shared = both(self.of(tensor), label)
+        shared = join(self.of(tensor), label)
         if shared is None:
             return
         self._labels[_memory(tensor)] = shared
@@ -53,7 +70,7 @@ class MemoryLabels:
 
     @property
     def watching(self) -> bool:
-        """Whether gradients are accounted for: from the first private value on."""
+        """True where gradients are accounted for: from the first private value on."""
         return self._gradients is not None
 
     def watch(self, gradients: Iterable[torch.Tensor]) -> None:
@@ -68,8 +85,8 @@ class MemoryLabels:
             self._prune()
 
     def of_gradient(self, gradient: torch.Tensor) -> Label:
-        """The label of a gradient. It fails closed: autograd writes to tensors that nobody named, so a gradient that no
-        pass accounted for since there are private values is for nobody."""
+        """Returns the label of a gradient; a gradient that nobody accounted for is for nobody (see
+        `planrt.workers.machine.backward`)."""
         label = self.of(gradient)
         if label is None and self._gradients is not None and _memory(gradient) not in self._gradients:
             return frozenset()

@@ -26,7 +26,7 @@ from planrt.workers.wire.refusals import GetNotPermitted, UnknownObject
 
 
 class KeptObjects:
-    """What sessions may do with the objects of one worker, besides computing on them."""
+    """The objects of one worker, and what sessions may ask about them."""
 
     def __init__(
         self, store: ObjectStore, device: torch.device, gate: Gate | None = None, access: Access | None = None
@@ -37,7 +37,7 @@ class KeptObjects:
         self._device = device
 
     def end(self, session: Session) -> list[ToPeer]:
-        """The session is over: frees what it held; returns what other workers can free."""
+        """Frees what a session held that is over; returns what other workers can free."""
         return _drops(self._freed(self.store.end(session.id)))
 
     def clear(self, session: Session) -> list[ToPeer]:
@@ -58,12 +58,12 @@ class KeptObjects:
         rest = iter(tensors)
         alone = len(tensors) == 1
         for item in body.items:
-            value = self._own(next(rest), alone=alone)
+            value = self._on_device(next(rest), alone=alone)
             if item.requires_grad:
                 value.requires_grad_()
             label = None if item.allowed is None else frozenset(item.allowed)
             if item.has_grad:
-                value.grad = self._own(next(rest), alone=alone)
+                value.grad = self._on_device(next(rest), alone=alone)
             stored = StoredObject(
                 value, session.id, label, tags=tuple(item.tags), description=item.description
             )
@@ -84,7 +84,7 @@ class KeptObjects:
         if self.gate is not None:
             interpreter.check_state(record.graphs[0], tensors[1:])
             self.gate.arrived(record.graphs, record.to_bytes(), tensors[1:], session.user, body.purpose)
-        state = [self._own(tensor, alone=False) for tensor in tensors[1:]]
+        state = [self._on_device(tensor, alone=False) for tensor in tensors[1:]]
         plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
         label = None if body.allowed is None else frozenset(body.allowed)
         stored = StoredObject(plan, session.id, label, tags=tuple(body.tags), description=body.description)
@@ -93,11 +93,11 @@ class KeptObjects:
         return m.Done(), ()
 
     def read_plan(self, session: Session, body: m.ReadPlan) -> Answer:
-        """What a plan or a protocol does, without its state."""
+        """Answers what a plan or a protocol does, without its state."""
         value = self.ready(session, body.id).value
         return self.store.kinds.of(value).read(value, body.id)
 
-    def _own(self, tensor: torch.Tensor, *, alone: bool) -> torch.Tensor:
+    def _on_device(self, tensor: torch.Tensor, *, alone: bool) -> torch.Tensor:
         if tensor.device != self._device:
             return tensor.to(self._device)
         return tensor if alone else tensor.clone()
@@ -115,7 +115,12 @@ class KeptObjects:
         return [ToPeer(body.peer, m.Claim([body.object], body.token))]
 
     def fetch(self, session: Session, body: m.Fetch) -> Steps:
-        """A value, or a pointer's target."""
+        """Answers with an object: a value with its gradient, a program with its state, or where a pointer points to.
+
+        Raises:
+            GetNotPermitted: it is private, and the session's user is not among those who may read it.
+            UnknownObject, OpFailedError: it is not there. ReplyTooLarge: the client does not take it.
+        """
         stored = self.store.find(session.id, body.id)
         label = self.store.label_of(stored)
         if not session.may_read(label):
@@ -165,7 +170,7 @@ class KeptObjects:
         return self.store.kinds.of(stored.value).freed(stored.value)
 
     def listing(self, session: Session) -> Answer:
-        """What the session has here, without values."""
+        """Answers what the session has here, without values."""
         of = self.store.kinds.of
         return m.Listed([of(stored.value).listed(id, stored) for id, stored in self.store.of(session.id)]), ()
 
@@ -177,7 +182,7 @@ class KeptObjects:
             stored.source |= frozenset(body.tags)
 
     def search(self, session: Session, body: m.Search) -> Answer:
-        """Published objects that match."""
+        """Answers with the objects that match."""
         found = []
         for id, stored in self.store.search(
             session.id, body.query, lambda tags: self._access.finds(session.user, tags)
@@ -232,13 +237,13 @@ class KeptObjects:
                 session.leaves[id] = None
 
     def ready(self, session: Session, id: int) -> StoredObject:
-        """The session's object `id`; raises the failure that keeps it from being there."""
+        """Returns the session's object `id`; raises the failure that keeps it from being there."""
         stored = self.store.find(session.id, id)
         self.check_failure(session, stored)
         return stored
 
     def state(self, session: Session, ids: Sequence[int]) -> list[torch.Tensor]:
-        """The session's tensors `ids`, for a plan that is run on them as its state.
+        """Returns the session's tensors `ids`, for a plan that is run on them as its state.
 
         Raises:
             UnknownObject, OpFailedError: one is not there. GetNotPermitted: one that the session may not
@@ -257,7 +262,7 @@ class KeptObjects:
         return values
 
     def replace_state(self, session: Session, id: int, value: torch.Tensor) -> None:
-        """What a plan made of a tensor of its state takes that tensor's place, with its label."""
+        """Puts what a plan made of a tensor of its state in that tensor's place, under its label."""
         stored = self.store.find(session.id, id)
         stored.label = self.store.label_of(stored)
         stored.value = value

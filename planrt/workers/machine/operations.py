@@ -102,7 +102,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """What is known before an op runs, to be compared with what is there after it."""
+    """Facts from before an op runs, to be compared with what is there after it."""
 
     results: Inferred | None = None
     """What its results look like, where the session may not learn that from the values."""
@@ -114,7 +114,7 @@ class Foreseen:
 
 @dataclass(slots=True)
 class Result:
-    """What an op returned, who may read that, and the failure that it hides if it only stands in for a result."""
+    """The value that an op returned, who may read it, and the failure that it hides if it only stands in for one."""
 
     value: Any
     label: Label

@@ -23,7 +23,7 @@ from planrt.workers.wire.posted import PostedOp
 
 
 class Forwarded:
-    """What a batch of posted ops leaves for other workers: one `Post` for each of them, sent when the batch is done."""
+    """A batch's ops and drops for other workers: one `Post` for each worker, sent when the batch is done."""
 
     def __init__(self) -> None:
         self._ops: dict[m.PeerAddress, list[bytes]] = {}

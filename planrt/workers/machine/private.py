@@ -2,9 +2,9 @@
 
 Results keep their labels (`planrt.workers.machine.labels`). Beyond that, a client must not see
 
-* what results look like, where that depends on the values (`foresee` refuses such ops);
+* what results look like, where that depends on the values (`infer_results` refuses such ops);
 * whether an op failed, where that depends on the values: an index out of range, for one, would tell about one
-  private value per op. Zeros stand in for the results (`stand_in`);
+  private value per op. Zeros stand in for the results (`placeholder_results`);
 * gradients that a graph computes later, from private values that were written past autograd
   (`planrt.workers.machine.sessions.Graphs`).
 """
@@ -37,11 +37,11 @@ class _Operand:
     _spec: Spec
 
 
-def foresee(
+def infer_results(
     op: PostedOp, traits: OpTraits, function: Callable[..., Any], operands: Sequence[Any]
 ) -> Inferred | None:
-    """What the results of `op` will be like, from what its operands are like. None: gradients and other memory,
-    whose ops fail or not whatever the values.
+    """Returns what the results of `op` will be like, told from what its operands are like, without their values. None
+    for ops that are data-independent: gradients and other memory, whose ops fail or not whatever the values.
 
     Raises:
         GetNotPermitted: it depends on the values. Or what torch raises for operands that do not fit.
@@ -86,8 +86,9 @@ def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
             )
 
 
-def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device) -> tuple[Any, ...]:
-    """What a plan gave, in memory of its own: where it fails, `stand_in` cannot share what the plan would have."""
+def in_own_memory(values: tuple[Any, ...], foreseen: Inferred, device: torch.device) -> tuple[Any, ...]:
+    """Returns what a plan returned, in memory of its own: where it fails, `placeholder_results` cannot share what the
+    plan would have shared."""
 
     def alone(value: Any, like: Any) -> Any:
         if not isinstance(like, Spec):
@@ -99,7 +100,7 @@ def unaliased(values: tuple[Any, ...], foreseen: Inferred, device: torch.device)
 
 
 def written_operands(op: PostedOp, traits: OpTraits, operands: Sequence[Any]) -> list[Any]:
-    """Those of an op's arguments that it may write to, `operands` being what its `Ref`s stand for."""
+    """Returns those of an op's arguments that it may write to, `operands` being what its `Ref`s stand for."""
     if not traits.calls_plan:
         return traits.written_arguments(op.args, op.kwargs)
     if not operands or not isinstance(operands[0], PlanObject):
@@ -109,7 +110,7 @@ def written_operands(op: PostedOp, traits: OpTraits, operands: Sequence[Any]) ->
     return [ref for number, ref in enumerate(refs) if number in written]
 
 
-def stand_in(
+def placeholder_results(
     op: PostedOp,
     traits: OpTraits,
     foreseen: Inferred,
@@ -117,11 +118,27 @@ def stand_in(
     versions: Sequence[int],
     device: torch.device,
 ) -> Any:
-    """Zeros for the results of an op that failed, in the autograd graph that the results would have had.
+    """Returns zeros for the results of an op that failed, in the autograd graph that the results would have had.
 
-    `versions` are those of the operands before the op. Operands that it should have changed in place count as
-    changed. (The graph is that of a linear op: gradients of gradients may tell the difference.)
+    `versions` are those of the operands before the op.
+
+    Whether the op failed must not show to who may not read its operands. Such a client sees of an op: an error or
+    none, what its results look like, which operands have other versions (autograd refuses a backward pass by them),
+    and which leaves have gradients after a pass. All of that has to be the same as if the op had succeeded:
+
+    1. No error: this returns something, and the failure is kept for those who may read it
+       (`StoredObject.hidden_failure`).
+    2. Results look like what was inferred before the op ran, from the operands' looks alone: shape, stride, dtype,
+       flags. Where the op returns an operand itself, that operand is returned.
+    3. The values are zeros, which nobody reads who may not read the operands: the results have their label.
+    4. A result that would have a history gets one that leads to the same operands, and to a plan's state: the same
+       leaves have gradients after a pass, zeros, under the pass's label. (It is that of a linear op: gradients of
+       gradients may tell the difference, as ARCHITECTURE.md says under "What privacy does not stop".)
+    5. An operand that the op changes in place counts as changed, whether the op came to that or not: it joins the graph
+       where the op would have made it join, else its version alone goes up, if it has not yet. Ops that write past
+       the version counters leave the version as it is when they succeed, so it stays here too.
     """
+    # 1. The caller keeps the failure. What follows needs the operands by their numbers in `foreseen`.
     written = written_operands(op, traits, operands)
     refs = [leaf for leaf in leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
     state: Sequence[torch.Tensor] = ()
@@ -133,6 +150,7 @@ def stand_in(
         operands, versions, refs = operands[1:], versions[1:], refs[1:]
     sources = [one for one in (*operands, *state) if isinstance(one, torch.Tensor) and one.requires_grad]
 
+    # 2 to 4.
     def zeros(like: Spec) -> torch.Tensor:
         made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).zero_()
         if like.requires_grad and not like.leaf:
@@ -146,6 +164,7 @@ def stand_in(
         return zeros(leaf) if isinstance(leaf, Spec) else leaf
 
     results = inference.rebuild(foreseen.results, result)
+    # 5.
     changed = dict(foreseen.changed)
     same = {
         leaf.operand
@@ -166,7 +185,7 @@ def stand_in(
 
 
 def leaf_tensors(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors at which a backward pass from `roots` accumulates gradients, with ids here or without."""
+    """Returns the tensors at which a backward pass from `roots` accumulates gradients, with ids here or without."""
     nodes = [get_gradient_edge(root).node for root in roots if root.requires_grad]
     met = set(nodes)
     found = []

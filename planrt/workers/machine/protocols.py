@@ -60,7 +60,7 @@ class ProtocolOps:
         return [ToPeer(peer, m.Post([], ids)) for peer, ids in freed]
 
     def read_run(self, session: Session, body: m.ReadRun) -> Answer:
-        """Where a run stands."""
+        """Answers where the steps of a run stand."""
         return m.RunStates(list(self._runs.get((session.id, body.run), {}).items())), ()
 
     def run(self, session: Session, body: m.RunProtocol) -> Steps:

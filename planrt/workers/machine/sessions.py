@@ -12,14 +12,14 @@ import torch
 from planrt.serde.tensors import payload_bytes
 from planrt.workers.machine.events import ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
-from planrt.workers.machine.labels import Label, both
+from planrt.workers.machine.labels import Label, join
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import ReplyTooLarge
 
 
 @dataclass(slots=True, eq=False)
 class Graphs:
-    """What is known of the autograd graphs of sessions that handed objects to one another.
+    """A record of the autograd graphs of sessions that handed objects to one another.
 
     A label says who may read what an op computed from the values of its time. A graph computes once more, later,
     with tensors that it has kept. Autograd refuses where it sees that one of them was written to meanwhile, but
@@ -28,53 +28,68 @@ class Graphs:
     """
 
     members: list[Session] = field(default_factory=list)
+    """The sessions whose graphs these are; each has this very record as its `graphs`. `Session.share_graphs` joins two
+    records; nothing parts them again, since a graph may keep what was handed over."""
     unseen_writes: bool = False
-    """Whether there may be tensors that share memory without sharing a version counter."""
+    """Whether there may be tensors that share memory without sharing a version counter. An op that makes such tensors
+    sets it, before it runs; it is never taken back."""
     label: Label = None
+    """Joins that of every backward pass. An op that writes private values where `unseen_writes` holds, or that itself
+    writes unseen, adds its label; so it only gets stricter."""
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One client's session on this worker. `user` is None for a client that showed no token."""
+    """One client's session on this worker: what is its own besides objects, which the store has."""
 
     id: str
+    """Its name on this worker: unique, whatever a client claims. Objects belong to it by this name."""
     user: str | None = None
+    """Whose session it is, as proved in the handshake; None for nobody's. Nothing changes it afterwards."""
     client: m.Versions | None = None
-    """What the client runs and accepts."""
+    """What the client runs and accepts, from its handshake: no answer may be larger."""
     posted: int = 0
-    """Ops taken so far."""
+    """Ops taken so far, those that failed included. It agrees with the count of the client, which finds by it the line
+    that made an op (`Failure.number`)."""
     failure: m.Failure | None = None
-    """Of an op or message that left no result; shows at the next request."""
+    """Of an op or message that left no result to keep it. The first one stays; `KeptObjects.raise_unseen` takes it away
+    when the next request tells it."""
     failures: int = 0
-    """Runs that failed on data which it may not see: each tells it something of that data."""
+    """Runs that failed on data which it may not see: each tells it something of that data. Only goes up."""
     halted: m.Failure | None = None
-    """Of a backward pass whose client has not heard of it yet: ops are not run (see `Backward` of the messages)."""
+    """Of a backward pass whose client has not heard of it yet: ops are not run (see `Backward` of the messages). A pass
+    sets it, and the client's `Resume` takes it away."""
     over: bool = False
-    """Whether those were as many as the owner allows: it gets no more than the answer that is under way."""
+    """Whether `failures` has come to what the owner allows: it gets no more than the answer that is under way."""
     leaves: dict[int, None] = field(default_factory=dict)
-    """Objects that a backward pass may give a gradient to."""
+    """Ids of objects that a backward pass may give a gradient to, in the order in which they came. Whoever stores,
+    finds, claims or marks such an object adds it, whoever removes one takes it away; an id whose object has gone or
+    has another owner is taken away after the next pass."""
     optimizer_states: dict[tuple[str, str, str, int], Any] = field(default_factory=dict)
-    """(plan, data set, optimizer, first object of the state or 0) -> what the optimizer keeps."""
+    """(plan, data set, optimizer, first object of the state or 0) -> what the optimizer keeps. Rounds of training set
+    it; `KeptObjects.forget_optimizers` takes away what belongs to objects that are gone."""
     purposes: dict[str, str] = field(default_factory=dict)
-    """Hash of a plan that was sent -> what its client says it is for."""
+    """Hash of a plan that was sent -> what its client says it is for: shown to the owner who is asked to approve it."""
     graphs: Graphs = field(init=False)
+    """What is known of its autograd graphs; shared with the sessions that it has had objects from."""
 
     def __post_init__(self) -> None:
         self.graphs = Graphs([self])
 
     def share_graphs(self, other: Session) -> None:
-        """An object went from one session to the other, and with it the graphs that have kept it."""
+        """Joins what is known of the graphs of two sessions: an object went from one to the other, and with it the
+        graphs that have kept it."""
         mine, theirs = self.graphs, other.graphs
         if mine is theirs:
             return
         mine.members += theirs.members
         mine.unseen_writes |= theirs.unseen_writes
-        mine.label = both(mine.label, theirs.label)
+        mine.label = join(mine.label, theirs.label)
         for member in theirs.members:
             member.graphs = mine
 
     def may_read(self, label: Label) -> bool:
-        """Whether this session's user may read what has that label."""
+        """Returns whether this session's user may read what has that label."""
         return label is None or (self.user is not None and self.user in label)
 
 
@@ -108,10 +123,10 @@ def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ())
 
 
 def allowed_list(label: Label) -> list[str] | None:
-    """A label as messages have it."""
+    """Returns a label as messages have it: the names in order, or None."""
     return None if label is None else sorted(label)
 
 
 def users_of(label: Label) -> str:
-    """Who may read what has that label, in words."""
+    """Returns who may read what has that label, in words."""
     return ", ".join(sorted(label)) if label else "nobody"

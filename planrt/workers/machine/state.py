@@ -139,7 +139,7 @@ class WorkerState:
         """See `TrainingOps.remove_dataset`."""
         self._training.remove_dataset(key)
 
-    def own(self, id: int, tensor: torch.Tensor) -> None:
+    def add_tensor(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
         about one of these, nobody may read it.
 
@@ -167,8 +167,8 @@ class WorkerState:
             ),
         )
 
-    def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether the worker holds such a tensor of its own: the same values, tags and description."""
+    def has_tensor(self, tensor: torch.Tensor) -> bool:
+        """Returns whether the worker holds such a tensor of its own: the same values, tags and description."""
         tags, description = tensor.__dict__.get("_tags", ()), tensor.__dict__.get("_description", "")
         return any(
             isinstance(stored.value, torch.Tensor)
@@ -179,7 +179,7 @@ class WorkerState:
         )
 
     def accepted_by(self, connection: int) -> m.Versions:
-        """What the client of a connection accepts; what everybody does, before it has said so."""
+        """Returns what the client of a connection accepts; what everybody does, before it has said so."""
         session = self._sessions.get(connection)
         return session.client if session is not None and session.client is not None else self.versions
 
@@ -191,10 +191,22 @@ class WorkerState:
     # ------------------------------------------------------------------------------------ the machine
 
     def handle(self, event: Event, over: Callable[[], bool] = lambda: False) -> list[Instruction]:
-        """Takes one event and says what to do; never raises for anything a client sent.
+        """Takes one event and returns what to do about it, in this order; never raises for anything a client sent.
 
         Between ops that a client posted it asks whether the turn of this event is `over`: what is left then is an event
         of its own, which it returns (`Again`), so that the ops of one client never keep all others waiting.
+
+        What comes next is the caller's. It hands in the next event only when this has returned, and it carries out
+        instructions in the order in which they were returned. After
+
+        * ``Connected``: hand in what arrives on the connection.
+        * ``Received``: for each ``ToPeer`` with a key in what is returned, hand in ``PeerAnswered`` or ``PeerFailed``
+          with that key once; until then the request has no ``Reply``. Other events may come in between.
+        * ``PeerAnswered``, ``PeerFailed``: as after ``Received``; a key that nothing waits for any more is no error.
+        * ``Again`` in what is returned: hand in its event before anything else of the same connection.
+        * ``Disconnected``, or a ``Close`` that was carried out: nothing more for that connection. ``Disconnected`` is
+          handed in once, after the last message. What other workers answer is handed in as before; a ``Reply`` for the
+          connection that comes of it has nobody to go to.
         """
         match event:
             case Connected(connection, channel):

@@ -18,7 +18,7 @@ from planrt.errors import DuplicateIdError, LocalError
 from planrt.workers.machine.kinds import KINDS
 from planrt.workers.machine.kinds.base import ObjectKinds, StoredObject
 from planrt.workers.machine.kinds.tensor import grad_of
-from planrt.workers.machine.labels import Label, MemoryLabels, both
+from planrt.workers.machine.labels import Label, MemoryLabels, join
 from planrt.workers.wire.refusals import UnknownObject
 
 MAX_OBJECTS = 1_000_000
@@ -26,7 +26,7 @@ MAX_OBJECTS = 1_000_000
 
 
 def new_id() -> int:
-    """An object id that nobody else will choose, in [0, 2**63)."""
+    """Returns an object id that nobody else will choose, in [0, 2**63)."""
     return secrets.randbits(52)
 
 
@@ -71,7 +71,7 @@ class ObjectStore:
             raise DuplicateIdError(f"an object with the id {id} is already there: choose another id")
 
     def find(self, session: str, id: int) -> StoredObject:
-        """The session's object `id`.
+        """Returns the session's object `id`.
 
         Raises:
             UnknownObject: it holds none under that id: never made, taken back, or another session's.
@@ -109,12 +109,12 @@ class ObjectStore:
         self._of_session.setdefault(session, {})[id] = None
 
     def of(self, session: str) -> Iterator[tuple[int, StoredObject]]:
-        """The objects of a session, oldest first."""
+        """Returns the objects of a session, oldest first."""
         for id in list(self._of_session.get(session, ())):
             yield id, self.objects[id]
 
     def count(self, session: str) -> int:
-        """How many objects belong to `session`."""
+        """Returns how many objects belong to `session`."""
         return len(self._of_session.get(session, ()))
 
     def end(self, session: str) -> list[StoredObject]:
@@ -155,12 +155,12 @@ class ObjectStore:
         return [hit if hit[1].owner == session else self._snapshot(session, hit[1]) for hit in hits]
 
     def label_of(self, stored: StoredObject) -> Label:
-        """Who may read the value of `stored`."""
+        """Returns who may read the value of `stored`: its own label, joined with those of the memory of its tensors."""
         label = stored.label
         if not self.memory:
             return label
         for tensor in self.tensors_of(stored):
-            label = both(label, self.memory.of(tensor))
+            label = join(label, self.memory.of(tensor))
         return label
 
     def tensors_of(self, stored: StoredObject) -> Sequence[torch.Tensor]:
@@ -168,7 +168,7 @@ class ObjectStore:
         return self.kinds.of(stored.value).tensors(stored.value)
 
     def source_of(self, stored: StoredObject) -> frozenset[str] | None:
-        """Its tags as data that nothing was written to since its owner put it here; None for anything else."""
+        """Returns its tags as data that nothing was written to since its owner put it here; None for anything else."""
         if isinstance(stored.value, torch.Tensor) and self.memory.of(stored.value) is None:
             return stored.source
         return None

@@ -149,7 +149,7 @@ class ObjectKind(ABC, Generic[V]):
 
 
 class NoValue(ObjectKind[None]):
-    """What stands under the id of a result that an op failed to make: whoever uses it is told of the failure."""
+    """The kind of results that an op failed to make: whoever uses one is told of the failure."""
 
     python_type = type(None)
     name: ClassVar[Literal["failed"]] = "failed"

@@ -43,7 +43,7 @@ class PlanObject:
     _constants: tuple[Constant, ...] | None = None
 
     def constants(self) -> tuple[Constant, ...]:
-        """Its constants as they were when this was first asked for, without values.
+        """Returns its constants as they were when this was first asked for, without values.
 
         A worker that wants plans approved asks before the first run. What planrt records never writes to constants;
         what another approved plan writes to them later is its own doing.
@@ -54,11 +54,11 @@ class PlanObject:
         return self._constants
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Its state, each tensor itself."""
+        """Returns its state, each tensor itself."""
         return tuple(self.state)
 
     def record_bytes(self) -> torch.Tensor:
-        """Its record, as it travels."""
+        """Returns its record, as it travels."""
         return torch.frombuffer(bytearray(self.record.to_bytes()), dtype=torch.uint8)
 
     def parts(self) -> list[torch.Tensor]:
@@ -66,12 +66,12 @@ class PlanObject:
         return [self.record_bytes(), *(one.detach() for one in self.state)]
 
     def copy(self) -> PlanObject:
-        """A plan with a state of its own."""
+        """Returns a plan with a state of its own."""
         return PlanObject(self.record, [_again(tensor, tensor.detach().clone()) for tensor in self.state],
                           self.training, self._constants)  # fmt: skip
 
     def snapshot(self) -> PlanObject:
-        """The same, sharing memory until somebody writes."""
+        """Returns the same plan, sharing memory until somebody writes."""
         with torch.no_grad():
             return PlanObject(
                 self.record,
@@ -139,7 +139,7 @@ class PlanKind(ObjectKind[PlanObject]):
 def new_plan_object(
     record: PlanRecord, state: Sequence[torch.Tensor], *, training: bool, device: torch.device
 ) -> PlanObject:
-    """A plan's object with that state, which it owns from here on.
+    """Returns a plan's object with that state, which it owns from here on.
 
     Raises:
         PlanArgumentError: tensors that are not its state.
@@ -155,7 +155,8 @@ def new_plan_object(
 def call(
     plan: PlanObject, training: bool, *inputs: torch.Tensor, deadline: float = math.inf
 ) -> tuple[Any, ...]:
-    """The values that the plan's outputs refer to, in their order. `deadline` as `interpreter.run` has it.
+    """Runs a plan; returns the values that its outputs refer to, in their order. `deadline` is on `time.monotonic`'s
+    clock, in seconds.
 
     Raises:
         PlanError, PlanArgumentError, ExecutionError: as the interpreter has them.
@@ -171,7 +172,7 @@ def call(
 
 
 def called_graph(args: tuple[Any, ...]) -> Graph:
-    """The graph that a call with these arguments runs.
+    """Returns the graph that a call with these arguments runs.
 
     Raises:
         LocalError: they are no call's.
@@ -213,7 +214,7 @@ def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[i
 
 
 def written(graph: Graph, inputs: Sequence[torch.Tensor]) -> frozenset[int]:
-    """Which operands of a call may be written to: 0 for the plan's state, 1 and up for its inputs."""
+    """Returns which operands of a call may be written to: 0 for the plan's state, 1 and up for its inputs."""
     return _written(PlanTwin(graph), tuple([Spec.of(one) for one in inputs]), torch.is_grad_enabled())
 
 
@@ -222,7 +223,7 @@ _records: weakref.WeakValueDictionary[str, PlanRecord] = weakref.WeakValueDictio
 
 
 def record_of(data: torch.Tensor) -> PlanRecord:
-    """The record that arrived as bytes.
+    """Returns the record that arrived as bytes.
 
     Raises:
         PlanFormatError, OpNotAllowedError: as `PlanRecord.from_bytes`.

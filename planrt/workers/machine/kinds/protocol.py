@@ -59,11 +59,11 @@ class ProtocolObject:
         return [tensor for plan in self.plans for tensor in plan.state]
 
     def chain_bytes(self) -> torch.Tensor:
-        """Its chain, as it travels."""
+        """Returns its chain, as it travels."""
         return torch.frombuffer(bytearray(self.chain.to_bytes()), dtype=torch.uint8)
 
     def snapshot(self) -> ProtocolObject:
-        """The same, sharing memory until somebody writes."""
+        """Returns the same protocol, sharing memory until somebody writes."""
         return ProtocolObject(self.chain, [plan.snapshot() for plan in self.plans], dict(self.places))
 
     def deploy(self, places: Mapping[str, m.PeerAddress]) -> Iterator[tuple[m.PeerAddress, list[int]]]:
@@ -88,7 +88,7 @@ class ProtocolObject:
         yield from freed.items()
 
     def freed(self) -> Iterator[tuple[m.PeerAddress, list[int]]]:
-        """Nobody can use it any more: returns what other workers can free."""
+        """Marks that nobody can use it any more; returns what other workers can free."""
         self.gone = True
         for (_, place), id in self.deployed.items():
             yield self.places[place], [id]
@@ -131,7 +131,7 @@ class ProtocolKind(ObjectKind[ProtocolObject]):
 
 
 def new_protocol_object(tensors: Sequence[torch.Tensor], device: torch.device) -> ProtocolObject:
-    """What arrived as bytes of a chain and the state of its plans, which it owns from here on.
+    """Returns a protocol from the bytes of its chain and the state of its plans, which it owns from here on.
 
     Raises:
         PlanFormatError, OpNotAllowedError: as `Chain.from_bytes`. PlanArgumentError: tensors that are not its state.
@@ -160,7 +160,7 @@ def new_run(
     states: dict[str, StepState],
     reaches: Reaches,
 ) -> ChainRun:
-    """A run of `protocol` that `body` asks for; `allowed` are the users who may read the state of its plans.
+    """Returns a run of `protocol` that `body` asks for; `allowed` are the users who may read the state of its plans.
 
     `states` gets the state of each step, by its name.
 
@@ -199,7 +199,7 @@ def new_run(
 
 
 def made_by(run: ChainRun, chain: Chain, ids: Sequence[int]) -> tuple[m.Made, list[tuple[int, Output]]]:
-    """The answer to a `RunProtocol`, and the outputs of the run under `ids`."""
+    """Returns the answer to a `RunProtocol`, and the outputs of the run under `ids`."""
     outputs = run.outputs
     kept: dict[tuple[str, int], int] = {}
     """(place, id there) -> number among the answer's objects."""

@@ -11,7 +11,7 @@ from planrt.errors import LocalError
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.workers.machine.events import Steps
 from planrt.workers.machine.kinds.base import ObjectKind, StoredObject
-from planrt.workers.machine.labels import Label, MemoryLabels, both
+from planrt.workers.machine.labels import Label, MemoryLabels, join
 from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import GetNotPermitted
@@ -69,7 +69,7 @@ class TensorKind(ObjectKind[torch.Tensor]):
                     "get it; set .grad = None to fetch the value alone"
                 )
             tensors.append(grad.detach())
-            label = both(label, of_gradient)
+            label = join(label, of_gradient)
         return m.Fetched(
             value.requires_grad, grad is not None, list(stored.tags), stored.description, allowed_list(label)
         ), tensors
@@ -77,7 +77,7 @@ class TensorKind(ObjectKind[torch.Tensor]):
     def label_with_gradient(self, value: torch.Tensor, label: Label, memory: MemoryLabels) -> Label:
         """Returns who may read both the value and its gradient."""
         grad = grad_of(value)
-        return label if grad is None else both(label, memory.of_gradient(grad))
+        return label if grad is None else join(label, memory.of_gradient(grad))
 
     def move(self, stored: StoredObject, body: m.Move, label: Label) -> Steps:
         """Sends the value with its gradient, or as a copy without."""
