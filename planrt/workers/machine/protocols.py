@@ -65,6 +65,8 @@ class ProtocolOps:
 
     def run(self, session: Session, body: m.RunProtocol) -> Steps:
         """Runs a protocol; its results are pointers to where they are."""
+        if (session.id, body.run) in self._runs:
+            raise LocalError(f"run {body.run} is under way already: give each run a number of its own")
         states = self._runs[session.id, body.run] = {}
         try:
             return (yield from self._run(session, body, states))
