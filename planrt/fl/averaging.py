@@ -18,6 +18,7 @@ order of the workers' ids, and equal runs have equal bits.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -170,6 +171,9 @@ def check_aggregation(aggregation: Any) -> None:
             f"aggregation must have the methods init, add and result (see planrt.fl.Aggregation), and a "
             f"{type(aggregation).__name__} lacks {', '.join(missing)}"
         )
+    for name in ("init", "add", "result"):
+        if inspect.iscoroutinefunction(getattr(aggregation, name)):
+            raise OptionError(f"{name} of an aggregation is a plain method: write def, not async def")
 
 
 def check_aggregated(found: Any, like: State) -> dict[str, torch.Tensor]:

@@ -178,9 +178,45 @@ def test_an_error_of_its_own_comes_out_as_it_is(workers):
         run_round(workers, aggregation=Broken())
 
 
+class Waiting(Collecting):
+    async def add(self, states, entries, weight):
+        return states
+
+
+class Wide(torch.nn.Module):
+    """More than 8 MB: such states are added up in a thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = torch.nn.Linear(6, 400_000)
+        self.last = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return F.log_softmax(self.last(x) + self.wide(x)[:, :3], dim=1)
+
+
+def test_large_states_are_added_in_the_same_order_and_in_place(workers):
+    async def rounds():
+        torch.manual_seed(0)
+        job = TrainConfig(Wide(), F.nll_loss, batch_size=30, optimizer_args={"lr": 0.1})
+        scheduler = RoundScheduler(
+            workers, job, dataset_key="d", seed=7, aggregation=documented_median(), hold=0
+        )
+        await scheduler.prepare()
+        before = {name: value.clone() for name, value in job.state.items()}
+        result = await scheduler.run_round(1, before, keep_worker_states=True, in_place=True)
+        for name, value in before.items():
+            states = torch.stack([result.worker_states[id][name] for id in IDS])
+            assert torch.equal(value, states.median(dim=0).values)
+            assert torch.equal(value, result.state[name])
+
+    asyncio.run(rounds())
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        (Waiting(), "write def, not async def"),
         (Collecting, "not a class: write Collecting()"),
         (torch.mean, "lacks init, add, result"),
         ("mean", "a str lacks init, add, result"),
