@@ -292,6 +292,13 @@ class BaseWorker(NamesOf02, KnowsWorkers):
             WireError: the answer is of another kind. WorkerLostError: the worker is gone.
             OptionError, LocalError, MessageTooLargeError: the message cannot be sent, and was not.
         """
+        if not (isinstance(kind, type) and issubclass(kind, m.Message)) or not isinstance(body, m.Message):
+            raise OptionError(
+                f"ask takes a kind of answer and a message, not {shown(repr(kind), 80)} and {type(body).__name__}: "
+                "write ask(m.Counted, m.CountObjects()), of planrt.workers.wire.messages as m"
+            )
+        if not isinstance(tensors, list | tuple) or not all(isinstance(one, torch.Tensor) for one in tensors):
+            raise OptionError(f"tensors= is a list of tensors, not {type(tensors).__name__}: write [tensor]")
         if plan is None:
             return await self.workplace.ask(kind, body, tensors)
         return await self.workplace.ask_about_plan(kind, body, tensors, plan, allocate)

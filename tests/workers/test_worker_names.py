@@ -77,6 +77,35 @@ def test_ask_says_what_came_instead(bob):
     assert asyncio.run(bob.ask(m.Counted, m.CountObjects()))[0].objects == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "tensors"),
+    [
+        (m.Done, "hello", ()), (m.Done, None, ()), ("Done", m.CountObjects(), ()), (str, m.CountObjects(), ()),
+        (None, m.CountObjects(), ()), (m.Done, m.CountObjects, ()), (m.Counted, m.CountObjects(), torch.ones(2)),
+        (m.Counted, m.CountObjects(), ["x"]), (m.Counted, m.CountObjects(), None),
+    ],
+)  # fmt: skip
+def test_ask_refuses_what_is_no_message_and_loses_nothing(bob, kind, body, tensors):
+    x = torch.tensor([1.0]).send(bob)
+    with pytest.raises(OptionError, match="ask takes a kind of answer and a message|tensors= is a list"):
+        asyncio.run(bob.ask(kind, body, tensors))
+    assert x.get().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        m.Post([]), m.Describe(1, [], ""), m.CancelRun(1), m.Done(), m.Counted(3), m.Found([]), m.Fetch(1 << 62, True),
+        m.Failure("LocalError", "no"),
+    ],
+)  # fmt: skip
+def test_ask_with_a_message_that_nobody_answers_says_so(bob, body):
+    x = torch.tensor([1.0]).send(bob)
+    with pytest.raises(RemoteError):
+        asyncio.run(asyncio.wait_for(bob.ask(m.Done, body), timeout=20))
+    assert x.get().tolist() == [1]
+
+
 def test_ask_of_a_worker_that_is_gone(bob):
     bob.close()
     with pytest.raises(WorkerLostError, match="no answer to CountObjects"):
