@@ -11,6 +11,12 @@ TESTS=(tests/serde tests/test_light_install.py tests/workers/test_websocket.py t
 TORCH_TESTS=("${TESTS[@]}" tests/plans/test_tracer.py tests/plans/test_training.py tests/plans/test_graph.py
     tests/plans/test_plan.py tests/plans/test_gradients.py tests/plans/test_analysis.py)
 
+# What the oldest torch does otherwise: `torch.autograd.backward([...])` and a checkpointed module without reentry cannot
+# be recorded there (a TraceError says so), and a dimension that is a string is a RuntimeError.
+OLDEST_DIFFERS=(--deselect tests/plans/test_gradients.py::test_two_backward_passes_accumulate
+    --deselect tests/plans/test_gradients.py::test_recurrent_attention_and_checkpointed_modules
+    --deselect "tests/pointers/test_pointers.py::test_shape_and_dtype_mistakes_are_raised_where_they_are_made")
+
 # What pyproject.toml names as the oldest, and the torchvision that belongs to that torch.
 oldest() { sed -n "s/^ *\"$1>=\([0-9.]*\).*/\1/p" pyproject.toml | head -1; }
 declare -A MATCHING=([2.6]=0.21)
@@ -25,7 +31,7 @@ for case in "${@:-websockets-oldest websockets-newest torch-oldest torch-newest}
         torch-oldest)
             torch=$(oldest torch)
             pins=("torch==$torch.*" "torchvision==${MATCHING[$torch]}.*")
-            tests=("${TORCH_TESTS[@]}")
+            tests=("${TORCH_TESTS[@]}" "${OLDEST_DIFFERS[@]}")
             ;;
         torch-newest) pins=("torch" "torchvision") tests=("${TORCH_TESTS[@]}") ;;
         *)
