@@ -63,7 +63,7 @@ M = TypeVar("M")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The limits of what one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`,
-    `patience`)."""
+    `patience`), and of a worker how many connections."""
 
     message: int = MESSAGE_BYTES
     header: int = HEADER_BYTES
@@ -71,6 +71,8 @@ class Limits:
     """Seconds of silence on a connection after which it is asked for a sign of life, again and again."""
     patience: float = 60.0
     """Seconds of silence from then on after which it counts as lost."""
+    connections: int = 256
+    """Connections that a worker takes from one network address at a time."""
 
 
 # ------------------------------------------------------------------------------------------- sending

@@ -178,6 +178,10 @@ class WorkerState:
             if stored.owner == ""
         )
 
+    def is_open(self, connection: int) -> bool:
+        """Returns whether a connection has a session: its handshake is over."""
+        return connection in self._sessions
+
     def accepted_by(self, connection: int) -> m.Versions:
         """Returns what the client of a connection accepts; what everybody does, before it has said so."""
         session = self._sessions.get(connection)

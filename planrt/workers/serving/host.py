@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from planrt.errors import LocalError, TransportError, WireError
+from planrt.errors import HandshakeError, LocalError, TransportError, WireError
 from planrt.logs import get_logger
+from planrt.serde import frames
 from planrt.serde.frames import Frame, Limits, encode
 from planrt.workers.machine.determinism import deterministic_kernels
 from planrt.workers.machine.events import (
@@ -40,6 +41,7 @@ from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links
+from planrt.workers.serving.openings import OPENING_SECONDS, Openings, no_tensors
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel
@@ -120,6 +122,7 @@ class WorkerHost:
         self._pipes: dict[int, Pipe] = {}
         self._serving: set[asyncio.Task[Any]] = set()
         self._guesses = Guesses()
+        self._openings = Openings(self._limits.connections)
         self._links = Links(state.id, self._handle, self._limits, dialling)
         self._stopping = False
 
@@ -153,17 +156,8 @@ class WorkerHost:
         if pipe.channel != Channel():
             await self._handle(Connected(number, pipe.channel))
         try:
-            while (received := await pipe.receive()) is not None:
-                event = Received(number, received.message, received.tensors)
-                del (
-                    received
-                )  # neither request nor reply may outlive its turn: they can be as large as a model
-                if isinstance(event.envelope.body, m.Prove) and pipe.channel.host:
-                    async with self._guesses.turn(pipe.channel.host):
-                        await self._handle(event)
-                else:
-                    await self._handle(event)
-                del event
+            with self._openings.place(pipe.channel.host):
+                await self._take_messages(number, pipe)
         except TransportError as error:
             log.warning("bad_message", worker=self.state.id, client=pipe.address, error=str(error))
             await self._complain(pipe, error)
@@ -177,6 +171,33 @@ class WorkerHost:
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
         await self._handle(Disconnected(number))
         await pipe.close()
+
+    async def _take_messages(self, number: int, pipe: Pipe) -> None:
+        """Handles what arrives, one message after the other, until the pipe ends."""
+        opening = bool(pipe.channel.host)  # within a process nobody has to be held off
+        while True:
+            opening = opening and not self.state.is_open(number)
+            received = await (self._opening_message(pipe) if opening else pipe.receive())
+            if received is None:
+                return
+            event = Received(number, received.message, received.tensors)
+            # Neither request nor reply may outlive its turn: they can be as large as a model.
+            del received
+            if isinstance(event.envelope.body, m.Prove) and pipe.channel.host:
+                async with self._guesses.turn(pipe.channel.host):
+                    await self._handle(event)
+            else:
+                await self._handle(event)
+            del event
+
+    async def _opening_message(self, pipe: Pipe) -> frames.Received[m.Envelope] | None:
+        """Takes a message of the handshake, for which nobody has much time or room."""
+        try:
+            async with asyncio.timeout(OPENING_SECONDS):
+                return await pipe.receive(no_tensors)
+        except TimeoutError:
+            reason = f"no handshake in {OPENING_SECONDS:g} s"
+            raise HandshakeError(reason, address=pipe.address) from None
 
     def _work(self, event: Event) -> list[Instruction]:
         end = time.monotonic() + TURN

@@ -1,0 +1,62 @@
+"""What a connection may take before it has a session: time, memory and places.
+
+Whoever reaches a worker's address can open connections, before any token. One that says nothing holds a file of the
+process, of which there are about a thousand, and one that announces a large message the memory for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from planrt.errors import HandshakeError, WireError
+from planrt.serde.frames import Store
+
+OPENING_SECONDS: Final = 10.0
+"""Seconds that a connection may take for each message of the handshake."""
+
+
+def no_tensors(message: object, nbytes: int) -> Store:
+    """Makes room for none: an `Allocate` for the handshake, whose messages have no tensors.
+
+    Raises:
+        WireError: always.
+    """
+    raise WireError(f"a handshake has no tensors, and these are {nbytes:,} bytes", address="")
+
+
+class Openings:
+    """Counts the connections of each address.
+
+    Args:
+        most: connections from one address at a time.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, host: str) -> Iterator[None]:
+        """Holds a place for a connection from `host`; one within the process (``""``) needs none.
+
+        Raises:
+            HandshakeError: that address has all its places.
+        """
+        if not host:
+            yield
+            return
+        if self._open[host] >= self._most:
+            raise HandshakeError(
+                f"{self._most:,} connections from your address are open, as many as it may have: close some",
+                address=host,
+            )
+        self._open[host] += 1
+        try:
+            yield
+        finally:
+            self._open[host] -= 1
+            if not self._open[host]:
+                del self._open[host]
