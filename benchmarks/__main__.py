@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import calls, memory, plans, pointers, protocols, rounds, startup, throughput, virtual
+from benchmarks import calls, memory, plans, pointers, protocols, rounds, startup, throughput, tls, virtual
 from benchmarks.measure import Row, table
 from benchmarks.workloads import Size
 from planrt.command_line import available_cores
@@ -31,6 +31,7 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "pointers": pointers.measure,
     "calls": calls.measure,
     "protocols": protocols.measure,
+    "tls": tls.measure,
 }
 
 

@@ -46,12 +46,14 @@ class Rounds:
 @contextmanager
 def websocket_workers(
     children: list[ChildOptions],
+    **options: Any,
 ) -> Iterator[list[WebsocketClientWorker]]:
-    """Worker processes, connections to them."""
+    """Worker processes, connections to them, which are made with `options`."""
     with ExitStack() as stack:
         processes = stack.enter_context(WorkerProcesses(children))
         workers = [
-            WebsocketClientWorker(worker.id, uri=worker.uri) for worker in processes.wait_ready().values()
+            WebsocketClientWorker(worker.id, uri=worker.uri, **options)
+            for worker in processes.wait_ready().values()
         ]
         stack.callback(close_all, workers)
         yield workers

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from planrt.command_line import Parser, run_command, stopped_by, whole_number
 from planrt.fl.data import digits as data
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
-from planrt.fl.serve import add_tls, describe
+from planrt.fl.serve import add_tls, holdings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def start(options: argparse.Namespace) -> None:
     try:
         workers.start()
         for worker in workers.wait_ready().values():
-            print(describe(worker.id, worker.key, worker.description, worker.images, worker.digits))
+            print(holdings(worker.id, worker.key, worker.description, worker.images, worker.digits))
             print(f"  at {worker.uri}")
         print(f"All four workers serve; {stopped_by()} stops them", flush=True)
         workers.wait()

@@ -94,7 +94,7 @@ def running_addresses(identity: Identity = NOBODY) -> dict[str, str] | None:
     With a `ca` they are looked for at ``wss://``.
 
     Raises:
-        ConnectError: only some do. HandshakeError: one does not take the token. OptionError: none answers,
+        ConnectError: only some do. HandshakeError: one does not take the identity. OptionError: none answers,
             and the identity is for workers that run.
     """
     usual = {
@@ -137,7 +137,7 @@ def _shakes_hands(worker_id: str, uri: str, identity: Identity) -> bool:
     try:
         WebsocketClientWorker(worker_id, uri=uri, timeout=3, **_shown(identity)).close()
     except HandshakeError:
-        if identity.token:  # which it did not take: that is no reason to start others
+        if identity != NOBODY:  # which it did not take: that is no reason to start others
             raise
         return False
     except TransportError:
