@@ -29,6 +29,6 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     curves          functions of one variable, as cubic pieces (`splines`)
     roots           reciprocals, quotients, roots, logarithms over the whole range
     networks        softmax, losses, means and norms
-    kernels         PyTorch's operations as protocols
+    kernels         PyTorch's operations as protocols; `layers` adds those of layers and losses
     shared          SharedTensor: PyTorch's autograd and modules on shares, all parties in this process
 """

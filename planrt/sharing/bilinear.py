@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional, grad
 
+from planrt.errors import SharingError
 from planrt.sharing.ring import bilinear
 
 Options: TypeAlias = tuple[tuple[str, Any], ...]
@@ -95,7 +96,13 @@ def bilinear_sum(
 def bilinear_shape(
     name: str, left: Sequence[int], right: Sequence[int], options: Options = ()
 ) -> tuple[int, ...]:
-    """Returns the shape of `bilinear_value`'s result; torch's own error where the shapes do not fit."""
+    """Returns the shape of `bilinear_value`'s result; torch's or NumPy's own error where the shapes do not fit.
+
+    Raises:
+        SharingError: no product of that name.
+    """
+    if name not in BILINEAR:
+        raise SharingError(f"{name!r} is no product of shares; there are {', '.join(BILINEAR)}")
     if name == "mul":
         return tuple(np.broadcast_shapes(tuple(left), tuple(right)))
     if name == "matmul" and len(left) == len(right) == 2 and left[1] == right[0]:

@@ -14,16 +14,14 @@ from typing import Any, TypeAlias
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing import curves, networks, roots
+from planrt.sharing import curves, roots, selection
 from planrt.sharing.additive import add_public
 from planrt.sharing.bilinear import bilinear_value
-from planrt.sharing.comparisons import below
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.masked import Bit, Masked, mask
-from planrt.sharing.products import bit_times, product
+from planrt.sharing.products import product
 from planrt.sharing.quotients import divide
 from planrt.sharing.rounds import Party, Protocol
-from planrt.sharing.selection import bit_times_quotient, rectified
 
 FINER = 2**24
 """The scale of public factors below 1: at a scale of 2**16, 0.02 would be wrong by 2e-4 of itself."""
@@ -91,9 +89,10 @@ def _public(context: Context, value: Value, scale: int) -> torch.Tensor:
     return encode(torch.as_tensor(value, dtype=torch.float64), scale)
 
 
-def _add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
+def add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
+    """Adds alpha times the second; of one scale, or of the finer one."""
     if alpha != 1:
-        right = (yield from _mul(context, right, alpha)) if isinstance(right, Share) else right * alpha
+        right = (yield from multiply(context, right, alpha)) if isinstance(right, Share) else right * alpha
     if not isinstance(left, Share):
         left, right = right, left
     if not isinstance(right, Share):
@@ -109,20 +108,25 @@ def _neg(context: Context, value: Share) -> Protocol[Share]:
     return Share(-value.part, value.scale)
 
 
-def _sub(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
-    return (yield from _add(context, left, right, alpha=-alpha))
+def subtract(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
+    """Subtracts alpha times the second."""
+    return (yield from add(context, left, right, alpha=-alpha))
 
 
-def _rsub(context: Context, left: Value, right: Value, alpha: float = 1) -> Protocol[Share]:
-    return (yield from _add(context, right, left, alpha=-alpha))
+def subtract_from(context: Context, left: Value, right: Value, alpha: float = 1) -> Protocol[Share]:
+    """Subtracts alpha times the first from the second."""
+    return (yield from add(context, right, left, alpha=-alpha))
 
 
-def _mul(context: Context, left: Value, right: Value) -> Protocol[Share]:
-    return (yield from _product(context, "mul", left, right))
+def multiply(context: Context, left: Value, right: Value) -> Protocol[Share]:
+    """Multiplies element by element."""
+    return (yield from any_product(context, "mul", left, right))
 
 
-def _product(context: Context, function: str, left: Value, right: Value, **options: Any) -> Protocol[Share]:
-    """A product of the table of `bilinear`, of two secrets or of one with what all know; the scales multiply."""
+def any_product(
+    context: Context, function: str, left: Value, right: Value, **options: Any
+) -> Protocol[Share]:
+    """Computes a product of `bilinear`, of two secrets or of one with what all know; the scales multiply."""
     if isinstance(left, Share) and isinstance(right, Share):
         x, y = yield from masked(context, left, right)
         return Share(product(context.party, function, x, y, **options), context.scale**2)
@@ -141,74 +145,51 @@ def _product(context: Context, function: str, left: Value, right: Value, **optio
 
 def _div(context: Context, left: Value, right: Value) -> Protocol[Share]:
     if not isinstance(right, Share):
-        return (yield from _mul(context, left, 1 / right))
+        return (yield from multiply(context, left, 1 / right))
     if not isinstance(left, Share):
         yield from reduced(context, right)
         inverse = Share(
             (yield from roots.reciprocal(context.party, right.part, context.scale)), context.scale
         )
-        return (yield from _mul(context, inverse, left))
+        return (yield from multiply(context, inverse, left))
     yield from reduced(context, left, right)
     x, y = torch.broadcast_tensors(left.part, right.part)  # type: ignore[no-untyped-call]
     return Share((yield from roots.quotient(context.party, x, y, context.scale)), context.scale)
 
 
 def _mm(context: Context, left: Value, right: Value) -> Protocol[Share]:
-    return (yield from _product(context, "matmul", left, right))
+    return (yield from any_product(context, "matmul", left, right))
 
 
 def _addmm(
     context: Context, bias: Value, left: Value, right: Value, *, beta: float = 1, alpha: float = 1
 ) -> Protocol[Share]:
-    total = yield from _mm(context, left, right)
+    result = yield from _mm(context, left, right)
     if alpha != 1:
-        total = yield from _mul(context, total, alpha)
-    return (yield from _add(context, total, bias, alpha=beta))
+        result = yield from multiply(context, result, alpha)
+    return (yield from add(context, result, bias, alpha=beta))
 
 
-def _sum(
+def total(
     context: Context, value: Share, dim: Sequence[int] | None = None, keepdim: bool = False
 ) -> Protocol[Share]:
+    """Adds up along `dim`, or all."""
     yield from ()
     dims = tuple(dim) if dim else tuple(range(value.part.dim()))
     return Share(value.part.sum(dims, keepdim=keepdim) if dims else value.part, value.scale)
 
 
-def _mean(
+def average(
     context: Context, value: Share, dim: Sequence[int] | None = None, keepdim: bool = False
 ) -> Protocol[Share]:
-    total = yield from _sum(context, value, dim, keepdim)
-    return (yield from _mul(context, total, total.part.numel() / max(1, value.part.numel())))
+    """Averages along `dim`, or of all."""
+    summed = yield from total(context, value, dim, keepdim)
+    return (yield from multiply(context, summed, summed.part.numel() / max(1, value.part.numel())))
 
 
-def _relu(context: Context, value: Share) -> Protocol[Share]:
-    """A product that comes here is scaled down in the same opening."""
-    if value.scale == context.scale:
-        (opened,) = yield from masked(context, value)
-    else:
-        (opened,) = yield from mask(context.party, value.part)
-    part, positive = yield from rectified(context.party, opened, value.scale // context.scale)
-    return Share(part, context.scale, positive=positive)
+def curve_kernel(name: str) -> Kernel:
+    """Returns the kernel of a function of `splines.CURVES`."""
 
-
-def _threshold_backward(
-    context: Context, gradient: Share, result: Share, threshold: float
-) -> Protocol[Share]:
-    if threshold != 0:
-        raise SharingError("of thresholds, only relu's is differentiated on shares")
-    positive = result.positive
-    if positive is None:
-        (opened,) = yield from masked(context, result)
-        bits = yield from below(context.party, opened, (1,))
-        positive = bits.reshape(result.part.shape).negated()
-    (slope,) = yield from mask(context.party, gradient.part)
-    if gradient.scale == context.scale:
-        return Share(bit_times(context.party, positive, slope), context.scale)
-    part = bit_times_quotient(context.party, positive, slope, gradient.scale // context.scale)
-    return Share(part, context.scale)
-
-
-def _curve(name: str) -> Kernel:
     def kernel(context: Context, value: Share) -> Protocol[Share]:
         yield from reduced(context, value)
         return Share((yield from curves.curve(context.party, value.part, name, context.scale)), context.scale)
@@ -216,7 +197,9 @@ def _curve(name: str) -> Kernel:
     return kernel
 
 
-def _root(function: Callable[..., Protocol[torch.Tensor]]) -> Kernel:
+def root_kernel(function: Callable[..., Protocol[torch.Tensor]]) -> Kernel:
+    """Returns the kernel of a function of `roots`."""
+
     def kernel(context: Context, value: Share) -> Protocol[Share]:
         yield from reduced(context, value)
         return Share((yield from function(context.party, value.part, context.scale)), context.scale)
@@ -224,67 +207,9 @@ def _root(function: Callable[..., Protocol[torch.Tensor]]) -> Kernel:
     return kernel
 
 
-def _sigmoid_backward(context: Context, gradient: Share, result: Share) -> Protocol[Share]:
-    slope = yield from _mul(context, result, (yield from _rsub(context, result, 1)))
-    return (yield from _mul(context, gradient, slope))
-
-
-def _tanh_backward(context: Context, gradient: Share, result: Share) -> Protocol[Share]:
-    slope = yield from _rsub(context, (yield from _mul(context, result, result)), 1)
-    return (yield from _mul(context, gradient, slope))
-
-
-def _softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
-    yield from reduced(context, value)
-    return Share((yield from networks.softmax(context.party, value.part, dim, context.scale)), context.scale)
-
-
-def _softmax_backward(
-    context: Context, gradient: Share, result: Share, dim: int, dtype: torch.dtype
-) -> Protocol[Share]:
-    weighted = yield from _mul(context, gradient, result)
-    total = yield from _mul(context, result, (yield from _sum(context, weighted, [dim], True)))
-    return (yield from _sub(context, weighted, total))
-
-
-def _log_softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
-    yield from reduced(context, value)
-    found = yield from networks.log_softmax(context.party, value.part, dim, context.scale)
-    return Share(found, context.scale)
-
-
-def _log_softmax_backward(
-    context: Context, gradient: Share, result: Share, dim: int, dtype: torch.dtype
-) -> Protocol[Share]:
-    yield from reduced(context, result)
-    powers = yield from _curve("exp_negative")(context, result)
-    total = yield from _mul(context, powers, (yield from _sum(context, gradient, [dim], True)))
-    return (yield from _sub(context, gradient, total))
-
-
-_MEAN, _SUM = 1, 2
-
-
-def _mse_loss(context: Context, value: Value, target: Value, reduction: int = _MEAN) -> Protocol[Share]:
-    difference = yield from _sub(context, value, target)
-    squares = yield from _mul(context, difference, difference)
-    if reduction == _MEAN:
-        return (yield from _mean(context, squares))
-    return (yield from _sum(context, squares)) if reduction == _SUM else squares
-
-
-def _mse_loss_backward(
-    context: Context, gradient: Share, value: Value, target: Value, reduction: int
-) -> Protocol[Share]:
-    difference = yield from _sub(context, value, target)
-    factor = 2 / difference.part.numel() if reduction == _MEAN else 2
-    slope = yield from _mul(context, difference, factor)
-    return (yield from _mul(context, slope, gradient))
-
-
 def _pow(context: Context, value: Share, exponent: float) -> Protocol[Share]:
     if exponent == 0.5:
-        root: Share = yield from _root(roots.sqrt)(context, value)
+        root: Share = yield from root_kernel(roots.sqrt)(context, value)
         return root
     if not float(exponent).is_integer() or not 1 <= exponent <= 64:
         raise SharingError(f"shares have powers of 0.5 and 1 to 64, not {exponent}: write it as exp and log")
@@ -293,21 +218,21 @@ def _pow(context: Context, value: Share, exponent: float) -> Protocol[Share]:
     left = int(exponent)
     while left:
         if left & 1:
-            result = square if result is None else (yield from _mul(context, result, square))
+            result = square if result is None else (yield from multiply(context, result, square))
         left >>= 1
         if left:
-            square = yield from _mul(context, square, square)
+            square = yield from multiply(context, square, square)
     return square if result is None else result
 
 
 def _addcmul(
     context: Context, base: Share, first: Value, second: Value, *, value: float = 1
 ) -> Protocol[Share]:
-    return (yield from _add(context, base, (yield from _mul(context, first, second)), alpha=value))
+    return (yield from add(context, base, (yield from multiply(context, first, second)), alpha=value))
 
 
 def _lerp(context: Context, value: Share, end: Value, weight: float) -> Protocol[Share]:
-    return (yield from _add(context, value, (yield from _sub(context, end, value)), alpha=weight))
+    return (yield from add(context, value, (yield from subtract(context, end, value)), alpha=weight))
 
 
 def _filled(value: float) -> Kernel:
@@ -351,46 +276,123 @@ def _view(name: str) -> Kernel:
     return kernel
 
 
+def _cat(context: Context, values: Sequence[Value], dim: int = 0) -> Protocol[Share]:
+    shares = [one for one in values if isinstance(one, Share)]
+    if len(shares) < len(values):
+        raise SharingError("cat of shares and of what all know: share all of them")
+    if len({one.scale for one in shares}) > 1:
+        yield from reduced(context, *shares)
+    return Share(torch.cat([one.part for one in shares], dim), shares[0].scale)
+
+
+def _fill(context: Context, value: Share, known: float) -> Protocol[Share]:
+    filled: Share = yield from _filled(float(known))(context, value)
+    return filled
+
+
+def _slice(
+    context: Context,
+    value: Share,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Protocol[Share]:
+    yield from ()
+    places: list[slice] = [slice(None)] * value.part.dim()
+    places[dim] = slice(start, end, step)
+    return Share(value.part[tuple(places)], value.scale, is_view=True)
+
+
+def _abs(context: Context, value: Share) -> Protocol[Share]:
+    return Share((yield from selection.absolute(context.party, value.part)), value.scale)
+
+
+def _sgn(context: Context, value: Share) -> Protocol[Share]:
+    return Share((yield from selection.sign(context.party, value.part)) * context.scale, context.scale)
+
+
+def _slice_backward(
+    context: Context, gradient: Share, sizes: Sequence[int], dim: int, start: int, end: int, step: int
+) -> Protocol[Share]:
+    yield from ()
+    part = torch.zeros(tuple(sizes), dtype=torch.int64)
+    places: list[slice] = [slice(None)] * len(sizes)
+    places[dim] = slice(start, end, step)
+    part[tuple(places)] = gradient.part
+    return Share(part, gradient.scale)
+
+
+def _clamp(
+    context: Context, value: Share, min: float | None = None, max: float | None = None
+) -> Protocol[Share]:
+    low, high = (None if bound is None else round(bound * value.scale) for bound in (min, max))
+    return Share((yield from selection.clamp(context.party, value.part, low, high)), value.scale)
+
+
+def _amax(context: Context, value: Share, dim: Sequence[int] = (), keepdim: bool = False) -> Protocol[Share]:
+    if len(dim) != 1:
+        raise SharingError("the largest of shares is taken along one dimension: write amax(dim=...)")
+    found, _ = yield from selection.largest(context.party, value.part, dim[0])
+    return Share(found.unsqueeze(dim[0]) if keepdim else found, value.scale)
+
+
 def _t(context: Context, value: Share) -> Protocol[Share]:
     return (yield from _view("transpose")(context, value, 0, 1)) if value.part.dim() == 2 else value
 
 
-def _convolution(
-    context: Context, value: Value, weight: Value, bias: Value | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-) -> Protocol[Share]:  # fmt: skip
-    if transposed:
-        raise SharingError("transposed convolutions of shares are not there yet")
-    function = f"conv{len(stride)}d"
-    options = {
-        "stride": tuple(stride),
-        "padding": tuple(padding),
-        "dilation": tuple(dilation),
-        "groups": groups,
-    }
-    total = yield from _product(context, function, value, weight, **options)
-    if bias is None:
-        return total
-    shape = (-1, *[1] * len(stride))
-    raised = Share(bias.part.reshape(shape), bias.scale) if isinstance(bias, Share) else bias.reshape(shape)
-    return (yield from _add(context, total, raised))
-
-
-KERNELS: dict[str, Kernel] = {
-    "add": _add, "sub": _sub, "rsub": _rsub, "mul": _mul, "div": _div, "neg": _neg, "pow": _pow,
-    "mm": _mm, "bmm": _mm, "addmm": _addmm, "convolution": _convolution, "sum": _sum, "mean": _mean,
-    "relu": _relu, "threshold_backward": _threshold_backward,
-    "sigmoid": _curve("sigmoid"), "sigmoid_backward": _sigmoid_backward, "tanh": _curve("tanh"),
-    "tanh_backward": _tanh_backward, "erf": _curve("erf"), "gelu": _curve("gelu"), "silu": _curve("silu"),
-    "softplus": _curve("softplus"), "exp": _curve("exp"),
-    "log": _root(roots.log), "sqrt": _root(roots.sqrt), "rsqrt": _root(roots.rsqrt),
-    "reciprocal": _root(roots.reciprocal),
-    "_softmax": _softmax, "_softmax_backward_data": _softmax_backward, "_log_softmax": _log_softmax,
-    "_log_softmax_backward_data": _log_softmax_backward, "mse_loss": _mse_loss, "mse_loss_backward": _mse_loss_backward,
-    "addcmul": _addcmul, "lerp": _lerp, "ones_like": _filled(1), "zeros_like": _filled(0), "zero": _filled(0),
-    "empty_like": _filled(0), "new_zeros": _zeros, "new_empty": _zeros, "new_empty_strided": _zeros,
-    "copy": _copy, "clone": _clone, "t": _t, "transpose": _view("transpose"), "permute": _view("permute"),
-    "view": _view("reshape"), "_unsafe_view": _view("reshape"), "expand": _view("expand"),
-    "unsqueeze": _view("unsqueeze"), "squeeze": _view("squeeze"), "select": _view("select"),
-}  # fmt: skip
-"""ATen name, without "aten::" and the underscore of operations in place -> protocol."""
+ARITHMETIC: dict[str, Kernel] = {
+    "add": add,
+    "sub": subtract,
+    "rsub": subtract_from,
+    "mul": multiply,
+    "div": _div,
+    "neg": _neg,
+    "pow": _pow,
+    "mm": _mm,
+    "bmm": _mm,
+    "addmm": _addmm,
+    "sum": total,
+    "mean": average,
+    "sigmoid": curve_kernel("sigmoid"),
+    "tanh": curve_kernel("tanh"),
+    "erf": curve_kernel("erf"),
+    "gelu": curve_kernel("gelu"),
+    "silu": curve_kernel("silu"),
+    "softplus": curve_kernel("softplus"),
+    "exp": curve_kernel("exp"),
+    "log": root_kernel(roots.log),
+    "sqrt": root_kernel(roots.sqrt),
+    "rsqrt": root_kernel(roots.rsqrt),
+    "reciprocal": root_kernel(roots.reciprocal),
+    "addcmul": _addcmul,
+    "lerp": _lerp,
+    "ones_like": _filled(1),
+    "zeros_like": _filled(0),
+    "zero": _filled(0),
+    "empty_like": _filled(0),
+    "new_zeros": _zeros,
+    "new_empty": _zeros,
+    "new_empty_strided": _zeros,
+    "copy": _copy,
+    "clone": _clone,
+    "t": _t,
+    "transpose": _view("transpose"),
+    "permute": _view("permute"),
+    "view": _view("reshape"),
+    "_unsafe_view": _view("reshape"),
+    "expand": _view("expand"),
+    "unsqueeze": _view("unsqueeze"),
+    "squeeze": _view("squeeze"),
+    "select": _view("select"),
+    "slice": _slice,
+    "cat": _cat,
+    "fill": _fill,
+    "abs": _abs,
+    "clamp": _clamp,
+    "amax": _amax,
+    "sgn": _sgn,
+    "sign": _sgn,
+    "slice_backward": _slice_backward,
+}
+"""ATen name, without "aten::" and the underscore of operations in place -> protocol; `layers` adds more."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from planrt.errors import SharingError
 from planrt.sharing.requests import Known, Mask
 from planrt.sharing.rounds import Party, Protocol
 
@@ -122,7 +123,15 @@ def mask(party: Party, *secrets: torch.Tensor) -> Protocol[list[Masked]]:
 
     1. Take a mask r for each x.
     2. Open x + r.
+
+    Raises:
+        SharingError: a part is not int64; nothing was opened.
     """
+    for secret in secrets:
+        if secret.dtype != torch.int64:
+            raise SharingError(
+                f"parts of secrets are int64, not {secret.dtype}: encode with fixed_point.encode"
+            )
     requests = [Mask(tuple(secret.shape)) for secret in secrets]
     taken = [party.supply.take(request) for request in requests]
     opened = yield [secret + one.free[0] for secret, one in zip(secrets, taken, strict=True)]

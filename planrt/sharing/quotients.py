@@ -18,11 +18,12 @@ from planrt.sharing.fixed_point import LIMIT
 from planrt.sharing.masked import Masked, mask
 from planrt.sharing.requests import Given
 from planrt.sharing.rounds import Party, Protocol
+from planrt.types import as_whole
 
 
 def check_divisor(divisor: int) -> None:
     """Raise OptionError unless `divisor` is from 1 to 2**62 - 1."""
-    if not 1 <= divisor < LIMIT:
+    if not 1 <= as_whole(divisor, "a public divisor") < LIMIT:
         raise OptionError(f"a public divisor is a whole number from 1 to 2**62 - 1, not {divisor}")
 
 

@@ -73,9 +73,10 @@ def _coefficients(name: str) -> tuple[int, ...]:
 
 @cache
 def _powers(power: Decimal, factor: Decimal) -> tuple[int, ...]:
-    """factor * 2**(e * power) as integers, for e from 0 to `TOP`."""
+    """factor * 2**(e * power) as integers, for e from 1 to `TOP`, and 0 for e = 0: nothing for what is not positive."""
     with localcontext(EXACT):
-        return tuple(int((factor * Decimal(2) ** (power * e)).to_integral_value()) for e in range(TOP + 1))
+        found = (factor * Decimal(2) ** (power * e) for e in range(1, TOP + 1))
+        return (0, *(int(one.to_integral_value()) for one in found))
 
 
 def normalised(party: Party, value: torch.Tensor) -> Protocol[tuple[torch.Tensor, Bit]]:
@@ -144,7 +145,7 @@ def _scaled(party: Party, y: torch.Tensor, bits: Bit, power: str, factor: Decima
 def reciprocal(
     party: Party, value: torch.Tensor, scale: int, *, positive: bool = False
 ) -> Protocol[torch.Tensor]:
-    """Returns 1 / x for 1 / scale <= |x| < 2**40 / scale, off by 2 units and 3e-6 of 1 / x; for 0 it means nothing.
+    """Returns 1 / x for 1 / scale <= |x| < 2**40 / scale, off by 2 units and 3e-6 of 1 / x; 0 for 0.
 
     1. Take x's sign away (4 rounds; not if it is known to be positive).
     2. Normalise (5 rounds), compute 1 / m (7 rounds).
@@ -192,7 +193,9 @@ def quotient(
 
 
 def sqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor]:
-    """Returns the square root of x for 1 / scale <= x < 2**40 / scale, off by 2 units and 3e-6 of it, in 14 rounds."""
+    """Returns the square root of x for 1 / scale <= x < 2**40 / scale, off by 2 units and 3e-6 of it, and
+    0 for x <= 0, in 14 rounds.
+    """
     check_scale(scale)
     m, bits = yield from normalised(party, value)
     y = yield from polynomial(party, m, "sqrt")
@@ -200,7 +203,9 @@ def sqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor
 
 
 def rsqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor]:
-    """Returns 1 / sqrt(x) for 1 / scale <= x < 2**40 / scale, off by 2 units and 3e-6 of it, in 14 rounds."""
+    """Returns 1 / sqrt(x) for 1 / scale <= x < 2**40 / scale, off by 2 units and 3e-6 of it, and
+    0 for x <= 0, in 14 rounds.
+    """
     check_scale(scale)
     m, bits = yield from normalised(party, value)
     y = yield from polynomial(party, m, "rsqrt")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from planrt.errors import SharingError, ValueRangeError
 from planrt.sharing.additive import add_public
 from planrt.sharing.comparisons import below, negative, signs, to_bit
 from planrt.sharing.fixed_point import LIMIT
@@ -22,6 +23,7 @@ from planrt.sharing.products import bit_times, known_times_coin, product
 from planrt.sharing.quotients import check_divisor, shifted
 from planrt.sharing.requests import Given, pair_differences, pairs
 from planrt.sharing.rounds import Party, Protocol
+from planrt.types import as_whole
 
 GROUP = 16
 """So many values are compared all with all, in 5 or 6 rounds; more of them go through a tree of groups."""
@@ -89,7 +91,9 @@ def clamp(
     2. Compare with both bounds at once.
     3. Add [x < low] (low - x) and [x > high] (high - x).
     """
-    bounds = [bound for bound in (low, high) if bound is not None]
+    bounds = [as_whole(bound, "a bound") for bound in (low, high) if bound is not None]
+    if any(abs(bound) >= LIMIT for bound in bounds):
+        raise ValueRangeError(f"bounds lie between -2**62 and 2**62, not {bounds}")
     if low is not None and high is not None and low > high:
         low, bounds = high, [high, high]
     if not bounds:
@@ -155,16 +159,21 @@ def largest(
     3. Again, with what the groups gave, until one is left.
     """
     rest = values.movedim(dim, 0)
-    shape, values = rest.shape[1:], rest.reshape(rest.shape[0], -1)
+    if not len(rest):
+        raise SharingError(
+            f"there is no largest of nothing: dimension {dim} of {list(values.shape)} is empty"
+        )
+    shape, values = rest.shape[1:], rest.reshape(len(rest), math.prod(rest.shape[1:]))
     places = party.public(torch.arange(len(values))[:, None].expand(values.shape)) if index else None
     while len(values) > 1:
         group = _group(len(values))
         whole = len(values) // group * group
         parts = [_columns(one[:whole], group) for one in (values, places) if one is not None]
         left = [one[whole:] for one in (values, places) if one is not None]
+        size = values.shape[1]
         masked = yield from mask(party, *parts)
         bit = yield from winners(party, masked[0])
-        chosen = [bit_times(party, bit, one).sum(0).reshape(whole // group, -1) for one in masked]
+        chosen = [bit_times(party, bit, one).sum(0).reshape(whole // group, size) for one in masked]
         joined = [torch.cat(pair) for pair in zip(chosen, left, strict=True)]
         values, places = joined[0], joined[1] if index else None
     found = places[0].reshape(shape) if places is not None else torch.zeros(shape, dtype=torch.int64)
@@ -177,7 +186,8 @@ def _group(count: int) -> int:
 
 def _columns(values: torch.Tensor, group: int) -> torch.Tensor:
     """(groups * group, n) -> (group, groups * n), neighbours in one group."""
-    return values.reshape(-1, group, values.shape[1]).transpose(0, 1).reshape(group, -1)
+    groups, count = len(values) // group, values.shape[1]
+    return values.reshape(groups, group, count).transpose(0, 1).reshape(group, groups * count)
 
 
 def max_pool2d(

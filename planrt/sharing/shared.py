@@ -15,7 +15,8 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing.additive import reconstruct, share
 from planrt.sharing.fixed_point import DEFAULT_SCALE, decode, encode
-from planrt.sharing.kernels import KERNELS, Context, Share
+from planrt.sharing.kernels import Context, Share
+from planrt.sharing.layers import KERNELS
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.rounds import Transcript, new_parties, run_together
 from planrt.types import map_leaves
@@ -104,6 +105,16 @@ class SharedTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SharedTensor({list(self.shape)}, {len(self.shares)} parties, scale {self.session.scale})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
+        """Returns a copy in shares of the same parties."""
+        made = [Share(one.part.clone(), one.scale, one.masked) for one in self.shares]
+        found = SharedTensor(self.session, made, self.dtype, requires_grad=self.requires_grad)
+        memo[id(self)] = found
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SharingError("shares of all parties are not saved in one place: save what get() returns")
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -132,12 +143,19 @@ class SharedTensor(torch.Tensor):
             )
         made = first.session.run(name, kernel, tuple(args), kwargs or {})
         if not in_place:
-            return SharedTensor(first.session, made, first.dtype)
+            return _wrapped(first, made)
         if made[0].part.shape != args[0].shape:
             raise SharingError(f"{name}: a result of shape {list(made[0].part.shape)} does not fit in place")
         for old, new in zip(args[0].shares, made, strict=True):
             old.become(new)
         return args[0]
+
+
+def _wrapped(like: SharedTensor, made: list[Any]) -> Any:
+    """One tensor of what each party has; of several results, as many."""
+    if isinstance(made[0], tuple):
+        return tuple(_wrapped(like, list(one)) for one in zip(*made, strict=True))
+    return None if made[0] is None else SharedTensor(like.session, made, like.dtype)
 
 
 def _operands(value: Any) -> list[SharedTensor]:

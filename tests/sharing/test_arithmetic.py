@@ -237,3 +237,13 @@ def test_independent_protocols_share_rounds(run, anything, parties):
     assert torch.equal(found, x * x)
     assert ((quotient * 8 - y).abs() < 8).all()
     assert transcript.rounds == 1
+
+
+def test_products_that_make_no_sense():
+    party, x = new_parties(2)[0], torch.arange(3)
+    with pytest.raises(SharingError, match="parts of secrets are int64"):
+        next(multiply(party, "mul", torch.rand(3), torch.rand(3)))
+    with pytest.raises(SharingError, match="no product of shares"):
+        run_together([multiply(one, "system", x, x) for one in new_parties(2)])
+    with pytest.raises(OptionError, match="whole number"):
+        run_together([truncate(one, x, 2.5) for one in new_parties(2)])

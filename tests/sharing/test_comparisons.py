@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from planrt.errors import SharingError, ValueRangeError
 from planrt.sharing import selection
 from planrt.sharing.comparisons import below, borrow, equal, less_than, less_than_zero
 from planrt.sharing.masked import mask
-from planrt.sharing.rounds import Transcript
+from planrt.sharing.rounds import Transcript, new_parties
 
 
 def near_and_far(anything, bits=64):
@@ -146,3 +147,15 @@ def test_max_pool(run, kernel, stride, padding):
     found = run(lambda party, x: selection.max_pool2d(party, x, kernel, stride, padding), x)
     expected = functional.max_pool2d(x.double(), kernel, stride, padding)
     assert torch.equal(found, expected.long())
+
+
+def test_largest_of_nothing(run):
+    with pytest.raises(SharingError, match="no largest of nothing"):
+        run(lambda party, x: selection.largest(party, x, 1), torch.zeros(3, 0, dtype=torch.int64))
+    found, _ = run(lambda party, x: selection.largest(party, x, 1), torch.zeros(0, 3, dtype=torch.int64))
+    assert found.shape == (0,)
+
+
+def test_bounds_out_of_range():
+    with pytest.raises(ValueRangeError, match="bounds lie between"):
+        next(selection.clamp(new_parties(2)[0], torch.zeros(2, dtype=torch.int64), -(2**70), 3))

@@ -113,6 +113,11 @@ def test_reciprocals_of_negative_values():
     assert fixed(roots.reciprocal, x, scale=2**16).tolist() == pytest.approx((1 / x).tolist(), abs=5e-5)
 
 
+@pytest.mark.parametrize("name", ["reciprocal", "sqrt", "rsqrt"])
+def test_zero_gives_zero(name):
+    assert fixed(getattr(roots, name), torch.zeros(5), scale=2**16).tolist() == [0.0] * 5
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_quotients_of_two_secrets(scale):
     y = torch.cat([-(s := torch.logspace(-1, 4, 100, dtype=torch.float64)), s])

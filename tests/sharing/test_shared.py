@@ -1,6 +1,7 @@
 """PyTorch's autograd, modules and optimizers on shares, against the same on plain tensors."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ FUNCTIONS = {
     "log_softmax": lambda x, y: x.log_softmax(1) * y,
     "views": lambda x, y: (x.reshape(5, 4) @ y).transpose(0, 1),
     "root": lambda x, y: (x * x + 1).sqrt() * y,
+    "cat and slice": lambda x, y: torch.cat([x[1:3], x * y])[:, 1:4],
+    "absolute": lambda x, y: (x * y).abs(),
     "exp": lambda x, y: x.exp(),
     "log": lambda x, y: (x * x + 0.5).log(),
 }
@@ -96,13 +99,16 @@ def test_a_network_trains_as_it_does_in_the_clear(session, loss):
         assert (other.get() - one).abs().max() < 1e-3
 
 
-def test_a_convolution_forward(session):
+def test_a_convolutional_network_trains(session):
+    torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    x = random(2, 1, 8, 8)
-    expected = model(x)
-    with torch.no_grad():
-        found = session.share_module(copy.deepcopy(model))(session.share(x))
-    assert (found.get() - expected).abs().max() < 1e-3
+    x, y = random(4, 1, 8, 8), random(4, 3, seed=5)
+    plain, shared = model, session.share_module(copy.deepcopy(model))
+    expected = steps(plain, x, y, functional.mse_loss, count=4)
+    found = steps(shared, session.share(x), session.share(y), functional.mse_loss, count=4)
+    assert found.get().item() == pytest.approx(expected.item(), abs=1e-3)
+    for one, other in zip(plain.parameters(), shared.parameters(), strict=True):
+        assert (other.get() - one).abs().max() < 1e-3
 
 
 def test_what_was_opened_under_a_mask_is_not_opened_again(session):
@@ -133,6 +139,10 @@ def test_relu_of_a_product_costs_no_opening_more(session):
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "these arguments"),
         (lambda x: functional.gelu(x, approximate="tanh"), "these arguments"),
         (lambda x: x.sum(dtype=torch.float64), "these arguments"),
+        (lambda x: pickle.dumps(x), "save what get"),
+        (lambda x: x.amax(), "along one dimension"),
+        (lambda x: torch.cat([x, torch.ones(1, 5)]), "share all of them"),
+        (lambda x: x[0].fill_(2), "would change a view"),
         (lambda x: x.sum().item(), "has no protocol"),
         (lambda x: bool((x > 0).any()), "has no protocol"),
     ],
@@ -151,6 +161,18 @@ def test_values_that_do_not_fit_are_refused():
             session.share(torch.tensor([1.0, bad]))
     with pytest.raises(ValueRangeError, match="values lie between"):
         session.share(torch.ones(2)) + 1e15
+
+
+def test_without_gradients(session):
+    values = random(4, 5)
+    x = session.share(values)
+    assert (x.clamp(-0.5, 0.25).get() - values.clamp(-0.5, 0.25)).abs().max() < 1e-4
+    assert (x.amax(1).get() - values.amax(1)).abs().max() < 1e-4
+    twin = copy.deepcopy(x)
+    x.mul_(2).sub_(1)
+    assert (x.get() - (values * 2 - 1)).abs().max() < 1e-4
+    assert (twin.get() - values).abs().max() < 1e-4
+    assert x.fill_(3).get().tolist() == [[3.0] * 5] * 4
 
 
 def test_decimal_places(session):
