@@ -278,6 +278,9 @@ class Received(Generic[M]):
 class FrameAssembler(Generic[M]):
     """Builds one message from the pieces of its frame.
 
+    Call `feed` with each piece; or, where `room` returns memory, read the next bytes into that and call `filled`
+    with their number, which copies nothing. Call `finish` once the frame has ended.
+
     `decode` turns the header's builtins into a typed message and raises WireError for anything else;
     `allocate` then says where the payload goes. `address` is for error messages.
     """

@@ -69,6 +69,10 @@ class QueuedMessage:
 class Connection:
     """Sends posts and requests to one worker and matches its replies.
 
+    `open` makes one. From any thread then: `post_op` and `post` for what is not answered, `enqueue` for a request.
+    On the loop: `finish` waits for the answer to what `enqueue` returned, `request` does both. `close` at the
+    end. All leave in the order of the calls.
+
     `turns` bounds how many computing requests are under way over all connections that share it: virtual workers
     compute one after the other, so that more would only fill memory with copies of parameters.
     """

@@ -1,8 +1,10 @@
 """The client's half of a session: numbers requests, matches replies, turns failures into errors; no I/O.
 
-Call ``hello`` and send what it returns; hand the reply to ``challenged``, and to ``welcome`` when it asks for nothing.
-From then on call ``request`` for
-each message to send, and ``reply`` for each one that arrives: it says which request was answered, and how.
+Opening: send what ``hello`` returns. Hand the answer to ``challenged``; if that returns a message, send it, and
+take the answer to it in place of the first. Hand the answer to ``welcome``, which returns nothing or raises.
+
+From then on call ``request`` for each message to send, and ``reply`` for each one that arrives: it says which
+request was answered, and how. Call ``forget`` where nobody waits for an answer any more.
 """
 
 from __future__ import annotations
@@ -50,17 +52,20 @@ class ClientSession:
         self._pending: set[int] = set()
         self._abandoned: set[int] = set()
 
+    # Opening: hello, challenged, and welcome at the end.
+
     def hello(self, token: str = "", binding: bytes | None = None, *, for_others: bool = False) -> m.Envelope:
-        """The first message of a connection. `token` is what the worker shall know its user by; it is proved, bound to
-        the channel where that has a `binding`, and stays here. `for_others` is of a worker that acts for its clients.
+        """Returns the first message of a connection; its answer goes to `challenged`. `token` is what the worker shall
+        know its user by; it is proved, bound to the channel where that has a `binding`, and stays here.
+        `for_others` is of a worker that acts for its clients.
         """
         self._proving = Proving(token, binding) if token else None
         first = self._proving.first if self._proving else ""
         return self.request(m.Hello(self.id, self._mine, proof=first, for_others=for_others))
 
     def challenged(self, envelope: m.Envelope) -> m.Envelope | None:
-        """The proof that the answer to `hello` asks for, to be sent and its answer given to `welcome`; None if it asks
-        for none. Takes milliseconds.
+        """Returns the proof that the answer to `hello` asks for; send it, and give its answer to `welcome`. None if it
+        asks for none: give that answer itself to `welcome`. Takes milliseconds.
 
         Raises:
             HandshakeError: it cannot be answered.
@@ -74,7 +79,7 @@ class ClientSession:
             raise self._unproved(error) from None
 
     def welcome(self, envelope: m.Envelope) -> None:
-        """Takes the answer to `hello`, or to the proof that was asked for.
+        """Takes the answer to `hello`, or to the proof that was asked for. `request` may be called from then on.
 
         Raises:
             HandshakeError: refused, or another worker answers under this address, or one that does not know the token.
@@ -114,14 +119,16 @@ class ClientSession:
         pairs = [(name, getattr(mine, name), getattr(self.versions, name)) for name in fields]
         return [(name, here, there) for name, here, there in pairs if here != there]
 
+    # Once it is open: request for what is sent, reply for what arrives.
+
     def request(self, body: m.Body) -> m.Envelope:
-        """`body` under the next request number."""
+        """Returns `body` under the next request number, to be sent; its answer goes to `reply`."""
         self._last += 1
         self._pending.add(self._last)
         return m.Envelope(self._last, body)
 
     def forget(self, id: int) -> None:
-        """Nobody waits for that request any more; a late reply to it will be dropped."""
+        """Notes that nobody waits for that request any more; `reply` drops a late answer to it."""
         if id in self._pending:
             self._pending.discard(id)
             self._abandoned.add(id)
