@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    [*(ROOT / name for name in ("README.md", "MIGRATION.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    [*(ROOT / f"{name}.md" for name in
+       ("README", "MIGRATION", "ARCHITECTURE", "SECURITY", "CONTRIBUTING", "CHANGELOG")),
      *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md", ROOT / "planrt" / "plans" / "ir" / "README.md"]
 )  # fmt: skip
 LANGUAGES = {"python", "sh", "console", "toml", "text"}
