@@ -135,6 +135,8 @@ class WebsocketServerWorker:
                 insecure=insecure,
             )
         self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
+        if require_user and not users and client_ca is None:
+            raise OptionError("--require-user lets nobody in without users: add --users, or --tls-client-ca")
         self._dialling = Dialling(peers, ca=peer_ca, cert=cert_path, key=key_path, token=peer_token)
         self._threads = threads
         self._limits = limits or Limits()

@@ -181,6 +181,26 @@ def test_a_worker_proves_a_token_to_others_and_is_nobody_there():
             chained[chained > 0]
 
 
+def test_a_certificate_for_servers_alone_is_not_shown_to_other_workers(tmp_path):
+    """As public authorities issue them: the other worker, which asks for none, is reached all the same."""
+    authority = tmp_path / "ca.pem"
+    pair = {"key_path": tmp_path / "key.pem", "cert_path": tmp_path / "cert.pem"}
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-addext", "extendedKeyUsage=serverAuth", "-keyout", pair["key_path"], "-out", pair["cert_path"]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    authority.write_bytes(pair["cert_path"].read_bytes())
+    with (
+        WebsocketServerWorker("bob", threads=1, **pair).running() as bob_at,
+        WebsocketServerWorker("alice", threads=1, peer_ca=authority, **pair).running() as alice_at,
+        WebsocketClientWorker("bob", uri=bob_at, ca=authority) as bob,
+        WebsocketClientWorker("alice", uri=alice_at, ca=authority) as alice,
+    ):
+        assert torch.tensor([1.0]).send(alice).move(bob).get().tolist() == [1]
+
+
 PEERS = {
     "none": ([], "127.0.0.1:{port}"),
     "another port": (["127.0.0.1:1", "localhost:*"], "127.0.0.1:{port}"),

@@ -118,7 +118,7 @@ def test_no_secret_is_in_a_process_list_or_an_environment(clinic, users):
 def test_an_older_clients_token_is_refused_by_name(clinic, folder, monkeypatch):
     from planrt.workers.client.session import ClientSession
 
-    def hello(self, token="", binding=None):
+    def hello(self, token="", binding=None, **options):
         return self.request(m.Hello(self.id, own_versions(), token))
 
     monkeypatch.setattr(ClientSession, "hello", hello)
@@ -218,6 +218,12 @@ def test_a_worker_does_not_start_with_what_is_wrong(tmp_path, folder, authority,
         ([*pair, "--tls-client-ca", folder / "ca.pem", "--tls-deny", weak], "line 1"),
         (["--tls-client-ca", folder / "ca.pem"], "TLS"),
         (["--host", "0.0.0.0"], "--insecure"),
+        (["--require-user"], "add --users"),
+        (["--peer-ca", weak], "weak.txt"),
+        (["--peer-ca", tmp_path / "none"], "none"),
+        (["--peers", "bad"], "HOST:PORT"),
+        (["--peer-token-file", shared], f"chmod 600 {shared}"),
+        (["--access", tmp_path / "none"], "access"),
         (["--host", "0.0.0.0", *pair], "users"),
     ):
         code = serve.main(["--id", "bob", "--empty", "--port", "0", *map(str, options)])

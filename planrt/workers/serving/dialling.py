@@ -20,6 +20,7 @@ from planrt.workers.client.connection import Connection
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import DialOptions
 from planrt.workers.transport.callers import is_loopback
+from planrt.workers.transport.tls import client_tls
 from planrt.workers.wire import messages as m
 
 LINK_TIMEOUT = 10.0
@@ -32,12 +33,12 @@ class Dialling:
     Args:
         peers: the addresses that it may dial, as ``HOST:PORT``, or ``HOST:*`` for all ports; None: of this machine.
         ca: the authorities of the others' certificates; the system's by default.
-        cert, key: its own certificate and private key, shown to those that ask for one.
+        cert, key: its own certificate and private key, shown to those that ask for one, if it is for clients too.
         token: the token of the user that it is at the others.
         everywhere: whether it dials whatever its clients say.
 
     Raises:
-        OptionError: one of these addresses is none.
+        OptionError: one of these addresses is none, or `ca` cannot be read.
     """
 
     def __init__(
@@ -52,6 +53,10 @@ class Dialling:
     ) -> None:
         self._everywhere = everywhere
         self._peers = None if peers is None else frozenset(map(_place, _several(peers)))
+        if ca is not None:
+            client_tls(ca)
+        if not _for_clients(cert, key):
+            cert = key = None
         self._ca, self._cert, self._key, self._token = ca, cert, key, token
 
     async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
@@ -89,6 +94,15 @@ class Dialling:
                 f"{shown} (peers=[...])",
                 address=peer.address,
             )
+
+
+def _for_clients(cert: str | Path | None, key: str | Path | None) -> bool:
+    """Whether a server's certificate is one for clients: those of public authorities are for servers alone."""
+    try:
+        client_tls(None, cert, key)
+    except OptionError:
+        return False
+    return True
 
 
 def _several(peers: Sequence[str]) -> list[str]:
