@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -62,21 +63,21 @@ def _internal(filename: str) -> bool:
     return filename.startswith(_folders())
 
 
+_LIBRARIES = "torch", "websockets", "IPython"
+
+
 def _folders() -> tuple[str, ...]:
-    global _internal_folders
-    if not _internal_folders:
-        homes = [Path(module.__file__ or "").parent for module in (asyncio, concurrent.futures)]
-        for name in ("torch", "websockets", "IPython"):
-            loaded = sys.modules.get(name)
-            if loaded is not None and loaded.__file__ is not None:
-                homes.append(Path(loaded.__file__).parent)
-        homes.append(Path(__file__).parent)
-        files = (contextlib.__file__, "<frozen ", "uvloop/")
-        _internal_folders = (*files, *(f"{home}{os.sep}" for home in homes))
-    return _internal_folders
+    return _folders_of(
+        *[name for name in _LIBRARIES if name in sys.modules]
+    )  # more may be loaded at the next error
 
 
-_internal_folders: tuple[str, ...] = ()
+@lru_cache
+def _folders_of(*loaded: str) -> tuple[str, ...]:
+    files = [sys.modules[name].__file__ for name in loaded]
+    homes = [Path(file).parent for file in (asyncio.__file__, concurrent.futures.__file__, *files) if file]
+    homes.append(Path(__file__).parent)
+    return (contextlib.__file__, "<frozen ", "uvloop/", *(f"{home}{os.sep}" for home in homes))
 
 
 def install() -> None:
