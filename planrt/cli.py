@@ -1,9 +1,10 @@
 """``planrt``: serve a worker, run the main job, and for data owners: look into plans, approve and deny them.
 
-What needs no torch starts without it: `pending`, `approve`, `deny`, `decisions` and `users` answer at once.
+What needs no torch starts without it: `pending`, `approve`, `deny`, `decisions`, `audit` and `users` answer at once.
 
 Exit codes (those of `serve` and `run` are in `planrt.command_line`): 0 done (for ``inspect``: the plan keeps
-the policy), 1 it breaks the policy, 2 wrong options or a file that cannot be read, 130 interrupted.
+the policy), 1 it breaks the policy (``audit --check``: the
+log is broken), 2 wrong options or a file that cannot be read, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planrt.command_line import Parser, leave, run_command
-from planrt.commands import certs, users
+from planrt.commands import audit, certs, users
 from planrt.errors import OptionError, PlanrtError
 from planrt.shown import shown
 from planrt.version import VERSION
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         _folder(one)
     users.register(commands, _command)
     certs.register(commands, _command)
+    audit.register(commands, _command)
     return parser
 
 

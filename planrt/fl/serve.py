@@ -102,6 +102,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             policy=policy,
             approvals=options.approvals,
             access=options.access,
+            audit=options.audit,
             origins=options.allow_origin,
             hosts=options.allow_host,
         )
@@ -170,6 +171,7 @@ def parser(prog: str) -> Parser:
     )
     add("--users", metavar="FILE", help="the worker's users, as `planrt users add` writes them")
     add("--access", metavar="FILE", help="which user may do what with which data (TOML); see docs/connect.md")
+    add("--audit", metavar="FILE", help="keep a log of what clients do there, for `planrt audit`")
     add("--require-user", action="store_true", help="let nobody in who proves to be no user")
     add_tls(add)
     add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")

@@ -29,6 +29,7 @@ from planrt.workers.machine.access import Access
 from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
+from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import WorkerHost, virtual_compute
 from planrt.workers.transport import addresses, memory
@@ -60,6 +61,7 @@ class VirtualWorker(BaseWorker):
         token: which of these users this client is.
         policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
         access: which user may do what with which data; see `planrt.workers.machine.access`.
+        audit: a file where the owner's log of what clients do is kept.
         device, limits: where it computes; the sizes of messages it takes.
         deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
@@ -99,6 +101,7 @@ class VirtualWorker(BaseWorker):
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
+        audit: str | Path | None = None,
         device: str | torch.device = "cpu",
         deterministic: bool | None = None,
         limits: Limits | None = None,
@@ -106,11 +109,12 @@ class VirtualWorker(BaseWorker):
         id = worker_id(hook, id, 'VirtualWorker(hook, id="bob")')
         made_with: dict[str, Any] = {
             "users": users, "token": token or None, "policy": policy, "approvals": approvals, "access": access,
-            "device": torch.device(device), "limits": limits, "deterministic": deterministic,
+            "audit": audit, "device": torch.device(device), "limits": limits, "deterministic": deterministic,
         }  # fmt: skip
         if "_made_with" in self.__dict__:
             self._made_again(made_with, data, datasets or {})
             return
+        log_file = None if audit is None else AuditFile(audit, id)
         state = WorkerState(
             id,
             device=device,
@@ -121,13 +125,16 @@ class VirtualWorker(BaseWorker):
             deterministic=deterministic,
             reaches=addresses.reaches,
             access=Access.of(access),
+            audit=log_file,
         )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)
         for tensor in data:
             check_travels(tensor)
             state.add_tensor(pointer_id(tensor), tensor)
-        self._host = WorkerHost(state, virtual_compute(), limits=limits, dialling=Dialling(everywhere=True))
+        self._host = WorkerHost(
+            state, virtual_compute(), limits=limits, dialling=Dialling(everywhere=True), audit=log_file
+        )
         self._clients: weakref.WeakSet[VirtualWorker] = weakref.WeakSet([self])
         """All clients of the host, this one included."""
         self._link_address = memory.new_address(id, self._host)

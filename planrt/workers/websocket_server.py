@@ -25,6 +25,7 @@ from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
+from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.transport import addresses
@@ -53,7 +54,8 @@ class WebsocketServerWorker:
     `users` maps user names to the tokens that prove them: private data names the users who may see it. With
     `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
     the owner's decisions about plans. `access` says which user may do what with which data
-    (`planrt.workers.machine.access`). `data` are tensors that it holds from the start, with tags and descriptions.
+    (`planrt.workers.machine.access`). `audit` is a file where the owner's log of what clients do is kept
+    (`planrt.workers.serving.audit_file`). `data` are tensors that it holds from the start, with tags and descriptions.
 
     `cert_path` and `key_path` are files in PEM, the certificate and its private key: with them the worker is reached at
     ``wss://``, and no longer at ``ws://``. With `client_ca`, a file of authorities, only who shows a certificate of one
@@ -100,6 +102,7 @@ class WebsocketServerWorker:
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
+        audit: str | Path | None = None,
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         uri: str | None = None,
@@ -141,6 +144,7 @@ class WebsocketServerWorker:
         self._threads = threads
         self._limits = limits or Limits()
         self._guarded = bool(users) or policy is not None
+        self._audit = None if audit is None else AuditFile(audit, id)
         self._state = WorkerState(
             id,
             device=device,
@@ -152,6 +156,7 @@ class WebsocketServerWorker:
             deterministic=deterministic,
             reaches=addresses.reaches,
             access=Access.of(access),
+            audit=self._audit,
         )
         for tensor in data:
             check_travels(tensor)
@@ -187,7 +192,9 @@ class WebsocketServerWorker:
             ConnectError: the port is taken, or the host is not this machine's.
         """
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
-        host = WorkerHost(self._state, compute, limits=self._limits, dialling=self._dialling)
+        host = WorkerHost(
+            self._state, compute, limits=self._limits, dialling=self._dialling, audit=self._audit
+        )
         try:
             options = ListenOptions(self._limits, self._tls, self._callers)
             async with addresses.listen(self.address, host.serve, options) as self.address:

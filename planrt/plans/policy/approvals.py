@@ -21,7 +21,7 @@ readers look whether the file changed.
 from __future__ import annotations
 
 import getpass
-import hashlib
+import io
 import json
 import os
 import re
@@ -33,6 +33,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from planrt.chained import FIRST, ChainError, links, sealed, write_whole
 from planrt.errors import ApprovalError
 
 Verdict = Literal["approved", "denied"]
@@ -50,8 +51,6 @@ MAX_ASKINGS: Final = 20
 """Most different askings that are kept of a plan; later ones are not."""
 MAX_ASKINGS_OF_ONE: Final = 5
 """Most of them by one user; clients without a token are one."""
-
-_FIRST = "0" * 64
 
 
 class QueueFullError(ApprovalError):
@@ -130,7 +129,7 @@ class Approvals:
         self._seen: tuple[int, int, int] | None = None
         self._decisions: list[Decision] = []
         self._latest: dict[str, Decision] = {}
-        self._last_hash = _FIRST
+        self._last_hash = FIRST
         try:
             self._waiting.mkdir(parents=True, exist_ok=True)
             (self.folder / "decided").mkdir(exist_ok=True)
@@ -344,21 +343,16 @@ class Approvals:
         return decision
 
     def _append(self, decision: Decision) -> None:
-        text = json.dumps({**asdict(decision), "previous": self._last_hash}, ensure_ascii=False)
-        line = text.encode() + b"\n"
+        line, _ = sealed(asdict(decision), self._last_hash)
         try:
             file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                written = os.write(file, line)
+                write_whole(file, line)
                 os.fsync(file)
             finally:
                 os.close(file)
         except OSError as error:
             raise ApprovalError(f"{self._file}: {error.strerror or error}") from None
-        if written != len(line):
-            raise ApprovalError(
-                f"{self._file}: only {written} of {len(line)} bytes were written (disk full?)"
-            )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -409,27 +403,17 @@ def _read(data: bytes, where: str) -> tuple[list[Decision], str]:
         ApprovalError: names the first line that is not what it should be.
     """
     decisions: list[Decision] = []
-    previous = _FIRST
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if number == len(lines):
-            if line:
-                raise ApprovalError(f"{where}, line {number}: it is not complete")
-            break
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ApprovalError(f"{where}, line {number}: not JSON") from None
-        wanted = [*[one.name for one in fields(Decision)], "previous"]
-        if not isinstance(values, dict) or sorted(values) != sorted(wanted):
-            raise ApprovalError(f"{where}, line {number}: not a decision")
-        if values.pop("previous") != previous:
-            raise ApprovalError(
-                f"{where}, line {number}: the chain is broken: this line or the one before was changed"
-            )
-        decisions.append(_decision(values, f"{where}, line {number}"))
-        previous = hashlib.sha256(line).hexdigest()
-    return decisions, previous
+    last = FIRST
+    wanted = sorted(one.name for one in fields(Decision))
+    try:
+        for link in links(io.BytesIO(data), where, what="a decision"):
+            number, values, last = link
+            if sorted(values) != wanted:
+                raise ApprovalError(f"{where}, line {number}: not a decision")
+            decisions.append(_decision(values, f"{where}, line {number}"))
+    except ChainError as error:
+        raise ApprovalError(str(error)) from None
+    return decisions, last
 
 
 def _decision(values: dict[str, Any], where: str) -> Decision:

@@ -25,6 +25,7 @@ from planrt.seeding import seeded
 from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, leaves, map_leaves
 from planrt.workers.machine.admission import admit, failed_on_data, label_overwritten, readable_label
+from planrt.workers.machine.audit import about, shapes_of
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.events import Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError, cut, failure_of_op
@@ -62,6 +63,7 @@ class EagerOps:
         self._store = objects.store
         self._kinds = objects.store.kinds
         self._gate = objects.gate
+        self._audit = objects.audit
         self._passes = passes
         self._peers = peers
         self._device = device
@@ -124,7 +126,13 @@ class EagerOps:
             result = self._compute(session, resolved, admitted, foreseen)
         finally:  # an op that fails may have written before, and whether it fails can depend on private values
             self._label_written(session, resolved, admitted, foreseen)
-        return self._label_result(session, resolved, result)
+        result = self._label_result(session, resolved, result)
+        if resolved.operation.traits.calls_plan and self._audit.on:
+            new = result.hidden_failure if admitted.hidden_failure is None else None
+            outcome = {"outcome": "done"} if new is None else {"outcome": "failed", "kind": new.kind}
+            shapes = shapes_of(result.value) if admitted.released else None
+            self._log_call(session, resolved, released=admitted.released, shapes=shapes, **outcome)
+        return result
 
     def _resolve(self, session: Session, op: PostedOp) -> Resolved:
         """Finds the op and its operands by their names. It never raises: where something is missing, those operands
@@ -223,6 +231,8 @@ class EagerOps:
             if foreseen.results is None:
                 raise
             hidden_failure = admitted.hidden_failure or failure_of_op(error, op, None, private=True)
+            if not traits.calls_plan:
+                self._audit.op_failed(session, op.name, error, private=True)
             value = placeholder_results(
                 op, traits, foreseen.results, resolved.values, foreseen.versions, self._device
             )
@@ -260,6 +270,24 @@ class EagerOps:
         return result
 
     # ------------------------------------------------------------------------ what the stages share
+
+    def _log_call(self, session: Session, resolved: Resolved, **facts: Any) -> None:
+        labels = [self._store.label_of(stored) for stored in resolved.operands]
+        graph = plan_objects.called_graph(resolved.args)
+        approved = self._gate is not None and self._gate.policy.approval != "open"
+        constants = resolved.args[0].constants() if approved else ()
+        self._audit.called(session, graph, constants, resolved.operands, labels, **facts)
+
+    def _log_failure(self, session: Session, resolved: Resolved, error: Exception) -> None:
+        """The owner's log has what was refused, and what failed on private data."""
+        if not self._audit.on:
+            return
+        plan = resolved.args[0] if len(resolved.args) > 1 else None
+        if resolved.operation.traits.calls_plan and isinstance(plan, plan_objects.PlanObject):
+            self._log_call(session, resolved, **about(error))
+        else:
+            private = self._label_of_all(resolved.operands) is not None
+            self._audit.op_failed(session, resolved.op.name, error, private=private)
 
     def _check_found(self, session: Session, resolved: Resolved) -> None:
         """Raises what keeps an op from being resolved."""
@@ -314,6 +342,7 @@ class EagerOps:
         """Keeps the failure of a posted op as its results. An operand that it was to change tells it at the next fetch;
         if there is nobody else to tell it, the session's next request does."""
         op, operands = resolved.op, resolved.operands
+        self._log_failure(session, resolved, error)
         label = self._label_of_all(operands)
         failure = failure_of_op(error, op, number, private=label is not None)
         if isinstance(error, NotApproved | PolicyError):  # nothing was computed from them
@@ -390,9 +419,11 @@ class EagerOps:
             if resolved.elsewhere:
                 return (yield from self._peers.call(session, op, resolved.operands))
             made = self._run(session, resolved)
-        except (OpFailedError, GetNotPermitted, NotApproved, PolicyError):
+        except (OpFailedError, GetNotPermitted, NotApproved, PolicyError) as error:
+            self._log_failure(session, resolved, error)
             raise
         except Exception as error:
+            self._log_failure(session, resolved, error)
             private = self._label_of_all(resolved.operands) is not None
             raise OpFailedError(failure_of_op(error, op, None, private=private)) from error
         finally:
@@ -408,6 +439,8 @@ class EagerOps:
             return Ref(len(objects) - 1)
 
         named = map_leaves(_plain(made.value), numbered)
+        if self._audit.on and not resolved.operation.traits.calls_plan:
+            self._audit.told(session, op.name, resolved.operands, resolved.label)
         return m.Made(encode(named), objects), ()
 
 

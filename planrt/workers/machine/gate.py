@@ -31,6 +31,7 @@ from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.policy.verify import check_rules
 from planrt.plans.training import check_classes
 from planrt.types import Ref, TensorSpec, leaves
+from planrt.workers.machine.audit import Auditor
 from planrt.workers.wire.refusals import NotApproved
 
 _REPORTS: Final = 1_000
@@ -50,18 +51,22 @@ class Gate:
     Args:
         policy: the rules.
         approvals: the folder of the owner's decisions; needed where the policy says ``approval = "ask"``.
+        audit: is told what is put before the owner.
 
     Raises:
         OptionError: plans would have to wait, and there is no place for them.
     """
 
-    def __init__(self, policy: Policy, approvals: Approvals | None = None) -> None:
+    def __init__(
+        self, policy: Policy, approvals: Approvals | None = None, audit: Auditor | None = None
+    ) -> None:
         if policy.approval == "ask" and approvals is None:
             raise OptionError(
                 'a policy with approval = "ask" needs a folder where plans wait for the owner: approvals=...'
             )
         self.policy = policy
         self._approvals = approvals
+        self._audit = audit or Auditor()
         self._reports: OrderedDict[object, Report] = OrderedDict()
         self._programs: OrderedDict[str, str] = OrderedDict()
 
@@ -128,6 +133,7 @@ class Gate:
             asking = Asking(graph.name, graph.input_names, user or "", on, purpose)
             waiting = waiting_bytes(with_names(graph) if data is None else data, constants)
             self._approvals.submit(filed, waiting, asking=asking, most=self.policy.max_pending)
+            self._audit.asked(user, graph, filed, on, purpose)
         except QueueFullError as error:
             raise NotApproved(f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}") from None
         except ApprovalError:

@@ -91,6 +91,10 @@ class Handshakes:
         """Takes note of a connection that was opened."""
         self._channels[connection] = channel
 
+    def host(self, connection: int) -> str:
+        """Returns the address at the other end of a connection; ``""`` within one process."""
+        return self._channels.get(connection, Channel()).host
+
     def disconnected(self, connection: int) -> None:
         """Forgets a connection that has ended, whatever was said on it."""
         self._channels.pop(connection, None)

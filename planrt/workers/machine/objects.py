@@ -13,6 +13,7 @@ import torch
 from planrt.errors import LocalError
 from planrt.plans.running import interpreter
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Answer, Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError
 from planrt.workers.machine.gate import Gate
@@ -29,8 +30,14 @@ class KeptObjects:
     """The objects of one worker, and what sessions may ask about them."""
 
     def __init__(
-        self, store: ObjectStore, device: torch.device, gate: Gate | None = None, access: Access | None = None
+        self,
+        store: ObjectStore,
+        device: torch.device,
+        gate: Gate | None = None,
+        access: Access | None = None,
+        audit: Auditor | None = None,
     ) -> None:
+        self.audit = audit or Auditor()
         self.store = store
         self._access = access or Access()
         self.gate = gate
@@ -141,6 +148,7 @@ class KeptObjects:
             check_fits(session.client, tensors)
             self.forget(session, body.id)
             yield from _drops(kind.freed_by_fetch(value))
+        self.audit.left(session, "fetch", stored, label, tensors)
         return answer, tensors
 
     def forget(self, session: Session, id: int) -> None:
@@ -207,6 +215,9 @@ class KeptObjects:
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
             )
         self.check_failure(session, stored)
+        self.audit.left(
+            session, "move", stored, label, self.store.tensors_of(stored), to=body.peer.worker
+        )  # before it goes
         answer = yield from kind.move(stored, body, label)
         if not (body.copy or body.keep):
             self.forget(session, body.id)

@@ -145,6 +145,10 @@ class ProtocolOps:
                 f"input {_name(protocol, number)} is private, or was computed from private data: {users_of(label)} may "
                 "send it to other workers"
             )
+        for place in sorted(places):
+            peer = protocol.places.get(place)
+            to = place if peer is None else peer.worker
+            self._objects.audit.left(session, "move", stored, label, [value], to=to)
         tensor = (
             value.detach().clone().requires_grad_(value.requires_grad)
         )  # it may change while it waits to be sent

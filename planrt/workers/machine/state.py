@@ -36,6 +36,7 @@ from planrt.plans.policy.approvals import Approvals, Status
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.audit import Audit, Auditor
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.determinism import wanted
 from planrt.workers.machine.eager import EagerOps
@@ -76,6 +77,9 @@ class _Request:
     connection: int
     id: int
     steps: Steps
+    session: Session
+    body: m.Body
+    """What was asked for."""
     keys: tuple[str, ...] = ()
     """Of the answers that it waits for."""
     run: int | None = None
@@ -91,6 +95,7 @@ class WorkerState:
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
+    `audit` is told what happens.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class WorkerState:
         deterministic: bool | None = None,
         reaches: Reaches = always,
         access: Access | None = None,
+        audit: Audit | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -116,10 +122,11 @@ class WorkerState:
         self.versions = own_versions(limits)
         self.store = ObjectStore()
         self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
-        self._gate = None if policy is None else Gate(policy, approvals)
+        self._audit = Auditor(audit)
+        self._gate = None if policy is None else Gate(policy, approvals, self._audit)
         self._access = access or Access()
         peers = PeerOps(id, self.store)
-        self._objects = KeptObjects(self.store, self.device, self._gate, self._access)
+        self._objects = KeptObjects(self.store, self.device, self._gate, self._access, self._audit)
         self._passes = BackwardPasses(self._objects, peers)
         self._eager = EagerOps(self._objects, self._passes, peers, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
@@ -228,6 +235,8 @@ class WorkerState:
     def _disconnected(self, connection: int) -> list[Instruction]:
         instructions: list[Instruction] = []
         session = self._sessions.pop(connection, None)
+        if session is not None:
+            self._audit.ended(session)
         self._handshakes.disconnected(connection)
         for request in self._of(connection):
             if request.run is not None:  # what it made on other workers must go
@@ -274,7 +283,7 @@ class WorkerState:
             left, sends = self._posted(session, envelope.body, tensors, over)
             return [*sends, *(Again(Received(connection, m.Envelope(0, body), [])) for body in left)]
         steps = self._steps(session, envelope.body, tensors)
-        request = _Request(connection, envelope.id, steps)
+        request = _Request(connection, envelope.id, steps, session, envelope.body)
         if isinstance(envelope.body, m.RunProtocol):
             request.run = envelope.body.run
         return self._advance(request, None)
@@ -292,6 +301,7 @@ class WorkerState:
             return (), self._do_posted(session, body, tensors)
         except Exception as error:  # as in _advance
             session.failure = session.failure or failure_of(error)
+            self._audit.request_failed(session, body, error)
         return (), ()
 
     def _do_posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
@@ -333,11 +343,13 @@ class WorkerState:
             else:
                 opened = self._handshakes.hello(connection, body)
         except RefusedError as error:
+            self._audit.not_opened(self._handshakes.host(connection), wrong_proof=error.distrusted)
             distrust: list[Instruction] = [Distrust(connection)] if error.distrusted else []
             return [*distrust, answer(m.Failure("HandshakeError", str(error))), Close(connection)]
         if isinstance(opened, m.Challenge):
             return [answer(opened)]
         self._sessions[connection] = opened.session
+        self._audit.opened(opened.session, self._handshakes.host(connection))
         datasets = self._training.seen_by(opened.session.user)
         return [answer(m.Welcome(self.id, self.versions, datasets, opened.proof))]
 
@@ -357,6 +369,7 @@ class WorkerState:
             body, tensors = stop.value
         except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
             body, tensors = failure_of(error), ()
+            self._audit.request_failed(request.session, request.body, error)
         instructions.append(Reply(request.connection, m.Envelope(request.id, body), tensors))
         session = self._sessions.get(request.connection)
         if session is not None and session.over:

@@ -27,6 +27,7 @@ from planrt.plans.running import interpreter
 from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.serde.tensors import payload_bytes
 from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.admission import failed_on_data
@@ -42,6 +43,7 @@ from planrt.workers.wire.refusals import UnknownDataset, UnknownPlan
 MAX_PLANS = 256
 """Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
 
+_NONE: tuple[Constant, ...] = ()
 _Draw = Callable[[Iterator[Batch]], Iterator[Batch]]
 
 
@@ -125,7 +127,7 @@ class TrainingOps:
 
     def run_plan(self, session: Session, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
         """Runs a plan once, on tensors that came with the message."""
-        plan = self._plan(body.plan)
+        plan, constants = self._plan(body.plan), _NONE
         inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
         deadline = math.inf
         if self._gate is not None:
@@ -135,6 +137,7 @@ class TrainingOps:
             deadline = self._gate.deadline()
         with seeded(body.seed, self._device):
             outputs = interpreter.execute(plan, inputs, state, device=self._device, deadline=deadline)
+        self._objects.audit.ran(session, "run", plan, constants)
         wanted = leaves(plan.outputs)
         values = [value for value, leaf in zip(leaves(outputs), wanted, strict=True) if isinstance(leaf, Ref)]
         numbers = [None if isinstance(value, torch.Tensor) else value for value in values]
@@ -142,7 +145,7 @@ class TrainingOps:
 
     def fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
         """Trains a model on a data set: one worker's part of a round, or what a client left here."""
-        plan = self._plan(body.plan)
+        plan, constants = self._plan(body.plan), _NONE
         deadline = math.inf
         source = self._dataset(session, body.dataset)
         state = self._state(session, body, tensors)
@@ -180,6 +183,7 @@ class TrainingOps:
         if body.keep_optimizer_state:
             self._objects.forget_optimizers(session)
             session.optimizer_states[kept] = result.optimizer_state
+        self._told(session, "fit", plan, constants, body.dataset, result.samples, result.state)
         answer = m.Fitted(result.loss, result.samples, result.batches, list(result.changed))
         if not body.objects:
             return answer, result.state
@@ -222,7 +226,7 @@ class TrainingOps:
 
     def evaluate(self, session: Session, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
         """Evaluates a model on a data set."""
-        plan = self._plan(body.plan)
+        plan, constants = self._plan(body.plan), _NONE
         source, deadline = self._dataset(session, body.dataset), math.inf
         state = self._state(session, body, tensors)
         if self._gate is not None:
@@ -239,11 +243,22 @@ class TrainingOps:
             result = training.evaluate(
                 plan, state, drawing(batches), bins=body.bins, device=self._device, deadline=deadline
             )
+        self._told(session, "evaluate", plan, constants, body.dataset, result.samples)
         if result.correct is None or self._counts_leave(body.dataset, result):
             return m.Evaluated(
                 result.loss, result.samples, result.correct, result.histogram, result.target_histogram
             ), ()
         return m.Evaluated(result.loss, result.samples, None, None, None), ()
+
+    def _told(
+        self, session: Session, event: str, plan: Graph, constants: Sequence[Constant], key: str, rows: int,
+        state: Sequence[torch.Tensor] = (),
+    ) -> None:  # fmt: skip
+        """The owner's log has a run on a data set."""
+        released = self._gate is not None and self._gate.covers(self._datasets[key].info.tags)
+        self._objects.audit.ran(
+            session, event, plan, constants, data=[key], rows=rows, released=released, bytes=payload_bytes(state)
+        )  # fmt: skip
 
     def _counts_leave(self, key: str, result: training.EvaluationResult) -> bool:
         """Whether the owner's rules let all counts of an evaluation out; together, as one is the rest of the others."""

@@ -38,6 +38,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.audit_file import AuditError, AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links
@@ -114,8 +115,10 @@ class WorkerHost:
         *,
         limits: Limits | None = None,
         dialling: Dialling | None = None,
+        audit: AuditFile | None = None,
     ) -> None:
         self.state = state
+        self._audit = audit
         self._compute = compute
         self._limits = limits or Limits()
         self._numbers = itertools.count(1)
@@ -207,7 +210,11 @@ class WorkerHost:
     async def _handle(self, event: Event) -> None:
         left = [event]
         while left:
-            for instruction in await self._compute.run(self._work, left.pop()):
+            event = left.pop()
+            instructions = await self._compute.run(self._work, event)
+            if self._audit is not None and self._audit.waiting:
+                instructions = await self._written(self._audit, event, instructions)
+            for instruction in instructions:
                 match instruction:
                     case Reply(connection, envelope, tensors):
                         if pipe := self._pipes.get(connection):
@@ -223,6 +230,32 @@ class WorkerHost:
                         self._links.send(instruction)
                     case Again(rest):  # the compute thread first takes what has waited meanwhile
                         left.append(rest)
+
+    async def _written(
+        self, audit: AuditFile, event: Event, instructions: list[Instruction]
+    ) -> list[Instruction]:
+        """`instructions`, once the owner's log has what they come of. Where that cannot be written nobody is sent
+        anything, and who asked loses the connection: an owner who keeps a log wants nothing to leave beside it.
+        """
+        try:
+            await asyncio.to_thread(audit.write)
+        except RuntimeError:  # this process ends: as in ComputeThread.run
+            raise asyncio.CancelledError from None
+        except AuditError as error:
+            refused: list[Instruction] = []
+            for one in instructions:
+                if isinstance(one, Reply):
+                    failure = m.Failure("AuditError", str(error))
+                    refused += [
+                        Reply(one.connection, m.Envelope(one.envelope.id, failure)),
+                        Close(one.connection),
+                    ]
+                elif not (isinstance(one, ToPeer | Again) and isinstance(event, Received)):
+                    refused.append(one)
+            if isinstance(event, Received) and not any(isinstance(one, Close) for one in refused):
+                refused.append(Close(event.connection))
+            return refused
+        return instructions
 
     def _distrust(self, connection: int) -> None:
         pipe = self._pipes.get(connection)

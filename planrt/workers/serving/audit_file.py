@@ -1,0 +1,172 @@
+"""The owner's audit log of a worker: a file of JSON lines, each with the hash of the line before (`planrt.chained`).
+
+The machine hands events in from its compute thread, and the host has them written before it sends what came of them:
+nothing leaves that is not in the log. Where a line cannot be written the worker therefore refuses what it was about to
+send, until lines can be written again; it logs that once.
+
+Lines are in the hands of the operating system then. They outlive the worker's process, and a failure of power can take
+the last ones.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from planrt.chained import FIRST, ChainError, Link, links, sealed, write_whole
+from planrt.errors import LocalError, OptionError
+from planrt.logs import get_logger
+
+log = get_logger("planrt.worker")
+
+MAX_WAITING: Final = 10_000
+"""Events that are kept while they cannot be written; of those beyond it the number is told."""
+
+
+class AuditError(LocalError):
+    """The log cannot be written."""
+
+
+class AuditFile:
+    """The log of the worker named `worker`, at `path`; it is made if it is not there, for its owner only.
+
+    Several workers may share a file: each line says which one wrote it.
+
+    Raises:
+        OptionError: it cannot be read or written, others may, or its chain is broken.
+    """
+
+    def __init__(self, path: str | Path, worker: str) -> None:
+        if os.name != "posix":
+            raise OptionError("audit logs are for systems with POSIX locks")
+        self.path = Path(path)
+        self._worker = worker
+        self._events: list[dict[str, Any]] = []
+        self._dropped = 0
+        self._events_lock, self._writing = threading.Lock(), threading.Lock()
+        self._refusing = False
+        self._size, self._head, self._lines = 0, FIRST, 0
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+            try:
+                about = os.fstat(file)
+                if not stat.S_ISREG(about.st_mode):
+                    raise OptionError(f"the audit log {self.path} is no regular file")
+                if about.st_mode & 0o077:
+                    raise OptionError(f"others may read {self.path}, or write to it: chmod 600 {self.path}")
+                self._place = about.st_dev, about.st_ino
+                with _locked(file):
+                    self._follow(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise OptionError(f"the audit log {self.path}: {error.strerror or error}") from None
+        except ChainError as error:
+            raise OptionError(f"{error}; planrt audit {self.path} --check; begin a new file") from None
+        self.record({"event": "started"})  # sessions are counted from here on
+        try:
+            self.write()
+        except AuditError as error:
+            raise OptionError(f"the audit log {self.path}: {error}") from None
+
+    @property
+    def waiting(self) -> bool:
+        """True where there are events to write."""
+        return bool(self._events)
+
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Takes an event, which `write` writes; any thread may call it."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        with self._events_lock:
+            if len(self._events) < MAX_WAITING:
+                self._events.append({"time": now, "worker": self._worker, **event})
+            else:
+                self._dropped += 1
+
+    def write(self) -> None:
+        """Writes the events that were taken, all of them or none; any thread may call it.
+
+        Raises:
+            AuditError: they cannot be written, now; they are kept.
+        """
+        with self._writing:
+            with self._events_lock:
+                events, dropped = list(self._events), self._dropped
+            if not events:
+                return
+            kept = len(events)
+            if dropped:
+                events.append({**events[-1], "event": "gap", "lines": dropped})
+            try:
+                self._append(events)
+            except (OSError, ChainError) as error:
+                why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+                if not self._refusing:
+                    log.error("audit_log_cannot_be_written", worker=self._worker, why=why)
+                self._refusing = True
+                raise AuditError(
+                    "the worker's audit log cannot be written: its owner must look there"
+                ) from None
+            if self._refusing:
+                log.warning("audit_log_is_written_again", worker=self._worker)
+            self._refusing = False
+            with self._events_lock:
+                del self._events[:kept]
+                self._dropped -= dropped
+
+    def _append(self, events: list[dict[str, Any]]) -> None:
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        try:
+            with _locked(file):
+                about = os.fstat(file)
+                if (about.st_dev, about.st_ino) != self._place or about.st_size < self._size:
+                    raise ChainError("it is another file than before, or lines were cut off")
+                self._follow(file)
+                head, data = self._head, []
+                for event in events:
+                    line, head = sealed(event, head)
+                    data.append(line)
+                whole = b"".join(data)
+                write_whole(file, whole)
+                self._size, self._head, self._lines = self._size + len(whole), head, self._lines + len(data)
+        finally:
+            os.close(file)
+
+    def _follow(self, file: int) -> None:
+        """Takes note of the lines that were written since, by another worker."""
+        with open(os.dup(file), "rb") as reading:
+            reading.seek(self._size)
+            for link in links(reading, str(self.path), previous=self._head, first=self._lines + 1):
+                self._head, self._lines = link.hash, link.number
+            self._size = reading.tell()
+
+
+def entries(path: str | Path) -> Iterator[Link]:
+    """Returns the lines of an audit log, the oldest first.
+
+    Raises:
+        OptionError: it cannot be read. ChainError: at the first line that is not what it should be.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from links(file, str(path))
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Keeps other writers away while a batch is written; closing the file ends it as well."""
+    import fcntl  # Windows has no such module
+
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
