@@ -247,6 +247,14 @@ def test_approvals_that_are_asked_for(hospital, path, tmp_path):
     assert (call["outcome"], call["kind"]) == ("refused", "NotApprovedError")
 
 
+def test_a_single_op_that_is_refused(hospital, path):
+    worker = hospital(Policy(approval="list"))(ALICE)
+    with pytest.raises(NotApprovedError):
+        (torch.ones(2).send(worker) + 1).get()
+    (line,) = told(path, "refused")
+    assert (line["user"], line["kind"], line["op"]) == ("alice", "NotApprovedError", "Tensor.add")
+
+
 def test_neither_values_nor_secrets_nor_paths_are_in_it(hospital, path):
     connect = hospital(COVERED, datasets={"patients": patients()})
     _owner, kept = published(connect)
