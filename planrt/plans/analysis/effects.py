@@ -15,6 +15,7 @@ there hangs on the ops before. Plans with such a pass take the other way (`planr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +80,18 @@ class NeedsValuesError(Exception):
 
 
 _CACHE_SIZE = 20_000
+_CACHED_LEAVES = 1_000
+"""Arguments of an op, lists counted by their items: `torch.tensor` of long lists would fill the cache."""
 _cache: dict[Any, Effect] = {}
 _ARGUMENT_BITS = 7  # torch knows at most 64 dimensions
 
 
-def effect(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Effect:
+def effect(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], check: Callable[[], None] = lambda: None
+) -> Effect:
     """Returns the effect of op `name` on these arguments, whose tensors are `Operand`s with known specs.
+
+    `check` is called before each kernel; what it raises ends the look.
 
     Raises:
         NeedsValuesError: it cannot be told without values.
@@ -101,12 +108,48 @@ def effect(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Effect:
     except TypeError:  # an argument without a hash: not cached
         key, found = (), None
     if found is None:
-        found = _observe(name, table.lookup(name), args, kwargs)
-        if key:
+        found = _observe(name, table.lookup(name), args, kwargs, check)
+        if key and sum(1 for _ in leaves((tuple(args), dict(kwargs)))) <= _CACHED_LEAVES:
             if len(_cache) >= _CACHE_SIZE:
                 _cache.clear()
             _cache[key] = found
     return found
+
+
+def bound(name: str, args: Sequence[Any]) -> int | None:
+    """Returns the most bytes that all results of an op can take whose sizes depend on values; None if unknown."""
+    word = name.rpartition(".")[2]
+    if not args or not isinstance(args[0], Operand) or args[0]._spec is None:
+        return None
+    like = args[0]._spec
+    entries = math.prod(like.shape)
+    if word in ("nonzero", "argwhere") or (word == "where" and len(args) == 1):
+        return entries * max(len(like.shape), 1) * 8
+    if word in ("unique", "unique_consecutive"):
+        return entries * (like.dtype.itemsize + 16)  # values, where each went, how many there are
+    if word == "masked_select" and len(args) > 1 and isinstance(args[1], Operand) and args[1]._spec:
+        try:
+            whole = torch.broadcast_shapes(like.shape, args[1]._spec.shape)  # type: ignore[no-untyped-call]
+        except RuntimeError:  # they do not fit
+            return None
+        return int(math.prod(whole)) * like.dtype.itemsize
+    if word == "narrow":  # from a place that is a tensor
+        return entries * like.dtype.itemsize
+    if word == "__getitem__" and len(args) > 1 and _picks_by_one_mask(args[1]):
+        return entries * like.dtype.itemsize
+    return None
+
+
+def _picks_by_one_mask(index: Any) -> bool:
+    """Whether an index gives no entry twice: a mask, and besides it whole numbers and slices only."""
+    parts = index if isinstance(index, tuple) else (index,)
+    masks = [part for part in parts if isinstance(part, Operand)]
+    return (
+        len(masks) == 1
+        and masks[0]._spec is not None
+        and masks[0]._spec.dtype == torch.bool
+        and all(part is masks[0] or part is ... or isinstance(part, int | slice) for part in parts)
+    )
 
 
 def forget() -> None:
@@ -115,9 +158,13 @@ def forget() -> None:
 
 
 def _observe(
-    name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    name: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    check: Callable[[], None],
 ) -> Effect:
-    tracker = Tracker()
+    tracker = Tracker(check)
     twins: list[torch.Tensor] = []
 
     def twin_of(leaf: Any) -> Any:
@@ -131,7 +178,9 @@ def _observe(
         return "meta" if leaf is DEVICE else leaf
 
     twin_args, twin_kwargs = map_leaves(tuple(args), twin_of), map_leaves(dict(kwargs), twin_of)
-    if name in table.FACTORIES and twin_kwargs.get("device") is None:
+    if isinstance(twin_kwargs.get("device"), str) or (
+        name in table.FACTORIES and twin_kwargs.get("device") is None
+    ):
         twin_kwargs["device"] = "meta"
     before = [(tracker.info(twin), _spec_without_autograd(twin)) for twin in twins]
     try:

@@ -11,9 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from planrt.plans.analysis.effects import ArgumentFates, Effect, MadeTensor, NeedsValuesError, Operand, effect
+from planrt.plans.analysis.effects import (
+    ArgumentFates,
+    Effect,
+    MadeTensor,
+    NeedsValuesError,
+    Operand,
+    bound,
+    effect,
+)
 from planrt.plans.analysis.findings import COPIES_BY_STRIDES, Findings, Output, paths, source_info
 from planrt.plans.analysis.flow import INDEPENDENT, Info, Node, all_lost, joined
 from planrt.plans.analysis.report import Report, Unforeseen
@@ -97,7 +103,7 @@ class Composed(Findings):
             for one in operands:
                 if one._spec is None:
                     raise NeedsValuesError
-            found = effect(op.name, args, kwargs)
+            found = effect(op.name, args, kwargs, self.clock.check)
             self._apply(index, op, found, operands)
         except NeedsValuesError:
             self._unforeseen(index, op, args, operands)
@@ -199,21 +205,21 @@ class Composed(Findings):
 
     def _unforeseen(self, index: int, op: Op, args: list[Any], operands: list[_Value]) -> None:
         info = _unforeseen_info(op.name, [(one.node.info, one.node.shape) for one in operands], index)
-        bound = _bound(op.name, args) if all(one._spec for one in operands) else None
+        most = bound(op.name, args) if all(one._spec for one in operands) else None
         for operand in _operands(table.written_operands(op.name, tuple(args), {}), {}):
             self._note_write(operand, index)
             operand.node.write(all_lost(info, op.name, index))
-        memory = _Memory(bound or 0)
+        memory = _Memory(most or 0)
         self.live += memory.size
         self.peak = max(self.peak, self.live)
         refs = list(refs_in(op.results))
         for place, ref in enumerate(refs):
-            at_most = None if bound is None else bound if place == 0 else 0
+            at_most = None if most is None else most if place == 0 else 0
             value = _Value(None, Node(info, ()), memory, at_most)
             memory.users += 1
             self.values[ref.index] = value
         flops = sum(math.prod(one._spec.shape) for one in operands if one._spec)
-        self.note(index, tuple([Unforeseen(bound)] * len(refs)), bound, None if bound is None else flops)
+        self.note(index, tuple([Unforeseen(most)] * len(refs)), most, None if most is None else flops)
 
 
 def _operands(args: Any, kwargs: Mapping[str, Any]) -> list[_Value]:
@@ -265,21 +271,3 @@ def _unforeseen_info(name: str, operands: Sequence[tuple[Info, tuple[int, ...]]]
     for info, _ in operands:
         total = joined(total, all_lost(info, name.rpartition(".")[2], index))
     return Info(total.sources, total.ops | 1 << index, total.rows)
-
-
-def _bound(name: str, args: Sequence[Any]) -> int | None:
-    """The most bytes that all results of an op can take whose sizes depend on values; None if unknown."""
-    word = name.rpartition(".")[2]
-    if not args or not isinstance(args[0], _Value) or args[0]._spec is None:
-        return None
-    like = args[0]._spec
-    entries = math.prod(like.shape)
-    if word in ("nonzero", "argwhere"):
-        return entries * max(len(like.shape), 1) * 8
-    if word in ("unique", "unique_consecutive"):
-        return entries * (like.dtype.itemsize + 16)  # values, where each went, how many there are
-    if word == "masked_select" and len(args) > 1 and isinstance(args[1], _Value) and args[1]._spec:
-        return entries * math.prod(args[1]._spec.shape) * like.dtype.itemsize  # as far as broadcasting can go
-    if word == "__getitem__" and isinstance(args[1], _Value) and args[1]._spec:
-        return entries * like.dtype.itemsize if args[1]._spec.dtype == torch.bool else None
-    return None

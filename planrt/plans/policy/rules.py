@@ -131,6 +131,8 @@ class Policy:
             a token are one user. They may take the same part of the bytes that are there for plans that wait.
         release: rules for private data.
 
+    `max_flops` and `max_memory` hold for a single op on pointers as well, and `max_output_bytes` for a fetch.
+
     A limit of None is none. Bytes of memory and time are those that a run needs for the inputs it is given.
 
     Raises:

@@ -18,7 +18,7 @@ from planrt.logs import get_logger
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import interpreter
-from planrt.types import TensorSpec
+from planrt.types import Ref, TensorSpec, map_leaves
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.kinds import plan as plan_objects
 from planrt.workers.machine.kinds.base import StoredObject
@@ -36,6 +36,7 @@ def admit(
     gate: Gate,
     store: ObjectStore,
     session: Session,
+    op: PostedOp,
     traits: OpTraits,
     args: tuple[Any, ...],
     operands: Sequence[StoredObject],
@@ -49,6 +50,12 @@ def admit(
     if not traits.calls_plan:
         if not traits.needs_no_policy:
             gate.admit_op(traits.name)
+            if not (traits.data_independent or traits.computes_gradients):
+                values = iter([stored.value for stored in operands])
+                filled = map_leaves(
+                    (op.args, op.kwargs), lambda one: next(values) if type(one) is Ref else one
+                )
+                gate.admit_size(op.name, *filled)
         return False, math.inf
     graph = plan_objects.called_graph(args)
     interpreter.check_inputs(graph, args[2:])

@@ -185,7 +185,7 @@ class EagerOps:
             raise LocalError("an op that draws random numbers needs a seed")
         if self._gate is not None:
             released, deadline = admit(
-                self._gate, self._store, session, traits, resolved.args, resolved.operands
+                self._gate, self._store, session, op, traits, resolved.args, resolved.operands
             )
             if released:
                 label = readable_label(self._store, session, resolved.operands)

@@ -16,18 +16,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from planrt.errors import ApprovalError, OptionError, PolicyError
-from planrt.plans.analysis.report import Report, Unforeseen
+from planrt.plans.analysis.report import Report, Unforeseen, count_bytes
 from planrt.plans.ir import ops
 from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.ir.record import with_names
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError, Status
 from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
+from planrt.plans.policy.single_ops import check_op
 from planrt.plans.policy.verify import check_rules
 from planrt.plans.training import check_classes
 from planrt.types import Ref, TensorSpec, leaves
@@ -324,7 +325,7 @@ class Gate:
             ) from None  # fmt: skip
 
     def admit_op(self, name: str) -> None:
-        """Raises unless single operations of that name may run.
+        """Raises unless single operations of that name may run; what they may take is for `admit_size`.
 
         Raises:
             NotApproved: the worker runs approved plans only. PolicyError: the policy does not allow the op.
@@ -336,6 +337,25 @@ class Gate:
             )
         if name in ops.TABLE and name not in self.policy.allowed_ops:
             raise PolicyError(f"the policy does not allow {name}", rule="ops", op=name)
+
+    def admit_size(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raises unless op `name` keeps to the owner's limits on these arguments: as `single_ops.check_op` does."""
+        if name in ops.TABLE:
+            check_op(self.policy, name, args, kwargs)
+
+    def admit_answer(self, nbytes: int) -> None:
+        """Raises unless the tensors of an answer to a fetch, of so many bytes, may leave in one piece.
+
+        Raises:
+            PolicyError: they are more than the owner allows.
+        """
+        most = self.policy.max_output_bytes
+        if most is not None and nbytes > most:
+            raise PolicyError(
+                f"a fetch breaks the policy: [max_output_bytes] the answer takes {count_bytes(nbytes)}, more than the "
+                f"{count_bytes(most)} allowed; nothing was removed: fetch it in parts",
+                rule="max_output_bytes",
+            )
 
     def deadline(self) -> float:
         """Returns when a run that begins now must be over, on `time.monotonic`'s clock."""

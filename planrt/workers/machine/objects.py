@@ -127,6 +127,7 @@ class KeptObjects:
         Raises:
             GetNotPermitted: it is private, and the session's user is not among those who may read it.
             UnknownObject, OpFailedError: it is not there. ReplyTooLarge: the client does not take it.
+            PolicyError: it is more than the owner's policy lets out at once.
         """
         stored = self.store.find(session.id, body.id)
         label = self.store.label_of(stored)
@@ -144,6 +145,8 @@ class KeptObjects:
         value = stored.value
         kind = self.store.kinds.of(value)
         answer, tensors = yield from kind.fetch(session, body.id, stored, label, self.store.memory)
+        if self.gate is not None:
+            self.gate.admit_answer(sum(one.numel() * one.element_size() for one in tensors))
         if body.delete:
             check_fits(session.client, tensors)
             self.forget(session, body.id)
