@@ -38,6 +38,7 @@ NOT_RUN = {
     ("README.md", "planrt serve --id clinic --dataset"): (
         "it runs until it is stopped; see tests/scripts/test_commands.py"
     ),
+    ("README.md", "planrt audit audit.jsonl --user"): "there is no such log here",
     ("docs/connect.md", "planrt serve --id alice"): "they run until they are stopped",
     ("docs/connect.md", "planrt serve --id clinic"): "it runs until it is stopped",
     ("CONTRIBUTING.md", "make check"): "these are the test suite and the benchmarks",
