@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -36,14 +37,14 @@ class AliasFinder(MetaPathFinder, Loader):
     packages = False
     """Whether there are modules below these."""
 
+    @abstractmethod
     def origin_of(self, fullname: str) -> str | None:
         """Returns what the spec of module `fullname` names as its origin; None where the finder has no such
         module."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, fullname: str) -> ModuleType:
         """Returns the module, which looks its names up when they are asked for."""
-        raise NotImplementedError
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
