@@ -37,7 +37,6 @@ class Share:
     """The same value as it was opened under a mask, if it was."""
     positive: Bit | None = None
     """The result of relu keeps where it is positive."""
-    is_view: bool = False
 
     def become(self, other: Share) -> None:
         """Takes the value of `other`: what an operation in place does."""
@@ -271,7 +270,7 @@ def _view(name: str) -> Kernel:
         part = getattr(value.part, name)(*arguments)
         opened = value.masked
         seen = getattr(opened, name)(*arguments) if opened is not None and hasattr(opened, name) else None
-        return Share(part, value.scale, seen, is_view=True)
+        return Share(part, value.scale, seen)
 
     return kernel
 
@@ -301,7 +300,7 @@ def _slice(
     yield from ()
     places: list[slice] = [slice(None)] * value.part.dim()
     places[dim] = slice(start, end, step)
-    return Share(value.part[tuple(places)], value.scale, is_view=True)
+    return Share(value.part[tuple(places)], value.scale)
 
 
 def _abs(context: Context, value: Share) -> Protocol[Share]:

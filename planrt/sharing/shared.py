@@ -1,114 +1,90 @@
-"""SharedTensor: shares under PyTorch's own autograd, modules and optimizers. Internal, until parties are real.
+"""SharedTensor: shares under PyTorch's own autograd, modules and optimizers.
 
 The class stands below autograd (`__torch_dispatch__`): torch records what is differentiated, and hands down ATen
-operations, which `kernels` has as protocols. All parties are in this process here; the same kernels run one party each
-where an `open` between workers answers what they yield.
+operations, which `kernels` and `layers` have as protocols. A tensor has a shape, a dtype and a handle; where the parts
+are, and who runs the protocols on them, is its session's affair (`sessions.SharingSession`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing.additive import reconstruct, share
-from planrt.sharing.fixed_point import DEFAULT_SCALE, decode, encode
-from planrt.sharing.kernels import Context, Share
+from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.layers import KERNELS
-from planrt.sharing.randomness import Stream, new_seed
-from planrt.sharing.rounds import Transcript, new_parties, run_together
-from planrt.types import map_leaves
+from planrt.sharing.sessions import Handle, Secret, Shapes, SharingSession
+from planrt.types import leaves, map_leaves
 
 
-class Session:
-    """Parties in this process, who compute on shares together, at one scale. `transcript` counts their traffic."""
+def share(session: SharingSession, values: torch.Tensor) -> SharedTensor:
+    """Returns `values` in shares of `session`; a leaf that requires gradients where `values` does.
 
-    def __init__(self, count: int = 2, *, scale: int = DEFAULT_SCALE) -> None:
-        self.contexts = [Context(party, scale) for party in new_parties(count)]
-        self.scale = scale
-        self.transcript = Transcript(count)
-        self._stream = Stream(new_seed())
+    Raises:
+        ValueRangeError: a value is too large for the scale, infinite or not a number.
+    """
+    handle = session.share(encode(values, session.scale), session.scale)
+    dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
+    return SharedTensor(session, handle, values.shape, dtype, requires_grad=values.requires_grad)
 
-    def share(self, values: torch.Tensor) -> SharedTensor:
-        """Returns `values` in shares; a leaf that requires gradients where `values` does.
 
-        Raises:
-            ValueRangeError: a value is too large for the scale, infinite or not a number.
-        """
-        parts = share(encode(values, self.scale), len(self.contexts), self._stream)
-        shares = [Share(part, self.scale) for part in parts]
-        dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
-        return SharedTensor(self, shares, dtype, requires_grad=values.requires_grad)
-
-    def share_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Puts the parameters and floating-point buffers of `module` into shares, in place, and returns it."""
-        for inner in module.modules():
-            for name, parameter in inner._parameters.items():
-                if parameter is not None:
-                    shared = self.share(parameter.detach())
-                    inner._parameters[name] = torch.nn.Parameter(shared, parameter.requires_grad)
-            for name, buffer in inner._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    inner._buffers[name] = self.share(buffer)
-        return module
-
-    def run(self, name: str, kernel: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
-        """Runs a kernel at every party; returns what each has then.
-
-        Raises:
-            SharingError: the kernel does not take these arguments.
-        """
-        protocols = []
-        for number, context in enumerate(self.contexts):
-
-            def mine(leaf: Any, number: int = number) -> Any:
-                return leaf.shares[number] if isinstance(leaf, SharedTensor) else leaf
-
-            try:
-                protocols.append(kernel(context, *map_leaves(args, mine), **map_leaves(kwargs, mine)))
-            except TypeError as error:  # of the call alone: a generator has not begun
-                raise SharingError(
-                    f"{name} has no protocol on shares with these arguments: {error}"
-                ) from None
-        return run_together(protocols, self.transcript)
+def share_module(session: SharingSession, module: torch.nn.Module) -> torch.nn.Module:
+    """Puts the parameters and floating-point buffers of `module` into shares, in place, and returns it."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                shared = share(session, parameter.detach())
+                inner._parameters[name] = torch.nn.Parameter(shared, parameter.requires_grad)
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                inner._buffers[name] = share(session, buffer)
+    return module
 
 
 class SharedTensor(torch.Tensor):
     """A tensor of fixed-point values that parties hold in shares. It has a shape and a dtype, and no data here."""
 
-    session: Session
-    shares: list[Share]
+    session: SharingSession
+    handle: Handle
+    """What the session knows the parts by."""
+    shows_other: bool
+    """Whether it is a view of another tensor."""
 
     @staticmethod
     def __new__(
         cls: type[SharedTensor],
-        session: Session,
-        shares: list[Share],
+        session: SharingSession,
+        handle: Handle,
+        shape: Sequence[int],
         dtype: torch.dtype,
         *,
         requires_grad: bool = False,
+        shows_other: bool = False,
     ) -> SharedTensor:
-        """Makes the wrapper: the shape is that of the parts."""
+        """Makes the wrapper."""
         made: SharedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shares[0].part.shape, dtype=dtype, device=torch.device("cpu"), requires_grad=requires_grad
+            cls, tuple(shape), dtype=dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
-        made.session, made.shares = session, shares
+        made.session, made.handle, made.shows_other = session, handle, shows_other
         return made
 
     def get(self) -> torch.Tensor:
-        """Returns the values, which all parties open."""
-        whole = reconstruct([one.part for one in self.shares])
-        return decode(whole, self.shares[0].scale, self.dtype)
+        """Returns the values, which the parties open to the caller."""
+        whole, scale = self.session.open(self.handle)
+        return decode(whole, scale, self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"SharedTensor({list(self.shape)}, {len(self.shares)} parties, scale {self.session.scale})"
+        session = self.session
+        return f"SharedTensor({list(self.shape)}, {len(session.parties)} parties, scale {session.scale})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
         """Returns a copy in shares of the same parties."""
-        made = [Share(one.part.clone(), one.scale, one.masked) for one in self.shares]
-        found = SharedTensor(self.session, made, self.dtype, requires_grad=self.requires_grad)
+        copied = self.session.run("clone", (Secret(self.handle),), {}, self.shape, in_place=False)
+        found = SharedTensor(self.session, copied, self.shape, self.dtype, requires_grad=self.requires_grad)
         memo[id(self)] = found
         return found
 
@@ -124,47 +100,81 @@ class SharedTensor(torch.Tensor):
         Raises:
             SharingError: there is none for it, operands are of different sessions, or it would change a view in place.
         """
+        kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        operands = _operands((args, kwargs or {}))
+        operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, SharedTensor)]
         first = operands[0]
         if any(one.session is not first.session for one in operands):
             raise SharingError(f"{name}: its operands are shared in different sessions, by different parties")
         if name in ("detach", "alias"):  # the same value: what was opened of it stays known
-            return SharedTensor(first.session, first.shares, first.dtype)
+            return SharedTensor(
+                first.session, first.handle, first.shape, first.dtype, shows_other=first.shows_other
+            )
         in_place = name.endswith("_") and not name.endswith("__")
-        kernel = KERNELS.get(name.removesuffix("_") if in_place else name)
-        if kernel is None:
+        kernel_name = name.removesuffix("_") if in_place else name
+        if kernel_name not in KERNELS:
             raise SharingError(
                 f"{name} has no protocol on shares: open the operands with get(), or write it without"
             )
-        if in_place and (not isinstance(args[0], SharedTensor) or args[0].shares[0].is_view):
+        if in_place and (not isinstance(args[0], SharedTensor) or args[0].shows_other):
             raise SharingError(
                 f"{name} would change a view, or what all know, in place: write it out of place"
             )
-        made = first.session.run(name, kernel, tuple(args), kwargs or {})
-        if not in_place:
-            return _wrapped(first, made)
-        if made[0].part.shape != args[0].shape:
-            raise SharingError(f"{name}: a result of shape {list(made[0].part.shape)} does not fit in place")
-        for old, new in zip(args[0].shares, made, strict=True):
-            old.become(new)
-        return args[0]
+        given, options = map_leaves(tuple(args), _secret), map_leaves(kwargs, _secret)
+        _check_arguments(name, kernel_name, given, options)
+        shapes = _shapes(func, args, kwargs)
+        if in_place and shapes != args[0].shape:
+            raise SharingError(f"{name}: a result of shape {list(shapes)} does not fit in place")
+        made = first.session.run(kernel_name, given, options, shapes, in_place=in_place)
+        if in_place:
+            return args[0]
+        is_view = any(one.alias_info is not None for one in func._schema.returns)
+        return _wrapped(first, made, shapes, is_view)
 
 
-def _wrapped(like: SharedTensor, made: list[Any]) -> Any:
-    """One tensor of what each party has; of several results, as many."""
-    if isinstance(made[0], tuple):
-        return tuple(_wrapped(like, list(one)) for one in zip(*made, strict=True))
-    return None if made[0] is None else SharedTensor(like.session, made, like.dtype)
+def _secret(leaf: Any) -> Any:
+    return Secret(leaf.handle) if isinstance(leaf, SharedTensor) else leaf
 
 
-def _operands(value: Any) -> list[SharedTensor]:
-    found: list[SharedTensor] = []
+@cache
+def _signature(name: str) -> inspect.Signature:
+    return inspect.signature(KERNELS[name])
 
-    def look(leaf: Any) -> Any:
+
+def _check_arguments(name: str, kernel: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises SharingError unless the kernel takes such arguments: here, before anything is asked of the parties."""
+    try:
+        _signature(kernel).bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise SharingError(f"{name} has no protocol on shares with these arguments: {error}") from None
+
+
+_META = torch.device("meta")
+
+
+def _shapes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Shapes:
+    """The shapes of the results, which torch tells from tensors without values."""
+
+    def twin(leaf: Any) -> Any:
         if isinstance(leaf, SharedTensor):
-            found.append(leaf)
-        return leaf
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=_META)
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(_META)
+        return _META if isinstance(leaf, torch.device) else leaf
 
-    map_leaves(value, look)
-    return found
+    return _shape_of(func(*map_leaves(tuple(args), twin), **map_leaves(kwargs, twin)))
+
+
+def _shape_of(result: Any) -> Shapes:
+    if isinstance(result, tuple | list):
+        return tuple(_shape_of(one) for one in result)
+    return result.shape if isinstance(result, torch.Tensor) else None
+
+
+def _wrapped(like: SharedTensor, made: Any, shapes: Shapes, is_view: bool) -> Any:
+    """Tensors of handles, in their nesting."""
+    if shapes is None:
+        return None
+    if isinstance(shapes, torch.Size):
+        return SharedTensor(like.session, made, shapes, like.dtype, shows_other=is_view)
+    return tuple(_wrapped(like, one, shape, is_view) for one, shape in zip(made, shapes, strict=True))

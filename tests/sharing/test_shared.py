@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 from planrt.errors import SharingError, ValueRangeError
-from planrt.sharing.shared import Session, SharedTensor
+from planrt.sharing.in_process import InProcessSession
+from planrt.sharing.shared import SharedTensor, share, share_module
 
 
 @pytest.fixture(params=[2, 3], ids=lambda count: f"{count}parties")
 def session(request):
-    return Session(request.param)
+    return InProcessSession(request.param)
 
 
 def random(*shape, seed=0):
@@ -51,10 +52,10 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_and_gradients(name):
-    session = Session(2)
+    session = InProcessSession(2)
     values = random(4, 5, seed=1), random(4, 5, seed=2)
     plain = [value.clone().requires_grad_() for value in values]
-    shared = [session.share(value).requires_grad_() for value in values]
+    shared = [share(session, value).requires_grad_() for value in values]
     expected, found = FUNCTIONS[name](*plain), FUNCTIONS[name](*shared)
     assert isinstance(found, SharedTensor)
     assert found.shape == expected.shape
@@ -90,9 +91,9 @@ def test_a_network_trains_as_it_does_in_the_clear(session, loss):
         "mse": functional.mse_loss,
         "cross entropy": lambda logits, target: -(logits.log_softmax(1) * target).sum() / 32,
     }[loss]
-    plain, shared = network(), session.share_module(network())
+    plain, shared = network(), share_module(session, network())
     expected = steps(plain, x, y, measured)
-    found = steps(shared, session.share(x), session.share(y), measured)
+    found = steps(shared, share(session, x), share(session, y), measured)
     assert found.get().item() == pytest.approx(expected.item(), abs=1e-3)
     for one, other in zip(plain.parameters(), shared.parameters(), strict=True):
         assert isinstance(other, nn.Parameter)
@@ -103,16 +104,16 @@ def test_a_convolutional_network_trains(session):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     x, y = random(4, 1, 8, 8), random(4, 3, seed=5)
-    plain, shared = model, session.share_module(copy.deepcopy(model))
+    plain, shared = model, share_module(session, copy.deepcopy(model))
     expected = steps(plain, x, y, functional.mse_loss, count=4)
-    found = steps(shared, session.share(x), session.share(y), functional.mse_loss, count=4)
+    found = steps(shared, share(session, x), share(session, y), functional.mse_loss, count=4)
     assert found.get().item() == pytest.approx(expected.item(), abs=1e-3)
     for one, other in zip(plain.parameters(), shared.parameters(), strict=True):
         assert (other.get() - one).abs().max() < 1e-3
 
 
 def test_what_was_opened_under_a_mask_is_not_opened_again(session):
-    x, w = session.share(random(16, 30)), session.share(random(30, 20, seed=1)).requires_grad_()
+    x, w = share(session, random(16, 30)), share(session, random(30, 20, seed=1)).requires_grad_()
     others = len(session.contexts) - 1
     (x @ w).sum().backward()
     # x and w in the forward pass, the gradient of 16 * 20 in the backward pass, and nothing else of that size
@@ -122,7 +123,7 @@ def test_what_was_opened_under_a_mask_is_not_opened_again(session):
 
 
 def test_relu_of_a_product_costs_no_opening_more(session):
-    product = session.share(random(4, 5)) @ session.share(random(5, 6, seed=1))
+    product = share(session, random(4, 5)) @ share(session, random(5, 6, seed=1))
     rounds = session.transcript.rounds
     assert product.relu().get().shape == (4, 6)
     assert session.transcript.rounds == rounds + 4
@@ -134,7 +135,7 @@ def test_relu_of_a_product_costs_no_opening_more(session):
         (lambda x: torch.sort(x), "sort has no protocol"),
         (lambda x: x.view(20).add_(1), "would change a view"),
         (lambda x: torch.ones(4, 5).add_(x), "what all know"),
-        (lambda x: x + Session(2).share(torch.ones(4, 5)), "different sessions"),
+        (lambda x: x + share(InProcessSession(2), torch.ones(4, 5)), "different sessions"),
         (lambda x: x**-1, "powers of 0.5 and 1 to 64"),
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "these arguments"),
         (lambda x: functional.gelu(x, approximate="tanh"), "these arguments"),
@@ -148,24 +149,24 @@ def test_relu_of_a_product_costs_no_opening_more(session):
     ],
 )
 def test_what_shares_cannot_do_is_said(call, message):
-    shared = Session(2).share(random(4, 5))
+    shared = share(InProcessSession(2), random(4, 5))
     with pytest.raises(SharingError, match=message):
         call(shared)
     assert (shared.get() - random(4, 5)).abs().max() < 1e-4
 
 
 def test_values_that_do_not_fit_are_refused():
-    session = Session(2)
+    session = InProcessSession(2)
     for bad in (float("nan"), float("inf"), 1e15):
         with pytest.raises(ValueRangeError, match="values lie between"):
-            session.share(torch.tensor([1.0, bad]))
+            share(session, torch.tensor([1.0, bad]))
     with pytest.raises(ValueRangeError, match="values lie between"):
-        session.share(torch.ones(2)) + 1e15
+        share(session, torch.ones(2)) + 1e15
 
 
 def test_without_gradients(session):
     values = random(4, 5)
-    x = session.share(values)
+    x = share(session, values)
     assert (x.clamp(-0.5, 0.25).get() - values.clamp(-0.5, 0.25)).abs().max() < 1e-4
     assert (x.amax(1).get() - values.amax(1)).abs().max() < 1e-4
     twin = copy.deepcopy(x)
@@ -176,8 +177,8 @@ def test_without_gradients(session):
 
 
 def test_decimal_places(session):
-    coarse = Session(2, scale=1000)
-    x = coarse.share(torch.tensor([0.1234, -2.5]))
+    coarse = InProcessSession(2, scale=1000)
+    x = share(coarse, torch.tensor([0.1234, -2.5]))
     assert x.get().tolist() == pytest.approx([0.123, -2.5])
     assert (x * x).get().tolist() == pytest.approx([0.015, 6.25], abs=1.1e-3)
     assert repr(x) == "SharedTensor([2], 2 parties, scale 1000)"
