@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from planrt.errors import SharingError, ValueRangeError
-from planrt.sharing.in_process import InProcessSession
-from planrt.sharing.shared import SharedTensor, share, share_module
+from planrt.sharing.tensors.in_process import InProcessSession
+from planrt.sharing.tensors.shared import SharedTensor, share, share_module
 
 
 @pytest.fixture(params=[2, 3], ids=lambda count: f"{count}parties")

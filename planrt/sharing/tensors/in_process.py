@@ -14,7 +14,7 @@ from planrt.sharing.kernels import Context, Share
 from planrt.sharing.layers import KERNELS
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.rounds import Transcript, new_parties, run_together
-from planrt.sharing.sessions import Secret, SharingSession
+from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.types import map_leaves
 
 

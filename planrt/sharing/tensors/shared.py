@@ -17,7 +17,7 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.layers import KERNELS
-from planrt.sharing.sessions import Handle, Secret, Shapes, SharingSession
+from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
 from planrt.types import leaves, map_leaves
 
 

@@ -1,0 +1,1 @@
+"""Tensors in shares: PyTorch above, protocols below, and sessions that say where the parts are."""
