@@ -12,11 +12,17 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Final
 
-IMPORTED: Final = 600.0
-"""Seconds that a process may take to import torch."""
+IMPORTED: Final = 60.0
+"""Seconds of processor time that a process may take to import torch."""
+ASLEEP: Final = 20
+"""How many times its processor time a call may take in all: a busy machine lets it wait, and one that sleeps for good
+uses no processor at all.
+"""
 
 
 class Lost(Exception):  # noqa: N818 - it is how a child's answer ends, not an error of ours
@@ -68,18 +74,30 @@ class Child:
         """What it says next: ``index outcome``, or ``ended CODE`` (negative: by that signal).
 
         Raises:
-            Lost: nothing, for so long.
+            Lost: nothing, for so many seconds of its processor time, or `ASLEEP` times as many by the clock.
         """
         assert self._process is not None
         file = _pipe(self._process.stdout)
+        used, deadline = self._used(), time.monotonic() + ASLEEP * seconds
         while b"\n" not in self._read:
-            ready, _, _ = select.select([file], [], [], seconds)
-            part = os.read(file.fileno(), 1 << 16) if ready else b""
-            if not part:
+            ready, _, _ = select.select([file], [], [], min(1.0, seconds))
+            if ready:
+                part = os.read(file.fileno(), 1 << 16)
+                if not part:
+                    raise Lost
+                self._read += part
+            elif self._used() - used > seconds or time.monotonic() > deadline:
                 raise Lost
-            self._read += part
         line, _, self._read = self._read.partition(b"\n")
         return line.decode()
+
+    def _used(self) -> float:
+        """Seconds of processor time that the calls have used, all threads together."""
+        try:
+            fields = Path(f"/proc/{self._forked}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        except OSError:  # it has ended, and its parent will say so
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end_stretch(self) -> None:
         """Ends the calls that run, whether they answer or not."""

@@ -24,7 +24,7 @@ from fuzz.child import Child, Lost
 
 FILLS: Final = 0x55, 0x2A
 SECONDS: Final = 20.0
-"""How long a call may take."""
+"""How much processor time a call may take."""
 MEMORY: Final = 512 << 20
 STRETCH: Final = 5_000
 """Calls of one forked process: what one leaves behind cannot bend many others."""
@@ -59,7 +59,7 @@ class Pair:
     Args:
         seed: of all calls.
         pattern: ops are those whose names hold it.
-        seconds: how long a call may take.
+        seconds: of processor time that a call may take.
         memory: bytes that calls may take.
         plain: whether to do without torch's samples, which take most of a minute to make.
         many: whether there will be thousands of calls.
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, metavar="S", help="of all calls (%(default)s)")
     add("--first", type=int, default=0, metavar="N", help="number of the first call (%(default)s)")
     add("--op", default="", metavar="TEXT", help="only ops whose names hold this text")
-    add("--seconds", type=float, default=SECONDS, help="that a call may take (%(default)s)")
+    add("--seconds", type=float, default=SECONDS, help="of processor time that a call may take (%(default)s)")
     add("--memory", type=int, default=MEMORY, metavar="BYTES", help="that calls may take (%(default)s)")
     add("--plain", action="store_true", help="without torch's samples: starts at once, and reaches less")
     add("--json", type=Path, metavar="FILE", help="write what was found there, and as it is found")
