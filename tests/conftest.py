@@ -40,16 +40,17 @@ def make_worker(transport):
     """``make_worker("bob", {"key": dataset})`` -> a connected worker of the test's transport, closed at the end.
 
     The websocket server runs in this process with one torch thread, as virtual workers have, but behind a real
-    socket.
+    socket. PLANRT_TEST_DEVICE says where workers compute (cpu); what they give back is on the CPU.
     """
+    device = os.environ.get("PLANRT_TEST_DEVICE", "cpu")
     from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
     with contextlib.ExitStack() as stack:
 
         def make(id, datasets=None):
             if transport == "memory":
-                return stack.enter_context(VirtualWorker(id, datasets=datasets))
-            server = WebsocketServerWorker(id, threads=1)
+                return stack.enter_context(VirtualWorker(id, datasets=datasets, device=device))
+            server = WebsocketServerWorker(id, threads=1, device=device)
             for key, dataset in (datasets or {}).items():
                 server.add_dataset(dataset, key)
             uri = stack.enter_context(server.running())
