@@ -33,7 +33,7 @@ _ROOMS: Final = (
         connection contents moving object_ids objects registry remote_plans=plans session
     """),
     ("planrt.workers", "planrt.workers.machine", """
-        admission backward determinism eager events failures gate labels objects_kept=objects peer_ops=peers
+        admission backward determinism=devices eager events failures gate labels objects_kept=objects peer_ops=peers
         private protocol_ops=protocols sessions state store
         training_ops=training
     """),

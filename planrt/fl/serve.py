@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from planrt.command_line import Parser, first_line, leave, one_line, run_command, stopped_by, whole_number
+from planrt.command_line import Parser, leave, one_line, run_command, stopped_by, whole_number
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
 from planrt.workers.serving import users_file
@@ -73,14 +73,10 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         served = _served(options) if not options.empty else _nothing(options)
 
         from planrt.logs import configure
-        from planrt.workers.machine.determinism import prepare_process
         from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
         users = _users(options.users)
-        if options.device.startswith("cuda") and not options.fast_kernels:
-            prepare_process()  # before CUDA starts
-        _check_device(options.device)
         configure(verbose=options.verbose, json=options.json_logs)
         worker = WebsocketServerWorker(
             id=options.id,
@@ -329,15 +325,6 @@ def _about(policy: Policy, approvals: str | None) -> str:
         "ask": f"plans wait in {approvals} until you approve them: planrt pending --folder {approvals}",
     }[policy.approval]
     return f"Policy {policy.version}: {said}"
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise OptionError(f"--device {device} cannot be used here: {first_line(error)}") from error
 
 
 def _send(status: TextIO, message: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ class VirtualWorker(BaseWorker):
         id = worker_id(hook, id, 'VirtualWorker(hook, id="bob")')
         made_with: dict[str, Any] = {
             "users": users, "token": token or None, "policy": policy, "approvals": approvals, "access": access,
-            "audit": audit, "device": torch.device(device), "limits": limits, "deterministic": deterministic,
+            "audit": audit, "device": str(device), "limits": limits, "deterministic": deterministic,
         }  # fmt: skip
         if "_made_with" in self.__dict__:
             self._made_again(made_with, data, datasets or {})

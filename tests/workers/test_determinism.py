@@ -1,15 +1,17 @@
-"""Deterministic kernels: on while a worker computes that asks for them, off again afterwards; untried on a GPU here."""
+"""Deterministic kernels: on while a worker computes that asks for them, off again afterwards."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from planrt.errors import RemoteError
+from planrt.errors import OptionError, RemoteError
 from planrt.fl.serve import parser as serve_parser
 from planrt.torch_hook import TorchHook
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine.determinism import deterministic_kernels, explained, wanted
+from planrt.workers.machine.devices import deterministic_kernels, explained, wanted
 
 
 class Watched(torch.utils.data.Dataset):
@@ -112,3 +114,23 @@ def test_the_flag_of_the_commands():
     source = DataSource("digits", None)
     assert all("--fast-kernels" in child.options for child in mnist_children(source, fast_kernels=True))
     assert not any("--fast-kernels" in child.options for child in mnist_children(source))
+
+
+@pytest.mark.parametrize("device", ["cuda:63", "cudda", "mps:9", "meta", "", 3.5])
+def test_a_device_that_is_not_there_is_refused_when_the_worker_is_made(device):
+    with pytest.raises(OptionError, match=r"device .* (cannot be used here|would hold no values)"):
+        VirtualWorker("nowhere", device=device)
+    with pytest.raises(OptionError, match=r"device .* (cannot be used here|would hold no values)"):
+        WebsocketServerWorker("nowhere", device=device)
+
+
+def test_the_compiler_that_deterministic_kernels_need_is_imported_before_there_are_threads():
+    """Two threads that import parts of it at once wait for each other: a worker on a GPU ended in its first round."""
+    code = (
+        "import sys, torch, threading; from planrt.workers.machine.devices import wanted;"
+        "assert 'torch._inductor.config' not in sys.modules;"
+        "wanted(torch.device('cuda'), None);"
+        "assert 'torch._inductor.config' in sys.modules and threading.active_count() == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

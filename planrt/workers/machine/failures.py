@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from planrt.errors import ExecutionError, LocalError, PolicyError
-from planrt.workers.machine.determinism import explained
+from planrt.workers.machine.devices import explained
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, kind_of

@@ -38,7 +38,7 @@ from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.audit import Audit, Auditor
 from planrt.workers.machine.backward import BackwardPasses
-from planrt.workers.machine.determinism import wanted
+from planrt.workers.machine.devices import prepared
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
     Again,
@@ -116,8 +116,7 @@ class WorkerState:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
         self.id = id
-        self.device = torch.device(device)
-        self.deterministic = wanted(self.device, deterministic)
+        self.device, self.deterministic = prepared(device, deterministic)
         """Whether whoever hands it events must see to deterministic kernels."""
         self.versions = own_versions(limits)
         self.store = ObjectStore()

@@ -21,7 +21,7 @@ from planrt.errors import HandshakeError, LocalError, TransportError, WireError
 from planrt.logs import get_logger
 from planrt.serde import frames
 from planrt.serde.frames import Frame, Limits, encode
-from planrt.workers.machine.determinism import deterministic_kernels
+from planrt.workers.machine.devices import deterministic_kernels
 from planrt.workers.machine.events import (
     Again,
     Close,
