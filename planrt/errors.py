@@ -18,7 +18,8 @@
     │   ├── MissingPackageError    a package that a job needs is not installed (also an ImportError)
     │   ├── SharingError           secret shares that do not fit each other, or parties who do not (also a ValueError)
     │   │   ├── ValueRangeError        a value that shares cannot hold (also an OverflowError); names the range
-    │   │   └── RandomnessError        correlated randomness of the wrong shape, used up, or asked for twice
+    │   │   ├── RandomnessError        correlated randomness of the wrong shape, used up, or asked for twice
+    │   │   └── AggregationError       a secure aggregation that came to no sum; nothing was revealed
     │   ├── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
     │   └── PointerError           a pointer was used in a way that pointers cannot be
     │       ├── RemoteValueError       its value was read here: write `.get()` first
@@ -182,6 +183,11 @@ class ValueRangeError(SharingError, OverflowError):
 
 class RandomnessError(SharingError):
     """Correlated randomness is missing, of the wrong shape, or was used before."""
+
+
+class AggregationError(SharingError, RuntimeError):
+    """A secure aggregation came to no sum: too many workers dropped out, or what they sent does not fit. No worker's
+    values were revealed."""
 
 
 class BlockingCallError(LocalError, RuntimeError):

@@ -32,4 +32,6 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     kernels         PyTorch's operations as protocols; `layers` adds those of layers and losses
     tensors/        SharedTensor: PyTorch's autograd and modules on shares (`shared`); where these are and who computes
                     on them, as an interface (`sessions`), and with all parties in this process (`in_process`)
+
+`secure_sum` is another protocol, with a security model of its own: sums over workers that may drop out.
 """
