@@ -36,7 +36,7 @@ def aggregate(values, *, threshold, drops=None, context=b"ctx", seen=None):
     group = coordinator.group()
     for name in there("share", group.names):
         coordinator.shared(name, members[name].share(group))
-    for name in coordinator.sharers:
+    for name in coordinator.sharers():
         sealed = coordinator.sealed_for(name)
         if name in there("mask"):
             masked = members[name].mask(values[name].clone(), sealed, context)

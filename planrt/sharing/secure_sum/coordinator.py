@@ -3,7 +3,7 @@
     sum = Coordinator("7f3a...", ["alice", "bob", "charlie"], threshold=2)
     sum.joined(name, keys)           of each worker that answers; then
     sum.group()                      goes to each of them
-    sum.shared(name, sealed)         of each that answers; then
+    sum.shared(name, sealed)         of each that answers, which are then the sharers(); then
     sum.sealed_for(name)             goes to each of them, with what to compute
     sum.masked(name, values)         of each that answers; then
     sum.survivors()                  goes to each of them
@@ -31,7 +31,7 @@ _STEPS = ("join", "share", "mask", "reveal")
 
 
 class Coordinator:
-    """One aggregation over the workers `names`, of which `threshold` must stay to the end.
+    """Keeps one aggregation over the workers `names`, of which `threshold` must stay to the end.
 
     Each step ends when what comes next is asked for: who has not answered by then has dropped out.
 
@@ -76,16 +76,15 @@ class Coordinator:
             raise SharingError(f"worker {name!r} did not seal a share for each other worker")
         self._sealed[name] = sealed
 
-    def sealed_for(self, name: str) -> dict[str, bytes]:
-        """Returns the shares that others sealed for a worker."""
+    def sharers(self) -> list[str]:
+        """Returns the workers whose shares are in the others' hands: these are asked for values."""
         if self._step == _STEPS.index("share"):
             self._next("share", self._sealed)
-        return {other: self._sealed[other][name] for other in self._left if other != name}
-
-    @property
-    def sharers(self) -> list[str]:
-        """The workers whose shares are in the others' hands: these are asked for values."""
         return sorted(self._sealed)
+
+    def sealed_for(self, name: str) -> dict[str, bytes]:
+        """Returns the shares that other `sharers` sealed for a worker."""
+        return {other: self._sealed[other][name] for other in self.sharers() if other != name}
 
     def masked(self, name: str, values: torch.Tensor) -> None:
         """Takes the masked values of a worker (int64, 1-D); the first one's memory becomes the sum."""
@@ -118,7 +117,7 @@ class Coordinator:
 
     @property
     def enough(self) -> bool:
-        """Whether as many workers have revealed their shares as are needed."""
+        """True once as many workers have revealed their shares as are needed."""
         return len(self._revealed) >= self.threshold
 
     def total(self, context: bytes) -> torch.Tensor:

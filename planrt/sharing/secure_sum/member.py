@@ -27,7 +27,7 @@ SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Revealed:
-    """What a worker reveals: its shares of the survivors' own seeds, and of the mask keys of those who dropped out."""
+    """The shares that a worker reveals: of the survivors' own seeds, and of the mask keys of those who dropped out."""
 
     seeds: Mapping[str, bytes] = field(repr=False)
     keys: Mapping[str, bytes] = field(repr=False)
