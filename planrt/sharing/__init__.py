@@ -30,6 +30,7 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     roots           reciprocals, quotients, roots, logarithms over the whole range
     networks        softmax, losses, means and norms
     kernels         PyTorch's operations as protocols; `layers` adds those of layers and losses
+    programs/       lists of kernel calls as data, which a party runs with shared rounds; what a run needs of the dealer
     tensors/        SharedTensor: PyTorch's autograd and modules on shares (`shared`); where these are and who computes
                     on them, as an interface (`sessions`), and with all parties in this process (`in_process`)
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from planrt.errors import SharingError
 from planrt.sharing.additive import reconstruct, share
 from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.kernels import Context, Share
-from planrt.sharing.layers import KERNELS
+from planrt.sharing.programs.calls import Program
+from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.rounds import Transcript, new_parties, run_together
-from planrt.sharing.tensors.sessions import Secret, SharingSession
-from planrt.types import map_leaves
+from planrt.sharing.tensors.batches import BatchedSession, Value
 
 
-class InProcessSession(SharingSession):
-    """Parties in this process. A handle is the list of their `Share`s; `transcript` counts their traffic.
+class InProcessSession(BatchedSession):
+    """Parties in this process. `transcript` counts their traffic. Calls run one by one, unless there are more
+    `at_once`.
 
     `seeds`, of the dealer's streams, and `own_seed`, of the parts of what is shared here, are for tests.
     """
@@ -29,9 +29,11 @@ class InProcessSession(SharingSession):
         count: int = 2,
         *,
         scale: int = DEFAULT_SCALE,
+        at_once: int = 1,
         seeds: Sequence[bytes] | None = None,
         own_seed: bytes | None = None,
     ) -> None:
+        super().__init__(at_once=at_once)
         self.contexts = [Context(party, scale) for party in new_parties(count, seeds=seeds)]
         self.scale = scale
         self.transcript = Transcript(count)
@@ -47,48 +49,45 @@ class InProcessSession(SharingSession):
         """``"dealer"``."""
         return "dealer"
 
-    def share(self, values: torch.Tensor, scale: int) -> list[Share]:
+    def share(self, values: torch.Tensor, scale: int) -> Value:
         """Returns `values` in fresh shares; see `SharingSession.share`."""
-        return [Share(part, scale) for part in share(values, len(self.contexts), self._stream)]
+        parts = share(values, len(self.contexts), self._stream)
+        return Value(self, place=[Share(part, scale) for part in parts])
 
-    def run(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, *, in_place: bool
-    ) -> Any:
-        """Runs a kernel at every party, round by round; see `SharingSession.run`."""
-
-        def of(number: int, value: Any) -> Any:
-            return map_leaves(value, lambda leaf: leaf.handle[number] if isinstance(leaf, Secret) else leaf)
-
-        kernel = KERNELS[name]
-        protocols = [
-            kernel(context, *of(number, args), **of(number, kwargs))
-            for number, context in enumerate(self.contexts)
-        ]
-        made = run_together(protocols, self.transcript)
-        if not in_place:
-            return self._handles(name, made, shapes)
-        self._check(name, made[0], shapes)
-        for old, new in zip(args[0].handle, made, strict=True):
-            old.become(new)
-        return None
-
-    def open(self, handle: list[Share]) -> tuple[torch.Tensor, int]:
+    def open(self, handle: Value) -> tuple[torch.Tensor, int]:
         """Returns the secret and its scale; see `SharingSession.open`."""
-        return reconstruct([one.part for one in handle]), handle[0].scale
+        self.flush()
+        place = handle.place
+        if isinstance(place, Failed):
+            raise place.error
+        return reconstruct([one.part for one in place]), place[0].scale
 
-    def _handles(self, name: str, made: list[Any], shapes: Any) -> Any:
-        if isinstance(shapes, tuple) and not isinstance(shapes, torch.Size):
-            return tuple(
-                self._handles(name, list(parts), shape)
-                for parts, shape in zip(zip(*made, strict=True), shapes, strict=True)
-            )
-        self._check(name, made[0], shapes)
-        return None if shapes is None else made
+    def _run_program(
+        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+    ) -> None:
+        def at(number: int, operand: Value | torch.Tensor) -> Any:
+            if isinstance(operand, torch.Tensor) or isinstance(operand.place, Failed):
+                return operand.place if isinstance(operand, Value) else operand
+            return operand.place[number]
 
-    @staticmethod
-    def _check(name: str, share: Share | None, shape: torch.Size | None) -> None:
-        if (None if share is None else share.part.shape) != shape:
-            got = "nothing" if share is None else str(list(share.part.shape))
-            raise SharingError(
-                f"{name} of shares gives {got} where torch gives {'nothing' if shape is None else list(shape)}"
-            )
+        everywhere = run_together(
+            [
+                run_program(context, program, [at(number, one) for one in operands])
+                for number, context in enumerate(self.contexts)
+            ],
+            self.transcript,
+        )
+        failed: Exception | None = None
+        for number, value in enumerate([*operands, *results]):
+            made = [values[number] for values in everywhere]
+            if isinstance(made[0], Failed):
+                failed = failed or made[0].error
+                if isinstance(value, Value) and number >= len(operands):
+                    value.place = made[0]
+            elif isinstance(value, Value) and number >= len(operands):
+                value.place = made
+        if failed is not None:
+            raise failed
+
+    def _forget(self, place: Any) -> None:
+        """Nothing: the parts go with the handle."""

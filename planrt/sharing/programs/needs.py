@@ -1,0 +1,174 @@
+"""What a run of a program will need of the dealer, how many rounds it takes and what it sends: told without secrets.
+
+A protocol depends on no secret, so its run on zeros asks for the same correlated randomness, in the same order, as its
+run on what is shared. Requests name masks that were made before by their numbers; what is kept here has places in their
+stead, so that one dry run serves every run of a program on operands that are alike: the steps of a training loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from planrt.sharing.correlated import Material
+from planrt.sharing.kernels import Context, Share
+from planrt.sharing.masked import Bit, Masked
+from planrt.sharing.programs.calls import Program
+from planrt.sharing.programs.running import Failed, run_program
+from planrt.sharing.requests import Known, Part, Request, Spec
+from planrt.sharing.rounds import Opening, Party, Protocol
+
+Numbered: TypeAlias = tuple[int, Request]
+"""A request with its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The needs of one run of a program."""
+
+    requests: tuple[Request, ...]
+    """All of them, in order. Of a mask that was made before the run, the number is -1 - its place in `masks_of`."""
+    taken: tuple[int, ...]
+    """How many of them are taken before the first opening, before the second one, ..., in all."""
+    sent: tuple[int, ...]
+    """Bytes of each opening, as one party sends them to each other one."""
+
+    def numbered(self, start: int, masks: Sequence[int]) -> list[Numbered]:
+        """Returns the requests that the dealer has something to send for, if the first one has the number `start` and
+        the masks from before have the numbers `masks`.
+        """
+
+        def moved(known: Known) -> Known:
+            number = known.number
+            return replace(known, number=start + number if number >= 0 else masks[-1 - number])
+
+        return [
+            (number, _with_masks(request, moved))
+            for number, request in enumerate(self.requests, start)
+            if request.fixed
+        ]
+
+
+def _with_masks(request: Request, moved: Any) -> Request:
+    changed = {
+        field.name: moved(getattr(request, field.name))
+        for field in fields(request)  # type: ignore[arg-type]  # all are dataclasses
+        if isinstance(getattr(request, field.name), Known)
+    }
+    return replace(request, **changed) if changed else request  # type: ignore[type-var]
+
+
+def masks_of(operands: Sequence[Any]) -> list[int]:
+    """Returns the numbers of the masks and coins that are kept with `operands`, each once, in their order."""
+    found: dict[int, None] = {}
+    for operand in operands:
+        if isinstance(operand, Share):
+            if operand.masked is not None:
+                found[operand.masked.mask.number] = None
+            if operand.positive is not None:
+                found[operand.positive.coin.number] = None
+    return list(found)
+
+
+_KEPT: OrderedDict[Any, Needs] = OrderedDict()
+_MOST = 256
+
+
+def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: int, scale: int) -> Needs:
+    """Returns what party `party` of `count` needs to run `program` on such operands: on values of these shapes, scales
+    and masks. Nothing is computed with the operands themselves, public tensors excepted.
+    """
+    places = {number: -1 - place for place, number in enumerate(masks_of(operands))}
+    looks = tuple(_looks(operand, places) for operand in operands)
+    key = (program, party, count, scale, looks)
+    kept = _KEPT.get(key)
+    if kept is not None:
+        _KEPT.move_to_end(key)
+        return kept
+    noting = _Noting()
+    context = Context(Party(party, count, noting), scale)  # type: ignore[arg-type]  # it is one, as far as it is used
+    protocol = run_program(context, program, [_twin(operand, places) for operand in operands])
+    kept = _KEPT[key] = _dry_run(protocol, noting)
+    if len(_KEPT) > _MOST:
+        _KEPT.popitem(last=False)
+    return kept
+
+
+def _dry_run(protocol: Protocol[Any], noting: _Noting) -> Needs:
+    taken: list[int] = []
+    sent: list[int] = []
+    answer: Opening | None = None
+    while True:
+        try:
+            parts = next(protocol) if answer is None else protocol.send(answer)
+        except StopIteration:
+            taken.append(len(noting.requests))
+            return Needs(tuple(noting.requests), tuple(taken), tuple(sent))
+        taken.append(len(noting.requests))
+        sent.append(sum(part.nbytes for part in parts))
+        answer = [torch.zeros_like(part) for part in parts]
+
+
+class _Noting:
+    """A supply that gives zeros, and notes what was asked for."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def take(self, request: Request) -> Material:
+        """Returns nothing but zeros."""
+        self.requests.append(request)
+        number = len(self.requests) - 1
+        return Material(number, [_zeros(one) for one in request.free], [_zeros(one) for one in request.fixed])
+
+
+_DTYPES = {"bits": np.uint8, "words": np.uint16}
+
+
+def _zeros(spec: Spec) -> Part:
+    if spec.kind == "ring":
+        return torch.zeros(spec.shape, dtype=torch.int64)
+    return np.zeros(spec.shape, _DTYPES[spec.kind])
+
+
+def _known(known: Known, places: dict[int, int]) -> Known:
+    return replace(known, number=places[known.number])
+
+
+def _looks(operand: Any, places: dict[int, int]) -> Any:
+    """All that a run depends on, of an operand."""
+    if isinstance(operand, Share):
+        masked, positive = operand.masked, operand.positive
+        return (
+            operand.part.shape,
+            operand.scale,
+            None if masked is None else _known(masked.mask, places),
+            None if positive is None else (positive.opened.shape, _known(positive.coin, places)),
+        )
+    if isinstance(operand, torch.Tensor):
+        values = operand.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return operand.dtype, operand.shape, hashlib.blake2b(values.tobytes(), digest_size=16).digest()
+    return type(operand), str(operand.error) if isinstance(operand, Failed) else repr(operand)
+
+
+def _twin(operand: Any, places: dict[int, int]) -> Any:
+    """Returns an operand of the same looks, of zeros."""
+    if not isinstance(operand, Share):
+        return operand
+
+    def zeros(shape: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=torch.int64)
+
+    masked, positive = operand.masked, operand.positive
+    twin = Share(zeros(operand.part.shape), operand.scale)
+    if masked is not None:
+        twin.masked = Masked(zeros(masked.shape), zeros(masked.shape), _known(masked.mask, places))
+    if positive is not None:
+        twin.positive = Bit(zeros(positive.shape), zeros(positive.shape), _known(positive.coin, places))
+    return twin

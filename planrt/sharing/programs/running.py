@@ -1,0 +1,209 @@
+"""How one party runs a program: as one protocol, in which calls that do not depend on each other share rounds.
+
+The order in which calls begin, and with it the number of every piece of correlated randomness, follows from the program
+and from what its operands are like; never from time. So all parties open the same things in the same order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from planrt.errors import RandomnessError, SharingError
+from planrt.sharing.kernels import Context, Share
+from planrt.sharing.layers import KERNELS
+from planrt.sharing.programs.calls import Call, Program
+from planrt.sharing.rounds import Opening, Protocol
+from planrt.types import Ref, map_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Stands for a value that is not there, because a call failed: at all parties alike, as it depends on no secret."""
+
+    error: Exception
+
+
+def run_program(context: Context, program: Program, operands: Sequence[Any]) -> Protocol[list[Any]]:
+    """Runs `program` on this party's parts; returns the values of the program by their numbers.
+
+    Operands are `Share`s, public torch.Tensors, or `Failed`. What a call changes in place is changed in the `Share`
+    that was given; where such a call fails, its operand's place in the values has a `Failed`.
+
+    1. Begin every call whose operands are there, in the order of the program.
+    2. Open what these yield at once; give each its own; go on until all have returned.
+
+    A kernel brings a share to the session's scale and opens it under a mask once, and keeps that with the share. So two
+    calls with a common operand run one after the other, unless both has been done before.
+    """
+    return (yield from _Run(context, program, operands).steps())
+
+
+class _Run:
+    def __init__(self, context: Context, program: Program, operands: Sequence[Any]) -> None:
+        self._context = context
+        self._calls = program.calls
+        self._values: list[Any] = [*operands, *[None] * (program.values - program.operands)]
+        self._users: list[list[int]] = [[] for _ in range(program.values)]
+        """Value -> calls that use it and have not ended, in order; who makes it comes first."""
+        self._reads = [call.reads for call in program.calls]
+        self._makes = [call.makes for call in program.calls]
+        for number in range(len(program.calls)):
+            for value in (*self._makes[number], *self._reads[number]):
+                self._users[value].append(number)
+        self._running: dict[int, Protocol[Any]] = {}
+        self._waiting: dict[int, Opening] = {}
+        self._begun = [False] * len(program.calls)
+
+    def steps(self) -> Protocol[list[Any]]:
+        self._begin(list(range(len(self._calls))))
+        while self._waiting:
+            asked = sorted(self._waiting.items())
+            self._waiting = {}
+            opened = yield [part for _, parts in asked for part in parts]
+            start = 0
+            for number, parts in asked:
+                self._advance(number, opened[start : start + len(parts)])
+                start += len(parts)
+            touched = {user for number, _ in asked for user in self._next_users(number)}
+            self._begin(sorted(touched))
+        return self._values
+
+    def _begin(self, candidates: list[int]) -> None:
+        """Begins those of `candidates` (a heap) that can, and what can begin once they have ended."""
+        known = set(candidates)
+        while candidates:
+            number = heapq.heappop(candidates)
+            known.discard(number)
+            if self._begun[number] or not self._may_begin(number):
+                continue
+            self._begun[number] = True
+            self._start(number)
+            for user in self._next_users(number):
+                if user not in known:
+                    known.add(user)
+                    heapq.heappush(candidates, user)
+
+    def _next_users(self, number: int) -> list[int]:
+        """Calls that may be able to begin, now that call `number` has come further."""
+        return [
+            user
+            for value in (*self._makes[number], *self._reads[number])
+            for user in self._users[value]
+            if not self._begun[user]
+        ]
+
+    def _may_begin(self, number: int) -> bool:
+        call = self._calls[number]
+        written = call.args[0].index if call.in_place else -1
+        for value in self._reads[number]:
+            users = self._users[value]
+            if users[0] == number:
+                continue
+            if value == written or not self._settled(value):
+                return False
+            for user in users:
+                if user == number:
+                    break
+                before = self._calls[user]
+                if value in self._makes[user] or (before.in_place and before.args[0].index == value):
+                    return False
+        return True
+
+    def _settled(self, value: int) -> bool:
+        """Whether no kernel changes what is kept of it."""
+        share = self._values[value]
+        if isinstance(share, Share):
+            return share.scale == self._context.scale and share.masked is not None
+        return share is not None
+
+    def _start(self, number: int) -> None:
+        call = self._calls[number]
+        failed: list[Failed] = []
+
+        def value_of(leaf: Any) -> Any:
+            if type(leaf) is not Ref:
+                return leaf
+            value = self._values[leaf.index]
+            if isinstance(value, Failed):
+                failed.append(value)
+            return value
+
+        args, kwargs = map_leaves(call.args, value_of), map_leaves(call.kwargs, value_of)
+        if failed:
+            self._fail(number, failed[0].error)
+            return
+        try:
+            self._running[number] = KERNELS[call.name](self._context, *args, **kwargs)
+        except TypeError as error:
+            self._fail(number, SharingError(f"{call.name}: {error}"))
+            return
+        self._advance(number, None)
+
+    def _advance(self, number: int, answer: Opening | None) -> None:
+        protocol = self._running[number]
+        try:
+            self._waiting[number] = next(protocol) if answer is None else protocol.send(answer)
+        except StopIteration as done:
+            self._finish(number, done.value)
+        except (RandomnessError, MemoryError):  # of this party alone
+            raise
+        except Exception as error:
+            self._fail(number, error)
+
+    def _finish(self, number: int, made: Any) -> None:
+        call = self._calls[number]
+        try:
+            if call.in_place:
+                self._change(call, made)
+            else:
+                self._keep(call, call.results, made)
+        except SharingError as error:
+            self._fail(number, error)
+            return
+        self._end(number)
+
+    def _change(self, call: Call, made: Any) -> None:
+        target = self._values[call.args[0].index]
+        if not isinstance(target, Share) or not isinstance(made, Share):
+            raise SharingError(f"{call.name} in place is for one share")
+        if made.part.shape != target.part.shape:
+            raise SharingError(
+                f"{call.name}: a result of shape {list(made.part.shape)} does not fit in place"
+            )
+        target.become(made)
+
+    def _keep(self, call: Call, results: Any, made: Any) -> None:
+        if type(results) is Ref:
+            if not isinstance(made, Share):
+                raise SharingError(f"{call.name} of shares gives no share where one is expected")
+            # One share, one number: what is kept of it is kept once.
+            self._values[results.index] = replace(made)
+        elif isinstance(results, tuple | list):
+            if not isinstance(made, tuple | list) or len(made) != len(results):
+                raise SharingError(f"{call.name} of shares gives another number of results")
+            for part, one in zip(results, made, strict=True):
+                self._keep(call, part, one)
+
+    def _fail(self, number: int, error: Exception) -> None:
+        call = self._calls[number]
+        for value in self._makes[number]:
+            self._values[value] = Failed(error)
+        if call.in_place:
+            self._values[call.args[0].index] = Failed(error)
+        self._end(number)
+
+    def _end(self, number: int) -> None:
+        self._running.pop(number, None)
+        for value in (*self._makes[number], *self._reads[number]):
+            self._users[value].remove(number)
+
+
+def shown_parts(parts: Sequence[torch.Tensor]) -> str:
+    """Returns what parts of an opening look like, for messages."""
+    looks = [f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}" for part in parts[:4]]
+    return ", ".join([*looks, *(["..."] if len(parts) > 4 else [])]) or "nothing"

@@ -1,0 +1,177 @@
+"""Sessions that gather kernel calls into programs, and have a program run when somebody wants to see a result.
+
+Calls that stand in one program share rounds where they do not depend on each other (`programs.running`). Which calls
+stand together is decided here, once for all parties: each is given the same programs in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.sharing.programs.calls import Call, Program
+from planrt.sharing.tensors.sessions import Secret, SharingSession
+from planrt.types import Ref, leaves, map_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """Among the arguments of a call that waits: something that the parties hold, or that all know."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Among these: a result of a call that waits."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: Any
+    in_place: bool
+
+    @property
+    def reads(self) -> list[_Operand | _Result]:
+        return [one for one in leaves((self.args, self.kwargs)) if isinstance(one, _Operand | _Result)]
+
+    @property
+    def makes(self) -> list[_Result]:
+        return [one for one in leaves(self.results) if isinstance(one, _Result)]
+
+
+class Value:
+    """A handle: one secret. `place` is what the session knows the parts by, once they are there; until then it is
+    result `number` of the calls that wait.
+    """
+
+    __slots__ = ("__weakref__", "number", "place", "session")
+
+    def __init__(self, session: BatchedSession, *, place: Any = None, number: int | None = None) -> None:
+        self.session = session
+        self.place = place
+        self.number = number
+
+    def __del__(self) -> None:
+        if self.place is not None:
+            self.session._forget(self.place)
+
+
+class BatchedSession(SharingSession):
+    """A session in which calls wait until there are `at_once` of them, or somebody wants to see a result. Those that
+    wait make one program; what nobody has any more by then is not computed.
+    """
+
+    def __init__(self, *, at_once: int) -> None:
+        self._at_once = at_once
+        self._lock = threading.RLock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waiting: list[_Waiting] = []
+        self._operands: list[Value | torch.Tensor] = []
+        self._operand_numbers: dict[int, int] = {}
+        """id of a handle -> its number among the operands, which keep it."""
+        self._results: list[weakref.ref[Value]] = []
+
+    @abstractmethod
+    def _run_program(
+        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+    ) -> None:
+        """Has a program run, and sets the `place` of its results; None is for those that nobody has."""
+
+    @abstractmethod
+    def _forget(self, place: Any) -> None:
+        """Nobody has the secret at `place` any more. Called by finalizers: in any thread, at any time."""
+
+    def run(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, *, in_place: bool
+    ) -> Any:
+        """Has a call wait; see `SharingSession.run`."""
+        with self._lock:
+            given, options = map_leaves(args, self._named), map_leaves(kwargs, self._named)
+            made = None if in_place else self._made(shapes)
+            results = map_leaves(made, lambda one: None if one is None else _Result(one.number))
+            self._waiting.append(_Waiting(name, given, options, results, in_place))
+            if len(self._waiting) >= self._at_once:
+                self.flush()
+            return made
+
+    def flush(self) -> None:
+        """Has the calls that wait run, without waiting for them."""
+        with self._lock:
+            if not self._waiting:
+                return
+            waiting, operands = self._waiting, self._operands
+            alive = [one() for one in self._results]
+            self._begin()
+            program, used, made = _program(waiting, {n for n, one in enumerate(alive) if one is not None})
+            results = [alive[number] for number in made]
+            for value in results:
+                if value is not None:
+                    value.number = None
+            self._run_program(program, [operands[number] for number in used], results)
+
+    def _named(self, leaf: Any) -> Any:
+        if isinstance(leaf, Secret):
+            value: Value = leaf.handle
+            if value.number is not None:
+                return _Result(value.number)
+            number = self._operand_numbers.get(id(value))
+            if number is None:
+                number = self._operand_numbers[id(value)] = len(self._operands)
+                self._operands.append(value)
+            return _Operand(number)
+        if isinstance(leaf, torch.Tensor):
+            if not leaf.dim():
+                return leaf.item()
+            self._operands.append(leaf.detach().clone())  # its owner may change it before the call runs
+            return _Operand(len(self._operands) - 1)
+        return leaf
+
+    def _made(self, shapes: Any) -> Any:
+        if shapes is None:
+            return None
+        if isinstance(shapes, tuple) and not isinstance(shapes, torch.Size):
+            return tuple(self._made(one) for one in shapes)
+        value = Value(self, number=len(self._results))
+        self._results.append(weakref.ref(value))
+        return value
+
+
+def _program(waiting: Sequence[_Waiting], wanted: set[int]) -> tuple[Program, list[int], list[int]]:
+    """The program of those calls that the results `wanted` depend on, or that change an operand; and the numbers of its
+    operands and of its results among those that waited.
+    """
+    needed = {_Result(number) for number in wanted}
+    kept: list[_Waiting] = []
+    for call in reversed(waiting):
+        target = call.args[0] if call.in_place else None
+        if isinstance(target, _Operand) or target in needed or needed.intersection(call.makes):
+            kept.append(call)
+            needed.update(one for one in call.reads if isinstance(one, _Result))
+    kept.reverse()
+    used = sorted({one.number for call in kept for one in call.reads if isinstance(one, _Operand)})
+    made = [one.number for call in kept for one in call.makes]
+    numbers: dict[_Operand | _Result, Ref] = {_Operand(one): Ref(place) for place, one in enumerate(used)}
+    numbers |= {_Result(one): Ref(len(used) + place) for place, one in enumerate(made)}
+
+    def numbered(value: Any) -> Any:
+        return map_leaves(value, lambda leaf: numbers[leaf] if isinstance(leaf, _Operand | _Result) else leaf)
+
+    calls = [
+        Call(one.name, numbered(one.args), numbered(one.kwargs), numbered(one.results), one.in_place)
+        for one in kept
+    ]
+    return Program.of(len(used), calls), used, made
