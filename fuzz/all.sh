@@ -7,4 +7,7 @@ python -c 'import torch; print("torch", torch.__version__)'
 found=0
 python -m fuzz.ops --calls 500000 --seed "$seed" || found=1
 python -m fuzz.rows --plans 20000 --seed "$seed" || found=1
+for part in 0 1 2 3; do # 10^6 frames, in pieces
+    python -m fuzz.frames --frames 250000 --seed "$seed" --first "${part}000000" || found=1
+done
 exit $found

@@ -1,14 +1,25 @@
 """The fuzzers in small: they find nothing in a few seconds, and would find what they look for."""
 
+import asyncio
+import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
+from websockets.asyncio import server as websockets
 
 from fuzz.calls import CRASH, HANG, UNINITIALISED
+from fuzz.frames import Conversations, Fuzzer, _converse
+from fuzz.frames import Summary as FramesSummary
+from fuzz.frames import main as frames_main
+from fuzz.messages import Messages
 from fuzz.ops import Pair, main
 from fuzz.rows import Summary, check, names
 from fuzz.rows import main as rows_main
+from planrt.errors import TransportError
 from planrt.plans.analysis.analysing import analyse
+from planrt.serde.frames import FrameAssembler, encode
+from planrt.workers.wire import messages as m
 
 SEED = 11
 
@@ -91,3 +102,84 @@ def test_rows_options(capsys):
     with pytest.raises(SystemExit) as ended:
         rows_main(["--plans", "0"])
     assert ended.value.code == 2
+
+
+# Frames
+
+
+def test_malformed_frames_do_nothing_to_a_worker_and_its_end_would_be_found():
+    """Bounds of time and memory are for runs by hand, on a machine that does nothing else."""
+    fuzzer = Fuzzer(SEED, answer=60.0, growth=1 << 30, warming=0)
+    try:
+        summary = fuzzer.run(1_000)
+        fuzzer.served.process.kill()
+        fuzzer.served.process.wait()
+        ended = fuzzer.run(10)
+    finally:
+        fuzzer.close()
+    assert summary.findings == []
+    assert summary.frames >= 1_000
+    assert 0 < summary.closed < summary.conversations  # by the worker, and by us once it has answered
+    assert summary.failures["WireError"] > 20
+    assert len(summary.failures) > 5
+    assert summary.asked > 0
+    assert any(finding.startswith("exit: the worker ended with -9") for finding in ended.findings)
+    assert any(finding.startswith("slow: the healthy client") for finding in ended.findings)
+
+
+def test_every_kind_of_message_is_sent_and_most_of_what_is_sent_is_wrong():
+    messages, kinds, wrong = Messages(), set(), 0
+    for number in range(1_500):
+        drawn, _, _ = messages.drawn(random.Random(f"{SEED}/{number}"))
+        kinds.add(type(m.from_wire(drawn).body))
+        assembler = FrameAssembler(m.from_wire)
+        try:
+            assembler.feed(messages.hostile(random.Random(f"{SEED}/{number}")))
+            assembler.finish()
+        except TransportError:
+            wrong += 1
+    assert kinds == set(get_args(m.Body)) - {m.Prove}
+    assert wrong > 900
+
+
+def test_conversations_are_repeated_by_their_numbers():
+    assert Conversations(3).one(17, 8777) == Conversations(3).one(17, 8777) != Conversations(4).one(17, 8777)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (None, "a good request at the end got no answer"),
+        (m.Failure("KeyError", "'x'"), "KeyError: 'x'"),
+        (m.Failure("LocalError", "x" * 70_000), "an answer that no client takes"),
+        (m.Failure("LocalError", "no object"), ""),
+    ],
+)
+def test_what_a_worker_answers_is_looked_at(answer, found):
+    async def main():
+        async def serve(connection):
+            async for _ in connection:
+                if answer is not None:
+                    await connection.send(b"".join(encode(m.to_wire(m.Envelope(1, answer))).fragments()))
+                    await connection.close()
+
+        async with websockets.serve(serve, "127.0.0.1", 0, compression=None) as server:
+            port = server.sockets[0].getsockname()[1]
+            one = next(
+                one for one in (Conversations(SEED).one(number, port) for number in range(99)) if one.in_step
+            )
+            return await _converse(replace(one, parts=one.parts[:1]), port, 1.0, FramesSummary())
+
+    assert found in asyncio.run(main())
+    assert bool(found) == bool(asyncio.run(main()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--frames", "0"], ["--workers", "0"], ["--first", "-1"], ["--growth", "-1"], ["--answer", "0"]],
+)
+def test_frames_options(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        frames_main(arguments)
+    assert ended.value.code == 2
+    assert "must be above 0" in capsys.readouterr().err

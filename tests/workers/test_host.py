@@ -2,13 +2,18 @@
 
 import asyncio
 
+import msgpack
 import pytest
 
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
+from planrt.workers.machine.events import PeerFailed, Received, Reply
+from planrt.workers.machine.failures import as_sent
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.host import ComputeThread, WorkerHost
-from planrt.workers.transport.pipes import memory_pipes
+from planrt.workers.transport.pipes import Traffic, memory_pipes
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import Channel
 
 
 @pytest.mark.parametrize("ends", ["client", "process"])
@@ -35,3 +40,44 @@ def test_a_worker_whose_compute_thread_is_gone_ends_quietly(ends, caplog):
 
     assert asyncio.run(go())
     assert (unhandled, caplog.records) == ([], [])
+
+
+def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):
+    """One event can have answers for several connections, and a client can leave while it is handled."""
+
+    class Ended:
+        channel, address, traffic = Channel(), "client", Traffic()
+
+        async def send(self, frame):
+            raise ConnectionResetError("the connection has ended")
+
+        async def close(self):
+            pass
+
+    class State(WorkerState):
+        def handle(self, event, over=lambda: False):
+            return [Reply(number, m.Envelope(5, m.Done())) for number in (1, 2)]
+
+    async def go():
+        host = WorkerHost(State("bob"), ComputeThread("test"))
+        near, far = memory_pipes("memory://bob", Limits())
+        host._pipes = {1: Ended(), 2: far}
+        reading = asyncio.create_task(near.receive())
+        await host._handle(PeerFailed("key", "it is gone"))  # nobody to raise it at
+        assert (await reading).message.id == 5
+        reading = asyncio.create_task(near.receive())
+        with pytest.raises(ConnectionResetError):
+            await host._handle(Received(1, m.Envelope(5, m.CountObjects()), []))
+        assert (await reading).message.id == 5
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("text", ["x" * 70_000, "\udc80" * 20_000])
+def test_a_failure_is_never_longer_than_clients_take(text):
+    """Names and lines in it can be a client's own words."""
+    failure = m.Failure("LocalError", text, op=text, line=text, traceback=text, cause=text, step=text)
+    sent = m.to_wire(m.Envelope(1, as_sent(failure)))
+    received = m.from_wire(msgpack.unpackb(msgpack.packb(sent))).body
+    assert received.message[:7] in ("x" * 7, "\\udc80\\")
+    assert all(len(getattr(received, name)) <= 60_000 for name in ("message", "op", "line", "traceback"))

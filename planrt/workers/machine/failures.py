@@ -12,6 +12,8 @@ import traceback
 from pathlib import PurePath
 from typing import Any
 
+import msgspec
+
 from planrt.errors import ExecutionError, LocalError, PolicyError
 from planrt.workers.machine.devices import explained
 from planrt.workers.wire import messages as m
@@ -38,7 +40,17 @@ class OpFailedError(LocalError):
 
 def cut(text: str) -> str:
     """As much of `text` as a client is told, in characters that travel."""
-    return text[:_LONGEST].encode(errors="backslashreplace").decode()
+    return text[:_LONGEST].encode(errors="backslashreplace").decode()[:_LONGEST]
+
+
+def as_sent(failure: m.Failure) -> m.Failure:
+    """`failure` with no text that is longer than its client takes: names and lines in it can be a client's own."""
+    texts = {
+        name: cut(text)
+        for name in ("message", "op", "line", "traceback", "cause", "step")
+        if isinstance(text := getattr(failure, name), str)
+    }
+    return msgspec.structs.replace(failure, **texts)
 
 
 def without_directories(text: str) -> str:

@@ -35,7 +35,7 @@ from planrt.workers.machine.events import (
     ToPeer,
     Wait,
 )
-from planrt.workers.machine.failures import failure_of
+from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.audit_file import AuditError, AuditFile
@@ -209,7 +209,8 @@ class WorkerHost:
 
     async def _handle(self, event: Event) -> None:
         left = [event]
-        while left:
+        lost: ConnectionError | None = None
+        while left and lost is None:
             event = left.pop()
             instructions = await self._compute.run(self._work, event)
             if self._audit is not None and self._audit.waiting:
@@ -218,7 +219,12 @@ class WorkerHost:
                 match instruction:
                     case Reply(connection, envelope, tensors):
                         if pipe := self._pipes.get(connection):
-                            await pipe.send(self._encode(connection, envelope, tensors))
+                            try:
+                                await pipe.send(self._encode(connection, envelope, tensors))
+                            except (
+                                ConnectionError
+                            ) as error:  # it has ended: that is for who reads from it to see
+                                lost = error if isinstance(event, Received) else None
                     case Close(connection):
                         if pipe := self._pipes.get(connection):
                             await pipe.close()
@@ -230,6 +236,8 @@ class WorkerHost:
                         self._links.send(instruction)
                     case Again(rest):  # the compute thread first takes what has waited meanwhile
                         left.append(rest)
+        if lost is not None:
+            raise lost
 
     async def _written(
         self, audit: AuditFile, event: Event, instructions: list[Instruction]
@@ -266,7 +274,9 @@ class WorkerHost:
     def _encode(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
         """An answer as it is sent; where the client does not take it, or it has no byte form, that is the answer."""
         if isinstance(envelope.body, m.Failure):
-            log.info("refused", worker=self.state.id, kind=envelope.body.kind, why=envelope.body.message)
+            told = as_sent(envelope.body)
+            log.info("refused", worker=self.state.id, kind=told.kind, why=told.message)
+            envelope = m.Envelope(envelope.id, told)
         client = self.state.accepted_by(connection)
         try:
             check_fits(client, tensors)
@@ -280,7 +290,7 @@ class WorkerHost:
 
     async def _complain(self, pipe: Pipe, error: TransportError) -> None:
         """Tells the client what was wrong with its bytes, as far as the connection still carries it."""
-        envelope = m.Envelope(0, m.Failure(type(error).__name__, str(error)))
+        envelope = m.Envelope(0, as_sent(m.Failure(type(error).__name__, str(error))))
         try:
             await asyncio.wait_for(pipe.send(encode(m.to_wire(envelope))), timeout=2)
         except (ConnectionError, TimeoutError):
