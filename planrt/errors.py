@@ -53,6 +53,7 @@ derives from TypeError: operators swallow that type to try the reflected operand
 from __future__ import annotations
 
 import linecache
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from planrt.tracebacks import number_of, place_shown, rendered
@@ -288,6 +289,34 @@ class GetNotPermittedError(RemoteError):
 
 class ReplyTooLargeError(RemoteError):
     """The answer is over the size that this client takes; what it would have brought stays on the worker."""
+
+
+class UpdateRefusedError(PlanrtError, ValueError):
+    """The update that a worker returned from a round cannot count: another shape, no number, too many samples.
+
+    `worker_id` is the worker; the message says which entry of its update, and what is wrong with it.
+    """
+
+    def __init__(self, message: str, *, worker_id: str) -> None:
+        super().__init__(f"worker {worker_id!r}: {message}")
+        self.reason = message
+        self.worker_id = worker_id
+
+
+class QuorumError(PlanrtError, RuntimeError):
+    """A round had too few workers that count, and made nothing; the state that it was given is as it was.
+
+    `missing` says of each worker that does not count why (id -> reason), `answered` are the ids of those that do, and
+    `needed` is how many it takes.
+    """
+
+    def __init__(
+        self, message: str, *, missing: Mapping[str, str], answered: Sequence[str], needed: int
+    ) -> None:
+        super().__init__(message)
+        self.missing = dict(missing)
+        self.answered = tuple(answered)
+        self.needed = needed
 
 
 class TransportError(PlanrtError):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from planrt.errors import LocalError, OptionError
+from planrt.errors import LocalError, OptionError, UpdateRefusedError
 from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
 from planrt.fl.options import flag, learning_rate, optimizer_name, optimizer_options, whole
 from planrt.fl.recording_cache import casting_hint, dataset_of, example_batch, recorded
 from planrt.loop import on_loop, run
 from planrt.plans.forms.torchscript import class_name
+from planrt.plans.ir.graph import Graph
 from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult
@@ -260,8 +261,7 @@ class TrainConfig:
         )
         tensors = list(plans.names.by_entry(state).values())
         fitted, values = await worker.ask(m.Fitted, body, tensors, plan=plan, allocate=allocate)
-        names = [plan.state[index].name for index in fitted.changed]
-        entries = dict(zip(names, values, strict=True))
+        entries = _entries(worker, plan, fitted, values)
         changed = plans.names.keyed(entries)
         return FitResult(worker.id, fitted.loss, fitted.samples, fitted.batches, changed, entries)
 
@@ -289,6 +289,23 @@ class TrainConfig:
         tensors = list(plans.names.by_entry(state).values())
         answer, _ = await worker.ask(m.Evaluated, body, tensors, plan=plan)
         return evaluated(answer, bins=bins)
+
+
+def _entries(
+    worker: BaseWorker, plan: Graph, fitted: m.Fitted, values: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a worker returned, by the names of the plan's state."""
+    changed = fitted.changed
+    if (
+        len(changed) != len(values)
+        or len(set(changed)) < len(changed)
+        or max(changed, default=0) >= len(plan.state)
+    ):
+        raise UpdateRefusedError(
+            f"its update has {len(values)} tensors for {len(changed)} entries, of {len(plan.state)} that there are",
+            worker_id=worker.id,
+        )
+    return {plan.state[index].name: value for index, value in zip(changed, values, strict=True)}
 
 
 def _no_module(given: Any) -> str:

@@ -49,6 +49,35 @@ def flag(name: str, value: Any) -> bool:
     return given
 
 
+def seconds(name: str, value: Any, *, at_most: float) -> float | None:
+    """`value` as a time-out in seconds: a number above 0, or None for no end.
+
+    Raises:
+        OptionError: it is something else, or over `at_most` seconds.
+    """
+    number = plain(value)
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= at_most:
+        raise OptionError(
+            f"{name} must be a number of seconds above 0 and of at most {at_most:,.0f}, or None for no end, got "
+            f"{_for_error(value)}"
+        )
+    return float(number)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a finite number above 0.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise OptionError(f"{name} must be a number above 0, got {_for_error(value)}")
+    return float(number)
+
+
 def learning_rate(value: Any) -> float:
     """`value` as a learning rate: a finite number of at least 0.
 

@@ -18,36 +18,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from planrt.cards import card
-from planrt.errors import OptionError
-from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregated, check_aggregation
+from planrt.errors import OptionError, WorkerLostError
+from planrt.fl.attendance import (
+    WORKERS_OWN,
+    Attendance,
+    Missing,
+    below_quorum,
+    cancelled,
+    looks,
+    why_missing,
+)
+from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregation
 from planrt.fl.config import TrainConfig
-from planrt.fl.options import learning_rate, whole
+from planrt.fl.exchange import Exchange, PlainExchange, RoundOrder
+from planrt.fl.options import learning_rate, positive, seconds, whole
 from planrt.fl.recording_cache import dataset_of
+from planrt.fl.replies import Lease, Leases
+from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Answers, Deadline, LateError
+from planrt.logs import get_logger
 from planrt.loop import on_loop
-from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
 from planrt.plans.training import EvaluationResult
-from planrt.seeding import derive_seed
-from planrt.serde.frames import MemoryStore, SpoolStore, Store
 from planrt.shown import shown
 from planrt.workers.base import BaseWorker
 from planrt.workers.results import FitResult
 
-_SMALL = 1 << 20
-"""Replies under this many bytes are not worth a temporary file."""
+log = get_logger("planrt.fl")
 
-_LARGE = 8 << 20
-"""Folding states over this many bytes leaves the loop thread, which has pings to answer. Of replies over this
-many bytes one less is held: what connections have in hand while they receive (about 10 MB in all) takes its
-place."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class RoundResult:
     """A round: `seconds` of training and averaging, the averaged state, each worker's part.
 
     `loss` is the mean over all samples; `worker_states` is filled only if asked for. States are as
-    ``model.load_state_dict`` takes them.
+    ``model.load_state_dict`` takes them. `missing` are the workers that do not count in it, and why.
     """
 
     round: int
@@ -76,10 +81,15 @@ class RoundResult:
     loss: float
     workers: dict[str, WorkerRound]
     worker_states: dict[str, ModelState] = field(default_factory=dict)
+    missing: dict[str, Missing] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         workers = shown(", ".join(f"{id}: {part.loss:.4f}" for id, part in self.workers.items()), 200)
-        return f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s>"
+        without = shown(", ".join(f"{id} ({why.kind})" for id, why in self.missing.items()), 200)
+        return (
+            f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s"
+            f"{f', without {without}' if without else ''}>"
+        )
 
     def _repr_html_(self) -> str:
         rows = [
@@ -92,6 +102,7 @@ class RoundResult:
                 ("loss", f"{self.loss:.4f}"),
                 ("seconds", f"{self.seconds:.2f}"),
                 ("state", f"{len(self.state)} entries"),
+                *((f"without {id}", str(why)) for id, why in self.missing.items()),
             ],
             columns=("worker", "loss", "samples", "bytes sent", "bytes received"),
             rows=rows,
@@ -118,14 +129,28 @@ class RoundScheduler:
     virtual and on websocket workers with the same torch build and number of threads. `weighted` counts each
     worker by the samples it trained on.
 
+    A round needs `min_workers` of them (all, by default), and waits for `round_timeout` seconds (an hour, by
+    default; None for no end). Workers that are gone, frozen, slow, or return what cannot count are left out: the
+    average is that of the others, and `RoundResult.missing` says why. With fewer than `min_workers` the round
+    raises a `QuorumError` that names them, and makes nothing. Where all are needed by default, a worker's own error
+    is raised as it is, as soon as it comes. A worker whose connection was lost is connected to again at the start of
+    the next round; one that did not answer in time is asked again once its late answer has come, which is dropped.
+
+    Updates are looked at before they count: names, shapes, dtypes, finite values, no more samples than the data set
+    gives, and with `max_update_norm` the Euclidean norm of what training changed.
+
     Memory of a round stays under (2 + `hold`) times the state for states over 10 MB: the state, the first
     reply, which becomes the average, and `hold` times as much for replies that arrive out of order and
     whatever connections have in hand. Further replies wait in temporary files. An aggregation of your own
     needs what it keeps in addition.
 
+    `exchange` is how workers are asked, in place of `planrt.fl.exchange.PlainExchange`, which `aggregation` and
+    `max_update_norm` are for.
+
     Raises:
         OptionError: no workers, two with the same id, a negative `hold`, an `aggregation` without its
-            methods.
+            methods, `min_workers` under 1 or above the number of workers, a `round_timeout` that is not above 0 or
+            over 30 days.
     """
 
     def __init__(
@@ -138,6 +163,10 @@ class RoundScheduler:
         hold: int = 2,
         weighted: bool = False,
         aggregation: Aggregation[Any] | None = None,
+        min_workers: int | None = None,
+        round_timeout: float | None = ROUND_TIMEOUT,
+        max_update_norm: float | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         if isinstance(workers, BaseWorker):
             raise OptionError("workers is a list: write RoundScheduler([worker], config, ...)")
@@ -155,10 +184,25 @@ class RoundScheduler:
         self.config = config
         self.dataset_key = dataset_key
         self.seed = whole("seed", seed, at_least=0)
+        self.min_workers = None if min_workers is None else whole("min_workers", min_workers, at_least=1)
+        if self.min_workers is not None and self.min_workers > len(ids):
+            raise OptionError(
+                f"min_workers={self.min_workers} is more than the workers that there are: {len(ids)}"
+            )
+        self.round_timeout = seconds("round_timeout", round_timeout, at_most=LONGEST_TIMEOUT)
         self._hold = whole("hold", hold, at_least=0)
         self._weighted = weighted
-        self._aggregation: Aggregation[Any] = FederatedAveraging() if aggregation is None else aggregation
-        check_aggregation(self._aggregation)
+        if exchange is None:
+            aggregation = FederatedAveraging() if aggregation is None else aggregation
+            check_aggregation(aggregation)
+            norm = None if max_update_norm is None else positive("max_update_norm", max_update_norm)
+            exchange = PlainExchange(aggregation, max_update_norm=norm)
+        elif aggregation is not None or max_update_norm is not None:
+            raise OptionError(
+                "aggregation= and max_update_norm= are for rounds without an exchange= of their own"
+            )
+        self._exchange = exchange
+        self._attendance = Attendance(self.workers, dataset_key)
 
     def __repr__(self) -> str:
         ids = shown(", ".join(worker.id for worker in self.workers), 200)
@@ -170,9 +214,11 @@ class RoundScheduler:
     async def prepare(self) -> None:
         """Traces the plan if it is not yet, and sends it to every worker, once.
 
+        With `min_workers`, those that are not there or do not answer are left for the rounds to come.
+
         Raises:
             UnknownDatasetError, TraceError: see `TrainConfig`. OptionError: the workers' data differ in
-                shape.
+                shape. QuorumError, WorkerLostError, RemoteError: as `run_round`.
         """
         infos = [dataset_of(worker, self.dataset_key) for worker in self.workers]
         specs = {str((info.data, info.target)) for info in infos}
@@ -181,8 +227,21 @@ class RoundScheduler:
                 f"the workers' data sets {self.dataset_key!r} have different shapes or dtypes: {'; '.join(specs)}"
             )
         plan = self.config.trace_for(self.workers[0], self.dataset_key).training
-        await asyncio.gather(
-            *(worker.workplace.put_plan(plan, purpose=self.config.purpose) for worker in self.workers)
+        self._attendance.like = looks(infos[0])
+        deadline = Deadline(self.round_timeout)
+        present, missing = await self._present("preparing", deadline)
+
+        async def prepared(worker: BaseWorker, _: None) -> None:
+            log.debug("prepared", worker=worker.id)
+
+        await self._ask(
+            "preparing",
+            0,
+            present,
+            missing,
+            deadline,
+            lambda worker: worker.workplace.put_plan(plan, purpose=self.config.purpose),
+            prepared,
         )
 
     @on_loop
@@ -205,7 +264,9 @@ class RoundScheduler:
         Raises:
             OptionError: the arguments are swapped, the state does not fit the model, or the aggregation makes
                 another state than it was given.
-            WorkerLostError: a worker went away; names it. RemoteError: a worker could not do it.
+            QuorumError: fewer workers than `min_workers` count; names those that are missing, and why.
+            WorkerLostError, RemoteError, UpdateRefusedError: where all workers are needed by default, one went
+                away, could not do it, or returned what cannot count; names it.
         """
         if isinstance(round_number, Mapping):
             raise OptionError("run_round takes the number of the round first: run_round(1, state)")
@@ -214,48 +275,54 @@ class RoundScheduler:
         round_number = whole("round_number", round_number, at_least=0)
         lr = None if lr is None else learning_rate(lr)
         started = time.perf_counter()
+        deadline = Deadline(self.round_timeout)
         plans = self.config.plans
         names = plans.names
         before = names.by_entry(state)
-        checked = names.named(before)  # once for all workers: tied weights may have to be compared
-        large = sum(value.nbytes for value in before.values()) > _LARGE
-        leases = _Leases(max(0, self._hold - 1) if large else self._hold)
-        aggregate = self._aggregation.init()
-        added: dict[str, torch.Tensor] = {}
+        order = RoundOrder(
+            number=round_number,
+            seed=self.seed,
+            dataset_key=self.dataset_key,
+            lr=lr,
+            config=self.config,
+            plans=plans,
+            state=names.named(before),  # once for all workers: tied weights may have to be compared
+            before=before,
+            wanted={entry.name: before[entry.name] for entry in plans.training.state if entry.can_change},
+            weighted=self._weighted,
+            copies=keep_worker_states,
+            deadline=deadline,
+        )
         parts: dict[str, WorkerRound] = {}
         kept: dict[str, ModelState] = {}
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = deque(
-                    group.create_task(
-                        self._fit(worker, plans, round_number, checked, lr, leases.lease(first=index == 0))
-                    )
-                    for index, worker in enumerate(self.workers)
-                )
-                for worker in self.workers:
-                    result, part, lease = await tasks.popleft()
-                    parts[worker.id] = part
-                    if keep_worker_states:
-                        kept[worker.id] = names.named({**before, **result.entries})
-                    if part.samples:
-                        weight = float(part.samples) if self._weighted else 1.0
-                        added = added or {name: before[name] for name in result.entries}
-                        entries = dict(result.entries)
-                        if keep_worker_states:  # what is kept must not become the accumulator
-                            entries = {name: value.clone() for name, value in entries.items()}
-                        if large:
-                            aggregate = await asyncio.to_thread(self._add, aggregate, entries, weight)
-                        else:
-                            aggregate = self._add(aggregate, entries, weight)
-                        del entries
-                    del result
-                    lease.release()
-        except BaseExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
+        what = f"round {round_number}"
+        present, missing = await self._present(what, deadline)
+        missing |= await self._exchange.begin(order, present)
+        present = [worker for worker in present if worker.id not in missing]
+        leases = Leases(max(0, self._hold - 1) if order.large else self._hold)
+        places = {worker.id: leases.lease(first=index == 0) for index, worker in enumerate(present)}
+
+        async def answered(worker: BaseWorker, answer: tuple[FitResult, WorkerRound]) -> None:
+            result, part = answer
+            await self._exchange.add(worker, order, result)
+            parts[worker.id] = part
+            if keep_worker_states:
+                kept[worker.id] = names.named({**before, **result.entries})
+
+        await self._ask(
+            what,
+            round_number,
+            present,
+            missing,
+            deadline,
+            lambda worker: self._fit(worker, order, places[worker.id]),
+            answered,
+            lambda worker, late: places[worker.id].too_late() if late else places[worker.id].release(),
+        )
         samples = sum(part.samples for part in parts.values())
         loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
-        aggregated = check_aggregated(self._aggregation.result(aggregate), added) if added else {}
-        after = names.assign(state, aggregated) if in_place else {**before, **aggregated}
+        changed = await self._exchange.end(order, list(parts))
+        after = names.assign(state, changed) if in_place else {**before, **changed}
         return RoundResult(
             round_number,
             time.perf_counter() - started,
@@ -263,36 +330,90 @@ class RoundScheduler:
             loss / samples if samples else float("nan"),
             parts,
             kept,
+            missing,
         )
 
-    def _add(self, aggregate: Any, entries: dict[str, torch.Tensor], weight: float) -> Any:
-        after = self._aggregation.add(aggregate, entries, weight)
-        if after is None:
-            raise OptionError(
-                f"add of {type(self._aggregation).__name__} returned None: return the aggregate, also where it was "
-                "changed in place"
-            )
-        return after
+    # ------------------------------------------------------------------ who takes part, and who answers
+
+    @property
+    def _needed(self) -> int:
+        return len(self.workers) if self.min_workers is None else self.min_workers
+
+    async def _present(self, what: str, deadline: Deadline) -> tuple[list[BaseWorker], dict[str, Missing]]:
+        """The workers that can be asked, and why the others cannot.
+
+        Raises:
+            QuorumError: too few can. WorkerLostError: one is gone, where all are needed by default.
+        """
+        present, missing = await self._attendance.roll_call(needed=self._needed, deadline=deadline)
+        for worker in self.workers:
+            if self.min_workers is None and worker.id in missing and missing[worker.id].kind == "lost":
+                raise WorkerLostError(
+                    f"worker {worker.id!r} is gone: {missing[worker.id].why}",
+                    address=worker.address,
+                    worker_id=worker.id,
+                )
+        if len(present) < self._needed:
+            raise below_quorum(what, missing, [worker.id for worker in present], self._needed)
+        return present, missing
+
+    async def _ask(
+        self,
+        what: str,
+        number: int,
+        present: Sequence[BaseWorker],
+        missing: dict[str, Missing],
+        deadline: Deadline,
+        ask: Callable[[BaseWorker], Coroutine[Any, Any, T]],
+        answered: Callable[[BaseWorker, T], Coroutine[Any, Any, None]],
+        over: Callable[[BaseWorker, bool], None] = lambda worker, late: None,
+    ) -> None:
+        """Asks all who are present at once, and hands their answers to `answered` in the order of their ids.
+
+        `over` is called when the round is done with a worker, or without it (late). Adds who does not count to
+        `missing`, and raises where too many do not.
+        """
+        counting: list[str] = []
+
+        def failed(id: str, error: BaseException) -> None:
+            if self.min_workers is None or not isinstance(error, WORKERS_OWN):
+                raise error
+            missing[id] = why_missing(error)
+            if len(self.workers) - len(missing) < self._needed:
+                left = {worker.id for worker in present} - missing.keys() - set(counting)
+                missing.update(
+                    {id: Missing("left", "too many were missing before its answer") for id in left}
+                )
+                raise below_quorum(what, missing, counting, self._needed)
+
+        answers = Answers(
+            {worker.id: asyncio.create_task(ask(worker)) for worker in present}, deadline, failed
+        )
+        try:
+            for worker in present:
+                late = False
+                try:
+                    await answered(worker, await answers.take(worker.id))
+                    counting.append(worker.id)
+                except LateError as error:
+                    late = True
+                    missing[worker.id] = Missing("late", f"no answer within {deadline.seconds:g} s")
+                    self._attendance.owes(worker.id, number, error.task)
+                except WORKERS_OWN as error:
+                    failed(worker.id, error)
+                over(worker, late)
+                if worker.id in missing:
+                    log.warning("worker_missing", worker=worker.id, round=number, why=str(missing[worker.id]))
+        finally:
+            await cancelled(answers.rest())
+        if len(counting) < self._needed:
+            raise below_quorum(what, missing, counting, self._needed)
 
     async def _fit(
-        self,
-        worker: BaseWorker,
-        plans: ModelPlans,
-        round_number: int,
-        state: Mapping[str, torch.Tensor],
-        lr: float | None,
-        lease: _Lease,
-    ) -> tuple[FitResult, WorkerRound, _Lease]:
+        self, worker: BaseWorker, order: RoundOrder, place: Lease
+    ) -> tuple[FitResult, WorkerRound]:
         before = worker.traffic.copy()
-        result = await self.config.fit(
-            worker,
-            state,
-            dataset_key=self.dataset_key,
-            seed=derive_seed(self.seed, round_number, worker.id),
-            lr=lr,
-            allocate=lease.allocate,
-            plans=plans,
-        )
+        result = await self._exchange.ask(worker, order, place.allocate)
         used = worker.traffic.since(before)
         part = WorkerRound(
             used.messages_sent,
@@ -302,7 +423,7 @@ class RoundScheduler:
             result.loss,
             result.samples,
         )
-        return result, part, lease
+        return result, part
 
 
 class ModelEvaluator:
@@ -337,37 +458,3 @@ class ModelEvaluator:
         return await self.config.evaluate(
             self.worker, state, dataset_key=self.dataset_key, batch_size=self.batch_size, bins=self.bins
         )
-
-
-# ----------------------------------------------------------------------------- memory for the replies
-
-
-class _Leases:
-    """Bounds the replies of a round that are in memory: the accumulator, and `hold` more."""
-
-    def __init__(self, hold: int) -> None:
-        self.free = hold
-
-    def lease(self, *, first: bool) -> _Lease:
-        """The place of one worker's reply; the first in order becomes the accumulator."""
-        return _Lease(self, first)
-
-
-class _Lease:
-    def __init__(self, leases: _Leases, first: bool) -> None:
-        self._leases = leases
-        self._first = first
-        self._taken = False
-
-    def allocate(self, message: object, nbytes: int) -> Store:
-        if nbytes < _SMALL or self._first:
-            return MemoryStore(nbytes)
-        if not self._leases.free:
-            return SpoolStore(nbytes)
-        self._leases.free -= 1
-        self._taken = True
-        return MemoryStore(nbytes)
-
-    def release(self) -> None:
-        self._leases.free += self._taken
-        self._taken = False
