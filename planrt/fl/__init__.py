@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from planrt.fl.data.federated import FederatedDataLoader, FederatedDataset
     from planrt.fl.data.splitting import federate
     from planrt.fl.optims import Optims
+    from planrt.fl.robust import CoordinateMedian, Krum, MultiKrum, TrimmedMean
     from planrt.fl.rounds import ModelEvaluator, RoundResult, RoundScheduler
     from planrt.fl.utils import evaluate_model_on_worker, fit_model_on_worker
     from planrt.workers.results import FitResult
@@ -24,6 +25,10 @@ _HOMES = {
     "FederatedDataLoader": "planrt.fl.data.federated",
     "FederatedDataset": "planrt.fl.data.federated",
     "Optims": "planrt.fl.optims",
+    "CoordinateMedian": "planrt.fl.robust",
+    "Krum": "planrt.fl.robust",
+    "MultiKrum": "planrt.fl.robust",
+    "TrimmedMean": "planrt.fl.robust",
     "ModelEvaluator": "planrt.fl.rounds",
     "RoundResult": "planrt.fl.rounds",
     "RoundScheduler": "planrt.fl.rounds",
@@ -35,14 +40,18 @@ _HOMES = {
 
 __all__ = [
     "Aggregation",
+    "CoordinateMedian",
     "FederatedDataLoader",
     "FederatedDataset",
     "FitResult",
+    "Krum",
     "ModelEvaluator",
+    "MultiKrum",
     "Optims",
     "RoundResult",
     "RoundScheduler",
     "TrainConfig",
+    "TrimmedMean",
     "evaluate_model_on_worker",
     "federate",
     "federated_avg",

@@ -195,6 +195,7 @@ class RoundScheduler:
         if exchange is None:
             aggregation = FederatedAveraging() if aggregation is None else aggregation
             check_aggregation(aggregation)
+            self._check_quorum(aggregation)
             norm = None if max_update_norm is None else positive("max_update_norm", max_update_norm)
             exchange = PlainExchange(aggregation, max_update_norm=norm)
         elif aggregation is not None or max_update_norm is not None:
@@ -203,6 +204,16 @@ class RoundScheduler:
             )
         self._exchange = exchange
         self._attendance = Attendance(self.workers, dataset_key)
+
+    def _check_quorum(self, aggregation: object) -> None:
+        fewest = getattr(aggregation, "fewest", 1)
+        if fewest > self._needed:
+            short = (
+                f"and there are {len(self.workers)}"
+                if fewest > len(self.workers)
+                else f"and min_workers={self.min_workers} would let fewer count"
+            )
+            raise OptionError(f"{aggregation!r} needs at least {fewest} workers in a round, {short}")
 
     def __repr__(self) -> str:
         ids = shown(", ".join(worker.id for worker in self.workers), 200)
