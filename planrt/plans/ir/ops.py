@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from planrt.errors import OpNotAllowedError
 from planrt.plans.ir.guards import GUARDS
+from planrt.plans.ir.index_guards import INDEX_GUARDS
 from planrt.plans.ir.result_limits import MANY, bounded
 from planrt.plans.ir.traits import OpTraits
 
@@ -302,15 +303,16 @@ _ON_CPU: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _home(prefix: str) -> Any:
-    return {"torch": torch, "Tensor": torch.Tensor, "special": torch.special}[prefix]
+    return {"torch": torch, "Tensor": torch.Tensor, "special": torch.special, "nn.functional": F}[prefix]
 
 
+_ALL_GUARDS: Final = {**INDEX_GUARDS, **GUARDS}
 _GUARDED: dict[str, Callable[..., Any]] = {
     name: function
-    for name in GUARDS
-    if (function := getattr(_home(name.partition(".")[0]), name.partition(".")[2], None)) is not None
+    for name in _ALL_GUARDS
+    if (function := getattr(_home(name.rpartition(".")[0]), name.rpartition(".")[2], None)) is not None
 }
-CHECKED: Final = {**BOUNDED, **{name: GUARDS[name](function) for name, function in _GUARDED.items()}}
+CHECKED: Final = {**BOUNDED, **{name: _ALL_GUARDS[name](function) for name, function in _GUARDED.items()}}
 """Name -> torch's function behind a check of its arguments."""
 
 UNWRAPPED: Final[dict[str, Callable[..., Any]]] = {
