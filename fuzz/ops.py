@@ -120,7 +120,7 @@ class Pair:
                 one, other = (self._next(child, index) for child in self._children)
                 yield index, (one, other)
                 first = index + 1
-                if _ended(one) or _ended(other):  # both go on together, with the next call
+                if _kind((one, other)) is not None:  # it was tried again: both go on together, with the next call
                     break
             for child in self._children:
                 child.end_stretch()

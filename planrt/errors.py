@@ -153,6 +153,10 @@ class ExecutionError(LocalError):
         self.line = line
 
 
+class DeviceLostError(LocalError, RuntimeError):
+    """A worker's GPU answers this process no more; a new process can use it."""
+
+
 class OptionError(LocalError, ValueError):
     """An option or configuration value that cannot be used."""
 

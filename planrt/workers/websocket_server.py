@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from planrt.allocator import CLEARING, clear_new_memory, keep_freed_memory
-from planrt.errors import OptionError
+from planrt.errors import DeviceLostError, OptionError
 from planrt.logs import get_logger
 from planrt.loop import background_loop, new_event_loop
 from planrt.plans import training
@@ -190,6 +190,7 @@ class WebsocketServerWorker:
 
         Raises:
             ConnectError: the port is taken, or the host is not this machine's.
+            DeviceLostError: its GPU computes no more. Whoever starts workers can start this one again.
         """
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
         host = WorkerHost(
@@ -206,8 +207,20 @@ class WebsocketServerWorker:
                 ).start()
                 if ready is not None:
                     ready(self.port)
-                await (stop or asyncio.Event()).wait()
+                ends = [
+                    asyncio.create_task(one.wait()) for one in (stop or asyncio.Event(), host.device_lost)
+                ]
+                try:
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for end in ends:
+                        end.cancel()
                 host.stop()
+                if host.device_lost.is_set():
+                    raise DeviceLostError(
+                        f"device {self._state.device} has failed, and computes no more in this process: start "
+                        f"worker {self.id!r} again"
+                    )
         finally:
             compute.close()
             self.computing = compute.busy

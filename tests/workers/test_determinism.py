@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from planrt.errors import OptionError, RemoteError
+from planrt.errors import DeviceLostError, OptionError, RemoteError
 from planrt.fl.serve import parser as serve_parser
 from planrt.torch_hook import TorchHook
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine import devices
 from planrt.workers.machine.devices import deterministic_kernels, explained, wanted
 
 
@@ -134,3 +135,39 @@ def test_the_compiler_that_deterministic_kernels_need_is_imported_before_there_a
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_server_whose_device_is_gone_ends_so_that_it_can_be_started_again(monkeypatch):
+    """There need be no GPU: the server believes that it has one, and that it does not answer."""
+    TorchHook(torch)
+    tried = []
+    monkeypatch.setattr(devices, "answers", lambda device: bool(tried.append(device)))
+    server = WebsocketServerWorker("carol", threads=1)
+    server._state.device = torch.device("cuda")
+    serving = server.running()
+    with WebsocketClientWorker("carol", uri=serving.__enter__()) as carol:
+        x, far = torch.ones(3).send(carol), torch.tensor([5]).send(carol)
+        assert x.clone().get().tolist() == [1, 1, 1]
+        assert not tried
+        with pytest.raises(RemoteError, match="out of bounds|out of range"):
+            x[far].get()
+    with pytest.raises(DeviceLostError, match="start worker 'carol' again"):
+        serving.__exit__(None, None, None)
+    assert tried == [torch.device("cuda")]
+
+
+def test_a_failed_op_alone_ends_nothing(monkeypatch):
+    TorchHook(torch)
+    server = WebsocketServerWorker("carol", threads=1)
+    server._state.device = torch.device("cuda")
+    monkeypatch.setattr(devices, "answers", lambda device: True)
+    with server.running() as uri, WebsocketClientWorker("carol", uri=uri) as carol:
+        x, far = torch.ones(3).send(carol), torch.tensor([5]).send(carol)
+        with pytest.raises(RemoteError):
+            x[far].get()
+        assert torch.ones(3).send(carol).get().tolist() == [1, 1, 1]
+
+
+def test_a_device_that_computes_answers():
+    assert devices.answers(torch.device("cpu"))
+    assert not devices.answers(torch.device("cuda:63"))

@@ -85,6 +85,14 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
             torch.backends.cudnn.benchmark = True
 
 
+def answers(device: torch.device) -> bool:
+    """Whether `device` still computes. A kernel that failed on a GPU ends it for all that this process does there."""
+    try:
+        return torch.zeros(1, device=device).item() == 0
+    except RuntimeError:
+        return False
+
+
 def explained(text: str) -> str:
     """`text` of an error, with what to do where an op has no deterministic kernel."""
     return text + _FLAG_HINT if any(sign in text for sign in _SIGNS) else text

@@ -21,6 +21,7 @@ from planrt.errors import HandshakeError, LocalError, TransportError, WireError
 from planrt.logs import get_logger
 from planrt.serde import frames
 from planrt.serde.frames import Frame, Limits, encode
+from planrt.workers.machine import devices
 from planrt.workers.machine.devices import deterministic_kernels
 from planrt.workers.machine.events import (
     Again,
@@ -128,6 +129,8 @@ class WorkerHost:
         self._openings = Openings(self._limits.connections)
         self._links = Links(state.id, self._handle, self._limits, dialling)
         self._stopping = False
+        self.device_lost = asyncio.Event()
+        """Is set once the worker's device computes no more."""
 
     def stop(self) -> None:
         """Stops serving every connection, without waiting for what is being computed."""
@@ -236,8 +239,16 @@ class WorkerHost:
                         self._links.send(instruction)
                     case Again(rest):  # the compute thread first takes what has waited meanwhile
                         left.append(rest)
+            if self.state.device.type != "cpu" and any(map(_failed, instructions)):
+                await self._try_device()
         if lost is not None:
             raise lost
+
+    async def _try_device(self) -> None:
+        """Looks whether what failed has brought down the device: a text that says so could be a client's."""
+        if not await self._compute.run(devices.answers, self.state.device):
+            log.critical("device_lost", worker=self.state.id, device=str(self.state.device))
+            self.device_lost.set()
 
     async def _written(
         self, audit: AuditFile, event: Event, instructions: list[Instruction]
@@ -295,6 +306,10 @@ class WorkerHost:
             await asyncio.wait_for(pipe.send(encode(m.to_wire(envelope))), timeout=2)
         except (ConnectionError, TimeoutError):
             log.debug("complaint_undelivered", worker=self.state.id, client=pipe.address)
+
+
+def _failed(instruction: Instruction) -> bool:
+    return isinstance(instruction, Reply) and isinstance(instruction.envelope.body, m.Failure)
 
 
 _virtual_lock = threading.Lock()
