@@ -120,7 +120,8 @@ class Pair:
                 one, other = (self._next(child, index) for child in self._children)
                 yield index, (one, other)
                 first = index + 1
-                if _kind((one, other)) is not None:  # it was tried again: both go on together, with the next call
+                # It was tried again: both go on together, with the next call.
+                if _kind((one, other)) is not None:
                     break
             for child in self._children:
                 child.end_stretch()
