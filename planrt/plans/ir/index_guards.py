@@ -24,7 +24,7 @@ Check = Callable[..., None]
 
 
 def elsewhere(value: Any) -> bool:
-    """Whether `value` is a tensor with values, outside the CPU's memory."""
+    """Returns whether `value` is a tensor with values, outside the CPU's memory."""
     return isinstance(value, torch.Tensor) and not value.is_cpu and not value.is_meta
 
 

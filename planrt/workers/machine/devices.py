@@ -86,7 +86,7 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether `device` still computes. A kernel that failed on a GPU ends it for all that this process does there."""
+    """Returns whether `device` still computes. A kernel that failed on a GPU ends it for this process."""
     try:
         return torch.zeros(1, device=device).item() == 0
     except RuntimeError:
