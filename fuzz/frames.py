@@ -470,15 +470,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="that a connection may hang (%(default)s)",
     )
     add("--growth", type=int, default=GROWTH, metavar="BYTES", help="that a worker may grow (%(default)s)")
+    add("--warming", type=int, default=WARMING, metavar="N", help="conversations before that (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write what was found there")
     options = parser.parse_args(arguments)
-    if min(options.frames, options.workers) < 1 or min(options.first, options.growth) < 0:
-        parser.error("--frames and --workers must be above 0, --first and --growth at least 0")
+    if min(options.frames, options.workers) < 1 or min(options.first, options.growth, options.warming) < 0:
+        parser.error("--frames and --workers must be above 0, --first, --growth and --warming at least 0")
     if options.answer <= 0 or options.patience <= 0:
         parser.error("--answer and --patience must be above 0")
     if options.workers > 1:
         return _several(options)
-    fuzzer = Fuzzer(options.seed, answer=options.answer, patience=options.patience, growth=options.growth)
+    fuzzer = Fuzzer(
+        options.seed,
+        answer=options.answer,
+        patience=options.patience,
+        growth=options.growth,
+        warming=options.warming,
+    )
     try:
         summary = fuzzer.run(options.frames, options.first, tell=True)
     finally:
@@ -501,6 +508,7 @@ def _several(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "fuzz.frames", "--frames", str(each), "--seed", str(options.seed)]
         command += ["--first", str(options.first + number * _STRIDE), "--answer", str(options.answer)]
         command += ["--patience", str(options.patience), "--growth", str(options.growth)]
+        command += ["--warming", str(options.warming)]
         if options.json is not None:
             command += ["--json", str(options.json.with_suffix(f".{number}{options.json.suffix}"))]
         running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import os
@@ -33,6 +34,7 @@ from planrt.plans import func2plan
 from planrt.serde.frames import FRAGMENT_BYTES, FrameAssembler, Limits, encode
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.transport.websocket import dial, listen
+from planrt.workers.transport.websocket_stream import FrameStream
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 from tests.models import classification_data
@@ -437,6 +439,21 @@ def test_random_bytes_never_harm_a_worker(server, caplog):
                     pass
         assert good.objects_count() == 0
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_connections_that_failed_keep_no_memory_until_garbage_is_looked_for(server):
+    gc.disable()
+    try:
+        with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as good:
+            for _ in range(20):
+                with raw(uri) as connection:
+                    connection.sendall(masked(Opcode.BINARY, HELLO) + masked(Opcode.BINARY, b"no frame"))
+                    until_closed(connection)
+            assert good.objects_count() == 0
+            kept = [one for one in gc.get_objects() if isinstance(one, FrameStream) and len(one._buffer)]
+            assert len(kept) < 10  # the good one's two, and what is being closed
+    finally:
+        gc.enable()
 
 
 def test_a_longer_frame_than_agreed_is_refused_by_name(server):

@@ -138,7 +138,10 @@ class FrameStream(asyncio.BufferedProtocol):
             self._assembler = self._receiver = None
         result, self._result = self._result, None
         if isinstance(result, Exception):
-            raise result
+            try:
+                raise result
+            finally:
+                del result  # or the error's traceback would show the error, and both stay
         if result is None and self._gave_up:
             raise ConnectionResetError(str(self._lost))
         return result
@@ -149,6 +152,14 @@ class FrameStream(asyncio.BufferedProtocol):
         self._assembler = None
         self._parse()
         self._resume()
+        self._release()
+
+    def _release(self) -> None:
+        """Lets go of the buffer where nothing arrives any more and nobody reads: what is left of a connection that
+        failed refers to itself, and stays until Python looks for such garbage."""
+        if self._lost and self._discards:
+            self._buffer = bytearray()
+            self._start = self._end = 0
 
     def start(self, address: str, limits: Limits) -> None:
         """Starts to ask for signs of life, and to give them, once the opening handshake is over. `address` is for
@@ -196,6 +207,8 @@ class FrameStream(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.BaseProtocol`."""
+        if exc is not None:
+            exc.__traceback__ = None  # it shows the transport, and so this connection
         self._lost = self._lost or exc or ConnectionResetError("the connection has ended")
         if self._timer is not None:
             self._timer.cancel()
@@ -203,6 +216,7 @@ class FrameStream(asyncio.BufferedProtocol):
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
         self._connection.connection_lost(exc)
+        self._release()
 
     def pause_writing(self) -> None:
         """See `asyncio.BaseProtocol`."""
