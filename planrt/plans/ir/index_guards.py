@@ -53,7 +53,8 @@ def _guard(names: str, check: Check, *, everywhere: bool = False) -> Callable[[F
 
 
 def _within(name: str, what: str, values: Any, low: float, high: float) -> None:
-    """Raises ValueError where a value is below `low` or above `high` (both allowed), or not a number.
+    """Raises where a value is below `low` or above `high` (both allowed), or not a number: IndexError for indices and
+    classes, as torch does on the CPU, ValueError for other numbers.
 
     An expanded view is looked at once, not as often as it repeats.
     """
@@ -67,7 +68,10 @@ def _within(name: str, what: str, values: Any, low: float, high: float) -> None:
             values = values.narrow(dim, 0, 1)
     least, most = (float(one) for one in torch.stack(torch.aminmax(values)).tolist())
     if not (low <= least and most <= high):  # nan is neither
-        raise ValueError(f"{name}: {what} reach from {least:g} to {most:g}; allowed are {low:g} to {high:g}")
+        kind = IndexError if what.startswith(("indices", "classes")) else ValueError
+        raise kind(
+            f"{name}: {what} out of range: they reach from {least:g} to {most:g}, and may from {low:g} to {high:g}"
+        )
 
 
 def _size(tensor: torch.Tensor, dim: Any) -> int:
