@@ -87,6 +87,18 @@ def zero(party: Party, value: Masked) -> Protocol[Bit]:
     return (yield from to_bit(party, found, tuple(value.shape)))
 
 
+def equal_to(party: Party, value: Masked, thresholds: Sequence[int], bits: int = 64) -> Protocol[Bit]:
+    """Returns [x == t] for each of several public t: bits of shape (thresholds, *shape), in three rounds, or two for
+    `bits` up to 16. Compared are the low `bits` bits.
+    """
+    count, rows = value.opened.numel(), len(thresholds)
+    opened = value.opened.reshape(1, count) - torch.tensor(list(thresholds), dtype=torch.int64)[:, None]
+    flat = value.mask.changed("reshape", (1, count), shape=(1, count))
+    tables = Tables(flat, bits, rows, equality=True)
+    found = yield from compared(party, party.supply.take(tables), opened, tables)
+    return (yield from to_bit(party, found, (rows, *value.shape)))
+
+
 def borrow(party: Party, value: Masked, bits: int) -> Protocol[Bit]:
     """Returns [c < r] on the low `bits` bits: what a division by 2**bits borrows. It takes two rounds up to 16 bits,
     else three.

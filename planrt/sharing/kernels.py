@@ -1,91 +1,66 @@
-"""PyTorch's operations on fixed-point shares, each a protocol over one party's view: a table by ATen name.
+"""PyTorch's arithmetic and functions on fixed-point shares, each a protocol over one party's view: by ATen name.
 
-A `Share` knows its scale, so that a product is brought back to the session's scale only where something needs that,
-which relu does for nothing. It keeps its `Masked` once it was opened: a weight that a forward pass multiplies by is not
-opened again in the backward pass. This is the table that a plan on shares runs by at every party.
+`shapes`, `ordering`, `pooling` and `layers` have the rest; `table` is the whole. Scales: what is finer than the
+session's scale is brought back only where something needs that (`parts`). Fractions that all know multiply at a scale
+of 2**24 relative to their size, so that 1e-6 keeps seven digits; whole numbers multiply exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing import curves, roots, selection
+from planrt.sharing import curves, roots
 from planrt.sharing.additive import add_public
 from planrt.sharing.bilinear import bilinear_value
-from planrt.sharing.fixed_point import encode
-from planrt.sharing.masked import Bit, Masked, mask
-from planrt.sharing.products import product
+from planrt.sharing.masked import mask
+from planrt.sharing.parts import Context, Share, Value, aligned, at, fractional, masked, reduced
+from planrt.sharing.products import bit_times, product
 from planrt.sharing.quotients import divide
-from planrt.sharing.rounds import Party, Protocol
+from planrt.sharing.rounds import Protocol
 
-FINER = 2**24
-"""The scale of public factors below 1: at a scale of 2**16, 0.02 would be wrong by 2e-4 of itself."""
+FINER = 24
+"""Public fractions keep so many bits."""
 
+COARSEST = 40
+"""Public fractions have at most this scale, as a power of two: 1e-12 is nothing."""
 
-@dataclass(slots=True)
-class Share:
-    """One party's part of a fixed-point secret."""
-
-    part: torch.Tensor
-    scale: int
-    masked: Masked | None = None
-    """The same value as it was opened under a mask, if it was."""
-    positive: Bit | None = None
-    """The result of relu keeps where it is positive."""
-
-    def become(self, other: Share) -> None:
-        """Takes the value of `other`: what an operation in place does."""
-        self.part, self.scale = other.part, other.scale
-        self.masked, self.positive = other.masked, None
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A party, and the scale that values are brought back to."""
-
-    party: Party
-    scale: int
-
+_WHOLE = 2**8
+"""Whole numbers above this multiply what is at the session's scale only, to leave room."""
 
 Kernel: TypeAlias = Callable[..., Protocol[Any]]
-Value: TypeAlias = Any
-"""A `Share`, or what all parties know: a torch.Tensor or a number."""
+One: TypeAlias = Callable[..., Protocol[Share]]
+"""A kernel with one result."""
 
 
-def reduced(context: Context, *shares: Share) -> Protocol[None]:
-    """Brings shares back to the session's scale, all in one round; none if they are at it."""
-    wide = _each_once(share for share in shares if share.scale != context.scale)
-    if not wide:
-        return
-    opened = yield from mask(context.party, *[share.part for share in wide])
-    for share, one in zip(wide, opened, strict=True):
-        share.part = divide(context.party, one, share.scale // context.scale)
-        share.scale, share.masked = context.scale, None
+def local(function: Callable[..., Any]) -> Kernel:
+    """Returns the kernel of a function that opens nothing."""
+
+    def kernel(context: Context, *args: Any, **kwargs: Any) -> Protocol[Any]:
+        yield from ()
+        return function(context, *args, **kwargs)
+
+    return kernel
 
 
-def masked(context: Context, *shares: Share) -> Protocol[list[Masked]]:
-    """Returns shares at the session's scale as they are, or now become, opened under masks, in one round or two."""
-    yield from reduced(context, *shares)
-    fresh = _each_once(share for share in shares if share.masked is None)
-    if fresh:
-        opened = yield from mask(context.party, *[share.part for share in fresh])
-        for share, one in zip(fresh, opened, strict=True):
-            share.masked = one
-    return [share.masked for share in shares if share.masked is not None]
+def linear(function: Callable[..., torch.Tensor]) -> One:
+    """Returns the kernel of a function that moves, drops or adds up elements: each party does it to its part."""
+
+    def kernel(context: Context, value: Share, *args: Any, **kwargs: Any) -> Protocol[Share]:
+        yield from ()
+        return Share(function(value.part, *args, **kwargs), value.scale)
+
+    return kernel
 
 
-def _each_once(shares: Iterable[Share]) -> list[Share]:
-    """Both factors of a square are one share."""
-    return list({id(share): share for share in shares}.values())
-
-
-def _public(context: Context, value: Value, scale: int) -> torch.Tensor:
-    return encode(torch.as_tensor(value, dtype=torch.float64), scale)
+def needs_fractions(value: Value) -> bool:
+    """True for numbers and tensors that all know and that have fractions."""
+    values = torch.as_tensor(value)
+    return values.is_floating_point() and bool((values != values.round()).any())
 
 
 def add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
@@ -94,17 +69,13 @@ def add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Pro
         right = (yield from multiply(context, right, alpha)) if isinstance(right, Share) else right * alpha
     if not isinstance(left, Share):
         left, right = right, left
-    if not isinstance(right, Share):
-        return Share(add_public(context.party, left.part, _public(context, right, left.scale)), left.scale)
-    if left.scale != right.scale and max(left.scale, right.scale) % min(left.scale, right.scale):
-        yield from reduced(context, left, right)
-    scale = max(left.scale, right.scale)
-    return Share(left.part * (scale // left.scale) + right.part * (scale // right.scale), scale)
-
-
-def _neg(context: Context, value: Share) -> Protocol[Share]:
-    yield from ()
-    return Share(-value.part, value.scale)
+    if isinstance(right, Share):
+        scale = yield from aligned(context, left, right)
+        return Share(at(left, scale) + at(right, scale), scale)
+    if left.scale > context.scale**2:
+        yield from reduced(context, left)
+    scale = max(left.scale, context.scale) if needs_fractions(right) else left.scale
+    return Share(add_public(context.party, at(left, scale), context.public(right, scale)), scale)
 
 
 def subtract(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
@@ -117,8 +88,25 @@ def subtract_from(context: Context, left: Value, right: Value, alpha: float = 1)
     return (yield from add(context, right, left, alpha=-alpha))
 
 
+def negated(context: Context, value: Share) -> Protocol[Share]:
+    """Returns -x."""
+    yield from ()
+    return Share(-value.part, value.scale)
+
+
 def multiply(context: Context, left: Value, right: Value) -> Protocol[Share]:
-    """Multiplies element by element."""
+    """Multiplies element by element. A secret bit opens only the other factor."""
+    if isinstance(left, Share) and left.fine and isinstance(right, int | float):
+        return (yield from _finely_multiplied(context, left, right, left.scale))
+    for one, other in ((left, right), (right, left)):
+        if (
+            isinstance(one, Share)
+            and one.bit is not None
+            and isinstance(other, Share)
+            and one.shape == other.shape
+        ):
+            (opened,) = yield from masked(context, other)
+            return Share(bit_times(context.party, one.bit, opened), other.scale)
     return (yield from any_product(context, "mul", left, right))
 
 
@@ -127,50 +115,79 @@ def any_product(
 ) -> Protocol[Share]:
     """Computes a product of `bilinear`, of two secrets or of one with what all know; the scales multiply."""
     if isinstance(left, Share) and isinstance(right, Share):
+        if right.known is not None:
+            right = right.known
+        elif left.known is not None:
+            left = left.known
+    if isinstance(left, Share) and isinstance(right, Share):
         x, y = yield from masked(context, left, right)
-        return Share(product(context.party, function, x, y, **options), context.scale**2)
+        return Share(product(context.party, function, x, y, **options), left.scale * right.scale)
     share, known = (left, right) if isinstance(left, Share) else (right, left)
-    if function == "mul" and isinstance(known, int | float) and float(known).is_integer():
-        return Share(share.part * int(known), share.scale)
-    yield from reduced(context, share)
-    small = bool((torch.as_tensor(known).abs() < 1).all())
-    scale = FINER if small else context.scale
-    factor = _public(context, known, scale)
-    pair = (share.part, factor) if share is left else (factor, share.part)
-    return Share(
-        bilinear_value(function, pair[0], pair[1], tuple(sorted(options.items()))), share.scale * scale
-    )
+    values = torch.as_tensor(known)
+    if needs_fractions(values):
+        (share,) = yield from fractional(context, share)
+        values = values.double()
+        power = _power_for(values)
+        factor, scale = context.public(values, 2**power), 2**power
+    else:
+        if values.numel() and values.abs().max() > _WHOLE:
+            yield from reduced(context, share)
+        factor, scale = context.public(values, 1), 1
+    pair = (share.part, factor) if isinstance(left, Share) else (factor, share.part)
+    chosen = tuple(sorted(options.items()))
+    return Share(bilinear_value(function, pair[0], pair[1], chosen), share.scale * scale)
 
 
-def _div(context: Context, left: Value, right: Value) -> Protocol[Share]:
-    if not isinstance(right, Share):
-        return (yield from multiply(context, left, 1 / right))
+def _power_for(values: torch.Tensor) -> int:
+    """The scale, as a power of two, at which the largest of public fractions has 24 bits."""
+    largest = float(values.abs().max())
+    if not math.isfinite(largest):
+        return 1  # encoding says what is wrong
+    return max(12, min(COARSEST, FINER - math.frexp(largest)[1]))
+
+
+def divided(
+    context: Context, left: Value, right: Value, *, rounding_mode: str | None = None
+) -> Protocol[Share]:
+    """Divides: by what all know, by a product with its inverse; else by `roots.quotient`."""
+    if rounding_mode is not None:
+        raise SharingError("shares are divided without rounding to whole numbers: leave rounding_mode out")
+    if not isinstance(right, Share) or right.known is not None:
+        values = torch.as_tensor(right.known if isinstance(right, Share) else right).double()
+        if bool((values == 0).any()):
+            raise SharingError("shares know no infinity: the divisor has a zero")
+        return (yield from multiply(context, left, 1 / values))
     if not isinstance(left, Share):
-        yield from reduced(context, right)
-        inverse = Share(
-            (yield from roots.reciprocal(context.party, right.part, context.scale)), context.scale
-        )
+        inverse = yield from root_kernel(roots.reciprocal)(context, right)
         return (yield from multiply(context, inverse, left))
-    yield from reduced(context, left, right)
+    left, right = yield from fractional(context, left, right)
     x, y = torch.broadcast_tensors(left.part, right.part)  # type: ignore[no-untyped-call]
     return Share((yield from roots.quotient(context.party, x, y, context.scale)), context.scale)
 
 
-def _mm(context: Context, left: Value, right: Value) -> Protocol[Share]:
+def matrix_product(context: Context, left: Value, right: Value) -> Protocol[Share]:
+    """As `torch.matmul`."""
     return (yield from any_product(context, "matmul", left, right))
 
 
 def _addmm(
     context: Context, bias: Value, left: Value, right: Value, *, beta: float = 1, alpha: float = 1
 ) -> Protocol[Share]:
-    result = yield from _mm(context, left, right)
+    result = yield from matrix_product(context, left, right)
     if alpha != 1:
         result = yield from multiply(context, result, alpha)
-    return (yield from add(context, result, bias, alpha=beta))
+    if beta != 1:
+        bias = (yield from multiply(context, bias, beta)) if isinstance(bias, Share) else bias * beta
+    return (yield from add(context, result, bias))
 
 
 def total(
-    context: Context, value: Share, dim: Sequence[int] | None = None, keepdim: bool = False
+    context: Context,
+    value: Share,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Protocol[Share]:
     """Adds up along `dim`, or all."""
     yield from ()
@@ -179,165 +196,178 @@ def total(
 
 
 def average(
-    context: Context, value: Share, dim: Sequence[int] | None = None, keepdim: bool = False
+    context: Context,
+    value: Share,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Protocol[Share]:
-    """Averages along `dim`, or of all."""
+    """Averages along `dim`, or of all.
+
+    Raises:
+        SharingError: there is nothing to average.
+    """
     summed = yield from total(context, value, dim, keepdim)
-    return (yield from multiply(context, summed, summed.part.numel() / max(1, value.part.numel())))
+    if not value.part.numel():
+        raise SharingError("the mean of nothing has no value")
+    return (yield from divided(context, summed, value.part.numel() // summed.part.numel()))
 
 
-def curve_kernel(name: str) -> Kernel:
+def curve_kernel(name: str) -> One:
     """Returns the kernel of a function of `splines.CURVES`."""
 
-    def kernel(context: Context, value: Share) -> Protocol[Share]:
-        yield from reduced(context, value)
+    def kernel(context: Context, value: Share, *, approximate: str = "none") -> Protocol[Share]:
+        if approximate != "none":
+            raise SharingError(
+                f"{name} of shares is computed to 2**-15, not by approximate={approximate!r}: leave it out"
+            )
+        (value,) = yield from fractional(context, value)
         return Share((yield from curves.curve(context.party, value.part, name, context.scale)), context.scale)
 
     return kernel
 
 
-def root_kernel(function: Callable[..., Protocol[torch.Tensor]]) -> Kernel:
+def root_kernel(function: Callable[..., Protocol[torch.Tensor]]) -> One:
     """Returns the kernel of a function of `roots`."""
 
     def kernel(context: Context, value: Share) -> Protocol[Share]:
-        yield from reduced(context, value)
+        (value,) = yield from fractional(context, value)
         return Share((yield from function(context.party, value.part, context.scale)), context.scale)
 
     return kernel
 
 
-def _pow(context: Context, value: Share, exponent: float) -> Protocol[Share]:
-    if exponent == 0.5:
-        root: Share = yield from root_kernel(roots.sqrt)(context, value)
-        return root
-    if not float(exponent).is_integer() or not 1 <= exponent <= 64:
-        raise SharingError(f"shares have powers of 0.5 and 1 to 64, not {exponent}: write it as exp and log")
+def power(context: Context, value: Share, exponent: Value) -> Protocol[Share]:
+    """Computes x**n for n from -64 to 64 by squaring, of the square root (or its inverse) for halves."""
+    if isinstance(exponent, Share) or (isinstance(exponent, torch.Tensor) and exponent.numel() != 1):
+        raise SharingError("powers of shares have one exponent, which all know: write (y * x.log()).exp()")
+    if not isinstance(value, Share):
+        raise SharingError("a power with a shared exponent: write (y * math.log(x)).exp()")
+    exponent = float(exponent)
+    if not (2 * exponent).is_integer() or abs(exponent) > 64:
+        raise SharingError(
+            f"shares have powers of whole numbers and halves up to 64, not {exponent}: "
+            "write (x.log() * exponent).exp()"
+        )
+    if not exponent.is_integer():
+        value = yield from root_kernel(roots.sqrt if exponent > 0 else roots.rsqrt)(context, value)
+        exponent = abs(2 * exponent)
+    if exponent == 0:
+        return context.share_of(torch.ones(value.shape, dtype=torch.int64))
     result: Share | None = None
     square: Share = value
-    left = int(exponent)
+    left = abs(int(exponent))
     while left:
         if left & 1:
             result = square if result is None else (yield from multiply(context, result, square))
         left >>= 1
         if left:
             square = yield from multiply(context, square, square)
-    return square if result is None else result
+    if result is None:
+        raise AssertionError("an exponent above 0 has a bit")
+    return result if exponent > 0 else (yield from root_kernel(roots.reciprocal)(context, result))
 
 
 def _addcmul(
     context: Context, base: Share, first: Value, second: Value, *, value: float = 1
 ) -> Protocol[Share]:
-    return (yield from add(context, base, (yield from multiply(context, first, second)), alpha=value))
+    product = yield from multiply(context, first, second)
+    if first is not second or not isinstance(value, int | float) or context.scale == 1:
+        return (yield from add(context, base, product, alpha=value))
+    if isinstance(base, Share) and not base.fine:
+        (base,) = yield from fractional(context, base)
+    scale = _scale_of_squares(context)
+    return _fine(
+        at(base, scale) + (yield from _finely_multiplied(context, product, value, scale)).part, scale
+    )
 
 
-def _lerp(context: Context, value: Share, end: Value, weight: float) -> Protocol[Share]:
-    return (yield from add(context, value, (yield from subtract(context, end, value)), alpha=weight))
+def _scale_of_squares(context: Context) -> int:
+    """What means of squares are kept at, for the optimizers that take their roots: gradients are small, their squares
+    smaller. At a scale of 2**16 that is 2**26; it holds squares of gradients up to 128.
+    """
+    more = math.gcd(context.scale, 2**10)
+    return context.scale * (more if more >= 2**8 else context.scale)
 
 
-def _filled(value: float) -> Kernel:
-    def kernel(context: Context, like: Share, **_: Any) -> Protocol[Share]:
-        yield from ()
-        filled = torch.full(like.part.shape, round(value * context.scale), dtype=torch.int64)
-        return Share(context.party.public(filled), context.scale)
-
-    return kernel
+def _fine(part: torch.Tensor, scale: int) -> Share:
+    made = Share(part, scale)
+    made.fine = True
+    return made
 
 
-def _zeros(context: Context, like: Share, size: Sequence[int], *_: Any, **__: Any) -> Protocol[Share]:
-    """Memory that torch asks for to fill it: zeros, never what was there."""
-    yield from ()
-    return Share(torch.zeros(tuple(size), dtype=torch.int64), context.scale)
+def _finely_multiplied(context: Context, value: Share, factor: float, scale: int) -> Protocol[Share]:
+    """Multiplies by a public number of 14 bits, to a scale that divides `value`'s, in one round."""
+    power = max(0, min(COARSEST, 14 - math.frexp(factor)[1]))
+    whole = value.part * round(factor * 2**power)
+    (opened,) = yield from mask(context.party, whole)
+    return _fine(divide(context.party, opened, 2**power * value.scale // scale), scale)
 
 
-def _copy(context: Context, value: Share, source: Value, non_blocking: bool = False) -> Protocol[Share]:
-    yield from ()
-    if isinstance(source, Share):
-        return Share(source.part.expand_as(value.part), source.scale, source.masked)
-    known = _public(context, source, context.scale).expand_as(value.part)
-    return Share(context.party.public(known), context.scale)
+def _sqrt(context: Context, value: Share) -> Protocol[Share]:
+    if not value.fine:
+        return (yield from root_kernel(roots.sqrt)(context, value))
+    return Share(
+        (yield from roots.sqrt(context.party, value.part, value.scale, context.scale)), context.scale
+    )
 
 
-def _clone(context: Context, value: Share, **_: Any) -> Protocol[Share]:
-    yield from ()
-    return Share(value.part.clone(), value.scale, value.masked)
+def _addcdiv(
+    context: Context, base: Share, first: Value, second: Value, *, value: float = 1
+) -> Protocol[Share]:
+    return (yield from add(context, base, (yield from divided(context, first, second)), alpha=value))
 
 
-def _view(name: str) -> Kernel:
-    """A change of shape, of what was opened under a mask as well where `Masked` has it."""
-
-    def kernel(context: Context, value: Share, *arguments: Any, **_: Any) -> Protocol[Share]:
-        yield from ()
-        part = getattr(value.part, name)(*arguments)
-        opened = value.masked
-        seen = getattr(opened, name)(*arguments) if opened is not None and hasattr(opened, name) else None
-        return Share(part, value.scale, seen)
-
-    return kernel
+def _lerp(context: Context, value: Share, end: Value, weight: Value) -> Protocol[Share]:
+    step = yield from multiply(context, (yield from subtract(context, end, value)), weight)
+    return (yield from add(context, value, step))
 
 
-def _cat(context: Context, values: Sequence[Value], dim: int = 0) -> Protocol[Share]:
-    shares = [one for one in values if isinstance(one, Share)]
-    if len(shares) < len(values):
-        raise SharingError("cat of shares and of what all know: share all of them")
-    if len({one.scale for one in shares}) > 1:
-        yield from reduced(context, *shares)
-    return Share(torch.cat([one.part for one in shares], dim), shares[0].scale)
-
-
-def _fill(context: Context, value: Share, known: float) -> Protocol[Share]:
-    filled: Share = yield from _filled(float(known))(context, value)
-    return filled
-
-
-def _slice(
+def variance(
     context: Context,
     value: Share,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
+    dim: Sequence[int] | None = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Protocol[Share]:
+    """Computes the mean square of what differs from the mean, with Bessel's correction where not told otherwise."""
+    dims = list(dim) if dim else list(range(value.part.dim()))
+    mean = yield from average(context, value, dims, True)
+    centred = yield from subtract(context, value, mean)
+    squares = yield from multiply(context, centred, centred)
+    summed = yield from total(context, squares, dims, keepdim)
+    count = value.part.numel() // mean.part.numel() - (1 if correction is None else correction)
+    return (yield from divided(context, summed, count))
+
+
+def _deviation(context: Context, value: Share, dim: Any = None, **options: Any) -> Protocol[Share]:
+    found = yield from variance(context, value, dim, **options)
+    return (yield from root_kernel(roots.sqrt)(context, found))
+
+
+def _norm(
+    context: Context,
+    value: Share,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Protocol[Share]:
+    if ord != 2:
+        raise SharingError(f"shares have norms of order 2, not {ord}: write x.abs().sum() or x.abs().amax()")
+    squares = yield from multiply(context, value, value)
+    summed = yield from total(context, squares, dim, keepdim)
+    return (yield from root_kernel(roots.sqrt)(context, summed))
+
+
+def _running_sum(
+    context: Context, value: Share, dim: int, *, dtype: torch.dtype | None = None
 ) -> Protocol[Share]:
     yield from ()
-    places: list[slice] = [slice(None)] * value.part.dim()
-    places[dim] = slice(start, end, step)
-    return Share(value.part[tuple(places)], value.scale)
-
-
-def _abs(context: Context, value: Share) -> Protocol[Share]:
-    return Share((yield from selection.absolute(context.party, value.part)), value.scale)
-
-
-def _sgn(context: Context, value: Share) -> Protocol[Share]:
-    return Share((yield from selection.sign(context.party, value.part)) * context.scale, context.scale)
-
-
-def _slice_backward(
-    context: Context, gradient: Share, sizes: Sequence[int], dim: int, start: int, end: int, step: int
-) -> Protocol[Share]:
-    yield from ()
-    part = torch.zeros(tuple(sizes), dtype=torch.int64)
-    places: list[slice] = [slice(None)] * len(sizes)
-    places[dim] = slice(start, end, step)
-    part[tuple(places)] = gradient.part
-    return Share(part, gradient.scale)
-
-
-def _clamp(
-    context: Context, value: Share, min: float | None = None, max: float | None = None
-) -> Protocol[Share]:
-    low, high = (None if bound is None else round(bound * value.scale) for bound in (min, max))
-    return Share((yield from selection.clamp(context.party, value.part, low, high)), value.scale)
-
-
-def _amax(context: Context, value: Share, dim: Sequence[int] = (), keepdim: bool = False) -> Protocol[Share]:
-    if len(dim) != 1:
-        raise SharingError("the largest of shares is taken along one dimension: write amax(dim=...)")
-    found, _ = yield from selection.largest(context.party, value.part, dim[0])
-    return Share(found.unsqueeze(dim[0]) if keepdim else found, value.scale)
-
-
-def _t(context: Context, value: Share) -> Protocol[Share]:
-    return (yield from _view("transpose")(context, value, 0, 1)) if value.part.dim() == 2 else value
+    return Share(value.part.cumsum(dim), value.scale)
 
 
 ARITHMETIC: dict[str, Kernel] = {
@@ -345,53 +375,34 @@ ARITHMETIC: dict[str, Kernel] = {
     "sub": subtract,
     "rsub": subtract_from,
     "mul": multiply,
-    "div": _div,
-    "neg": _neg,
-    "pow": _pow,
-    "mm": _mm,
-    "bmm": _mm,
+    "div": divided,
+    "neg": negated,
+    "pow": power,
+    "mm": matrix_product,
+    "bmm": matrix_product,
+    "mv": matrix_product,
+    "dot": matrix_product,
     "addmm": _addmm,
+    "addmv": _addmm,
+    "baddbmm": _addmm,
     "sum": total,
     "mean": average,
+    "cumsum": _running_sum,
+    "var": variance,
+    "std": _deviation,
+    "linalg_vector_norm": _norm,
     "sigmoid": curve_kernel("sigmoid"),
     "tanh": curve_kernel("tanh"),
     "erf": curve_kernel("erf"),
     "gelu": curve_kernel("gelu"),
     "silu": curve_kernel("silu"),
-    "softplus": curve_kernel("softplus"),
     "exp": curve_kernel("exp"),
     "log": root_kernel(roots.log),
-    "sqrt": root_kernel(roots.sqrt),
+    "sqrt": _sqrt,
     "rsqrt": root_kernel(roots.rsqrt),
     "reciprocal": root_kernel(roots.reciprocal),
     "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
     "lerp": _lerp,
-    "ones_like": _filled(1),
-    "zeros_like": _filled(0),
-    "zero": _filled(0),
-    "empty_like": _filled(0),
-    "new_zeros": _zeros,
-    "new_empty": _zeros,
-    "new_empty_strided": _zeros,
-    "copy": _copy,
-    "clone": _clone,
-    "t": _t,
-    "transpose": _view("transpose"),
-    "permute": _view("permute"),
-    "view": _view("reshape"),
-    "_unsafe_view": _view("reshape"),
-    "expand": _view("expand"),
-    "unsqueeze": _view("unsqueeze"),
-    "squeeze": _view("squeeze"),
-    "select": _view("select"),
-    "slice": _slice,
-    "cat": _cat,
-    "fill": _fill,
-    "abs": _abs,
-    "clamp": _clamp,
-    "amax": _amax,
-    "sgn": _sgn,
-    "sign": _sgn,
-    "slice_backward": _slice_backward,
 }
-"""ATen name, without "aten::" and the underscore of operations in place -> protocol; `layers` adds more."""
+"""ATen name, without "aten::" and the underscore of operations in place -> protocol."""

@@ -1,4 +1,4 @@
-"""The operations of layers and losses on fixed-point shares, and the whole table of kernels; see `kernels`."""
+"""PyTorch's activations, convolutions, normalisations and their gradients on shares; see `kernels` and `losses`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing import networks
+from planrt.sharing import networks, roots
 from planrt.sharing.comparisons import below
 from planrt.sharing.kernels import (
-    ARITHMETIC,
-    Context,
     Kernel,
-    Share,
-    Value,
     add,
     any_product,
     average,
     curve_kernel,
-    masked,
+    matrix_product,
     multiply,
-    reduced,
+    root_kernel,
     subtract,
     subtract_from,
     total,
 )
 from planrt.sharing.masked import mask
+from planrt.sharing.ordering import both, clamp, greater, largest, less, one_hot, where
+from planrt.sharing.parts import Context, Share, Value, fractional, masked
 from planrt.sharing.products import bit_times
 from planrt.sharing.rounds import Protocol
 from planrt.sharing.selection import bit_times_quotient, rectified
@@ -34,12 +32,13 @@ from planrt.sharing.selection import bit_times_quotient, rectified
 
 def _relu(context: Context, value: Share) -> Protocol[Share]:
     """A product that comes here is scaled down in the same opening."""
-    if value.scale == context.scale:
+    if value.scale <= context.scale:
         (opened,) = yield from masked(context, value)
     else:
         (opened,) = yield from mask(context.party, value.part)
-    part, positive = yield from rectified(context.party, opened, value.scale // context.scale)
-    return Share(part, context.scale, positive=positive)
+    scale = min(value.scale, context.scale)
+    part, positive = yield from rectified(context.party, opened, value.scale // scale, least=1)
+    return Share(part, scale, positive=positive)
 
 
 def _threshold_backward(
@@ -53,8 +52,8 @@ def _threshold_backward(
         bits = yield from below(context.party, opened, (1,))
         positive = bits.reshape(result.part.shape).negated()
     (slope,) = yield from mask(context.party, gradient.part)
-    if gradient.scale == context.scale:
-        return Share(bit_times(context.party, positive, slope), context.scale)
+    if gradient.scale <= context.scale:
+        return Share(bit_times(context.party, positive, slope), gradient.scale)
     part = bit_times_quotient(context.party, positive, slope, gradient.scale // context.scale)
     return Share(part, context.scale)
 
@@ -70,7 +69,7 @@ def _tanh_backward(context: Context, gradient: Share, result: Share) -> Protocol
 
 
 def _softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
-    yield from reduced(context, value)
+    (value,) = yield from fractional(context, value)
     return Share((yield from networks.softmax(context.party, value.part, dim, context.scale)), context.scale)
 
 
@@ -83,7 +82,7 @@ def _softmax_backward(
 
 
 def _log_softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
-    yield from reduced(context, value)
+    (value,) = yield from fractional(context, value)
     found = yield from networks.log_softmax(context.party, value.part, dim, context.scale)
     return Share(found, context.scale)
 
@@ -91,30 +90,25 @@ def _log_softmax(context: Context, value: Share, dim: int, half: bool) -> Protoc
 def _log_softmax_backward(
     context: Context, gradient: Share, result: Share, dim: int, dtype: torch.dtype
 ) -> Protocol[Share]:
-    yield from reduced(context, result)
+    (result,) = yield from fractional(context, result)
     powers = yield from curve_kernel("exp_negative")(context, result)
     summed = yield from total(context, gradient, [dim], True)
     return (yield from subtract(context, gradient, (yield from multiply(context, powers, summed))))
 
 
-_MEAN, _SUM = 1, 2
-
-
-def _mse_loss(context: Context, value: Value, target: Value, reduction: int = _MEAN) -> Protocol[Share]:
-    difference = yield from subtract(context, value, target)
-    squares = yield from multiply(context, difference, difference)
-    if reduction == _MEAN:
-        return (yield from average(context, squares))
-    return (yield from total(context, squares)) if reduction == _SUM else squares
-
-
-def _mse_loss_backward(
-    context: Context, gradient: Share, value: Value, target: Value, reduction: int
-) -> Protocol[Share]:
-    difference = yield from subtract(context, value, target)
-    factor = 2 / difference.part.numel() if reduction == _MEAN else 2
-    slope = yield from multiply(context, difference, factor)
-    return (yield from multiply(context, slope, gradient))
+def _logsumexp(context: Context, value: Share, dim: Sequence[int], keepdim: bool = False) -> Protocol[Share]:
+    """The largest, and the logarithm of the sum of e**x of what is below it."""
+    top = yield from largest(context, value, dim, True)
+    rest = yield from subtract(context, value, top)
+    powers = yield from curve_kernel("exp_negative")(context, rest)
+    summed = yield from total(context, powers, dim, True)
+    found = yield from add(context, (yield from root_kernel(roots.log)(context, summed)), top)
+    if keepdim:
+        return found
+    kept = [
+        size for at_, size in enumerate(value.shape) if at_ not in {one % value.part.dim() for one in dim}
+    ]
+    return Share(found.part.reshape(kept), found.scale)
 
 
 def _convolution(
@@ -163,19 +157,266 @@ def _convolution_backward(
     return tuple(found)
 
 
-KERNELS: dict[str, Kernel] = {
-    **ARITHMETIC,
+def _leaky_relu(context: Context, value: Share, slope: float = 0.01) -> Protocol[Share]:
+    positive = yield from _relu(context, value)
+    rest = yield from subtract(context, value, positive)
+    return (yield from add(context, positive, (yield from multiply(context, rest, slope))))
+
+
+def _leaky_relu_backward(
+    context: Context, gradient: Share, value: Share, slope: float, is_result: bool
+) -> Protocol[Share]:
+    positive = yield from greater(context, value, 0)
+    return (yield from where(context, positive, gradient, (yield from multiply(context, gradient, slope))))
+
+
+def _hardtanh(context: Context, value: Share, low: float = -1, high: float = 1) -> Protocol[Share]:
+    return (yield from clamp(context, value, low, high))
+
+
+def _hardtanh_backward(
+    context: Context, gradient: Share, value: Share, low: float, high: float
+) -> Protocol[Share]:
+    above = yield from greater(context, value, low)
+    under = yield from less(context, value, high)
+    inside = yield from both(context, above, under)
+    return (yield from multiply(context, gradient, inside))
+
+
+def _softplus(context: Context, value: Share, beta: float = 1, threshold: float = 20) -> Protocol[Share]:
+    if beta == 1:
+        return (yield from curve_kernel("softplus")(context, value))
+    found = yield from curve_kernel("softplus")(context, (yield from multiply(context, value, beta)))
+    return (yield from multiply(context, found, 1 / beta))
+
+
+def _softplus_backward(
+    context: Context, gradient: Share, value: Share, beta: float, threshold: float
+) -> Protocol[Share]:
+    slope = yield from curve_kernel("sigmoid")(context, (yield from multiply(context, value, beta)))
+    return (yield from multiply(context, gradient, slope))
+
+
+def _log_sigmoid(context: Context, value: Share) -> Protocol[tuple[Share, Share]]:
+    found = yield from curve_kernel("softplus")(context, Share(-value.part, value.scale))
+    return Share(-found.part, found.scale), context.share_of(torch.zeros(value.shape))
+
+
+def _log_sigmoid_backward(context: Context, gradient: Share, value: Share, buffer: Value) -> Protocol[Share]:
+    slope = yield from curve_kernel("sigmoid")(context, Share(-value.part, value.scale))
+    return (yield from multiply(context, gradient, slope))
+
+
+def _silu_backward(context: Context, gradient: Share, value: Share) -> Protocol[Share]:
+    """sigmoid(x) (1 + x (1 - sigmoid(x)))"""
+    bent = yield from curve_kernel("sigmoid")(context, value)
+    rest = yield from multiply(context, value, (yield from subtract_from(context, bent, 1)))
+    slope = yield from multiply(context, bent, (yield from add(context, rest, 1)))
+    return (yield from multiply(context, gradient, slope))
+
+
+def _gelu_backward(
+    context: Context, gradient: Share, value: Share, *, approximate: str = "none"
+) -> Protocol[Share]:
+    slope = yield from curve_kernel("gelu_slope")(context, value, approximate=approximate)
+    return (yield from multiply(context, gradient, slope))
+
+
+# --------------------------------------------------------------------------------------------------------- norms
+
+
+def normalised(
+    context: Context, value: Share, dims: Sequence[int], eps: float
+) -> Protocol[tuple[Share, Share, Share]]:
+    """Returns (x - mean) / sqrt(var + eps), the mean and 1 / sqrt(var + eps) along `dims`, kept with size 1.
+
+    1. The mean; the differences, squared; their mean (3 rounds).
+    2. Its inverse root (14 rounds), and the product with the differences (2 rounds).
+
+    Off by 4 units of the scale and 1e-5 of the value, for variances below 2**40 / scale; `eps` counts as one unit where
+    it is less.
+    """
+    mean = yield from average(context, value, dims, True)
+    (mean,) = yield from fractional(context, mean)
+    centred = yield from subtract(context, value, mean)
+    squares = yield from multiply(context, centred, centred)
+    spread = yield from average(context, squares, dims, True)
+    inverse = yield from _inverse_root(context, spread, eps)
+    return (yield from multiply(context, centred, inverse)), mean, inverse
+
+
+def _inverse_root(context: Context, spread: Share, eps: float) -> Protocol[Share]:
+    (spread,) = yield from fractional(context, spread)
+    raised = yield from add(context, spread, max(eps, 1 / context.scale))
+    return (yield from root_kernel(roots.rsqrt)(context, raised))
+
+
+def _layer_norm(
+    context: Context, value: Share, shape: Sequence[int], weight: Value | None, bias: Value | None, eps: float
+) -> Protocol[tuple[Share, Share, Share]]:
+    dims = list(range(value.part.dim() - len(shape), value.part.dim()))
+    found, mean, inverse = yield from normalised(context, value, dims, eps)
+    return (yield from _stretched(context, found, weight, bias)), mean, inverse
+
+
+def _stretched(context: Context, value: Share, weight: Value | None, bias: Value | None) -> Protocol[Share]:
+    if weight is not None:
+        value = yield from multiply(context, value, weight)
+    return value if bias is None else (yield from add(context, value, bias))
+
+
+def _layer_norm_backward(
+    context: Context, gradient: Share, value: Share, shape: Sequence[int], mean: Share, inverse: Share,
+    weight: Value | None, bias: Value | None, wanted: Sequence[bool],
+) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
+    """With n = (x - mean) * inverse and h = g * weight: inverse * (h - mean(h) - n * mean(h * n))."""
+    dims = list(range(value.part.dim() - len(shape), value.part.dim()))
+    outer = list(range(dims[0]))
+    centred = yield from subtract(context, value, mean)
+    found = yield from multiply(context, centred, inverse)
+    to_value = to_weight = to_bias = None
+    if wanted[0]:
+        to_value = yield from _norm_slope(context, gradient, found, inverse, weight, dims)
+    if wanted[1]:
+        weighted = yield from multiply(context, gradient, found)
+        to_weight = (yield from total(context, weighted, outer)) if outer else weighted
+    if wanted[2]:
+        to_bias = (yield from total(context, gradient, outer)) if outer else gradient.copied()
+    return to_value, to_weight, to_bias
+
+
+def _norm_slope(
+    context: Context, gradient: Share, found: Share, inverse: Share, weight: Value | None, dims: Sequence[int]
+) -> Protocol[Share]:
+    if weight is not None:
+        gradient = yield from multiply(context, gradient, weight)
+    (gradient,) = yield from fractional(context, gradient)
+    first = yield from average(context, gradient, dims, True)
+    second = yield from average(context, (yield from multiply(context, gradient, found)), dims, True)
+    rest = yield from subtract(context, gradient, first)
+    rest = yield from subtract(context, rest, (yield from multiply(context, found, second)))
+    return (yield from multiply(context, rest, inverse))
+
+
+def _batch_norm(
+    context: Context, value: Share, weight: Value | None, bias: Value | None, mean: Value | None,
+    spread: Value | None, training: bool, momentum: float, eps: float,
+) -> Protocol[tuple[Share, Share, Share]]:  # fmt: skip
+    """With the statistics that the module has: one row of inverse roots, whatever the batch."""
+    if training or mean is None or spread is None:
+        raise SharingError(
+            "batch norm of shares is for evaluation, with the statistics that it has: call model.eval() first, or use "
+            "LayerNorm"
+        )
+    line = (1, -1, *[1] * (value.part.dim() - 2))
+    centred = yield from subtract(context, value, _shaped(mean, line))
+    inverse = yield from _statistic(context, spread, eps)
+    found = yield from multiply(context, centred, _shaped(inverse, line))
+    if weight is not None:
+        found = yield from multiply(context, found, _shaped(weight, line))
+    if bias is not None:
+        found = yield from add(context, found, _shaped(bias, line))
+    nothing = context.share_of(torch.zeros(value.shape[1]))
+    return found, nothing, nothing
+
+
+def _statistic(context: Context, spread: Value, eps: float) -> Protocol[Value]:
+    if isinstance(spread, Share):
+        return (yield from _inverse_root(context, spread, eps))
+    return (spread.double() + eps).rsqrt()
+
+
+def _shaped(value: Value, shape: Sequence[int]) -> Value:
+    return Share(value.part.reshape(shape), value.scale) if isinstance(value, Share) else value.reshape(shape)
+
+
+def _batch_norm_backward(
+    context: Context, gradient: Share, value: Share, weight: Value | None, mean: Value | None,
+    spread: Value | None, saved_mean: Value | None, saved_inverse: Value | None, training: bool, eps: float,
+    wanted: Sequence[bool],
+) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
+    if training:
+        raise SharingError("batch norm of shares is for evaluation: call model.eval() first")
+    line = (1, -1, *[1] * (value.part.dim() - 2))
+    outer = [0, *range(2, value.part.dim())]
+    inverse = _shaped((yield from _statistic(context, spread, eps)), line)
+    to_value = to_weight = to_bias = None
+    if wanted[0]:
+        to_value = yield from multiply(context, gradient, inverse)
+        if weight is not None:
+            to_value = yield from multiply(context, to_value, _shaped(weight, line))
+    if wanted[1]:
+        centred = yield from subtract(context, value, _shaped(mean, line))
+        found = yield from multiply(context, centred, inverse)
+        to_weight = yield from total(context, (yield from multiply(context, gradient, found)), outer)
+    if wanted[2]:
+        to_bias = yield from total(context, gradient, outer)
+    return to_value, to_weight, to_bias
+
+
+# ----------------------------------------------------------------------------------------------------- embedding
+
+
+def _embedding(
+    context: Context, weight: Value, indices: Value, padding_idx: int = -1, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Protocol[Share]:  # fmt: skip
+    """Rows at public places; at secret ones by a product with one-hot rows."""
+    if not isinstance(indices, Share):
+        return Share(weight.part[indices], weight.scale)
+    hot = yield from _rows(context, indices, (weight.part if isinstance(weight, Share) else weight).shape[0])
+    return (yield from matrix_product(context, hot, weight))
+
+
+def _rows(context: Context, indices: Share, count: int) -> Protocol[Share]:
+    bits = yield from one_hot(context, indices, count)
+    return Share(bits.share(context.party).movedim(0, -1), 1)
+
+
+def _embedding_backward(
+    context: Context, gradient: Share, indices: Value, count: int, padding_idx: int, by_frequency: bool
+) -> Protocol[Share]:
+    if by_frequency:
+        raise SharingError("embedding of shares does not scale gradients by frequency: leave it out")
+    flat = Share(gradient.part.reshape(-1, gradient.shape[-1]), gradient.scale)
+    if isinstance(indices, Share):
+        rows = yield from _rows(context, indices, count)
+        found = yield from matrix_product(context, Share(rows.part.reshape(-1, count).t(), 1), flat)
+    else:
+        part = torch.zeros(count, flat.shape[1], dtype=torch.int64)
+        found = Share(part.index_add_(0, indices.reshape(-1), flat.part), flat.scale)
+    if padding_idx >= 0:
+        found.part[padding_idx] = 0
+    return found
+
+
+LAYERS: dict[str, Kernel] = {
     "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
     "relu": _relu,
     "threshold_backward": _threshold_backward,
+    "leaky_relu": _leaky_relu,
+    "leaky_relu_backward": _leaky_relu_backward,
+    "hardtanh": _hardtanh,
+    "hardtanh_backward": _hardtanh_backward,
     "sigmoid_backward": _sigmoid_backward,
     "tanh_backward": _tanh_backward,
+    "gelu_backward": _gelu_backward,
+    "silu_backward": _silu_backward,
+    "softplus": _softplus,
+    "softplus_backward": _softplus_backward,
+    "log_sigmoid_forward": _log_sigmoid,
+    "log_sigmoid_backward": _log_sigmoid_backward,
     "_softmax": _softmax,
     "_softmax_backward_data": _softmax_backward,
     "_log_softmax": _log_softmax,
     "_log_softmax_backward_data": _log_softmax_backward,
-    "mse_loss": _mse_loss,
-    "mse_loss_backward": _mse_loss_backward,
-    "convolution_backward": _convolution_backward,
+    "logsumexp": _logsumexp,
+    "native_layer_norm": _layer_norm,
+    "native_layer_norm_backward": _layer_norm_backward,
+    "native_batch_norm": _batch_norm,
+    "native_batch_norm_backward": _batch_norm_backward,
+    "embedding": _embedding,
+    "embedding_dense_backward": _embedding_backward,
 }
-"""ATen name -> protocol."""
+"""ATen name -> protocol; see `kernels.ARITHMETIC`."""

@@ -112,6 +112,18 @@ class Bit:
         """As `torch.Tensor.narrow`."""
         return self._viewed("narrow", dim, start, length)
 
+    def transpose(self, first: int, second: int) -> Bit:
+        """As `torch.Tensor.transpose`."""
+        return self._viewed("transpose", first, second)
+
+    def permute(self, dims: Sequence[int]) -> Bit:
+        """As `torch.Tensor.permute`."""
+        return self._viewed("permute", tuple(dims))
+
+    def expand(self, shape: Sequence[int]) -> Bit:
+        """As `torch.Tensor.expand`."""
+        return self._viewed("expand", tuple(shape))
+
     def _viewed(self, name: str, *arguments: object) -> Bit:
         opened = getattr(self.opened, name)(*arguments)
         coin = self.coin.changed(name, *arguments, shape=opened.shape)

@@ -192,14 +192,18 @@ def quotient(
     return (yield from truncate(party, product(party, "mul", *factors), FINE * EXTRA))
 
 
-def sqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor]:
+def sqrt(
+    party: Party, value: torch.Tensor, scale: int, to_scale: int | None = None
+) -> Protocol[torch.Tensor]:
     """Returns the square root of x for 1 / scale <= x < 2**40 / scale, off by 2 units and 3e-6 of it, and
-    0 for x <= 0, in 14 rounds.
+    0 for x <= 0, in 14 rounds. `to_scale` is that of the result, if it is another.
     """
-    check_scale(scale)
+    to_scale = scale if to_scale is None else to_scale
+    check_scale(to_scale)
     m, bits = yield from normalised(party, value)
     y = yield from polynomial(party, m, "sqrt")
-    return (yield from _scaled(party, y, bits, "0.5", EXACT.sqrt(Decimal(scale))))
+    factor = EXACT.divide(Decimal(to_scale), EXACT.sqrt(Decimal(scale)))
+    return (yield from _scaled(party, y, bits, "0.5", factor))
 
 
 def rsqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor]:

@@ -8,7 +8,7 @@ of a comparison, and no more. Exact on integers; where differences are compared,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +29,18 @@ GROUP = 16
 """So many values are compared all with all, in 5 or 6 rounds; more of them go through a tree of groups."""
 
 
-def rectified(party: Party, value: Masked, divisor: int = 1) -> Protocol[tuple[torch.Tensor, Bit]]:
-    """Returns max(x, 0) / divisor, and the bit [x >= 0], which is the derivative; three rounds after the masking.
+def rectified(
+    party: Party, value: Masked, divisor: int = 1, least: int = 0
+) -> Protocol[tuple[torch.Tensor, Bit]]:
+    """Returns max(x, 0) / divisor, and the bit [x >= least], which is the derivative; three rounds after the masking.
+
+    `least` is 0 or 1, as the derivative at 0 is to be 1 or 0; with 1, -2**63 counts as positive.
 
     1. Find the sign b.
     2. Multiply 1 - b by x, or by the quotient (`bit_times_quotient`).
     """
-    positive = (yield from negative(party, value)).negated()
+    bits = yield from below(party, value, (least,))
+    positive = bits.reshape(value.shape).negated()
     if divisor == 1:
         return bit_times(party, positive, value), positive
     return bit_times_quotient(party, positive, value, divisor), positive
@@ -149,10 +154,25 @@ def winners(party: Party, value: Masked) -> Protocol[Bit]:
     return (yield from to_bit(party, found, (count, size)))
 
 
-def largest(
-    party: Party, values: torch.Tensor, dim: int, *, index: bool = False
-) -> Protocol[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the largest along `dim` and, if asked for, the place of the first of them (else zeros).
+class Largest(NamedTuple):
+    """The largest of several: values, places (zeros if not asked for) and, of up to 16, one-hot bits (k, n)."""
+
+    value: torch.Tensor
+    place: torch.Tensor
+    winners: Bit | None
+
+
+def leading(
+    party: Party,
+    values: torch.Tensor,
+    dim: int,
+    *,
+    index: bool = False,
+    labels: torch.Tensor | None = None,
+) -> Protocol[Largest]:
+    """Returns the largest along `dim`, which it was and, if asked for, the place of the first of them (else zeros).
+
+    `labels`, public and shaped like `values`, stand for the places if given.
 
     1. Take groups of up to 16 along `dim`; open them under masks, with the places that they stand for.
     2. Find the winner of each group (`winners`), and sum bit * value and bit * place over the group.
@@ -164,7 +184,13 @@ def largest(
             f"there is no largest of nothing: dimension {dim} of {list(values.shape)} is empty"
         )
     shape, values = rest.shape[1:], rest.reshape(len(rest), math.prod(rest.shape[1:]))
-    places = party.public(torch.arange(len(values))[:, None].expand(values.shape)) if index else None
+    places = None
+    if index or labels is not None:
+        known = torch.arange(len(values))[:, None].expand(values.shape)
+        if labels is not None:
+            known = labels.movedim(dim, 0).reshape(values.shape)
+        places = party.public(known)
+    one_group, bit = len(values) <= GROUP, None
     while len(values) > 1:
         group = _group(len(values))
         whole = len(values) // group * group
@@ -175,9 +201,17 @@ def largest(
         bit = yield from winners(party, masked[0])
         chosen = [bit_times(party, bit, one).sum(0).reshape(whole // group, size) for one in masked]
         joined = [torch.cat(pair) for pair in zip(chosen, left, strict=True)]
-        values, places = joined[0], joined[1] if index else None
+        values, places = joined[0], joined[1] if places is not None else None
     found = places[0].reshape(shape) if places is not None else torch.zeros(shape, dtype=torch.int64)
-    return values[0].reshape(shape), found
+    return Largest(values[0].reshape(shape), found, bit if one_group else None)
+
+
+def largest(
+    party: Party, values: torch.Tensor, dim: int, *, index: bool = False
+) -> Protocol[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the largest along `dim` and, if asked for, the place of the first of them (else zeros): see `leading`."""
+    found = yield from leading(party, values, dim, index=index)
+    return found.value, found.place
 
 
 def _group(count: int) -> int:
@@ -188,21 +222,3 @@ def _columns(values: torch.Tensor, group: int) -> torch.Tensor:
     """(groups * group, n) -> (group, groups * n), neighbours in one group."""
     groups, count = len(values) // group, values.shape[1]
     return values.reshape(groups, group, count).transpose(0, 1).reshape(group, groups * count)
-
-
-def max_pool2d(
-    party: Party,
-    value: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int] = (0, 0),
-) -> Protocol[torch.Tensor]:
-    """Returns the largest of each window of (n, channels, height, width); padding is the least value that is held."""
-    high, wide = padding
-    if high or wide:
-        least = -(LIMIT // 2)
-        raised = add_public(party, value, -least)
-        value = add_public(party, torch.nn.functional.pad(raised, (wide, wide, high, high)), least)
-    windows = value.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    result, _ = yield from largest(party, windows.reshape(*windows.shape[:4], math.prod(kernel)), -1)
-    return result

@@ -63,6 +63,10 @@ def _gelu(x: Decimal) -> Decimal:
     return x * (1 + _erf(x / Decimal(2).sqrt())) / 2
 
 
+def _gelu_slope(x: Decimal) -> Decimal:
+    return (1 + _erf(x / Decimal(2).sqrt())) / 2 + x * (-x * x / 2).exp() / (2 * _PI).sqrt()
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """A function, where it is cut into pieces, and its tails: slope and value beyond both ends."""
@@ -80,6 +84,7 @@ CURVES = {
     "tanh": Curve(_tanh, -6, 6, (0, -1), (0, 1)),
     "erf": Curve(_erf, -4, 4, (0, -1), (0, 1)),
     "gelu": Curve(_gelu, -5, 5, (0, 0), (1, 0)),
+    "gelu_slope": Curve(_gelu_slope, -6, 6),
     "silu": Curve(lambda x: x * _sigmoid(x), -14, 14, (0, 0), (1, 0)),
     "softplus": Curve(lambda x: (1 + x.exp()).ln(), -11, 11, (0, 0), (1, 0)),
     "exp": Curve(Decimal.exp, -11, 12, (0, 0), (0, 162755)),

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from planrt.errors import SharingError, ValueRangeError
 from planrt.sharing import ring, selection
@@ -139,16 +138,6 @@ def test_largest_and_its_place(run, count, parties):
     assert transcript.rounds == ROUNDS[count]
     found, _ = run(lambda party, x: selection.largest(party, x, 0), x)
     assert torch.equal(found, x.max(0).values)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding"), [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 2), (1, 0))]
-)
-def test_max_pool(run, kernel, stride, padding):
-    x = torch.randint(-(2**40), 2**40, (2, 3, 8, 7))
-    found = run(lambda party, x: selection.max_pool2d(party, x, kernel, stride, padding), x)
-    expected = functional.max_pool2d(x.double(), kernel, stride, padding)
-    assert torch.equal(found, expected.long())
 
 
 def test_largest_of_nothing(run):

@@ -115,11 +115,14 @@ def test_a_convolutional_network_trains(session):
 def test_what_was_opened_under_a_mask_is_not_opened_again(session):
     x, w = share(session, random(16, 30)), share(session, random(30, 20, seed=1)).requires_grad_()
     others = len(session.contexts) - 1
-    (x @ w).sum().backward()
+    gradient = random(16, 20, seed=2)
+    (x @ w).backward(share(session, gradient))
     # x and w in the forward pass, the gradient of 16 * 20 in the backward pass, and nothing else of that size
     sent = session.transcript.sent[0] / others / 8
     assert sent == 16 * 30 + 30 * 20 + 16 * 20
-    assert (w.grad.get() - random(16, 30).sum(0)[:, None]).abs().max() < 1e-3
+    assert (w.grad.get() - random(16, 30).t() @ gradient).abs().max() < 1e-3
+    (x @ w).sum().backward()  # of ones, which all know
+    assert session.transcript.sent[0] / others / 8 == sent
 
 
 def test_relu_of_a_product_costs_no_opening_more(session):
@@ -133,17 +136,12 @@ def test_relu_of_a_product_costs_no_opening_more(session):
     ("call", "message"),
     [
         (lambda x: torch.sort(x), "sort has no protocol"),
-        (lambda x: x.view(20).add_(1), "would change a view"),
         (lambda x: torch.ones(4, 5).add_(x), "what all know"),
         (lambda x: x + share(InProcessSession(2), torch.ones(4, 5)), "different sessions"),
-        (lambda x: x**-1, "powers of 0.5 and 1 to 64"),
-        (lambda x: torch.div(x, 2, rounding_mode="floor"), "these arguments"),
-        (lambda x: functional.gelu(x, approximate="tanh"), "these arguments"),
-        (lambda x: x.sum(dtype=torch.float64), "these arguments"),
+        (lambda x: x**1.3, "whole numbers and halves"),
+        (lambda x: torch.div(x, 2, rounding_mode="floor"), "without rounding"),
+        (lambda x: functional.gelu(x, approximate="tanh"), "leave it out"),
         (lambda x: pickle.dumps(x), "save what get"),
-        (lambda x: x.amax(), "along one dimension"),
-        (lambda x: torch.cat([x, torch.ones(1, 5)]), "share all of them"),
-        (lambda x: x[0].fill_(2), "would change a view"),
         (lambda x: x.sum().item(), "has no protocol"),
         (lambda x: bool((x > 0).any()), "has no protocol"),
     ],

@@ -7,9 +7,8 @@ stead, so that one dry run serves every run of a program on operands that are al
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -17,8 +16,7 @@ import numpy as np
 import torch
 
 from planrt.sharing.correlated import Material
-from planrt.sharing.kernels import Context, Share
-from planrt.sharing.masked import Bit, Masked
+from planrt.sharing.parts import Context, Share, digest
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.requests import Known, Part, Request, Spec
@@ -69,10 +67,7 @@ def masks_of(operands: Sequence[Any]) -> list[int]:
     found: dict[int, None] = {}
     for operand in operands:
         if isinstance(operand, Share):
-            if operand.masked is not None:
-                found[operand.masked.mask.number] = None
-            if operand.positive is not None:
-                found[operand.positive.coin.number] = None
+            found.update((one.number, None) for one in operand.randomness())
     return list(found)
 
 
@@ -85,7 +80,9 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
     and masks. Nothing is computed with the operands themselves, public tensors excepted.
     """
     places = {number: -1 - place for place, number in enumerate(masks_of(operands))}
-    looks = tuple(_looks(operand, places) for operand in operands)
+    origins = {id(one.origin): None for one in operands if isinstance(one, Share)}
+    order = {origin: place for place, origin in enumerate(origins)}
+    looks = tuple(_looks(operand, places, order) for operand in operands)
     key = (program, party, count, scale, looks)
     kept = _KEPT.get(key)
     if kept is not None:
@@ -93,7 +90,8 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
         return kept
     noting = _Noting()
     context = Context(Party(party, count, noting), scale)  # type: ignore[arg-type]  # it is one, as far as it is used
-    protocol = run_program(context, program, [_twin(operand, places) for operand in operands])
+    twins: dict[int, Share] = {}
+    protocol = run_program(context, program, [_twin(operand, places, twins) for operand in operands])
     kept = _KEPT[key] = _dry_run(protocol, noting)
     if len(_KEPT) > _MOST:
         _KEPT.popitem(last=False)
@@ -137,38 +135,19 @@ def _zeros(spec: Spec) -> Part:
     return np.zeros(spec.shape, _DTYPES[spec.kind])
 
 
-def _known(known: Known, places: dict[int, int]) -> Known:
-    return replace(known, number=places[known.number])
+def _named(places: dict[int, int]) -> Callable[[Known], Known]:
+    return lambda known: replace(known, number=places[known.number])
 
 
-def _looks(operand: Any, places: dict[int, int]) -> Any:
+def _looks(operand: Any, places: dict[int, int], order: dict[int, int]) -> Any:
     """All that a run depends on, of an operand."""
     if isinstance(operand, Share):
-        masked, positive = operand.masked, operand.positive
-        return (
-            operand.part.shape,
-            operand.scale,
-            None if masked is None else _known(masked.mask, places),
-            None if positive is None else (positive.opened.shape, _known(positive.coin, places)),
-        )
+        return order[id(operand.origin)], operand.looks(_named(places))
     if isinstance(operand, torch.Tensor):
-        values = operand.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return operand.dtype, operand.shape, hashlib.blake2b(values.tobytes(), digest_size=16).digest()
+        return operand.dtype, operand.shape, digest(operand)
     return type(operand), str(operand.error) if isinstance(operand, Failed) else repr(operand)
 
 
-def _twin(operand: Any, places: dict[int, int]) -> Any:
+def _twin(operand: Any, places: dict[int, int], made: dict[int, Share]) -> Any:
     """Returns an operand of the same looks, of zeros."""
-    if not isinstance(operand, Share):
-        return operand
-
-    def zeros(shape: Sequence[int]) -> torch.Tensor:
-        return torch.zeros(tuple(shape), dtype=torch.int64)
-
-    masked, positive = operand.masked, operand.positive
-    twin = Share(zeros(operand.part.shape), operand.scale)
-    if masked is not None:
-        twin.masked = Masked(zeros(masked.shape), zeros(masked.shape), _known(masked.mask, places))
-    if positive is not None:
-        twin.positive = Bit(zeros(positive.shape), zeros(positive.shape), _known(positive.coin, places))
-    return twin
+    return operand.twin(_named(places), made) if isinstance(operand, Share) else operand

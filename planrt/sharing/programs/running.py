@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from planrt.errors import RandomnessError, SharingError
-from planrt.sharing.kernels import Context, Share
-from planrt.sharing.layers import KERNELS
+from planrt.sharing.parts import Context, Share
 from planrt.sharing.programs.calls import Call, Program
 from planrt.sharing.rounds import Opening, Protocol
+from planrt.sharing.table import VIEWS, call_kernel
 from planrt.types import Ref, map_leaves
 
 
@@ -50,7 +50,11 @@ class _Run:
         self._values: list[Any] = [*operands, *[None] * (program.values - program.operands)]
         self._users: list[list[int]] = [[] for _ in range(program.values)]
         """Value -> calls that use it and have not ended, in order; who makes it comes first."""
-        self._reads = [call.reads for call in program.calls]
+        self._writes = _written(program, operands)
+        self._reads = [
+            tuple(dict.fromkeys((*call.reads, *written)))
+            for call, written in zip(program.calls, self._writes, strict=True)
+        ]
         self._makes = [call.makes for call in program.calls]
         for number in range(len(program.calls)):
             for value in (*self._makes[number], *self._reads[number]):
@@ -98,19 +102,16 @@ class _Run:
         ]
 
     def _may_begin(self, number: int) -> bool:
-        call = self._calls[number]
-        written = call.args[0].index if call.in_place else -1
         for value in self._reads[number]:
             users = self._users[value]
             if users[0] == number:
                 continue
-            if value == written or not self._settled(value):
+            if value in self._writes[number] or not self._settled(value):
                 return False
             for user in users:
                 if user == number:
                     break
-                before = self._calls[user]
-                if value in self._makes[user] or (before.in_place and before.args[0].index == value):
+                if value in self._makes[user] or value in self._writes[user]:
                     return False
         return True
 
@@ -118,7 +119,7 @@ class _Run:
         """Whether no kernel changes what is kept of it."""
         share = self._values[value]
         if isinstance(share, Share):
-            return share.scale == self._context.scale and share.masked is not None
+            return share.scale <= self._context.scale and share.masked is not None
         return share is not None
 
     def _start(self, number: int) -> None:
@@ -137,11 +138,7 @@ class _Run:
         if failed:
             self._fail(number, failed[0].error)
             return
-        try:
-            self._running[number] = KERNELS[call.name](self._context, *args, **kwargs)
-        except TypeError as error:
-            self._fail(number, SharingError(f"{call.name}: {error}"))
-            return
+        self._running[number] = call_kernel(self._context, call.name, args, kwargs, in_place=call.in_place)
         self._advance(number, None)
 
     def _advance(self, number: int, answer: Opening | None) -> None:
@@ -158,31 +155,18 @@ class _Run:
     def _finish(self, number: int, made: Any) -> None:
         call = self._calls[number]
         try:
-            if call.in_place:
-                self._change(call, made)
-            else:
+            if not call.in_place:
                 self._keep(call, call.results, made)
         except SharingError as error:
             self._fail(number, error)
             return
         self._end(number)
 
-    def _change(self, call: Call, made: Any) -> None:
-        target = self._values[call.args[0].index]
-        if not isinstance(target, Share) or not isinstance(made, Share):
-            raise SharingError(f"{call.name} in place is for one share")
-        if made.part.shape != target.part.shape:
-            raise SharingError(
-                f"{call.name}: a result of shape {list(made.part.shape)} does not fit in place"
-            )
-        target.become(made)
-
     def _keep(self, call: Call, results: Any, made: Any) -> None:
         if type(results) is Ref:
             if not isinstance(made, Share):
                 raise SharingError(f"{call.name} of shares gives no share where one is expected")
-            # One share, one number: what is kept of it is kept once.
-            self._values[results.index] = replace(made)
+            self._values[results.index] = made
         elif isinstance(results, tuple | list):
             if not isinstance(made, tuple | list) or len(made) != len(results):
                 raise SharingError(f"{call.name} of shares gives another number of results")
@@ -201,6 +185,26 @@ class _Run:
         self._running.pop(number, None)
         for value in (*self._makes[number], *self._reads[number]):
             self._users[value].remove(number)
+
+
+def _written(program: Program, operands: Sequence[Any]) -> list[tuple[int, ...]]:
+    """For each call, the values that it changes: that of an operation in place, its views, and what it is a view of."""
+    origins: list[Any] = [
+        id(one.origin) if isinstance(one, Share) else number for number, one in enumerate(operands)
+    ]
+    found = []
+    for call in program.calls:
+        changed: tuple[int, ...] = ()
+        if call.in_place:
+            origin = origins[call.args[0].index]
+            changed = tuple(number for number, one in enumerate(origins) if one == origin)
+        found.append(changed)
+        first = call.args[0] if call.args else None
+        shows = call.name in VIEWS and type(first) is Ref
+        origins += [
+            origins[first.index] if shows and first is not None else ("made", made) for made in call.makes
+        ]
+    return found
 
 
 def shown_parts(parts: Sequence[torch.Tensor]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from planrt.sharing.programs.calls import Call, Program
+from planrt.sharing.table import VIEWS
 from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.types import Ref, leaves, map_leaves
 
@@ -150,15 +151,28 @@ class BatchedSession(SharingSession):
         return value
 
 
+def _origins(waiting: Sequence[_Waiting]) -> dict[_Operand | _Result, _Operand | _Result]:
+    """What results that are views are views of, in the end: changed in place, they change it."""
+    found: dict[_Operand | _Result, _Operand | _Result] = {}
+    for call in waiting:
+        first = call.args[0] if call.args else None
+        if call.name in VIEWS and isinstance(first, _Operand | _Result):
+            found.update((one, found.get(first, first)) for one in call.makes)
+    return found
+
+
 def _program(waiting: Sequence[_Waiting], wanted: set[int]) -> tuple[Program, list[int], list[int]]:
     """The program of those calls that the results `wanted` depend on, or that change an operand; and the numbers of its
     operands and of its results among those that waited.
     """
     needed = {_Result(number) for number in wanted}
+    origins = _origins(waiting)
     kept: list[_Waiting] = []
     for call in reversed(waiting):
         target = call.args[0] if call.in_place else None
-        if isinstance(target, _Operand) or target in needed or needed.intersection(call.makes):
+        changed = None if target is None else origins.get(target, target)
+        changes = isinstance(changed, _Operand) or changed in {origins.get(one, one) for one in needed}
+        if (target is not None and changes) or needed.intersection(call.makes):
             kept.append(call)
             needed.update(one for one in call.reads if isinstance(one, _Result))
     kept.reverse()

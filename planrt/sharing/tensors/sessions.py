@@ -43,7 +43,7 @@ class SharingSession(ABC):
     def run(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes, *, in_place: bool
     ) -> Any:
-        """Runs a kernel of `layers.KERNELS` at every party.
+        """Runs a kernel at every party: `table.call`.
 
         Args:
             name: of the kernel.
@@ -57,6 +57,10 @@ class SharingSession(ABC):
         Raises:
             SharingError: the kernel does not take these arguments, or a party cannot go on.
         """
+
+    def draw_seed(self) -> int:
+        """Returns a seed of 63 bits for what all parties draw alike, from torch's own generator."""
+        return int(torch.randint(2**63 - 1, ()))
 
     @abstractmethod
     def open(self, handle: Handle) -> tuple[torch.Tensor, int]:

@@ -1,34 +1,36 @@
 """SharedTensor: shares under PyTorch's own autograd, modules and optimizers.
 
 The class stands below autograd (`__torch_dispatch__`): torch records what is differentiated, and hands down ATen
-operations, which `kernels` and `layers` have as protocols. A tensor has a shape, a dtype and a handle; where the parts
+operations, which the kernels of `table` have as protocols. A tensor has a shape, a dtype and a handle; where the parts
 are, and who runs the protocols on them, is its session's affair (`sessions.SharingSession`).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
-from planrt.sharing.layers import KERNELS
+from planrt.sharing.table import check_arguments
 from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
 from planrt.types import leaves, map_leaves
 
 
 def share(session: SharingSession, values: torch.Tensor) -> SharedTensor:
-    """Returns `values` in shares of `session`; a leaf that requires gradients where `values` does.
+    """Returns `values` in shares of `session`: whole numbers exactly, fractions at the session's scale.
+
+    It is a leaf that requires gradients where `values` does.
 
     Raises:
         ValueRangeError: a value is too large for the scale, infinite or not a number.
     """
-    handle = session.share(encode(values, session.scale), session.scale)
-    dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
+    fractions = values.is_floating_point()
+    scale = session.scale if fractions else 1
+    dtype = values.dtype if fractions else torch.int64
+    handle = session.share(encode(values, scale), scale)
     return SharedTensor(session, handle, values.shape, dtype, requires_grad=values.requires_grad)
 
 
@@ -46,13 +48,13 @@ def share_module(session: SharingSession, module: torch.nn.Module) -> torch.nn.M
 
 
 class SharedTensor(torch.Tensor):
-    """A tensor of fixed-point values that parties hold in shares. It has a shape and a dtype, and no data here."""
+    """A tensor that parties hold in shares: fixed-point values, or whole numbers. It has a shape and a dtype, and no
+    data here. Comparisons give whole numbers, 0 or 1.
+    """
 
     session: SharingSession
     handle: Handle
     """What the session knows the parts by."""
-    shows_other: bool
-    """Whether it is a view of another tensor."""
 
     @staticmethod
     def __new__(
@@ -62,14 +64,21 @@ class SharedTensor(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         *,
+        strides: Sequence[int] | None = None,
+        offset: int | None = None,
         requires_grad: bool = False,
-        shows_other: bool = False,
     ) -> SharedTensor:
-        """Makes the wrapper."""
+        """Makes the wrapper. Strides and offset are what torch takes views and gradients of assignments by."""
         made: SharedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=torch.device("cpu"), requires_grad=requires_grad
+            cls,
+            tuple(shape),
+            strides,
+            offset,
+            dtype=dtype,
+            device=_CPU,
+            requires_grad=requires_grad,
         )
-        made.session, made.handle, made.shows_other = session, handle, shows_other
+        made.session, made.handle = session, handle
         return made
 
     def get(self) -> torch.Tensor:
@@ -91,6 +100,8 @@ class SharedTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SharingError("shares of all parties are not saved in one place: save what get() returns")
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -98,83 +109,104 @@ class SharedTensor(torch.Tensor):
         """Runs an ATen operation by its protocol.
 
         Raises:
-            SharingError: there is none for it, operands are of different sessions, or it would change a view in place.
+            SharingError: there is none for it, operands are of different sessions, or it would change in place what all
+                know.
         """
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, SharedTensor)]
         first = operands[0]
         if any(one.session is not first.session for one in operands):
-            raise SharingError(f"{name}: its operands are shared in different sessions, by different parties")
-        if name in ("detach", "alias"):  # the same value: what was opened of it stays known
-            return SharedTensor(
-                first.session, first.handle, first.shape, first.dtype, shows_other=first.shows_other
-            )
+            raise SharingError(_mixed(name, operands))
+        if name in _SAME:  # what was opened of it stays known
+            return _wrapped(first, first.handle, first)
         in_place = name.endswith("_") and not name.endswith("__")
-        kernel_name = name.removesuffix("_") if in_place else name
-        if kernel_name not in KERNELS:
-            raise SharingError(
-                f"{name} has no protocol on shares: open the operands with get(), or write it without"
-            )
-        if in_place and (not isinstance(args[0], SharedTensor) or args[0].shows_other):
-            raise SharingError(
-                f"{name} would change a view, or what all know, in place: write it out of place"
-            )
+        kernel = name.removesuffix("_") if in_place else name
+        if in_place and not isinstance(args[0], SharedTensor):
+            raise SharingError(f"{name} would change what all know, in place: write it out of place")
+        if kernel == "bernoulli":  # all parties draw the same, after torch.manual_seed the same again
+            kwargs = {**kwargs, "seed": first.session.draw_seed()}
+            kwargs.pop("generator", None)
+        args = _at_places(args) if "index" in kernel else args
         given, options = map_leaves(tuple(args), _secret), map_leaves(kwargs, _secret)
-        _check_arguments(name, kernel_name, given, options)
-        shapes = _shapes(func, args, kwargs)
-        if in_place and shapes != args[0].shape:
-            raise SharingError(f"{name}: a result of shape {list(shapes)} does not fit in place")
-        made = first.session.run(kernel_name, given, options, shapes, in_place=in_place)
-        if in_place:
-            return args[0]
-        is_view = any(one.alias_info is not None for one in func._schema.returns)
-        return _wrapped(first, made, shapes, is_view)
+        check_arguments(kernel, given, options)
+        twin = _twin(func, args, {key: one for key, one in kwargs.items() if key != "seed"})
+        if in_place and (twin.shape != args[0].shape or (0 in args[0].stride() and args[0].numel() > 1)):
+            raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
+        made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
+        return args[0] if in_place else _wrapped(first, made, twin)
+
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_SAME = ("detach", "alias", "lift_fresh")
+
+
+def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
+    first, other = operands[0], next(one for one in operands if one.session is not operands[0].session)
+    parties = [list(one.session.parties) for one in (first, other)]
+    if parties[0] != parties[1]:
+        return f"{name}: its operands are shared by different parties, {parties[0]} and {parties[1]}: get() one first"
+    if first.session.scale != other.session.scale:
+        return (
+            f"{name}: its operands have different precisions, scales {first.session.scale} and {other.session.scale}: "
+            "write fix_precision() of both alike"
+        )
+    return (
+        f"{name}: its operands are shared in different sessions, with the providers {first.session.provider} and "
+        f"{other.session.provider}: share both with one"
+    )
 
 
 def _secret(leaf: Any) -> Any:
     return Secret(leaf.handle) if isinstance(leaf, SharedTensor) else leaf
 
 
-@cache
-def _signature(name: str) -> inspect.Signature:
-    return inspect.signature(KERNELS[name])
+def _at_places(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Public masks among indices as the places that they choose, so that what is left is known without values."""
+
+    def places(one: Any) -> Any:
+        if not isinstance(one, torch.Tensor) or isinstance(one, SharedTensor) or one.dtype != torch.bool:
+            return [one]
+        return list(one.nonzero(as_tuple=True))
+
+    return tuple(
+        [place for one in arg for place in places(one)] if isinstance(arg, list | tuple) else arg
+        for arg in args
+    )
 
 
-def _check_arguments(name: str, kernel: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises SharingError unless the kernel takes such arguments: here, before anything is asked of the parties."""
-    try:
-        _signature(kernel).bind(None, *args, **kwargs)
-    except TypeError as error:
-        raise SharingError(f"{name} has no protocol on shares with these arguments: {error}") from None
-
-
-_META = torch.device("meta")
-
-
-def _shapes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Shapes:
-    """The shapes of the results, which torch tells from tensors without values."""
+def _twin(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The results as torch tells them from tensors without values: shapes, dtypes, strides."""
+    wants_flags = func._schema.name in ("aten::where", "aten::masked_fill", "aten::masked_fill_")
 
     def twin(leaf: Any) -> Any:
-        if isinstance(leaf, SharedTensor):
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device=_META)
         if isinstance(leaf, torch.Tensor):
-            return leaf.to(_META)
+            dtype = torch.bool if wants_flags and leaf.dtype == torch.int64 and leaf is flags else leaf.dtype
+            offset = leaf.storage_offset()
+            if not offset:
+                return torch.empty_strided(leaf.shape, leaf.stride(), dtype=dtype, device=_META)
+            reach = 1 + sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+            whole = torch.empty(offset + max(reach, 0), dtype=dtype, device=_META)
+            return whole.as_strided(leaf.shape, leaf.stride(), offset)
         return _META if isinstance(leaf, torch.device) else leaf
 
-    return _shape_of(func(*map_leaves(tuple(args), twin), **map_leaves(kwargs, twin)))
+    flags = args[0 if func._schema.name == "aten::where" else 1] if wants_flags else None
+    return func(*map_leaves(tuple(args), twin), **map_leaves(kwargs, twin))
 
 
-def _shape_of(result: Any) -> Shapes:
-    if isinstance(result, tuple | list):
-        return tuple(_shape_of(one) for one in result)
-    return result.shape if isinstance(result, torch.Tensor) else None
+def _shapes(twin: Any) -> Shapes:
+    if isinstance(twin, tuple | list):
+        return tuple(_shapes(one) for one in twin)
+    return twin.shape if isinstance(twin, torch.Tensor) else None
 
 
-def _wrapped(like: SharedTensor, made: Any, shapes: Shapes, is_view: bool) -> Any:
+def _wrapped(like: SharedTensor, made: Any, twin: Any) -> Any:
     """Tensors of handles, in their nesting."""
-    if shapes is None:
+    if isinstance(twin, tuple | list):
+        return type(twin)(_wrapped(like, *pair) for pair in zip(made, twin, strict=True))
+    if not isinstance(twin, torch.Tensor):
         return None
-    if isinstance(shapes, torch.Size):
-        return SharedTensor(like.session, made, shapes, like.dtype, shows_other=is_view)
-    return tuple(_wrapped(like, one, shape, is_view) for one, shape in zip(made, shapes, strict=True))
+    dtype = twin.dtype if twin.is_floating_point() else torch.int64
+    return SharedTensor(
+        like.session, made, twin.shape, dtype, strides=twin.stride(), offset=int(twin.storage_offset())
+    )

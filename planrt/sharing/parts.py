@@ -1,0 +1,317 @@
+"""What a party holds of a value while it computes: its part, the scale, and what is known of the value besides.
+
+A `Share` knows its scale, so that a product is brought back to the session's scale only where something needs that,
+which relu does for nothing. It keeps its `Masked` once it was opened: a weight that a forward pass multiplies by is not
+opened again in the backward pass. A view reads from what it is a view of, and writes there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from planrt.errors import SharingError
+from planrt.sharing.fixed_point import encode
+from planrt.sharing.masked import Bit, Masked, mask
+from planrt.sharing.quotients import divide
+from planrt.sharing.requests import Known
+from planrt.sharing.rounds import Party, Protocol
+
+Value: TypeAlias = Any
+"""A `Share`, or what all parties know: a torch.Tensor or a number."""
+
+
+class Step(NamedTuple):
+    """A change of shape, of a tensor: what makes a view."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+
+    def of(self, value: Any) -> Any:
+        """Returns the view of a tensor; also of what was opened, where `of_masked`."""
+        special = _STEPS.get(self.name)
+        return getattr(value, self.name)(*self.args) if special is None else special(value, *self.args)
+
+    @property
+    def of_masked(self) -> bool:
+        """Whether `Masked` and `Bit` have this change."""
+        return self.name in ("transpose", "permute", "reshape", "expand")
+
+
+def at_slice(value: torch.Tensor, dim: int, start: int | None, end: int | None, step: int) -> torch.Tensor:
+    """Returns what torch calls slice: of one dimension."""
+    places: list[slice] = [slice(None)] * value.dim()
+    places[dim] = slice(start, end, step)
+    return value[tuple(places)]
+
+
+_STEPS: dict[str, Callable[..., Any]] = {
+    "slice": at_slice,
+    "strided": lambda value, size, stride, offset: value.contiguous().as_strided(size, stride, offset),
+    "same": lambda value: value,
+}
+
+
+class Share:
+    """One party's part of a secret that stands for integers divided by `scale`; the scale of whole numbers is 1."""
+
+    __slots__ = (
+        "_base", "_masked", "_part", "_scale", "_seen", "_stamp", "_step", "bit", "fine", "known",
+        "positive", "winners",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        part: torch.Tensor,
+        scale: int,
+        masked: Masked | None = None,
+        *,
+        positive: Bit | None = None,
+        bit: Bit | None = None,
+        known: torch.Tensor | None = None,
+        winners: Bit | None = None,
+    ) -> None:
+        self._part, self._scale, self._masked = part, scale, masked
+        self.positive = positive
+        """The result of relu keeps where it is positive."""
+        self.bit = bit
+        """Set where the value is a secret bit, 0 or 1 at the scale 1: a product with it opens less."""
+        self.known = known
+        """Set where all parties know the value, as float64: a product with it opens nothing."""
+        self.winners = winners
+        """Indices of the largest of windows keep which it was: bits of shape (places, windows)."""
+        self.fine = False
+        """Set where the value is kept finer than the session's scale on purpose: means of squares."""
+        self._base: Share | None = None
+        self._step = Step("same")
+        self._seen = self._stamp = 0
+
+    @classmethod
+    def view(cls, base: Share, name: str, *args: Any) -> Share:
+        """Returns a view of `base` by a `Step`: what changes there changes here, and the other way."""
+        step = Step(name, tuple(tuple(one) if isinstance(one, list) else one for one in args))
+        made = cls(step.of(base.part), base.scale)
+        made._base, made._step, made._seen = base, step, base.stamp
+        made._masked = made._masked_of_base()
+        if base.known is not None:
+            made.known = step.of(base.known)
+        if base.bit is not None and step.of_masked:
+            made.bit = step.of(base.bit)
+        return made
+
+    @property
+    def origin(self) -> Share:
+        """What it is a view of, in the end; itself if it is none."""
+        return self if self._base is None else self._base.origin
+
+    @property
+    def stamp(self) -> int:
+        """How often the value was changed."""
+        return self._stamp if self._base is None else self._base.stamp
+
+    @property
+    def part(self) -> torch.Tensor:
+        """This party's part, int64."""
+        self._refresh()
+        return self._part
+
+    @property
+    def scale(self) -> int:
+        """The public scale."""
+        self._refresh()
+        return self._scale
+
+    @property
+    def masked(self) -> Masked | None:
+        """The same value as it was opened under a mask, if it was."""
+        self._refresh()
+        return self._masked
+
+    @masked.setter
+    def masked(self, opened: Masked) -> None:
+        self._refresh()
+        self._masked = opened
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the value."""
+        return self.part.shape
+
+    def rescaled(self, part: torch.Tensor, scale: int) -> None:
+        """Holds the same value at another scale."""
+        self._refresh()
+        self._part, self._scale, self._masked, self.fine = part, scale, None, False
+
+    def become(self, other: Share) -> None:
+        """Takes the value of `other`, at a scale that divides or is divided by this one's: an operation in place."""
+        if self._base is None:
+            self._part, self._scale, self._masked = other.part, other.scale, other.masked
+            self.positive, self.bit, self.known, self.fine = None, other.bit, other.known, other.fine
+            self._stamp += 1
+            return
+        base = self._base
+        scale = max(base.scale, other.scale)
+        whole = (base.part * (scale // base.scale)).contiguous()
+        self._step.of(whole).copy_(other.part * (scale // other.scale))
+        base.become(Share(whole, scale))
+        self.positive = self.bit = self.known = None
+
+    def copied(self) -> Share:
+        """Returns the same value, which changes alone."""
+        made = Share(self.part.clone(), self.scale, self.masked, bit=self.bit, known=self.known)
+        made.fine = self.fine
+        return made
+
+    def _refresh(self) -> None:
+        if self._base is not None and self._seen != self._base.stamp:
+            self._part, self._scale = self._step.of(self._base.part), self._base.scale
+            self._masked, self._seen = self._masked_of_base(), self._base.stamp
+            self.positive = self.bit = self.known = None
+
+    def _masked_of_base(self) -> Masked | None:
+        assert self._base is not None  # noqa: S101 - of views alone
+        opened = self._base.masked
+        return None if opened is None or not self._step.of_masked else self._step.of(opened)
+
+    def randomness(self) -> Iterator[Known]:
+        """Yields the masks and coins that are kept with it and with what it is a view of."""
+        if self.masked is not None:
+            yield self.masked.mask
+        for bit in (self.positive, self.bit, self.winners):
+            if bit is not None:
+                yield bit.coin
+        if self._base is not None:
+            yield from self._base.randomness()
+
+    def looks(self, named: Callable[[Known], Known]) -> Any:
+        """Returns all that protocols depend on, secrets apart, with masks and coins as `named` names them."""
+        return (
+            self.part.shape,
+            self.scale,
+            self.fine,
+            None if self.masked is None else named(self.masked.mask),
+            *(None if bit is None else named(bit.coin) for bit in (self.positive, self.bit, self.winners)),
+            None if self.known is None else digest(self.known),
+            self._step,
+            None if self._base is None else self._base.looks(named),
+        )
+
+    def twin(self, named: Callable[[Known], Known], made: dict[int, Share]) -> Share:
+        """Returns a share of zeros with the same looks; views of one thing among `made` are views of one twin."""
+        found = made.get(id(self))
+        if found is not None:
+            return found
+        found = made[id(self)] = Share(_zeros(self.part), self.scale, known=self.known)
+        found.fine = self.fine
+        if self.masked is not None:
+            zeros = _zeros(self.masked.opened)
+            found._masked = Masked(zeros, zeros, named(self.masked.mask))
+        for name in ("positive", "bit", "winners"):
+            bit = getattr(self, name)
+            if bit is not None:
+                setattr(found, name, Bit(_zeros(bit.opened), _zeros(bit.part), named(bit.coin)))
+        if self._base is not None:
+            found._base, found._step = self._base.twin(named, made), self._step
+            found._seen = found._base.stamp
+        return found
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=torch.int64)
+
+
+def digest(values: torch.Tensor) -> bytes:
+    """Returns what tells tensors of one dtype and shape apart that all know."""
+    data = values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A party, and the scale that values are brought back to: 1 where there are whole numbers only."""
+
+    party: Party
+    scale: int
+
+    def public(self, value: Value, scale: int) -> torch.Tensor:
+        """Returns what all know as integers at `scale`.
+
+        Raises:
+            ValueRangeError: it does not fit.
+            SharingError: a fraction among shares of whole numbers.
+        """
+        values = torch.as_tensor(value)
+        if scale == 1 and values.is_floating_point() and bool((values != values.round()).any()):
+            raise SharingError(
+                "shares of whole numbers know no fractions: share fix_precision() of them, or round the other operand"
+            )
+        return encode(values if not values.is_floating_point() else values.double(), scale)
+
+    def share_of(self, value: Value, like: Share | None = None) -> Share:
+        """Returns what all know as a share; a `Share` as it is."""
+        if isinstance(value, Share):
+            return value
+        values = torch.as_tensor(value)
+        scale = self.scale if values.is_floating_point() else 1
+        return Share(self.party.public(self.public(values, scale)), scale, known=values.double())
+
+
+def each_once(shares: Iterable[Share]) -> list[Share]:
+    """Both factors of a square are one share."""
+    return list({id(share): share for share in shares}.values())
+
+
+def reduced(context: Context, *shares: Share) -> Protocol[None]:
+    """Brings shares that are finer than the session's scale back to it, all in one round; none if none is."""
+    wide = each_once(share for share in shares if share.scale > context.scale)
+    if not wide:
+        return
+    opened = yield from mask(context.party, *[share.part for share in wide])
+    for share, one in zip(wide, opened, strict=True):
+        share.rescaled(divide(context.party, one, share.scale // context.scale), context.scale)
+
+
+def fractional(context: Context, *shares: Share) -> Protocol[list[Share]]:
+    """Returns shares at the session's scale: finer ones reduced in one round, whole numbers raised.
+
+    Raises:
+        SharingError: there are whole numbers only.
+    """
+    if context.scale == 1:
+        raise SharingError("shares of whole numbers know no fractions: write x.fix_precision().share(...)")
+    yield from reduced(context, *shares)
+    return [
+        share if share.scale == context.scale else Share(share.part * context.scale, context.scale)
+        for share in shares
+    ]
+
+
+def masked(context: Context, *shares: Share) -> Protocol[list[Masked]]:
+    """Returns shares, at the session's scale or whole, as they are, or now become, opened under masks, in one round or
+    two.
+    """
+    yield from reduced(context, *shares)
+    fresh = each_once(share for share in shares if share.masked is None)
+    if fresh:
+        opened = yield from mask(context.party, *[share.part for share in fresh])
+        for share, one in zip(fresh, opened, strict=True):
+            share.masked = one
+    return [share.masked for share in shares if share.masked is not None]
+
+
+def aligned(context: Context, *shares: Share) -> Protocol[int]:
+    """Makes sure that shares have scales of which the largest is a multiple of all, and returns it."""
+    most = max(share.scale for share in shares)
+    least = min(share.scale for share in shares)
+    if any(most % share.scale for share in shares) or most // least > max(context.scale, 1) ** 2:
+        yield from reduced(context, *shares)
+    return max(share.scale for share in shares)
+
+
+def at(share: Share, scale: int) -> torch.Tensor:
+    """Returns the part at a multiple of its scale."""
+    return share.part if share.scale == scale else share.part * (scale // share.scale)

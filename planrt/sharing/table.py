@@ -1,0 +1,72 @@
+"""The table of kernels, and the one way to call one: in this process or at a party, in place or not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from planrt.errors import SharingError
+from planrt.sharing.kernels import ARITHMETIC, Kernel
+from planrt.sharing.layers import LAYERS
+from planrt.sharing.losses import LOSSES
+from planrt.sharing.ordering import ORDERING
+from planrt.sharing.parts import Context, Share, aligned
+from planrt.sharing.pooling import POOLING
+from planrt.sharing.rounds import Protocol
+from planrt.sharing.shapes import SHAPES, VIEWS
+
+KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **POOLING, **LAYERS, **LOSSES}
+"""ATen name, without "aten::" and the underscore of operations in place -> protocol."""
+
+__all__ = ["KERNELS", "VIEWS", "call_kernel", "check_arguments"]
+
+
+@cache
+def signature(name: str) -> inspect.Signature:
+    """Returns what a kernel takes, its context first."""
+    return inspect.signature(KERNELS[name])
+
+
+def check_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise SharingError unless there is a kernel `name` that takes so many and such named arguments."""
+    if name not in KERNELS:
+        raise SharingError(
+            f"{name} has no protocol on shares: open the operands with get(), or write it without"
+        )
+    try:
+        signature(name).bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise SharingError(f"{name} has no protocol on shares with these arguments: {error}") from None
+
+
+def call_kernel(
+    context: Context, name: str, args: Sequence[Any], kwargs: dict[str, Any], *, in_place: bool = False
+) -> Protocol[Any]:
+    """Runs a kernel on a party's shares: `Share`s among nested arguments, everything else as all know it.
+
+    Returns:
+        A `Share`, None where there is no result, or a tuple of these, none of them an argument; the first argument,
+        changed, if `in_place`.
+
+    Raises:
+        SharingError: no such kernel, other arguments, or a result of another shape than what it is to replace.
+    """
+    check_arguments(name, args, kwargs)
+    made = yield from KERNELS[name](context, *args, **kwargs)
+    if not in_place:
+        return _apart(made, args)
+    changed = args[0]
+    if not isinstance(changed, Share) or not isinstance(made, Share) or made.shape != changed.shape:
+        raise SharingError(f"{name}: the result does not fit in place")
+    yield from aligned(context, changed, made)
+    changed.become(made)
+    return changed
+
+
+def _apart(made: Any, args: Sequence[Any]) -> Any:
+    """A share that a kernel gives as it took it, as one of its own."""
+    if isinstance(made, tuple):
+        return tuple(_apart(one, args) for one in made)
+    return made.copied() if any(made is one for one in args) and isinstance(made, Share) else made
