@@ -29,9 +29,7 @@ sends and receives takes its place. `rounds.together` runs independent protocols
     curves          functions of one variable, as cubic pieces (`splines`)
     roots           reciprocals, quotients, roots, logarithms over the whole range
     networks        softmax, losses, means and norms
-    parts           what a party holds of a value: its part, scale, and what is known of it besides
-    kernels         PyTorch's operations as protocols; shapes, ordering, pooling, layers and losses add to them
-    table           all of them by name, and the one way to call one
+    kernels/        PyTorch's operations as protocols (`table`), on what a party holds of a value (`parts`)
     programs/       lists of kernel calls as data, which a party runs with shared rounds; what a run needs of the dealer
     tensors/        SharedTensor: PyTorch's autograd and modules on shares (`shared`); where these are and who computes
                     on them, as an interface (`sessions`), and with all parties in this process (`in_process`)

@@ -8,7 +8,7 @@ from torch import nn
 
 from planrt.errors import PlanFormatError, RandomnessError, SharingError
 from planrt.sharing.correlated import Supply
-from planrt.sharing.kernels import Share
+from planrt.sharing.kernels.arithmetic import Share
 from planrt.sharing.programs import asking, calls, needs
 from planrt.sharing.programs.calls import Call, Program, program_of
 from planrt.sharing.programs.running import Failed, run_program

@@ -16,7 +16,7 @@ from typing import Any
 
 from planrt.errors import PlanFormatError, SharingError
 from planrt.serde.values import decode, encode, pack, unpack
-from planrt.sharing.table import KERNELS
+from planrt.sharing.kernels.table import KERNELS
 from planrt.types import Ref, leaves
 
 MAX_CALLS = 10_000

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from planrt.sharing.correlated import Material
-from planrt.sharing.parts import Context, Share, digest
+from planrt.sharing.kernels.parts import Context, Share, digest
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.requests import Known, Part, Request, Spec

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from planrt.errors import RandomnessError, SharingError
-from planrt.sharing.parts import Context, Share
+from planrt.sharing.kernels.parts import Context, Share
+from planrt.sharing.kernels.table import VIEWS, call_kernel
 from planrt.sharing.programs.calls import Call, Program
 from planrt.sharing.rounds import Opening, Protocol
-from planrt.sharing.table import VIEWS, call_kernel
 from planrt.types import Ref, map_leaves
 
 

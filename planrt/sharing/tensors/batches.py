@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from planrt.sharing.kernels.table import VIEWS
 from planrt.sharing.programs.calls import Call, Program
-from planrt.sharing.table import VIEWS
 from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.types import Ref, leaves, map_leaves
 

@@ -9,7 +9,7 @@ import torch
 
 from planrt.sharing.additive import reconstruct, share
 from planrt.sharing.fixed_point import DEFAULT_SCALE
-from planrt.sharing.parts import Context, Share
+from planrt.sharing.kernels.parts import Context, Share
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import Stream, new_seed

@@ -14,7 +14,7 @@ import torch
 
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
-from planrt.sharing.table import check_arguments
+from planrt.sharing.kernels.table import check_arguments
 from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
 from planrt.types import leaves, map_leaves
 

@@ -9,7 +9,7 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing import networks, roots
 from planrt.sharing.comparisons import below
-from planrt.sharing.kernels import (
+from planrt.sharing.kernels.arithmetic import (
     Kernel,
     add,
     any_product,
@@ -22,9 +22,9 @@ from planrt.sharing.kernels import (
     subtract_from,
     total,
 )
+from planrt.sharing.kernels.ordering import both, clamp, greater, largest, less, one_hot, where
+from planrt.sharing.kernels.parts import Context, Share, Value, fractional, masked
 from planrt.sharing.masked import mask
-from planrt.sharing.ordering import both, clamp, greater, largest, less, one_hot, where
-from planrt.sharing.parts import Context, Share, Value, fractional, masked
 from planrt.sharing.products import bit_times
 from planrt.sharing.rounds import Protocol
 from planrt.sharing.selection import bit_times_quotient, rectified

@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
     @property
     def of_masked(self) -> bool:
-        """Whether `Masked` and `Bit` have this change."""
+        """Returns whether `Masked` and `Bit` have this change."""
         return self.name in ("transpose", "permute", "reshape", "expand")
 
 
@@ -105,12 +105,12 @@ class Share:
 
     @property
     def origin(self) -> Share:
-        """What it is a view of, in the end; itself if it is none."""
+        """Returns what it is a view of, in the end; itself if it is none."""
         return self if self._base is None else self._base.origin
 
     @property
     def stamp(self) -> int:
-        """How often the value was changed."""
+        """Returns how often the value was changed."""
         return self._stamp if self._base is None else self._base.stamp
 
     @property

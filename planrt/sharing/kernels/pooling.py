@@ -9,10 +9,10 @@ import torch
 
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import LIMIT
-from planrt.sharing.kernels import Kernel, multiply
+from planrt.sharing.kernels.arithmetic import Kernel, multiply
+from planrt.sharing.kernels.ordering import one_hot
+from planrt.sharing.kernels.parts import Context, Share
 from planrt.sharing.masked import mask
-from planrt.sharing.ordering import one_hot
-from planrt.sharing.parts import Context, Share
 from planrt.sharing.products import bit_times
 from planrt.sharing.rounds import Protocol
 from planrt.sharing.selection import leading

@@ -16,12 +16,12 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing import selection
 from planrt.sharing.comparisons import equal_to, negative, zero
-from planrt.sharing.kernels import Kernel, One, add, multiply, needs_fractions, subtract, total
+from planrt.sharing.kernels.arithmetic import Kernel, One, add, multiply, needs_fractions, subtract, total
+from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, fractional, masked
+from planrt.sharing.kernels.shapes import scatter_add_public, scatter_public
 from planrt.sharing.masked import Bit, mask
-from planrt.sharing.parts import Context, Share, Value, aligned, at, fractional, masked
 from planrt.sharing.products import bit_times, bit_times_bit
 from planrt.sharing.rounds import Protocol
-from planrt.sharing.shapes import scatter_add_public, scatter_public
 
 
 def of_bit(context: Context, bit: Bit) -> Share:

@@ -6,7 +6,7 @@ import torch
 
 from planrt.errors import SharingError
 from planrt.sharing import roots
-from planrt.sharing.kernels import (
+from planrt.sharing.kernels.arithmetic import (
     Kernel,
     add,
     average,
@@ -18,8 +18,8 @@ from planrt.sharing.kernels import (
     subtract_from,
     total,
 )
-from planrt.sharing.ordering import clamp, one_hot
-from planrt.sharing.parts import Context, Share, Value, fractional
+from planrt.sharing.kernels.ordering import clamp, one_hot
+from planrt.sharing.kernels.parts import Context, Share, Value, fractional
 from planrt.sharing.rounds import Protocol
 
 _MEAN, _SUM = 1, 2

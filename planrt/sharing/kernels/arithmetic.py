@@ -17,8 +17,8 @@ from planrt.errors import SharingError
 from planrt.sharing import curves, roots
 from planrt.sharing.additive import add_public
 from planrt.sharing.bilinear import bilinear_value
+from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, fractional, masked, reduced
 from planrt.sharing.masked import mask
-from planrt.sharing.parts import Context, Share, Value, aligned, at, fractional, masked, reduced
 from planrt.sharing.products import bit_times, product
 from planrt.sharing.quotients import divide
 from planrt.sharing.rounds import Protocol

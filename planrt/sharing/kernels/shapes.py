@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing.kernels import Kernel, One, linear, needs_fractions
-from planrt.sharing.parts import Context, Share, Value, aligned, at, at_slice, fractional
+from planrt.sharing.kernels.arithmetic import Kernel, One, linear, needs_fractions
+from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, at_slice, fractional
 from planrt.sharing.randomness import Stream
 from planrt.sharing.rounds import Protocol
 

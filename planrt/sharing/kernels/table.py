@@ -8,14 +8,14 @@ from functools import cache
 from typing import Any
 
 from planrt.errors import SharingError
-from planrt.sharing.kernels import ARITHMETIC, Kernel
-from planrt.sharing.layers import LAYERS
-from planrt.sharing.losses import LOSSES
-from planrt.sharing.ordering import ORDERING
-from planrt.sharing.parts import Context, Share, aligned
-from planrt.sharing.pooling import POOLING
+from planrt.sharing.kernels.arithmetic import ARITHMETIC, Kernel
+from planrt.sharing.kernels.layers import LAYERS
+from planrt.sharing.kernels.losses import LOSSES
+from planrt.sharing.kernels.ordering import ORDERING
+from planrt.sharing.kernels.parts import Context, Share, aligned
+from planrt.sharing.kernels.pooling import POOLING
+from planrt.sharing.kernels.shapes import SHAPES, VIEWS
 from planrt.sharing.rounds import Protocol
-from planrt.sharing.shapes import SHAPES, VIEWS
 
 KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **POOLING, **LAYERS, **LOSSES}
 """ATen name, without "aten::" and the underscore of operations in place -> protocol."""
