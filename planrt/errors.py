@@ -169,6 +169,10 @@ class UnknownNameError(LocalError, AttributeError):
     """A name that does not stand for an op that workers run."""
 
 
+class RunFolderError(LocalError):
+    """A run folder cannot be used: another run's, in use, damaged, of a newer planrt, or on a full disk."""
+
+
 class DataError(LocalError):
     """A data set that is missing, incomplete or malformed."""
 

@@ -62,6 +62,9 @@ class Aggregation(Protocol[A]):
         scheduler = RoundScheduler(workers, config, dataset_key="d", seed=1, aggregation=CoordinateMedian())
 
     `add` may run in a thread of its own, never two at a time.
+
+    One that keeps something from round to round, such as a momentum, has two methods more: ``state_dict()``, which
+    returns it (tensors and plain values by name), and ``load_state_dict(state)``. Checkpoints of a run have it then.
     """
 
     def init(self) -> A:
@@ -197,6 +200,16 @@ def check_aggregated(found: Any, like: State) -> dict[str, torch.Tensor]:
                 f"result of an aggregation: {name!r} must be {TensorSpec.of(wanted)}, as it was given, not {what}"
             )
     return {name: value.detach() for name, value in found.items()}
+
+
+def apart(entries: State) -> dict[str, torch.Tensor]:
+    """Returns `entries` so that `torch.save` takes them: tensors of one message share its memory, which it refuses
+    where they have several dtypes. All but those of the dtype with most bytes are copied."""
+    sizes: dict[torch.dtype, int] = {}
+    for value in entries.values():
+        sizes[value.dtype] = sizes.get(value.dtype, 0) + value.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return {name: value if value.dtype == most else value.clone() for name, value in entries.items()}
 
 
 def _averages(tensor: torch.Tensor) -> bool:

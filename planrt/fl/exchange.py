@@ -15,12 +15,11 @@ import torch
 
 from planrt.errors import OptionError
 from planrt.fl.attendance import Missing
-from planrt.fl.averaging import Aggregation, check_aggregated
+from planrt.fl.averaging import Aggregation, apart, check_aggregated
 from planrt.fl.config import TrainConfig
 from planrt.fl.recording_cache import dataset_of
-from planrt.fl.replies import LARGE
 from planrt.fl.updates import check_update, most_samples
-from planrt.fl.waiting import Deadline
+from planrt.fl.waiting import LARGE, Deadline
 from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
 from planrt.seeding import derive_seed
@@ -110,6 +109,16 @@ class PlainExchange:
         self._aggregate: Any = None
         self._added: dict[str, torch.Tensor] = {}
 
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns what the aggregation keeps from round to round, if it has a `state_dict` that says so."""
+        of = getattr(self._aggregation, "state_dict", None)
+        return of() if callable(of) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Gives the aggregation what it kept; without anything kept it is not asked."""
+        if state:
+            self._aggregation.load_state_dict(state)  # type: ignore[attr-defined]
+
     async def begin(self, order: RoundOrder, workers: Sequence[BaseWorker]) -> Mapping[str, Missing]:
         """Starts with the aggregate of no states. Nobody drops out."""
         self._aggregate, self._added = self._aggregation.init(), {}
@@ -170,4 +179,6 @@ class PlainExchange:
             OptionError: it makes another state than it was given.
         """
         aggregate, self._aggregate = self._aggregate, None
-        return check_aggregated(self._aggregation.result(aggregate), self._added) if self._added else {}
+        if not self._added:
+            return {}
+        return apart(check_aggregated(self._aggregation.result(aggregate), self._added))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from planrt.extras import needed
 
 if TYPE_CHECKING:  # it imports torch, which the commands do later
-    from planrt.fl.rounds import WorkerRound
+    from planrt.fl.round_result import WorkerRound
 
 FEDERATED = "federated"
 """Name of the averaged model among the evaluations of a round."""

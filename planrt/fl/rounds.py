@@ -17,96 +17,38 @@ in memory, and the others in temporary files.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from planrt.cards import card
-from planrt.errors import OptionError, WorkerLostError
-from planrt.fl.attendance import (
-    WORKERS_OWN,
-    Attendance,
-    Missing,
-    below_quorum,
-    cancelled,
-    looks,
-    why_missing,
-)
+from planrt.errors import OptionError, PlanrtError
+from planrt.fl.asking import Asking
+from planrt.fl.attendance import looks
 from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregation
 from planrt.fl.config import TrainConfig
+from planrt.fl.evaluator import ModelEvaluator
 from planrt.fl.exchange import Exchange, PlainExchange, RoundOrder
 from planrt.fl.options import learning_rate, positive, seconds, whole
 from planrt.fl.recording_cache import dataset_of
-from planrt.fl.replies import Lease, Leases
-from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Answers, Deadline, LateError
+from planrt.fl.resuming import CHANGEABLE, SETTINGS, captured, data_of, named, put_back
+from planrt.fl.round_result import RoundResult, WorkerRound
+from planrt.fl.runs.run_record import RunRecord, set_random_state
+from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Deadline, Lease, Leases
 from planrt.logs import get_logger
 from planrt.loop import on_loop
 from planrt.plans.model_state import ModelState
-from planrt.plans.training import EvaluationResult
 from planrt.shown import shown
 from planrt.workers.base import BaseWorker
 from planrt.workers.results import FitResult
+from planrt.workers.wire import messages as m
+
+__all__ = ["ModelEvaluator", "RoundResult", "RoundScheduler", "WorkerRound"]
 
 log = get_logger("planrt.fl")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerRound:
-    """One worker's part in a round: messages and bytes each way, the mean loss over its samples."""
-
-    requests: int
-    replies: int
-    bytes_sent: int
-    bytes_received: int
-    loss: float
-    samples: int
-
-
-@dataclass(frozen=True, slots=True)
-class RoundResult:
-    """A round: `seconds` of training and averaging, the averaged state, each worker's part.
-
-    `loss` is the mean over all samples; `worker_states` is filled only if asked for. States are as
-    ``model.load_state_dict`` takes them. `missing` are the workers that do not count in it, and why.
-    """
-
-    round: int
-    seconds: float
-    state: ModelState
-    loss: float
-    workers: dict[str, WorkerRound]
-    worker_states: dict[str, ModelState] = field(default_factory=dict)
-    missing: dict[str, Missing] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        workers = shown(", ".join(f"{id}: {part.loss:.4f}" for id, part in self.workers.items()), 200)
-        without = shown(", ".join(f"{id} ({why.kind})" for id, why in self.missing.items()), 200)
-        return (
-            f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s"
-            f"{f', without {without}' if without else ''}>"
-        )
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (id, f"{part.loss:.4f}", f"{part.samples:,}", f"{part.bytes_sent:,}", f"{part.bytes_received:,}")
-            for id, part in self.workers.items()
-        ]
-        return card(
-            f"RoundResult of round {self.round}",
-            [
-                ("loss", f"{self.loss:.4f}"),
-                ("seconds", f"{self.seconds:.2f}"),
-                ("state", f"{len(self.state)} entries"),
-                *((f"without {id}", str(why)) for id, why in self.missing.items()),
-            ],
-            columns=("worker", "loss", "samples", "bytes sent", "bytes received"),
-            rows=rows,
-        )
 
 
 class RoundScheduler:
@@ -139,6 +81,17 @@ class RoundScheduler:
     Updates are looked at before they count: names, shapes, dtypes, finite values, no more samples than the data set
     gives, and with `max_update_norm` the Euclidean norm of what training changed.
 
+    With `run_dir`, the run is written down there: a journal, and after every `checkpoint_every` rounds a checkpoint (0
+    for none) of the state, of what the aggregation keeps (its `state_dict()`, if it has one), of the optimizer states
+    that workers keep, and of the random generators. `RoundScheduler.resume` goes on from there, with the same bits::
+
+        scheduler = RoundScheduler([alice, bob], config, dataset_key="digits", seed=1, run_dir="runs/a")
+        await scheduler.prepare()
+        state = scheduler.state
+        for number in range(scheduler.next_round, 11):
+            state = (await scheduler.run_round(number, state)).state
+        await scheduler.close()
+
     Memory of a round stays under (2 + `hold`) times the state for states over 10 MB: the state, the first
     reply, which becomes the average, and `hold` times as much for replies that arrive out of order and
     whatever connections have in hand. Further replies wait in temporary files. An aggregation of your own
@@ -151,6 +104,7 @@ class RoundScheduler:
         OptionError: no workers, two with the same id, a negative `hold`, an `aggregation` without its
             methods, `min_workers` under 1 or above the number of workers, a `round_timeout` that is not above 0 or
             over 30 days.
+        RunFolderError: `run_dir` holds a run already, is in use, or cannot be written.
     """
 
     def __init__(
@@ -167,6 +121,8 @@ class RoundScheduler:
         round_timeout: float | None = ROUND_TIMEOUT,
         max_update_norm: float | None = None,
         exchange: Exchange | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
     ) -> None:
         if isinstance(workers, BaseWorker):
             raise OptionError("workers is a list: write RoundScheduler([worker], config, ...)")
@@ -190,24 +146,81 @@ class RoundScheduler:
                 f"min_workers={self.min_workers} is more than the workers that there are: {len(ids)}"
             )
         self.round_timeout = seconds("round_timeout", round_timeout, at_most=LONGEST_TIMEOUT)
-        self._hold = whole("hold", hold, at_least=0)
-        self._weighted = weighted
+        self.hold = whole("hold", hold, at_least=0)
+        self.max_update_norm: float | None = None
+        self.weighted = weighted
         if exchange is None:
             aggregation = FederatedAveraging() if aggregation is None else aggregation
             check_aggregation(aggregation)
             self._check_quorum(aggregation)
             norm = None if max_update_norm is None else positive("max_update_norm", max_update_norm)
             exchange = PlainExchange(aggregation, max_update_norm=norm)
+            self.max_update_norm = norm
         elif aggregation is not None or max_update_norm is not None:
             raise OptionError(
                 "aggregation= and max_update_norm= are for rounds without an exchange= of their own"
             )
         self._exchange = exchange
-        self._attendance = Attendance(self.workers, dataset_key)
+        self._combining = named(exchange if aggregation is None else aggregation)
+        self._asking = Asking(self.workers, self.min_workers, dataset_key)
+        self.checkpoint_every = whole("checkpoint_every", checkpoint_every, at_least=0)
+        self._record: RunRecord | None = None
+        self._state: ModelState | None = None
+        self._last: RoundResult | None = None
+        self._since = time.time()
+        if run_dir is not None:
+            self._record = RunRecord(run_dir, every=self.checkpoint_every)
+
+    @classmethod
+    def resume(
+        cls,
+        run_dir: str | os.PathLike[str],
+        workers: Sequence[BaseWorker],
+        config: TrainConfig,
+        *,
+        aggregation: Aggregation[Any] | None = None,
+        exchange: Exchange | None = None,
+        **changed: Any,
+    ) -> RoundScheduler:
+        """Returns a scheduler that goes on with the run in a folder, from its newest checkpoint.
+
+        After `prepare`, `state` and `next_round` are those of the checkpoint, and what follows has the bits that it
+        would have had without the interruption. Data set, seed and all other options are those of the folder, unless
+        `changed`: `min_workers`, `round_timeout`, `hold` and `checkpoint_every` may be. `workers`, `config` and an
+        `aggregation` or `exchange` of your own must be as they were.
+
+        Raises:
+            RunFolderError: there is no run, or no checkpoint that can be used; another process runs it; or, by
+                `prepare`, it is of another model, data set or seed.
+            OptionError: an option that a run that goes on cannot change.
+        """
+        record = RunRecord(run_dir, resuming=True)
+        try:
+            kept = dict(record.began.get("settings", {}))
+            if odd := sorted(changed.keys() - CHANGEABLE):
+                raise OptionError(
+                    f"a run that goes on has its own {', '.join(odd)}: what may be changed is "
+                    f"{', '.join(sorted(CHANGEABLE))}"
+                )
+            if exchange is not None:
+                kept.pop("max_update_norm", None)
+            identity = record.began["identity"]
+            options = {name: value for name, value in {**kept, **changed}.items() if name in SETTINGS}
+            made = cls(
+                workers, config, dataset_key=identity["dataset"], seed=identity["seed"], aggregation=aggregation,
+                exchange=exchange, **options,
+            )  # fmt: skip
+            record.every = made.checkpoint_every
+            made._record = record
+        except BaseException:
+            record.folder.close()
+            raise
+        return made
 
     def _check_quorum(self, aggregation: object) -> None:
         fewest = getattr(aggregation, "fewest", 1)
-        if fewest > self._needed:
+        needed = len(self.workers) if self.min_workers is None else self.min_workers
+        if fewest > needed:
             short = (
                 f"and there are {len(self.workers)}"
                 if fewest > len(self.workers)
@@ -238,14 +251,17 @@ class RoundScheduler:
                 f"the workers' data sets {self.dataset_key!r} have different shapes or dtypes: {'; '.join(specs)}"
             )
         plan = self.config.trace_for(self.workers[0], self.dataset_key).training
-        self._attendance.like = looks(infos[0])
+        if self._record is not None and self._state is None:
+            data = {worker.id: info for worker, info in zip(self.workers, infos, strict=True)}
+            await self._begin(self._record, plan.hash, data)
+        self._asking.attendance.like = looks(infos[0])
         deadline = Deadline(self.round_timeout)
-        present, missing = await self._present("preparing", deadline)
+        present, missing = await self._asking.present("preparing", deadline)
 
         async def prepared(worker: BaseWorker, _: None) -> None:
             log.debug("prepared", worker=worker.id)
 
-        await self._ask(
+        await self._asking.ask_all(
             "preparing",
             0,
             present,
@@ -264,13 +280,15 @@ class RoundScheduler:
         lr: float | None = None,
         keep_worker_states: bool = False,
         in_place: bool = False,
+        save: bool = True,
     ) -> RoundResult:
         """Trains `state` on every worker, with learning rate `lr` if given, and averages what comes back.
 
         `state` stays as it is, unless `in_place`: then a round that succeeds ends by writing the average into
         its tensors, which saves the memory of a second model. `keep_worker_states` keeps each worker's result
         as well (a model each). A worker that has trained on nothing (its data set is empty, or `drop_last`
-        left nothing) does not count.
+        left nothing) does not count. A run with a folder is written down there; without `save` only once `save` is
+        called, before the next round.
 
         Raises:
             OptionError: the arguments are swapped, the state does not fit the model, or the aggregation makes
@@ -285,6 +303,27 @@ class RoundScheduler:
             raise OptionError("run_round takes a state, not a model: pass model.state_dict()")
         round_number = whole("round_number", round_number, at_least=0)
         lr = None if lr is None else learning_rate(lr)
+        if self._record is None:
+            return await self._round(round_number, state, lr, keep_worker_states, in_place)
+        await self._before_round(self._record, round_number)
+        try:
+            result = await self._round(round_number, state, lr, keep_worker_states, in_place)
+        except PlanrtError as error:
+            await self._record.failed(round_number, error)
+            raise
+        self._last = replace(result, worker_states={})
+        if save:
+            await self.save()
+        return result
+
+    async def _round(
+        self,
+        round_number: int,
+        state: Mapping[str, torch.Tensor],
+        lr: float | None,
+        keep_worker_states: bool,
+        in_place: bool,
+    ) -> RoundResult:
         started = time.perf_counter()
         deadline = Deadline(self.round_timeout)
         plans = self.config.plans
@@ -300,17 +339,17 @@ class RoundScheduler:
             state=names.named(before),  # once for all workers: tied weights may have to be compared
             before=before,
             wanted={entry.name: before[entry.name] for entry in plans.training.state if entry.can_change},
-            weighted=self._weighted,
+            weighted=self.weighted,
             copies=keep_worker_states,
             deadline=deadline,
         )
         parts: dict[str, WorkerRound] = {}
         kept: dict[str, ModelState] = {}
         what = f"round {round_number}"
-        present, missing = await self._present(what, deadline)
+        present, missing = await self._asking.present(what, deadline)
         missing |= await self._exchange.begin(order, present)
         present = [worker for worker in present if worker.id not in missing]
-        leases = Leases(max(0, self._hold - 1) if order.large else self._hold)
+        leases = Leases(max(0, self.hold - 1) if order.large else self.hold)
         places = {worker.id: leases.lease(first=index == 0) for index, worker in enumerate(present)}
 
         async def answered(worker: BaseWorker, answer: tuple[FitResult, WorkerRound]) -> None:
@@ -320,7 +359,7 @@ class RoundScheduler:
             if keep_worker_states:
                 kept[worker.id] = names.named({**before, **result.entries})
 
-        await self._ask(
+        await self._asking.ask_all(
             what,
             round_number,
             present,
@@ -333,92 +372,126 @@ class RoundScheduler:
         samples = sum(part.samples for part in parts.values())
         loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
         changed = await self._exchange.end(order, list(parts))
+        if in_place and self._record is not None:
+            await self._record.settled()
         after = names.assign(state, changed) if in_place else {**before, **changed}
-        return RoundResult(
-            round_number,
-            time.perf_counter() - started,
-            names.named(after),
-            loss / samples if samples else float("nan"),
-            parts,
-            kept,
-            missing,
-        )
+        mean = loss / samples if samples else float("nan")
+        seconds_taken = time.perf_counter() - started
+        return RoundResult(round_number, seconds_taken, names.named(after), mean, parts, kept, missing)
 
-    # ------------------------------------------------------------------ who takes part, and who answers
+    # ------------------------------------------------------------------------- what is written down
 
     @property
-    def _needed(self) -> int:
-        return len(self.workers) if self.min_workers is None else self.min_workers
+    def next_round(self) -> int:
+        """The number of the round that comes next in a run with a folder: 1, or where it goes on."""
+        return 1 if self._record is None else self._record.next_round
 
-    async def _present(self, what: str, deadline: Deadline) -> tuple[list[BaseWorker], dict[str, Missing]]:
-        """The workers that can be asked, and why the others cannot.
+    @property
+    def state(self) -> ModelState:
+        """The state that a run with a folder goes on from: of the checkpoint, after `resume` and `prepare`, then of
+        the last round. Without a folder, or before the first round, the model's own.
 
         Raises:
-            QuorumError: too few can. WorkerLostError: one is gone, where all are needed by default.
+            LocalError: nothing was traced yet: await `prepare` first.
         """
-        present, missing = await self._attendance.roll_call(needed=self._needed, deadline=deadline)
-        for worker in self.workers:
-            if self.min_workers is None and worker.id in missing and missing[worker.id].kind == "lost":
-                raise WorkerLostError(
-                    f"worker {worker.id!r} is gone: {missing[worker.id].why}",
-                    address=worker.address,
-                    worker_id=worker.id,
-                )
-        if len(present) < self._needed:
-            raise below_quorum(what, missing, [worker.id for worker in present], self._needed)
-        return present, missing
+        if self._last is not None:
+            return self._last.state
+        return self.config.state if self._state is None else self._state
 
-    async def _ask(
-        self,
-        what: str,
-        number: int,
-        present: Sequence[BaseWorker],
-        missing: dict[str, Missing],
-        deadline: Deadline,
-        ask: Callable[[BaseWorker], Coroutine[Any, Any, T]],
-        answered: Callable[[BaseWorker, T], Coroutine[Any, Any, None]],
-        over: Callable[[BaseWorker, bool], None] = lambda worker, late: None,
-    ) -> None:
-        """Asks all who are present at once, and hands their answers to `answered` in the order of their ids.
+    def history(self) -> list[dict[str, Any]]:
+        """Returns what the folder says of the rounds before the place where the run went on: see
+        `RoundResult.as_line`."""
+        return [] if self._record is None else self._record.history()
 
-        `over` is called when the round is done with a worker, or without it (late). Adds who does not count to
-        `missing`, and raises where too many do not.
+    @on_loop
+    async def save(self, **notes: Any) -> None:
+        """Writes the last round down in the run's folder, with `notes` (plain values that JSON has), and a checkpoint
+        if one is due. It is on the disk once the next round, `save` or `close` has returned.
+
+        Raises:
+            RunFolderError: it cannot be written; the checkpoint before is as it was.
         """
-        counting: list[str] = []
+        if self._record is not None and self._last is not None and self._last.round == self.next_round:
+            await self._write(self._record, self._last, notes, checkpoint=self._record.due(self._last.round))
 
-        def failed(id: str, error: BaseException) -> None:
-            if self.min_workers is None or not isinstance(error, WORKERS_OWN):
-                raise error
-            missing[id] = why_missing(error)
-            if len(self.workers) - len(missing) < self._needed:
-                left = {worker.id for worker in present} - missing.keys() - set(counting)
-                missing.update(
-                    {id: Missing("left", "too many were missing before its answer") for id in left}
-                )
-                raise below_quorum(what, missing, counting, self._needed)
+    @on_loop
+    async def settled(self) -> None:
+        """Waits until what was saved is on the disk.
 
-        answers = Answers(
-            {worker.id: asyncio.create_task(ask(worker)) for worker in present}, deadline, failed
-        )
+        Raises:
+            RunFolderError: it could not be written; the checkpoint before is as it was.
+        """
+        if self._record is not None:
+            await self._record.settled()
+
+    @on_loop
+    async def close(self) -> None:
+        """Makes a checkpoint of the last round, if it has none, and lets go of the run's folder.
+
+        Raises:
+            RunFolderError: it cannot be written; the checkpoint before is as it was.
+        """
+        record = self._record
+        if record is None:
+            return
         try:
-            for worker in present:
-                late = False
-                try:
-                    await answered(worker, await answers.take(worker.id))
-                    counting.append(worker.id)
-                except LateError as error:
-                    late = True
-                    missing[worker.id] = Missing("late", f"no answer within {deadline.seconds:g} s")
-                    self._attendance.owes(worker.id, number, error.task)
-                except WORKERS_OWN as error:
-                    failed(worker.id, error)
-                over(worker, late)
-                if worker.id in missing:
-                    log.warning("worker_missing", worker=worker.id, round=number, why=str(missing[worker.id]))
+            await self.save()
+            await record.settled()
+            if self._last is not None and record.unsaved:
+                await record.save(self._last.round, {}, *self._captured(self._last.state), checkpoint=True)
         finally:
-            await cancelled(answers.rest())
-        if len(counting) < self._needed:
-            raise below_quorum(what, missing, counting, self._needed)
+            await record.close()
+
+    def _captured(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return captured(self.config.plans, state, self._exchange)
+
+    async def _write(
+        self, record: RunRecord, last: RoundResult, notes: Mapping[str, Any], *, checkpoint: bool
+    ) -> None:
+        facts, tensors = self._captured(last.state) if checkpoint else ({}, {})
+        await record.save(last.round, {**last.as_line(), **notes}, facts, tensors, checkpoint=checkpoint)
+
+    async def _begin(self, record: RunRecord, plan: str, infos: Mapping[str, m.DatasetInfo]) -> None:
+        """Begins the run in its folder, or takes up the one that is there."""
+        training = {
+            **self.config.fit_options(),
+            "keep_optimizer_state": bool(self.config.keep_optimizer_state),
+        }
+        identity = {
+            "plan": plan,
+            "dataset": self.dataset_key,
+            "seed": self.seed,
+            "data": data_of(infos),
+            "training": training,
+            "rules": {"weighted": self.weighted, "combining": self._combining},
+        }
+        settings = {name: getattr(self, name) for name in sorted(SETTINGS)}
+        await asyncio.to_thread(record.begin, identity, settings)
+        self._asking.changed = self._show
+        if record.restored is not None:
+            self._state = put_back(record.restored, self.config.plans, self._exchange)
+            set_random_state(record.restored.facts["random"])
+            return
+        self._state = self.config.state
+        await record.save(0, {}, *self._captured(self._state), checkpoint=True)
+        await record.settled()
+
+    def _show(self, *, at_once: bool = False) -> None:
+        if self._record is not None:
+            since, waiting = self._since, self._asking.waiting
+            until = None if self.round_timeout is None else since + self.round_timeout
+            self._record.show(
+                self._record.next_round, list(waiting), since, until, at_once=at_once or not waiting
+            )
+
+    async def _before_round(self, record: RunRecord, number: int) -> None:
+        if self._state is None:
+            raise OptionError("a run with a folder begins with prepare(): await scheduler.prepare() first")
+        await self.save()
+        if number != record.next_round:
+            raise OptionError(
+                f"round {record.next_round} comes next in the run folder {record.path}, not {number}"
+            )
 
     async def _fit(
         self, worker: BaseWorker, order: RoundOrder, place: Lease
@@ -435,37 +508,3 @@ class RoundScheduler:
             result.samples,
         )
         return result, part
-
-
-class ModelEvaluator:
-    """Evaluates states of `config`'s model on one worker's data set.
-
-    `bins` is the number of classes to count predictions in (0 for outputs that are no class scores).
-    """
-
-    def __init__(
-        self, worker: BaseWorker, config: TrainConfig, *, dataset_key: str, batch_size: int, bins: int = 10
-    ) -> None:
-        self.worker = worker
-        self.config = config
-        self.dataset_key = dataset_key
-        self.batch_size = whole("the test batch size", batch_size, at_least=1)
-        self.bins = whole("bins", bins, at_least=0)
-
-    def __repr__(self) -> str:
-        return (
-            f"<ModelEvaluator of {self.config!r} on {shown(self.worker.id)}: data set {self.dataset_key!r}>"
-        )
-
-    @on_loop
-    async def prepare(self) -> None:
-        """Traces the plan if it is not yet, and sends it to the worker, once."""
-        plan = self.config.trace_for(self.worker, self.dataset_key).evaluation
-        await self.worker.workplace.put_plan(plan, purpose=self.config.purpose)
-
-    @on_loop
-    async def evaluate(self, state: Mapping[str, torch.Tensor]) -> EvaluationResult:
-        """Evaluates `state` by one request and one reply, and returns the figures."""
-        return await self.config.evaluate(
-            self.worker, state, dataset_key=self.dataset_key, batch_size=self.batch_size, bins=self.bins
-        )

@@ -1,4 +1,4 @@
-"""What is awaited in a round, and until when: deadlines, and answers in order."""
+"""What is awaited in a round, until when, and where it waits: deadlines, answers in order, memory for replies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Generic, TypeVar
 
+from planrt.serde.frames import MemoryStore, SpoolStore, Store
+
 T = TypeVar("T")
+
+SMALL = 1 << 20
+"""Replies under this many bytes are not worth a temporary file."""
+
+LARGE = 8 << 20
+"""Folding states over this many bytes leaves the loop thread, which has pings to answer. Of replies over this
+many bytes one less is held: what connections have in hand while they receive (about 10 MB in all) takes its
+place."""
 
 ROUND_TIMEOUT: Final = 3600.0
 """Seconds that a round waits for its workers, unless it is told otherwise."""
@@ -88,3 +98,44 @@ class Answers(Generic[T]):
             if task.done() and id not in self._told and (error := task.exception()) is not None:
                 self._told.add(id)
                 self._failed(id, error)
+
+
+class Leases:
+    """Bounds the replies of a round that are in memory: the accumulator, and `hold` more."""
+
+    def __init__(self, hold: int) -> None:
+        self.free = hold
+
+    def lease(self, *, first: bool) -> Lease:
+        """Returns the place of one worker's reply; the first in order becomes the accumulator."""
+        return Lease(self, first)
+
+
+class Lease:
+    """The place of one worker's reply."""
+
+    def __init__(self, leases: Leases, first: bool) -> None:
+        self._leases = leases
+        self._first = first
+        self._taken = False
+        self._late = False
+
+    def allocate(self, message: object, nbytes: int) -> Store:
+        """Returns where a reply of `nbytes` bytes goes: memory while there is room, else a temporary file."""
+        if nbytes < SMALL or (self._first and not self._late):
+            return MemoryStore(nbytes)
+        if self._late or not self._leases.free:
+            return SpoolStore(nbytes)
+        self._leases.free -= 1
+        self._taken = True
+        return MemoryStore(nbytes)
+
+    def release(self) -> None:
+        """Gives the place back: the reply has been added up."""
+        self._leases.free += self._taken
+        self._taken = False
+
+    def too_late(self) -> None:
+        """Notes that the reply will not be looked at any more, whenever it comes: it takes no memory."""
+        self._late = True
+        self.release()

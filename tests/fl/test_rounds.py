@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 
 import pytest
 import torch
@@ -112,6 +113,14 @@ def test_buffers_follow_the_rules(workers):
     assert state["norm.num_batches_tracked"].item() == 8
     assert state["norm.num_batches_tracked"].dtype == torch.int64
     assert state["norm.running_mean"].abs().sum() > 0
+
+
+def test_a_state_with_several_dtypes_can_be_saved_by_torch(workers):
+    file = io.BytesIO()
+    state = run(workers, config(), 1)[-1].state
+    torch.save(dict(state), file)
+    file.seek(0)
+    assert same(torch.load(file), state)
 
 
 def test_zero_batches_bring_the_state_back_unchanged(workers):
