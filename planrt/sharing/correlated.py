@@ -74,6 +74,11 @@ class Supply:
         self.record: list[Request] | None = None
         """Set to a list, it gathers the requests: what another run of the same protocol will need."""
 
+    @property
+    def next_number(self) -> int:
+        """The number of the next request."""
+        return self._next - len(self._ready)
+
     def take(self, request: Request) -> Material:
         """Returns this party's parts of the next request.
 

@@ -140,14 +140,15 @@ def run_together(protocols: Sequence[Protocol[T]], transcript: Transcript | None
             raise SharingError("the parties do not open the same: each must run the same protocol")
         if transcript is not None:
             transcript.add(asked)
-        answers = [_combined(parts) for parts in zip(*asked, strict=True)]
+        answers = [combined(parts) for parts in zip(*asked, strict=True)]
 
 
 def _kind_of(parts: Opening) -> tuple[tuple[torch.Size, torch.dtype], ...]:
     return tuple((part.shape, part.dtype) for part in parts)
 
 
-def _combined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def combined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns what the parts of all parties add up to: int64 modulo 2**64, packed bits by XOR."""
     if parts[0].dtype == torch.uint8:
         return reduce(torch.bitwise_xor, parts)
     return reduce(torch.add, parts)

@@ -60,7 +60,7 @@ class Contents:
         """Returns what the worker holds for this client, by id, without values; to be awaited on any loop.
 
         Tensors, plans and protocols are pointers, which keep nothing there; a `HeldPointer` is what points to another
-        worker, and None what an op should have made that failed.
+        worker, and None a part of a secret, or what an op should have made that failed.
         """
         await self._place.gradients.settle_async()
         listed, _ = await self._place.ask(m.Listed, m.ListObjects(), drops=True)
@@ -73,7 +73,7 @@ class Contents:
         worker = self._place.worker
         if item.peer is not None:
             return held_pointer(worker.id, item.id, item.peer, item.object)
-        if item.kind == "failed" or item.kind == "pointer":
+        if item.kind == "failed" or item.kind == "pointer" or item.kind == "share":
             return None
         found = m.FoundItem(item.id, item.spec, item.tags, item.description, False, False, item.kind)
         return kinds.pointer_to(worker, found)

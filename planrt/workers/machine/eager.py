@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,17 +48,35 @@ from planrt.workers.machine.operations import (
 from planrt.workers.machine.peers import Forwarded, PeerOps
 from planrt.workers.machine.private import in_own_memory, infer_results, placeholder_results, written_operands
 from planrt.workers.machine.sessions import Session, users_of
+from planrt.workers.machine.sharing.parties import Exchange, PartyOps
 from planrt.workers.machine.store import new_id
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.posted import PROGRAM, PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, UnknownObject
+
+
+@dataclass(slots=True)
+class Posted:
+    """The outcome of a message of ops."""
+
+    sends: list[ToPeer]
+    """For other workers."""
+    run: Exchange | None = None
+    """The run of a program on shares, before which nothing else of it runs."""
+    left: m.Post | None = None
+    """What has not been run."""
 
 
 class EagerOps:
     """Runs the ops of sessions on the objects of one worker."""
 
     def __init__(
-        self, objects: KeptObjects, passes: BackwardPasses, peers: PeerOps, device: torch.device
+        self,
+        objects: KeptObjects,
+        passes: BackwardPasses,
+        peers: PeerOps,
+        parties: PartyOps,
+        device: torch.device,
     ) -> None:
         self._objects = objects
         self._store = objects.store
@@ -66,29 +85,31 @@ class EagerOps:
         self._audit = objects.audit
         self._passes = passes
         self._peers = peers
+        self._peer_ops: dict[str, Callable[[Session, PostedOp, int], Exchange]] = {PROGRAM: parties.run}
+        """Ops that may have to wait for other workers before they have results."""
         self._device = device
 
     # ----------------------------------------------------------------------------------- posted ops
 
-    def post(
-        self, session: Session, body: m.Post, over: Callable[[], bool]
-    ) -> tuple[list[m.Post], list[ToPeer]]:
-        """Runs the ops of `body` until the turn is `over`, one of them at least; returns what is left, as one message
-        or none, and what goes on to other workers.
+    def post(self, session: Session, body: m.Post, over: Callable[[], bool]) -> Posted:
+        """Runs the ops of `body` until the turn is `over`, one of them at least, or until one is a program on shares,
+        which may have to wait for other workers.
         """
         forwarded = Forwarded()
         grad_mode = torch.is_grad_enabled()
         try:
             for number, packed in enumerate(body.ops, 1):
-                self._post_one(session, packed, forwarded)
-                if number < len(body.ops) and over():
-                    return [m.Post(body.ops[number:], body.drop)], forwarded.messages()
+                run = self._post_one(session, packed, forwarded)
+                left = number < len(body.ops) or body.drop
+                if run is not None or (number < len(body.ops) and over()):
+                    rest = m.Post(body.ops[number:], body.drop) if left else None
+                    return Posted(forwarded.messages(), run, rest)
             self._drop(session, body.drop, forwarded)
         finally:
             torch.set_grad_enabled(grad_mode)
-        return [], forwarded.messages()
+        return Posted(forwarded.messages())
 
-    def _post_one(self, session: Session, packed: bytes, forwarded: Forwarded) -> None:
+    def _post_one(self, session: Session, packed: bytes, forwarded: Forwarded) -> Exchange | None:
         number = session.posted
         session.posted += 1
         try:
@@ -97,12 +118,15 @@ class EagerOps:
             session.failure = session.failure or m.Failure(
                 type(error).__name__, cut(str(error)), number=number
             )
-            return
+            return None
         if op.drop:
             self._drop(session, op.drop, forwarded)
         if session.halted is not None:
             self._skip(session, op, session.halted)
-            return
+            return None
+        start = self._peer_ops.get(op.name)
+        if start is not None:
+            return start(session, op, number)
         resolved = self._resolve(session, op)
         try:
             if resolved.elsewhere:
@@ -113,6 +137,7 @@ class EagerOps:
                 self._keep(session, op.results, result.value, result)
         except Exception as error:  # whatever an op raises is its client's to hear, never the worker's end
             self._poison(session, resolved, error, number)
+        return None
 
     # ------------------------------------------------------------------------- the stages of one op
 

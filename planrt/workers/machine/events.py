@@ -55,7 +55,14 @@ class PeerFailed:
     reason: str
 
 
-Event: TypeAlias = Connected | Received | Disconnected | PeerAnswered | PeerFailed
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """The time of an `Alarm` under `key` is over."""
+
+    key: str
+
+
+Event: TypeAlias = TimePassed | Connected | Received | Disconnected | PeerAnswered | PeerFailed
 
 # -------------------------------------------------------------------------------------- instructions
 
@@ -113,8 +120,41 @@ class Again:
     event: Received
 
 
-Instruction: TypeAlias = Reply | ToPeer | Wait | Close | Distrust | Again
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Hand in `TimePassed` with this key after so many seconds."""
+
+    seconds: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Hand in nothing more of `connection` until there is a `Release` for it: what its client has posted last is under
+    way. What is `left` of that comes then, first of all.
+    """
+
+    connection: int
+    left: Received | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Go on with `connection`, which was held; there is one for each `Hold`."""
+
+    connection: int
+
+
+Instruction: TypeAlias = Reply | ToPeer | Wait | Close | Distrust | Again | Alarm | Hold | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Within the machine: what waits under `key` goes on now, if anything does."""
+
+    key: str
+
 
 Answer: TypeAlias = tuple[m.Body, Sequence[torch.Tensor]]
-Steps: TypeAlias = Generator[ToPeer | Wait, PeerAnswered | None, Answer]
+Steps: TypeAlias = Generator[ToPeer | Wait | Alarm | Wake, PeerAnswered | TimePassed | None, Answer]
 """A request being handled: yields what it needs of peers (a `Wait` gives it what they answered)."""

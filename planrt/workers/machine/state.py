@@ -7,6 +7,7 @@ The host (`planrt.workers.serving.host`) turns what happens into events and call
     Disconnected(connection)                   a connection ended
     PeerAnswered(key, body, tensors)           another worker answered a waiting request
     PeerFailed(key, reason)                    it never will
+    TimePassed(key)                            the time of an Alarm is over
 
 and carries out, in order, the instructions it returns::
 
@@ -16,6 +17,9 @@ and carries out, in order, the instructions it returns::
     Close(connection)                          close the connection (after the replies before it)
     Distrust(connection)                       its proof was wrong: let the next one from there wait
     Again(event)                               hand in this event, after those of others that wait
+    Alarm(seconds, key)                        hand in TimePassed(key) after so many seconds
+    Hold(connection, left)                     hand in nothing more of the connection ...
+    Release(connection)                        ... until now; what was left comes first
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
 its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
@@ -47,14 +51,18 @@ from planrt.workers.machine.events import (
     Disconnected,
     Distrust,
     Event,
+    Hold,
     Instruction,
     PeerAnswered,
     PeerFailed,
     Received,
+    Release,
     Reply,
     Steps,
+    TimePassed,
     ToPeer,
     Wait,
+    Wake,
 )
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
@@ -65,6 +73,8 @@ from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
 from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.sharing.dealers import DealerOps
+from planrt.workers.machine.sharing.parties import PartyOps
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
@@ -84,6 +94,8 @@ class _Request:
     """Of the answers that it waits for."""
     run: int | None = None
     """Its number, where it is the run of a protocol."""
+    holds: bool = False
+    """Whether it keeps its connection waiting: what was posted on it. It has no reply then."""
 
 
 class WorkerState:
@@ -127,7 +139,9 @@ class WorkerState:
         peers = PeerOps(id, self.store)
         self._objects = KeptObjects(self.store, self.device, self._gate, self._access, self._audit)
         self._passes = BackwardPasses(self._objects, peers)
-        self._eager = EagerOps(self._objects, self._passes, peers, self.device)
+        self._parties = PartyOps(self._objects)
+        self._dealers = DealerOps()
+        self._eager = EagerOps(self._objects, self._passes, peers, self._parties, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
         self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access)
         self._sessions: dict[int, Session] = {}
@@ -214,6 +228,8 @@ class WorkerState:
           with that key once; until then the request has no ``Reply``. Other events may come in between.
         * ``PeerAnswered``, ``PeerFailed``: as after ``Received``; a key that nothing waits for any more is no error.
         * ``Again`` in what is returned: hand in its event before anything else of the same connection.
+        * ``Hold`` in what is returned: hand in nothing else of that connection, until a ``Release`` for it has been
+          returned for another event; then what was left, and go on. ``Disconnected`` may be handed in meanwhile.
         * ``Disconnected``, or a ``Close`` that was carried out: nothing more for that connection. ``Disconnected`` is
           handed in once, after the last message. What other workers answer is handed in as before; a ``Reply`` for the
           connection that comes of it has nobody to go to.
@@ -224,7 +240,7 @@ class WorkerState:
                 return []
             case Received(connection, envelope, tensors):
                 return self._received(connection, envelope, tensors, over)
-            case PeerAnswered(key):
+            case PeerAnswered(key) | TimePassed(key):
                 return self._wake(self._waiting.get(key), event)
             case PeerFailed(key, reason):
                 return self._wake(self._waiting.get(key), PeerError(reason, key))
@@ -237,6 +253,9 @@ class WorkerState:
         if session is not None:
             self._audit.ended(session)
         self._handshakes.disconnected(connection)
+        if session is not None:
+            instructions += self._dealers.end(session)
+            instructions += self._heard(*self._parties.gone(session))
         for request in self._of(connection):
             if request.run is not None:  # what it made on other workers must go
                 instructions += self._wake(request, RunCancelledError("its client is gone"))
@@ -253,7 +272,16 @@ class WorkerState:
     def _run_of(self, connection: int, run: int) -> _Request | None:
         return next((one for one in self._of(connection) if one.run == run), None)
 
-    def _wake(self, request: _Request | None, sent: PeerAnswered | Exception) -> list[Instruction]:
+    def _heard(self, sends: Sequence[ToPeer], keys: Sequence[str]) -> list[Instruction]:
+        """What goes to other workers, and what comes of it that requests under these keys go on."""
+        instructions: list[Instruction] = [*sends]
+        for key in keys:
+            instructions += self._wake(self._waiting.get(key), TimePassed(key))
+        return instructions
+
+    def _wake(
+        self, request: _Request | None, sent: PeerAnswered | TimePassed | Exception
+    ) -> list[Instruction]:
         """A request goes on that waited, if it still does."""
         if request is None:
             return []
@@ -279,29 +307,57 @@ class WorkerState:
         if envelope.id == 0:
             if isinstance(envelope.body, m.CancelRun):
                 return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
-            left, sends = self._posted(session, envelope.body, tensors, over)
-            return [*sends, *(Again(Received(connection, m.Envelope(0, body), [])) for body in left)]
+            if isinstance(envelope.body, m.Post):
+                return self._post(connection, session, envelope.body, over)
+            return self._posted(connection, session, envelope.body, tensors)
         steps = self._steps(session, envelope.body, tensors)
         request = _Request(connection, envelope.id, steps, session, envelope.body)
         if isinstance(envelope.body, m.RunProtocol):
             request.run = envelope.body.run
         return self._advance(request, None)
 
+    def _post(
+        self, connection: int, session: Session, body: m.Post, over: Callable[[], bool]
+    ) -> list[Instruction]:
+        """Runs what was posted, until its turn is over, or until it has to wait for other workers: then everything that
+        comes after it on this connection waits, too."""
+        try:
+            posted = self._eager.post(session, body, over)
+        except Exception as error:  # as in _advance
+            session.failure = session.failure or failure_of(error)
+            return []
+        instructions: list[Instruction] = [*posted.sends]
+        left = None if posted.left is None else Received(connection, m.Envelope(0, posted.left), [])
+        if posted.run is not None:
+            request = _Request(connection, 0, posted.run, session, body)
+            instructions += self._advance(request, None)
+            if request.keys:
+                request.holds = True
+                return [*instructions, Hold(connection, left)]
+        return instructions if left is None else [*instructions, Again(left)]
+
     def _posted(
-        self, session: Session, body: m.Body, tensors: list[torch.Tensor], over: Callable[[], bool]
-    ) -> tuple[Sequence[m.Post], Sequence[ToPeer]]:
-        """Does what a message asks for that is not answered; what it could not do shows at the session's next request.
-        Returns what is left of it when its turn is over, and what goes to other workers.
-        """
+        self, connection: int, session: Session, body: m.Body, tensors: list[torch.Tensor]
+    ) -> list[Instruction]:
+        """Does what a message asks for that is not answered; what it could not do shows at the session's next
+        request."""
         try:
             self._access.check_publish(session.user, body)
-            if isinstance(body, m.Post):
-                return self._eager.post(session, body, over)
-            return (), self._do_posted(session, body, tensors)
+            match body:
+                case m.Opening() | m.Corrections() | m.FailGroup():
+                    return self._heard(*self._parties.heard(session, body, tensors))
+                case m.EndGroup():
+                    self._dealers.stop(session, body.group)
+                    return self._heard(*self._parties.end(session, body))
+                case m.Deal():
+                    request = _Request(connection, 0, self._dealers.deal(session, body), session, body)
+                    return self._advance(request, None)
+                case _:
+                    return [*self._do_posted(session, body, tensors)]
         except Exception as error:  # as in _advance
             session.failure = session.failure or failure_of(error)
             self._audit.request_failed(session, body, error)
-        return (), ()
+        return []
 
     def _do_posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
         match body:
@@ -309,6 +365,8 @@ class WorkerState:
                 self._objects.put(session, body, tensors)
             case m.StorePlan():
                 self._objects.store_plan(session, body, tensors)
+            case m.PutShare():
+                self._parties.put(session, body, tensors)
             case m.StoreProtocol():
                 self._protocols.store(session, body, tensors)
             case m.DeployProtocol():
@@ -352,23 +410,30 @@ class WorkerState:
         datasets = self._training.seen_by(opened.session.user)
         return [answer(m.Welcome(self.id, self.versions, datasets, opened.proof))]
 
-    def _advance(self, request: _Request, sent: PeerAnswered | Exception | None) -> list[Instruction]:
+    def _advance(
+        self, request: _Request, sent: PeerAnswered | TimePassed | Exception | None
+    ) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
         instructions: list[Instruction] = []
         try:
             while True:
                 step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
                 sent = None
+                if isinstance(step, Wake):
+                    instructions += self._wake(self._waiting.get(step.key), TimePassed(step.key))
+                    continue
                 instructions.append(step)
                 if isinstance(step, Wait):
                     request.keys = (step.key, *step.others)
                     self._waiting.update(dict.fromkeys(request.keys, request))
                     return instructions
         except StopIteration as stop:
-            body, tensors = stop.value
+            body, tensors = stop.value or (m.Done(), ())
         except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
             body, tensors = failure_of(error), ()
             self._audit.request_failed(request.session, request.body, error)
+        if not request.id:
+            return [*instructions, Release(request.connection)] if request.holds else instructions
         instructions.append(Reply(request.connection, m.Envelope(request.id, body), tensors))
         session = self._sessions.get(request.connection)
         if session is not None and session.over:
@@ -423,6 +488,22 @@ class WorkerState:
                 return m.Done(), ()
             case m.ListObjects():
                 return self._objects.listing(session)
+            case m.MakeGroup():
+                return self._parties.make(session, body)
+            case m.MakeDealer():
+                return (yield from self._dealers.make(session, body))
+            case m.GiveSeed():
+                return (yield from self._parties.take_seed(session, body))
+            case m.JoinGroup():
+                return self._parties.join(session, body)
+            case m.AskNeeds():
+                return (yield from self._parties.ask_needs(session, body))
+            case m.PutShare():
+                return self._parties.put(session, body, tensors)
+            case m.ShareOut():
+                return (yield from self._parties.share_out(session, body))
+            case m.ReadTraffic():
+                return self._parties.traffic(session, body)
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():

@@ -25,14 +25,18 @@ from planrt.workers.machine import devices
 from planrt.workers.machine.devices import deterministic_kernels
 from planrt.workers.machine.events import (
     Again,
+    Alarm,
     Close,
     Connected,
     Disconnected,
     Distrust,
     Event,
+    Hold,
     Instruction,
     Received,
+    Release,
     Reply,
+    TimePassed,
     ToPeer,
     Wait,
 )
@@ -131,11 +135,16 @@ class WorkerHost:
         self._stopping = False
         self.device_lost = asyncio.Event()
         """Is set once the worker's device computes no more."""
+        self._holds: dict[int, asyncio.Event] = {}
+        """Connections that are held, or were released just before -> set when they go on."""
+        self._alarms: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
         """Stops serving every connection, without waiting for what is being computed."""
         self._stopping = True
         for task in self._serving:
+            task.cancel()
+        for task in self._alarms:
             task.cancel()
         self._links.close()
 
@@ -174,6 +183,7 @@ class WorkerHost:
             await self._complain(pipe, WireError(f"the worker failed: {error}", address=pipe.address))
         finally:
             del self._pipes[number]
+            self._holds.pop(number, None)
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
         await self._handle(Disconnected(number))
         await pipe.close()
@@ -239,6 +249,16 @@ class WorkerHost:
                         self._links.send(instruction)
                     case Again(rest):  # the compute thread first takes what has waited meanwhile
                         left.append(rest)
+                    case Alarm(seconds, key):
+                        self._set_alarm(seconds, key)
+                    case Hold(connection, rest_of_it):
+                        await self._holds.setdefault(connection, asyncio.Event()).wait()
+                        del self._holds[connection]
+                        if rest_of_it is not None:
+                            left.append(rest_of_it)
+                    case Release(connection):
+                        if connection in self._pipes:
+                            self._holds.setdefault(connection, asyncio.Event()).set()
             if self.state.device.type != "cpu" and any(map(_failed, instructions)):
                 await self._try_device()
         if lost is not None:
@@ -249,6 +269,15 @@ class WorkerHost:
         if not await self._compute.run(devices.answers, self.state.device):
             log.critical("device_lost", worker=self.state.id, device=str(self.state.device))
             self.device_lost.set()
+
+    def _set_alarm(self, seconds: float, key: str) -> None:
+        async def ring() -> None:
+            await asyncio.sleep(seconds)
+            await self._handle(TimePassed(key))
+
+        task = asyncio.create_task(ring())
+        self._alarms.add(task)
+        task.add_done_callback(self._alarms.discard)
 
     async def _written(
         self, audit: AuditFile, event: Event, instructions: list[Instruction]

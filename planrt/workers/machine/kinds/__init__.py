@@ -12,9 +12,10 @@ from planrt.workers.machine.kinds.base import NoValue, ObjectKind
 from planrt.workers.machine.kinds.plan import PlanKind
 from planrt.workers.machine.kinds.pointer import PointerKind
 from planrt.workers.machine.kinds.protocol import ProtocolKind
+from planrt.workers.machine.kinds.share import ShareKind
 from planrt.workers.machine.kinds.tensor import TensorKind
 
 KINDS: Final[tuple[ObjectKind[Any], ...]] = (
-    TensorKind(), PlanKind(), ProtocolKind(), PointerKind(), NoValue()
+    TensorKind(), PlanKind(), ProtocolKind(), PointerKind(), ShareKind(), NoValue()
 )  # fmt: skip
 """Every kind that a worker knows when it starts."""

@@ -1,0 +1,121 @@
+"""A worker as the dealer of sharing groups: it gives each party a seed, and the last one its corrections. No I/O.
+
+The dealer dials; nobody has to reach it. It asks the last party what that needs, a request that waits there until
+there is something, makes it, and asks again. What it hands out is a function of its seeds and of the requests alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from planrt.errors import LocalError, SharingError
+from planrt.sharing.correlated import Dealer
+from planrt.sharing.programs import asking
+from planrt.sharing.programs.needs import Numbered
+from planrt.sharing.randomness import new_seed
+from planrt.workers.machine.events import Alarm, Steps, ToPeer, Wait
+from planrt.workers.machine.kinds.protocol import PeerError
+from planrt.workers.machine.sessions import Session, ask
+from planrt.workers.wire import messages as m
+
+_AT_ONCE = 1 << 21
+"""Bytes of corrections that leave in one message, about."""
+
+
+@dataclass(slots=True, eq=False)
+class _Dealt:
+    """A group that this worker deals for."""
+
+    about: m.MakeDealer
+    owner: str
+    dealer: Dealer
+    ended: bool = False
+
+
+class DealerOps:
+    """The groups that one worker deals for."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, _Dealt] = {}
+
+    def make(self, session: Session, body: m.MakeDealer) -> Steps:
+        """Draws a seed for each party and gives it to that party alone.
+
+        Raises:
+            SharingError: the group is known here. LocalError: a party does not take its seed.
+        """
+        if body.group in self._groups:
+            raise SharingError(f"group {body.group!r} has this dealer already")
+        seeds = [new_seed() for _ in body.parties]
+        group = self._groups[body.group] = _Dealt(body, session.id, Dealer(seeds))
+        try:
+            for party, seed in zip(body.parties, seeds, strict=True):
+                yield from ask(party, m.GiveSeed(body.group, body.token, seed))
+        except BaseException:
+            self._groups.pop(body.group, None)
+            group.ended = True
+            raise
+        return m.Done(), ()
+
+    def deal(self, session: Session, body: m.Deal) -> Steps:
+        """Makes what the last party needs, until the group ends."""
+        group = self._groups.get(body.group)
+        if group is None or group.owner != session.id:
+            raise SharingError(f"group {body.group!r} has no dealer here")
+        last = group.about.parties[-1]
+        try:
+            while not group.ended:
+                answer = yield from ask(last, m.AskNeeds(body.group))
+                if not isinstance(answer, m.Needs):
+                    raise LocalError(f"worker {last.worker!r} answered with {type(answer).__name__}")
+                yield from self._make(group, last, asking.from_data(answer.requests))
+        except PeerError as error:
+            yield from self._fail(group, f"the dealer cannot reach party {last.worker!r}: {error}")
+        except Exception as error:  # whatever was wrong with what it asked for ends this group alone
+            yield from self._fail(group, f"the dealer could not go on: {error}")
+        finally:
+            group.ended = True
+            self._groups.pop(body.group, None)
+        return m.Done(), ()
+
+    def _make(self, group: _Dealt, last: m.PeerAddress, requests: Sequence[Numbered]) -> Steps:
+        numbers: list[int] = []
+        tensors: list[torch.Tensor] = []
+        for place, (number, request) in enumerate(requests):
+            numbers.append(number)
+            tensors += group.dealer.correction(number, request)
+            full = sum(tensor.nbytes for tensor in tensors) >= _AT_ONCE
+            if full or place == len(requests) - 1:
+                yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
+                numbers, tensors = [], []
+                if full:  # others of this worker's clients take their turn, and what is made leaves meanwhile
+                    key = f"turn:{group.about.group}"
+                    yield Alarm(0.0, key)
+                    yield Wait(key)
+        return m.Done(), ()
+
+    def _fail(self, group: _Dealt, reason: str) -> Steps:
+        if not group.ended:
+            group.ended = True
+            for party in group.about.parties:
+                yield ToPeer(party, m.FailGroup(group.about.group, reason))
+        return m.Done(), ()
+
+    def stop(self, session: Session, group: str) -> None:
+        """Deals no more for a group of this session, or that one of its parties has ended."""
+        found = self._groups.get(group)
+        if found is not None and found.owner == session.id:
+            self._groups.pop(group).ended = True
+
+    def end(self, session: Session) -> list[ToPeer]:
+        """Forgets the groups of a session that is over; returns what their parties are told."""
+        sends: list[ToPeer] = []
+        for id in [id for id, group in self._groups.items() if group.owner == session.id]:
+            group = self._groups.pop(id)
+            group.ended = True
+            ended = m.FailGroup(id, "its client's session at the dealer is over")
+            sends += [ToPeer(party, ended) for party in group.about.parties]
+        return sends

@@ -1,0 +1,213 @@
+"""One sharing group, as a party of it sees it: who the others are, what they have opened, why it has failed. No I/O.
+
+Parties open what a protocol yields, one opening after the other. Opening `n` is over when the parts of all others are
+there; a party that is ahead can be ahead by one, since it cannot go on without this one's part. Anything else that
+arrives is no part of the protocol, and ends the group.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from msgspec.structs import replace
+
+from planrt.errors import RandomnessError, SharingError
+from planrt.sharing.correlated import Stock, Supply
+from planrt.sharing.kernels import Context
+from planrt.sharing.programs.asking import size_of
+from planrt.sharing.programs.needs import Numbered
+from planrt.sharing.programs.running import shown_parts
+from planrt.sharing.requests import Request
+from planrt.sharing.rounds import Party, combined
+from planrt.workers.wire import messages as m
+
+MOST_REQUESTS = 256
+MOST_BYTES = 1 << 23
+"""Of these the dealer is told at once: it makes the next ones while what it has made is used."""
+
+
+class GroupFailedError(SharingError):
+    """A group that has ended already: whoever ended it has said why."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A sharing group at one of its parties."""
+
+    about: m.MakeGroup
+    """What its client said."""
+    owner: str
+    """The client's session here."""
+    context: Context | None = None
+    """This party with its correlated randomness, from when the dealer has given it a seed."""
+    members: dict[str, int] = field(default_factory=dict)
+    """Session of another party here -> its number. What is opened is taken from these sessions alone."""
+    dealer: str = ""
+    """The dealer's session here."""
+    failure: str = ""
+    """Why it has ended; nothing is opened afterwards."""
+    opened: int = 0
+    """How many openings are over, or under way: the number of the next one."""
+    alarm: float = 0.0
+    """When somebody will look whether it has waited too long, on `time.monotonic`'s clock."""
+    traffic: m.GroupTraffic = field(default_factory=m.GroupTraffic)
+    _came: dict[int, int] = field(default_factory=dict)
+    """Party -> how many of its openings have arrived."""
+    _parts: dict[int, deque[list[torch.Tensor]]] = field(default_factory=dict)
+    """Party -> what it has opened that this one has not taken yet, oldest first."""
+    _stock: Stock | None = None
+    _asked: deque[Numbered] = field(default_factory=deque)
+    """Requests that the dealer has not been told of."""
+    _outstanding: deque[tuple[int, Request]] = field(default_factory=deque)
+    """Requests that it was told of, and has not answered."""
+
+    @property
+    def key(self) -> str:
+        """The key that its runs wait under."""
+        return f"sharing:{self.about.group}"
+
+    @property
+    def dealing_key(self) -> str:
+        """The key that the dealer's question waits under, while there is nothing to be answered."""
+        return f"dealing:{self.about.group}"
+
+    @property
+    def others(self) -> list[m.PeerAddress]:
+        """The other parties, in their order."""
+        return [one for number, one in enumerate(self.about.parties) if number != self.about.number]
+
+    @property
+    def is_last(self) -> bool:
+        """True for the one party that the dealer sends corrections."""
+        return self.about.number == len(self.about.parties) - 1
+
+    def name_of(self, number: int) -> str:
+        """Returns a party as messages call it."""
+        return f"party {self.about.parties[number].worker!r}"
+
+    def begin(self, seed: bytes) -> None:
+        """Takes the dealer's seed.
+
+        Raises:
+            SharingError: there is one already: two dealers, or one who begins again, would tell masks.
+        """
+        if self.context is not None:
+            raise SharingError(f"group {self.about.group!r} has its seed already")
+        self._stock = Stock() if self.is_last else None
+        supply = Supply(seed, self._stock)
+        party = Party(self.about.number, len(self.about.parties), supply)
+        self.context = Context(party, self.about.scale)
+
+    def check(self) -> None:
+        """Raises GroupFailedError once the group has failed."""
+        if self.failure:
+            raise GroupFailedError(self.failure)
+
+    def fail(self, reason: str) -> None:
+        """Ends the group: what waits is told, nothing is opened any more. The first reason stays."""
+        self.failure = self.failure or reason
+        self._parts.clear()
+        self._asked.clear()
+        self._outstanding.clear()
+
+    # Openings
+
+    def sending(self, parts: Sequence[torch.Tensor]) -> m.Opening:
+        """Begins an opening, of which this party's parts go to all others; returns what goes with them."""
+        number, self.opened = self.opened, self.opened + 1
+        nbytes = sum(part.nbytes for part in parts) * (len(self.about.parties) - 1)
+        self.traffic = replace(self.traffic, rounds=self.traffic.rounds + 1, sent=self.traffic.sent + nbytes)
+        return m.Opening(self.about.group, number)
+
+    def arrived(self, session: str, body: m.Opening, parts: list[torch.Tensor]) -> None:
+        """Takes another party's parts of an opening.
+
+        Raises:
+            SharingError: they come from somebody else, or out of order.
+        """
+        number = self.members.get(session)
+        if number is None:
+            raise SharingError(f"an opening of group {body.group!r} came from none of its parties")
+        expected = self._came.get(number, 0)
+        if body.number != expected or expected > self.opened:
+            raise SharingError(
+                f"{self.name_of(number)} sent opening {body.number} where {min(expected, self.opened)} comes next: "
+                "openings come in order"
+            )
+        self._came[number] = expected + 1
+        self._parts.setdefault(number, deque()).append(parts)
+        received = self.traffic.received + sum(part.nbytes for part in parts)
+        self.traffic = replace(self.traffic, received=received)
+
+    @property
+    def missing(self) -> list[int]:
+        """The parties whose parts of the opening under way have not arrived."""
+        others = (number for number in range(len(self.about.parties)) if number != self.about.number)
+        return [number for number in others if self._came.get(number, 0) < self.opened]
+
+    def combined(self, mine: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns what the parts of all parties add up to; `mine` are this party's.
+
+        Raises:
+            SharingError: somebody's have other shapes or dtypes.
+        """
+        everybody = [list(mine)]
+        looks = [(part.shape, part.dtype) for part in mine]
+        for number in sorted(self._parts):
+            parts = self._parts[number].popleft()
+            if [(part.shape, part.dtype) for part in parts] != looks:
+                raise SharingError(
+                    f"{self.name_of(number)} opened {shown_parts(parts)} where this one opens {shown_parts(mine)}: "
+                    "parties run the same protocol"
+                )
+            everybody.append(parts)
+        return [combined(parts) for parts in zip(*everybody, strict=True)]
+
+    # What the dealer makes, of whom the last party asks it
+
+    def want(self, requests: Sequence[Numbered]) -> None:
+        """Notes what the dealer is to be asked for."""
+        self._asked.extend(requests)
+
+    def wanted(self) -> list[Numbered]:
+        """Takes out what the dealer is told of next; nothing if it knows of all."""
+        told: list[Numbered] = []
+        size = 0
+        while self._asked and len(told) < MOST_REQUESTS and size < MOST_BYTES:
+            number, request = self._asked.popleft()
+            told.append((number, request))
+            size += size_of(request.fixed)
+        self._outstanding.extend(told)
+        return told
+
+    def dealt(self, session: str, body: m.Corrections, tensors: Sequence[torch.Tensor]) -> None:
+        """Takes corrections.
+
+        Raises:
+            SharingError: they are not the dealer's. RandomnessError: they were not asked for, or do not fit.
+        """
+        if not self.dealer or session != self.dealer or self._stock is None:
+            raise SharingError(
+                f"corrections for group {body.group!r} came from somebody who is not its dealer"
+            )
+        rest = iter(tensors)
+        for number in body.numbers:
+            wanted, request = self._outstanding.popleft() if self._outstanding else (-1, None)
+            if number != wanted or request is None:
+                raise RandomnessError(
+                    f"the dealer sent correlated randomness {number}, which was not asked for"
+                )
+            self._stock.put(number, request, list(islice(rest, len(request.fixed))))
+        if next(rest, None) is not None:
+            raise RandomnessError("the dealer sent more than was asked for")
+        dealt = self.traffic.dealt + sum(one.nbytes for one in tensors)
+        self.traffic = replace(self.traffic, dealt=dealt)
+
+    def is_over(self, dealt: int) -> bool:
+        """Returns whether the opening under way is over, and all corrections below the number `dealt` are here."""
+        waiting = self._outstanding or self._asked
+        return not (waiting and waiting[0][0] < dealt) and not self.missing

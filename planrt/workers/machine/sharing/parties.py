@@ -1,0 +1,405 @@
+"""A worker as a party of sharing groups: groups come and go, parts of secrets arrive, programs run. No I/O.
+
+A program is a posted op. Its run is a request like others, and waits where it needs what another party opens or what
+the dealer makes; meanwhile the ops that its client posted after it wait too, and other sessions go on.
+"""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+import time
+from collections.abc import Generator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from planrt.errors import LocalError, PlanrtError, SharingError
+from planrt.sharing.fixed_point import encode
+from planrt.sharing.kernels import Share
+from planrt.sharing.programs.asking import as_data
+from planrt.sharing.programs.calls import Program, program_of
+from planrt.sharing.programs.needs import masks_of, needs_of
+from planrt.sharing.programs.running import Failed, run_program
+from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
+from planrt.types import Ref
+from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait, Wake
+from planrt.workers.machine.failures import OpFailedError, cut, failure_of, failure_of_op
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.share import SharedPart
+from planrt.workers.machine.kinds.tensor import tensor_of
+from planrt.workers.machine.labels import Label, join
+from planrt.workers.machine.objects import KeptObjects
+from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
+from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.refusals import GetNotPermitted
+
+MAX_GROUPS = 1_000
+"""Groups that a worker is a party of."""
+
+_EARLY = 0.01
+"""Seconds that a timer may be early."""
+
+Exchange: TypeAlias = Generator[ToPeer | Wait | Alarm | Wake, PeerAnswered | TimePassed | None, Any]
+
+
+class PartyOps:
+    """The sharing groups that one worker is a party of."""
+
+    def __init__(self, objects: KeptObjects) -> None:
+        self._objects = objects
+        self._store = objects.store
+        self._groups: dict[str, Group] = {}
+
+    # ------------------------------------------------------------------------------------ groups
+
+    def make(self, session: Session, body: m.MakeGroup) -> Answer:
+        """Makes this worker a party; the dealer's seed and the other parties are still to come.
+
+        Raises:
+            SharingError: the group is known here, or not one of two parties or more, each once.
+        """
+        names = [one.worker for one in body.parties]
+        if len(names) < 2 or len({*names, body.dealer.worker}) != len(names) + 1:
+            raise SharingError(
+                f"sharing takes two parties or more and a dealer, all different, not {', '.join(names)} and "
+                f"{body.dealer.worker}"
+            )
+        if not body.number < len(names):
+            raise SharingError(f"there is no party {body.number} among {len(names)}")
+        if body.group in self._groups:
+            raise SharingError(f"group {body.group!r} is known here already")
+        if len(self._groups) >= MAX_GROUPS:
+            raise SharingError(f"the worker is a party of {MAX_GROUPS:,} groups, its limit")
+        self._groups[body.group] = Group(body, session.id)
+        return m.Done(), ()
+
+    def take_seed(self, session: Session, body: m.GiveSeed) -> Steps:
+        """Takes the dealer's seed, and makes itself known to the other parties."""
+        group = self._proved(body.group, body.token)
+        if len(body.seed) != SEED_BYTES:
+            raise SharingError(f"a seed has {SEED_BYTES} bytes, not {len(body.seed)}")
+        group.begin(body.seed)
+        group.dealer = session.id
+        for other in group.others:
+            yield from ask(other, m.JoinGroup(body.group, body.token, group.about.number))
+        return m.Done(), ()
+
+    def join(self, session: Session, body: m.JoinGroup) -> Answer:
+        """Takes note of the session that another party speaks from."""
+        group = self._proved(body.group, body.token)
+        known = session.id in group.members or body.number in group.members.values()
+        if known or body.number == group.about.number or body.number >= len(group.about.parties):
+            raise SharingError(
+                f"party {body.number} of group {body.group!r} is here already, or there is none"
+            )
+        group.members[session.id] = body.number
+        return m.Done(), ()
+
+    def ask_needs(self, session: Session, body: m.AskNeeds) -> Steps:
+        """Tells the dealer what to make, as soon as there is something."""
+        group = self._groups.get(body.group)
+        if group is None or group.dealer != session.id or not group.is_last:
+            raise SharingError(f"group {body.group!r} does not ask this dealer for anything here")
+        while True:
+            group.check()
+            if wanted := group.wanted():
+                return m.Needs(as_data(wanted)), ()
+            yield Wait(group.dealing_key)
+
+    def traffic(self, session: Session, body: m.ReadTraffic) -> Answer:
+        """Answers how much this party has sent and received."""
+        return self._own(session, body.group).traffic, ()
+
+    def _proved(self, id: str, token: str) -> Group:
+        group = self._groups.get(id)
+        if group is None or not hmac.compare_digest(group.about.token.encode(), token.encode()):
+            raise SharingError(f"there is no group {id!r} here, or it has another token")
+        return group
+
+    def _own(self, session: Session, id: str) -> Group:
+        group = self._groups.get(id)
+        if group is None or group.owner != session.id:
+            raise SharingError(f"this session has no sharing group {id!r} here")
+        return group
+
+    # ------------------------------------------------------------------ what others send unasked
+
+    def heard(
+        self, session: Session, body: m.Opening | m.Corrections | m.FailGroup, tensors: list[torch.Tensor]
+    ) -> tuple[list[ToPeer], list[str]]:
+        """Takes what another party or the dealer sends; returns what is to be sent, and the keys of what may go on."""
+        group = self._groups.get(body.group)
+        if group is None or group.failure:
+            return [], []
+        known = session.id in group.members or session.id == group.dealer
+        try:
+            if isinstance(body, m.FailGroup):
+                if known or session.id == group.owner:
+                    return self.fail(group, body.reason, tell=session.id == group.owner)
+                raise SharingError(f"group {body.group!r} is not this session's")
+            if isinstance(body, m.Opening):
+                group.arrived(session.id, body, tensors)
+            else:
+                group.dealt(session.id, body, tensors)
+        except PlanrtError as error:
+            if not known:
+                raise
+            return self.fail(group, str(error))
+        return [], [group.key]
+
+    def fail(self, group: Group, reason: str, *, tell: bool = True) -> tuple[list[ToPeer], list[str]]:
+        """Ends a group; returns what the others are told, and the keys of what waits for it."""
+        if group.failure:
+            return [], []
+        group.fail(reason)
+        ended = m.FailGroup(group.about.group, group.failure)
+        sends = [ToPeer(other, ended) for other in group.others] if tell else []
+        return sends, [group.key, group.dealing_key]
+
+    def gone(self, session: Session) -> tuple[list[ToPeer], list[str]]:
+        """Ends the groups of a session that is over: of another party, of a dealer, or of a client."""
+        sends: list[ToPeer] = []
+        keys: list[str] = []
+        for id, group in list(self._groups.items()):
+            if group.owner == session.id:
+                more = self.fail(
+                    group, f"the client's session at {group.name_of(group.about.number)} is over"
+                )
+                del self._groups[id]
+            elif session.id == group.dealer:
+                more = self.fail(group, f"the dealer, worker {group.about.dealer.worker!r}, is gone")
+            elif session.id in group.members:
+                more = self.fail(group, f"{group.name_of(group.members[session.id])} is gone")
+            else:
+                continue
+            sends += more[0]
+            keys += more[1]
+        return sends, keys
+
+    def end(self, session: Session, body: m.EndGroup) -> tuple[list[ToPeer], list[str]]:
+        """Frees a group that its client needs no more."""
+        group = self._groups.get(body.group)
+        if group is None or group.owner != session.id:
+            return [], []
+        del self._groups[body.group]
+        return self.fail(group, "its client has ended it", tell=False)
+
+    # ------------------------------------------------------------------------- parts of secrets
+
+    def put(self, session: Session, body: m.PutShare, tensors: Sequence[torch.Tensor]) -> Answer:
+        """Stores a part that the client sends, or a worker that holds the value."""
+        group = self._groups.get(body.group)
+        if group is None or not (group.owner == session.id or body.handover):
+            raise SharingError(f"this session has no sharing group {body.group!r} here")
+        if len(tensors) != (not body.seed) or (body.seed and len(body.seed) != SEED_BYTES):
+            raise SharingError("a part is one tensor, or the seed that it comes of")
+        if body.seed:
+            part = Stream(body.seed).ring(body.shape)
+        else:
+            (part,) = tensors
+        if part.dtype != torch.int64 or list(part.shape) != body.shape:
+            raise SharingError("a part is int64, of the shape that is said")
+        label = None if body.allowed is None else frozenset(body.allowed)
+        stored = StoredObject(SharedPart(group, Share(part, body.scale)), session.id, label)
+        stored.handover = body.handover
+        self._store.add(body.id, stored)
+        return m.Done(), ()
+
+    def share_out(self, session: Session, body: m.ShareOut) -> Steps:
+        """Shares a tensor that is here: each part goes to its party, and what all parts add up to to nobody.
+
+        Raises:
+            GetNotPermitted: the session may not read it. ValueRangeError: it does not fit the scale.
+        """
+        stored = self._objects.ready(session, body.id)
+        label = self._store.label_of(stored)
+        if not session.may_read(label):
+            raise GetNotPermitted(
+                f"object {body.id} is private, or was computed from private data: {users_of(label)} may share it"
+            )
+        value = tensor_of(stored).detach()
+        self._objects.audit.left(
+            session, "move", stored, label, [value], to=", ".join(one.worker for one in body.parties)
+        )
+        if len(body.targets) != len(body.parties):
+            raise SharingError("each party gets one part")
+        seeds = [new_seed() for _ in body.parties[:-1]]
+        shape = list(value.shape)
+        drawn = [Stream(seed).ring(shape) for seed in seeds]
+        last = encode(value, body.scale)
+        for part in drawn:
+            last = last - part
+        allowed = allowed_list(label)
+        for party, target, seed in zip(body.parties, body.targets, [*seeds, b""], strict=True):
+            given = m.PutShare(target, body.group, body.scale, shape, seed, allowed, body.token)
+            yield from ask(party, given, [] if seed else [last])
+        return m.Done(), ()
+
+    # --------------------------------------------------------------------------------- programs
+
+    def run(self, session: Session, op: PostedOp, number: int) -> Exchange:
+        """Runs a program that a client posted, and keeps its results, or why they are not there.
+
+        Whatever keeps one party from going on ends the group: the others would wait for it.
+        """
+        operands: list[StoredObject] = []
+        group: Group | None = None
+        try:
+            group = self._group_of(session, op)
+            program = self._program(group, op)
+            operands = [self._store.find(session.id, one.index) for one in op.args[2]]
+            values = yield from self._run(session, group, program, operands)
+            if len(_ids(op)) != program.values - program.operands:
+                raise SharingError(f"the program has {program.values - program.operands} results")
+            self._keep(session, op, number, group, program, operands, values)
+        except Exception as error:  # whatever it raises is its client's to hear, never the worker's end
+            self._keep_failure(session, op, number, operands, error)
+            if group is not None:
+                reason = f"{group.name_of(group.about.number)}: {failure_of(error).message}"
+                sends, keys = self.fail(group, cut(reason))
+                yield from sends
+                for key in keys:
+                    yield Wake(key)
+
+    def _group_of(self, session: Session, op: PostedOp) -> Group:
+        group = self._own(session, op.args[0] if op.args and isinstance(op.args[0], str) else "")
+        group.check()
+        return group
+
+    def _program(self, group: Group, op: PostedOp) -> Program:
+        refs: Any = op.args[2] if len(op.args) == 3 else None
+        fits = isinstance(refs, tuple | list) and all(type(one) is Ref for one in refs)
+        if not fits or not isinstance(op.args[1], str):
+            raise SharingError("a program on shares is posted with its group, its text and its operands")
+        program = program_of(op.args[1])
+        if program.operands != len(refs):
+            raise SharingError(f"the program takes {program.operands} operands, not {len(refs)}")
+        if self._objects.gate is not None:
+            for name in dict.fromkeys(call.name for call in program.calls):
+                self._objects.gate.admit_op(f"{name} on shares")
+        return program
+
+    def _operand(self, session: Session, group: Group, stored: StoredObject) -> Any:
+        try:
+            self._objects.check_failure(session, stored)
+        except OpFailedError as error:
+            return Failed(error)
+        if isinstance(stored.value, SharedPart):
+            if stored.value.group is not group:
+                raise SharingError("its operands are shared in different groups, by different parties")
+            return stored.value.share
+        return tensor_of(stored)
+
+    def _run(
+        self, session: Session, group: Group, program: Program, operands: Sequence[StoredObject]
+    ) -> Exchange:
+        context = group.context
+        if context is None:
+            raise SharingError(f"group {group.about.group!r} has no dealer yet")
+        given = [self._operand(session, group, one) for one in operands]
+        taken: Sequence[int] = ()
+        start = context.party.supply.next_number
+        if group.is_last:
+            needs = needs_of(
+                program, given, party=group.about.number, count=context.party.count, scale=context.scale
+            )
+            taken = needs.taken
+            group.want(needs.numbered(start, masks_of(given)))
+            yield Wake(group.dealing_key)
+        protocol = run_program(context, program, given)
+        answer: list[torch.Tensor] | None = None
+        for step in itertools.count():
+            if taken:
+                yield from self._wait(group, start + taken[step])
+            try:
+                parts = next(protocol) if answer is None else protocol.send(answer)
+            except StopIteration as done:
+                return done.value
+            opening = group.sending(parts)
+            for other in group.others:
+                yield ToPeer(other, opening, parts)
+            yield from self._wait(group, 0)
+            answer = group.combined(parts)
+
+    def _wait(self, group: Group, dealt: int) -> Exchange:
+        """Waits until the opening under way is over, and until all corrections below the number `dealt` are here.
+
+        Raises:
+            SharingError: the group has failed, or somebody takes too long.
+        """
+        if group.is_over(dealt):
+            return
+        timeout = group.about.timeout
+        deadline = time.monotonic() + timeout
+        while True:
+            group.check()
+            if group.is_over(dealt):
+                return
+            now = time.monotonic()
+            if now >= deadline:
+                missing = [group.name_of(number) for number in group.missing]
+                whom = " and ".join(missing) or f"the dealer, worker {group.about.dealer.worker!r},"
+                raise SharingError(f"{whom} did not answer within {timeout:g} s")
+            if group.alarm <= now + _EARLY:
+                group.alarm = deadline
+                yield Alarm(deadline - now, group.key)
+            yield Wait(group.key)
+
+    # -------------------------------------------------------------------------------- what is kept
+
+    def _keep(
+        self,
+        session: Session,
+        op: PostedOp,
+        number: int,
+        group: Group,
+        program: Program,
+        operands: Sequence[StoredObject],
+        values: Sequence[Any],
+    ) -> None:
+        label: Label = None
+        for stored in operands:
+            label = join(label, self._store.label_of(stored))
+        changed = {call.args[0].index for call in program.calls if call.in_place}
+        for place, (stored, value) in enumerate(zip(operands, values, strict=False)):
+            if place in changed:
+                stored.label = join(stored.label, label)
+                if isinstance(value, Failed):
+                    stored.failure = stored.failure or self._failure(op, number, value.error)
+        for id, value in zip(_ids(op), values[program.operands :], strict=True):
+            if id is None:
+                continue
+            if isinstance(value, Failed):
+                kept = StoredObject(None, session.id, failure=self._failure(op, number, value.error))
+            else:
+                kept = StoredObject(SharedPart(group, value), session.id, label)
+            self._add(session, id, kept)
+
+    def _keep_failure(
+        self, session: Session, op: PostedOp, number: int, operands: Sequence[StoredObject], error: Exception
+    ) -> None:
+        """A program that did not run: its results have the failure, and so have its operands, which it may have been
+        about to change: the group has failed, and nothing is opened any more."""
+        failure = self._failure(op, number, error)
+        ids = [id for id in _ids(op) if id is not None]
+        for id in ids:
+            self._add(session, id, StoredObject(None, session.id, failure=failure))
+        if not ids and not operands:
+            session.failure = session.failure or failure
+
+    def _failure(self, op: PostedOp, number: int, error: Exception) -> m.Failure:
+        return failure_of_op(error, op, number, private=False)
+
+    def _add(self, session: Session, id: int, kept: StoredObject) -> None:
+        try:
+            self._store.add(id, kept)
+        except LocalError as error:  # the id is in use, or the worker is full
+            session.failure = session.failure or failure_of(error)
+
+
+def _ids(op: PostedOp) -> list[int | None]:
+    results = op.results if isinstance(op.results, tuple | list) else ()
+    return [one.index if type(one) is Ref else None for one in results]

@@ -1,0 +1,1 @@
+"""Shares between workers, as their client sees them."""

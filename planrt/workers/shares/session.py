@@ -1,0 +1,332 @@
+"""Sharing between workers: a session whose parties are workers, and that runs every program by one message to each.
+
+The parts of a secret are objects of the parties, under one id at all of them. Nothing of a secret comes here but by
+`open`, which fetches the parts of all parties and adds them up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from planrt.errors import (
+    OptionError,
+    PlanrtError,
+    RandomnessError,
+    RemoteError,
+    SharingError,
+    TransportError,
+    ValueRangeError,
+)
+from planrt.loop import on_loop, refuse_to_block, run
+from planrt.sharing.additive import reconstruct
+from planrt.sharing.fixed_point import DEFAULT_SCALE
+from planrt.sharing.programs.calls import Program
+from planrt.sharing.randomness import Stream, new_seed
+from planrt.sharing.tensors.batches import BatchedSession, Value
+from planrt.sharing.tensors.shared import SharedTensor
+from planrt.types import Ref
+from planrt.workers.client.workplace import ReachedWorker, RemoteWorkplace
+from planrt.workers.pointers.handle import alive
+from planrt.workers.pointers.tensor import PointerTensor
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.objects import new_id
+from planrt.workers.wire.posted import PROGRAM, PostedOp
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT = 60.0
+"""Seconds that a party waits for another one."""
+_AT_ONCE = 512
+"""Calls that wait at most before they are sent."""
+_GROUP_FAILED = "GroupFailedError"
+
+_posting = threading.Lock()
+"""Held while a program is posted: every party is to have the programs of all groups in one order, or two that wait for
+each other's would wait for ever.
+"""
+
+
+class WorkersSession(BatchedSession):
+    """Workers who compute on shares together, with a dealer. Made by `sharing_session`; ends with its last share."""
+
+    def __init__(
+        self,
+        workers: Sequence[ReachedWorker],
+        dealer: ReachedWorker,
+        *,
+        scale: int = DEFAULT_SCALE,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(at_once=_AT_ONCE)
+        self.scale = scale
+        self.timeout = timeout
+        self.group = secrets.token_hex(8)
+        self._workers, self._dealer = list(workers), dealer
+        self._places: list[RemoteWorkplace] = [_place(one) for one in workers]
+        self._dealing = _place(dealer)
+        self.broken = False
+        """Whether the parties have said that they cannot go on."""
+        run(self._make(), instead="a thread of its own: sharing between workers blocks when it begins")
+        weakref.finalize(self, _end, [*self._places, self._dealing], self.group)
+
+    async def _make(self) -> None:
+        token = secrets.token_hex(16)
+        parties, dealer = [_address(one) for one in self._workers], _address(self._dealer)
+        await self._of_all(
+            m.Done,
+            [
+                m.MakeGroup(self.group, token, number, parties, dealer, self.scale, self.timeout)
+                for number in range(len(parties))
+            ],
+        )
+        try:
+            await self._dealing.ask(m.Done, m.MakeDealer(self.group, token, parties))
+        except PlanrtError as error:
+            _end([*self._places, self._dealing], self.group)
+            raise self._failed(error, f"the dealer, worker {self._dealer.id!r}") from error
+        self._dealing.connection.post(m.Deal(self.group))
+
+    @property
+    def parties(self) -> Sequence[str]:
+        """The ids of the workers."""
+        return [one.id for one in self._workers]
+
+    @property
+    def provider(self) -> str:
+        """The id of the worker that is the dealer."""
+        return self._dealer.id
+
+    @property
+    def is_open(self) -> bool:
+        """True while all connections last and nobody has said that it cannot go on."""
+        return not self.broken and not any(one.closed for one in (*self._places, self._dealing))
+
+    # ------------------------------------------------------------------------------- secrets come and go
+
+    def share(self, values: torch.Tensor, scale: int) -> Value:
+        """Returns `values` in fresh shares, each of which goes to its party alone; see `SharingSession.share`."""
+        id, shape = new_id(), list(values.shape)
+        seeds = [new_seed() for _ in self._places[:-1]]
+        last = values
+        for seed in seeds:
+            last = last - Stream(seed).ring(shape)
+        self._post_to(-1, m.PutShare(id, self.group, scale, shape), [last])
+        for number, seed in enumerate(seeds):
+            self._post_to(number, m.PutShare(id, self.group, scale, shape, seed))
+        return Value(self, place=id)
+
+    def share_from(self, pointer: PointerTensor) -> SharedTensor:
+        """Returns what `pointer` points to in fresh shares: its worker makes them, and sends each to its party.
+
+        Raises:
+            GetNotPermittedError: the tensor is private, and not this user's to read.
+            SharingError: a value does not fit the scale, or a party is not reached from there.
+        """
+        refuse_to_block("a thread of its own: sharing what is on a worker blocks")
+        handle = alive(pointer)
+        id, token = new_id(), secrets.token_hex(16)
+        parties = [_address(one) for one in self._workers]
+        spec = pointer._spec
+        fractions = spec.dtype.is_floating_point  # whole numbers are shared exactly
+        scale, dtype = (self.scale, spec.dtype) if fractions else (1, torch.int64)
+        body = m.ShareOut(handle.id, self.group, scale, parties, [id] * len(parties), token)
+        place: Any = handle.place
+        try:
+            run(place.ask(m.Done, body), instead="a thread of its own")
+        except PlanrtError as error:
+            raise self._failed(error, f"worker {handle.worker.id!r}") from error
+        for number in range(len(parties)):
+            self._post_to(number, m.Claim([id], token))
+        return SharedTensor(
+            self, Value(self, place=id), spec.shape, dtype, requires_grad=spec.requires_grad and spec.leaf
+        )
+
+    def open(self, handle: Value) -> tuple[torch.Tensor, int]:
+        """Returns the secret and its scale: fetches the parts of all parties; see `SharingSession.open`."""
+        refuse_to_block("await tensor.async_get()")
+        self.flush()
+        return run(self._open(handle), instead="await tensor.async_get()")
+
+    @on_loop
+    async def open_async(self, handle: Value) -> tuple[torch.Tensor, int]:
+        """`open`, to be awaited on any loop."""
+        self.flush()
+        return await self._open(handle)
+
+    async def _open(self, handle: Value) -> tuple[torch.Tensor, int]:
+        answers = await self._of_all(m.FetchedShare, [m.Fetch(handle.place, False)] * len(self._places))
+        scales = {body.scale for body, _ in answers}
+        parts = [tensors[0] for _, tensors in answers if len(tensors) == 1]
+        if len(scales) != 1 or len(parts) != len(self._places):
+            raise SharingError(
+                "the parties hold parts of different secrets under one name: nothing was opened"
+            )
+        return reconstruct(parts), scales.pop()
+
+    def _forget(self, place: Any) -> None:
+        for one in self._places:
+            one.connection.drop(place)
+
+    # ----------------------------------------------------------------------------------------- programs
+
+    def _run_program(
+        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+    ) -> None:
+        """Posts the program: the same bytes to every party."""
+        refs, public = [], []
+        for operand in operands:
+            if isinstance(operand, torch.Tensor):
+                public.append((new_id(), operand))
+                refs.append(Ref(public[-1][0]))
+            else:
+                refs.append(Ref(operand.place))
+        made: list[Ref | None] = []
+        for value in results:
+            if value is not None:
+                value.place = new_id()
+            made.append(None if value is None else Ref(value.place))
+        op = PostedOp(PROGRAM, (self.group, program.to_text(), tuple(refs)), {}, tuple(made), False)
+        packed = op.pack()
+        with _posting:
+            for number, place in enumerate(self._places):
+                for id, tensor in public:
+                    self._post_to(number, m.Put([m.PutItem(id)]), [tensor])
+                try:
+                    place.connection.post_op(packed)
+                except TransportError as error:
+                    raise self._failed(error, self._name(number)) from error
+                for id, _ in public:
+                    place.connection.drop(id)
+
+    def traffic(self) -> dict[str, m.GroupTraffic]:
+        """Returns how much each party has sent and received in this session: openings, and bytes of parts."""
+        self.flush()
+        asking = self._of_all(m.GroupTraffic, [m.ReadTraffic(self.group)] * len(self._places))
+        answers = run(asking, instead="a thread of its own")
+        return {worker.id: body for worker, (body, _) in zip(self._workers, answers, strict=True)}
+
+    # ---------------------------------------------------------------------------------------- messages
+
+    def _name(self, number: int) -> str:
+        return f"party {self._workers[number].id!r}"
+
+    def _post_to(self, number: int, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> None:
+        try:
+            self._places[number].connection.post(body, tensors)
+        except TransportError as error:
+            raise self._failed(error, self._name(number)) from error
+
+    async def _of_all(self, kind: Any, bodies: Sequence[m.Body]) -> list[tuple[Any, list[torch.Tensor]]]:
+        """Asks all parties at once; returns their answers, or raises what the first one says that cannot."""
+        asked: list[Coroutine[Any, Any, Any]] = []
+        for number, (place, body) in enumerate(zip(self._places, bodies, strict=True)):
+            try:
+                asked.append(place.ask(kind, body))
+            except PlanrtError as error:
+                for one in asked:
+                    one.close()
+                raise self._failed(error, self._name(number)) from error
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [
+            (self._failed(answer, self._name(number)), answer)
+            for number, answer in enumerate(answers)
+            if isinstance(answer, BaseException)
+        ]
+        if failed:  # who says more than that the group has failed knows why
+            told, cause = min(failed, key=lambda one: _follows(one[1]))
+            raise told from (cause if cause is not told else None)
+        return answers  # type: ignore[return-value]
+
+    def _failed(self, error: BaseException, whose: str) -> BaseException:
+        """What is raised for an error of one party's: as what it is, with the party in its words."""
+        if isinstance(error, TransportError):
+            self.broken = True
+            return SharingError(f"{whose} is gone: {error}")
+        if isinstance(error, RemoteError):
+            self.broken = self.broken or error.kind == _GROUP_FAILED
+            kind = _KINDS.get(error.kind)
+            if kind is not None:
+                return kind(f"{whose}: {error.reason}")
+        return error
+
+
+_KINDS: dict[str, type[SharingError]] = {
+    "SharingError": SharingError,
+    "RandomnessError": RandomnessError,
+    "ValueRangeError": ValueRangeError,
+    _GROUP_FAILED: SharingError,
+}
+"""Kinds of failures of workers that are raised here as what they are there."""
+
+
+def _follows(answer: BaseException) -> int:
+    """0 for who knows why it failed, 1 for who is gone, 2 for who was told that the group has failed."""
+    if isinstance(answer, RemoteError):
+        return 2 if answer.kind == _GROUP_FAILED else 0
+    return 1
+
+
+def _place(worker: ReachedWorker) -> RemoteWorkplace:
+    place: RemoteWorkplace = worker.workplace  # type: ignore[assignment]  # what a worker has that others may dial
+    return place
+
+
+def _address(worker: ReachedWorker) -> m.PeerAddress:
+    return m.PeerAddress(worker.id, worker.link_address)
+
+
+def _end(places: Sequence[RemoteWorkplace], group: str) -> None:
+    """Nobody has a share of the group any more."""
+    for place in places:
+        with contextlib.suppress(PlanrtError):
+            place.connection.post(m.EndGroup(group))
+
+
+_sessions: weakref.WeakValueDictionary[Any, WorkersSession] = weakref.WeakValueDictionary()
+
+
+def sharing_session(
+    workers: Sequence[ReachedWorker],
+    crypto_provider: ReachedWorker,
+    *,
+    scale: int = DEFAULT_SCALE,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> WorkersSession:
+    """Returns the session of these parties, in this order, with this dealer and scale: the one that there is, or a new
+    one. `timeout` is how many seconds a party waits for another one before it gives up.
+
+    Raises:
+        SharingError: fewer than two parties, one of them twice, or the dealer among them; or one cannot be reached by
+            the others. OptionError: one that is no worker.
+    """
+    everybody = [*workers, crypto_provider]
+    for one in everybody:
+        if not hasattr(one, "workplace") or not hasattr(one, "link_address"):
+            raise OptionError(
+                f"tensors are shared between workers, not {type(one).__name__}: write share(bob, alice)"
+            )
+    names = [one.id for one in workers]
+    if len(names) < 2:
+        raise SharingError(f"sharing takes two parties or more, not {len(names)}: write share(bob, alice)")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SharingError(
+            f"worker {twice[0]!r} is given twice: each party holds one part, so all are different"
+        )
+    if crypto_provider.id in names:
+        raise SharingError(
+            f"worker {crypto_provider.id!r} is a party and the crypto provider: whoever is both could see the secret"
+        )
+    key = (*[id(one.workplace) for one in everybody], scale, timeout)
+    found = _sessions.get(key)
+    if found is None or not found.is_open:
+        found = _sessions[key] = WorkersSession(workers, crypto_provider, scale=scale, timeout=timeout)
+    return found

@@ -1,0 +1,224 @@
+"""Parties and dealers as state machines: messages in any order, lost, out of order, of other shapes, of strangers."""
+
+import itertools
+import time
+
+import pytest
+import torch
+
+from planrt.sharing.programs.calls import Call
+from planrt.types import Ref
+from planrt.workers.machine.sharing import dealers
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.posted import PROGRAM, PostedOp
+from tests.workers.sharing_net import CLIENT, Net
+
+X, Y = torch.tensor([[1.5, -2.0], [0.25, 3.0]]), torch.tensor([[-1.0, 0.5], [2.0, -4.0]])
+PRODUCT = [Call("mul", (Ref(0), Ref(1)), {}, Ref(2)), Call("relu", (Ref(2),), {}, Ref(3))]
+
+
+@pytest.fixture(autouse=True)
+def seeds(monkeypatch):
+    """The dealers' seeds are 1, 2, 3 ..."""
+    numbers = itertools.count(1)
+    monkeypatch.setattr(dealers, "new_seed", lambda: next(numbers).to_bytes(16, "big"))
+
+
+def started(*names, **options):
+    net = Net(*names, **options)
+    assert net.begin() == m.Done()
+    net.share(1, X)
+    net.share(2, Y)
+    return net
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_bits_do_not_depend_on_the_order_in_which_messages_arrive(count, monkeypatch):
+    found = []
+    for seed in range(8):
+        numbers = itertools.count(1)
+        monkeypatch.setattr(dealers, "new_seed", lambda numbers=numbers: next(numbers).to_bytes(16, "big"))
+        net = started(*"abcd"[:count], "dealer", seed=seed)
+        net.post(PRODUCT, [1, 2], [3, 4])
+        net.post([Call("mm", (Ref(0), Ref(1)), {}, Ref(2))], [4, 1], [5])
+        found.append(net.get(5))
+    expected = (X * Y).relu() @ X
+    assert (found[0] - expected).abs().max() < 1e-3
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_other_sessions_go_on_while_a_program_waits():
+    net = started("a", "b", "dealer")
+    net.changed = lambda sender, to, body, tensors: None if isinstance(body, m.Opening) else (body, tensors)
+    net.post(PRODUCT, [1, 2], [3, 4])
+    net.run()
+    assert net.held["a"]
+    net.tell("a", m.Put([m.PutItem(77)]), [torch.ones(2)], sender="somebody")
+    _, (tensor,) = net.ask("a", m.Fetch(77, False), sender="somebody")
+    assert tensor.tolist() == [1, 1]
+    assert net.ask("a", m.CountObjects()) == (None, None)  # this client's own questions wait
+    assert net.held["a"]
+
+
+def failed(net, *says):
+    for told in net.get(4):
+        assert isinstance(told, str), told
+        assert any(one in told for one in says), told
+
+
+@pytest.mark.parametrize("kind", ["shape", "dtype", "fewer", "number", "twice"])
+def test_openings_that_do_not_fit_end_the_group(kind):
+    net = started("a", "b", "dealer")
+    seen = []
+
+    def change(sender, to, body, tensors):
+        if not isinstance(body, m.Opening) or sender != "b":
+            return body, tensors
+        seen.append(body)
+        if kind == "number":
+            return m.Opening("g", body.number + 1), tensors
+        if kind == "twice":
+            net.queues[sender, to].appendleft((m.Envelope(0, body), tensors, ""))
+            net.changed = lambda sender, to, body, tensors: (body, tensors)
+        other = {
+            "shape": lambda: [one.reshape(-1) for one in tensors],
+            "dtype": lambda: [one.to(torch.int32) for one in tensors],
+            "fewer": lambda: tensors[:-1],
+        }
+        return body, other.get(kind, lambda: tensors)()
+
+    net.changed = change
+    net.post(PRODUCT, [1, 2], [3, 4])
+    failed(net, "party 'b'")
+    net.changed = lambda sender, to, body, tensors: (body, tensors)
+    net.post(PRODUCT, [1, 2], [5, 6])
+    assert all("party 'b'" in told for told in net.get(6))
+    assert all("party 'b'" in told for told in net.get(1))  # nothing is opened any more
+    assert not any(net.held.values())
+
+
+def test_strangers_open_nothing():
+    net = started("a", "b", "dealer")
+    for body in (m.Opening("g", 0), m.Corrections("g", [0]), m.FailGroup("g", "because")):
+        net.tell("a", body, [torch.ones(2, dtype=torch.int64)], sender="stranger")
+        net.run()
+    for body in (m.JoinGroup("g", "guess", 1), m.GiveSeed("g", "guess", bytes(16)), m.ReadTraffic("g"),
+                 m.AskNeeds("g"), m.PutShare(9, "g", 1, [1], bytes(16))):  # fmt: skip
+        told, _ = net.ask("a", body, sender="another")
+        assert told.kind == "SharingError"
+    net.post(PRODUCT, [1, 2], [3, 4])
+    assert (net.get(4) - (X * Y).relu()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("lost", [("b", "a"), ("dealer", "b"), ("dealer", "a")])
+def test_a_member_that_is_gone_ends_the_group_at_once(lost):
+    net = started("a", "b", "dealer")
+    net.changed = lambda sender, to, body, tensors: None if isinstance(body, m.Opening) else (body, tensors)
+    net.post(PRODUCT, [1, 2], [3, 4])
+    net.run()
+    net.lose(*lost)
+    net.changed = lambda sender, to, body, tensors: (body, tensors)
+    failed(net, "is gone")
+    assert not any(net.held.values())
+
+
+@pytest.mark.parametrize("missing", [m.Opening, m.Corrections])
+def test_who_takes_too_long_is_named(missing):
+    net = started("a", "b", "dealer", timeout=0.3)
+    net.changed = lambda sender, to, body, tensors: None if isinstance(body, missing) else (body, tensors)
+    net.post(PRODUCT, [1, 2], [3, 4])
+    net.run()
+    assert net.held["a"]
+    time.sleep(0.35)
+    net.ring()
+    failed(net, "did not answer within 0.3 s")
+    assert not any(net.held.values())
+
+
+def test_garbage_from_the_last_party_ends_the_group_and_not_the_dealer():
+    for garbage in ([7], [[0, "Mask"]], [[5, "Zero", ["t", 1 << 38]]], [[0, "Given", "x"]]):
+        net = started("a", "b", "dealer")
+        asked = m.Needs(garbage)
+        dealer = net.states["dealer"]
+        real = net.states["b"]._parties.ask_needs
+
+        def answer(session, body, real=real, asked=asked):
+            yield from real(session, body)
+            return asked, ()
+
+        net.states["b"]._parties.ask_needs = answer
+        net.post(PRODUCT, [1, 2], [3, 4])
+        net.run()
+        # the question that waited before was answered as it should be; the next one is not
+        net.post(PRODUCT, [1, 2], [5, 6])
+        told = net.get(6)
+        assert not isinstance(told, list) or all("dealer" in one for one in told), told
+        assert dealer._dealers._groups.keys() <= {"g"}
+
+
+def test_a_group_ends_with_its_client_and_its_parts_go():
+    net = started("a", "b", "dealer")
+    net.post(PRODUCT, [1, 2], [3, 4])
+    net.run()
+    assert net.keep("a") == 4
+    net.lose(CLIENT, "a")
+    net.run()
+    assert net.keep("a") == 0
+    assert net.states["a"]._parties._groups == {}
+    assert "client's session" in net.ask("b", m.Fetch(4, False))[0].message
+    for name in ("b", "dealer"):
+        net.tell(name, m.EndGroup("g"))
+    net.run()
+    assert net.states["b"]._parties._groups == {}
+    assert net.states["dealer"]._dealers._groups == {}
+
+
+def test_a_seed_is_taken_once():
+    net = started("a", "b", "dealer")
+    net.tell("a", m.GiveSeed("g", "secret", bytes(16)), sender="dealer", id=900, key="k")
+    net.run()
+    told = net.ask("a", m.GiveSeed("g", "secret", bytes(16)))[0]
+    assert "has its seed already" in told.message
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda names: [names[0]], "two parties or more"),
+        (lambda names: [names[0], names[0]], "all different"),
+        (lambda names: [*names, "dealer"], "all different"),
+    ],
+)
+def test_groups_that_are_none(change, says):
+    net = Net("a", "b", "dealer")
+    parties = [m.PeerAddress(name, "memory://x") for name in change(["a", "b"])]
+    body = m.MakeGroup("h", "t", 0, parties, net.addresses["dealer"], 10, 1.0)
+    assert says in net.ask("a", body)[0].message
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "no sharing group"), (("h", "", ()), "no sharing group"), (("g", "", (Ref(1),)), "no bytes"),
+        (("g", 7, ()), "posted with its group"), (("g", "zz", (1,)), "posted with its group"),
+    ],
+)  # fmt: skip
+def test_programs_that_are_none_end_the_group_where_there_is_one(args, says):
+    net = started("a", "b", "dealer")
+    for name in net.names:
+        net.tell(name, m.Post([PostedOp(PROGRAM, args, {}, (Ref(4),), False).pack()]))
+    told = net.get(4)
+    assert all(isinstance(one, str) for one in told)
+    assert any(says in one or "malformed" in one or "not readable" in one for one in told), told
+
+
+def test_parts_are_for_their_own_session():
+    net = started("a", "b", "dealer")
+    net.run()
+    for body in (m.Fetch(1, False), m.Move(1, net.addresses["b"], 9, "t")):
+        told, _ = net.ask("a", body, sender="stranger")
+        assert told.kind == "UnknownObjectError"
+    told = net.ask("a", m.Move(1, net.addresses["b"], 9, "t"))[0]
+    assert "stays with its party" in told.message
+    found = net.ask("a", m.Search(["1"]))[0]
+    assert found.objects == []
