@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from planrt.fl.optims import Optims
     from planrt.fl.robust import CoordinateMedian, Krum, MultiKrum, TrimmedMean
     from planrt.fl.rounds import ModelEvaluator, RoundResult, RoundScheduler
+    from planrt.fl.secure import SecureAggregation
     from planrt.fl.utils import evaluate_model_on_worker, fit_model_on_worker
     from planrt.workers.results import FitResult
 
@@ -32,6 +33,7 @@ _HOMES = {
     "ModelEvaluator": "planrt.fl.rounds",
     "RoundResult": "planrt.fl.rounds",
     "RoundScheduler": "planrt.fl.rounds",
+    "SecureAggregation": "planrt.fl.secure",
     "federate": "planrt.fl.data.splitting",
     "evaluate_model_on_worker": "planrt.fl.utils",
     "fit_model_on_worker": "planrt.fl.utils",
@@ -50,6 +52,7 @@ __all__ = [
     "Optims",
     "RoundResult",
     "RoundScheduler",
+    "SecureAggregation",
     "TrainConfig",
     "TrimmedMean",
     "evaluate_model_on_worker",

@@ -205,6 +205,16 @@ class TrainConfig:
             "optimizer_args": self.optimizer_args if lr is None else {**self.optimizer_args, "lr": lr},
         }
 
+    def fit_message(self, plan: Graph, *, dataset_key: str, seed: int, lr: float | None) -> m.Fit:
+        """Returns the message that has a worker train `plan` as this config says."""
+        return m.Fit(
+            plan=plan.hash,
+            dataset=dataset_key,
+            keep_optimizer_state=bool(self.keep_optimizer_state),
+            seed=whole("seed", seed, at_least=0),
+            **self.fit_options(None if lr is None else learning_rate(lr)),
+        )
+
     # ------------------------------------------------------------------------------- on a worker
 
     @on_loop
@@ -252,13 +262,7 @@ class TrainConfig:
         plans = plans or self._plans_for(worker, dataset_key)
         plan = plans.training
         await worker.workplace.put_plan(plan, purpose=self.purpose)
-        body = m.Fit(
-            plan=plan.hash,
-            dataset=dataset_key,
-            keep_optimizer_state=bool(self.keep_optimizer_state),
-            seed=whole("seed", seed, at_least=0),
-            **self.fit_options(None if lr is None else learning_rate(lr)),
-        )
+        body = self.fit_message(plan, dataset_key=dataset_key, seed=seed, lr=lr)
         tensors = list(plans.names.by_entry(state).values())
         fitted, values = await worker.ask(m.Fitted, body, tensors, plan=plan, allocate=allocate)
         entries = _entries(worker, plan, fitted, values)

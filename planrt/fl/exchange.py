@@ -70,6 +70,14 @@ class RoundOrder:
         return sum(value.nbytes for value in self.before.values()) > LARGE
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a round: new values of those entries that it `changed`, and the mean `loss` over all samples."""
+
+    changed: Mapping[str, torch.Tensor]
+    loss: float
+
+
 class Exchange(Protocol):
     """The way in which a round talks to its workers. One object serves all rounds of a scheduler, one after the other.
 
@@ -94,9 +102,8 @@ class Exchange(Protocol):
             UpdateRefusedError: it cannot count, and was not added.
         """
 
-    async def end(self, order: RoundOrder, answered: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Returns the new values of those entries that the round changed; `answered` are the ids of the workers whose
-        answers were added."""
+    async def end(self, order: RoundOrder, answered: Sequence[str]) -> Outcome:
+        """Returns what the round has made; `answered` are the ids of the workers whose answers were added."""
 
 
 class PlainExchange:
@@ -108,6 +115,7 @@ class PlainExchange:
         self._max_norm = max_update_norm
         self._aggregate: Any = None
         self._added: dict[str, torch.Tensor] = {}
+        self._losses: list[tuple[float, int]] = []
 
     def state_dict(self) -> Mapping[str, Any]:
         """Returns what the aggregation keeps from round to round, if it has a `state_dict` that says so."""
@@ -122,6 +130,7 @@ class PlainExchange:
     async def begin(self, order: RoundOrder, workers: Sequence[BaseWorker]) -> Mapping[str, Missing]:
         """Starts with the aggregate of no states. Nobody drops out."""
         self._aggregate, self._added = self._aggregation.init(), {}
+        self._losses = []
         return {}
 
     async def ask(self, worker: BaseWorker, order: RoundOrder, allocate: Allocate[m.Envelope]) -> FitResult:
@@ -170,15 +179,19 @@ class PlainExchange:
                 "changed in place"
             )
         self._aggregate = after
+        self._losses.append((result.loss, result.samples))
         self._added = self._added or {name: order.before[name] for name in entries}
 
-    async def end(self, order: RoundOrder, answered: Sequence[str]) -> dict[str, torch.Tensor]:
+    async def end(self, order: RoundOrder, answered: Sequence[str]) -> Outcome:
         """Returns what the aggregation makes; nothing where no worker trained on anything.
 
         Raises:
             OptionError: it makes another state than it was given.
         """
         aggregate, self._aggregate = self._aggregate, None
+        samples = sum(count for _, count in self._losses)
+        loss = sum(loss * count for loss, count in self._losses)
+        mean = loss / samples if samples else float("nan")
         if not self._added:
-            return {}
-        return apart(check_aggregated(self._aggregation.result(aggregate), self._added))
+            return Outcome({}, mean)
+        return Outcome(apart(check_aggregated(self._aggregation.result(aggregate), self._added)), mean)

@@ -81,6 +81,11 @@ def parser(prog: str = "mnist_async") -> Parser:
         action="store_true",
         help="on a GPU: the fastest kernels, though runs then need not repeat bit for bit",
     )
+    add(
+        "--secure-aggregation",
+        action="store_true",
+        help="the workers' models are added up masked: nobody sees a single one",
+    )
     add("--save-model", metavar="PATH", help="save the model there too: .safetensors, .pt or .pth")
     add("--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors")
     add("--data", metavar="DIR", help="folder that holds MNIST/raw")
@@ -162,7 +167,11 @@ async def _train(
             max_nr_batches=options.federate_after_n_batches,
         )
         scheduler = RoundScheduler(
-            list(workers.values()), config, dataset_key=data.TRAIN_KEY, seed=options.seed
+            list(workers.values()),
+            config,
+            dataset_key=data.TRAIN_KEY,
+            seed=options.seed,
+            secure_aggregation=options.secure_aggregation,
         )
         evaluator = ModelEvaluator(
             testing, config, dataset_key=data.TEST_KEY, batch_size=options.test_batch_size
@@ -179,7 +188,12 @@ async def _train(
         with _bars()(total=options.rounds, unit="round", mininterval=0, disable=None, leave=False) as bar:
             for number in range(1, options.rounds + 1):
                 evaluating = number % EVALUATE_EVERY == 1 or number == options.rounds
-                result = await scheduler.run_round(number, state, lr=lr, keep_worker_states=evaluating)
+                result = await scheduler.run_round(
+                    number,
+                    state,
+                    lr=lr,
+                    keep_worker_states=evaluating and not options.secure_aggregation,
+                )
                 state = result.state
                 bar.update()
                 title = f"Training round {number}/{options.rounds}"

@@ -14,7 +14,10 @@ from planrt.shown import shown
 
 @dataclass(frozen=True, slots=True)
 class WorkerRound:
-    """One worker's part in a round: messages and bytes each way, the mean loss over its samples."""
+    """One worker's part in a round: messages and bytes each way, the mean loss over its samples.
+
+    After a secure aggregation nobody knows these: `loss` is nan and `samples` 0.
+    """
 
     requests: int
     replies: int
@@ -51,7 +54,7 @@ class RoundResult:
         }
 
     def __repr__(self) -> str:
-        workers = shown(", ".join(f"{id}: {part.loss:.4f}" for id, part in self.workers.items()), 200)
+        workers = shown(", ".join(map(_told, self.workers, self.workers.values())), 200)
         without = shown(", ".join(f"{id} ({why.kind})" for id, why in self.missing.items()), 200)
         return (
             f"<RoundResult of round {self.round}: loss {self.loss:.4f} ({workers}), {self.seconds:.2f} s"
@@ -60,7 +63,13 @@ class RoundResult:
 
     def _repr_html_(self) -> str:
         rows = [
-            (id, f"{part.loss:.4f}", f"{part.samples:,}", f"{part.bytes_sent:,}", f"{part.bytes_received:,}")
+            (
+                id,
+                f"{part.loss:.4f}" if part.samples else "",
+                f"{part.samples:,}",
+                f"{part.bytes_sent:,}",
+                f"{part.bytes_received:,}",
+            )
             for id, part in self.workers.items()
         ]
         return card(
@@ -74,6 +83,10 @@ class RoundResult:
             columns=("worker", "loss", "samples", "bytes sent", "bytes received"),
             rows=rows,
         )
+
+
+def _told(id: str, part: WorkerRound) -> str:
+    return f"{id}: {part.loss:.4f}" if part.samples else id
 
 
 def parts_in(line: Mapping[str, Any]) -> tuple[dict[str, WorkerRound], dict[str, Missing]]:

@@ -27,7 +27,7 @@ import torch
 
 from planrt.errors import OptionError, PlanrtError
 from planrt.fl.asking import Asking
-from planrt.fl.attendance import looks
+from planrt.fl.attendance import below_quorum, looks
 from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregation
 from planrt.fl.config import TrainConfig
 from planrt.fl.evaluator import ModelEvaluator
@@ -37,6 +37,7 @@ from planrt.fl.recording_cache import dataset_of
 from planrt.fl.resuming import CHANGEABLE, SETTINGS, captured, data_of, named, put_back
 from planrt.fl.round_result import RoundResult, WorkerRound
 from planrt.fl.runs.run_record import RunRecord, set_random_state
+from planrt.fl.secure import SecureAggregation, SecureExchange, secure_options
 from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Deadline, Lease, Leases
 from planrt.logs import get_logger
 from planrt.loop import on_loop
@@ -120,6 +121,7 @@ class RoundScheduler:
         min_workers: int | None = None,
         round_timeout: float | None = ROUND_TIMEOUT,
         max_update_norm: float | None = None,
+        secure_aggregation: bool | SecureAggregation = False,
         exchange: Exchange | None = None,
         run_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
@@ -149,7 +151,11 @@ class RoundScheduler:
         self.hold = whole("hold", hold, at_least=0)
         self.max_update_norm: float | None = None
         self.weighted = weighted
-        if exchange is None:
+        secure = secure_options(secure_aggregation)
+        if secure is not None:
+            _check_alone(aggregation=aggregation, max_update_norm=max_update_norm, exchange=exchange)
+            exchange = SecureExchange(secure, workers=len(ids), min_workers=self.min_workers)
+        elif exchange is None:
             aggregation = FederatedAveraging() if aggregation is None else aggregation
             check_aggregation(aggregation)
             self._check_quorum(aggregation)
@@ -179,6 +185,7 @@ class RoundScheduler:
         config: TrainConfig,
         *,
         aggregation: Aggregation[Any] | None = None,
+        secure_aggregation: bool | SecureAggregation = False,
         exchange: Exchange | None = None,
         **changed: Any,
     ) -> RoundScheduler:
@@ -187,7 +194,7 @@ class RoundScheduler:
         After `prepare`, `state` and `next_round` are those of the checkpoint, and what follows has the bits that it
         would have had without the interruption. Data set, seed and all other options are those of the folder, unless
         `changed`: `min_workers`, `round_timeout`, `hold` and `checkpoint_every` may be. `workers`, `config` and an
-        `aggregation` or `exchange` of your own must be as they were.
+        `aggregation` or `exchange` of your own must be as they were, and so must `secure_aggregation`.
 
         Raises:
             RunFolderError: there is no run, or no checkpoint that can be used; another process runs it; or, by
@@ -202,13 +209,13 @@ class RoundScheduler:
                     f"a run that goes on has its own {', '.join(odd)}: what may be changed is "
                     f"{', '.join(sorted(CHANGEABLE))}"
                 )
-            if exchange is not None:
+            if exchange is not None or secure_aggregation:
                 kept.pop("max_update_norm", None)
             identity = record.began["identity"]
             options = {name: value for name, value in {**kept, **changed}.items() if name in SETTINGS}
             made = cls(
                 workers, config, dataset_key=identity["dataset"], seed=identity["seed"], aggregation=aggregation,
-                exchange=exchange, **options,
+                secure_aggregation=secure_aggregation, exchange=exchange, **options,
             )  # fmt: skip
             record.every = made.checkpoint_every
             made._record = record
@@ -349,6 +356,8 @@ class RoundScheduler:
         present, missing = await self._asking.present(what, deadline)
         missing |= await self._exchange.begin(order, present)
         present = [worker for worker in present if worker.id not in missing]
+        if len(present) < self._asking.needed:
+            raise below_quorum(what, missing, [worker.id for worker in present], self._asking.needed)
         leases = Leases(max(0, self.hold - 1) if order.large else self.hold)
         places = {worker.id: leases.lease(first=index == 0) for index, worker in enumerate(present)}
 
@@ -369,15 +378,12 @@ class RoundScheduler:
             answered,
             lambda worker, late: places[worker.id].too_late() if late else places[worker.id].release(),
         )
-        samples = sum(part.samples for part in parts.values())
-        loss = sum(part.loss * part.samples for part in parts.values() if part.samples)
-        changed = await self._exchange.end(order, list(parts))
+        made = await self._exchange.end(order, list(parts))
         if in_place and self._record is not None:
             await self._record.settled()
-        after = names.assign(state, changed) if in_place else {**before, **changed}
-        mean = loss / samples if samples else float("nan")
+        after = names.assign(state, made.changed) if in_place else {**before, **made.changed}
         seconds_taken = time.perf_counter() - started
-        return RoundResult(round_number, seconds_taken, names.named(after), mean, parts, kept, missing)
+        return RoundResult(round_number, seconds_taken, names.named(after), made.loss, parts, kept, missing)
 
     # ------------------------------------------------------------------------- what is written down
 
@@ -508,3 +514,12 @@ class RoundScheduler:
             result.samples,
         )
         return result, part
+
+
+def _check_alone(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise OptionError(
+                f"{name}= needs the update of each worker, and with secure_aggregation nobody sees a single one: leave "
+                "one of the two out"
+            )

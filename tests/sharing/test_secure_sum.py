@@ -21,7 +21,7 @@ from planrt.types import TensorSpec
 STEPS = ("join", "share", "mask", "reveal")
 
 
-def aggregate(values, *, threshold, drops=None, context=b"ctx", seen=None):
+def aggregate(values, *, threshold, drops=None, context=b"ctx", seen=None, least=None):
     """The sum of `values` (name -> int64 vector), where `drops` says at which step a worker is gone."""
     drops, names = drops or {}, list(values)
 
@@ -29,7 +29,7 @@ def aggregate(values, *, threshold, drops=None, context=b"ctx", seen=None):
         gone = STEPS[: STEPS.index(step) + 1]
         return [name for name in among if drops.get(name) not in gone]
 
-    members = {name: Member(name) for name in names}
+    members = {name: Member(name, least=(least or {}).get(name, 2)) for name in names}
     coordinator = Coordinator("one", names, threshold=threshold)
     for name in there("join"):
         coordinator.joined(name, members[name].join())
@@ -249,18 +249,28 @@ def test_a_member_that_was_asked_something_else_spoils_the_sum_and_is_noticed():
 def test_an_owner_can_ask_for_more_workers():
     members = {name: Member(name, least=4) for name in "abc"}
     keys = {name: member.join() for name, member in members.items()}
-    with pytest.raises(PolicyError, match="wants at least 4") as refused:
+    with pytest.raises(PolicyError, match="the owners of 'a', 'b', 'c' want at least 4") as refused:
         members["a"].share(Group("one", 2, keys))
     assert refused.value.rule == "require_secure_aggregation"
 
 
 def test_an_owner_can_ask_for_more_survivors_than_the_threshold():
-    members = {name: Member(name, least=4) for name in "abcd"}
+    members = {name: Member(name, least=4 if name == "b" else 2) for name in "abcd"}
     group = Group("one", 3, {name: member.join() for name, member in members.items()})
     sealed = {name: member.share(group) for name, member in members.items()}
     members["a"].mask(torch.zeros(1, dtype=torch.int64), {o: sealed[o]["a"] for o in "bcd"}, b"")
-    with pytest.raises(PolicyError, match="the sum has 3 workers"):
+    with pytest.raises(PolicyError, match="owner of 'b' wants at least 4 workers in a sum, and there are 3"):
         members["a"].reveal(["a", "b", "c"])
+
+
+def test_the_coordinator_does_not_ask_where_an_owner_wants_more():
+    with pytest.raises(AggregationError, match="wants at least 4 workers"):
+        aggregate(
+            dict.fromkeys("abcd", torch.zeros(1, dtype=torch.int64)),
+            threshold=3,
+            drops={"a": "mask"},
+            least={"b": 4},
+        )
 
 
 # ------------------------------------------------------------------------------------ answers that do not fit

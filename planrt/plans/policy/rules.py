@@ -129,6 +129,9 @@ class Policy:
             ended. Each failure tells one of the plan's ops, or that it was none of them.
         max_pending: plans that one user was the first to ask for and that wait for the owner; clients without
             a token are one user. They may take the same part of the bytes that are there for plans that wait.
+        require_secure_aggregation: the fewest workers over which the sum of a training round must go. What this
+            worker has learnt then leaves in secure aggregations only, and rounds without are refused. None: it may
+            leave as it is. Evaluations tell figures of this worker alone either way.
         release: rules for private data.
 
     `max_flops` and `max_memory` hold for a single op on pointers as well, and `max_output_bytes` for a fetch.
@@ -152,6 +155,7 @@ class Policy:
     max_check_seconds: float | None = 10.0
     max_failures: int | None = 20
     max_pending: int | None = 20
+    require_secure_aggregation: int | None = None
     release: tuple[ReleaseRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -172,6 +176,8 @@ class Policy:
         for name in ("max_failures", "max_pending"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
+        if self.require_secure_aggregation is not None:
+            _integer("require_secure_aggregation", self.require_secure_aggregation, 2)
         for name in ("max_seconds", "max_check_seconds"):
             seconds = getattr(self, name)
             if seconds is not None and (
@@ -227,7 +233,7 @@ class Policy:
         Keys that policies did not have from the beginning count where they differ from their defaults.
         """
         values = asdict(self)
-        for name in ("max_failures", "max_pending", "max_check_seconds"):
+        for name in ("max_failures", "max_pending", "max_check_seconds", "require_secure_aggregation"):
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -267,6 +273,13 @@ class Policy:
                 f"  {name}: {'no limit' if limit is None else 'at most ' + show(limit)}"
                 for name, limit, show in limits
             ],
+            *(
+                [
+                    f"  training: in secure aggregations only, over at least {self.require_secure_aggregation} workers"
+                ]
+                if self.require_secure_aggregation is not None
+                else []
+            ),
             *[
                 f"  release: {rule}"
                 for rule in self.release or ["no rules: private data is not looked after"]
@@ -346,6 +359,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_check_seconds": _limit,
     "max_failures": _limit,
     "max_pending": _limit,
+    "require_secure_aggregation": _limit,
     "max_memory": _bytes,
     "max_input_bytes": _bytes,
     "max_output_bytes": _bytes,

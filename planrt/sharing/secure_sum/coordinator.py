@@ -65,6 +65,7 @@ class Coordinator:
         if self._group is None:
             self._next("join", self._keys)
             self._group = Group(self.id, self.threshold, {name: self._keys[name] for name in self._left})
+            self._check_owners()
         return self._group
 
     def shared(self, name: str, sealed: Mapping[str, bytes]) -> None:
@@ -80,6 +81,7 @@ class Coordinator:
         """Returns the workers whose shares are in the others' hands: these are asked for values."""
         if self._step == _STEPS.index("share"):
             self._next("share", self._sealed)
+            self._check_owners()
         return sorted(self._sealed)
 
     def sealed_for(self, name: str) -> dict[str, bytes]:
@@ -105,6 +107,7 @@ class Coordinator:
         """Returns who is in the sum."""
         if self._step == _STEPS.index("mask"):
             self._next("mask", self._masked)
+            self._check_owners()
         return sorted(self._masked)
 
     def revealed(self, name: str, revealed: Revealed) -> None:
@@ -177,3 +180,7 @@ class Coordinator:
             )
         self._left = left
         self._step += 1
+
+    def _check_owners(self) -> None:
+        if wanting := self.group().wanting_more(len(self._left)):
+            raise AggregationError(f"{wanting}: there is no sum, and nothing was revealed")

@@ -6,7 +6,8 @@ weights of 1 and more, the mean that comes back differs from the exact mean of t
 
     at most 2**-(scale_bits + 1)    and one rounding to the entry's dtype
 
-which is 1.2e-10 for the default of 32 bits: less than float32 can tell apart in values over 0.002.
+(of float64, roundings of its arithmetic), which is 1.2e-10 for the default of 32 bits: less than float32 can tell
+apart in values over 0.002.
 """
 
 from __future__ import annotations
@@ -63,6 +64,38 @@ def check_scale_bits(scale_bits: int) -> int:
 def length(entries: Sequence[TensorSpec]) -> int:
     """Returns how many elements the vector of such entries has."""
     return sum(_elements(spec) for spec in entries) + _FIGURES
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The elements of an entry that were not finite before training, as in a mask of -inf: `places` and `values`."""
+
+    places: torch.Tensor
+    values: torch.Tensor
+
+
+def constant(entry: torch.Tensor) -> Constant | None:
+    """Returns the elements of `entry` that no sum can hold, and that must stay as they are; None if there are none."""
+    if not _is_fraction(entry.dtype) or bool(torch.isfinite(entry.sum())):
+        return None
+    places = ~torch.isfinite(entry)
+    return Constant(places, entry[places]) if bool(places.any()) else None
+
+
+def without(name: str, entry: torch.Tensor, constant: Constant | None) -> torch.Tensor:
+    """Returns `entry` with zeros where it is `constant`.
+
+    Raises:
+        ValueRangeError: training has changed what was not finite before.
+    """
+    if constant is None:
+        return entry
+    entry, places = entry.detach().cpu(), constant.places.cpu()
+    if not torch.equal(
+        torch.nan_to_num(entry[places], nan=0.5), torch.nan_to_num(constant.values.cpu(), nan=0.5)
+    ):
+        raise ValueRangeError(f"{name} had values that are not finite, and training changed them")
+    return entry.masked_fill(places, 0)
 
 
 def encode(

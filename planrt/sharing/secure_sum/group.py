@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from planrt.errors import OptionError, SharingError
 from planrt.sharing.secure_sum.keys import PUBLIC_BYTES, PublicKeys
+from planrt.shown import shown
 
 MOST_MEMBERS = 1000
 """Each member seals a share for every other, so that messages and work grow with the square of their number."""
@@ -70,4 +71,16 @@ class Group:
             spelt = name.encode()
             digest.update(len(spelt).to_bytes(8, "big") + spelt)
             digest.update(self.keys[name].seal + self.keys[name].mask)
+            digest.update(self.keys[name].least.to_bytes(8, "big"))
         return digest.digest()
+
+    def wanting_more(self, count: int) -> str:
+        """Returns which members' owners want more than `count` workers in a sum, in words; ``""`` if none does."""
+        wanting = {name: keys.least for name, keys in self.keys.items() if keys.least > count}
+        if not wanting:
+            return ""
+        names = shown(", ".join(repr(name) for name in sorted(wanting)), 300)
+        return (
+            f"the owner{'s' * (len(wanting) > 1)} of {names} want{'s' * (len(wanting) == 1)} at least "
+            f"{max(wanting.values())} workers in a sum, and there are {count}"
+        )

@@ -27,10 +27,11 @@ _NONCE = bytes(12)
 @dataclass(frozen=True, slots=True)
 class PublicKeys:
     """The two keys that a worker advertises, 32 bytes each: others seal shares for it with `seal`, and make masks with
-    `mask`."""
+    `mask`. Its owner wants at least `least` workers in a sum."""
 
     seal: bytes
     mask: bytes
+    least: int = 2
 
 
 @dataclass(frozen=True, slots=True)

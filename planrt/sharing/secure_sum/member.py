@@ -37,14 +37,14 @@ class Member:
     """One worker in one aggregation, called `name`. Its owner wants at least `least` workers in the sum.
 
     Every method raises SharingError where it is called out of turn, a second time, or with what does not fit, and
-    PolicyError where there are fewer workers than the owner wants.
+    PolicyError where there are fewer workers than its owner wants, or another member's.
     """
 
     def __init__(self, name: str, *, least: int = 2) -> None:
         self.name = name
-        self.least = least
         self._seal = KeyPair.fresh()
         self._mask = KeyPair.fresh()
+        self._least = least
         self._seed = new_seed()
         self._next = "join"
         self._group: Group | None = None
@@ -58,21 +58,28 @@ class Member:
 
     def _turn(self, step: str, then: str) -> None:
         if self._next != step:
-            raise SharingError(
-                f"worker {self.name!r} was asked to {step} in a secure aggregation where its next step is to "
-                f"{self._next}: each is done once, in order"
-            )
+            raise self._out_of_turn(step)
         self._next = then  # before anything is done: what fails is not done again
+
+    def _out_of_turn(self, step: str) -> SharingError:
+        return SharingError(
+            f"worker {self.name!r} was asked to {step} in a secure aggregation where its next step is to "
+            f"{self._next}: each is done once, in order"
+        )
 
     def join(self) -> PublicKeys:
         """Returns this worker's keys for this aggregation."""
         self._turn("join", "share")
-        return PublicKeys(self._seal.public, self._mask.public)
+        return self._keys
+
+    @property
+    def _keys(self) -> PublicKeys:
+        return PublicKeys(self._seal.public, self._mask.public, self._least)
 
     def share(self, group: Group) -> dict[str, bytes]:
         """Returns for each other member its shares of this worker's seed and mask key, sealed."""
         self._turn("share", "mask")
-        if group.keys.get(self.name) != PublicKeys(self._seal.public, self._mask.public):
+        if group.keys.get(self.name) != self._keys:
             raise SharingError(f"the group does not have the keys that worker {self.name!r} advertised")
         self._check_enough(group, group.names, "the group")
         self._group, self._digest = group, group.digest()
@@ -87,10 +94,16 @@ class Member:
             for name, share in shares.items()
         }
 
-    @property
-    def members(self) -> int:
-        """The number of workers in the group, 0 before there is one."""
-        return len(self._group.keys) if self._group is not None else 0
+    def check_sealed(self, sealed: Mapping[str, bytes]) -> None:
+        """Raises unless `mask` is next, and could be done with these shares."""
+        if self._next != "mask":
+            raise self._out_of_turn("mask")
+        group = self._grouped()
+        if unknown := sealed.keys() - (group.keys.keys() - {self.name}):
+            raise SharingError(f"shares of {sorted(unknown)[0]!r}, who is no other member of the group")
+        if any(len(one) != SEALED_BYTES for one in sealed.values()):
+            raise SharingError(f"sealed shares have {SEALED_BYTES} bytes")
+        self._check_enough(group, [self.name, *sealed], "the group")
 
     def mask(self, values: torch.Tensor, sealed: Mapping[str, bytes], context: bytes) -> torch.Tensor:
         """Returns `values` (int64, 1-D, contiguous), masked in place.
@@ -98,13 +111,9 @@ class Member:
         `sealed` are the shares that other members sealed for this one; who sent none has dropped out. `context` is a
         digest of what all were asked, or masks do not cancel.
         """
+        self.check_sealed(sealed)
         self._turn("mask", "reveal")
         group = self._grouped()
-        if unknown := sealed.keys() - (group.keys.keys() - {self.name}):
-            raise SharingError(f"shares of {sorted(unknown)[0]!r}, who is no other member of the group")
-        self._check_enough(group, [self.name, *sealed], "the group")
-        if any(len(one) != SEALED_BYTES for one in sealed.values()):
-            raise SharingError(f"sealed shares have {SEALED_BYTES} bytes")
         self._sealed = dict(sealed)
         add_mask(values, self._seed)
         for name in sealed:
@@ -136,11 +145,8 @@ class Member:
         )
 
     def _check_enough(self, group: Group, names: Collection[str], what: str) -> None:
-        if len(names) < self.least:
-            raise PolicyError(
-                f"{what} has {len(names)} workers, and the owner of worker {self.name!r} wants at least {self.least}",
-                rule="require_secure_aggregation",
-            )
+        if wanting := group.wanting_more(len(names)):
+            raise PolicyError(wanting, rule="require_secure_aggregation")
         if len(names) < group.threshold:
             raise SharingError(
                 f"{what} has {len(names)} workers, fewer than its threshold of {group.threshold}"

@@ -29,7 +29,9 @@ _LONGEST: Final = 200
 _MOST: Final = 32
 """Names or shapes in a list."""
 _REFUSED: Final = frozenset({GetNotPermitted.kind, NotApproved.kind, UnknownDataset.kind, "PolicyError"})
-_RUNS: Final[dict[type, str]] = {m.Fit: "fit", m.Evaluate: "evaluate", m.RunPlan: "run"}
+_RUNS: Final[dict[type, str]] = {
+    m.Fit: "fit", m.FitMasked: "fit", m.Evaluate: "evaluate", m.RunPlan: "run"
+}  # fmt: skip
 
 
 class Audit(Protocol):
@@ -118,7 +120,8 @@ class Auditor:
         facts = about(error)
         if run is None and (isinstance(error, OpFailedError) or facts["outcome"] != "refused"):
             return  # told when the op failed, or no affair of the owner's
-        plan, dataset = getattr(body, "plan", None), getattr(body, "dataset", None)
+        asked = body.fit if isinstance(body, m.FitMasked) else body
+        plan, dataset = getattr(asked, "plan", None), getattr(asked, "dataset", None)
         data = [dataset] if isinstance(dataset, str) else None
         request = None if run else type(body).__name__.lower()
         plan = plan if isinstance(plan, str) else None

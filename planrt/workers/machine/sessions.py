@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from planrt.serde.tensors import payload_bytes
+from planrt.sharing.secure_sum.member import Member
 from planrt.workers.machine.events import ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.labels import Label, join
@@ -70,6 +71,8 @@ class Session:
     it; `KeptObjects.forget_optimizers` takes away what belongs to objects that are gone."""
     purposes: dict[str, str] = field(default_factory=dict)
     """Hash of a plan that was sent -> what its client says it is for: shown to the owner who is asked to approve it."""
+    sums: dict[str, Member] = field(default_factory=dict)
+    """Name -> this worker's side of a secure aggregation that its client has begun; see `SecureSums`."""
     graphs: Graphs = field(init=False)
     """What is known of its autograd graphs; shared with the sessions that it has had objects from."""
 

@@ -72,6 +72,7 @@ from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
+from planrt.workers.machine.secure_sums import SecureSums
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.dealers import DealerOps
 from planrt.workers.machine.sharing.parties import PartyOps
@@ -143,7 +144,8 @@ class WorkerState:
         self._dealers = DealerOps()
         self._eager = EagerOps(self._objects, self._passes, peers, self._parties, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
-        self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access)
+        self._sums = SecureSums(id, self._gate)
+        self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access, self._sums)
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -517,5 +519,13 @@ class WorkerState:
                 return self._training.fit(session, body, tensors)
             case m.Evaluate():
                 return self._training.evaluate(session, body, tensors)
+            case m.JoinSum():
+                return self._sums.join(session, body)
+            case m.ShareSecrets():
+                return self._sums.share(session, body)
+            case m.FitMasked():
+                return self._training.fit_masked(session, body, tensors)
+            case m.RevealShares():
+                return self._sums.reveal(session, body)
             case _:
                 raise LocalError(f"a worker does not take messages of type {type(body).__name__}")

@@ -28,6 +28,7 @@ from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.tensors import payload_bytes
+from planrt.sharing.secure_sum import encoding
 from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.admission import failed_on_data
@@ -36,7 +37,9 @@ from planrt.workers.machine.events import Answer
 from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.objects import KeptObjects
+from planrt.workers.machine.secure_sums import SecureSums
 from planrt.workers.machine.sessions import Session
+from planrt.workers.wire import masked_fits
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import UnknownDataset, UnknownPlan
 
@@ -57,8 +60,15 @@ class TrainingOps:
     """The data sets of one worker, and the plans that run on them."""
 
     def __init__(
-        self, worker_id: str, device: torch.device, gate: Gate | None, objects: KeptObjects, access: Access
+        self,
+        worker_id: str,
+        device: torch.device,
+        gate: Gate | None,
+        objects: KeptObjects,
+        access: Access,
+        sums: SecureSums,
     ) -> None:
+        self._sums = sums
         self._access = access
         self._worker_id = worker_id
         self._device = device
@@ -145,10 +155,35 @@ class TrainingOps:
 
     def fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
         """Trains a model on a data set: one worker's part of a round, or what a client left here."""
-        plan, constants = self._plan(body.plan), _NONE
-        deadline = math.inf
+        self._sums.check_plain()
+        plan = self._plan(body.plan)
+        result = self._trained(session, plan, body, self._state(session, body, tensors))
+        answer = m.Fitted(result.loss, result.samples, result.batches, list(result.changed))
+        if not body.objects:
+            return answer, result.state
+        for index, value in zip(result.changed, result.state, strict=True):
+            self._objects.replace_state(session, body.objects[index], value)
+        return answer, ()
+
+    def fit_masked(self, session: Session, body: m.FitMasked, tensors: list[torch.Tensor]) -> Answer:
+        """Trains as `fit` does, for a secure aggregation: the result is masked before it leaves."""
+        member = self._sums.begin(session, body)
+        plan = self._plan(body.fit.plan)
+        context = masked_fits.context(body, tensors)
+        constant = [
+            encoding.constant(value)
+            for entry, value in zip(plan.state, tensors, strict=False)
+            if entry.can_change
+        ]
+        result = self._trained(session, plan, body.fit, tensors, workers=1 + len(body.sealed))
+        return self._sums.masked(session, member, body, context, plan, result, constant)
+
+    def _trained(
+        self, session: Session, plan: Graph, body: m.Fit, state: list[torch.Tensor], **told: Any
+    ) -> training.TrainResult:
+        """Trains `state`, if the owner lets it, and tells the owner, with the facts `told`."""
+        constants, deadline = _NONE, math.inf
         source = self._dataset(session, body.dataset)
-        state = self._state(session, body, tensors)
         if self._gate is not None:
             constants = self._asked(self._gate, session, plan, state, body.dataset)
             self._admit_training(plan, constants, body, len(source))
@@ -183,13 +218,8 @@ class TrainingOps:
         if body.keep_optimizer_state:
             self._objects.forget_optimizers(session)
             session.optimizer_states[kept] = result.optimizer_state
-        self._told(session, "fit", plan, constants, body.dataset, result.samples, result.state)
-        answer = m.Fitted(result.loss, result.samples, result.batches, list(result.changed))
-        if not body.objects:
-            return answer, result.state
-        for index, value in zip(result.changed, result.state, strict=True):
-            self._objects.replace_state(session, body.objects[index], value)
-        return answer, ()
+        self._told(session, "fit", plan, constants, body.dataset, result.samples, result.state, **told)
+        return result
 
     def _asked(
         self, gate: Gate, session: Session, plan: Graph, state: Sequence[torch.Tensor], *data: str
@@ -252,12 +282,13 @@ class TrainingOps:
 
     def _told(
         self, session: Session, event: str, plan: Graph, constants: Sequence[Constant], key: str, rows: int,
-        state: Sequence[torch.Tensor] = (),
+        state: Sequence[torch.Tensor] = (), **more: Any,
     ) -> None:  # fmt: skip
         """The owner's log has a run on a data set."""
         released = self._gate is not None and self._gate.covers(self._datasets[key].info.tags)
         self._objects.audit.ran(
-            session, event, plan, constants, data=[key], rows=rows, released=released, bytes=payload_bytes(state)
+            session, event, plan, constants, data=[key], rows=rows, released=released,
+            bytes=payload_bytes(state), **more,
         )  # fmt: skip
 
     def _counts_leave(self, key: str, result: training.EvaluationResult) -> bool:
