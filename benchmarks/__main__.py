@@ -16,7 +16,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import calls, memory, plans, pointers, protocols, rounds, startup, throughput, tls, virtual
+from benchmarks import (
+    calls,
+    memory,
+    plans,
+    pointers,
+    protocols,
+    rounds,
+    sharing,
+    startup,
+    throughput,
+    tls,
+    virtual,
+)
 from benchmarks.measure import Row, table
 from benchmarks.workloads import Size
 from planrt.command_line import available_cores
@@ -32,6 +44,7 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "calls": calls.measure,
     "protocols": protocols.measure,
     "tls": tls.measure,
+    "sharing": sharing.measure,
 }
 
 

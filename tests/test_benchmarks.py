@@ -77,6 +77,19 @@ def test_it_runs_and_writes_its_results(tmp_path, capsys):
     assert isinstance(rows[0]["met"], bool)
 
 
+def test_shares_are_measured_with_their_rounds_and_bytes(tmp_path, capsys):
+    results = tmp_path / "results.json"
+    assert main(["--quick", "--only", "sharing", "--json", str(results)]) == 0
+    rows = json.loads(results.read_text())["groups"]["sharing"]
+    assert len(rows) == 7
+    for row in rows[:-1]:
+        assert row["details"]["rounds"] == int(row["details"]["rounds"]) > 0
+        assert row["details"]["sent"] > 0
+    assert [rows[2]["details"]["rounds"], rows[3]["details"]["rounds"]] == [4, 1]
+    assert rows[2]["details"]["sent"] <= 15 * 1000  # of 1,000 elements
+    assert "at 50 ms" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("goal", "met"),
     [

@@ -12,7 +12,7 @@ request, as in SPU's and CrypTen's trusted third party.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -24,6 +24,9 @@ import torch
 from planrt.errors import RandomnessError
 from planrt.sharing.randomness import Stream
 from planrt.sharing.requests import CHANGES, Known, Part, Request, Spec
+
+_LATELY = 1 << 24
+"""Bytes of masks that a dealer keeps."""
 
 _DTYPES = {"ring": torch.int64, "bits": torch.uint8, "words": torch.int16}
 
@@ -182,6 +185,8 @@ class Dealer:
     def __init__(self, seeds: Sequence[bytes]) -> None:
         self._seeds = list(seeds)
         self._begun = -1
+        self._lately: OrderedDict[tuple[int, object], torch.Tensor] = OrderedDict()
+        """Masks and coins that were looked at lately: most are asked about several times in a row."""
 
     def correction(self, number: int, request: Request) -> list[torch.Tensor]:
         """Returns the correction of request `number`, for the last party.
@@ -209,14 +214,24 @@ class Dealer:
             if request.fixed:
                 stock.put(number, request, self.correction(number, request))
 
+    def _drawn_value(self, known: Known) -> torch.Tensor:
+        key = known.number, known.source
+        value = self._lately.get(key)
+        if value is None:
+            (spec,) = known.source.free
+            total = _combined([spec.draw(Stream(seed, known.number)) for seed in self._seeds])
+            value = known.source.value(total)
+            self._lately[key] = value
+            while len(self._lately) > 1 and sum(one.nbytes for one in self._lately.values()) > _LATELY:
+                self._lately.popitem(last=False)
+        return value
+
     @staticmethod
     def _drawn(specs: Sequence[Spec], stream: Stream) -> list[Part]:
         return [spec.draw(stream) for spec in specs]
 
     def _look(self, known: Known) -> torch.Tensor:
-        (spec,) = known.source.free
-        total = _combined([spec.draw(Stream(seed, known.number)) for seed in self._seeds])
-        value: torch.Tensor = known.source.value(total)
+        value = self._drawn_value(known)
         for name, *arguments in known.changes:
             value = CHANGES[name](value, *arguments)
         return value

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from random import Random
 
 import pytest
 import torch
@@ -171,6 +172,46 @@ def test_a_group_ends_with_its_client_and_its_parts_go():
     net.run()
     assert net.states["b"]._parties._groups == {}
     assert net.states["dealer"]._dealers._groups == {}
+
+
+@pytest.mark.parametrize("secret", [torch.zeros(8, 8), torch.full((8, 8), -30000.0), torch.eye(8) * 1000])
+def test_what_a_party_receives_is_uniform_whatever_the_secret(secret, monkeypatch):
+    """Its own seed is the same in every run; bytes of all openings are counted, and held against equal shares."""
+    random = Random(7)
+    counts = torch.zeros(256, dtype=torch.int64)
+
+    def seen(sender, to, body, tensors):
+        if isinstance(body, m.Opening) and to == "a":
+            for tensor in tensors:
+                octets = tensor.reshape(-1).contiguous().view(torch.uint8)
+                counts.add_(torch.bincount(octets.to(torch.int64), minlength=256))
+        return body, tensors
+
+    for _ in range(20):
+        drawn = iter([bytes(16), random.randbytes(16)])
+        monkeypatch.setattr(dealers, "new_seed", lambda drawn=drawn: next(drawn))
+        net = Net("a", "b", "dealer")
+        net.begin()
+        net.share(1, secret)
+        net.changed = seen
+        net.post(
+            [Call("mm", (Ref(0), Ref(0)), {}, Ref(1)), Call("relu", (Ref(1),), {}, Ref(2))], [1], [None, 3]
+        )
+        net.run()
+    expected = counts.sum() / 256
+    assert expected > 50
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - 255) < 6 * (2 * 255) ** 0.5
+
+
+def test_what_all_are_to_know_may_be_read_by_who_says_so():
+    net = started("a", "b", "dealer")
+    for name in net.names:
+        net.tell(name, m.Put([m.PutItem(7, allowed=["somebody"])]), [torch.full((2, 2), 1e30)])
+    net.post([Call("add", (Ref(0), Ref(1)), {}, Ref(2))], [1, 7], [4])
+    for told in net.get(4):
+        assert "private" in told
+        assert "1e+30" not in told
 
 
 def test_a_seed_is_taken_once():

@@ -7,6 +7,7 @@ are, and who runs the protocols on them, is its session's affair (`sessions.Shar
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,8 +176,37 @@ def _at_places(args: Sequence[Any]) -> tuple[Any, ...]:
     )
 
 
+_KEPT: OrderedDict[Any, Any] = OrderedDict()
+"""What operations on arguments of these looks give, as tensors without values."""
+_MOST = 4096
+
+
 def _twin(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The results as torch tells them from tensors without values: shapes, dtypes, strides."""
+    try:
+        key = (func, _frozen(args), _frozen(kwargs))
+        found = _KEPT.get(key, _KEPT)
+    except TypeError:  # an argument of another kind
+        return _new_twin(func, args, kwargs)
+    if found is _KEPT:
+        found = _KEPT[key] = _new_twin(func, args, kwargs)
+        if len(_KEPT) > _MOST:
+            _KEPT.popitem(last=False)
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    """All that the looks of results depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, list | tuple):
+        return type(value), *map(_frozen, value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(one)) for key, one in value.items())
+    return type(value), value
+
+
+def _new_twin(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     wants_flags = func._schema.name in ("aten::where", "aten::masked_fill", "aten::masked_fill_")
 
     def twin(leaf: Any) -> Any:

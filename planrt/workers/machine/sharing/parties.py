@@ -291,7 +291,9 @@ class PartyOps:
             if stored.value.group is not group:
                 raise SharingError("its operands are shared in different groups, by different parties")
             return stored.value.share
-        return tensor_of(stored)
+        if not session.may_read(self._store.label_of(stored)):
+            raise GetNotPermitted("what all parties are to know is private, and not for this session's user")
+        return tensor_of(stored).detach()
 
     def _run(
         self, session: Session, group: Group, program: Program, operands: Sequence[StoredObject]
