@@ -30,9 +30,8 @@ class Name:
     note: str
 
 
-_ENCRYPTED = (
-    "encrypted tensors are not part of planrt yet: compute on pointers, or average with a third worker"
-)
+_ENCRYPTED = "share() makes such tensors: write x.fix_precision().share(bob, alice, crypto_provider=james)"
+_NOT_ENCRYPTED = "not what shares are made with here: see docs/sharing.md"
 _FUNCTIONS = "a name for a number in 0.2's messages; planrt's are not made of such"
 _PRIVATE = "read what private=True and allowed_users= protect, and write x.send(worker, private=True)"
 
@@ -71,8 +70,8 @@ syft.version.__version__                              planrt.version.__version__
 syft.PublicGridNetwork                                - | there is no grid gateway: write PrivateGridNetwork(*workers)
 syft.AdditiveSharingTensor                            - | {_ENCRYPTED}
 syft.FixedPrecisionTensor                             - | {_ENCRYPTED}
-syft.CRTPrecisionTensor                               - | {_ENCRYPTED}
-syft.LargePrecisionTensor                             - | {_ENCRYPTED}
+syft.CRTPrecisionTensor                               - | {_NOT_ENCRYPTED}
+syft.LargePrecisionTensor                             - | {_NOT_ENCRYPTED}
 syft.AutogradTensor                                   - | gradients of pointers are computed on their worker: call loss.backward()
 syft.PrivateTensor                                    - | {_PRIVATE}
 syft.LoggingTensor                                    - | call logging.basicConfig(level=logging.DEBUG) and see worker.traffic
@@ -117,11 +116,11 @@ syft.frameworks.torch.nn.Conv2d                       torch.nn.Conv2d
 syft.frameworks.torch.nn.RNN                          torch.nn.RNN
 syft.frameworks.torch.nn.GRU                          torch.nn.GRU
 syft.frameworks.torch.nn.LSTM                         torch.nn.LSTM
-syft.frameworks.torch.crypto.securenn.relu_deriv      - | {_ENCRYPTED}
-syft.frameworks.torch.mpc.spdz.spdz_mul               - | {_ENCRYPTED}
-syft.frameworks.torch.he.paillier.keygen              - | {_ENCRYPTED}
+syft.frameworks.torch.crypto.securenn.relu_deriv      - | {_NOT_ENCRYPTED}
+syft.frameworks.torch.mpc.spdz.spdz_mul               - | {_NOT_ENCRYPTED}
+syft.frameworks.torch.he.paillier.keygen              - | {_NOT_ENCRYPTED}
 syft.frameworks.torch.dp.pate.perform_analysis        - | planrt adds no noise: see planrt.plans.policy.rules for what a data owner can ask for
-syft.frameworks.torch.linalg.EncryptedLinearRegression - | {_ENCRYPTED}
+syft.frameworks.torch.linalg.EncryptedLinearRegression - | {_NOT_ENCRYPTED}
 
 syft.federated.train_config.TrainConfig               planrt.TrainConfig
 syft.federated.TrainConfig                            planrt.TrainConfig
@@ -245,9 +244,9 @@ Tensor.disable_gc             planrt.PointerTensor.disable_gc
 Tensor.create_pointer         - | x.send(worker) gives a pointer, PointerTensor(location=worker, id_at_location=id) one to what is there
 Tensor.private_tensor         - | {_PRIVATE}
 Tensor.allow                  - | allowed_users= of send says who may read, and a token who asks: worker.connect_as(token)
-Tensor.share                  - | {_ENCRYPTED}
-Tensor.fix_precision          - | {_ENCRYPTED}
-Tensor.float_precision        - | {_ENCRYPTED}
+Tensor.share                  torch.Tensor.share | after fix_precision(), or of whole numbers
+Tensor.fix_precision          torch.Tensor.fix_precision | field=, dtype= and storage= only as shares are: modulo 2**64
+Tensor.float_precision        torch.Tensor.float_precision
 Tensor.ser                    - | write planrt.serde.serialize(x)
 torch.native_*                - | planrt replaces none of torch's functions: write torch.masked_select and the like
 torch.roll                    torch.roll | torch's own, which takes whole numbers only
@@ -294,7 +293,7 @@ BaseWorker.objects_count      planrt.VirtualWorker.objects_count
 BaseWorker.list_objects       planrt.VirtualWorker.list_objects
 BaseWorker.fetch_plan         planrt.VirtualWorker.fetch_plan
 BaseWorker.is_client_worker   planrt.VirtualWorker | an attribute that is kept
-BaseWorker.generate_triple    - | {_ENCRYPTED}
+BaseWorker.generate_triple    - | the crypto provider hands them out by itself
 WebsocketClientWorker.connect planrt.WebsocketClientWorker.connect | a session's objects do not outlive their connection, unless they are tagged
 WebsocketClientWorker.close   planrt.WebsocketClientWorker.close
 WebsocketClientWorker.fit     planrt.WebsocketClientWorker.fit
@@ -318,8 +317,8 @@ Plan.owner                    planrt.Plan.owner
 Plan.state                    planrt.Plan | of func2plan(state=...): state.read(), state.tensors(), len(state)
 Plan.add_translation          - | plan.torchscript is the plan as TorchScript
 Plan.remove_translation       - | there are none to remove: plan.torchscript makes one when it is asked for
-Plan.fix_precision            - | {_ENCRYPTED}
-Plan.share                    - | {_ENCRYPTED}
+Plan.fix_precision            - | call the plan's function on shares
+Plan.share                    - | call the plan's function on shares
 PointerPlan.get               planrt.workers.pointers.plan.PointerPlan.get
 PointerPlan.move              planrt.workers.pointers.plan.PointerPlan.move
 PointerPlan.parameters        planrt.workers.pointers.plan.PointerPlan.parameters

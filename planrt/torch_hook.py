@@ -35,6 +35,7 @@ from planrt.workers.pointers.tensor import (
     pointer_id,
     refuse_options,
 )
+from planrt.workers.shares import surface
 from planrt.workers.virtual import VirtualWorker
 from planrt.workers.wire.objects import contiguous
 
@@ -278,23 +279,6 @@ def _set_id(self: torch.Tensor, number: int) -> None:
     give_id(self, id)
 
 
-_ENCRYPTED = ("fix_prec", "fix_precision", "float_prec", "float_precision", "share", "encrypt", "decrypt")
-"""What tensors and modules were asked for in the encrypted parts of PySyft 0.2; with ``_`` behind, in
-place."""
-
-
-def _not_encrypted(name: str) -> Any:
-    def refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
-        raise PointerError(
-            f"{name}() is not taken: encrypted tensors are not part of planrt yet; compute on pointers, or let a third "
-            "worker average what several have"
-        )
-
-    refuse.__name__ = name
-    refuse.__doc__ = "Not here: encrypted tensors are not part of planrt yet."
-    return refuse
-
-
 def _not_remote(name: str) -> Any:
     def refuse(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise PointerError(f"{name}() is for pointers, and this tensor is here: send() it first")
@@ -345,11 +329,15 @@ def _add_methods() -> None:
         elif home == "torch":
             setattr(torch, f"native_{word}", _NotReplaced(word))
     setattr(torch, "torch_hooked", True)  # noqa: B010 - torch declares no such name
-    for word in _ENCRYPTED:
-        for name in (word, f"{word}_"):
-            additions.setdefault(name, _not_encrypted(name))
-            if not hasattr(nn.Module, name):
-                setattr(nn.Module, name, _not_encrypted(name))
+    additions |= surface.TENSORS
+    surface.local_worker = lambda: current_hook().local_worker
+    for word in ("encrypt", "decrypt"):
+        additions[word] = surface.not_encrypted(word)
+        setattr(nn.Module, word, surface.not_encrypted(word))
+    for word, method in surface.MODULES.items():
+        setattr(nn.Module, word, method)
+    for word, method in surface.OPTIMIZERS.items():
+        setattr(torch.optim.Optimizer, word, method)
     for name, value in additions.items():
         setattr(torch.Tensor, name, value)
     for name, value in {

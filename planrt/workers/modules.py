@@ -37,6 +37,7 @@ from planrt.workers.pointers.tensor import (
     make_pointer,
     take_place,
 )
+from planrt.workers.shares import surface
 from planrt.workers.wire.objects import contiguous, new_id
 from planrt.workers.wire.posted import PostedOp
 
@@ -136,7 +137,9 @@ def _become_remote(
 
 
 def get_module(module: nn.Module) -> nn.Module:
-    """Brings every parameter and buffer back, in place."""
+    """Brings every parameter and buffer back, in place; those that are in shares are opened."""
+    if surface.is_shared(module):
+        return surface.get_shared_module(module)
     pointers = _remote(module)
     states = states_of(pointers)
     _become_local(module, pointers, states, fetch_all([*pointers, *(one.pointer for one in states)]))

@@ -28,7 +28,7 @@ _INSTEAD = {
     "send_msg": _MESSAGES, "recv_msg": _MESSAGES, "_send_msg": _MESSAGES, "_recv_msg": _MESSAGES,
     "_get_msg": "worker.log_msgs = True, and see worker.msg_history", "send_command": _OPS, "execute_command": _OPS,
     "respond_to_obj_req": "write pointer.get()", "create_pointer": "x.send(worker) gives a pointer",
-    "generate_triple": "encrypted tensors are not part of planrt yet",
+    "generate_triple": "the crypto provider hands them out by itself",
     "find_by_id": "write worker.search(id)", "find_by_tag": "write worker.search(tag)",
     "object_store": "see worker._objects", "serve_model": "write plan.send(worker)",
     "execute_worker_function": "nothing from a peer is run by its name: send a Plan made with func2plan",

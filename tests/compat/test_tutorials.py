@@ -332,23 +332,15 @@ def test_part_8_protocols(bob, alice, charlie, james):
 # ------------------------------------------ parts 9 to 13, their encrypted parts: refused, with what to write
 
 
-CALLS = {
-    "share": lambda x, bob, alice: x.share(bob, alice),
-    "fix_prec and share": lambda x, bob, alice: x.fix_prec().share(bob, alice, crypto_provider=None),
-    "of a pointer": lambda x, bob, alice: x.send(bob).fix_precision(),
-    "in place": lambda x, bob, alice: x.fix_precision_(),
-    "of a model": lambda x, bob, alice: nn.Linear(1, 1).fix_precision().share(bob, alice),
-    "back": lambda x, bob, alice: x.float_precision(),
-    "of a plan": lambda x, bob, alice: sy.func2plan(args_shape=[(1,)])(lambda x: x).fix_precision(),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_parts_9_to_13_encrypted_tensors_are_refused(bob, alice, call):
-    with pytest.raises(
-        RuntimeError, match="encrypted tensors are not part of planrt yet; compute on pointers"
-    ):
-        CALLS[call](th.ones(2), bob, alice)
+def test_parts_9_to_13_encrypted_tensors(bob, alice, james):
+    x = th.tensor([25]).share(bob, alice, crypto_provider=james)
+    assert (x * x).get().tolist() == [625]
+    model = nn.Linear(2, 1).fix_precision().share(bob, alice, crypto_provider=james)
+    data = th.ones(3, 2).fix_prec().share(bob, alice, crypto_provider=james)
+    found = model(data).get().float_precision()
+    assert th.allclose(found, model.get().float_precision()(th.ones(3, 2)), atol=4e-3)
+    with pytest.raises(RuntimeError, match="call it on shares"):
+        sy.func2plan(args_shape=[(1,)])(lambda x: x).fix_precision()
 
 
 @pytest.mark.parametrize("name", ["AdditiveSharingTensor", "FixedPrecisionTensor", "keras", "LoggingTensor"])

@@ -321,7 +321,7 @@ def test_fit_without_a_config_is_a_value_error(bob):
     ("name", "says"),
     [
         ("send_msg", r"x\.send\(worker\)"), ("recv_msg", r"pointer\.get"), ("send_command", "call torch's functions"),
-        ("execute_command", "pointers"), ("generate_triple", "not part of planrt yet"), ("find_by_tag", "search"),
+        ("execute_command", "pointers"), ("generate_triple", "crypto provider"), ("find_by_tag", "search"),
         ("_get_msg", "msg_history"), ("execute_worker_function", "func2plan"),
     ],
 )  # fmt: skip

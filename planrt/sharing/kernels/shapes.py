@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from planrt.errors import SharingError
+from planrt.sharing.additive import refresh
 from planrt.sharing.kernels.arithmetic import Kernel, One, linear, needs_fractions
 from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, at_slice, fractional
 from planrt.sharing.randomness import Stream
@@ -140,6 +141,11 @@ def _copy(context: Context, value: Share, source: Value, non_blocking: bool = Fa
 def _clone(context: Context, value: Share, **_: Any) -> Protocol[Share]:
     yield from ()
     return value.copied()
+
+
+def _refreshed(context: Context, value: Share) -> Protocol[Share]:
+    yield from ()
+    return Share(refresh(context.party, value.part), value.scale)
 
 
 def _converted(
@@ -336,6 +342,7 @@ SHAPES: dict[str, Kernel] = {
     "new_full": _new_full,
     "copy": _copy,
     "clone": _clone,
+    "refresh": _refreshed,
     "_to_copy": _converted,
     "bernoulli": _bernoulli,
     "index": _index,

@@ -86,6 +86,14 @@ class BatchedSession(SharingSession):
         """id of a handle -> its number among the operands, which keep it."""
         self._results: list[weakref.ref[Value]] = []
 
+    def names_of(self, handle: Value) -> Sequence[tuple[int, str, int]]:
+        """Returns the ids of a secret's parts, which are there when the calls that wait have run; see
+        `SharingSession.names_of`.
+        """
+        self.flush()
+        place = handle.place if isinstance(handle.place, int) else id(handle)
+        return [(place ^ (number + 1), party, place) for number, party in enumerate(self.parties)]
+
     @abstractmethod
     def _run_program(
         self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]

@@ -62,6 +62,14 @@ class SharingSession(ABC):
         """Returns a seed of 63 bits for what all parties draw alike, from torch's own generator."""
         return int(torch.randint(2**63 - 1, ()))
 
+    def names_of(self, handle: Handle) -> Sequence[tuple[int, str, int]]:
+        """Returns what tensors print of a secret: for each party an id here, its name, and the id of its part."""
+        return [(0, party, 0) for party in self.parties]
+
+    async def open_async(self, handle: Handle) -> tuple[torch.Tensor, int]:
+        """`open`, to be awaited on any loop."""
+        return self.open(handle)
+
     @abstractmethod
     def open(self, handle: Handle) -> tuple[torch.Tensor, int]:
         """Returns the secret (int64) and its scale: the only thing that shows one to whoever asks."""

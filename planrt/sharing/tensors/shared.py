@@ -87,9 +87,52 @@ class SharedTensor(torch.Tensor):
         whole, scale = self.session.open(self.handle)
         return decode(whole, scale, self.dtype)
 
+    def get_(self) -> torch.Tensor:
+        """`get`, of this object."""
+        torch.utils.swap_tensors(self, self.get())  # type: ignore[no-untyped-call]
+        return self
+
+    async def async_get(self) -> torch.Tensor:
+        """`get`, to be awaited on any loop."""
+        whole, scale = await self.session.open_async(self.handle)
+        return decode(whole, scale, self.dtype)
+
+    def refresh(self) -> SharedTensor:
+        """Returns the same values in new parts, which say nothing about the old ones; gradients pass through."""
+        made: SharedTensor = _Refreshed.apply(self)
+        return made
+
+    def copy(self) -> SharedTensor:
+        """Returns the same values in shares of their own."""
+        return self.clone()  # type: ignore[return-value]
+
+    @property
+    def child(self) -> SharedTensor:
+        """Returns the tensor itself: PySyft 0.2 wrapped what had the shares."""
+        return self
+
+    @property
+    def field(self) -> int:
+        """Returns 2**64: shares add up modulo it."""
+        return 2**64
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Returns True, as PySyft 0.2 did."""
+        return True
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        session = self.session
-        return f"SharedTensor({list(self.shape)}, {len(session.parties)} parties, scale {session.scale})"
+        """As PySyft 0.2 showed it: what wraps the shares, a pointer to each, and the crypto provider."""
+        session, is_parameter = self.session, getattr(self, "_is_param", False)
+        chain = "Parameter>" if is_parameter else "(Wrapper)>"
+        if self.requires_grad:
+            chain += "AutogradTensor>"
+        if self.dtype.is_floating_point:
+            chain += "FixedPrecisionTensor>"
+        names = session.names_of(self.handle)
+        lines = [f"\n\t-> [PointerTensor | me:{here} -> {party}:{there}]" for here, party, there in names]
+        heading = "Parameter containing:\n" if is_parameter else ""
+        return f"{heading}{chain}[AdditiveSharingTensor]{''.join(lines)}\n\t*crypto provider: {session.provider}*"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
         """Returns a copy in shares of the same parties."""
@@ -136,6 +179,19 @@ class SharedTensor(torch.Tensor):
             raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
         made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
         return args[0] if in_place else _wrapped(first, made, twin)
+
+
+class _Refreshed(torch.autograd.Function):
+    """New parts, whose gradient is the old ones'."""
+
+    @staticmethod
+    def forward(context: Any, value: SharedTensor) -> SharedTensor:
+        made = value.session.run("refresh", (Secret(value.handle),), {}, value.shape, in_place=False)
+        return SharedTensor(value.session, made, value.shape, value.dtype)
+
+    @staticmethod
+    def backward(context: Any, gradient: Any) -> Any:
+        return gradient
 
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")

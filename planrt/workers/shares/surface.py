@@ -1,0 +1,406 @@
+"""Encrypted tensors by PySyft 0.2's names: what tensors, pointers, modules and optimizers are given for them.
+
+`x.fix_precision().share(bob, alice, crypto_provider=james)`, `get`, `float_precision` and what goes with them; what of
+0.2's arguments has no meaning here is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from planrt.errors import LocalError, OptionError, PlanError, PointerError, SharingError
+from planrt.plans import Plan
+from planrt.sharing.fixed_point import scale_of
+from planrt.sharing.tensors.fixed import FixedPrecisionTensor
+from planrt.sharing.tensors.sessions import SharingSession
+from planrt.sharing.tensors.shared import SharedTensor, share
+from planrt.types import as_whole
+from planrt.workers.pointers.tensor import PointerTensor
+from planrt.workers.shares.session import DEFAULT_TIMEOUT, sharing_session
+
+BASE, DIGITS = 10, 3
+"""What fix_precision() means without arguments, as in 0.2: thousandths."""
+
+
+def _nobody() -> NoReturn:
+    raise SharingError("write crypto_provider=, or make a TorchHook: its worker is the crypto provider else")
+
+
+local_worker: Callable[[], Any] = _nobody
+"""Returns the worker of this process, which is the crypto provider where none is named. `torch_hook` sets it."""
+
+
+class SharedPointer:
+    """Stands for shares that a pointer's worker made: ``pointer.fix_precision().share(bob, alice)``.
+
+    ``get()`` returns them as a tensor in shares; the values stay hidden.
+    """
+
+    def __init__(self, tensor: SharedTensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        return self._tensor.shape
+
+    def get(self) -> SharedTensor:
+        """Returns the tensor in shares. ``get().get()`` opens it."""
+        return self._tensor
+
+    def __repr__(self) -> str:
+        return repr(self._tensor)
+
+
+class FixedPrecisionPointer:
+    """Stands for a tensor on a worker that is to be shared at a precision: ``pointer.fix_precision()``."""
+
+    def __init__(self, pointer: PointerTensor, base: int, digits: int) -> None:
+        self._pointer, self._base, self._digits = pointer, base, digits
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        return self._pointer.shape
+
+    @property
+    def location(self) -> Any:
+        """The worker that holds the tensor."""
+        return self._pointer.location
+
+    def share(
+        self,
+        *workers: Any,
+        crypto_provider: Any = None,
+        requires_grad: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+        **options: Any,
+    ) -> SharedPointer:
+        """Has the worker share its tensor among `workers`; see `share_tensor`. No part of it comes here.
+
+        Raises:
+            SharingError: fewer than two workers, one twice, or a value that does not fit.
+            GetNotPermittedError: the tensor is private, and not this user's to read.
+        """
+        _refuse("share", options)
+        scale = scale_of(base=self._base, precision_fractional=self._digits)
+        session = sharing_session(workers, _provider(crypto_provider), scale=scale, timeout=timeout)
+        made: Any = session.share_from(self._pointer).detach()
+        return SharedPointer(made.requires_grad_(requires_grad))
+
+    def float_precision(self) -> PointerTensor:
+        """Returns the pointer."""
+        return self._pointer
+
+    def get(self) -> FixedPrecisionTensor:
+        """Returns the tensor, rounded."""
+        return FixedPrecisionTensor.of(self._pointer.get(), self._base, self._digits)
+
+    def __repr__(self) -> str:
+        return f"(Wrapper)>FixedPrecisionTensor>{str(self._pointer).removeprefix('(Wrapper)>')}"
+
+
+def fix_precision(
+    self: torch.Tensor,
+    *,
+    precision_fractional: int = DIGITS,
+    base: int = BASE,
+    **options: Any,
+) -> FixedPrecisionTensor | FixedPrecisionPointer:
+    """Returns the values rounded to `precision_fractional` digits in `base`: thousandths, if not told otherwise.
+
+    Of a pointer, its worker does so when the tensor is shared.
+
+    Raises:
+        ValueRangeError: a value is too large for the precision, infinite or not a number.
+        OptionError: no such precision, or an argument of PySyft 0.2 that has no meaning here.
+    """
+    _refuse("fix_precision", options)
+    digits, base = as_whole(precision_fractional, "precision_fractional"), as_whole(base, "base")
+    if isinstance(self, PointerTensor):
+        scale_of(base=base, precision_fractional=digits)
+        return FixedPrecisionPointer(self, base, digits)
+    if isinstance(self, SharedTensor):
+        raise SharingError("the tensor is shared already: fix_precision() comes before share()")
+    return FixedPrecisionTensor.of(self, base, digits)
+
+
+def fix_precision_in_place(self: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`fix_precision`, of this object."""
+    return _become(self, fix_precision(self, **options))
+
+
+def float_precision(self: torch.Tensor) -> torch.Tensor:
+    """Returns the values as an ordinary tensor of floating-point numbers; what is one already, as it is.
+
+    Raises:
+        SharingError: the tensor is in shares.
+    """
+    if isinstance(self, FixedPrecisionTensor):
+        return self.plain
+    if isinstance(self, SharedTensor):
+        raise SharingError("the tensor is in shares: open it first, x.get().float_precision()")
+    if isinstance(self, PointerTensor) or self.is_floating_point():
+        return self
+    return self.to(torch.get_default_dtype())
+
+
+def float_precision_in_place(self: torch.Tensor) -> torch.Tensor:
+    """`float_precision`, of this object."""
+    if isinstance(self, FixedPrecisionTensor):
+        return _become(self, self.plain.detach().clone())
+    return _become(self, float_precision(self))
+
+
+def share_tensor(
+    self: torch.Tensor,
+    *workers: Any,
+    crypto_provider: Any = None,
+    requires_grad: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
+    **options: Any,
+) -> SharedTensor | SharedPointer:
+    """Returns the tensor in shares of `workers`, two or more: each holds one uniformly random part.
+
+    Whole numbers are shared as they are, fractions with `fix_precision` before. `crypto_provider` is the worker that
+    hands out what products and comparisons need; the worker of this process, if not given. A party waits `timeout`
+    seconds for another one.
+
+    Raises:
+        SharingError: fewer than two workers, one twice, the provider among them; fractions without a precision; or
+            the tensor is shared already.
+    """
+    _refuse("share", options)
+    if isinstance(self, SharedTensor):
+        raise SharingError("the tensor is shared already: get() opens it, refresh() draws new parts")
+    if isinstance(self, PointerTensor):
+        if self.dtype.is_floating_point:
+            raise SharingError(_NO_PRECISION)
+        return FixedPrecisionPointer(self, BASE, 0).share(
+            *workers, crypto_provider=crypto_provider, requires_grad=requires_grad, timeout=timeout
+        )
+    session = _session(self, workers, crypto_provider, timeout)
+    plain = self.plain if isinstance(self, FixedPrecisionTensor) else self
+    if requires_grad and not plain.is_floating_point():
+        raise SharingError(
+            "whole numbers have no gradients: fix_precision() before share(requires_grad=True)"
+        )
+    return share(session, plain.detach()).requires_grad_(requires_grad)  # type: ignore[return-value]
+
+
+_NO_PRECISION = (
+    "shares hold whole numbers: write x.fix_precision().share(...), or fix_precision(precision_fractional=5) for finer "
+    "fractions"
+)
+
+
+def _session(
+    tensor: torch.Tensor, workers: tuple[Any, ...], crypto_provider: Any, timeout: float
+) -> SharingSession:
+    if isinstance(tensor, FixedPrecisionTensor):
+        scale = tensor.scale
+    elif tensor.is_complex() or tensor.is_floating_point():
+        raise SharingError(_NO_PRECISION)
+    else:
+        scale = scale_of(base=BASE, precision_fractional=DIGITS)  # what they may meet
+    return sharing_session(workers, _provider(crypto_provider), scale=scale, timeout=timeout)
+
+
+def _provider(worker: Any) -> Any:
+    return worker if worker is not None else local_worker()
+
+
+def share_in_place(self: torch.Tensor, *workers: Any, **options: Any) -> torch.Tensor:
+    """`share_tensor`, of this object."""
+    return _become(self, share_tensor(self, *workers, **options))
+
+
+def _become(tensor: torch.Tensor, made: Any) -> torch.Tensor:
+    """Makes `tensor` what `made` is."""
+    if isinstance(tensor, PointerTensor) or not isinstance(made, torch.Tensor):
+        raise PointerError("a pointer does not change in place: write x = x.fix_precision().share(...)")
+    if made is tensor:
+        return tensor
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise SharingError(
+            f"the tensor cannot change in place while results computed from it are there: do it before ({error})"
+        ) from None
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------- modules, optimizers
+
+
+def _each(module: nn.Module) -> list[torch.Tensor]:
+    if isinstance(module, Plan):
+        raise PlanError("a plan is not shared: call it on shares, plan(x.fix_precision().share(bob, alice))")
+    return [
+        one
+        for one in dict.fromkeys([*module.parameters(), *module.buffers()])
+        if one.is_floating_point() or isinstance(one, SharedTensor)
+    ]
+
+
+def _put(tensor: torch.Tensor, made: torch.Tensor, requires_grad: bool) -> None:
+    """In the place of a parameter, which stays the same object: optimizers keep stepping it."""
+    if isinstance(tensor, nn.Parameter) or getattr(tensor, "_is_param", False):
+        made = nn.Parameter(made.detach(), requires_grad)
+    _become(tensor, made)
+
+
+def fix_module_precision(self: nn.Module, **options: Any) -> nn.Module:
+    """Rounds the parameters and floating-point buffers to a precision, in place; see `fix_precision`."""
+    tensors = _each(self)
+    for tensor in tensors:
+        if isinstance(tensor, PointerTensor):
+            raise PointerError("the module is on a worker: get() it before fix_precision()")
+    made = [fix_precision(one.detach(), **options) for one in tensors]
+    for tensor, one in zip(tensors, made, strict=True):
+        _put(tensor, one, tensor.requires_grad)  # type: ignore[arg-type]  # of no pointer
+    return self
+
+
+def share_module_parameters(
+    self: nn.Module,
+    *workers: Any,
+    crypto_provider: Any = None,
+    requires_grad: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Shares the parameters and floating-point buffers, in place; they train with `requires_grad`.
+
+    Raises:
+        SharingError: as `share_tensor`; nothing has changed then.
+    """
+    tensors = _each(self)
+    if not tensors:
+        raise SharingError("the module has no parameters to share")
+    made = [
+        share_tensor(one.detach(), *workers, crypto_provider=crypto_provider, **options) for one in tensors
+    ]
+    for tensor, one in zip(tensors, made, strict=True):
+        is_parameter = isinstance(tensor, nn.Parameter) or getattr(tensor, "_is_param", False)
+        _put(tensor, one, requires_grad and is_parameter)  # type: ignore[arg-type]
+    return self
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Returns whether parameters of the module are in shares."""
+    return any(isinstance(one, SharedTensor) for one in (*module.parameters(), *module.buffers()))
+
+
+def get_shared_module(module: nn.Module) -> nn.Module:
+    """Opens the parameters and buffers that are in shares, in place."""
+    tensors = [one for one in _each(module) if isinstance(one, SharedTensor)]
+    values = [one.get() for one in tensors]
+    for tensor, one in zip(tensors, values, strict=True):
+        _put(tensor, one, True)
+    return module
+
+
+def float_module_precision(self: nn.Module) -> nn.Module:
+    """Turns parameters at a fixed precision into ordinary ones, in place.
+
+    Raises:
+        SharingError: they are in shares.
+    """
+    if is_shared(self):
+        raise SharingError("the module is in shares: model.get().float_precision()")
+    for tensor in _each(self):
+        if isinstance(tensor, FixedPrecisionTensor):
+            _put(tensor, tensor.detach().plain, True)  # type: ignore[attr-defined]
+    return self
+
+
+def fix_optimizer_precision(self: torch.optim.Optimizer, **options: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer: its numbers are known to all, and rounded where they meet shares."""
+    options.pop("precision_fractional", None)
+    _refuse("fix_precision", options)
+    return self
+
+
+# ---------------------------------------------------------------------------------------------- what 0.2 had besides
+
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "dtype": (None, "long"),
+    "field": (None, 2**64),
+    "protocol": (None, "snn"),
+    "no_wrap": (False,),
+    "verbose": (True, False),
+    "storage": (None, "auto"),
+    "kappa": (1,),
+}
+"""Arguments of 0.2 and the values that mean what planrt does."""
+
+_INSTEAD = {
+    "dtype": "shares are integers of 64 bits",
+    "field": "shares are modulo 2**64",
+    "protocol": "planrt has one protocol, see docs/sharing.md",
+    "storage": "shares are integers of 64 bits; for larger values take fewer digits",
+}
+
+
+def _refuse(name: str, options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if option not in _ACCEPTED:
+            raise OptionError(f"{name}() has no argument {option}=")
+        if value not in _ACCEPTED[option]:
+            raise OptionError(
+                f"{name}({option}={value!r}) is not taken: {_INSTEAD.get(option, 'leave it out')}"
+            )
+
+
+def not_encrypted(name: str) -> Any:
+    """Returns what stands for a name of 0.2 that is not here."""
+
+    def refuse(self: object, *args: Any, **kwargs: Any) -> NoReturn:
+        raise LocalError(
+            f"{name}() is not taken: write x.fix_precision().share(bob, alice), and get() to open it"
+        )
+
+    refuse.__name__ = name
+    refuse.__doc__ = "Not here: tensors are encrypted by sharing them."
+    return refuse
+
+
+TENSORS: dict[str, Any] = {
+    "fix_precision": fix_precision,
+    "fix_prec": fix_precision,
+    "fix_precision_": fix_precision_in_place,
+    "fix_prec_": fix_precision_in_place,
+    "float_precision": float_precision,
+    "float_prec": float_precision,
+    "float_precision_": float_precision_in_place,
+    "float_prec_": float_precision_in_place,
+    "share": share_tensor,
+    "share_": share_in_place,
+}
+"""What torch.Tensor is given."""
+
+MODULES: dict[str, Any] = {
+    "fix_precision": fix_module_precision,
+    "fix_prec": fix_module_precision,
+    "fix_precision_": fix_module_precision,
+    "fix_prec_": fix_module_precision,
+    "float_precision": float_module_precision,
+    "float_prec": float_module_precision,
+    "float_precision_": float_module_precision,
+    "float_prec_": float_module_precision,
+    "share": share_module_parameters,
+    "share_": share_module_parameters,
+}
+"""What torch.nn.Module is given."""
+
+OPTIMIZERS: dict[str, Any] = {
+    "fix_precision": fix_optimizer_precision,
+    "fix_prec": fix_optimizer_precision,
+    "fix_precision_": fix_optimizer_precision,
+}
+"""What torch.optim.Optimizer is given."""
