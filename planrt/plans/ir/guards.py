@@ -242,6 +242,58 @@ def _check_recurrent(name: str, gates: int, packed: bool, given: dict[str, Any])
         raise refused(f"states for a batch of {batch}")
 
 
+def _cell(gates: int) -> Callable[[Function], Function]:
+    """One step of a recurrent net: a row of inputs for each row of states, and weights that fit both.
+
+    Without: torch up to 2.11 reads states and weights that are not there (a crash).
+    """
+
+    @_checked
+    def check(
+        input: torch.Tensor,
+        hx: Any,
+        w_ih: torch.Tensor,
+        w_hh: torch.Tensor,
+        b_ih: torch.Tensor | None = None,
+        b_hh: torch.Tensor | None = None,
+    ) -> None:
+        states = list(hx) if isinstance(hx, list | tuple) else [hx]
+        if len(states) != (2 if gates == _LSTM else 1) or not all(
+            isinstance(one, torch.Tensor) and one.dim() == 2 for one in (input, *states, w_ih, w_hh)
+        ):
+            raise ValueError(
+                "a cell takes a batch of inputs, as many states as it has, and weights: all of 2 dimensions"
+            )
+        hidden = states[0].shape[1]
+        wanted = [[len(input), hidden]] * len(states) + [
+            [gates * hidden, input.shape[1]],
+            [gates * hidden, hidden],
+        ]
+        if [list(one.shape) for one in (*states, w_ih, w_hh)] != wanted or any(
+            one is not None and list(one.shape) != [gates * hidden] for one in (b_ih, b_hh)
+        ):
+            raise ValueError(f"a cell of {hidden} hidden units takes states, weights and biases of its sizes")
+
+    return check
+
+
+def _with_its_own_memory(function: Function) -> Function:
+    """The kernel sorts a copy in place, and takes it that an expanded view's copy has an entry for each repeat.
+
+    Without: the medians are wrong, and are read from memory beyond the copy.
+    """
+
+    @wraps(function, updated=())
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], torch.Tensor) and 0 in args[0].stride():
+            args = (args[0].contiguous(), *args[1:])
+        elif (given := kwargs.get("input")) is not None and 0 in given.stride():
+            kwargs["input"] = given.contiguous()
+        return function(*args, **kwargs)
+
+    return guarded
+
+
 _LSTM: Final = 4
 
 _POLYNOMIALS = """
@@ -265,6 +317,16 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
     "torch.gru": _recurrent(3),
     "torch.rnn_tanh": _recurrent(1),
     "torch.rnn_relu": _recurrent(1),
+    "torch.lstm_cell": _cell(_LSTM),
+    "torch.gru_cell": _cell(3),
+    "torch.rnn_tanh_cell": _cell(1),
+    "torch.rnn_relu_cell": _cell(1),
+    **{
+        f"{home}.{word}": _with_its_own_memory
+        for home in ("torch", "Tensor")
+        for word in ("median", "nanmedian")
+    },
+    **{f"{home}.matrix_power": _limit_count("n", 1, 2**62) for home in ("torch", "Tensor", "linalg")},
     "torch.combinations": _limit_count("r", 1, 32),
     **{f"special.{word}": _limit_count("n", 1) for word in _POLYNOMIALS.split()},
     "special.polygamma": _limit_count("n", 0),

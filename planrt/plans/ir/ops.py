@@ -303,7 +303,13 @@ _ON_CPU: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _home(prefix: str) -> Any:
-    return {"torch": torch, "Tensor": torch.Tensor, "special": torch.special, "nn.functional": F}[prefix]
+    return {
+        "torch": torch,
+        "Tensor": torch.Tensor,
+        "special": torch.special,
+        "nn.functional": F,
+        "linalg": torch.linalg,
+    }[prefix]
 
 
 _ALL_GUARDS: Final = {**INDEX_GUARDS, **GUARDS}
