@@ -74,6 +74,7 @@ def measure(size: Size) -> list[Row]:
     with ExitStack() as stack:
         workers = stack.enter_context(mnist_workers())
         trained = Rounds(workers, mnist_config(batches))
+        secured = Rounds(workers, mnist_config(batches), secure_aggregation=True)
         empty = Rounds(workers, mnist_config(0))
         echoes = stack.enter_context(Echoes(len(workers)))
         payload = bytes(MODEL_BYTES)
@@ -85,6 +86,7 @@ def measure(size: Size) -> list[Row]:
             {"ours": trained.run, **{name: floor.run for name, floor in floors.items()}},
             repeats=size.repeats,
         )
+        masked = in_turns({"ours": secured.run, "plain": trained.run}, repeats=size.repeats)
         overheads = in_turns(
             {"ours": empty.run, "echo": lambda: echoes.round_trip(payload)}, repeats=3 * size.repeats
         )
@@ -113,6 +115,17 @@ def measure(size: Size) -> list[Row]:
             "websockets echo",
             Goal(at_most=15.0, absolute=True),
             "zero batches, 431,080 parameters there and back, three workers",
+        )
+    )
+    rows.append(
+        Row(
+            "round with secure aggregation",
+            "ms",
+            masked["ours"].map(lambda seconds: 1000 * seconds),
+            masked["plain"].map(lambda seconds: 1000 * seconds),
+            "the same round without",
+            Goal(at_most=1.5),
+            f"431,080 parameters, {len(workers)} workers, {batches} batches of 32",
         )
     )
     return rows + _traffic_rows(traffic)

@@ -140,6 +140,13 @@ def test_two_workers_learn_the_prices(examples, boston_folder):
         assert ended.number(r"Final test MSE ([\d.]+)") < 25
 
 
+def test_three_workers_learn_the_prices_and_nobody_sees_their_models(examples, boston_folder):
+    for ended in examples.run_both_ways("boston_secure", "--epochs", "12", "--data", str(boston_folder)):
+        assert len(re.findall(r"Round \d+: mean loss [\d.]+ over all workers", ended.out)) == 12
+        assert ended.number(r"without secure aggregation: ([\d.e-]+)") < 1e-4
+        assert ended.number(r"Final test MSE ([\d.]+)") < 30
+
+
 def test_prices_without_the_file_are_one_line(examples):
     (ended,) = examples.finish(examples.start("boston_two_workers"))
     assert ended.code == 1

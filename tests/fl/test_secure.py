@@ -18,6 +18,7 @@ from planrt.errors import (
     PolicyRefusedError,
     QuorumError,
     RemoteError,
+    RunFolderError,
     UpdateRefusedError,
     WorkerLostError,
 )
@@ -219,6 +220,26 @@ def test_no_data_at_all_changes_nothing(make_worker):
     result = run(scheduler, 1, job.state)
     assert same(result.state, job.state)
     assert np.isnan(result.loss)
+
+
+def test_a_run_goes_on_where_it_was(workers, tmp_path):
+    async def rounds(scheduler, until):
+        await scheduler.prepare()
+        state = scheduler.state
+        for number in range(scheduler.next_round, until + 1):
+            state = (await scheduler.run_round(number, state)).state
+        await scheduler.close()
+        return state
+
+    options = {"dataset_key": "d", "seed": 7, "secure_aggregation": True}
+    whole = asyncio.run(rounds(RoundScheduler(workers, config(), run_dir=tmp_path / "whole", **options), 3))
+    asyncio.run(rounds(RoundScheduler(workers, config(), run_dir=tmp_path / "part", **options), 2))
+    other = RoundScheduler.resume(tmp_path / "part", workers, config())
+    with pytest.raises(RunFolderError, match="its combining is 'SecureExchange of threshold 3, 32 bits'"):
+        asyncio.run(rounds(other, 3))
+    asyncio.run(other.close())
+    again = RoundScheduler.resume(tmp_path / "part", workers, config(), secure_aggregation=True)
+    assert same(asyncio.run(rounds(again, 3)), whole)
 
 
 # --------------------------------------------------------------------------------------- what the server sees

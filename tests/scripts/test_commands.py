@@ -340,6 +340,19 @@ def test_a_run_prints_evaluates_and_leaves_report_model_and_plot(commands, worke
     assert not torch.equal(net.fc2.weight, seeded_net(1).fc2.weight)
 
 
+def test_with_secure_aggregation_no_single_model_is_evaluated(commands, workers):
+    options = ["--rounds", "2", *QUICK, "--run-dir", "run", "--secure-aggregation"]
+    ended = commands.run([*TRAIN, *named(workers), *options])
+    assert (ended.code, ended.err) == (0, "")
+    assert "Model update" not in ended.out
+    assert ended.out.count("  Federated model: Average loss: ") == 2
+    report = json.loads((commands.folder / "run" / "report.json").read_text())
+    assert report["options"]["secure-aggregation"] is True
+    for entry in report["rounds"]:
+        assert set(entry["evaluation"]) == {"federated"}
+        assert [part["loss"] for part in entry["workers"].values()] == [None] * 3
+
+
 def test_the_seed_decides_the_run_and_two_workers_are_enough(commands, workers):
     def train(seed: int, run: str) -> dict[str, torch.Tensor]:
         options = ["--rounds", "2", *QUICK, "--seed", str(seed), "--run-dir", run]
