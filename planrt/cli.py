@@ -1,6 +1,7 @@
 """``planrt``: serve a worker, run the main job, and for data owners: look into plans, approve and deny them.
 
-What needs no torch starts without it: `pending`, `approve`, `deny`, `decisions`, `audit` and `users` answer at once.
+What needs no torch starts without it: `pending`, `approve`, `deny`, `decisions`, `audit`, `users` and `status` answer
+at once.
 
 Exit codes (those of `serve` and `run` are in `planrt.command_line`): 0 done (for ``inspect``: the plan keeps
 the policy), 1 it breaks the policy (``audit --check``: the
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from planrt.command_line import Parser, leave, run_command
 from planrt.commands import audit, certs, users
 from planrt.errors import OptionError, PlanrtError
+from planrt.fl.runs import status
 from planrt.shown import shown
 from planrt.version import VERSION
 
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     users.register(commands, _command)
     certs.register(commands, _command)
     audit.register(commands, _command)
+    status.register(commands, _command)
     return parser
 
 

@@ -2,7 +2,8 @@
 
 ``python -m planrt.fl.mnist_async`` is the same command. Three workers train on digits 0-3, 4-6 and 7-9, their
 models are averaged every round, and a fourth, called testing, evaluates. Workers that already run are used
-(`--worker`, or ports 8777-8780); otherwise four processes are started and stopped again. Exit codes: see
+(`--worker`, or ports 8777-8780); otherwise four processes are started and stopped again. The run is written down in
+its folder, and ``--resume`` goes on with one that was killed, interrupted or failed. Exit codes: see
 `planrt.command_line`.
 """
 
@@ -11,96 +12,58 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
+import json
 import platform
+import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planrt.command_line import Parser, positive_number, run_command, whole_number
-from planrt.errors import OptionError
+from planrt.command_line import one_line, run_command
+from planrt.errors import RemoteError, RunFolderError, TransportError
 from planrt.extras import check_installed, needed
 from planrt.fl.data import digits as data
 from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.runs.discovery import (
     Identity,
-    add_identity,
     connect,
     dataset_of,
     given_addresses,
-    named_address,
     running_addresses,
 )
+from planrt.fl.runs.disk import Disk
+from planrt.fl.runs.job_folder import check_room, job_folder
+from planrt.fl.runs.job_options import by_option_name, parsed, parser, resumed
+from planrt.fl.runs.run_folder import OPTIONS, RunFolder
 
 if TYPE_CHECKING:
     import torch
 
+    from planrt.fl.config import TrainConfig
+    from planrt.fl.evaluator import ModelEvaluator
+    from planrt.fl.rounds import RoundResult, RoundScheduler
     from planrt.plans.training import EvaluationResult
+
+__all__ = ["Progress", "main", "parser", "run"]
 
 EVALUATE_EVERY = 10
 LR_DECAY = 0.98
 LR_FLOOR = 0.01  # of the initial learning rate
+TELL_AFTER = 30.0
+"""Seconds of waiting in one round after which a line says for whom."""
+
 DIGIT_GROUPS = ((0, 3), (4, 6), (7, 9))
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "mnist_async") -> int:
     """Runs the command; returns its exit code. `prog` is what it was called by."""
-    options = parser(prog).parse_args(arguments)
-    return run_command(prog, lambda: run(options), verbose=options.verbose)
-
-
-def parser(prog: str = "mnist_async") -> Parser:
-    """Returns the parser of the command's options."""
-    parser = Parser(prog=prog, description="Train the MNIST network on federated workers.")
-    count = whole_number(at_least=1)
-    seed = whole_number(at_least=0)
-    add = parser.add_argument
-    add("--rounds", type=count, default=40, help="rounds of training and averaging (%(default)s)")
-    add("--batch-size", type=count, default=32, help="training images per batch (%(default)s)")
-    add(
-        "--federate-after-n-batches",
-        type=count,
-        default=10,
-        help="batches per worker and round (%(default)s)",
-    )
-    add(
-        "--lr",
-        type=positive_number,
-        default=0.1,
-        help="learning rate at first (%(default)s); 2%% less each round",
-    )
-    add("--test-batch-size", type=count, default=128, help="test images per batch (%(default)s)")
-    add("--seed", type=seed, default=1, help="what every random choice derives from (%(default)s)")
-    add("--device", default="cpu", help="where the workers started here compute (%(default)s)")
-    add(
-        "--fast-kernels",
-        action="store_true",
-        help="on a GPU: the fastest kernels, though runs then need not repeat bit for bit",
-    )
-    add(
-        "--secure-aggregation",
-        action="store_true",
-        help="the workers' models are added up masked: nobody sees a single one",
-    )
-    add("--save-model", metavar="PATH", help="save the model there too: .safetensors, .pt or .pth")
-    add("--verbose", action="store_true", help="show the workers' logs, and tracebacks of errors")
-    add("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    add("--dataset", choices=data.DATASETS, default="auto", help="which images to train on (%(default)s)")
-    add(
-        "--worker",
-        action="append",
-        type=named_address,
-        metavar="NAME=URI",
-        help="use this worker (repeatable)",
-    )
-    add_identity(add)
-    add("--report", metavar="PATH", help="where report.json goes instead of the run folder")
-    add("--run-dir", metavar="DIR", help="run folder (runs/<time>-seed<seed>)")
-    return parser
+    options, chosen = parsed(arguments, prog)
+    return run_command(prog, lambda: run(resumed(options, chosen)), verbose=options.verbose)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -111,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
     """
     began = time.perf_counter()
     check_installed("tqdm", "matplotlib", by="this run")
-    with _run_folder(options) as folder:
+    progress = Progress()
+    with job_folder(options) as folder:
         identity = Identity.of(options)
         addresses = given_addresses(options.worker) if options.worker else running_addresses(identity)
         with contextlib.ExitStack() as stack:
@@ -135,9 +99,24 @@ def run(options: argparse.Namespace) -> None:
             if children is not None:
                 addresses = {worker.id: worker.uri for worker in children.wait_ready().values()}
                 identity = Identity()  # they have no users
-            report, state = asyncio.run(_train(options, addresses or {}, identity, network, began))
-        _write(options, folder, report, state)
+            try:
+                asyncio.run(_train(options, addresses or {}, identity, network, began, folder, progress))
+            except BaseException as error:
+                _write_stopped(options, folder, progress, error)
+                raise
+        report = progress.report
+        assert report is not None  # noqa: S101 - it has trained
+        assert progress.state is not None  # noqa: S101
+        _write(options, folder, report, progress.state)
     _print_summary(options, folder, report, time.perf_counter() - began)
+
+
+@dataclass
+class Progress:
+    """The place that a run has come to, for who writes down what was done when it ends early."""
+
+    report: Report | None = None
+    state: Mapping[str, torch.Tensor] | None = None
 
 
 async def _train(
@@ -146,16 +125,18 @@ async def _train(
     identity: Identity,
     network: torch.nn.Module,
     began: float,
-) -> tuple[Report, Mapping[str, torch.Tensor]]:
+    folder: Path,
+    progress: Progress,
+) -> None:
     import torch.nn.functional as F
 
     from planrt.fl.config import TrainConfig
-    from planrt.fl.rounds import ModelEvaluator, RoundScheduler
+    from planrt.fl.evaluator import ModelEvaluator
 
     async with contextlib.AsyncExitStack() as stack:
-        workers = await connect(addresses, stack, identity)
+        workers = await connect(addresses, stack, identity, needed=options.min_workers)
         report = Report(
-            dataset_of(workers, options.dataset), options.seed, _by_option_name(options), _versions()
+            dataset_of(workers, options.dataset), options.seed, by_option_name(options), _versions()
         )
         testing = workers.pop(data.TESTING)
         config = TrainConfig(
@@ -166,55 +147,164 @@ async def _train(
             optimizer_args={"lr": options.lr},
             max_nr_batches=options.federate_after_n_batches,
         )
-        scheduler = RoundScheduler(
-            list(workers.values()),
-            config,
-            dataset_key=data.TRAIN_KEY,
-            seed=options.seed,
-            secure_aggregation=options.secure_aggregation,
-        )
+        scheduler = _scheduler(options, list(workers.values()), config, folder)
+        stack.push_async_callback(scheduler.close)
         evaluator = ModelEvaluator(
             testing, config, dataset_key=data.TEST_KEY, batch_size=options.test_batch_size
         )
         await scheduler.prepare()
         await evaluator.prepare()
+        state = scheduler.state
+        await asyncio.to_thread(check_room, options, folder, sum(value.nbytes for value in state.values()))
+        Disk().write_whole(folder / OPTIONS, [json.dumps(by_option_name(options)).encode()])
+        report.rounds = [_round_in(line) for line in scheduler.history()]
+        progress.report, progress.state = report, state
+        goes_on = f", from round {scheduler.next_round}" if options.resume else ""
         print(
-            f"Training on {', '.join(workers)}; ready after {time.perf_counter() - began:.1f} s", flush=True
+            f"Training on {', '.join(workers)}; ready after {time.perf_counter() - began:.1f} s{goes_on}",
+            flush=True,
         )
 
-        state: Mapping[str, torch.Tensor] = config.state
         lr = options.lr
         # The bar shows on terminals and in notebooks only; what is printed goes above it.
         with _bars()(total=options.rounds, unit="round", mininterval=0, disable=None, leave=False) as bar:
             for number in range(1, options.rounds + 1):
+                round_lr, lr = lr, max(LR_DECAY * lr, LR_FLOOR * options.lr)
+                if number < scheduler.next_round:
+                    bar.update()
+                    continue
                 evaluating = number % EVALUATE_EVERY == 1 or number == options.rounds
-                result = await scheduler.run_round(
-                    number,
-                    state,
-                    lr=lr,
-                    keep_worker_states=evaluating and not options.secure_aggregation,
-                )
+                async with _telling(scheduler, bar):
+                    result = await scheduler.run_round(
+                        number,
+                        state,
+                        lr=round_lr,
+                        keep_worker_states=evaluating and not options.secure_aggregation,
+                        save=False,
+                    )
                 state = result.state
                 bar.update()
                 title = f"Training round {number}/{options.rounds}"
-                _say(f"{title}: loss {result.loss:.4f}, {result.seconds:.2f} s")
-                evaluations = {}
+                _say(f"{title}: loss {result.loss:.4f}, {result.seconds:.2f} s{_without(result)}")
+                evaluations: dict[str, Evaluation] = {}
                 started = time.perf_counter()
                 if evaluating:
                     _say("Evaluating models")
-                    for name, model in [*result.worker_states.items(), (FEDERATED, state)]:
-                        evaluations[name] = _evaluated(name, await evaluator.evaluate(model))
+                    models = [*result.worker_states.items(), (FEDERATED, state)]
+                    evaluations = await _evaluations(evaluator, models, scheduler.round_timeout)
+                seconds = time.perf_counter() - started
                 report.rounds.append(
-                    Round(
-                        number,
-                        result.seconds,
-                        result.workers,
-                        time.perf_counter() - started,
-                        evaluations,
-                    )
+                    Round(number, result.seconds, result.workers, seconds, evaluations, result.missing)
                 )
-                lr = max(LR_DECAY * lr, LR_FLOOR * options.lr)
-    return report, state
+                progress.state = state
+                await scheduler.save(
+                    evaluation_seconds=seconds,
+                    evaluation={name: asdict(one) for name, one in evaluations.items()},
+                )
+        await scheduler.settled()
+
+
+def _scheduler(
+    options: argparse.Namespace, workers: list[Any], config: TrainConfig, folder: Path
+) -> RoundScheduler:
+    """The scheduler of a run that begins, or goes on."""
+    from planrt.fl.robust import aggregation_called
+    from planrt.fl.rounds import RoundScheduler
+
+    aggregation, secure = aggregation_called(options.aggregation), options.secure_aggregation
+    changeable = {"min_workers": options.min_workers, "checkpoint_every": options.checkpoint_every}
+    if options.round_timeout is not None:
+        changeable["round_timeout"] = options.round_timeout
+    if options.resume:
+        return RoundScheduler.resume(
+            folder, workers, config, aggregation=aggregation, secure_aggregation=secure, **changeable
+        )
+    return RoundScheduler(
+        workers, config, dataset_key=data.TRAIN_KEY, seed=options.seed, aggregation=aggregation,
+        secure_aggregation=secure, max_update_norm=options.max_update_norm, run_dir=folder, **changeable,
+    )  # fmt: skip
+
+
+def _without(result: RoundResult) -> str:
+    """Who does not count in a round, for its line."""
+    named = ", ".join(f"{id} ({' '.join(str(why).split())})" for id, why in result.missing.items())
+    return f", without {named}" if named else ""
+
+
+async def _evaluations(
+    evaluator: ModelEvaluator, models: Sequence[tuple[str, Any]], timeout: float | None
+) -> dict[str, Evaluation]:
+    """Evaluates the models, as far as the testing worker answers: a run goes on without it."""
+    found: dict[str, Evaluation] = {}
+    try:
+        async with asyncio.timeout(timeout):
+            if evaluator.worker.workplace.closed:
+                await evaluator.worker.async_reconnect()  # type: ignore[attr-defined]
+            for name, model in models:
+                found[name] = _evaluated(name, await evaluator.evaluate(model))
+    except (TransportError, RemoteError) as error:
+        _say(f"  no evaluation: {one_line(error)}")
+    except TimeoutError:
+        _say(f"  no evaluation: {evaluator.worker.id} did not answer in time")
+    return found
+
+
+@contextlib.asynccontextmanager
+async def _telling(scheduler: RoundScheduler, bar: Any) -> AsyncIterator[None]:
+    """Says who is waited for while a round runs: on the bar, and in a line where it takes long."""
+
+    async def tell() -> None:
+        said = False
+        while True:
+            await asyncio.sleep(0.5)
+            waiting = scheduler.waiting
+            if not waiting:
+                continue
+            text = f"waits for {', '.join(waiting)} since {max(waiting.values()):.0f} s"
+            if scheduler.round_timeout is not None:
+                text += f", for at most {scheduler.round_timeout:g} s"
+            bar.set_postfix_str(text)
+            if max(waiting.values()) > TELL_AFTER and not said:
+                said = True
+                _say(f"  {text}")
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
+        bar.set_postfix_str("")
+
+
+def _round_in(line: Mapping[str, Any]) -> Round:
+    """A round of the report, from a line of the journal."""
+    from planrt.fl.round_result import parts_in
+
+    parts, missing = parts_in(line)
+    evaluations = {name: Evaluation(**one) for name, one in line.get("evaluation", {}).items()}
+    return Round(
+        line["round"], line["seconds"], parts, line.get("evaluation_seconds", 0.0), evaluations, missing
+    )
+
+
+def _write_stopped(
+    options: argparse.Namespace, folder: Path, progress: Progress, error: BaseException
+) -> None:
+    """Writes the report of what was done until a run was stopped, and says how to go on."""
+    report = progress.report
+    if report is None:
+        return
+    words = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
+    report.stopped = words.get(type(error)) or one_line(error)
+    path = Path(options.report or folder / "report.json")
+    with contextlib.suppress(OSError):  # the error is what counts
+        Disk().write_whole(path, [report.to_json().encode()])
+    print(
+        f"\nStopped after {len(report.rounds)} of {options.rounds} rounds\n"
+        f"  report:  {path}\n"
+        f"  go on:   planrt run --resume {shlex.quote(str(folder))}",
+        flush=True,
+    )
 
 
 def _children(options: argparse.Namespace) -> list[ChildOptions]:
@@ -257,45 +347,6 @@ def _evaluated(name: str, result: EvaluationResult) -> Evaluation:
     return Evaluation(result.loss, accuracy, histogram)
 
 
-@contextlib.contextmanager
-def _run_folder(options: argparse.Namespace) -> Iterator[Path]:
-    """Makes the run folder and sees that everything can be written, before hours go into training.
-
-    A folder made here goes again if nothing was written to it.
-
-    Raises:
-        OptionError: some place cannot be written, or the model's suffix is unknown.
-    """
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    folder = Path(options.run_dir or Path("runs", f"{stamp}-seed{options.seed}"))
-    if options.save_model and Path(options.save_model).suffix not in (".safetensors", ".pt", ".pth"):
-        raise OptionError(f"--save-model {options.save_model}: end the name in .safetensors, .pt or .pth")
-    existed = folder.exists()
-    try:
-        _check_writable("--run-dir", folder)
-        for option, path in (("--report", options.report), ("--save-model", options.save_model)):
-            if path is not None and Path(path).is_dir():
-                raise OptionError(f"{option} {path} is a folder: give the name of a file")
-            if path is not None:
-                _check_writable(option, Path(path).parent)
-        yield folder
-    finally:
-        if not existed:
-            with contextlib.suppress(OSError):  # not empty: the run left its files
-                folder.rmdir()
-
-
-def _check_writable(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OptionError(
-            f"{option}: cannot write to {folder} ({error.strerror}): choose another place"
-        ) from error
-
-
 def _write(
     options: argparse.Namespace, folder: Path, report: Report, state: Mapping[str, torch.Tensor]
 ) -> None:
@@ -303,19 +354,33 @@ def _write(
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    content = save(tensors)
-    (folder / "model.safetensors").write_bytes(content)
-    if options.save_model and options.save_model.endswith(".safetensors"):
-        Path(options.save_model).write_bytes(content)
-    elif options.save_model:
-        torch.save(tensors, options.save_model)
-    Path(options.report or folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    plot(report, folder / "accuracy.png")
+    content, disk = save(tensors), Disk()
+    try:
+        disk.write_whole(folder / "model.safetensors", [content])
+        if options.save_model and options.save_model.endswith(".safetensors"):
+            disk.write_whole(Path(options.save_model), [content])
+        elif options.save_model:
+            whole = io.BytesIO()
+            torch.save(tensors, whole)
+            disk.write_whole(Path(options.save_model), [whole.getbuffer()])
+        disk.write_whole(Path(options.report or folder / "report.json"), [report.to_json().encode()])
+        plot(report, folder / "accuracy.png")
+    except OSError as error:
+        raise RunFolderError(
+            f"the run is over, and could not be written ({error.strerror or error}); its model is in the newest "
+            f"checkpoint: make room, then planrt run --resume {shlex.quote(str(folder))}"
+        ) from error
+    run_folder = RunFolder(folder)
+    try:
+        run_folder.write_down("finished", accuracy=report.final_accuracy)
+    finally:
+        run_folder.close()
 
 
 def _print_summary(options: argparse.Namespace, folder: Path, report: Report, seconds: float) -> None:
+    accuracy = "unknown" if report.final_accuracy is None else f"{100 * report.final_accuracy:.2f}%"
     print(
-        f"\nFinal accuracy {100 * report.final_accuracy:.2f}% on {report.dataset} "
+        f"\nFinal accuracy {accuracy} on {report.dataset} "
         f"after {len(report.rounds)} rounds\n"
         f"  time:    {seconds:.1f} s in all; {report.median_seconds:.3f} s a round, not evaluating (median)\n"
         f"  traffic: {report.median_bytes:,} bytes per round and worker (median, both ways)\n"
@@ -325,14 +390,6 @@ def _print_summary(options: argparse.Namespace, folder: Path, report: Report, se
         + f"\n  plot:    {folder / 'accuracy.png'}",
         flush=True,
     )
-
-
-def _by_option_name(options: argparse.Namespace) -> dict[str, object]:
-    """The options as the command line names them."""
-    plain = {name.replace("_", "-"): value for name, value in vars(options).items()}
-    if options.worker is not None:
-        plain["worker"] = [f"{name}={uri}" for name, uri in options.worker]
-    return plain
 
 
 def _versions() -> dict[str, str]:

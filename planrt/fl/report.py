@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from planrt.extras import needed
 
 if TYPE_CHECKING:  # it imports torch, which the commands do later
+    from planrt.fl.attendance import Missing
     from planrt.fl.round_result import WorkerRound
 
 FEDERATED = "federated"
@@ -30,29 +31,33 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Round:
-    """One round. `seconds` is training and averaging; `evaluation` (model name -> result) may be empty."""
+    """One round. `seconds` is training and averaging; `evaluation` (model name -> result) may be empty, and `missing`
+    says which workers do not count in it, and why."""
 
     round: int
     seconds: float
     workers: dict[str, WorkerRound]
     evaluation_seconds: float = 0.0
     evaluation: dict[str, Evaluation] = field(default_factory=dict)
+    missing: dict[str, Missing] = field(default_factory=dict)
 
 
 @dataclass
 class Report:
-    """A whole run. `options` and `versions` are what it takes to repeat it."""
+    """A whole run. `options` and `versions` are what it takes to repeat it; `stopped` says why it ended early."""
 
     dataset: str
     seed: int
     options: dict[str, Any]
     versions: dict[str, str]
     rounds: list[Round] = field(default_factory=list)
+    stopped: str = ""
 
     @property
-    def final_accuracy(self) -> float:
-        """Accuracy of the averaged model after the last evaluated round."""
-        return next(r.evaluation[FEDERATED].accuracy for r in reversed(self.rounds) if r.evaluation)
+    def final_accuracy(self) -> float | None:
+        """Accuracy of the averaged model after the last evaluated round; None where there was none."""
+        found = (r.evaluation[FEDERATED].accuracy for r in reversed(self.rounds) if FEDERATED in r.evaluation)
+        return next(found, None)
 
     @property
     def median_seconds(self) -> float:
@@ -75,6 +80,8 @@ class Report:
             fields = dataclasses.asdict(entry)
             if not entry.evaluation:
                 del fields["evaluation"], fields["evaluation_seconds"]
+            if not entry.missing:
+                del fields["missing"]
             rounds.append(fields)
         content = {
             "final_accuracy": self.final_accuracy,
@@ -84,6 +91,8 @@ class Report:
             "versions": self.versions,
             "rounds": rounds,
         }
+        if self.stopped:
+            content["stopped"] = self.stopped
         return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
 
 
@@ -95,8 +104,7 @@ def plot(report: Report, path: Path) -> None:
     """
     figures = needed("matplotlib.figure", by="the plot of a run")
     evaluated = [r for r in report.rounds if r.evaluation]
-    numbers = [r.round for r in evaluated]
-    names = [name for name in evaluated[0].evaluation if name != FEDERATED]
+    names = list(dict.fromkeys(name for r in evaluated for name in r.evaluation if name != FEDERATED))
     figure = figures.Figure(figsize=(11, 4.6), layout="constrained")  # not pyplot's, which wants a display
     accuracy, loss = figure.subplots(1, 2)
     for name in [*names, FEDERATED]:
@@ -104,7 +112,8 @@ def plot(report: Report, path: Path) -> None:
         if name == FEDERATED:
             style = {"marker": "o", "markersize": 5, "linewidth": 2.5, "color": "black"}
         label = "average of all" if name == FEDERATED else f"{name}'s model"
-        results = [r.evaluation[name] for r in evaluated]
+        numbers = [r.round for r in evaluated if name in r.evaluation]
+        results = [r.evaluation[name] for r in evaluated if name in r.evaluation]
         accuracy.plot(numbers, [100 * result.accuracy for result in results], label=label, **style)
         loss.plot(numbers, [result.loss for result in results], label=label, **style)
     every = [r.round for r in report.rounds]
@@ -122,9 +131,8 @@ def plot(report: Report, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
-    figure.suptitle(
-        f"{report.dataset}, seed {report.seed}: {100 * report.final_accuracy:.2f}% after {every[-1]} rounds"
-    )
+    final = "not evaluated" if report.final_accuracy is None else f"{100 * report.final_accuracy:.2f}%"
+    figure.suptitle(f"{report.dataset}, seed {report.seed}: {final} after {every[-1]} rounds")
     figure.savefig(path, dpi=130)
 
 

@@ -10,11 +10,12 @@ Krum's of the first state that it takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from planrt.errors import OptionError
-from planrt.fl.averaging import StreamingAverage
+from planrt.fl.averaging import Aggregation, StreamingAverage
 from planrt.fl.options import whole
 
 State = Mapping[str, torch.Tensor]
@@ -206,7 +207,7 @@ class MultiKrum(_Gathering):
         return multi_krum(states, self.byzantine, self.keep)
 
 
-def aggregation_called(text: str) -> _Gathering | None:
+def aggregation_called(text: str) -> Aggregation[Any] | None:
     """Returns the aggregation that a command's option names: "mean" (None), "median", "trimmed-mean:N", "krum:N" or
     "multi-krum:N", where N is how many bad workers it stands.
 
@@ -214,7 +215,11 @@ def aggregation_called(text: str) -> _Gathering | None:
         OptionError: another text.
     """
     name, colon, number = text.partition(":")
-    kinds = {"trimmed-mean": TrimmedMean, "krum": Krum, "multi-krum": MultiKrum}
+    kinds: dict[str, Callable[[int], Aggregation[Any]]] = {
+        "trimmed-mean": TrimmedMean,
+        "krum": Krum,
+        "multi-krum": MultiKrum,
+    }
     if text == "mean":
         return None
     if text == "median":

@@ -408,6 +408,11 @@ class RoundScheduler:
             return self._last.state
         return self.config.state if self._state is None else self._state
 
+    @property
+    def waiting(self) -> dict[str, float]:
+        """The workers that have not answered the round that is under way, and for how long it waits (seconds)."""
+        return {id: time.time() - since for id, since in list(self._asking.waiting.items())}
+
     def history(self) -> list[dict[str, Any]]:
         """Returns what the folder says of the rounds before the place where the run went on: see
         `RoundResult.as_line`."""
@@ -476,7 +481,7 @@ class RoundScheduler:
             "rules": {"weighted": self.weighted, "combining": self._combining},
         }
         settings = {name: getattr(self, name) for name in sorted(SETTINGS)}
-        await asyncio.to_thread(record.begin, identity, settings)
+        await asyncio.to_thread(record.begin, identity, settings, fewer=self.min_workers is not None)
         self._asking.changed = self._show
         if record.restored is not None:
             self._state = put_back(record.restored, self.config.plans, self._exchange)

@@ -330,7 +330,13 @@ def test_a_run_prints_evaluates_and_leaves_report_model_and_plot(commands, worke
 
     assert sorted(path.name for path in (commands.folder / "run").iterdir()) == [
         "accuracy.png",
+        "checkpoint-000011.run",
+        "checkpoint-000012.run",
+        "journal.jsonl",
         "model.safetensors",
+        "now.json",
+        "options.json",
+        "run.lock",
     ]
     net = Net()
     net.load_state_dict(load_file(commands.folder / "run" / "model.safetensors"))

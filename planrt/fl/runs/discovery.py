@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from planrt.command_line import one_line
 from planrt.errors import ConnectError, DataError, HandshakeError, OptionError, TransportError
 from planrt.fl.data import digits as data
 from planrt.fl.data.digits import TESTING
@@ -150,18 +151,32 @@ def _shown(identity: Identity) -> dict[str, Any]:
 
 
 async def connect(
-    addresses: Mapping[str, str], stack: contextlib.AsyncExitStack, identity: Identity = NOBODY
+    addresses: Mapping[str, str],
+    stack: contextlib.AsyncExitStack,
+    identity: Identity = NOBODY,
+    *,
+    needed: int | None = None,
 ) -> dict[str, WebsocketClientWorker]:
     """Connects to all; `stack` closes the connections.
 
+    Where fewer are `needed` to train on, those that cannot be had are left out, and named in a notice.
+
     Raises:
-        ConnectError, HandshakeError: the first one that cannot be had.
+        ConnectError, HandshakeError: the first one that cannot be had, and must.
     """
     from planrt.workers import WebsocketClientWorker
 
     workers = {}
+    spare = 0 if needed is None else len(addresses) - 1 - needed  # one of them evaluates
     for worker_id, uri in addresses.items():
-        workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri, **_shown(identity))
+        try:
+            workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri, **_shown(identity))
+        except TransportError as error:
+            if worker_id == TESTING or spare <= 0:
+                raise
+            spare -= 1
+            print(f"Notice: the run goes on without {worker_id}: {one_line(error)}")
+            continue
         stack.push_async_callback(workers[worker_id].async_close)
     return workers
 

@@ -3,6 +3,7 @@
     run.lock                held by the one process that runs it
     journal.jsonl           what happened, a line each, chained (`planrt.chained`): how the run began, every round
     checkpoint-000012.run   what to go on from; the two newest are kept
+    options.json            the options of `planrt run`, where that made the folder
     now.json                who is waited for at the moment; replaced all the time, and not flushed to the disk
 
 A line of the journal is on the disk before the checkpoint of its round. So there may be lines of rounds that no
@@ -28,7 +29,7 @@ VERSION: Final = 1
 KEPT: Final = 2
 """Checkpoints that are kept: the newest, and one in case that is damaged."""
 
-LOCK, JOURNAL, NOW = "run.lock", "journal.jsonl", "now.json"
+LOCK, JOURNAL, NOW, OPTIONS = "run.lock", "journal.jsonl", "now.json", "options.json"
 
 
 def time_now() -> str:
@@ -44,6 +45,8 @@ class Journal:
         self.began: dict[str, Any] | None = None
         self.rounds: dict[int, dict[str, Any]] = {}
         self.finished = False
+        self.failed = ""
+        """Why the last round failed, if it did."""
         self.head, self.size, self.broken = FIRST, 0, ""
         if self.path.is_file():
             self._read()
@@ -78,7 +81,9 @@ class Journal:
             self.began = values
         elif values.get("what") == "round" and isinstance(number := values.get("round"), int):
             self.rounds[number] = values
-            self.finished = False
+            self.finished, self.failed = False, ""
+        elif values.get("what") == "failed":
+            self.failed = str(values.get("why", ""))
         elif values.get("what") == "finished":
             self.finished = True
 

@@ -104,18 +104,19 @@ class RunRecord:
         if bad:
             raise RunFolderError(f"no checkpoint of {self.path} can be used: {'; '.join(bad)}")
 
-    def begin(self, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def begin(self, identity: Mapping[str, Any], settings: Mapping[str, Any], *, fewer: bool = False) -> None:
         """Begins the run, or goes on with one that must be the same.
 
         Args:
-            identity: what makes a run what it is. settings: what may be another at the next start.
+            identity: what makes a run what it is. settings: what may be another at the next start. fewer: whether a
+                run that goes on may do so without some of its workers.
 
         Raises:
             RunFolderError: the folder's run has another identity; says where they differ.
         """
         plain = json.loads(json.dumps(identity))
         if self._resuming:
-            check_identity(self.path, self.began.get("identity", {}), plain)
+            check_identity(self.path, self.began.get("identity", {}), plain, fewer=fewer)
             self.folder.write_down("resumed", round=self.next_round, settings=dict(settings))
             return
         self.folder.write_down("began", version=VERSION, identity=plain, settings=dict(settings))
@@ -213,8 +214,11 @@ class RunRecord:
         )
 
 
-def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises RunFolderError unless both say the same run; names the first difference."""
+def check_identity(
+    path: Path, was: Mapping[str, Any], now: Mapping[str, Any], *, fewer: bool = False
+) -> None:
+    """Raises RunFolderError unless both say the same run; names the first difference. With `fewer`, workers may be
+    left out."""
 
     def other(what: str) -> RunFolderError:
         return RunFolderError(f"the run folder {path} is of another run: {what}")
@@ -229,9 +233,12 @@ def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -
         before = was.get("data", {}).get(id, about)
         if before != about:
             raise other(f"the data set of worker {id!r} had {before}, and has {about} now")
-    if was.get("data", {}).keys() != now.get("data", {}).keys():
+    gone = was.get("data", {}).keys() - now.get("data", {}).keys()
+    if now.get("data", {}).keys() - was.get("data", {}).keys() or (gone and not fewer):
         before, after = ", ".join(was.get("data", {})), ", ".join(now.get("data", {}))
         raise other(f"its workers are {before}, not {after}")
+    if gone:
+        log.warning("run_goes_on_without", workers=sorted(gone))
     for name in ("training", "rules"):
         for key, value in now.get(name, {}).items():
             if was.get(name, {}).get(key) != value:
