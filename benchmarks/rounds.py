@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,21 @@ class Rounds:
     @staticmethod
     def _run(coroutine: Coroutine[Any, Any, T]) -> T:
         return loop.run(coroutine, instead="a thread of its own")
+
+
+class WrittenRounds(Rounds):
+    """Rounds that are written down in a run folder, with a checkpoint after each."""
+
+    def __init__(self, workers: Sequence[BaseWorker], config: TrainConfig, folder: str) -> None:
+        super().__init__(workers, config, run_dir=folder)
+
+    def next(self) -> RoundResult:
+        """The next round, from the state as it is here; the checkpoint of the one before is on the disk then."""
+        return self.run(self._scheduler.next_round)
+
+    def close(self) -> None:
+        """Waits for the last checkpoint."""
+        self._run(self._scheduler.close())
 
 
 @contextmanager
@@ -90,6 +106,9 @@ def measure(size: Size) -> list[Row]:
         overheads = in_turns(
             {"ours": empty.run, "echo": lambda: echoes.round_trip(payload)}, repeats=3 * size.repeats
         )
+        written = WrittenRounds(workers, mnist_config(batches), stack.enter_context(TemporaryDirectory()))
+        checkpoints = in_turns({"ours": written.next, "without": trained.run}, repeats=size.repeats)
+        written.close()
         traffic = trained.run()
     milliseconds = {name: sample.map(lambda seconds: 1000 * seconds) for name, sample in times.items()}
     layouts = {name: milliseconds[name] for name in floors}
@@ -126,6 +145,17 @@ def measure(size: Size) -> list[Row]:
             "the same round without",
             Goal(at_most=1.5),
             f"431,080 parameters, {len(workers)} workers, {batches} batches of 32",
+        )
+    )
+    rows.append(
+        Row(
+            "round with a checkpoint",
+            "ms",
+            checkpoints["ours"].map(lambda seconds: 1000 * seconds),
+            checkpoints["without"].map(lambda seconds: 1000 * seconds),
+            "the same without",
+            Goal(at_most=1.03),
+            "431,080 parameters, written while the next round runs",
         )
     )
     return rows + _traffic_rows(traffic)

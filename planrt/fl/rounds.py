@@ -87,8 +87,8 @@ class RoundScheduler:
     no loss and no samples then. ``docs/secure_aggregation.md`` says whom it protects from whom.
 
     With `run_dir`, the run is written down there: a journal, and after every `checkpoint_every` rounds a checkpoint (0
-    for none) of the state, of what the aggregation keeps (its `state_dict()`, if it has one), of the optimizer states
-    that workers keep, and of the random generators. `RoundScheduler.resume` goes on from there, with the same bits::
+    for none) of the state, of what the aggregation keeps (its `state_dict()`, if it has one), and of
+    the random generators. `RoundScheduler.resume` goes on from there, with the same bits::
 
         scheduler = RoundScheduler([alice, bob], config, dataset_key="digits", seed=1, run_dir="runs/a")
         await scheduler.prepare()
@@ -179,6 +179,7 @@ class RoundScheduler:
         self._last: RoundResult | None = None
         self._since = time.time()
         if run_dir is not None:
+            _check_kept(config)
             self._record = RunRecord(run_dir, every=self.checkpoint_every)
 
     @classmethod
@@ -221,6 +222,7 @@ class RoundScheduler:
                 workers, config, dataset_key=identity["dataset"], seed=identity["seed"], aggregation=aggregation,
                 secure_aggregation=secure_aggregation, exchange=exchange, **options,
             )  # fmt: skip
+            _check_kept(config)
             record.every = made.checkpoint_every
             made._record = record
         except BaseException:
@@ -532,3 +534,11 @@ def _check_alone(**given: Any) -> None:
                 f"{name}= needs the update of each worker, and with secure_aggregation nobody sees a single one: leave "
                 "one of the two out"
             )
+
+
+def _check_kept(config: TrainConfig) -> None:
+    if config.keep_optimizer_state:
+        raise OptionError(
+            "keep_optimizer_state=True keeps state on the workers, which no checkpoint has: leave run_dir= out, or "
+            "begin each round with a fresh optimizer"
+        )

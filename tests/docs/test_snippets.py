@@ -40,6 +40,9 @@ NOT_RUN = {
     ),
     ("README.md", "planrt audit audit.jsonl --user"): "there is no such log here",
     ("docs/connect.md", "planrt serve --id alice"): "they run until they are stopped",
+    ("docs/runs.md", "planrt run --rounds 40"): (
+        "it trains for half a minute; tests/scripts/test_going_on.py runs it with fewer rounds"
+    ),
     ("docs/connect.md", "planrt serve --id clinic"): "it runs until it is stopped",
     ("CONTRIBUTING.md", "make check"): "these are the test suite and the benchmarks",
     ("CONTRIBUTING.md", "bash scripts/test_versions.sh"): "it installs several versions of PyTorch",

@@ -504,6 +504,8 @@ def test_other_mistakes(workers, tmp_path):
     (tmp_path / "c" / "journal.jsonl").write_text('{"previous": "' + "0" * 64 + '"}\n')
     with pytest.raises(RunFolderError, match="is no journal of a run"):
         fresh(workers, tmp_path / "c")
+    with pytest.raises(OptionError, match="keeps state on the workers, which no checkpoint has"):
+        fresh(workers, tmp_path / "b", config(keep_optimizer_state=True))
     scheduler = fresh(workers, tmp_path / "d")
     with pytest.raises(LocalError):
         _ = scheduler.state

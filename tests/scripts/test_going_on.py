@@ -20,7 +20,8 @@ from tests.scripts.test_commands import QUICK, TRAIN, commands, is_one_line_erro
 
 __all__ = ["commands"]  # the fixture
 
-ROUNDS = ["--rounds", "12", *QUICK]
+ROUNDS = ["--rounds", "60", *QUICK]
+"""More than a run makes between a line that a test reads and the signal that it sends."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_killed_then_interrupted_then_finished_has_the_bits_of_an_unbroken_run(c
 
     folder = commands.folder / "run"
     process = commands.start([*TRAIN, *named(workers), *ROUNDS, "--run-dir", "run"])
-    lines_until(process, "Training round 3/12")
+    lines_until(process, "Training round 3/60")
     assert json.loads(status(folder, capsys, "--json"))["state"] == "running"
     process.kill()
     assert commands.finish(process).code == -signal.SIGKILL
@@ -53,7 +54,7 @@ def test_killed_then_interrupted_then_finished_has_the_bits_of_an_unbroken_run(c
 
     process = commands.start([*TRAIN, "--resume", "run"])
     assert "from round" in lines_until(process, "ready after")[-1]
-    lines_until(process, "Training round 7/12")
+    lines_until(process, "Training round")
     process.send_signal(signal.SIGINT)
     ended = commands.finish(process)
     assert ended.code == 130
@@ -62,7 +63,7 @@ def test_killed_then_interrupted_then_finished_has_the_bits_of_an_unbroken_run(c
     report = json.loads((folder / "report.json").read_text())
     assert report["stopped"] == "interrupted"
     assert [entry["round"] for entry in report["rounds"]] == list(range(1, len(report["rounds"]) + 1))
-    assert len(report["rounds"]) >= 7
+    assert 0 < len(report["rounds"]) < 60
 
     ended = commands.run([*TRAIN, "--resume", "run"])
     assert (ended.code, ended.err) == (0, "")
@@ -77,11 +78,11 @@ def test_killed_then_interrupted_then_finished_has_the_bits_of_an_unbroken_run(c
             part["loss"] for part in other["workers"].values()
         ]
     assert "stopped" not in reports[0]
-    assert f"{folder}: finished, 12 of 12 rounds done" in status(folder, capsys)
+    assert f"{folder}: finished, 60 of 60 rounds done" in status(folder, capsys)
 
-    longer = commands.run([*TRAIN, "--resume", "run", "--rounds", "13"])
+    longer = commands.run([*TRAIN, "--resume", "run", "--rounds", "61"])
     assert (longer.code, longer.err) == (0, "")
-    assert "Training round 13/13" in longer.out
+    assert "Training round 61/61" in longer.out
 
 
 def test_a_frozen_worker_costs_a_time_out_and_is_named_in_output_and_report(commands, processes):
