@@ -101,6 +101,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             audit=options.audit,
             origins=options.allow_origin,
             hosts=options.allow_host,
+            max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
+            max_session_objects=options.max_session_objects,
         )
         if served.dataset is not None:
             worker.add_dataset(
@@ -189,6 +191,17 @@ def parser(prog: str) -> Parser:
         default=[],
         metavar="NAME",
         help="name by which clients may address this worker, besides its IP addresses (repeatable)",
+    )
+    add(
+        "--max-session-memory",
+        metavar="BYTES",
+        help='memory that the sessions of one user may keep, as "512 MiB" (no limit but the policy\'s)',
+    )
+    add(
+        "--max-session-objects",
+        type=whole_number(at_least=1),
+        metavar="N",
+        help="objects that the sessions of one user may keep (no limit but the policy's)",
     )
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.runs.children`: say so in JSON on stdout, and end with the parent.
@@ -301,6 +314,18 @@ def _users(path: str | None) -> dict[str, str]:
             file=sys.stderr,
         )
     return found.users
+
+
+def _bytes_of(option: str, text: str | None) -> int | None:
+    """The bytes that an option says."""
+    from planrt.plans.policy.rules import read_bytes
+
+    if text is None:
+        return None
+    nbytes = read_bytes(option, int(text) if text.strip().isdecimal() else text)
+    if nbytes is None or nbytes < 1:
+        raise OptionError(f'{option} must be at least 1 byte, as "512 MiB": got {text!r}')
+    return int(nbytes)
 
 
 def _policy(options: argparse.Namespace) -> Policy | None:

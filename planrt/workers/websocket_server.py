@@ -24,6 +24,7 @@ from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.quotas import Quota
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
@@ -66,6 +67,9 @@ class WebsocketServerWorker:
     For its clients the worker dials others: those of this machine, or those of `peers` (``["10.0.0.5:8777"]``). To them
     it shows its own certificate, or proves `peer_token`; theirs are of an authority in the file `peer_ca`.
 
+    `max_session_memory` (bytes) and `max_session_objects` bound what the sessions of one user may keep
+    (`planrt.workers.machine.quotas` says what counts); a policy has such limits of its own, and the stricter counts.
+
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.
 
@@ -107,6 +111,8 @@ class WebsocketServerWorker:
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         uri: str | None = None,
+        max_session_memory: int | None = None,
+        max_session_objects: int | None = None,
     ) -> None:
         id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
         if loop is not None:
@@ -158,6 +164,7 @@ class WebsocketServerWorker:
             reaches=addresses.reaches,
             access=Access.of(access),
             audit=self._audit,
+            quota=Quota(max_session_memory, max_session_objects),
         )
         for tensor in data:
             check_travels(tensor)

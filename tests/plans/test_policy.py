@@ -1,5 +1,6 @@
 """Policies: reading them, and holding plans against them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_bytes_have_units_and_limits_can_be_lifted(tmp_path):
     ("text", "message"),
     [
         ("max_opps = 3", "unknown key 'max_opps'; known are approval"),
-        ('max_ops = "many"', "max_ops must be a whole number, at least 0: got 'many'"),
+        ('max_ops = "many"', "max_ops must be a whole number, at least 1: got 'many'"),
         ("max_ops = -1", "max_ops must be a whole number"),
         ("max_ops = 1.5", "max_ops must be a whole number"),
         ("max_ops = true", "max_ops must be a whole number"),
@@ -186,7 +187,7 @@ def test_limits(limits, rule, index):
 def test_a_long_plan_is_refused_without_being_analysed():
     spec = TensorSpec((2, 3), F32)
     wrong = Op("torch.matmul", (Ref(0), Ref(0)), {}, Ref(1))  # would fail
-    report = check(Graph((spec,), (), (wrong,), Ref(1)), Policy(max_ops=0))
+    report = check(Graph((spec,), (), (wrong, replace(wrong, results=Ref(2))), Ref(1)), Policy(max_ops=1))
     assert rules(report) == ["max_ops"]
     assert report.ops == ()
 

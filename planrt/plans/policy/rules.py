@@ -59,6 +59,11 @@ _UNITS: Final = {
     "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
     "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
+_WHOLE: Final = (
+    "max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes", "max_failures", "max_pending",
+    "max_session_memory", "max_session_objects",
+)  # fmt: skip
+"""Limits that are whole numbers above 0."""
 ALL_PRIVATE: Final = "*"
 """The tag of a release rule for everything private, tagged or not."""
 
@@ -132,6 +137,9 @@ class Policy:
         require_secure_aggregation: the fewest workers over which the sum of a training round must go. What this
             worker has learnt then leaves in secure aggregations only, and rounds without are refused. None: it may
             leave as it is. Evaluations tell figures of this worker alone either way.
+        max_session_memory, max_session_objects: bytes and objects that the sessions of one user may keep, all of them
+            together (`planrt.workers.machine.quotas` says what counts); clients without a token or a certificate are
+            one user for each address that they come from.
         release: rules for private data.
 
     `max_flops` and `max_memory` hold for a single op on pointers as well, and `max_output_bytes` for a fetch.
@@ -156,6 +164,8 @@ class Policy:
     max_failures: int | None = 20
     max_pending: int | None = 20
     require_secure_aggregation: int | None = None
+    max_session_memory: int | None = 16 * 2**30
+    max_session_objects: int | None = 100_000
     release: tuple[ReleaseRule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -170,10 +180,7 @@ class Policy:
             for pattern in getattr(self, name):
                 if pattern != "*" and not fnmatch.filter(_table(), pattern):
                     raise OptionError(f"{name}: {pattern!r} matches no op of the table")
-        for name in ("max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0)
-        for name in ("max_failures", "max_pending"):
+        for name in _WHOLE:
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
         if self.require_secure_aggregation is not None:
@@ -233,7 +240,9 @@ class Policy:
         Keys that policies did not have from the beginning count where they differ from their defaults.
         """
         values = asdict(self)
-        for name in ("max_failures", "max_pending", "max_check_seconds", "require_secure_aggregation"):
+        for name in (
+            "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects", "require_secure_aggregation",
+        ):  # fmt: skip
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -259,6 +268,8 @@ class Policy:
             ("seconds of the check before", self.max_check_seconds, "{:g}".format),
             ("failures on private data, a session", self.max_failures, "{:,}".format),
             ("plans that wait, a user", self.max_pending, "{:,}".format),
+            ("memory that a user's sessions keep", self.max_session_memory, count_bytes),
+            ("objects that a user's sessions keep", self.max_session_objects, "{:,}".format),
         ]
         says = {
             "open": "any plan within these rules runs",
@@ -316,8 +327,12 @@ def _limit(key: str, value: Any) -> Any:
     return None if value == "none" else value
 
 
-def _bytes(key: str, value: Any) -> Any:
-    """A number of bytes, ``"512 MiB"`` or ``"none"``."""
+def read_bytes(key: str, value: Any) -> Any:
+    """Returns the number of bytes that a limit says: a number, ``"512 MiB"``, or ``"none"`` for None.
+
+    Raises:
+        OptionError: none of these; names the key.
+    """
     if not isinstance(value, str) or value == "none":
         return _limit(key, value)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value.strip())
@@ -360,8 +375,10 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_failures": _limit,
     "max_pending": _limit,
     "require_secure_aggregation": _limit,
-    "max_memory": _bytes,
-    "max_input_bytes": _bytes,
-    "max_output_bytes": _bytes,
+    "max_memory": read_bytes,
+    "max_session_memory": read_bytes,
+    "max_session_objects": _limit,
+    "max_input_bytes": read_bytes,
+    "max_output_bytes": read_bytes,
     "release": _rules,
 }

@@ -199,7 +199,10 @@ class Connection:
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        self._outbox.append(QueuedMessage(self._checked(body, tensors), tensors, None, None))
+        checked = self._checked(body, tensors)
+        if isinstance(body, m.Put | m.StorePlan):  # what takes room there comes after what gives some back
+            self.post_drops()
+        self._outbox.append(QueuedMessage(checked, tensors, None, None))
         self._wake_soon()
 
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:

@@ -94,6 +94,8 @@ class BackwardPasses:
             session.leaves[id] = None  # has a gradient afterwards, wherever it is in the graph
             if not tensor_of(stored).is_leaf:  # torch retains its gradient, from this pass on
                 self.retain(tensor_of(stored))
+        if self._store.limits(session.id):
+            self._check_room(session, [tensor_of(stored) for stored in roots])
         written = self._written_by([tensor_of(stored) for stored in roots], session)
         before = self.gradients_before(written)
         with torch.enable_grad():
@@ -110,7 +112,25 @@ class BackwardPasses:
                 raise OpFailedError(failure_of_op(error, op, None, private=label is not None)) from error
             finally:  # a pass that fails may have left gradients before
                 self.account(before, label)
+                self._keep(session)
         return m.Gradients(list(self._gradients(session))), ()
+
+    def _check_room(self, session: Session, roots: Sequence[torch.Tensor]) -> None:
+        """Raises unless the session may keep all the gradients that a pass can leave."""
+        stored = (self._store.objects.get(id) for id in session.leaves)
+        inner = [one.value for one in stored if one is not None and isinstance(one.value, torch.Tensor)]
+        new = {id(one): one for one in (*leaf_tensors(roots), *(one for one in inner if not one.is_leaf))}
+        nbytes = sum(one.numel() * one.element_size() for one in new.values() if grad_of(one) is None)
+        self._store.check_bytes(session.id, nbytes)
+
+    def _keep(self, session: Session) -> None:
+        """Counts the gradients that there are now."""
+        if self._store.limits(session.id):
+            stored = [one for id in session.leaves if (one := self._store.objects.get(id)) is not None]
+            for one in stored:
+                if one.account is not None and isinstance(one.value, torch.Tensor):
+                    grad = grad_of(one.value)
+                    one.account.take([] if grad is None else [grad])
 
     def retain(self, tensor: torch.Tensor) -> None:
         """`retain_grad` was called on an inner tensor."""

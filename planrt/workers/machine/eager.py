@@ -134,6 +134,7 @@ class EagerOps:
                 forwarded.op(*self._peers.pass_on(session, op, resolved.operands))
             else:
                 result = self._run(session, resolved)
+                self._check_room(session, result.value)
                 self._keep(session, op.results, result.value, result)
         except Exception as error:  # whatever an op raises is its client's to hear, never the worker's end
             self._poison(session, resolved, error, number)
@@ -357,6 +358,12 @@ class EagerOps:
         for part, item in zip(results, value, strict=True):
             self._keep(session, part, item, of)
 
+    def _check_room(self, session: Session, value: Any) -> None:
+        """Raises unless all results may be kept: all of them are, or none."""
+        if self._store.limits(session.id) and isinstance(value, tuple | list):
+            tensors = [one for one in leaves(value) if isinstance(one, torch.Tensor)]
+            self._store.check_room(session.id, tensors, objects=len(tensors))
+
     def _skip(self, session: Session, op: PostedOp, failure: m.Failure) -> None:
         """An op after a backward pass whose failure its client has not heard of: nothing runs then."""
         for id in _ids(op.results):
@@ -444,6 +451,7 @@ class EagerOps:
             if resolved.elsewhere:
                 return (yield from self._peers.call(session, op, resolved.operands))
             made = self._run(session, resolved)
+            self._check_room(session, _plain(made.value))
         except (OpFailedError, GetNotPermitted, NotApproved, PolicyError) as error:
             self._log_failure(session, resolved, error)
             raise

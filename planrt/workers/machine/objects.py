@@ -62,6 +62,7 @@ class KeptObjects:
         """Stores tensors that a client or another worker sends."""
         if len(tensors) != len(body.items) + sum(item.has_grad for item in body.items):
             raise LocalError(f"{len(tensors)} tensors do not fit {len(body.items)} items")
+        self.store.check_room(session.id, tensors, objects=len(body.items))
         rest = iter(tensors)
         alone = len(tensors) == 1
         for item in body.items:
@@ -188,7 +189,7 @@ class KeptObjects:
     def describe(self, session: Session, body: m.Describe) -> None:
         """Sets tags and description."""
         stored = self.store.find(session.id, body.id)
-        stored.tags, stored.description = tuple(body.tags), body.description
+        self.store.describe(stored, tuple(body.tags), body.description)
         if stored.original and stored.source is not None:  # a tag that is taken away still counts
             stored.source |= frozenset(body.tags)
 
@@ -242,11 +243,12 @@ class KeptObjects:
                 or not hmac.compare_digest(stored.handover.encode(), body.token.encode())
             ):
                 raise UnknownObject(f"no object {id} was handed over to this session")
+            giver = sessions.get(stored.owner)
+            self.store.change_owner(id, session.id)
             stored.handover = ""
-            if giver := sessions.get(stored.owner):
+            if giver is not None:
                 giver.leaves.pop(id, None)
                 session.share_graphs(giver)
-            self.store.change_owner(id, session.id)
             if self.store.kinds.of(stored.value).gains_gradient(stored.value):
                 session.leaves[id] = None
 
@@ -280,6 +282,8 @@ class KeptObjects:
         stored = self.store.find(session.id, id)
         stored.label = self.store.label_of(stored)
         stored.value = value
+        if stored.account is not None:  # as much as before, in other memory
+            stored.account.take([value])
         stored.source = None
 
     def forget_optimizers(self, session: Session) -> None:

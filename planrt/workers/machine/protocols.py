@@ -149,9 +149,12 @@ class ProtocolOps:
             peer = protocol.places.get(place)
             to = place if peer is None else peer.worker
             self._objects.audit.left(session, "move", stored, label, [value], to=to)
-        tensor = (
-            value.detach().clone().requires_grad_(value.requires_grad)
-        )  # it may change while it waits to be sent
+        if stored.account is not None:
+            stored.account.check(beside=value.numel() * value.element_size())
+        # A copy, as it may change while it waits to be sent.
+        tensor = value.detach().clone().requires_grad_(value.requires_grad)
+        if stored.account is not None:
+            stored.account.take([tensor])
         return Given(tensor, allowed_list(label))
 
     def _protocol(self, session: Session, id: int) -> ProtocolObject:

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -72,6 +73,7 @@ from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
+from planrt.workers.machine.quotas import Account, Quota
 from planrt.workers.machine.secure_sums import SecureSums
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.dealers import DealerOps
@@ -108,7 +110,8 @@ class WorkerState:
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
-    `audit` is told what happens.
+    `audit` is told what happens. `quota` is what the sessions of one user may keep; of it and of the policy's the
+    stricter counts.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class WorkerState:
         reaches: Reaches = always,
         access: Access | None = None,
         audit: Audit | None = None,
+        quota: Quota | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -146,6 +150,9 @@ class WorkerState:
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
         self._sums = SecureSums(id, self._gate)
         self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access, self._sums)
+        self._quota = (quota or Quota()).with_policy(policy)
+        self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
+        """Whose sessions and published objects there are, where that is limited."""
         self._sessions: dict[int, Session] = {}
         self._waiting: dict[str, _Request] = {}
 
@@ -408,9 +415,18 @@ class WorkerState:
         if isinstance(opened, m.Challenge):
             return [answer(opened)]
         self._sessions[connection] = opened.session
+        if self._quota:
+            self._open_account(opened.session, self._handshakes.host(connection))
         self._audit.opened(opened.session, self._handshakes.host(connection))
         datasets = self._training.seen_by(opened.session.user)
         return [answer(m.Welcome(self.id, self.versions, datasets, opened.proof))]
+
+    def _open_account(self, session: Session, host: str) -> None:
+        whose = f"nobody at {host}" if session.user is None else f"user {session.user}"
+        account = self._accounts.get(whose)
+        if account is None:
+            account = self._accounts[whose] = Account(self._quota)
+        self.store.open_account(session.id, account)
 
     def _advance(
         self, request: _Request, sent: PeerAnswered | TimePassed | Exception | None

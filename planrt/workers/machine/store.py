@@ -19,6 +19,7 @@ from planrt.workers.machine.kinds import KINDS
 from planrt.workers.machine.kinds.base import ObjectKinds, StoredObject
 from planrt.workers.machine.kinds.tensor import grad_of
 from planrt.workers.machine.labels import Label, MemoryLabels, join
+from planrt.workers.machine.quotas import OBJECT_BYTES, Account
 from planrt.workers.wire.refusals import UnknownObject
 
 MAX_OBJECTS = 1_000_000
@@ -41,16 +42,20 @@ class ObjectStore:
     when_private: Callable[[], None] | None = None
     """Called when the first object comes that not everybody may read."""
     _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
+    _accounts: dict[str, Account] = field(default_factory=dict)
+    """Sessions whose user has a quota."""
 
     def add(self, id: int, stored: StoredObject) -> None:
         """Takes `stored` under `id`.
 
         Raises:
             DuplicateIdError: the id is in use. LocalError: the worker holds as many objects as it may.
+            PolicyError: its user may keep no more.
         """
         self.check_free(id)
         if len(self.objects) >= self.limit:
             raise LocalError(f"the worker holds {self.limit:,} objects, its limit: drop some pointers")
+        self._charge(stored, self._accounts.get(stored.owner))
         self.objects[id] = stored
         self._of_session.setdefault(stored.owner, {})[id] = None
         if stored.label is not None and not self.memory.watching:
@@ -94,6 +99,8 @@ class ObjectStore:
         """Forgets an object, published or not."""
         stored = self.objects.pop(id)
         self._of_session[stored.owner].pop(id)
+        if stored.account is not None:
+            stored.account.give_back(objects=1, beside=stored.charged)
         return stored
 
     def discard(self, session: str, id: int) -> None:
@@ -102,11 +109,81 @@ class ObjectStore:
             self.remove(id)
 
     def change_owner(self, id: int, session: str) -> None:
-        """Makes object `id` belong to `session`."""
-        stored = self.remove(id)
+        """Makes object `id` belong to `session`. What becomes the worker's own (``""``) counts on for who had it.
+
+        Raises:
+            PolicyError: the user of that session may keep no more; nothing has changed then.
+        """
+        stored = self.objects[id]
+        before, account = stored.account, self._accounts.get(session)
+        if session and account is not before:
+            self._charge(stored, account)
+            if before is not None:
+                before.give_back(objects=1, beside=stored.charged)
+                before.hand_on(self._kept_by(stored))
+        self._of_session[stored.owner].pop(id)
         stored.owner = session
-        self.objects[id] = stored
         self._of_session.setdefault(session, {})[id] = None
+
+    # Quotas
+
+    def open_account(self, session: str, account: Account) -> None:
+        """Whatever belongs to `session` counts for that account from now on."""
+        self._accounts[session] = account
+
+    def check_room(self, session: str, tensors: Iterable[torch.Tensor], *, objects: int = 0) -> None:
+        """Raises unless the session may keep these tensors, and so many objects more.
+
+        Raises:
+            PolicyError: its user may not.
+        """
+        if (account := self._accounts.get(session)) is not None:
+            account.check(tensors, objects=objects, beside=objects * OBJECT_BYTES)
+
+    def keep(self, session: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts tensors that a session keeps beside its objects, for as long as they are there.
+
+        Raises:
+            PolicyError: its user may keep no more.
+        """
+        if (account := self._accounts.get(session)) is not None:
+            tensors = list(tensors)
+            account.check(tensors)
+            account.take(tensors)
+
+    def check_bytes(self, session: str, nbytes: int) -> None:
+        """Raises unless the session may keep so many bytes more: as `check_room`."""
+        if (account := self._accounts.get(session)) is not None:
+            account.check(beside=nbytes)
+
+    def limits(self, session: str) -> bool:
+        """Returns whether there is a limit to what the session keeps."""
+        return session in self._accounts
+
+    def _charge(self, stored: StoredObject, account: Account | None) -> None:
+        if account is not None:
+            tensors, beside = self._kept_by(stored), _bytes_beside(stored)
+            account.check(tensors, objects=1, beside=beside)
+            account.take(tensors, objects=1, beside=beside)
+            stored.charged = beside
+        stored.account = account
+
+    def _kept_by(self, stored: StoredObject) -> list[torch.Tensor]:
+        tensors = list(self.tensors_of(stored))
+        return [*tensors, *(grad for one in tensors if (grad := grad_of(one)) is not None)]
+
+    def describe(self, stored: StoredObject, tags: tuple[str, ...], description: str) -> None:
+        """Gives an object tags and a description.
+
+        Raises:
+            PolicyError: its user may keep no more.
+        """
+        if stored.account is not None:
+            more = _bytes_of(tags, description) - _bytes_of(stored.tags, stored.description)
+            stored.account.check(beside=more)
+            stored.account.take(beside=more)
+            stored.charged += more
+        stored.tags, stored.description = tags, description
 
     def of(self, session: str) -> Iterator[tuple[int, StoredObject]]:
         """Returns the objects of a session, oldest first."""
@@ -126,6 +203,7 @@ class ObjectStore:
             else:
                 gone.append(self.remove(id))
         self._of_session.pop(session, None)
+        self._accounts.pop(session, None)
         return gone
 
     def clear(self, session: str) -> list[StoredObject]:
@@ -181,6 +259,17 @@ class ObjectStore:
         )
         self.add(id, copy)
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
+
+
+def _bytes_beside(stored: StoredObject) -> int:
+    """What an object takes besides its tensors: itself and its texts."""
+    failures = [one for one in (stored.failure, stored.hidden_failure) if one is not None]
+    said = sum(len(one.message) + len(one.traceback) + len(one.cause) for one in failures)
+    return OBJECT_BYTES + said + _bytes_of(stored.tags, stored.description)
+
+
+def _bytes_of(tags: Sequence[str], description: str) -> int:
+    return len(description) + sum(map(len, tags))
 
 
 def _matches(term: str, id: int, stored: StoredObject) -> bool:

@@ -46,6 +46,9 @@ from planrt.workers.wire.refusals import UnknownDataset, UnknownPlan
 MAX_PLANS = 256
 """Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
 
+MAX_OPTIMIZERS = 1_000
+"""Optimizers whose state a session keeps."""
+
 _NONE: tuple[Constant, ...] = ()
 _Draw = Callable[[Iterator[Batch]], Iterator[Batch]]
 
@@ -217,6 +220,12 @@ class TrainingOps:
             )
         if body.keep_optimizer_state:
             self._objects.forget_optimizers(session)
+            if kept not in session.optimizer_states and len(session.optimizer_states) >= MAX_OPTIMIZERS:
+                raise LocalError(
+                    f"the session keeps {MAX_OPTIMIZERS:,} optimizers' states, as many as it may: train without "
+                    "keep_optimizer_state=True, or in another session"
+                )
+            self._objects.store.keep(session.id, _tensors_in(result.optimizer_state))
             session.optimizer_states[kept] = result.optimizer_state
         self._told(session, "fit", plan, constants, body.dataset, result.samples, result.state, **told)
         return result
@@ -343,6 +352,18 @@ class TrainingOps:
             )
         self._access.check_run(session.user, key)
         return self._datasets[key].source
+
+
+def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an optimizer's state, wherever they are in it."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for item in state.values():
+            yield from _tensors_in(item)
+    elif isinstance(state, list | tuple):
+        for item in state:
+            yield from _tensors_in(item)
 
 
 def _tags(tags: Sequence[str]) -> list[str]:

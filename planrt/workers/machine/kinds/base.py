@@ -12,6 +12,7 @@ import torch
 from planrt.errors import LocalError
 from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.labels import Label, MemoryLabels
+from planrt.workers.machine.quotas import Account
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 
@@ -50,6 +51,9 @@ class StoredObject:
     cannot change them. It counts while nothing has been written to the memory (`ObjectStore.source_of`)."""
     original: bool = False
     """Whether it is what the owner put here, and not a snapshot of it: then further tags go to `source` too."""
+    account: Account | None = None
+    """Whose quota it counts for, where there are quotas; the store keeps it, and what is `charged` beside tensors."""
+    charged: int = 0
 
 
 class ObjectKind(ABC, Generic[V]):

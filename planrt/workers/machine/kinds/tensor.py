@@ -93,7 +93,11 @@ class TensorKind(ObjectKind[torch.Tensor]):
             )  # fmt: skip
             tensors = [value.detach(), *([] if grad is None else [grad.detach()])]
         if body.copy or body.keep:  # ops that come after this one may change it while it waits to be sent
+            if stored.account is not None:
+                stored.account.check(beside=sum(one.numel() * one.element_size() for one in tensors))
             tensors = [one.clone() for one in tensors]
+            if stored.account is not None:  # they are there until they have been sent
+                stored.account.take(tensors)
         yield from ask(body.peer, m.Put([item], body.token), tensors)
         return m.Done(), ()
 

@@ -1,0 +1,152 @@
+"""What the sessions of one user may keep on a worker: so many bytes and objects, all of them together. No I/O.
+
+Counted are the tensors of objects with their gradients, the state of plans and protocols, what optimizers keep, what
+waits to be sent to another worker, and, of all that ops made, what an autograd graph keeps when its pointer is gone.
+What kernels save for themselves in a graph (a mask of dropout) and the graph's own nodes cannot be told, and are not
+counted. Memory that several objects show counts once. An object counts 1 KiB besides, and its texts.
+
+Clients that are nobody's are one user for each address that they come from. What was published stays when its session
+ends, and counts on for who published it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from planrt.errors import OptionError, PolicyError
+from planrt.plans.analysis.report import count_bytes
+from planrt.plans.policy.rules import Policy
+
+OBJECT_BYTES: Final = 1024
+"""Bytes that an object takes besides its values."""
+_RECOUNT_EVERY: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one user may keep: bytes, and objects; None for no limit.
+
+    Raises:
+        OptionError: a limit that is no whole number above 0.
+    """
+
+    memory: int | None = None
+    objects: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("max_session_memory", self.memory), ("max_session_objects", self.objects)):
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise OptionError(f"{name} must be a whole number, at least 1: got {limit!r}")
+
+    def with_policy(self, policy: Policy | None) -> Quota:
+        """Returns the stricter of these limits and those of a policy."""
+        if policy is None:
+            return self
+        return Quota(
+            _least(self.memory, policy.max_session_memory), _least(self.objects, policy.max_session_objects)
+        )
+
+    def __bool__(self) -> bool:
+        return self.memory is not None or self.objects is not None
+
+
+def _least(first: int | None, second: int | None) -> int | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return min(first, second)
+
+
+class Account:
+    """What one user's sessions keep now.
+
+    Args:
+        quota: what they may.
+    """
+
+    def __init__(self, quota: Quota) -> None:
+        self._quota = quota
+        self._objects = 0
+        self._beside = 0
+        self._memory = 0
+        self._storages: dict[StorageWeakRef, int] = {}
+        self._added = 0
+
+    def check(self, tensors: Iterable[torch.Tensor] = (), *, objects: int = 0, beside: int = 0) -> None:
+        """Raises unless so many objects more, with these tensors and bytes `beside`, may be kept.
+
+        Raises:
+            PolicyError: they would be more than the owner allows.
+        """
+        most = self._quota.objects
+        if most is not None and self._objects + objects > most:
+            raise PolicyError(
+                f"this would be more than the {most:,} objects that the owner lets a user keep: "
+                f"[max_session_objects] your sessions hold {self._objects:,}: drop some pointers, or end sessions",
+                rule="max_session_objects",
+            )
+        allowed = self._quota.memory
+        if allowed is None:
+            return
+        new = {
+            ref: nbytes
+            for ref, nbytes in map(_storage, tensors)
+            if ref not in self._storages
+        }  # fmt: skip
+        wanted = sum(new.values()) + beside
+        if self._total + wanted > allowed:
+            self._recount()
+        if self._total + wanted > allowed:
+            raise PolicyError(
+                f"this would be more than the {count_bytes(allowed)} that the owner lets a user keep: "
+                f"[max_session_memory] your sessions hold {count_bytes(self._total)}, and this takes "
+                f"{count_bytes(wanted)} more: drop some pointers, or end sessions",
+                rule="max_session_memory",
+            )
+
+    @property
+    def _total(self) -> int:
+        return self._memory + self._beside
+
+    def take(self, tensors: Iterable[torch.Tensor] = (), *, objects: int = 0, beside: int = 0) -> None:
+        """Counts what is kept from now on: tensors for as long as anything keeps their memory."""
+        self._objects += objects
+        self._beside += beside
+        if self._quota.memory is None:
+            return
+        for ref, nbytes in map(_storage, tensors):
+            self._memory += nbytes - self._storages.get(ref, 0)
+            self._storages[ref] = nbytes
+            self._added += 1
+        if self._added > max(_RECOUNT_EVERY, len(self._storages) // 2):
+            self._recount()
+
+    def give_back(self, *, objects: int = 0, beside: int = 0) -> None:
+        """No longer counts so many objects, and bytes beside them."""
+        self._objects -= objects
+        self._beside -= beside
+
+    def hand_on(self, tensors: Iterable[torch.Tensor]) -> None:
+        """No longer counts these tensors, which are somebody else's now."""
+        for ref, _ in map(_storage, tensors):
+            self._memory -= self._storages.pop(ref, 0)
+
+    def _recount(self) -> None:
+        """Looks which memory is still there, and how large it is."""
+        self._added = 0
+        left: dict[StorageWeakRef, int] = {}
+        for ref in self._storages:
+            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+            if storage is not None:
+                left[ref] = storage.nbytes()
+        self._storages = left
+        self._memory = sum(left.values())
+
+
+def _storage(tensor: torch.Tensor) -> tuple[StorageWeakRef, int]:
+    storage = tensor.untyped_storage()
+    return StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]

@@ -1,0 +1,267 @@
+"""What the sessions of one user may keep on a worker, on either transport: all that they keep counts, and is freed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from planrt.errors import OptionError, PolicyRefusedError, RemoteError
+from planrt.fl import TrainConfig
+from planrt.plans import Plan
+from planrt.plans.policy.rules import Policy
+from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine.quotas import Account, Quota
+from planrt.workers.machine.store import ObjectStore
+from planrt.workers.machine.training import MAX_OPTIMIZERS
+from tests.pointers.conftest import OWNER
+
+KIB = 1024
+
+
+def small(memory=100 * KIB, objects=None):
+    return Policy(approval="open", max_session_memory=memory, max_session_objects=objects)
+
+
+def full(rule="max_session_memory"):
+    return pytest.raises(
+        PolicyRefusedError, match=rf"more than the .* that the owner lets a user keep: \[{rule}\]"
+    )
+
+
+def test_tensors_that_are_sent_count_and_are_freed(hospital):
+    worker = hospital(small())()
+    x = torch.ones(20 * KIB // 4).send(worker)
+    with full():
+        torch.ones(90 * KIB // 4).send(worker)
+        worker.objects_count()
+    assert x.sum().get().item() == 5 * KIB  # nothing was lost
+    for _ in range(20):  # what is taken back, or dropped, counts no longer
+        y = torch.ones(60 * KIB // 4).send(worker)
+        assert y.shape == (15 * KIB,)
+        del y
+    assert x.get().shape == (5 * KIB,)
+
+
+def test_results_of_ops_count_and_a_refused_one_is_there_later(hospital):
+    worker = hospital(small())()
+    x = torch.ones(10 * KIB).send(worker)  # 40 KiB
+    y = x + 1
+    z = y + 1  # would be 120
+    with full():
+        z.get()
+    assert (y.get() - 2).abs().max() == 0
+    assert (x + 2).sum().get().item() == 30 * KIB
+    with full():  # all results of an op, or none
+        torch.stack([x, x]).unbind()[0].contiguous()
+        torch.topk(x, 10 * KIB)[0].get()
+    assert x.sum().get().item() == 10 * KIB
+
+
+def test_memory_that_objects_share_counts_once(hospital):
+    worker = hospital(small())()
+    x = torch.ones(20 * KIB).send(worker)  # 80 of 100 KiB
+    views = [x.view(-1)[n:] for n in range(5)]
+    x.add_(1)
+    assert views[4].sum().get().item() == 2 * (20 * KIB - 4)
+
+
+def test_objects_count_each(hospital):
+    worker = hospital(small(memory=None, objects=10))()
+    kept = [torch.ones(1).send(worker) for _ in range(10)]
+    with full("max_session_objects"):
+        torch.ones(1).send(worker)
+        worker.objects_count()
+    with full("max_session_objects"):
+        (kept[0] + 1).get()
+    del kept[5:]
+    assert (kept[0] + 1).get().item() == 2.0
+
+
+def test_small_objects_count_as_what_they_take(hospital):
+    worker = hospital(small())()
+    kept = []
+    with full():
+        for _ in range(200):
+            kept.append(torch.ones(1).send(worker))
+        worker.objects_count()
+
+
+def test_texts_count(hospital):
+    worker = hospital(small())()
+    x = torch.ones(1).send(worker)
+    with full():
+        x.describe("x" * 60 * KIB)
+        torch.ones(1).describe("y" * 60_000).send(worker)
+        worker.objects_count()
+
+
+def test_sessions_of_one_user_share_one_quota_and_others_have_theirs(hospital):
+    connect = hospital(small())
+    first, second, nobody = connect(OWNER), connect(OWNER), connect()
+    x = torch.ones(20 * KIB).send(first)
+    with full():
+        torch.ones(20 * KIB).send(second)
+        second.objects_count()
+    assert torch.ones(20 * KIB).send(nobody).sum().get().item() == 20 * KIB
+    first.close()  # with its objects
+    assert torch.ones(20 * KIB).send(second).sum().get().item() == 20 * KIB
+    assert x is not None
+
+
+def test_what_is_published_counts_on_when_its_session_has_ended(hospital):
+    connect = hospital(small())
+    first = connect(OWNER)
+    torch.ones(20 * KIB).tag("#kept").send(first)
+    first.objects_count()
+    first.close()
+    second = connect(OWNER)
+    with full():
+        torch.ones(20 * KIB).send(second)
+        second.objects_count()
+    with full():  # a snapshot is one's own
+        second.search("#kept")
+    assert connect().search("#kept")[0].sum().get().item() == 20 * KIB
+
+
+def test_gradients_count_before_they_are_there(hospital):
+    worker = hospital(small())()
+    w = torch.ones(12 * KIB, requires_grad=True).send(worker)  # 48 KiB
+    loss = (w * 2).sum()  # 48 more, but for a moment
+    with full():
+        loss.backward()
+        w.grad.get()
+    del loss
+    small_one = torch.ones(KIB, requires_grad=True).send(worker)
+    (small_one * 2).sum().backward()
+    assert small_one.grad.get().tolist() == [2.0] * KIB
+
+
+def test_what_a_graph_keeps_counts_when_its_pointers_are_gone(hospital):
+    worker = hospital(small())()
+    w = torch.ones(KIB, requires_grad=True).send(worker)  # 4 KiB
+    y = w
+    with full():
+        for _ in range(100):
+            y = y.exp()  # keeps its result for the pass
+        y.sum().get()
+    del y
+    assert (w + 1).sum().get().item() == 2 * KIB  # the graph is gone, with its memory
+
+
+def test_plans_and_their_copies_count(hospital):
+    worker = hospital(small())()
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(12 * KIB))
+
+        def forward(self, x):
+            return x * self.weight.sum()
+
+    there = Plan(Net()).build(torch.ones(1)).send(worker)
+    with full():
+        copies = [there.copy(), there.copy()]
+        copies[1](torch.ones(1).send(worker)).get()
+    del copies
+    assert there(torch.ones(1).send(worker)).get().item() == 12 * KIB
+
+
+def loss_fn(target, pred):
+    return ((pred - target) ** 2).mean()
+
+
+def fit_with(worker, optimizer, width, configs, **options):
+    config = TrainConfig(
+        model=torch.nn.Linear(width, 1), loss_fn=loss_fn, batch_size=8, optimizer=optimizer, **options
+    )
+    configs.append(config)  # its objects are there for as long as it is
+    config.send(worker)
+    return worker.fit("k")
+
+
+def test_what_optimizers_keep_counts(hospital):
+    data = BaseDataset(torch.ones(8, 3 * KIB), torch.ones(8, 1))
+    worker = hospital(small(), datasets={"k": data})()
+    kinds = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
+    for optimizer in kinds:
+        assert fit_with(worker, optimizer, 3 * KIB, []).loss >= 0
+    configs = []
+    with full():  # 24 KiB each
+        for optimizer in kinds:
+            fit_with(worker, optimizer, 3 * KIB, configs, keep_optimizer_state=True)
+
+
+def test_the_number_of_optimizers_is_bounded(make_worker, monkeypatch):
+    assert MAX_OPTIMIZERS == 1_000
+    monkeypatch.setattr("planrt.workers.machine.training.MAX_OPTIMIZERS", 1)
+    worker = make_worker("bob", {"k": BaseDataset(torch.ones(8, 2), torch.ones(8, 1))})
+    configs = []
+    assert fit_with(worker, "Adam", 2, configs, keep_optimizer_state=True).loss >= 0
+    assert worker.fit("k").loss >= 0
+    with pytest.raises(RemoteError, match="keeps 1 optimizers' states, as many as it may"):
+        fit_with(worker, "SGD", 2, configs, keep_optimizer_state=True)
+
+
+def test_a_worker_holds_so_many_objects(make_worker, monkeypatch):
+    """`MAX_OBJECTS`, for all sessions together."""
+    monkeypatch.setattr(ObjectStore.__init__, "__defaults__", (3, *ObjectStore.__init__.__defaults__[1:]))
+    worker = make_worker("bob")
+    kept = [torch.ones(1).send(worker) for _ in range(3)]
+    kept.append(torch.ones(1).send(worker))
+    with pytest.raises(RemoteError, match="holds 3 objects, its limit"):
+        worker.objects_count()
+    kept.clear()
+    assert torch.ones(1).send(worker).get().item() == 1.0
+
+
+def test_a_worker_without_a_policy_has_quotas_too():
+    server = WebsocketServerWorker("bob", threads=1, max_session_memory=50 * KIB, max_session_objects=4)
+    with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as worker:
+        with full():
+            torch.ones(20 * KIB).send(worker)
+            worker.objects_count()
+        kept = [torch.ones(1).send(worker) for _ in range(4)]
+        with full("max_session_objects"):
+            kept[0].neg().get()
+
+
+def test_of_two_limits_the_stricter_counts():
+    policy = Policy(max_session_memory=10, max_session_objects=None)
+    assert Quota(20, 5).with_policy(policy) == Quota(10, 5)
+    assert Quota(5, None).with_policy(policy) == Quota(5, None)
+    assert Quota().with_policy(None) == Quota()
+    assert not Quota()
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, True, "1 MiB"])
+@pytest.mark.parametrize("name", ["max_session_memory", "max_session_objects"])
+def test_limits_that_cannot_be(limit, name):
+    with pytest.raises(OptionError, match=f"{name} must be a whole number, at least 1"):
+        Policy(**{name: limit})
+    with pytest.raises(OptionError, match=f"{name} must be a whole number, at least 1"):
+        WebsocketServerWorker("bob", **{name: limit})
+
+
+def test_an_account_forgets_what_is_gone():
+    account = Account(Quota(memory=10_000))
+    for _ in range(5_000):
+        account.take([torch.ones(100)])
+    account.check([torch.ones(2_000)])
+    assert len(account._storages) < 1_500
+
+
+def test_what_was_handed_on_counts_for_who_has_it(make_worker):
+    """A move to a worker with quotas: what arrives is its client's."""
+    source = make_worker("alice")
+    server = WebsocketServerWorker("bob", threads=1, max_session_memory=50 * KIB)
+    with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as bob:
+        if source.address.startswith("memory"):
+            pytest.skip("a virtual worker dials with the same code")
+        x = torch.ones(5 * KIB).send(source)
+        there = x.move(bob)
+        assert there.sum().get().item() == 5 * KIB
+        y = torch.ones(20 * KIB).send(source)
+        with full():
+            y.move(bob).get()
+        assert y.sum().get().item() == 20 * KIB
