@@ -241,7 +241,8 @@ class Policy:
         """
         values = asdict(self)
         for name in (
-            "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects", "require_secure_aggregation",
+            "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects",
+            "require_secure_aggregation",
         ):  # fmt: skip
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]

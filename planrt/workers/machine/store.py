@@ -169,7 +169,7 @@ class ObjectStore:
         stored.account = account
 
     def _kept_by(self, stored: StoredObject) -> list[torch.Tensor]:
-        tensors = list(self.tensors_of(stored))
+        tensors = list(self.kinds.of(stored.value).kept(stored.value))
         return [*tensors, *(grad for one in tensors if (grad := grad_of(one)) is not None)]
 
     def describe(self, stored: StoredObject, tags: tuple[str, ...], description: str) -> None:

@@ -81,6 +81,10 @@ class ObjectKind(ABC, Generic[V]):
         """Returns the tensors that it holds: their memory's labels are the object's too."""
         return ()
 
+    def kept(self, value: V) -> Sequence[torch.Tensor]:
+        """Returns the tensors whose memory counts for the quota of its user."""
+        return self.tensors(value)
+
     def gains_gradient(self, value: V) -> bool:
         """Returns whether a backward pass may leave a gradient at it: whether it is a leaf."""
         return False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import torch
 
 from planrt.errors import LocalError
 from planrt.sharing.kernels import Share
@@ -29,6 +32,10 @@ class ShareKind(ObjectKind[SharedPart]):
     python_type = SharedPart
     name: ClassVar[Literal["share"]] = "share"
     outlives_session = False
+
+    def kept(self, value: SharedPart) -> Sequence[torch.Tensor]:
+        """Returns the part itself."""
+        return (value.share.part,)
 
     def fetch(
         self, session: Session, id: int, stored: StoredObject, label: Label, memory: MemoryLabels
