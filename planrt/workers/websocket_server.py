@@ -19,12 +19,12 @@ from planrt.logs import get_logger
 from planrt.loop import background_loop, new_event_loop
 from planrt.plans import training
 from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.quotas import Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.access import Access
-from planrt.workers.machine.quotas import Quota
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
@@ -68,7 +68,7 @@ class WebsocketServerWorker:
     it shows its own certificate, or proves `peer_token`; theirs are of an authority in the file `peer_ca`.
 
     `max_session_memory` (bytes) and `max_session_objects` bound what the sessions of one user may keep
-    (`planrt.workers.machine.quotas` says what counts); a policy has such limits of its own, and the stricter counts.
+    (`planrt.plans.policy.quotas` says what counts); a policy has such limits of its own, and the stricter counts.
 
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.

@@ -8,9 +8,9 @@ import torch
 from planrt.errors import OptionError, PolicyRefusedError, RemoteError
 from planrt.fl import TrainConfig
 from planrt.plans import Plan
+from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine.quotas import Account, Quota
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.machine.training import MAX_OPTIMIZERS
 from tests.pointers.conftest import OWNER

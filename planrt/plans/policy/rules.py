@@ -138,7 +138,7 @@ class Policy:
             worker has learnt then leaves in secure aggregations only, and rounds without are refused. None: it may
             leave as it is. Evaluations tell figures of this worker alone either way.
         max_session_memory, max_session_objects: bytes and objects that the sessions of one user may keep, all of them
-            together (`planrt.workers.machine.quotas` says what counts); clients without a token or a certificate are
+            together (`planrt.plans.policy.quotas` says what counts); clients without a token or a certificate are
             one user for each address that they come from.
         release: rules for private data.
 

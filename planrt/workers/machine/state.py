@@ -38,6 +38,7 @@ import torch
 
 from planrt.errors import LocalError, OptionError
 from planrt.plans.policy.approvals import Approvals, Status
+from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
@@ -73,7 +74,6 @@ from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
-from planrt.workers.machine.quotas import Account, Quota
 from planrt.workers.machine.secure_sums import SecureSums
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.dealers import DealerOps

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from planrt.errors import DuplicateIdError, LocalError
+from planrt.plans.policy.quotas import OBJECT_BYTES, Account
 from planrt.workers.machine.kinds import KINDS
 from planrt.workers.machine.kinds.base import ObjectKinds, StoredObject
 from planrt.workers.machine.kinds.tensor import grad_of
 from planrt.workers.machine.labels import Label, MemoryLabels, join
-from planrt.workers.machine.quotas import OBJECT_BYTES, Account
 from planrt.workers.wire.refusals import UnknownObject
 
 MAX_OBJECTS = 1_000_000

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 import torch
 
 from planrt.errors import LocalError
+from planrt.plans.policy.quotas import Account
 from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.labels import Label, MemoryLabels
-from planrt.workers.machine.quotas import Account
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 

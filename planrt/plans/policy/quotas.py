@@ -29,7 +29,7 @@ _RECOUNT_EVERY: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What one user may keep: bytes, and objects; None for no limit.
+    """The limits of what one user may keep: bytes, and objects; None for no limit.
 
     Raises:
         OptionError: a limit that is no whole number above 0.
@@ -62,7 +62,7 @@ def _least(first: int | None, second: int | None) -> int | None:
 
 
 class Account:
-    """What one user's sessions keep now.
+    """The sum of what one user's sessions keep now.
 
     Args:
         quota: what they may.
