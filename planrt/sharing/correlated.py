@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -185,8 +185,9 @@ class Dealer:
     def __init__(self, seeds: Sequence[bytes]) -> None:
         self._seeds = list(seeds)
         self._begun = -1
-        self._lately: OrderedDict[tuple[int, object], torch.Tensor] = OrderedDict()
+        self._lately: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
         """Masks and coins that were looked at lately: most are asked about several times in a row."""
+        self._lately_bytes = 0
 
     def correction(self, number: int, request: Request) -> list[torch.Tensor]:
         """Returns the correction of request `number`, for the last party.
@@ -215,15 +216,16 @@ class Dealer:
                 stock.put(number, request, self.correction(number, request))
 
     def _drawn_value(self, known: Known) -> torch.Tensor:
-        key = known.number, known.source
+        key = known.number, type(known.source), known.source.shape
         value = self._lately.get(key)
         if value is None:
             (spec,) = known.source.free
             total = _combined([spec.draw(Stream(seed, known.number)) for seed in self._seeds])
             value = known.source.value(total)
             self._lately[key] = value
-            while len(self._lately) > 1 and sum(one.nbytes for one in self._lately.values()) > _LATELY:
-                self._lately.popitem(last=False)
+            self._lately_bytes += value.nbytes
+            while self._lately_bytes > _LATELY:
+                self._lately_bytes -= self._lately.popitem(last=False)[1].nbytes
         return value
 
     @staticmethod

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 SEED_BYTES = 16
 
@@ -31,12 +31,15 @@ class Stream:
     def __init__(self, key: bytes, number: int = 0) -> None:
         if len(key) != SEED_BYTES:
             raise ValueError(f"a key has {SEED_BYTES} bytes, not {len(key)}")
-        counter = number.to_bytes(8, "big") + bytes(8)
-        self._cipher = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+        self._key, self._counter = key, number.to_bytes(8, "big") + bytes(8)
+        self._cipher: CipherContext | None = None
+        """None until something is drawn: of many streams nothing is."""
 
     def octets(self, count: int) -> npt.NDArray[np.uint8]:
         """Returns `count` random bytes, as uint8 of shape (count,)."""
         out = np.empty(count, np.uint8)
+        if self._cipher is None:
+            self._cipher = Cipher(algorithms.AES(self._key), modes.CTR(self._counter)).encryptor()
         self._cipher.update_into(_nothing(count), out.data)
         return out
 

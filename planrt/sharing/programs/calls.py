@@ -55,6 +55,10 @@ class Program:
     calls: tuple[Call, ...]
     values: int
     """How many values there are: operands and results."""
+    reads: tuple[tuple[int, ...], ...]
+    """`Call.reads` of each call."""
+    makes: tuple[tuple[int, ...], ...]
+    """`Call.makes` of each call."""
 
     @classmethod
     def of(cls, operands: int, calls: Sequence[Call]) -> Program:
@@ -66,17 +70,18 @@ class Program:
         if len(calls) > MAX_CALLS:
             raise SharingError(f"a program on shares has at most {MAX_CALLS:,} calls, not {len(calls):,}")
         there = operands
-        for call in calls:
+        reads, makes = tuple(call.reads for call in calls), tuple(call.makes for call in calls)
+        for call, read, made in zip(calls, reads, makes, strict=True):
             if call.name not in KERNELS:
                 raise SharingError(f"{call.name[:60]!r} has no protocol on shares")
-            if any(not 0 <= number < there for number in call.reads):
+            if any(not 0 <= number < there for number in read):
                 raise SharingError(f"{call.name} reads a value that is not there yet")
-            if call.makes != tuple(range(there, there + len(call.makes))):
+            if made != tuple(range(there, there + len(made))):
                 raise SharingError(f"the results of {call.name} are not numbered on")
-            if call.in_place and (call.makes or not call.args or type(call.args[0]) is not Ref):
+            if call.in_place and (made or not call.args or type(call.args[0]) is not Ref):
                 raise SharingError(f"{call.name} in place changes its first argument, and gives nothing")
-            there += len(call.makes)
-        return cls(operands, tuple(calls), there)
+            there += len(made)
+        return cls(operands, tuple(calls), there, reads, makes)
 
     def to_text(self) -> str:
         """Returns the program as text: the same for equal programs.

@@ -52,10 +52,10 @@ class _Run:
         """Value -> calls that use it and have not ended, in order; who makes it comes first."""
         self._writes = _written(program, operands)
         self._reads = [
-            tuple(dict.fromkeys((*call.reads, *written)))
-            for call, written in zip(program.calls, self._writes, strict=True)
+            tuple(dict.fromkeys((*reads, *written))) if written else reads
+            for reads, written in zip(program.reads, self._writes, strict=True)
         ]
-        self._makes = [call.makes for call in program.calls]
+        self._makes = program.makes
         for number in range(len(program.calls)):
             for value in (*self._makes[number], *self._reads[number]):
                 self._users[value].append(number)
@@ -193,7 +193,7 @@ def _written(program: Program, operands: Sequence[Any]) -> list[tuple[int, ...]]
         id(one.origin) if isinstance(one, Share) else number for number, one in enumerate(operands)
     ]
     found = []
-    for call in program.calls:
+    for call, makes in zip(program.calls, program.makes, strict=True):
         changed: tuple[int, ...] = ()
         if call.in_place:
             origin = origins[call.args[0].index]
@@ -201,9 +201,7 @@ def _written(program: Program, operands: Sequence[Any]) -> list[tuple[int, ...]]
         found.append(changed)
         first = call.args[0] if call.args else None
         shows = call.name in VIEWS and type(first) is Ref
-        origins += [
-            origins[first.index] if shows and first is not None else ("made", made) for made in call.makes
-        ]
+        origins += [origins[first.index] if shows and first is not None else ("made", made) for made in makes]
     return found
 
 
