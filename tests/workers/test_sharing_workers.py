@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn import functional
 
 import planrt
-from planrt.errors import GetNotPermittedError, OptionError, SharingError, ValueRangeError
+from planrt.errors import (
+    GetNotPermittedError,
+    LocalError,
+    NotApprovedError,
+    OptionError,
+    SharingError,
+    ValueRangeError,
+)
+from planrt.plans.policy.rules import Policy
 from planrt.sharing.kernels import Share
 from planrt.sharing.randomness import Stream
 from planrt.sharing.tensors.batches import Value
@@ -226,14 +234,51 @@ def test_mixed_sessions(among):
 def test_a_call_that_cannot_be_done_fails_alone(among):
     session = among(2)
     x = share(session, random(3))
-    bad, good = x**-1, x * 2
+    bad, good = x**1.3, x * 2
     assert (good.get() - random(3) * 2).abs().max() < 1e-3
     for one in (bad, bad + 1):
-        with pytest.raises(SharingError, match="party 'bob'.*powers of 0.5 and 1 to 64"):
+        with pytest.raises(SharingError, match="party 'bob'.*whole numbers and halves"):
             one.get()
     assert session.is_open
     x += 1
     assert (x.get() - random(3) - 1).abs().max() < 1e-3
+
+
+def test_a_new_session_after_the_connection_was_lost(among):
+    session = among(2)
+    x = share(session, random(3))
+    first, second = session._workers
+    second.close()
+    with pytest.raises(SharingError, match="'alice' is gone"):
+        x.get()
+    second.connect()
+    with pytest.raises(SharingError):
+        x.get()
+    again = sharing_session([first, second], session._dealer)
+    assert again is not session
+    assert ((share(again, random(3)) * 2).get() - 2 * random(3)).abs().max() < 1e-3
+
+
+def test_an_owner_who_approves_plans_runs_no_operations(tmp_path):
+    policy = Policy(approval="ask")
+    with (
+        VirtualWorker("owner", policy=policy, approvals=tmp_path) as owner,
+        VirtualWorker("bob") as bob,
+        VirtualWorker("james") as james,
+    ):
+        session = sharing_session([bob, owner], james)
+        x = share(session, random(3))
+        with pytest.raises(NotApprovedError, match="mul on shares: this worker runs plans"):
+            (x * x).get()
+        with pytest.raises((SharingError, NotApprovedError)):  # and no part is opened any more
+            x.get()
+
+
+def test_shares_are_not_sent(among, make_worker):
+    x = share(among(2), random(3))
+    with pytest.raises(LocalError, match="no values here.*get"):
+        x.send(make_worker("eve"))
+    assert (x.get() - random(3)).abs().max() < 1e-4
 
 
 def test_a_worker_that_is_gone(among):

@@ -28,6 +28,7 @@ B = TypeVar("B", bound=m.Body)
 
 _AS_THEY_ARE = (bytes, bytearray, memoryview, datetime, date, time, timedelta, UUID, Decimal)
 """What msgspec would turn into strings: refused where a string is wanted, since nobody meant that."""
+_WITH_VALUES = (torch.Tensor, torch.nn.Parameter)
 _PLACE = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+|\.\.\.)\]")
 
@@ -45,6 +46,15 @@ def sendable(body: B, tensors: Sequence[torch.Tensor], *, to: m.Versions, worker
             raise LocalError(
                 f"a value that is to be sent from here is on worker {place.id!r}: get() it first, or call "
                 "what is on that worker"
+            )
+        if (
+            type(tensor) not in _WITH_VALUES
+            and not tensor.is_meta
+            and not tensor.data_ptr()
+            and tensor.numel()
+        ):
+            raise LocalError(
+                f"a {type(tensor).__name__} has no values here that could be sent: get() it first"
             )
     nbytes = payload_bytes(tensors)
     if nbytes > to.message_limit:

@@ -25,6 +25,10 @@ class SharedPart:
     group: Group
     share: Share
 
+    def __repr__(self) -> str:
+        about = self.group.about
+        return f"<part {about.number} of {len(about.parties)} of a secret, {list(self.share.part.shape)}>"
+
 
 class ShareKind(ObjectKind[SharedPart]):
     """Parts of secrets. Nobody finds, copies or moves one; its own session alone fetches it, while its group lasts."""
