@@ -153,7 +153,7 @@ class Caller:
                 continue  # expanded: it has no such memory
             try:
                 data = raw_bytes(tensor)
-            except LocalError:  # sparse gradients do not travel
+            except (LocalError, RuntimeError):  # sparse gradients do not travel, nor do older torch's names
                 digest.update(b"stays")
                 continue
             digest.update(data[:_MOST_BYTES])

@@ -74,6 +74,12 @@ HOSTILE = {
         (torch.ones(1, 2), torch.ones(1, 3), torch.ones(9, 2), torch.ones(7, 3)),
         {},
     ),
+    "an endless window": ("torch.max_pool1d", (torch.ones(1, 2, 3), 2**40, 2), {}),
+    "an endless window of a layer": (
+        "nn.functional.max_pool1d",
+        (torch.ones(1, 2, 3),),
+        {"kernel_size": 2**40, "stride": 2, "padding": 2**39},
+    ),
     "endless iterations": ("torch.svd_lowrank", (torch.ones(3, 3),), {"niter": 2**40}),
 }
 
@@ -94,10 +100,9 @@ def test_a_plan_refuses(name):
 def test_a_worker_refuses_and_goes_on(make_worker, name):
     planrt.TorchHook(torch)
     op, args, kwargs = HOSTILE[name]
-    home, _, word = op.partition(".")
-    function = getattr(
-        {"torch": torch, "Tensor": torch.Tensor, "special": torch.special, "linalg": torch.linalg}[home], word
-    )
+    home, _, word = op.rpartition(".")
+    homes = {"torch": torch, "Tensor": torch.Tensor, "special": torch.special}
+    function = getattr({**homes, "linalg": torch.linalg, "nn.functional": F}[home], word)
     worker = make_worker("bob")
     with pytest.raises((PlanrtError, ValueError)):
         function(

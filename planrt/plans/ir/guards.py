@@ -151,6 +151,26 @@ def _largest(count: Any) -> float:
     return abs(count) if isinstance(count, int | float) and count == count else 0
 
 
+def _limit_window(function: Function) -> Function:
+    """The kernel goes round once for each place of its window, those beyond the input included.
+
+    Without: one op keeps the compute thread for ever.
+    """
+
+    @wraps(function, updated=())
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        window = args[1] if len(args) > 1 else kwargs.get("kernel_size", 0)
+        first = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        length = first.shape[-1] if isinstance(first, torch.Tensor) and first.dim() else 0
+        most = max(MAX_LOOP, 4 * length)
+        for one in window if isinstance(window, tuple | list) else [window]:
+            if isinstance(one, int) and one > most:
+                raise ValueError(f"kernel_size of max_pool1d may be {most:,} at most here, not {one:,}")
+        return function(*args, **kwargs)
+
+    return guarded
+
+
 _PADDED: Final = [
     "input",
     "hx",
@@ -327,6 +347,11 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
         for word in ("median", "nanmedian")
     },
     **{f"{home}.matrix_power": _limit_count("n", 1, 2**62) for home in ("torch", "Tensor", "linalg")},
+    **{
+        f"{home}.{word}": _limit_window
+        for home in ("torch", "nn.functional")
+        for word in ("max_pool1d", "max_pool1d_with_indices")
+    },
     "torch.combinations": _limit_count("r", 1, 32),
     **{f"special.{word}": _limit_count("n", 1) for word in _POLYNOMIALS.split()},
     "special.polygamma": _limit_count("n", 0),
