@@ -41,8 +41,9 @@ def job_folder(options: argparse.Namespace) -> Iterator[Path]:
             )
         yield folder
     finally:
-        if not (folder / JOURNAL).exists():
-            (folder / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be no folder, and no run in it
+            if not (folder / JOURNAL).exists():
+                (folder / LOCK).unlink()
         if not existed:
             with contextlib.suppress(OSError):  # not empty: the run left its files
                 folder.rmdir()
