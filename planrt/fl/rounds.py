@@ -171,6 +171,7 @@ class RoundScheduler:
                 "aggregation= and max_update_norm= are for rounds without an exchange= of their own"
             )
         self._exchange = exchange
+        self._turns = asyncio.Lock()
         self._combining = named(exchange if aggregation is None else aggregation)
         self._asking = Asking(self.workers, self.min_workers, dataset_key)
         self.checkpoint_every = whole("checkpoint_every", checkpoint_every, at_least=0)
@@ -300,8 +301,8 @@ class RoundScheduler:
         `state` stays as it is, unless `in_place`: then a round that succeeds ends by writing the average into
         its tensors, which saves the memory of a second model. `keep_worker_states` keeps each worker's result
         as well (a model each). A worker that has trained on nothing (its data set is empty, or `drop_last`
-        left nothing) does not count. A run with a folder is written down there; without `save` only once `save` is
-        called, before the next round.
+        left nothing) does not count. Rounds of one scheduler that are started at once run in turn. A run with a folder
+        is written down there; without `save` only once `save` is called, before the next round.
 
         Raises:
             OptionError: the arguments are swapped, the state does not fit the model, or the aggregation makes
@@ -316,6 +317,18 @@ class RoundScheduler:
             raise OptionError("run_round takes a state, not a model: pass model.state_dict()")
         round_number = whole("round_number", round_number, at_least=0)
         lr = None if lr is None else learning_rate(lr)
+        async with self._turns:  # an exchange serves one round after the other
+            return await self._in_turn(round_number, state, lr, keep_worker_states, in_place, save)
+
+    async def _in_turn(
+        self,
+        round_number: int,
+        state: Mapping[str, torch.Tensor],
+        lr: float | None,
+        keep_worker_states: bool,
+        in_place: bool,
+        save: bool,
+    ) -> RoundResult:
         if self._record is None:
             return await self._round(round_number, state, lr, keep_worker_states, in_place)
         await self._before_round(self._record, round_number)

@@ -137,6 +137,20 @@ def test_virtual_and_websocket_workers_give_the_same_bits():
     assert same(*states)
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+def test_rounds_that_are_started_at_once_run_in_turn(workers, secure):
+    scheduler = scheduler_of(workers, secure=secure)
+    state = scheduler.config.state
+    in_turn = [run(scheduler, number, state) for number in (1, 2)]
+
+    async def at_once():
+        return await asyncio.gather(*(scheduler.run_round(number, state) for number in (1, 2)))
+
+    for one, other in zip(asyncio.run(at_once()), in_turn, strict=True):
+        assert same(one.state, other.state)
+        assert one.loss == other.loss
+
+
 def test_the_state_is_changed_in_place_where_that_is_asked_for(workers):
     scheduler = scheduler_of(workers)
     state = {name: value.clone() for name, value in scheduler.config.state.items()}
