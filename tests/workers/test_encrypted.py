@@ -173,6 +173,10 @@ def test_sums_of_what_workers_hold(workers):
     assert all(isinstance(one, SharedTensor) for one in shared)
     average = (shared[0] + shared[1]).get().float_precision() / 2
     assert average.tolist() == pytest.approx([1.0, -0.5])
+    whole = torch.tensor([25, -3]).send(bob).share(bob, alice, crypto_provider=james).get()
+    here = torch.tensor([5, 5]).share(bob, alice, crypto_provider=james)
+    assert (whole * here).get().tolist() == [125, -15]
+    assert (whole > here).get().tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -180,18 +180,21 @@ def share_tensor(
     if isinstance(self, PointerTensor):
         if self.dtype.is_floating_point:
             raise SharingError(_NO_PRECISION)
-        return FixedPrecisionPointer(self, BASE, 0).share(
-            *workers, crypto_provider=crypto_provider, requires_grad=requires_grad, timeout=timeout
+        if requires_grad:
+            raise SharingError(_NO_GRADIENTS)
+        made = FixedPrecisionPointer(self, BASE, DIGITS).share(
+            *workers, crypto_provider=crypto_provider, timeout=timeout
         )
+        found = made.get()
+        return SharedPointer(SharedTensor(found.session, found.handle, found.shape, torch.int64))
     session = _session(self, workers, crypto_provider, timeout)
     plain = self.plain if isinstance(self, FixedPrecisionTensor) else self
     if requires_grad and not plain.is_floating_point():
-        raise SharingError(
-            "whole numbers have no gradients: fix_precision() before share(requires_grad=True)"
-        )
+        raise SharingError(_NO_GRADIENTS)
     return share(session, plain.detach()).requires_grad_(requires_grad)  # type: ignore[return-value]
 
 
+_NO_GRADIENTS = "whole numbers have no gradients: fix_precision() before share(requires_grad=True)"
 _NO_PRECISION = (
     "shares hold whole numbers: write x.fix_precision().share(...), or fix_precision(precision_fractional=5) for finer "
     "fractions"
