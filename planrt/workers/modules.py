@@ -107,6 +107,8 @@ def _local(module: nn.Module) -> list[torch.Tensor]:
             "TorchScript runs below torch's Python functions, where pointers have no values: send the module it was "
             "made from, or a plan"
         )
+    if surface.is_shared(module):
+        raise LocalError("the module is in shares, which its parties have: get() it before send()")
     tensors = tensors_of(module)
     for tensor in tensors:
         if isinstance(tensor, PointerTensor):

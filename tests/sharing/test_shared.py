@@ -179,4 +179,7 @@ def test_decimal_places(session):
     x = share(coarse, torch.tensor([0.1234, -2.5]))
     assert x.get().tolist() == pytest.approx([0.123, -2.5])
     assert (x * x).get().tolist() == pytest.approx([0.015, 6.25], abs=1.1e-3)
-    assert repr(x) == "SharedTensor([2], 2 parties, scale 1000)"
+    lines = repr(x).split("\n")
+    assert lines[0] == "(Wrapper)>FixedPrecisionTensor>[AdditiveSharingTensor]"
+    assert [line.partition(" | ")[0] for line in lines[1:3]] == ["\t-> [PointerTensor"] * 2
+    assert lines[3:] == ["\t*crypto provider: dealer*"]

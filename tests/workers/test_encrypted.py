@@ -219,8 +219,21 @@ def test_shares_that_do_not_go_together(workers):
     ):
         with pytest.raises(SharingError, match=message):
             x + other
-    with pytest.raises(SharingError, match="shared already"):
-        x.share(bob, alice)
+    for call, message in (
+        (lambda: x.share(bob, alice), "shared already"),
+        (lambda: x.send(bob), "before send"),
+        (lambda: x[x > 0], "public places only"),
+        (lambda: float(x[0]), "reading a value"),
+        (lambda: 1 if (x > 0)[0] else 0, "reading a value"),
+        (lambda: (x > 0) & (x < 2), "logical_and"),
+        (lambda: x.sort(), "no order"),
+        (lambda: x // 2, "nothing is rounded"),
+    ):
+        with pytest.raises(SharingError, match=message):
+            call()
+    with pytest.raises(LocalError, match="before send"):
+        nn.Linear(2, 2).fix_precision().share(bob, alice, crypto_provider=james).send(bob)
+    assert (x + torch.tensor([0.5, 1.0]).fix_precision()).get().tolist() == [1.5, 2.0]
     with pytest.raises(SharingError, match="open it first"):
         x.float_precision()
     assert sy.__name__ == "planrt"

@@ -23,6 +23,31 @@ KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **POOLING, **L
 __all__ = ["KERNELS", "VIEWS", "call_kernel", "check_arguments"]
 
 
+_CURVES = "write it with relu, sigmoid, tanh, exp or gelu"
+_VALUES = "it would show values: get() the tensor first"
+_ORDER = "no order is computed: take max, min, argmax or topk(1), or compare and add up"
+_ROUNDED = "nothing is rounded to whole numbers there: get() the tensor first"
+_BITS = (
+    "of bits a and b write a * b, a + b - a * b and 1 - a, or torch.logical_and, logical_or and logical_not"
+)
+_INSTEAD: dict[str, tuple[str, str]] = {
+    "_local_scalar_dense": ("reading a value (item, float, if, a place in public tensors)", _VALUES),
+    "_unique2": ("unique", _VALUES),
+    **{name: (name, _VALUES) for name in ("nonzero", "equal", "allclose", "is_nonzero", "masked_select", "bincount")},
+    **{name: (name, _ORDER) for name in ("sort", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin")},
+    **{name: (name, _ROUNDED) for name in ("round", "floor", "ceil", "trunc", "frac", "remainder", "fmod")},
+    "floor_divide": ("//", _ROUNDED),
+    **{name: (name, _BITS) for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not")},
+    "prod": ("prod", "multiply one by one, or write x.log().sum().exp() of what is positive"),
+    **{name: (name, _CURVES) for name in ("elu", "celu", "selu", "mish", "sin", "cos")},
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "scaled_dot_product_attention", "write (q @ k.transpose(-2, -1) / d**0.5).softmax(-1) @ v",
+    ),
+    "mkldnn_rnn_layer": ("LSTM", "write the cell with linear, sigmoid and tanh"),
+}  # fmt: skip
+"""ATen name of what is often asked for and not there -> what people call it, and what to write instead."""
+
+
 @cache
 def signature(name: str) -> inspect.Signature:
     """Returns what a kernel takes, its context first."""
@@ -32,9 +57,8 @@ def signature(name: str) -> inspect.Signature:
 def check_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raise SharingError unless there is a kernel `name` that takes so many and such named arguments."""
     if name not in KERNELS:
-        raise SharingError(
-            f"{name} has no protocol on shares: open the operands with get(), or write it without"
-        )
+        public, instead = _INSTEAD.get(name, (name, "open the operands with get(), or write it without"))
+        raise SharingError(f"{public} has no protocol on shares: {instead}")
     try:
         signature(name).bind(None, *args, **kwargs)
     except TypeError as error:

@@ -92,7 +92,7 @@ class FixedPrecisionTensor(torch.Tensor):
 def _rounded(made: Any, like: FixedPrecisionTensor) -> Any:
     if isinstance(made, tuple | list):
         return type(made)(_rounded(one, like) for one in made) if type(made) in (tuple, list) else made
-    if not isinstance(made, torch.Tensor) or not made.is_floating_point():
+    if type(made) not in (torch.Tensor, FixedPrecisionTensor) or not made.is_floating_point():
         return made
     with torch._C.DisableTorchFunctionSubclass():
         if not made.isfinite().all():

@@ -97,6 +97,16 @@ class SharedTensor(torch.Tensor):
         whole, scale = await self.session.open_async(self.handle)
         return decode(whole, scale, self.dtype)
 
+    def send(self, *workers: Any, **options: Any) -> Any:
+        """Refuses: the parts are with the parties.
+
+        Raises:
+            SharingError: always.
+        """
+        raise SharingError("the tensor is in shares, which its parties have: get() it before send()")
+
+    send_ = async_send = move = send
+
     def refresh(self) -> SharedTensor:
         """Returns the same values in new parts, which say nothing about the old ones; gradients pass through."""
         made: SharedTensor = _Refreshed.apply(self)
@@ -171,7 +181,15 @@ class SharedTensor(torch.Tensor):
         if kernel == "bernoulli":  # all parties draw the same, after torch.manual_seed the same again
             kwargs = {**kwargs, "seed": first.session.draw_seed()}
             kwargs.pop("generator", None)
-        args = _at_places(args) if "index" in kernel else args
+        if "index" in kernel:
+            args = _at_places(args)
+            if any(
+                isinstance(one, SharedTensor) for arg in args if isinstance(arg, list | tuple) for one in arg
+            ):
+                raise SharingError(
+                    f"{kernel}: shares are indexed at public places only: choose by torch.where and sums, "
+                    "or take secret places with gather"
+                )
         given, options = map_leaves(tuple(args), _secret), map_leaves(kwargs, _secret)
         check_arguments(kernel, given, options)
         twin = _twin(func, args, {key: one for key, one in kwargs.items() if key != "seed"})
@@ -215,7 +233,12 @@ def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
 
 
 def _secret(leaf: Any) -> Any:
-    return Secret(leaf.handle) if isinstance(leaf, SharedTensor) else leaf
+    if isinstance(leaf, SharedTensor):
+        return Secret(leaf.handle)
+    if isinstance(leaf, torch.Tensor) and type(leaf) is not torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return leaf.detach().as_subclass(torch.Tensor)
+    return leaf
 
 
 def _at_places(args: Sequence[Any]) -> tuple[Any, ...]:
