@@ -145,20 +145,26 @@ class Messages:
                 return rng.random() < 0.5
             case msgspec.inspect.IntType():
                 low = -3 if kind.ge is None else kind.ge
-                return min(rng.randrange(low, low + _IDS), 2**63 - 1)
+                return min(rng.randrange(low, low + _IDS), 2**63 - 1 if kind.le is None else kind.le)
             case msgspec.inspect.FloatType():
-                return rng.choice((0.0, 1.5, float("nan")))
+                if (kind.gt, kind.ge, kind.lt, kind.le) == (None,) * 4:
+                    return rng.choice((0.0, 1.5, float("nan")))
+                return min(1.5, 1.5 if kind.le is None else kind.le)
             case msgspec.inspect.StrType():
                 if kind.pattern is not None:
                     return rng.choice(self._hashes)
-                if name in ("token", "proof"):
+                if name in ("token", "proof") and not kind.min_length:
                     return ""  # wrong ones are slowed down
-                return rng.choice(_WORDS)[: kind.max_length or 200]
+                return rng.choice(_WORDS)[: kind.max_length or 200].ljust(kind.min_length or 0, "x")
             case msgspec.inspect.BytesType():
-                return self._op(rng)
+                if name in ("op", "ops"):
+                    return self._op(rng)
+                least = kind.min_length or 0
+                return rng.randbytes(rng.randrange(least, 1 + min(least + 40, kind.max_length or 2**20)))
             case msgspec.inspect.ListType():
                 # What has a tag stays when its session ends: a worker that is full of that has not grown by mistake.
-                count = 0 if name == "tags" else rng.randrange(4)
+                most = 3 if kind.max_length is None else min(3, kind.max_length)
+                count = 0 if name == "tags" else max(kind.min_length or 0, rng.randint(0, most))
                 return [self._value(rng, kind.item_type, name, depth + 1) for _ in range(count)]
             case msgspec.inspect.TupleType():
                 return [self._value(rng, item, name, depth + 1) for item in kind.item_types]
