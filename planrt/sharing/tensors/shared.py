@@ -103,7 +103,7 @@ class SharedTensor(torch.Tensor):
         Raises:
             SharingError: always.
         """
-        raise SharingError("the tensor is in shares, which its parties have: get() it before send()")
+        raise SharingError("the tensor is in shares and has no values here to send: get() it before send()")
 
     send_ = async_send = move = send
 
