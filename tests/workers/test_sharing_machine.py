@@ -111,6 +111,17 @@ def test_strangers_open_nothing():
     assert (net.get(4) - (X * Y).relu()).abs().max() < 1e-3
 
 
+def test_a_seed_does_not_become_any_memory():
+    net = started("a", "b", "dealer")
+    for shape in ([2**27 + 1], [2**40, 2**40], [2**20, 2**20, 0, 5]):
+        told, _ = net.ask("a", m.PutShare(9, "g", 1, shape, bytes(16)))
+        if 0 in shape:
+            assert isinstance(told, m.Done)
+        else:
+            assert told.kind == "SharingError"
+            assert "share in pieces" in told.message
+
+
 @pytest.mark.parametrize("lost", [("b", "a"), ("dealer", "b"), ("dealer", "a")])
 def test_a_member_that_is_gone_ends_the_group_at_once(lost):
     net = started("a", "b", "dealer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import itertools
+import math
 import time
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
@@ -37,6 +38,8 @@ from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
 
 MAX_GROUPS = 1_000
+MAX_DRAWN = 1 << 27
+"""Entries of a part that comes of a seed (8 bytes each): a few bytes of a client's must not become any memory."""
 """Groups that a worker is a party of."""
 
 _EARLY = 0.01
@@ -196,6 +199,8 @@ class PartyOps:
             raise SharingError(f"this session has no sharing group {body.group!r} here")
         if len(tensors) != (not body.seed) or (body.seed and len(body.seed) != SEED_BYTES):
             raise SharingError("a part is one tensor, or the seed that it comes of")
+        if body.seed and (entries := math.prod(body.shape)) > MAX_DRAWN:
+            raise SharingError(f"a part has {MAX_DRAWN:,} entries at most, not {entries:,}: share in pieces")
         if body.seed:
             part = Stream(body.seed).ring(body.shape)
         else:
