@@ -535,6 +535,8 @@ def test_every_error_can_be_made_shown_and_is_no_type_error():
         errors.TransportError: {"address": "ws://bob"},
         errors.ExecutionError: {"op": "add", "index": 1, "line": "x"},
         errors.PolicyError: {"rule": "r"},
+        errors.UpdateRefusedError: {"worker_id": "bob"},
+        errors.QuorumError: {"missing": {"bob": "late"}, "answered": ["alice"], "needed": 2},
     }
     for kind in [
         one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, PlanrtError)

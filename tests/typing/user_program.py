@@ -104,7 +104,7 @@ async def rounds() -> RoundResult:
         scheduler = RoundScheduler(workers, config, dataset_key="points", seed=1)
         await scheduler.prepare()
         result = await scheduler.run_round(1, config.state, lr=0.1)
-        reveal_type(result)  # reveals: planrt.fl.rounds.RoundResult
+        reveal_type(result)  # reveals: planrt.fl.round_result.RoundResult
         evaluator = ModelEvaluator(workers[0], config, dataset_key="points", batch_size=10, bins=2)
         figures = await evaluator.evaluate(result.state)
         reveal_type(figures)  # reveals: planrt.plans.training.EvaluationResult
