@@ -63,6 +63,8 @@ class GradientTable:
         self._pending: deque[_Pass] = deque()
         self._done: list[_Pass] = []
         self._taking = threading.Lock()
+        self._untold: Exception | None = None
+        """A failure whose caller was cancelled before it heard of it."""
 
     def foresee(self, roots: Sequence[PointerTensor]) -> dict[int, Spec] | None:
         """Returns the gradients that a pass from `roots` leaves, by id, without create_graph; None where only the
@@ -96,11 +98,12 @@ class GradientTable:
         Raises:
             RemoteError: one of them failed.
         """
-        if self._pending:
+        if self._pending or self._untold is not None:
             run(self.settle_async(), instead="await pointer.async_grad()")
 
     async def settle_async(self) -> None:
         """`settle`, on planrt's loop."""
+        self._tell()
         while (one := next(iter(list(self._pending)), None)) is not None:
             # Who is cancelled here leaves the pass to others: a worker that halted at a failure must hear of it.
             if (reply := one.asked.reply) is not None:
@@ -109,9 +112,14 @@ class GradientTable:
                 continue
             try:
                 body, _ = await one.connection.finish(one.asked)
-            except Exception:
+            except Exception as error:
                 if one.foreseen:
-                    await asyncio.shield(self._resume(one.connection))
+                    resuming = asyncio.ensure_future(self._resume(one.connection))
+                    try:
+                        await asyncio.shield(resuming)
+                    except asyncio.CancelledError:  # nobody has heard of it: the next one to look does
+                        self._untold = error
+                        raise
                 raise
             if isinstance(body, m.Gradients) and not one.foreseen:  # a backward pass only adds gradients
                 self._specs.update({id: spec_from_wire(wire) for id, wire in body.objects})
@@ -154,8 +162,15 @@ class GradientTable:
             self._pending.popleft()
             return True
 
+    def _tell(self) -> None:
+        """Raises the failure that whoever waited for it did not hear of any more."""
+        error, self._untold = self._untold, None
+        if error is not None:
+            raise error
+
     def _look(self) -> None:
         """Raises what a pass has failed with, if that is known; waits only for passes that were not foreseen."""
+        self._tell()
         if not self._pending:
             return
         if any(not one.foreseen for one in list(self._pending)):
