@@ -152,10 +152,11 @@ async def _train(
         evaluator = ModelEvaluator(
             testing, config, dataset_key=data.TEST_KEY, batch_size=options.test_batch_size
         )
+        size = sum(value.nbytes for value in network.state_dict().values())
+        await asyncio.to_thread(check_room, options, folder, size)  # before the first checkpoint is written
         await scheduler.prepare()
         await evaluator.prepare()
         state = scheduler.state
-        await asyncio.to_thread(check_room, options, folder, sum(value.nbytes for value in state.values()))
         Disk().write_whole(folder / OPTIONS, [json.dumps(by_option_name(options)).encode()])
         report.rounds = [_round_in(line) for line in scheduler.history()]
         progress.report, progress.state = report, state

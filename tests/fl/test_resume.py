@@ -412,7 +412,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(workers, t
         assert same(asyncio.run(go(RoundScheduler.resume(folder, workers, config()))), whole), room
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are POSIX's")
 def test_a_real_limit_of_file_sizes_is_told_in_one_line(tmp_path):
     code = """
         import resource, signal, sys

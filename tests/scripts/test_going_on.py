@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,18 @@ def test_status_of_what_is_no_run(tmp_path, capsys):
     Path(tmp_path, "journal.jsonl").write_text("hello\n")
     assert main(["status", str(tmp_path)]) == 2
     assert "it has no journal" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_for_the_model_is_told_before_anything_is_trained(processes, tmp_path):
+    """Files may have 1,000 KiB here: less than the model, let alone its checkpoints."""
+    _, workers = processes
+    run = [sys.executable, "-m", "planrt.fl.mnist_async", *named(workers), *ROUNDS, "--run-dir", "run"]
+    ended = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *run],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "no room for the model and its checkpoints in run" in ended.stderr
+    assert "Training" not in ended.stdout
