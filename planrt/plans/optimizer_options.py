@@ -39,6 +39,35 @@ def check_optimizer(name: str, args: Mapping[str, Any] | None = None) -> dict[st
     return checked
 
 
+def work_of(name: str, args: Mapping[str, Any] | None, batches: int) -> tuple[float, float]:
+    """Returns how often an optimizer computes loss and gradients over so many batches, and how many numbers it keeps
+    for each parameter: neither is more.
+
+    All but LBFGS compute once a batch and keep four: averages, momenta, the largest of them.
+
+    Raises:
+        OptionError: as `check_optimizer`; or a number of LBFGS' that is none.
+    """
+    options = check_optimizer(name, args)
+    if name != "LBFGS":
+        return batches, 4
+    iterations = _count(options.get("max_iter", 20), "max_iter")
+    evaluations = options.get("max_eval")
+    evaluations = iterations * 1.25 if evaluations is None else _count(evaluations, "max_eval")
+    # A search along a line may begin when one evaluation is left, and takes up to 25.
+    once = 1 + iterations if options.get("line_search_fn") is None else evaluations + 26
+    history = _count(options.get("history_size", 100), "history_size")
+    return batches * once if batches else 0, 8 + 2 * min(history, batches * iterations)
+
+
+def _count(value: Any, option: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise OptionError(
+            f"option {option!r} of optimizer LBFGS must be a number of at least 0, got {value!r}"
+        )
+    return value
+
+
 def _plain_option(optimizer: str, key: str, value: Any) -> Any:
     if (
         value is None

@@ -136,7 +136,7 @@ def test_a_fetch_brings_no_more_than_is_allowed(hospital):
     worker = hospital(small(max_output_bytes=1_000))()
     x = torch.ones(500, requires_grad=True).send(worker)
     with pytest.raises(
-        PolicyRefusedError, match=r"\[max_output_bytes\] the answer takes 1.95 KiB, more than"
+        PolicyRefusedError, match=r"\[max_output_bytes\] what leaves takes 1.95 KiB, more than"
     ):
         x.get()
     assert x[:250].detach().get().shape == (250,)  # it is still there, and can be fetched in parts
@@ -144,7 +144,7 @@ def test_a_fetch_brings_no_more_than_is_allowed(hospital):
         x.detach()[:1].expand(2**40).get()
     y = torch.ones(200, requires_grad=True).send(worker)
     y.sum().backward()
-    with pytest.raises(PolicyRefusedError, match=r"answer takes 1.56 KiB"):  # with the gradient
+    with pytest.raises(PolicyRefusedError, match=r"what leaves takes 1.56 KiB"):  # with the gradient
         y.get()
     y.grad = None
     assert y.get().shape == (200,)

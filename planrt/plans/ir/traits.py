@@ -57,6 +57,8 @@ class OpTraits:
     # What is done to plans as objects of a worker.
     calls_plan: bool = False
     """It runs the plan that is its first operand."""
+    copies_plan: bool = False
+    """It makes a plan out of its operand, with a state of its own."""
     needs_no_policy: bool = False
     """It computes nothing, so that an owner's policy has no say over it."""
 

@@ -142,7 +142,8 @@ class Policy:
             one user for each address that they come from.
         release: rules for private data.
 
-    `max_flops` and `max_memory` hold for a single op on pointers as well, and `max_output_bytes` for a fetch.
+    `max_flops` and `max_memory` hold for a single op on pointers as well, for a backward pass, and for all batches of a
+    round together, as for an evaluation's; `max_output_bytes` holds for a fetch and for a move to another worker.
 
     A limit of None is none. Bytes of memory and time are those that a run needs for the inputs it is given.
 

@@ -7,9 +7,10 @@ of these: which inputs of a plan are data that the session may not read, and wit
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
@@ -18,7 +19,7 @@ from planrt.logs import get_logger
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.traits import OpTraits
 from planrt.plans.running import interpreter
-from planrt.types import Ref, TensorSpec, map_leaves
+from planrt.types import Ref, TensorSpec, leaves, map_leaves
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.kinds import plan as plan_objects
 from planrt.workers.machine.kinds.base import StoredObject
@@ -30,6 +31,7 @@ from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire.posted import PostedOp
 
 log = get_logger("planrt.worker")
+_GRAD: Final = inspect.signature(torch.autograd.grad)
 
 
 def admit(
@@ -50,12 +52,15 @@ def admit(
     if not traits.calls_plan:
         if not traits.needs_no_policy:
             gate.admit_op(traits.name)
-            if not (traits.data_independent or traits.computes_gradients):
+            if traits.computes_gradients or not traits.data_independent:
                 values = iter([stored.value for stored in operands])
                 filled = map_leaves(
                     (op.args, op.kwargs), lambda one: next(values) if type(one) is Ref else one
                 )
-                gate.admit_size(op.name, *filled)
+                if traits.computes_gradients:
+                    _admit_gradients(gate, traits.name, *filled)
+                else:
+                    gate.admit_size(op.name, *filled)
         return False, math.inf
     graph = plan_objects.called_graph(args)
     interpreter.check_inputs(graph, args[2:])
@@ -76,6 +81,21 @@ def admit(
     if released:
         _check_memory(graph, args[0], args[2:])
     return released, gate.deadline()
+
+
+def _admit_gradients(gate: Gate, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises unless `torch.autograd.grad` on these arguments keeps to the owner's limits."""
+    given = _GRAD.bind(*args, **kwargs).arguments
+    roots, inputs, gradients = (_tensors(given.get(word)) for word in ("outputs", "inputs", "grad_outputs"))
+    batched = bool(given.get("is_grads_batched")) and gradients and gradients[0].dim()
+    gate.admit_pass(
+        name, roots, inputs, create_graph=bool(given.get("create_graph")),
+        times=len(gradients[0]) if batched else 1,
+    )  # fmt: skip
+
+
+def _tensors(nested: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves(nested) if isinstance(leaf, torch.Tensor)]
 
 
 def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:

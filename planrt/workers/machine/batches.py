@@ -220,6 +220,15 @@ def smallest_batch(
     return rest if short_one_comes else batch_size
 
 
+def number_of_batches(
+    items: int, batch_size: int, max_nr_batches: int = -1, epochs: int = 1, *, drop_last: bool = False
+) -> int:
+    """Returns how many batches `iterate` gives."""
+    whole, rest = divmod(items, batch_size)
+    found = epochs * (whole + (rest > 0 and not drop_last))
+    return found if max_nr_batches < 0 else min(found, max_nr_batches)
+
+
 def _batches(
     source: BatchSource, batch_size: int, bound: int, epochs: int, shuffle: bool, seed: int, drop_last: bool
 ) -> Iterator[Batch]:

@@ -209,6 +209,8 @@ class EagerOps:
             traits.random or (traits.calls_plan and plan_objects.called_graph(resolved.args).is_random)
         ):
             raise LocalError("an op that draws random numbers needs a seed")
+        if traits.copies_plan and resolved.args:
+            self._objects.check_copy(session, resolved.args[0])
         if self._gate is not None:
             released, deadline = admit(
                 self._gate, self._store, session, op, traits, resolved.args, resolved.operands

@@ -21,12 +21,14 @@ from typing import Any, Final
 import torch
 
 from planrt.errors import ApprovalError, OptionError, PolicyError
-from planrt.plans.analysis.report import Report, Unforeseen, count_bytes
+from planrt.plans.analysis.findings import bytes_of
+from planrt.plans.analysis.report import Report, Unforeseen, count_bytes, count_flops
 from planrt.plans.ir import ops
 from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.ir.record import with_names
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError, Status
+from planrt.plans.policy.passes import check_pass
 from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.policy.single_ops import check_op
 from planrt.plans.policy.verify import check_rules
@@ -229,17 +231,40 @@ class Gate:
         smallest: int,
         *,
         constants: Sequence[Constant],
+        passes: float = 1,
+        kept: float = 0,
     ) -> None:
         """Raises unless rounds of training may run on a data set with these tags.
 
-        What leaves are sums over batches, of the gradients of which the smallest has `smallest` rows.
+        What leaves are sums over batches, of the gradients of which the smallest has `smallest` rows. Training makes
+        `passes` forward and backward passes at most, and its optimizer keeps `kept` numbers for each parameter.
 
         Raises:
             NotApproved, PolicyError: as `admit`.
         """
-        self.admit(graph, inputs, constants=constants, gradients=True)
+        report = self.admit(graph, inputs, constants=constants, gradients=True)
+        trained = sum(bytes_of(entry.spec) for entry in graph.state if entry.trainable)
+        self._check_all("training", report, passes, kept * trained)
         if self.covers(tags):
             self._check_release(graph, inputs, tags, smallest, gradients=True)
+
+    def _check_all(self, what: str, report: Report, passes: float, beside: float = 0) -> None:
+        """Raises unless so many passes of a plan, one after the other, keep to the limits of one run, with so many
+        bytes `beside` that stay from pass to pass."""
+        once, most = report.totals.flops, self.policy.max_flops
+        if most is not None and once * passes > most:
+            raise PolicyError(
+                f"{what} breaks the policy: [max_flops] {_number(passes)} passes over batches of {count_flops(once)} "
+                f"each are more than the {count_flops(most)} allowed in one run: fewer batches a round",
+                rule="max_flops",
+            )
+        peak, room = report.totals.peak_bytes, self.policy.max_memory
+        if room is not None and peak + beside > room:
+            raise PolicyError(
+                f"{what} breaks the policy: [max_memory] {count_bytes(peak)} for a batch, and {_bytes(beside)} that "
+                f"the optimizer keeps, are more than the {count_bytes(room)} allowed",
+                rule="max_memory",
+            )
 
     def admit_evaluation(
         self,
@@ -251,17 +276,20 @@ class Gate:
         *,
         bins: int,
         constants: Sequence[Constant],
+        passes: int = 1,
     ) -> None:
         """Raises unless a plan may be evaluated on a data set with these tags.
 
         What leaves are the loss, of batches of which the smallest has `smallest` rows, and with `bins` counts of the
         predicted and the target classes over all `rows` (see `counts_leave`). Each of a batch's predictions must be
-        about its own row: else they spell one row's value, a digit in each place.
+        about its own row: else they spell one row's value, a digit in each place. It makes `passes` passes.
 
         Raises:
             NotApproved, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
         """
-        prediction = self.admit(graph, inputs, constants=constants).outputs[1:2]
+        report = self.admit(graph, inputs, constants=constants)
+        self._check_all("evaluating", report, passes)
+        prediction = report.outputs[1:2]
         if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
             spec = prediction[0].spec if prediction and isinstance(graph.outputs[1], Ref) else None
             check_classes(spec if isinstance(spec, TensorSpec) else None, inputs[1])
@@ -343,17 +371,43 @@ class Gate:
         if name in ops.TABLE:
             check_op(self.policy, name, args, kwargs)
 
-    def admit_answer(self, nbytes: int) -> None:
-        """Raises unless the tensors of an answer to a fetch, of so many bytes, may leave in one piece.
+    def admit_pass(
+        self,
+        name: str,
+        roots: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor] | None,
+        *,
+        create_graph: bool,
+        times: int = 1,
+    ) -> None:
+        """Raises unless a backward pass keeps to the owner's limits: as `passes.check_pass` does."""
+        check_pass(self.policy, name, roots, inputs, create_graph=create_graph, times=times)
+
+    def admit_copy(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raises unless these tensors may be there twice.
+
+        Raises:
+            PolicyError: they and their copies are more than one run may take.
+        """
+        most, nbytes = self.policy.max_memory, 2 * _size_of(tensors)
+        if most is not None and nbytes > most:
+            raise PolicyError(
+                f"a copy breaks the policy: [max_memory] with what it is of it takes {count_bytes(nbytes)}, more than "
+                f"the {count_bytes(most)} allowed",
+                rule="max_memory",
+            )
+
+    def admit_answer(self, tensors: Sequence[torch.Tensor], what: str = "a fetch") -> None:
+        """Raises unless tensors may leave in one piece, in an answer to a fetch or to another worker.
 
         Raises:
             PolicyError: they are more than the owner allows.
         """
-        most = self.policy.max_output_bytes
+        most, nbytes = self.policy.max_output_bytes, _size_of(tensors)
         if most is not None and nbytes > most:
             raise PolicyError(
-                f"a fetch breaks the policy: [max_output_bytes] the answer takes {count_bytes(nbytes)}, more than the "
-                f"{count_bytes(most)} allowed; nothing was removed: fetch it in parts",
+                f"{what} breaks the policy: [max_output_bytes] what leaves takes {count_bytes(nbytes)}, more than the "
+                f"{count_bytes(most)} allowed; nothing was removed: let it leave in parts",
                 rule="max_output_bytes",
             )
 
@@ -361,6 +415,18 @@ class Gate:
         """Returns when a run that begins now must be over, on `time.monotonic`'s clock."""
         limit = self.policy.max_seconds
         return math.inf if limit is None else time.monotonic() + limit
+
+
+def _size_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+def _number(count: float) -> str:
+    return f"{count:,}" if math.isfinite(count) else "endless"
+
+
+def _bytes(count: float) -> str:
+    return count_bytes(int(count)) if math.isfinite(count) else "endless memory"
 
 
 def _counted(graph: Graph) -> Graph:

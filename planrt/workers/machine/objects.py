@@ -12,6 +12,7 @@ import torch
 
 from planrt.errors import LocalError
 from planrt.plans.running import interpreter
+from planrt.serde.tensors import payload_bytes
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Answer, Steps, ToPeer
@@ -20,6 +21,7 @@ from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.kinds import plan as plan_objects
 from planrt.workers.machine.kinds.base import Freed, StoredObject
 from planrt.workers.machine.kinds.pointer import PeerRef
+from planrt.workers.machine.kinds.tensor import grad_of
 from planrt.workers.machine.sessions import Session, ask, check_fits, users_of
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire import messages as m
@@ -147,7 +149,7 @@ class KeptObjects:
         kind = self.store.kinds.of(value)
         answer, tensors = yield from kind.fetch(session, body.id, stored, label, self.store.memory)
         if self.gate is not None:
-            self.gate.admit_answer(sum(one.numel() * one.element_size() for one in tensors))
+            self.gate.admit_answer(tensors)
         if body.delete:
             check_fits(session.client, tensors)
             self.forget(session, body.id)
@@ -219,6 +221,7 @@ class KeptObjects:
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may move it"
             )
         self.check_failure(session, stored)
+        self.check_leaves(stored)
         self.audit.left(
             session, "move", stored, label, self.store.tensors_of(stored), to=body.peer.worker
         )  # before it goes
@@ -226,6 +229,29 @@ class KeptObjects:
         if not (body.copy or body.keep):
             self.forget(session, body.id)
         return answer
+
+    def check_leaves(self, stored: StoredObject) -> None:
+        """Raises unless the owner's policy lets so much as an object holds go to another worker.
+
+        Raises:
+            PolicyError: it is more than may leave in one piece.
+        """
+        if self.gate is not None:
+            tensors = self.store.tensors_of(stored)
+            gradients = [grad for one in tensors if (grad := grad_of(one)) is not None]
+            self.gate.admit_answer([*tensors, *gradients], "a move to another worker")
+
+    def check_copy(self, session: Session, plan: object) -> None:
+        """Raises unless the session may have a copy of a plan; looked at before it is made.
+
+        Raises:
+            PolicyError: its user may keep no more, or the owner's policy does not allow so much memory.
+        """
+        if not isinstance(plan, plan_objects.PlanObject):
+            return  # which the op itself says
+        if self.gate is not None:
+            self.gate.admit_copy(plan.state)
+        self.store.check_bytes(session.id, payload_bytes(plan.state))
 
     def hand_over(self, session: Session, body: m.HandOver) -> Answer:
         """Lets the bearer of a token become the owner."""

@@ -145,6 +145,7 @@ class ProtocolOps:
                 f"input {_name(protocol, number)} is private, or was computed from private data: {users_of(label)} may "
                 "send it to other workers"
             )
+        self._objects.check_leaves(stored)
         for place in sorted(places):
             peer = protocol.places.get(place)
             to = place if peer is None else peer.worker

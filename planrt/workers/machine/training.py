@@ -23,6 +23,7 @@ from planrt.plans import training
 from planrt.plans.ir.constants import Constant
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import alone
+from planrt.plans.optimizer_options import work_of
 from planrt.plans.running import interpreter
 from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
@@ -32,7 +33,14 @@ from planrt.sharing.secure_sum import encoding
 from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.admission import failed_on_data
-from planrt.workers.machine.batches import BatchSource, as_batches, iterate, sample_specs, smallest_batch
+from planrt.workers.machine.batches import (
+    BatchSource,
+    as_batches,
+    iterate,
+    number_of_batches,
+    sample_specs,
+    smallest_batch,
+)
 from planrt.workers.machine.events import Answer
 from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate
@@ -247,7 +255,13 @@ class TrainingOps:
         specs = self._batch_specs(body.dataset, min(body.batch_size, items))
         try:
             tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_training(plan, specs, tags, smallest, constants=constants)
+            batches = number_of_batches(
+                items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
+            )
+            passes, kept = work_of(body.optimizer, body.optimizer_args, batches)
+            self._gate.admit_training(
+                plan, specs, tags, smallest, constants=constants, passes=passes, kept=kept
+            )
         except PolicyError as error:
             if error.rule != "release" or not 0 < smallest < min(body.batch_size, items):
                 raise
@@ -274,8 +288,9 @@ class TrainingOps:
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags
             self._gate.admit_evaluation(
-                plan, specs, tags, smallest, len(source), bins=body.bins, constants=constants
-            )
+                plan, specs, tags, smallest, len(source), bins=body.bins, constants=constants,
+                passes=number_of_batches(len(source), body.batch_size),
+            )  # fmt: skip
             deadline = self._gate.deadline()
         batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
         with self._unseen(session, body) as drawing:

@@ -21,7 +21,7 @@ STATE: Final = "plan.state"
 
 TRAITS: Final = {
     CALL: OpTraits(CALL, calls_plan=True),
-    COPY: OpTraits(COPY, data_independent=True, needs_no_policy=True),
+    COPY: OpTraits(COPY, data_independent=True, needs_no_policy=True, copies_plan=True),
     STATE: OpTraits(STATE, data_independent=True),
 }
 """Name -> what sets it apart, as `planrt.plans.ir.ops.TRAITS` has it for torch's ops."""

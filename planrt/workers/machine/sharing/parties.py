@@ -226,6 +226,7 @@ class PartyOps:
                 f"object {body.id} is private, or was computed from private data: {users_of(label)} may share it"
             )
         value = tensor_of(stored).detach()
+        self._objects.check_leaves(stored)
         self._objects.audit.left(
             session, "move", stored, label, [value], to=", ".join(one.worker for one in body.parties)
         )
