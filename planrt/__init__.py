@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+    from planrt.workers.client.deadlines import waiting
     from planrt.workers.pointers.multi import MultiPointerTensor
     from planrt.workers.pointers.tensor import ID_PROVIDER, PointerTensor, combine_pointers
 
@@ -47,6 +48,7 @@ _HOMES = {
     "combine_pointers": "planrt.workers.pointers.tensor",
     "ID_PROVIDER": "planrt.workers.pointers.tensor",
     "MultiPointerTensor": "planrt.workers.pointers.multi",
+    "waiting": "planrt.workers.client.deadlines",
     "FederatedDataLoader": "planrt.fl",
     "FederatedDataset": "planrt.fl",
     "Optims": "planrt.fl",
@@ -92,6 +94,7 @@ __all__ = [
     "combine_pointers",
     "ID_PROVIDER",
     "MultiPointerTensor",
+    "waiting",
     "hook",
     "local_worker",
     "FederatedDataset",

@@ -63,6 +63,11 @@ def positive_number(text: str) -> float:
     return value
 
 
+def seconds_or_none(text: str) -> float:
+    """Parses an option of argparse: a finite number of seconds, or 0."""
+    return 0.0 if text.strip() == "0" else positive_number(text)
+
+
 def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:
     """Runs `action` and turns its end into an exit code; errors meant for users become one line on stderr.
 

@@ -359,3 +359,25 @@ class WorkerLostError(TransportError, ConnectionResetError):
         super().__init__(message, address=address)
         self.worker_id = worker_id
         self.step = step
+
+
+class SessionLostError(WorkerLostError):
+    """The worker is there, and has nothing of the session before: it was started again, or kept the session no longer.
+
+    What was under way is lost, and so are the objects of that session; the message names them. New work goes on.
+    """
+
+
+class WorkerTimeoutError(TransportError, TimeoutError):
+    """A worker did not answer in time; `worker_id` names it, `seconds` is how long that was, `step` a protocol's step.
+
+    The connection stays, and the answer is not waited for any more. What was asked may have been done there.
+    """
+
+    def __init__(
+        self, message: str, *, address: str, worker_id: str, seconds: float, step: str | None = None
+    ) -> None:
+        super().__init__(message, address=address)
+        self.worker_id = worker_id
+        self.seconds = seconds
+        self.step = step

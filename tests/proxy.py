@@ -1,4 +1,4 @@
-"""A websocket proxy that stands between a client and a worker, counts messages, and can break the connection."""
+"""Proxies that stand between a client and a worker: one counts messages, one cuts connections and slows them down."""
 
 import asyncio
 import contextlib
@@ -64,3 +64,80 @@ class CountingProxy:
     async def _close(self, server):
         server.close()
         await server.wait_closed()
+
+
+class CuttingProxy:
+    """Forwards bytes to ``host:port`` until it is told to cut, as a network does that fails.
+
+    `cut` breaks the connections that there are; while `refuses`, new ones are broken as well. `rate` is how many bytes
+    pass in a second, each way, all connections together; 0 for as many as come. `cut_after` breaks everything once so
+    many bytes have gone up, and is then forgotten.
+    """
+
+    def __init__(self, upstream: str, *, rate: float = 0.0) -> None:
+        self._host, _, port = upstream.partition("://")[2].rpartition(":")
+        self._port = int(port)
+        self.rate = rate
+        self.refuses = False
+        self.connections = 0
+        self.bytes_up = 0
+        self.cut_after: int | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    def cut(self) -> None:
+        """Breaks all connections; from any thread."""
+        background_loop().call_soon_threadsafe(self._cut)
+
+    def _cut(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    async def _forward(self, reader, writer, *, up):
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 14 if self.rate else 1 << 16):
+                if up:
+                    self.bytes_up += len(data)
+                    if self.cut_after is not None and self.bytes_up > self.cut_after:
+                        self.cut_after = None
+                        self._cut()
+                        return
+                if self.rate:
+                    await asyncio.sleep(len(data) / self.rate)
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+    async def _handle(self, reader, writer):
+        self.connections += 1
+        if self.refuses:
+            writer.transport.abort()
+            return
+        try:
+            there, upstream = await asyncio.open_connection(self._host, self._port)
+        except OSError:
+            writer.transport.abort()
+            return
+        both = {writer, upstream}
+        self._open |= both
+        try:
+            await asyncio.gather(
+                self._forward(reader, upstream, up=True), self._forward(there, writer, up=False)
+            )
+        finally:
+            self._open -= both
+            for one in both:
+                one.transport.abort()
+
+    @contextlib.contextmanager
+    def running(self):
+        """Runs on planrt's background loop for the block; yields the address to connect to."""
+        loop = background_loop()
+        server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._handle, "127.0.0.1", 0), loop
+        ).result()
+        try:
+            yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            self.refuses = True
+            self.cut()
+            loop.call_soon_threadsafe(server.close)

@@ -134,7 +134,7 @@ def test_a_worker_that_is_gone_looks_gone(transport):
         bob = VirtualWorker("bob")
         x = torch.ones(2).send(bob)
         bob.close()
-        assert repr(bob) == "<VirtualWorker id:bob #objects:0, gone: closed by this side>"
+        assert repr(bob) == "<VirtualWorker id:bob #objects:1, gone: closed by this side>"
     else:
         server = WebsocketServerWorker("bob", threads=1)
         with server.running() as uri:

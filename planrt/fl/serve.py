@@ -19,7 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from planrt.command_line import Parser, leave, one_line, run_command, stopped_by, whole_number
+from planrt.command_line import (
+    Parser,
+    leave,
+    one_line,
+    run_command,
+    seconds_or_none,
+    stopped_by,
+    whole_number,
+)
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
 from planrt.workers.serving import users_file
@@ -73,6 +81,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
         served = _served(options) if not options.empty else _nothing(options)
 
         from planrt.logs import configure
+        from planrt.serde.frames import Limits
         from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
@@ -103,6 +112,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             hosts=options.allow_host,
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
             max_session_objects=options.max_session_objects,
+            limits=None if options.keep_sessions is None else Limits(session_seconds=options.keep_sessions),
         )
         if served.dataset is not None:
             worker.add_dataset(
@@ -202,6 +212,12 @@ def parser(prog: str) -> Parser:
         type=whole_number(at_least=1),
         metavar="N",
         help="objects that the sessions of one user may keep (no limit but the policy's)",
+    )
+    add(
+        "--keep-sessions",
+        type=seconds_or_none,
+        metavar="SECONDS",
+        help="for how long a client that lost its connection may come back to its objects (120); 0 for not at all",
     )
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.runs.children`: say so in JSON on stdout, and end with the parent.

@@ -15,6 +15,7 @@ from planrt.errors import (
     RemoteError,
     TransportError,
     WorkerLostError,
+    WorkerTimeoutError,
 )
 from planrt.workers.base import BaseWorker
 from planrt.workers.client.connection import Response
@@ -44,7 +45,7 @@ class Driver:
         """Carries the run out; after a failure, or cancelled, until nothing of it is left on any worker.
 
         Raises:
-            RemoteError, WorkerLostError, LocalError: a step failed; names it.
+            RemoteError, WorkerLostError, WorkerTimeoutError, LocalError: a step failed; names it.
         """
         try:
             self._carry_out(self._run.start())
@@ -116,7 +117,15 @@ class Driver:
             )
         text = f"{failed.where(worker=True)}: {error}"
         if isinstance(error, WorkerLostError):
-            return WorkerLostError(text, address=error.address, worker_id=error.worker_id, step=failed.name)
+            return type(error)(text, address=error.address, worker_id=error.worker_id, step=failed.name)
+        if isinstance(error, WorkerTimeoutError):
+            return WorkerTimeoutError(
+                text,
+                address=error.address,
+                worker_id=error.worker_id,
+                seconds=error.seconds,
+                step=failed.name,
+            )
         if isinstance(error, TransportError):
             return type(error)(text, address=error.address)
         return type(error)(text) if type(error) in (PlanFormatError, LocalError) else PlanrtError(text)

@@ -63,7 +63,7 @@ M = TypeVar("M")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The limits of what one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`,
-    `patience`), and of a worker how many connections."""
+    `patience`), and of a worker how many connections, and for how long it keeps sessions without one."""
 
     message: int = MESSAGE_BYTES
     header: int = HEADER_BYTES
@@ -73,6 +73,13 @@ class Limits:
     """Seconds of silence from then on after which it counts as lost."""
     connections: int = 256
     """Connections that a worker takes from one network address at a time."""
+    session_seconds: float = 120.0
+    """Seconds that a worker keeps a session whose connection has ended, so that its client may go on with it. 0: not at
+    all. The default is the time after which a silent connection counts as lost (`keepalive` + `patience`), and 40
+    seconds for connecting again."""
+    kept_sessions: int = 16
+    """Sessions without a connection that a worker keeps of one user, or of one address of nobody's; of more, the one
+    that has been without for longest ends."""
 
 
 # ------------------------------------------------------------------------------------------- sending

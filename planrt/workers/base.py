@@ -10,6 +10,7 @@ import asyncio
 import math
 import re
 import time
+import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from planrt.shown import shown
 from planrt.types import Ref, as_text, as_whole, map_leaves, plain
 from planrt.workers.client import registry
 from planrt.workers.client.connection import Connection
+from planrt.workers.client.deadlines import seconds_of
 from planrt.workers.client.registry import KnowsWorkers
 from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.names_of_02 import NamesOf02
@@ -71,11 +73,13 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         auto_add: bool = True,
         log_msgs: bool = False,
         message_pending_time: float = 0.0,
+        call_timeout: float | None = None,
     ) -> None:
         self.id = id
         self.is_client_worker = is_client_worker
         self.train_job: TrainJob | None = None
-        self.workplace = RemoteWorkplace(self, connection)
+        self._take_up(connection)
+        self.call_timeout = call_timeout
         self.msg_history = []
         self.log_msgs, self.message_pending_time = log_msgs, message_pending_time
         if auto_add:
@@ -108,6 +112,29 @@ class BaseWorker(NamesOf02, KnowsWorkers):
             columns=("data set", "items", "data", "target", "tags", "description"),
             rows=rows,
         )
+
+    def _take_up(self, connection: Connection) -> None:
+        """Begins with a new session: what was known of the one before goes with it."""
+        me = weakref.ref(self)
+
+        def renewed(another: Connection) -> None:
+            if (worker := me()) is not None:
+                worker._take_up(another)
+
+        connection.on_renewed = renewed
+        self.workplace = RemoteWorkplace(self, connection)
+
+    @property
+    def call_timeout(self) -> float | None:
+        """Seconds that each call may wait for this worker, unless it says so itself (``timeout=``, or
+        `planrt.waiting`); None, the default, for as long as it takes. A call that waits longer raises
+        `WorkerTimeoutError`.
+        """
+        return self._connection.timeout
+
+    @call_timeout.setter
+    def call_timeout(self, seconds: float | None) -> None:
+        self._connection.timeout = seconds_of(seconds, "call_timeout")
 
     @property
     def _connection(self) -> Connection:
@@ -496,7 +523,9 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     @on_loop
     async def async_close(self) -> None:
-        """Closes the connection; the worker frees what it held for it."""
+        """Closes the connection. The worker keeps what it holds for this client for some time, for ``connect()``;
+        leaving a ``with`` block frees it at once.
+        """
         await self._close()
 
     def close(self) -> None:
@@ -504,9 +533,9 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         run(self.async_close(), instead="await worker.async_close()")
 
     def _reconnected(self, connection: Connection) -> None:
-        """What was known of the earlier connection's objects and plans goes with it."""
-        connection.history, connection.latency = self._connection.history, self._connection.latency
-        self.workplace = RemoteWorkplace(self, connection)
+        """There is a connection again: the one before, with its session, or another one."""
+        if connection is not self._connection:
+            self._take_up(connection)
 
     def __enter__(self) -> Self:
         return self
@@ -514,10 +543,15 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        run(self._leave(), instead="await worker.async_close()")
 
-    async def _close(self) -> None:
-        await self._connection.close()
+    @on_loop
+    async def _leave(self) -> None:
+        """Closes the connection for good: the worker frees at once what it held for it."""
+        await self._close(forget=True)
+
+    async def _close(self, *, forget: bool = False) -> None:
+        await self._connection.close(forget=forget)
 
     def _job(self, verb: str) -> TrainJob:
         if self.train_job is None:
@@ -592,9 +626,9 @@ def decisions_in(approvals: Approvals | str | Path | None) -> Approvals | None:
 
 
 def close_all(workers: Sequence[BaseWorker]) -> None:
-    """Closes the connections of all `workers`."""
+    """Closes the connections of all `workers` for good; they free what they held."""
 
     async def close() -> None:
-        await asyncio.gather(*(worker.async_close() for worker in workers))
+        await asyncio.gather(*(worker._leave() for worker in workers))
 
     run(close(), instead="await worker.async_close() for each")

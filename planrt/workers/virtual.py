@@ -25,6 +25,7 @@ from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, decisions_in, worke
 from planrt.workers.client import registry
 from planrt.workers.client.connection import Connection
 from planrt.workers.client.contents import held_pointer
+from planrt.workers.client.redialling import Redialling
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.state import WorkerState
@@ -33,6 +34,7 @@ from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import WorkerHost, virtual_compute
 from planrt.workers.transport import addresses, memory
+from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire.objects import check_travels
 
 V = TypeVar("V", bound="VirtualWorker")
@@ -68,11 +70,16 @@ class VirtualWorker(BaseWorker):
         log_msgs: keep what is sent to the worker in `msg_history`.
         verbose: taken, and without effect: planrt logs to the logger "planrt".
         message_pending_time: seconds that every message waits before it leaves, to try a slow network.
+        call_timeout: seconds that each call may wait for the worker, unless it says so itself (`timeout=`); None for as
+            long as it takes.
         auto_add: whether `get_worker` finds it, and making it again returns the same.
 
     Raises:
         OptionError: no id, or arguments that contradict a living worker of that id.
     """
+
+    _serving: asyncio.Task[None]
+    """Serves the latest connection."""
 
     def __new__(cls, hook: object = None, id: str | None = None, *args: Any, **options: Any) -> Self:
         """The living worker of that id, or a new one."""
@@ -95,6 +102,7 @@ class VirtualWorker(BaseWorker):
         auto_add: bool = True,
         message_pending_time: float = 0.0,
         *,
+        call_timeout: float | None = None,
         datasets: Mapping[str, Any] | None = None,
         users: Mapping[str, str] | None = None,
         token: str = "",
@@ -139,11 +147,11 @@ class VirtualWorker(BaseWorker):
         """All clients of the host, this one included."""
         self._link_address = memory.new_address(id, self._host)
         self._token, self._datasets_given = token, dict(datasets or {})
-        opening = _open_memory(id, self._host, limits or Limits(), token)
-        connection, self._serving = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
+        opening = self._open_memory(id, limits or Limits())
+        connection = run(opening, instead="a thread of its own: VirtualWorker(...) blocks")
         super().__init__(
             id, connection, is_client_worker=is_client_worker, auto_add=auto_add, log_msgs=log_msgs,
-            message_pending_time=message_pending_time,
+            message_pending_time=message_pending_time, call_timeout=call_timeout,
         )  # fmt: skip
         self._made_with = made_with
 
@@ -208,20 +216,44 @@ class VirtualWorker(BaseWorker):
         other._link_address, other._clients = self._link_address, self._clients
         other._clients.add(other)
         other._token = token
-        opening = _open_memory(self.id, self._host, self._connection.limits, token)
-        connection, other._serving = run(opening, instead="a thread of its own: connect_as(...) blocks")
+        opening = other._open_memory(self.id, self._connection.limits)
+        connection = run(opening, instead="a thread of its own: connect_as(...) blocks")
         BaseWorker.__init__(
             other, self.id, connection, is_client_worker=self.is_client_worker, auto_add=False
         )
         return other
 
     def connect(self) -> Self:
-        """Connects again after `close`. The objects of the session before are gone, those with tags excepted."""
+        """Connects again after `close`. The objects are there still, for as long as a worker keeps sessions
+        (``limits=Limits(session_seconds=...)``, two minutes).
+        """
         if self._connection.closed:
-            opening = _open_memory(self.id, self._host, self._connection.limits, self._token)
-            connection, self._serving = run(opening, instead="a thread of its own: connect() blocks")
+            connection = run(self._connection.reopen(), instead="a thread of its own: connect() blocks")
             self._reconnected(connection)
         return self
+
+    async def _open_memory(self, id: str, limits: Limits) -> Connection:
+        """Opens a connection to this worker's own host; runs on planrt's loop."""
+        global _virtual_turns
+        if _virtual_turns is None:
+            _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
+        me, host = weakref.ref(self), self._host
+
+        async def dial() -> Pipe:
+            pipe, serving = memory.connect(f"memory://{id}", host, limits)
+            if (worker := me()) is not None:
+                worker._serving = serving
+            return pipe
+
+        return await Connection.open(
+            await dial(),
+            id,
+            timeout=DEFAULT_TIMEOUT,
+            limits=limits,
+            turns=_virtual_turns,
+            token=self._token,
+            redialling=Redialling(dial, token=self._token, seconds=0),
+        )
 
     def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
         """Serves a map-style data set under `key`; see `WorkerState.add_dataset`."""
@@ -242,8 +274,8 @@ class VirtualWorker(BaseWorker):
         super().rm_obj(id)
         self._host.state.store.discard("", as_whole(id, "an object's id"))
 
-    async def _close(self) -> None:
-        await super()._close()
+    async def _close(self, *, forget: bool = False) -> None:
+        await super()._close(forget=forget)
         with contextlib.suppress(asyncio.CancelledError):
             await self._serving
 
@@ -272,7 +304,7 @@ _closing: set[asyncio.Task[None]] = set()
 
 def _close_soon(connection: Connection, serving: asyncio.Task[None], host: WorkerHost | None) -> None:
     async def close() -> None:
-        await connection.close()
+        await connection.close(forget=True)
         await asyncio.wait([serving])
         if host is not None:
             host.stop()
@@ -280,16 +312,3 @@ def _close_soon(connection: Connection, serving: asyncio.Task[None], host: Worke
     task = asyncio.create_task(close())
     _closing.add(task)  # a loop keeps weak references only
     task.add_done_callback(_closing.discard)
-
-
-async def _open_memory(
-    id: str, host: WorkerHost, limits: Limits, token: str
-) -> tuple[Connection, asyncio.Task[None]]:
-    global _virtual_turns
-    if _virtual_turns is None:
-        _virtual_turns = asyncio.Semaphore(2)  # one computes, the next one's request is already there
-    pipe, serving = memory.connect(f"memory://{id}", host, limits)
-    connection = await Connection.open(
-        pipe, id, timeout=DEFAULT_TIMEOUT, limits=limits, turns=_virtual_turns, token=token
-    )
-    return connection, serving

@@ -15,6 +15,8 @@ from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, worker_id
 from planrt.workers.client.connection import Connection
+from planrt.workers.client.deadlines import seconds_of
+from planrt.workers.client.redialling import RECONNECT_SECONDS, Redialling
 from planrt.workers.transport.addresses import DialOptions, dial, transport_of
 
 
@@ -42,7 +44,7 @@ class Reconnecting:
         again: WebsocketClientWorker = worker
 
         def connect() -> WebsocketClientWorker:
-            """Connects again after `close`, or after the connection was lost; see `async_reconnect`."""
+            """Connects again after `close`, or after the worker was given up; see `async_reconnect`."""
             return run(again.async_reconnect(), instead="await worker.async_reconnect()")
 
         return connect
@@ -53,8 +55,10 @@ class WebsocketClientWorker(BaseWorker):
     ``WebsocketClientWorker(hook, "127.0.0.1", 8777, id="alice")``.
 
     Connects and shakes hands at once; ``await WebsocketClientWorker.connect(id, uri)`` is the form for event loops.
-    ``worker.connect()`` connects again after `close`, or after the connection was lost; the objects of the session
-    before are gone then.
+    With `reconnect`, a connection that is cut is opened again by itself, and everything goes on: pointers, plans, what
+    is under way. The worker keeps the session for some time (two minutes, unless its owner says otherwise), so
+    ``worker.connect()`` after `close`, or after a cut, finds its objects. Where it has them no longer, their pointers
+    say so at their next use.
 
     Args:
         hook: the `TorchHook`, as the tutorials pass it, or the id.
@@ -70,6 +74,9 @@ class WebsocketClientWorker(BaseWorker):
         message_pending_time: seconds that every message waits before it leaves, to try a slow network.
         data: not taken: a server holds its own data.
         timeout: seconds to wait for the connection and its handshake. limits: the sizes of messages that it takes.
+        call_timeout: seconds that each call may wait for the worker, unless it says so itself (`timeout=`); None for as
+            long as it takes. reconnect: seconds for which a connection that was lost is tried again; 0, the default,
+            for not at all.
         token: proves to the worker which of its users this is. It does not travel.
         auto_add: whether `get_worker` finds it.
 
@@ -99,6 +106,8 @@ class WebsocketClientWorker(BaseWorker):
         key: str | Path | None = None,
         auto_add: bool = True,
         message_pending_time: float = 0.0,
+        call_timeout: float | None = None,
+        reconnect: float = RECONNECT_SECONDS,
     ) -> None:
         id = worker_id(hook, id, 'WebsocketClientWorker(hook, host, port, id="alice")')
         if data:
@@ -109,13 +118,14 @@ class WebsocketClientWorker(BaseWorker):
             uri = f"{'wss' if secure else 'ws'}://{as_text(host, 'host')}:{as_whole(port, 'port')}"
         elif secure and not transport_of(uri).encrypted:
             raise OptionError(f"secure=True means wss://, and uri is {uri!r}: write wss:// there")
+        waits = seconds_of(timeout) or DEFAULT_TIMEOUT
         self._opening = Opening(
-            uri, DialOptions(timeout or DEFAULT_TIMEOUT, limits or Limits(), ca, cert, key), token
+            uri, DialOptions(waits, limits or Limits(), ca, cert, key), token, _seconds(reconnect)
         )
         opened = run(self._opening.open(id), instead="await WebsocketClientWorker.connect(id, uri)")
         super().__init__(
             id, opened, is_client_worker=is_client_worker, auto_add=auto_add, log_msgs=log_msgs,
-            message_pending_time=message_pending_time,
+            message_pending_time=message_pending_time, call_timeout=call_timeout,
         )  # fmt: skip
 
     @classmethod
@@ -130,24 +140,28 @@ class WebsocketClientWorker(BaseWorker):
         ca: str | Path | None = None,
         cert: str | Path | None = None,
         key: str | Path | None = None,
+        call_timeout: float | None = None,
+        reconnect: float = RECONNECT_SECONDS,
     ) -> Self:
         """Connects to the worker `id` at `uri` within `timeout` seconds; awaitable from any loop."""
         worker = cls.__new__(cls)
-        worker._opening = Opening(uri, DialOptions(timeout, limits or Limits(), ca, cert, key), token)
-        BaseWorker.__init__(worker, id, await worker._opening.open(id))
+        options = DialOptions(seconds_of(timeout) or DEFAULT_TIMEOUT, limits or Limits(), ca, cert, key)
+        worker._opening = Opening(uri, options, token, _seconds(reconnect))
+        BaseWorker.__init__(worker, id, await worker._opening.open(id), call_timeout=call_timeout)
         return worker
 
     connect = Reconnecting(_connect)
 
     @on_loop
     async def async_reconnect(self) -> Self:
-        """Connects again, if the connection has ended. The objects of the session before are gone.
+        """Connects again, if the connection has ended. The objects of the session are there still, if the worker has
+        kept it; else it is a new one.
 
         Raises:
             ConnectError, HandshakeError: as when it was made.
         """
         if self._connection.closed:
-            self._reconnected(await self._opening.open(self.id))
+            self._reconnected(await self._connection.reopen())
         return self
 
 
@@ -158,11 +172,29 @@ class Opening:
     uri: str
     options: DialOptions
     token: str = field(repr=False)
+    reconnect: float = RECONNECT_SECONDS
 
     @on_loop
     async def open(self, id: str) -> Connection:
         """Opens a new connection with a new session."""
-        pipe = await dial(self.uri, self.options)
-        return await Connection.open(
-            pipe, id, timeout=self.options.timeout, limits=self.options.limits, token=self.token
+        redialling = Redialling(
+            lambda: dial(self.uri, self.options), token=self.token, seconds=self.reconnect
         )
+        return await Connection.open(
+            await redialling.dial(),
+            id,
+            timeout=self.options.timeout,
+            limits=self.options.limits,
+            token=self.token,
+            redialling=redialling,
+        )
+
+
+def _seconds(reconnect: object) -> float:
+    """For how long a connection is tried again."""
+    if reconnect == 0 and not isinstance(reconnect, bool):
+        return 0.0
+    seconds = seconds_of(reconnect, "reconnect")
+    if seconds is None:
+        raise OptionError("reconnect is a number of seconds, 0 for not at all")
+    return seconds

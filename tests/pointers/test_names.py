@@ -15,6 +15,7 @@ import planrt
 from planrt import errors
 from planrt.errors import GonePointerError, OptionError, PlanrtError, RemoteError, WorkerLostError
 from planrt.plans import func2plan
+from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
 
@@ -478,18 +479,37 @@ def test_a_closed_connection_opens_again(bob, alice):
     with pytest.raises(WorkerLostError):
         torch.ones(1).send(bob)
     assert bob.connect() is bob
-    uses = [x.get, lambda one=x: one + 1, lambda one=x: one.move(alice), kept.get, model.get]
-    for use in uses:
-        with pytest.raises(GonePointerError, match="went with the earlier connection to worker 'bob'"):
-            use()
-    uses.clear()
+    assert (x + 1).get().tolist() == [2, 2]
+    assert x.move(alice).get().tolist() == [1, 1]
+    assert kept.get().tolist() == [1, 1, 1]
+    assert model.get().weight.shape == (1, 2)
     assert torch.ones(2).send(bob).get().tolist() == [1, 1]
-    (found,) = bob.search("#kept")
-    assert found.get().tolist() == [1, 1, 1]
     assert bob.run(double, torch.ones(2)).tolist() == [2, 2]
     del x, kept, model
     gc.collect()
-    assert torch.ones(2).send(bob).get().tolist() == [1, 1]
+    assert bob.objects_count() == 0
+
+
+def test_a_worker_that_keeps_no_sessions_says_what_went(hook, alice):
+    with VirtualWorker(hook, id="carl", limits=Limits(session_seconds=0)) as carl:
+        x, kept = torch.ones(2).send(carl), torch.ones(3).tag("#kept").send(carl)
+        model = nn.Linear(2, 1).send(carl)
+        carl.close()
+        assert carl.connect() is carl
+        uses = [x.get, lambda one=x: one + 1, lambda one=x: one.move(alice), kept.get, model.get]
+        for use in uses:
+            with pytest.raises(GonePointerError, match="went with the earlier session on worker 'carl'"):
+                use()
+        with pytest.raises(GonePointerError, match=f"object {kept.id_at_location} .#kept. went"):
+            kept.get()
+        uses.clear()
+        assert torch.ones(2).send(carl).get().tolist() == [1, 1]
+        (found,) = carl.search("#kept")
+        assert found.get().tolist() == [1, 1, 1]
+        assert carl.run(double, torch.ones(2)).tolist() == [2, 2]
+        del x, kept, model
+        gc.collect()
+        assert torch.ones(2).send(carl).get().tolist() == [1, 1]
 
 
 @func2plan(args_shape=[(2,)])
@@ -542,8 +562,10 @@ def test_every_error_can_be_made_shown_and_is_no_type_error():
         one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, PlanrtError)
     ]:
         options = next((given for base, given in made.items() if issubclass(kind, base)), {})
-        if kind is WorkerLostError:
+        if issubclass(kind, WorkerLostError | errors.WorkerTimeoutError):
             options = {**options, "worker_id": "bob"}
+        if kind is errors.WorkerTimeoutError:
+            options = {**options, "seconds": 1.0}
         error = kind("what is wrong", **options)
         assert str(error).endswith("what is wrong")
         assert not issubclass(kind, TypeError)

@@ -215,12 +215,11 @@ def _another_client(worker):
 
 def test_a_session_that_ends_takes_everything_along(inc, alice, bob, transport, settles, james):
     """What a client's protocol made elsewhere goes with the client."""
-    other = _another_client(james)
-    protocol = Protocol([("a", inc), ("b", inc)]).deploy(alice, bob)
-    pointer = protocol.send(other)
-    result = pointer.run(torch.tensor([1.0]))
-    assert result.location is other
-    other.close()
+    with _another_client(james) as other:
+        protocol = Protocol([("a", inc), ("b", inc)]).deploy(alice, bob)
+        pointer = protocol.send(other)
+        result = pointer.run(torch.tensor([1.0]))
+        assert result.location is other
     assert settles([0], james)
     if transport == "memory":
         assert settles([1, 1], alice, bob)  # this client's own plans

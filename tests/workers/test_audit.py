@@ -119,8 +119,8 @@ def mean_of(x):
 
 def test_sessions(hospital, path):
     connect = hospital()
-    connect(ALICE).close()
-    connect().close()
+    with connect(ALICE), connect():
+        pass
     opened = told(path, "opened")[-2:]
     assert [one["user"] for one in opened] == ["alice", ""]
     assert all(one["worker"] == "hospital" for one in opened)
@@ -164,7 +164,7 @@ def test_a_run_that_fails_on_private_data(hospital, path):
     (line,) = told(path, "fit")
     assert (line["outcome"], line["kind"], line["op"]) == ("failed", "ExecutionError", "Tensor.take")
     assert b"189930" not in path.read_bytes()
-    worker.close()
+    worker.__exit__(None, None, None)
     assert came(path, "ended", 1)[-1]["failures"] == 1
 
 
@@ -350,8 +350,9 @@ def test_lines_that_are_cut_off_while_it_runs_are_noticed(hospital, path):
 @pytest.fixture
 def whole(path):
     """A log of three sessions."""
-    with VirtualWorker("clinic", users={"alice": ALICE}, audit=path, auto_add=False) as worker:
-        worker.connect_as(ALICE).close()
+    worker = VirtualWorker("clinic", users={"alice": ALICE}, audit=path, auto_add=False)
+    with worker, worker.connect_as(ALICE):
+        pass
     return path
 
 

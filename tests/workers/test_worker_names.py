@@ -25,6 +25,7 @@ OF_02 = """
     is_framework_supported list_objects list_objects_remote load_data log_msgs message_pending_time msg_history
     objects_count_remote register_obj registration_enabled remove_worker_from_local_worker_registry
     remove_worker_from_registry request_obj request_search rm_obj send send_obj set_obj train_config
+    call_timeout
 """
 OF_JOBS = "leave_job train_job"
 OWN = {

@@ -136,7 +136,8 @@ def _shakes_hands(worker_id: str, uri: str, identity: Identity) -> bool:
     from planrt.workers import WebsocketClientWorker
 
     try:
-        WebsocketClientWorker(worker_id, uri=uri, timeout=3, **_shown(identity)).close()
+        with WebsocketClientWorker(worker_id, uri=uri, timeout=3, **_shown(identity)):
+            pass
     except HandshakeError:
         if identity != NOBODY:  # which it did not take: that is no reason to start others
             raise
@@ -177,7 +178,7 @@ async def connect(
             spare -= 1
             print(f"Notice: the run goes on without {worker_id}: {one_line(error)}")
             continue
-        stack.push_async_callback(workers[worker_id].async_close)
+        stack.push_async_callback(workers[worker_id]._leave)
     return workers
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,15 +23,20 @@ from planrt.errors import (
     LocalError,
     PlanrtError,
     RemoteError,
+    SessionLostError,
     TransportError,
     WorkerLostError,
+    WorkerTimeoutError,
 )
 from planrt.logs import get_logger
-from planrt.serde.frames import Allocate, Limits, Received, Store, encode, in_memory
+from planrt.serde.frames import Allocate, Frame, Limits, Received, Store, encode, in_memory
 from planrt.shown import shown
-from planrt.workers.client.session import ClientSession
+from planrt.workers.client.deadlines import in_time
+from planrt.workers.client.redialling import Pauses, Redialling
+from planrt.workers.client.session import ByeError, ClientSession, RefusedError
 from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES
 from planrt.workers.wire.posted import MAX_OP_BYTES, Line
 from planrt.workers.wire.sendable import sendable
 
@@ -53,6 +59,27 @@ _DROPS_WAITING = 512
 """Freed pointers that may wait for an op to travel with before they get a message of their own."""
 
 
+_KEPT_MESSAGES = 1024
+_KEPT_BYTES = 128 << 20
+"""Of what the worker has not acknowledged: with more, nothing further is sent until it has."""
+
+COPIED_TO_SEND = 8 << 20
+"""Of a message that may have to be sent again up to so many bytes are copied, so that its tensors may change once it
+has left. With more, `Connection.send` waits until the worker has it."""
+
+_jitter = random.Random()  # noqa: S311 - of pauses; its own, so that whoever seeds Python's generator draws the same
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A message that the worker may not have: its bytes, and who waits until it has."""
+
+    frame: Frame
+    arrived: asyncio.Future[None] | None = None
+    id: int = 0
+    """Of a request."""
+
+
 @dataclass(slots=True, eq=False)
 class QueuedMessage:
     """A message to be sent: a request if somebody waits for a `reply`."""
@@ -61,9 +88,12 @@ class QueuedMessage:
     tensors: Sequence[torch.Tensor]
     reply: asyncio.Future[Response] | None
     sent: asyncio.Future[None] | None
+    """Done when its tensors may change."""
     allocate: Allocate[m.Envelope] = in_memory
     id: int = 0
     given_up: bool = False
+    failed: bool = False
+    """Whether who waited for it has been told that it was not sent."""
 
 
 class Connection:
@@ -75,14 +105,41 @@ class Connection:
 
     `turns` bounds how many computing requests are under way over all connections that share it: virtual workers
     compute one after the other, so that more would only fill memory with copies of parameters.
+
+    A connection that is lost is opened again, where `redialling` says how, and the session goes on over it: whoever
+    waits goes on waiting, and what the worker has not taken is sent again. If the worker has that session no longer,
+    this connection has ended, and `on_renewed` is given the one with the session that there is now. If nobody answers
+    for so long, or the worker says that it stops, this connection has ended; `reopen` tries once more.
     """
 
     def __init__(
-        self, pipe: Pipe, session: ClientSession, *, limits: Limits, turns: asyncio.Semaphore | None = None
+        self,
+        pipe: Pipe,
+        session: ClientSession[Sent],
+        *,
+        limits: Limits,
+        turns: asyncio.Semaphore | None = None,
+        redialling: Redialling | None = None,
+        handshake_timeout: float = 10.0,
     ) -> None:
         self.session = session
         self.loop = asyncio.get_running_loop()
         self._pipe = pipe
+        self._traffic = pipe.traffic
+        self._redialling = redialling
+        self._handshake_timeout = handshake_timeout
+        self._away: PlanrtError | None = None
+        """Why there is no connection now, while another one is tried."""
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._tells = False  # whether the worker is to be told now what has been taken
+        self._told = 0  # answers that it was told of
+        self._kept_bytes = 0
+        self._room = asyncio.Event()
+        self._session_lost = False
+        self.on_renewed: Callable[[Connection], None] | None = None
+        """Called on the loop with the connection that there is now, when the worker had lost the session."""
+        self.timeout: float | None = None
+        """Seconds that calls wait for an answer, unless they say so themselves; None for as long as it takes."""
         self.limits = limits
         self.history: list[m.Body] | None = None
         """Where what is handed over is written down, if somebody wants to see it: without tensors."""
@@ -111,7 +168,7 @@ class Connection:
         self.op_bytes = min(MAX_OP_BYTES, accepts.header_limit * 3 // 4 - rest)
         """Longest op that may be posted."""
         self._header_limit = accepts.header_limit
-        self._reader = asyncio.create_task(self._read())
+        self._reader = asyncio.create_task(self._read(pipe))
         session.line_of = self.line
         session.place_of = self.place_in_plan
 
@@ -126,6 +183,7 @@ class Connection:
         turns: asyncio.Semaphore | None = None,
         token: str = "",
         for_others: bool = False,
+        redialling: Redialling | None = None,
     ) -> Connection:
         """Shakes hands with the worker at the other end of `pipe` within `timeout` seconds.
 
@@ -133,32 +191,26 @@ class Connection:
             HandshakeError: it does not answer as worker `worker_id` of a planrt that fits this one, or does not
                 know `token`.
         """
-        session = ClientSession(worker_id, address=pipe.address, limits=limits)
+        session = ClientSession[Sent](worker_id, address=pipe.address, limits=limits)
         try:
             async with asyncio.timeout(timeout):
-                answer = await _exchange(
-                    pipe, session.hello(token, pipe.channel.binding, for_others=for_others)
-                )
-                if (proof := session.challenged(answer)) is not None:
-                    answer = await _exchange(pipe, proof)
-            session.welcome(answer)
+                await _shake_hands(pipe, session, token, for_others=for_others)
         except (TimeoutError, ConnectionError) as error:
             await pipe.close()
-            raise HandshakeError(
-                f"{pipe.address} accepts connections but gave no answer to the handshake: is it a planrt worker?",
-                address=pipe.address,
-            ) from error
+            raise _no_answer(pipe) from error
         except TransportError:
             await pipe.close()
             raise
         for what, here, there in session.differences():
             log.warning("versions_differ", worker=worker_id, what=what, here=here, there=there)
-        return cls(pipe, session, limits=limits, turns=turns)
+        return cls(
+            pipe, session, limits=limits, turns=turns, redialling=redialling, handshake_timeout=timeout
+        )
 
     @property
     def traffic(self) -> Traffic:
         """The messages and bytes that went through the connection so far."""
-        return self._pipe.traffic
+        return self._traffic
 
     @property
     def why_ended(self) -> str:
@@ -167,8 +219,18 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """True once the connection has ended."""
+        """True once the connection has ended, and is not tried again."""
         return self._ended is not None
+
+    @property
+    def away(self) -> str:
+        """The reason why there is no connection now, while another one is tried; else ``""``."""
+        return "" if self._away is None else shown(str(self._away), 200)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether what is sent may have to be sent again."""
+        return self.session.kept is not None
 
     # --------------------------------------------------------------------------- from any thread
 
@@ -351,13 +413,14 @@ class Connection:
         """Waits for the reply to a request that was queued, and returns it.
 
         Raises:
-            RemoteError: the worker could not do it. WorkerLostError: the connection ended first.
+            RemoteError: the worker could not do it. WorkerLostError: the connection ended first. WorkerTimeoutError: it
+            did not answer in time.
         """
         try:
             assert outgoing.reply is not None  # noqa: S101 - it is a request, and nobody finished it before
-            return await outgoing.reply
+            return await in_time(outgoing.reply, self.timeout, lambda s: self.late(outgoing.body, s))
         except ConnectionError as error:
-            raise self._lost(type(outgoing.body).__name__) from error
+            raise self._lost(_described(outgoing.body)) from error
         finally:
             self.forget(outgoing)
 
@@ -377,61 +440,118 @@ class Connection:
         """
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
-        outgoing = QueuedMessage(self._checked(body, tensors), tensors, None, self.loop.create_future())
+        body = self._checked(body, tensors)
+        if self._again and sum(tensor.nbytes for tensor in tensors) <= COPIED_TO_SEND:
+            tensors = [tensor.clone() for tensor in tensors]
+        left: asyncio.Future[None] = self.loop.create_future()
+        outgoing = QueuedMessage(body, tensors, None, left)
         self._outbox.append(outgoing)
         self._wake()
         try:
-            await asyncio.shield(outgoing.sent)  # type: ignore[arg-type]
+            await in_time(asyncio.shield(left), self.timeout, lambda s: self.late(body, s))
         except ConnectionError as error:
             raise self._lost(type(body).__name__) from error
 
+    @property
+    def _again(self) -> bool:
+        """Whether the connection may be cut, and messages be sent again."""
+        return self._redialling is not None and self._redialling.seconds > 0 and self._keeps
+
     async def drained(self) -> None:
-        """Returns when few posted ops wait to be sent."""
+        """Returns when few posted ops wait to be sent.
+
+        Raises:
+            WorkerTimeoutError: that takes longer than calls may wait.
+        """
         while len(self._outbox) > MAX_WAITING // 2 and self._ended is None:
             self._drained.clear()
-            await self._drained.wait()
+            drained = asyncio.ensure_future(self._drained.wait())
+            await in_time(drained, self.timeout, lambda s: self.late(m.Post([]), s))
 
-    async def close(self) -> None:
-        """Closes the connection once what was posted has left; requests under way fail. Closing twice is fine."""
-        if self._sender is not None and self._ended is None:
+    async def close(self, *, forget: bool = False) -> None:
+        """Closes the connection once what was posted has left; requests under way fail. Closing twice is fine.
+
+        With `forget` the session is over as well; else the worker keeps it for some time, for `reopen`.
+        """
+        if self._sender is not None and self._ended is None and self._away is None:
             with contextlib.suppress(TimeoutError, PlanrtError, ConnectionError):
                 await asyncio.wait_for(asyncio.shield(self._sender), timeout=2)
+        was_open = self._ended is None and self._away is None
         self._ended = self._ended or PlanrtError("closed by this side")
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+        if forget:
+            if was_open and self._keeps:
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    bye = encode(m.to_wire(self.session.posted(m.Bye())))
+                    await asyncio.wait_for(self._pipe.send(bye), timeout=1)
+            self.session.kept = None
         await self._pipe.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
+        self._end(self._ended)
+
+    async def reopen(self) -> Connection:
+        """Opens the connection again after it has ended; returns the one that there is now: this one if its session
+        goes on, or another one with a new session.
+
+        Raises:
+            ConnectError, HandshakeError: as when it was opened for the first time.
+        """
+        if self._redialling is None:
+            raise LocalError("nobody said how this connection is opened again")
+        if self._ended is None:
+            return self
+        pipe = await self._redialling.dial()
+        try:
+            async with asyncio.timeout(self._handshake_timeout):
+                return await self._go_on(pipe)
+        except (TimeoutError, ConnectionError) as error:
+            await pipe.close()
+            raise _no_answer(pipe) from error
+        except BaseException:
+            await pipe.close()
+            raise
 
     def _wake(self) -> None:
         self._woken = False
         if self._ended is not None:
             self._end(self._ended)  # whoever has queued something meanwhile hears so, too
-        elif self._sender is None:
-            self._sender = asyncio.create_task(self._send_all())
+        elif self._sender is None and self._away is None:
+            self._sender = asyncio.create_task(self._send_all(self._pipe))
 
-    async def _send_all(self) -> None:
-        """Sends what waits, until nothing does."""
+    async def _send_all(self, pipe: Pipe, again: Sequence[Sent] = ()) -> None:
+        """Sends what is to be sent `again`, and then what waits, until nothing does."""
         outgoing: QueuedMessage | None = None
         try:
-            while self._outbox or len(self._drops) > _DROPS_WAITING or (self._flush and self._drops):
+            for one in again:
+                await pipe.send(one.frame)
+            del again
+            while self._waits():
                 outgoing = None
                 if self.latency:
                     await asyncio.sleep(self.latency)
-                if not self._outbox or isinstance(self._outbox[0], bytes):
-                    self._flush = False
-                    await self._pipe.send(
-                        encode(m.to_wire(m.Envelope(0, self._gathered())), max_header=self._header_limit)
-                    )
-                else:
+                while self._full() and pipe is self._pipe and self._away is None:
+                    self._room.clear()
+                    await self._room.wait()
+                if self._away is not None or self._ended is not None:
+                    return
+                if self._outbox and not isinstance(self._outbox[0], bytes):
                     first = self._outbox.popleft()
-                    assert isinstance(first, QueuedMessage)  # noqa: S101 - bytes were handled above
+                    assert isinstance(first, QueuedMessage)  # noqa: S101 - it is no bytes
                     outgoing = first
                     del first
-                    await self._send_one(outgoing)
+                    await self._send_one(pipe, outgoing)
+                elif self._outbox or not self._tells:
+                    self._flush = False
+                    await self._send_kept(pipe, self._encoded(self.session.posted(self._gathered())))
+                else:
+                    await pipe.send(self._encoded(self.session.posted(m.Ack())))
                 self._drained.set()
         except (ConnectionError, OSError) as error:
             await asyncio.wait([self._reader], timeout=2)  # the worker may have said why it hung up
-            self._end(PlanrtError(str(error)))
-            if outgoing is not None:
+            self._cut(pipe, PlanrtError(str(error)))
+            if outgoing is not None and not self._again:
                 _fail(outgoing, ConnectionResetError(str(self._ended)))
         except Exception as error:  # a mistake of ours: whoever waits must hear of it
             log.exception("sending_failed", worker=self.session.worker_id)
@@ -441,6 +561,29 @@ class Connection:
         finally:
             self._sender = None
             self._drained.set()
+
+    def _waits(self) -> bool:
+        """Whether there is anything to send."""
+        drops = len(self._drops)
+        return bool(self._outbox) or drops > _DROPS_WAITING or (self._flush and drops > 0) or self._tells
+
+    def _full(self) -> bool:
+        """Whether the worker has to acknowledge something first."""
+        return self._kept_bytes > _KEPT_BYTES or len(self.session.sent) >= _KEPT_MESSAGES
+
+    def _encoded(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor] = ()) -> Frame:
+        frame = encode(m.to_wire(envelope), tensors, max_header=self._header_limit)
+        self._tells, self._told = False, self.session.seen
+        return frame
+
+    async def _send_kept(
+        self, pipe: Pipe, frame: Frame, arrived: asyncio.Future[None] | None = None, id: int = 0
+    ) -> None:
+        """Sends a message that the worker counts; it is kept until the worker has it."""
+        if self._keeps:
+            self.session.sent.add(Sent(frame, arrived, id))
+            self._kept_bytes += frame.nbytes
+        await pipe.send(frame)
 
     def _gathered(self) -> m.Post:
         """A message of the ops at the head of the queue; when none are left, with what nobody points at."""
@@ -464,7 +607,7 @@ class Connection:
             return m.Post(ops)
         return m.Post(ops, [self._drops.popleft() for _ in range(min(drops, max(1, room // 16)))])
 
-    async def _send_one(self, outgoing: QueuedMessage) -> None:
+    async def _send_one(self, pipe: Pipe, outgoing: QueuedMessage) -> None:
         if outgoing.given_up:
             return
         try:
@@ -473,8 +616,8 @@ class Connection:
                 outgoing.id = envelope.id
                 self._pending[envelope.id] = outgoing
             else:
-                envelope = m.Envelope(0, outgoing.body)
-            frame = encode(m.to_wire(envelope), outgoing.tensors, max_header=self._header_limit)
+                envelope = self.session.posted(outgoing.body)
+            frame = self._encoded(envelope, outgoing.tensors)
         except Exception as error:  # it was checked, but a device may fail to give its tensors' bytes
             self._pending.pop(outgoing.id, None)
             self.session.forget(outgoing.id)
@@ -483,41 +626,170 @@ class Connection:
                 self._unsent = self._unsent or known
             _fail(outgoing, known)
             return
-        await self._pipe.send(frame)
+        nbytes = sum(tensor.nbytes for tensor in outgoing.tensors)
         outgoing.tensors = ()
-        if outgoing.sent is not None and not outgoing.sent.done():
-            outgoing.sent.set_result(None)
-
-    async def _read(self) -> None:
-        ended: PlanrtError
+        again = self._again
+        waits = again and nbytes > COPIED_TO_SEND  # it was not copied
+        sent = False
         try:
-            while (received := await self._pipe.receive(self._allocate)) is not None:
+            await self._send_kept(pipe, frame, outgoing.sent if waits else None, outgoing.id)
+            sent = True
+        finally:
+            if outgoing.sent is not None and not waits and (sent or again) and not outgoing.sent.done():
+                outgoing.sent.set_result(None)  # if it did not arrive, it is sent again, from its copy
+
+    async def _read(self, pipe: Pipe) -> None:
+        try:
+            while (received := await pipe.receive(self._allocate)) is not None:
                 self._deliver(received)
                 del received  # a reply belongs to who asked, not to a loop that waits for the next one
-            ended = PlanrtError("the worker closed the connection")
-        except PlanrtError as error:
-            ended = error
-            await self._pipe.close()
+            cut = PlanrtError("the worker closed the connection")
         except (ConnectionError, OSError) as error:
-            ended = PlanrtError(str(error))
+            cut = PlanrtError(str(error))
+        except ByeError as error:
+            self.session.kept = None
+            self._end(error)
+            return
+        except PlanrtError as error:
+            await pipe.close()
+            self._end(error)
+            return
         except Exception as error:  # such as no memory for an answer: whoever waits must hear of it
             log.exception("receiving_failed", worker=self.session.worker_id)
-            ended = PlanrtError(f"receiving failed: {type(error).__name__}: {error}")
-            await self._pipe.close()
-        self._end(ended)
+            await pipe.close()
+            self._end(PlanrtError(f"receiving failed: {type(error).__name__}: {error}"))
+            return
+        self._cut(pipe, cut)
+
+    def _cut(self, pipe: Pipe, why: PlanrtError) -> None:
+        """`pipe` carries nothing any more."""
+        if self._ended is not None or not self._again:
+            self._end(why)
+        elif pipe is self._pipe and self._away is None:
+            self._away = why
+            self._room.set()
+            log.info("connection_cut", worker=self.session.worker_id, why=str(why))
+            self._reconnecting = asyncio.create_task(self._reconnect(why))
+
+    async def _reconnect(self, why: PlanrtError) -> None:
+        """Tries to go on over another connection, for as long as that was asked for."""
+        assert self._redialling is not None  # noqa: S101 - `_again` has seen it
+        until = self.loop.time() + self._redialling.seconds
+        latest: Exception = why
+        pauses = Pauses(_jitter)
+        await self._pipe.close()
+        while self._ended is None:
+            pipe: Pipe | None = None
+            try:
+                async with asyncio.timeout_at(until):
+                    pipe = await self._redialling.dial()
+                # A worker that computes answers when it is done, and the pipe notices if it is gone.
+                await self._go_on(pipe)
+                return
+            except RefusedError as error:
+                self._end(error)
+                return
+            except (TransportError, TimeoutError, OSError) as error:
+                latest = error
+            except PlanrtError as error:  # such as a file of a certificate that cannot be read
+                self._end(error)
+                return
+            finally:
+                if pipe is not None and pipe is not self._pipe and not self._session_lost:
+                    await pipe.close()
+            if (pause := pauses.next()) > until - self.loop.time():
+                seconds = self._redialling.seconds
+                self._end(PlanrtError(f"{why}; tried to go on for {seconds:g} s: {latest or why}"))
+                return
+            await asyncio.sleep(pause)
+
+    async def _go_on(self, pipe: Pipe) -> Connection:
+        """Goes on over `pipe`; returns what there is to use from now on: this, or a connection with a new session.
+
+        Raises:
+            TransportError, ConnectionError: that did not come about.
+        """
+        redialling = self._redialling
+        assert redialling is not None  # noqa: S101 - its callers have seen it
+        resumed = await _shake_hands(pipe, self.session, redialling.token, for_others=redialling.for_others)
+        session = self.session
+        if self._sender is not None:  # its pipe is closed
+            await asyncio.wait([self._sender])
+        if resumed and session.kept is not None and session.kept.resumed:
+            self._acknowledged(session.kept.seen)
+            self._ended = self._away = None
+            self._traffic.add(pipe.traffic)
+            pipe.traffic = self._traffic
+            self._pipe = pipe
+            self._reader = asyncio.create_task(self._read(pipe))
+            self._sender = asyncio.create_task(self._send_all(pipe, list(session.sent)))
+            log.info("session_goes_on", worker=session.worker_id)
+            return self
+        if resumed:  # it had none that could go on
+            renewed, reason = session, "the session before was not kept"
+            self.session = ClientSession(session.worker_id, address=session.address, limits=self.limits)
+        else:
+            renewed, reason = session.renewed()
+        self._session_lost = True
+        log.warning("session_lost", worker=session.worker_id, why=reason)
+        self._end(PlanrtError(reason))
+        fresh = Connection(
+            pipe, renewed, limits=self.limits, turns=self._turns, redialling=redialling,
+            handshake_timeout=self._handshake_timeout,
+        )  # fmt: skip
+        fresh.history, fresh.latency, fresh.timeout = self.history, self.latency, self.timeout
+        fresh.on_renewed = self.on_renewed
+        if self.on_renewed is not None:
+            self.on_renewed(fresh)
+        return fresh
 
     def _end(self, why: PlanrtError) -> None:
-        """The connection has ended: whoever waits for it hears so."""
+        """The connection has ended: whoever waits for it hears so.
+
+        What was posted stays, where the session may go on (`reopen`): it is sent before anything new.
+        """
         self._ended = self._ended or why
+        self._away = None
         error = ConnectionResetError(str(self._ended))
         for outgoing in [*self._pending.values(), *self._outbox]:
             if isinstance(outgoing, QueuedMessage):
                 _fail(outgoing, error)
-        self._outbox.clear()
+        for sent in self.session.sent:
+            if sent.id in self._pending:  # nobody wants that any more: in its place goes what does nothing
+                nothing = m.Envelope(sent.id, m.CountObjects(), self.session.seen)
+                self._kept_bytes -= sent.frame.nbytes
+                sent.frame = encode(m.to_wire(nothing))
+                self._kept_bytes += sent.frame.nbytes
+        for id in list(self._pending):
+            self.session.forget(id)
+        self._pending.clear()
+        for sent in self.session.sent:
+            if sent.arrived is not None and not sent.arrived.done():
+                sent.arrived.set_exception(error)
+        if self._keeps and not self._session_lost:
+            left = [one for one in self._outbox if isinstance(one, bytes) or not one.failed]
+            self._outbox.clear()
+            self._outbox.extend(left)
+        else:
+            self._outbox.clear()
         self._drained.set()
+        self._room.set()
+
+    def _acknowledged(self, seen: int) -> None:
+        """The worker has taken so many messages."""
+        for sent in self.session.sent.acknowledge(seen):
+            self._kept_bytes -= sent.frame.nbytes
+            if sent.arrived is not None and not sent.arrived.done():
+                sent.arrived.set_result(None)
+        self._room.set()
 
     def _deliver(self, received: Received[m.Envelope]) -> None:
         answered = self.session.reply(received.message)
+        if self._keeps:
+            self._acknowledged(received.message.seen)
+            if received.nbytes >= LARGE_ANSWER or self.session.seen - self._told >= MESSAGES:
+                self._tells = True
+                self._wake()
         pending = self._pending.get(answered.id) if answered else None
         if answered is None or pending is None or pending.reply is None or pending.reply.done():
             return
@@ -531,12 +803,53 @@ class Connection:
         return (pending.allocate if pending else in_memory)(envelope, nbytes)
 
     def _lost(self, what: str) -> WorkerLostError:
+        worker, address = self.session.worker_id, self.session.address
+        if self._session_lost:
+            return SessionLostError(
+                f"worker {worker!r} at {address} has lost this session ({self._ended}), with its objects: no answer to "
+                f"{what}",
+                address=address,
+                worker_id=worker,
+            )
         return WorkerLostError(
-            f"worker {self.session.worker_id!r} at {self._pipe.address} is gone "
-            f"({self._ended or 'connection lost'}): no answer to {what}",
-            address=self._pipe.address,
-            worker_id=self.session.worker_id,
+            f"worker {worker!r} at {address} is gone ({self._ended or 'connection lost'}): no answer to {what}",
+            address=address,
+            worker_id=worker,
         )
+
+    def late(self, body: m.Body, seconds: float) -> WorkerTimeoutError:
+        """Returns the error for an answer to `body` that did not come within so many seconds."""
+        worker, address = self.session.worker_id, self.session.address
+        why = f"; the connection was lost ({self._away}) and is tried again" if self._away else ""
+        return WorkerTimeoutError(
+            f"worker {worker!r} at {address} gave no answer to {_described(body)} within {seconds:g} s{why}",
+            address=address,
+            worker_id=worker,
+            seconds=seconds,
+        )
+
+
+def _described(body: m.Body) -> str:
+    """A message in words, with the objects that it names."""
+    ids = [getattr(body, "id", None), *getattr(body, "ids", ()), *getattr(body, "roots", ())]
+    named = [str(id) for id in ids if id is not None]
+    more = "" if len(named) <= 8 else f" and {len(named) - 8} more"
+    return type(body).__name__ + (f" of object {', '.join(named[:8])}{more}" if named else "")
+
+
+async def _shake_hands(pipe: Pipe, session: ClientSession[Sent], token: str, *, for_others: bool) -> bool:
+    """Opens or resumes a session over `pipe`; see `ClientSession.welcome`."""
+    answer = await _exchange(pipe, session.hello(token, pipe.channel.binding, for_others=for_others))
+    if (proof := session.challenged(answer)) is not None:
+        answer = await _exchange(pipe, proof)
+    return session.welcome(answer)
+
+
+def _no_answer(pipe: Pipe) -> HandshakeError:
+    return HandshakeError(
+        f"{pipe.address} accepts connections but gave no answer to the handshake: is it a planrt worker?",
+        address=pipe.address,
+    )
 
 
 async def _exchange(pipe: Pipe, message: m.Envelope) -> m.Envelope:
@@ -549,6 +862,7 @@ async def _exchange(pipe: Pipe, message: m.Envelope) -> m.Envelope:
 
 
 def _fail(outgoing: QueuedMessage, error: Exception) -> None:
+    outgoing.failed = outgoing.reply is not None or outgoing.sent is not None
     for future in (outgoing.reply, outgoing.sent):
         if future is not None and not future.done():
             future.set_exception(error)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from planrt.loop import run
 from planrt.plans.running.inference import Spec, spec
+from planrt.workers.client.deadlines import in_time
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.histories import Histories
 from planrt.workers.pointers.tensor import PointerTensor
@@ -107,7 +109,9 @@ class GradientTable:
         while (one := next(iter(list(self._pending)), None)) is not None:
             # Who is cancelled here leaves the pass to others: a worker that halted at a failure must hear of it.
             if (reply := one.asked.reply) is not None:
-                await asyncio.wait({reply})
+                waits = asyncio.ensure_future(asyncio.wait({reply}))
+                connection, body = one.connection, one.asked.body
+                await in_time(waits, connection.timeout, functools.partial(connection.late, body))
             if not self._take(one):
                 continue
             try:

@@ -3,8 +3,12 @@
 Opening: send what ``hello`` returns. Hand the answer to ``challenged``; if that returns a message, send it, and
 take the answer to it in place of the first. Hand the answer to ``welcome``, which returns nothing or raises.
 
-From then on call ``request`` for each message to send, and ``reply`` for each one that arrives: it says which
-request was answered, and how. Call ``forget`` where nobody waits for an answer any more.
+From then on call ``request`` or ``posted`` for each message to send, note what becomes of it in ``sent``, and hand each
+one that arrives to ``reply``: it says which request was answered, and how. Call ``forget`` where nobody waits for an
+answer any more.
+
+After the connection was lost: open another one in the same way. ``welcome`` says whether the session goes on; then what
+is left in ``sent`` is to be sent again, in order, and else ``renewed`` is the session that there is now.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
 
 from planrt.errors import (
     HandshakeError,
@@ -20,9 +27,20 @@ from planrt.errors import (
 )
 from planrt.serde.frames import Limits
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.delivery import Unacknowledged
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import ProofError, Proving
-from planrt.workers.wire.refusals import RAISED
+from planrt.workers.wire.refusals import RAISED, SESSION_IN_USE
+
+T = TypeVar("T")
+
+
+class ByeError(WireError):
+    """The worker has ended the session."""
+
+
+class RefusedError(HandshakeError):
+    """Somebody answered, and does not let this client in: to ask again is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +51,21 @@ class Answered:
     result: m.Body | RemoteError
 
 
-class ClientSession:
-    """One identity on one worker. `worker_id` is the id the caller expects; the handshake checks it."""
+class ClientSession(Generic[T]):
+    """One identity on one worker. `worker_id` is the id the caller expects; the handshake checks it. `T` is what its
+    connection keeps of each message until the worker has it."""
 
     def __init__(self, worker_id: str, *, address: str, limits: Limits | None = None) -> None:
         self.worker_id = worker_id
-        self._mine = own_versions(limits)
+        self._limits = limits
+        self._mine = own_versions(limits, resumes=True)
         self.address = address
+        self.kept: m.Kept | None = None
+        """How the session outlives its connection; None if it does not."""
+        self.sent: Unacknowledged[T] = Unacknowledged()
+        """What was sent and may have to be sent again; of use while `kept` is there."""
+        self.seen = 0
+        """Answers taken so far."""
         self.id = secrets.token_hex(16)
         self.versions = own_versions()  # the worker's, once the handshake has told
         self.datasets: dict[str, m.DatasetInfo] = {}
@@ -48,6 +74,9 @@ class ClientSession:
         self.place_of: Callable[[int | None, int | None], str] = lambda number, index: ""
         """Where an op of a plan came from, by the number of its call and its place there; the connection knows."""
         self._proving: Proving | None = None
+        self._renewed: m.Welcome | None = None
+        self._shaking_hands = 0
+        """The number of the latest message of a handshake."""
         self._last = 0
         self._pending: set[int] = set()
         self._abandoned: set[int] = set()
@@ -61,7 +90,12 @@ class ClientSession:
         """
         self._proving = Proving(token, binding) if token else None
         first = self._proving.first if self._proving else ""
-        return self.request(m.Hello(self.id, self._mine, proof=first, for_others=for_others))
+        resume = None
+        if self.kept is not None and self.kept.secret is not None:
+            resume = m.Resumption(self.kept.session, self.kept.secret, self.seen)
+        self._pending.discard(self._shaking_hands)  # of an earlier try
+        hello = m.Hello(self.id, self._mine, proof=first, for_others=for_others, resume=resume)
+        return self._asks(hello)
 
     def challenged(self, envelope: m.Envelope) -> m.Envelope | None:
         """Returns the proof that the answer to `hello` asks for; send it, and give its answer to `welcome`. None if it
@@ -74,12 +108,15 @@ class ClientSession:
             return None
         self._pending.discard(envelope.id)
         try:
-            return self.request(m.Prove(self._proving.answer(envelope.body.proof)))
+            return self._asks(m.Prove(self._proving.answer(envelope.body.proof)))
         except ProofError as error:
             raise self._unproved(error) from None
 
-    def welcome(self, envelope: m.Envelope) -> None:
+    def welcome(self, envelope: m.Envelope) -> bool:
         """Takes the answer to `hello`, or to the proof that was asked for. `request` may be called from then on.
+
+        Returns:
+            Whether this session is open. False: there was one before, it is over, and `renewed` is another one.
 
         Raises:
             HandshakeError: refused, or another worker answers under this address, or one that does not know the token.
@@ -93,21 +130,54 @@ class ClientSession:
                         proving.check(welcome.proof)
                     except ProofError as error:
                         raise self._unproved(error) from None
-                self.versions, self.datasets = welcome.versions, welcome.datasets
+                return self._welcomed(welcome)
             case m.Welcome(worker=worker):
-                raise HandshakeError(
+                raise RefusedError(
                     f"the worker at {self.address} is {worker!r}, not {self.worker_id!r}: check id and port",
                     address=self.address,
                 )
-            case m.Failure(message=message):
-                raise HandshakeError(f"{self.address} refused the session: {message}", address=self.address)
+            case m.Failure(message=message, kind=kind):
+                refusal = HandshakeError if kind == SESSION_IN_USE else RefusedError
+                raise refusal(f"{self.address} refused the session: {message}", address=self.address)
             case other:
                 raise HandshakeError(
                     f"{self.address} answered the handshake with {type(other).__name__}", address=self.address
                 )
 
+    def _welcomed(self, welcome: m.Welcome) -> bool:
+        before, self.versions, self.datasets = self.kept, welcome.versions, welcome.datasets
+        if before is None:
+            self.kept = welcome.kept if self._mine.resumes else None
+            return True
+        if welcome.kept is not None and welcome.kept.resumed:
+            self.kept = msgspec.structs.replace(welcome.kept, secret=before.secret)
+            return True
+        self._renewed = welcome
+        return False
+
+    def renewed(self) -> tuple[ClientSession[T], str]:
+        """Returns the session that the worker has opened in the place of this one, and why it has, in words."""
+        welcome, before = self._renewed, self.kept
+        assert welcome is not None and before is not None  # noqa: S101, PT018 - `welcome` has returned False
+        other = ClientSession[T](self.worker_id, address=self.address, limits=self._limits)
+        other.id, other._last = self.id, self._last
+        other._welcomed(welcome)
+        if welcome.kept is not None and welcome.kept.epoch == before.epoch:
+            return (
+                other,
+                f"it keeps a session for {before.seconds:g} s without a connection, and that is over",
+            )
+        return other, "it was started again"
+
+    def _asks(self, body: m.Body) -> m.Envelope:
+        """A message of the handshake, which nobody counts."""
+        envelope = m.Envelope(self._last + 1, body)
+        self._last = self._shaking_hands = envelope.id
+        self._pending.add(envelope.id)
+        return envelope
+
     def _unproved(self, error: ProofError) -> HandshakeError:
-        return HandshakeError(
+        return RefusedError(
             f"{self.address} did not prove that it knows the token: {error}; is it the worker {self.worker_id!r}?",
             address=self.address,
         )
@@ -125,7 +195,15 @@ class ClientSession:
         """Returns `body` under the next request number, to be sent; its answer goes to `reply`."""
         self._last += 1
         self._pending.add(self._last)
-        return m.Envelope(self._last, body)
+        return m.Envelope(self._last, body, self._told())
+
+    def posted(self, body: m.Body) -> m.Envelope:
+        """Returns `body` as a message that is not answered."""
+        return m.Envelope(0, body, self._told())
+
+    def _told(self) -> int:
+        """What goes along with each message: how many answers have been taken."""
+        return self.seen if self.kept is not None else 0
 
     def forget(self, id: int) -> None:
         """Notes that nobody waits for that request any more; `reply` drops a late answer to it."""
@@ -134,11 +212,18 @@ class ClientSession:
             self._abandoned.add(id)
 
     def reply(self, envelope: m.Envelope) -> Answered | None:
-        """Takes a reply; None if nobody waits for it any more.
+        """Takes a reply; None if nobody waits for it any more, or it is none. What it acknowledges is for its caller.
 
         Raises:
             WireError: it answers nothing that was asked, or is the worker's complaint about the connection.
+            ByeError: the worker has ended the session.
         """
+        if envelope.id == 0 and isinstance(envelope.body, m.Ack):
+            return None
+        if envelope.id == 0 and isinstance(envelope.body, m.Bye):
+            raise ByeError(f"worker {self.worker_id!r} has stopped", address=self.address)
+        if envelope.id:
+            self.seen += 1
         if envelope.id in self._abandoned:
             self._abandoned.discard(envelope.id)
             return None

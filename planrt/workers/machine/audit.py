@@ -64,6 +64,10 @@ class Auditor:
         """Records that a session was opened, from an address; ``""`` is within the worker's own process."""
         self._record("opened", session, address=address)
 
+    def resumed(self, session: Session, address: str) -> None:
+        """Records that a session goes on over another connection, from an address."""
+        self._record("resumed", session, address=address)
+
     def ended(self, session: Session) -> None:
         """Records that a session is over."""
         self._record("ended", session, failures=session.failures)

@@ -29,6 +29,8 @@ class Received:
     connection: int
     envelope: m.Envelope
     tensors: list[torch.Tensor]
+    rest: bool = False
+    """Whether it is the rest of one that was handed in before (`Again`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,25 @@ class TimePassed:
     key: str
 
 
-Event: TypeAlias = TimePassed | Connected | Received | Disconnected | PeerAnswered | PeerFailed
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A `Probe` was carried out: `held_by` gave a sign of life (`alive`), or its `Disconnected` was handed in."""
+
+    connection: int
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The time of a `Keep` is over."""
+
+    session: str
+    absence: int
+
+
+Event: TypeAlias = (
+    TimePassed | Connected | Received | Disconnected | PeerAnswered | PeerFailed | Probed | Expired
+)
 
 # -------------------------------------------------------------------------------------- instructions
 
@@ -145,7 +165,27 @@ class Release:
     connection: int
 
 
-Instruction: TypeAlias = Reply | ToPeer | Wait | Close | Distrust | Again | Alarm | Hold | Release
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """`connection` shows the secret of the session that `held_by` has: if that one gives no sign of life, close it, and
+    hand in what is left of it. Then hand in `Probed`, before anything else of `connection`."""
+
+    connection: int
+    held_by: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Hand in `Expired` with these after so many `seconds`."""
+
+    session: str
+    absence: int
+    seconds: float
+
+
+Instruction: TypeAlias = (
+    Reply | ToPeer | Wait | Close | Distrust | Again | Alarm | Hold | Release | Probe | Keep
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,10 @@ _WHO: Final = "this worker takes users only: show a token (token=...) or a certi
 class RefusedError(PlanrtError):
     """No session for this client; the message tells it why."""
 
-    def __init__(self, message: str, *, distrusted: bool = False) -> None:
+    def __init__(self, message: str, *, distrusted: bool = False, kind: str = "HandshakeError") -> None:
         super().__init__(message)
+        self.kind = kind
+        """As the client's message calls it."""
         self.distrusted = distrusted
         """Whether it gave a proof that does not hold."""
 
@@ -65,10 +67,11 @@ class Users:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session, and the proof for its client where it gave one."""
+    """A new session, the proof for its client where it gave one, and the session that it would rather go on with."""
 
     session: Session
     proof: str = ""
+    resume: m.Resumption | None = None
 
 
 class Handshakes:
@@ -118,7 +121,7 @@ class Handshakes:
             raise RefusedError(_CLEAR, distrusted=True)
         channel = self._channels.get(connection, Channel())
         if not hello.proof:
-            return Opened(self._session(connection, hello, channel.user))
+            return Opened(self._session(connection, hello, channel.user), resume=hello.resume)
         try:
             checking = Checking(hello.proof, self._users.find, channel.binding)
         except ProofError as error:
@@ -139,7 +142,8 @@ class Handshakes:
             own = checking.verify(proof.proof)
         except ProofError as error:
             raise RefusedError(str(error), distrusted=True) from None
-        return Opened(self._session(connection, hello, self._users.user(checking.id)), own)
+        session = self._session(connection, hello, self._users.user(checking.id))
+        return Opened(session, own, hello.resume)
 
     def _session(self, connection: int, hello: m.Hello, user: str | None) -> Session:
         if user is None and self._require_user:
@@ -147,4 +151,4 @@ class Handshakes:
         if hello.for_others:
             user = None  # whoever it acts for is to have no more here than it would have by itself
         # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
-        return Session(f"{connection}:{hello.session}", user, client=hello.versions)
+        return Session(f"{connection}:{hello.session}", user, client=hello.versions, connection=connection)

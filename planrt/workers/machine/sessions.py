@@ -13,6 +13,7 @@ from planrt.serde.tensors import payload_bytes
 from planrt.sharing.secure_sum.member import Member
 from planrt.workers.machine.events import ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
+from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import ReplyTooLarge
@@ -49,6 +50,10 @@ class Session:
     """Whose session it is, as proved in the handshake; None for nobody's. Nothing changes it afterwards."""
     client: m.Versions | None = None
     """What the client runs and accepts, from its handshake: no answer may be larger."""
+    connection: int | None = None
+    """The connection that it is over now; None while it has none. What opens, resumes and loses connections sets it."""
+    kept: Keeping | None = None
+    """How it goes on after its connection; None if it ends with it. Opening it sets this."""
     posted: int = 0
     """Ops taken so far, those that failed included. It agrees with the count of the client, which finds by it the line
     that made an op (`Failure.number`)."""

@@ -5,6 +5,8 @@ The host (`planrt.workers.serving.host`) turns what happens into events and call
     Connected(connection, channel)             a connection was opened
     Received(connection, envelope, tensors)    a message arrived
     Disconnected(connection)                   a connection ended
+    Probed(connection, alive)                  what came of a Probe
+    Expired(session, absence)                  the time of a Keep is over
     PeerAnswered(key, body, tensors)           another worker answered a waiting request
     PeerFailed(key, reason)                    it never will
     TimePassed(key)                            the time of an Alarm is over
@@ -20,11 +22,14 @@ and carries out, in order, the instructions it returns::
     Alarm(seconds, key)                        hand in TimePassed(key) after so many seconds
     Hold(connection, left)                     hand in nothing more of the connection ...
     Release(connection)                        ... until now; what was left comes first
+    Probe(connection, held_by)                 find out whether the connection `held_by` still gives signs of life
+    Keep(session, absence, seconds)            hand in Expired then
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
 its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
 opposite order cannot lock each other out. Every request gets exactly one reply, a `Failure` if it raised; a
-message under the number 0 is posted and gets none.
+message under the number 0 is posted and gets none. Replies belong to the session: while it has no connection they wait
+for the next one.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from planrt.errors import LocalError, OptionError
+from planrt.errors import LocalError, OptionError, WireError
 from planrt.plans.policy.approvals import Approvals, Status
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
@@ -53,10 +58,13 @@ from planrt.workers.machine.events import (
     Disconnected,
     Distrust,
     Event,
+    Expired,
     Hold,
     Instruction,
     PeerAnswered,
     PeerFailed,
+    Probe,
+    Probed,
     Received,
     Release,
     Reply,
@@ -69,6 +77,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.handshakes import Handshakes, Opened, RefusedError, Users
+from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
@@ -83,11 +92,13 @@ from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
+from planrt.workers.wire.refusals import SESSION_IN_USE
 
 
 @dataclass(slots=True)
 class _Request:
     connection: int
+    """Over which it came: its answer goes over the one that its session has then."""
     id: int
     steps: Steps
     session: Session
@@ -135,7 +146,8 @@ class WorkerState:
         self.id = id
         self.device, self.deterministic = prepared(device, deterministic)
         """Whether whoever hands it events must see to deterministic kernels."""
-        self.versions = own_versions(limits)
+        self._kept = KeptSessions(limits or Limits())
+        self.versions = own_versions(limits, resumes=self._kept.seconds > 0)
         self.store = ObjectStore()
         self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
         self._audit = Auditor(audit)
@@ -154,6 +166,10 @@ class WorkerState:
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
         self._sessions: dict[int, Session] = {}
+        """Connection -> its session."""
+        self._asked: dict[int, tuple[int, Opened, Session]] = {}
+        """Connection -> (number of its message, what it would get, the session that it asks for), while another
+        connection has that session."""
         self._waiting: dict[str, _Request] = {}
 
     # ------------------------------------------------------------------------------ the owner's side
@@ -211,6 +227,12 @@ class WorkerState:
         """Returns whether a connection has a session: its handshake is over."""
         return connection in self._sessions
 
+    def keep_no_longer(self, connection: int) -> None:
+        """Lets the session of a connection end with it; answers that it has not heard are gone."""
+        session = self._sessions.get(connection)
+        if session is not None and session.kept is not None:
+            session.kept.give_up()
+
     def accepted_by(self, connection: int) -> m.Versions:
         """Returns what the client of a connection accepts; what everybody does, before it has said so."""
         session = self._sessions.get(connection)
@@ -240,46 +262,64 @@ class WorkerState:
         * ``Hold`` in what is returned: hand in nothing else of that connection, until a ``Release`` for it has been
           returned for another event; then what was left, and go on. ``Disconnected`` may be handed in meanwhile.
         * ``Disconnected``, or a ``Close`` that was carried out: nothing more for that connection. ``Disconnected`` is
-          handed in once, after the last message. What other workers answer is handed in as before; a ``Reply`` for the
-          connection that comes of it has nobody to go to.
+          handed in once, after the last message. What other workers answer is handed in as before.
+        * ``Probe``: hand in ``Probed`` once, before anything else of that connection.
         """
         match event:
             case Connected(connection, channel):
                 self._handshakes.connected(connection, channel)
                 return []
-            case Received(connection, envelope, tensors):
-                return self._received(connection, envelope, tensors, over)
+            case Received():
+                return self._received(event, over)
             case PeerAnswered(key) | TimePassed(key):
                 return self._wake(self._waiting.get(key), event)
             case PeerFailed(key, reason):
                 return self._wake(self._waiting.get(key), PeerError(reason, key))
             case Disconnected(connection):
                 return self._disconnected(connection)
+            case Probed(connection, alive):
+                return self._probed(connection, alive=alive)
+            case Expired(name, absence):
+                session = self._kept.expired(name, absence)
+                return [] if session is None else self._end(session)
 
     def _disconnected(self, connection: int) -> list[Instruction]:
-        instructions: list[Instruction] = []
         session = self._sessions.pop(connection, None)
-        if session is not None:
-            self._audit.ended(session)
         self._handshakes.disconnected(connection)
-        if session is not None:
-            instructions += self._dealers.end(session)
-            instructions += self._heard(*self._parties.gone(session))
-        for request in self._of(connection):
+        self._asked.pop(connection, None)
+        if session is None:
+            return []
+        session.connection = None
+        # Computations on shares do not go on after a cut: the others hear so at once.
+        alone = [*self._dealers.end(session), *self._heard(*self._parties.gone(session))]
+        keep, over = self._kept.left(session)
+        ended = [session] if keep is None else over
+        return [
+            *alone,
+            *(() if keep is None else (keep,)),
+            *(one for other in ended for one in self._end(other)),
+        ]
+
+    def _end(self, session: Session) -> list[Instruction]:
+        """A session is over."""
+        self._kept.ended(session)
+        self._audit.ended(session)
+        instructions: list[Instruction] = []
+        for request in self._of(session):
             if request.run is not None:  # what it made on other workers must go
                 instructions += self._wake(request, RunCancelledError("its client is gone"))
             else:
                 self._forget_keys(request)
                 request.steps.close()
-        return [*instructions, *(self._objects.end(session) if session else ())]
+        return [*instructions, *self._objects.end(session)]
 
-    def _of(self, connection: int) -> list[_Request]:
-        """The requests of a connection that wait for peers."""
-        waiting = {id(one): one for one in self._waiting.values() if one.connection == connection}
+    def _of(self, session: Session) -> list[_Request]:
+        """The requests of a session that wait for peers."""
+        waiting = {id(one): one for one in self._waiting.values() if one.session is session}
         return list(waiting.values())
 
-    def _run_of(self, connection: int, run: int) -> _Request | None:
-        return next((one for one in self._of(connection) if one.run == run), None)
+    def _run_of(self, session: Session, run: int) -> _Request | None:
+        return next((one for one in self._of(session) if one.run == run), None)
 
     def _heard(self, sends: Sequence[ToPeer], keys: Sequence[str]) -> list[Instruction]:
         """What goes to other workers, and what comes of it that requests under these keys go on."""
@@ -295,6 +335,8 @@ class WorkerState:
         if request is None:
             return []
         self._forget_keys(request)
+        if request.session.kept is not None:
+            request.session.kept.before_writing()
         return self._advance(request, sent)
 
     def _forget_keys(self, request: _Request) -> None:
@@ -302,28 +344,53 @@ class WorkerState:
             del self._waiting[key]
         request.keys = ()
 
-    def _received(
-        self, connection: int, envelope: m.Envelope, tensors: list[torch.Tensor], over: Callable[[], bool]
-    ) -> list[Instruction]:
+    def _received(self, event: Received, over: Callable[[], bool]) -> list[Instruction]:
+        connection, envelope, body = event.connection, event.envelope, event.envelope.body
         session = self._sessions.get(connection)
-        if isinstance(envelope.body, m.Hello | m.Prove):
-            return self._open(connection, envelope, envelope.body)
+        if isinstance(body, m.Hello | m.Prove):
+            return self._open(connection, envelope, body)
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
         if session.over:
             return [Close(connection)]
+        if session.kept is not None and not event.rest:
+            try:
+                session.kept.takes(envelope)
+            except WireError as error:
+                session.kept.give_up()
+                failure = m.Failure("WireError", str(error))
+                return [Reply(connection, m.Envelope(0, failure)), Close(connection)]
+        if isinstance(body, m.Ack | m.Bye):
+            return self._ends_by_itself(session) if isinstance(body, m.Bye) else []
         if envelope.id == 0:
-            if isinstance(envelope.body, m.CancelRun):
-                return self._wake(self._run_of(connection, envelope.body.run), RunCancelledError("cancelled"))
-            if isinstance(envelope.body, m.Post):
-                return self._post(connection, session, envelope.body, over)
-            return self._posted(connection, session, envelope.body, tensors)
-        steps = self._steps(session, envelope.body, tensors)
-        request = _Request(connection, envelope.id, steps, session, envelope.body)
-        if isinstance(envelope.body, m.RunProtocol):
-            request.run = envelope.body.run
-        return self._advance(request, None)
+            return [*self._posts(session, event, over), *self._acknowledges(session, event)]
+        request = _Request(connection, envelope.id, self._steps(session, body, event.tensors), session, body)
+        if isinstance(body, m.RunProtocol):
+            request.run = body.run
+        return [*self._advance(request, None), *self._acknowledges(session, event)]
+
+    def _ends_by_itself(self, session: Session) -> list[Instruction]:
+        """The client says that it will not go on with its session."""
+        if session.kept is not None:
+            session.kept.give_up()
+        return [] if session.connection is None else [Close(session.connection)]
+
+    def _acknowledges(self, session: Session, event: Received) -> list[Instruction]:
+        """Tells the client that its messages were taken, where no answer has said so for long."""
+        kept = session.kept
+        if kept is None or session.connection is None or not kept.due(event.tensors):
+            return []
+        return [Reply(session.connection, m.Envelope(0, m.Ack(), kept.taken))]
+
+    def _posts(self, session: Session, event: Received, over: Callable[[], bool]) -> list[Instruction]:
+        """Does what a message asks for that is not answered."""
+        body = event.envelope.body
+        if isinstance(body, m.CancelRun):
+            return self._wake(self._run_of(session, body.run), RunCancelledError("cancelled"))
+        if isinstance(body, m.Post):
+            return self._post(event.connection, session, body, over)
+        return self._posted(event.connection, session, body, event.tensors)
 
     def _post(
         self, connection: int, session: Session, body: m.Post, over: Callable[[], bool]
@@ -336,7 +403,9 @@ class WorkerState:
             session.failure = session.failure or failure_of(error)
             return []
         instructions: list[Instruction] = [*posted.sends]
-        left = None if posted.left is None else Received(connection, m.Envelope(0, posted.left), [])
+        left = (
+            None if posted.left is None else Received(connection, m.Envelope(0, posted.left), [], rest=True)
+        )
         if posted.run is not None:
             request = _Request(connection, 0, posted.run, session, body)
             instructions += self._advance(request, None)
@@ -395,31 +464,78 @@ class WorkerState:
         return ()
 
     def _claim(self, session: Session, body: m.Claim) -> None:
-        self._objects.claim(session, body, {one.id: one for one in self._sessions.values()})
+        self._objects.claim(
+            session, body, {one.id: one for one in (*self._sessions.values(), *self._kept.away())}
+        )
 
     def _open(self, connection: int, envelope: m.Envelope, body: m.Hello | m.Prove) -> list[Instruction]:
-        def answer(body: m.Body) -> Reply:
-            return Reply(connection, m.Envelope(envelope.id, body))
-
         try:
-            if connection in self._sessions:
+            if connection in self._sessions or connection in self._asked:
                 raise RefusedError("this connection has a session already")
             if isinstance(body, m.Prove):
                 opened: Opened | m.Challenge = self._handshakes.proven(connection, body)
             else:
                 opened = self._handshakes.hello(connection, body)
+            if isinstance(opened, m.Challenge):
+                return [Reply(connection, m.Envelope(envelope.id, opened))]
+            before = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
         except RefusedError as error:
-            self._audit.not_opened(self._handshakes.host(connection), wrong_proof=error.distrusted)
-            distrust: list[Instruction] = [Distrust(connection)] if error.distrusted else []
-            return [*distrust, answer(m.Failure("HandshakeError", str(error))), Close(connection)]
-        if isinstance(opened, m.Challenge):
-            return [answer(opened)]
-        self._sessions[connection] = opened.session
+            return self._refused(connection, envelope.id, error)
+        if before is None:
+            return self._opened(connection, envelope.id, opened)
+        if before.connection is not None:
+            self._asked[connection] = envelope.id, opened, before
+            return [Probe(connection, before.connection)]
+        return self._resumed(connection, envelope.id, opened, before)
+
+    def _refused(self, connection: int, id: int, error: RefusedError) -> list[Instruction]:
+        self._audit.not_opened(self._handshakes.host(connection), wrong_proof=error.distrusted)
+        distrust: list[Instruction] = [Distrust(connection)] if error.distrusted else []
+        failure = m.Failure(error.kind, str(error))
+        return [*distrust, Reply(connection, m.Envelope(id, failure)), Close(connection)]
+
+    def _opened(self, connection: int, id: int, opened: Opened) -> list[Instruction]:
+        """A client gets a new session."""
+        session = self._sessions[connection] = opened.session
+        host = self._handshakes.host(connection)
         if self._quota:
-            self._open_account(opened.session, self._handshakes.host(connection))
-        self._audit.opened(opened.session, self._handshakes.host(connection))
-        datasets = self._training.seen_by(opened.session.user)
-        return [answer(m.Welcome(self.id, self.versions, datasets, opened.proof))]
+            self._open_account(session, host)
+        kept = self._kept.opened(session, host)
+        self._audit.opened(session, host)
+        datasets = self._training.seen_by(session.user)
+        welcome = m.Welcome(self.id, self.versions, datasets, opened.proof, kept)
+        return [Reply(connection, m.Envelope(id, welcome))]
+
+    def _resumed(self, connection: int, id: int, opened: Opened, session: Session) -> list[Instruction]:
+        """A client goes on with its session: with what it has not heard of yet."""
+        assert opened.resume is not None and session.kept is not None  # noqa: S101, PT018 - as `find` has seen
+        self._sessions[connection] = session
+        kept = self._kept.resumed(session, connection, opened.resume)
+        session.client = opened.session.client
+        self._audit.resumed(session, self._handshakes.host(connection))
+        datasets = self._training.seen_by(session.user)
+        welcome = m.Welcome(self.id, self.versions, datasets, opened.proof, kept)
+        again = [Reply(connection, one.envelope, one.tensors) for one in session.kept.answers]
+        return [Reply(connection, m.Envelope(id, welcome)), *again]
+
+    def _probed(self, connection: int, *, alive: bool) -> list[Instruction]:
+        if connection not in self._asked:
+            return []  # it has gone meanwhile
+        id, opened, before = self._asked[connection]
+        if not alive and before.connection is not None:
+            return [Probe(connection, before.connection)]  # it came back over another one, before this one
+        del self._asked[connection]
+        try:
+            if alive:
+                raise RefusedError(
+                    "another connection has this session, and answers: close that one", kind=SESSION_IN_USE
+                )
+            found = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
+        except RefusedError as error:
+            return self._refused(connection, id, error)
+        if found is None:
+            return self._opened(connection, id, opened)
+        return self._resumed(connection, id, opened, found)
 
     def _open_account(self, session: Session, host: str) -> None:
         whose = f"nobody at {host}" if session.user is None else f"user {session.user}"
@@ -452,10 +568,12 @@ class WorkerState:
             self._audit.request_failed(request.session, request.body, error)
         if not request.id:
             return [*instructions, Release(request.connection)] if request.holds else instructions
-        instructions.append(Reply(request.connection, m.Envelope(request.id, body), tensors))
-        session = self._sessions.get(request.connection)
-        if session is not None and session.over:
-            instructions.append(Close(request.connection))
+        session, kept = request.session, request.session.kept
+        envelope = m.Envelope(request.id, body) if kept is None else kept.answered(request.id, body, tensors)
+        if session.connection is not None:
+            instructions.append(Reply(session.connection, envelope, tensors))
+            if session.over:
+                instructions.append(Close(session.connection))
         return instructions
 
     # ----------------------------------------------------------------------------------- the requests

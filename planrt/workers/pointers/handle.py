@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, cast
 import torch
 
 from planrt.errors import GonePointerError, OptionError, RemoteOpError
+from planrt.shown import shown
 from planrt.types import as_whole, plain
 from planrt.workers.pointers.workplace import Location
 from planrt.workers.wire.objects import new_id
@@ -65,10 +66,17 @@ def alive(pointer: Pointer) -> Handle:
         )
     if handle.place is not handle.worker.workplace:
         raise GonePointerError(
-            f"object {handle.id} went with the earlier connection to worker {handle.worker.id!r}: a session's objects "
-            "do not outlive it, unless they are tagged; send it again, or search() for it"
+            f"object {handle.id}{_tagged(pointer)} went with the earlier session on worker {handle.worker.id!r} "
+            f"({handle.place.why_ended}): a session's objects do not outlive it, unless they are tagged and the worker "
+            "still runs; send it again, or search() for it"
         )
     return handle
+
+
+def _tagged(pointer: Pointer) -> str:
+    """The tags of a pointer, in brackets."""
+    tags = [str(tag) for tag in getattr(pointer, "_tags", ())]
+    return f" ({shown(' '.join(tags), 100)})" if tags else ""
 
 
 def handle_at(location: object, id_at_location: object) -> Handle:

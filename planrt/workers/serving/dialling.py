@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from planrt.errors import ConnectError, OptionError
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
+from planrt.workers.client.redialling import Redialling
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import DialOptions
 from planrt.workers.transport.callers import is_loopback
@@ -55,7 +56,7 @@ class Dialling:
         self._peers = None if peers is None else frozenset(map(_place, _several(peers)))
         if ca is not None:
             client_tls(ca)
-        if not _for_clients(cert, key):
+        if cert is not None and not _for_clients(cert, key):
             cert = key = None
         self._ca, self._cert, self._key, self._token = ca, cert, key, token
 
@@ -69,10 +70,21 @@ class Dialling:
         options = DialOptions(LINK_TIMEOUT, limits)
         if addresses.transport_of(peer.address).encrypted:
             options = DialOptions(LINK_TIMEOUT, limits, self._ca, self._cert, self._key)
-        pipe = await addresses.dial(peer.address, options)
         shows = bool(self._token) or (options.cert is not None)
+        redialling = Redialling(
+            lambda: addresses.dial(peer.address, options),
+            token=self._token,
+            for_others=shows,
+            seconds=0.0,  # at the next use: who waits now is told at once
+        )
         return await Connection.open(
-            pipe, peer.worker, timeout=LINK_TIMEOUT, limits=limits, token=self._token, for_others=shows
+            await redialling.dial(),
+            peer.worker,
+            timeout=LINK_TIMEOUT,
+            limits=limits,
+            token=self._token,
+            for_others=shows,
+            redialling=redialling,
         )
 
     def _check(self, worker_id: str, peer: m.PeerAddress) -> None:

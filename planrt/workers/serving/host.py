@@ -31,8 +31,12 @@ from planrt.workers.machine.events import (
     Disconnected,
     Distrust,
     Event,
+    Expired,
     Hold,
     Instruction,
+    Keep,
+    Probe,
+    Probed,
     Received,
     Release,
     Reply,
@@ -56,6 +60,9 @@ T = TypeVar("T")
 
 log = get_logger("planrt.worker")
 
+
+PROBE_SECONDS = 3.0
+"""Seconds within which a connection must give a sign of life, when another one shows the secret of its session."""
 
 TURN = 0.05
 """Seconds that the ops of one message may run while others wait; an op that runs is not interrupted."""
@@ -129,6 +136,11 @@ class WorkerHost:
         self._numbers = itertools.count(1)
         self._pipes: dict[int, Pipe] = {}
         self._serving: set[asyncio.Task[Any]] = set()
+        self._ended: dict[int, asyncio.Event] = {}
+        """Connection -> set once its end has been handled."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        """Session -> when it is over, unless its client comes back."""
+        self._expiring: set[asyncio.Task[None]] = set()
         self._guesses = Guesses()
         self._openings = Openings(self._limits.connections)
         self._links = Links(state.id, self._handle, self._limits, dialling)
@@ -146,6 +158,9 @@ class WorkerHost:
             task.cancel()
         for task in self._alarms:
             task.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         self._links.close()
 
     async def serve(self, pipe: Pipe) -> None:
@@ -157,6 +172,8 @@ class WorkerHost:
         try:
             await self._serve(pipe)
         except asyncio.CancelledError:
+            if self._stopping:
+                await self._say(pipe, m.Bye())  # or its client would try to go on with its session
             await pipe.close()
             if not self._stopping:
                 raise
@@ -167,6 +184,7 @@ class WorkerHost:
     async def _serve(self, pipe: Pipe) -> None:
         number = next(self._numbers)
         self._pipes[number] = pipe
+        self._ended[number] = asyncio.Event()
         log.debug("connected", worker=self.state.id, client=pipe.address)
         if pipe.channel != Channel():
             await self._handle(Connected(number, pipe.channel))
@@ -185,7 +203,10 @@ class WorkerHost:
             del self._pipes[number]
             self._holds.pop(number, None)
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
-        await self._handle(Disconnected(number))
+        try:
+            await self._handle(Disconnected(number))
+        finally:
+            self._ended.pop(number).set()
         await pipe.close()
 
     async def _take_messages(self, number: int, pipe: Pipe) -> None:
@@ -223,7 +244,7 @@ class WorkerHost:
     async def _handle(self, event: Event) -> None:
         left = [event]
         lost: ConnectionError | None = None
-        while left and lost is None:
+        while left:  # to the end, though nobody may hear of it: a message is done whole
             event = left.pop()
             instructions = await self._compute.run(self._work, event)
             if self._audit is not None and self._audit.waiting:
@@ -231,13 +252,8 @@ class WorkerHost:
             for instruction in instructions:
                 match instruction:
                     case Reply(connection, envelope, tensors):
-                        if pipe := self._pipes.get(connection):
-                            try:
-                                await pipe.send(self._encode(connection, envelope, tensors))
-                            except (
-                                ConnectionError
-                            ) as error:  # it has ended: that is for who reads from it to see
-                                lost = error if isinstance(event, Received) else None
+                        error = await self._send(connection, envelope, tensors)
+                        lost = error if isinstance(event, Received) and error is not None else lost
                     case Close(connection):
                         if pipe := self._pipes.get(connection):
                             await pipe.close()
@@ -259,6 +275,10 @@ class WorkerHost:
                     case Release(connection):
                         if connection in self._pipes:
                             self._holds.setdefault(connection, asyncio.Event()).set()
+                    case Probe(connection, held_by):
+                        left.append(Probed(connection, await self._answers(held_by)))
+                    case Keep():
+                        self._keep(instruction)
             if self.state.device.type != "cpu" and any(map(_failed, instructions)):
                 await self._try_device()
         if lost is not None:
@@ -279,6 +299,41 @@ class WorkerHost:
         self._alarms.add(task)
         task.add_done_callback(self._alarms.discard)
 
+    async def _send(
+        self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]
+    ) -> ConnectionError | None:
+        """Sends an answer; returns why its connection does not carry it, which is for who reads from it to see."""
+        if pipe := self._pipes.get(connection):
+            try:
+                await pipe.send(self._encode(connection, envelope, tensors))
+            except ConnectionError as error:
+                return error
+        return None
+
+    async def _answers(self, connection: int) -> bool:
+        """Returns whether a connection gives a sign of life. If it does not, it has ended when this returns."""
+        pipe, ended = self._pipes.get(connection), self._ended.get(connection)
+        if pipe is not None and await pipe.answers(PROBE_SECONDS):
+            return True
+        if pipe is not None:
+            await pipe.close()
+        if ended is not None:
+            await ended.wait()  # what it brought is done first
+        return False
+
+    def _keep(self, keep: Keep) -> None:
+        """Sets the time at which a session is over."""
+
+        def expire() -> None:
+            self._timers.pop(keep.session, None)
+            task = asyncio.create_task(self._handle(Expired(keep.session, keep.absence)))
+            self._expiring.add(task)
+            task.add_done_callback(self._expiring.discard)
+
+        if (before := self._timers.pop(keep.session, None)) is not None:
+            before.cancel()
+        self._timers[keep.session] = asyncio.get_running_loop().call_later(keep.seconds, expire)
+
     async def _written(
         self, audit: AuditFile, event: Event, instructions: list[Instruction]
     ) -> list[Instruction]:
@@ -293,6 +348,7 @@ class WorkerHost:
             refused: list[Instruction] = []
             for one in instructions:
                 if isinstance(one, Reply):
+                    self.state.keep_no_longer(one.connection)  # or it could be had over the next connection
                     failure = m.Failure("AuditError", str(error))
                     refused += [
                         Reply(one.connection, m.Envelope(one.envelope.id, failure)),
@@ -300,6 +356,8 @@ class WorkerHost:
                     ]
                 elif not (isinstance(one, ToPeer | Again) and isinstance(event, Received)):
                     refused.append(one)
+            if isinstance(event, Received):
+                self.state.keep_no_longer(event.connection)
             if isinstance(event, Received) and not any(isinstance(one, Close) for one in refused):
                 refused.append(Close(event.connection))
             return refused
@@ -316,7 +374,7 @@ class WorkerHost:
         if isinstance(envelope.body, m.Failure):
             told = as_sent(envelope.body)
             log.info("refused", worker=self.state.id, kind=told.kind, why=told.message)
-            envelope = m.Envelope(envelope.id, told)
+            envelope = m.Envelope(envelope.id, told, envelope.seen)
         client = self.state.accepted_by(connection)
         try:
             check_fits(client, tensors)
@@ -324,17 +382,26 @@ class WorkerHost:
         except Exception as error:  # a result that does not travel: it fails its own request, and no other
             failure = failure_of(error)
         try:
-            return encode(m.to_wire(m.Envelope(envelope.id, failure)), max_header=client.header_limit)
+            return encode(
+                m.to_wire(m.Envelope(envelope.id, failure, envelope.seen)), max_header=client.header_limit
+            )
         except LocalError:  # a client that takes next to nothing
-            return encode(m.to_wire(m.Envelope(envelope.id, m.Failure(failure.kind, failure.message[:200]))))
+            return encode(
+                m.to_wire(
+                    m.Envelope(envelope.id, m.Failure(failure.kind, failure.message[:200]), envelope.seen)
+                )
+            )
 
     async def _complain(self, pipe: Pipe, error: TransportError) -> None:
         """Tells the client what was wrong with its bytes, as far as the connection still carries it."""
-        envelope = m.Envelope(0, as_sent(m.Failure(type(error).__name__, str(error))))
+        await self._say(pipe, as_sent(m.Failure(type(error).__name__, str(error))))
+
+    async def _say(self, pipe: Pipe, body: m.Body) -> None:
+        """Sends what answers nothing, as far as the connection still carries it."""
         try:
-            await asyncio.wait_for(pipe.send(encode(m.to_wire(envelope))), timeout=2)
+            await asyncio.wait_for(pipe.send(encode(m.to_wire(m.Envelope(0, body)))), timeout=2)
         except (ConnectionError, TimeoutError):
-            log.debug("complaint_undelivered", worker=self.state.id, client=pipe.address)
+            log.debug("undelivered", worker=self.state.id, client=pipe.address, what=type(body).__name__)
 
 
 def _failed(instruction: Instruction) -> bool:

@@ -28,6 +28,10 @@ class _Link:
         self.order = asyncio.Lock()
         self.connection: Connection | None = None
 
+    def renewed(self, connection: Connection) -> None:
+        """The other worker had lost the session, and this one's has begun."""
+        self.connection = connection
+
 
 class Links:
     """Carries out `ToPeer` for one worker; answers come back to it as events through `handle`."""
@@ -62,7 +66,7 @@ class Links:
         self._links.clear()
 
     def _close_soon(self, connection: Connection) -> None:
-        task = asyncio.create_task(connection.close())
+        task = asyncio.create_task(connection.close(forget=True))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -72,8 +76,10 @@ class Links:
             link = self._links[instruction.peer] = _Link()
         try:
             async with link.order:
-                if link.connection is None or link.connection.closed:
+                if link.connection is None:
                     await self._connect(link, instruction.peer)
+                elif link.connection.closed:
+                    link.connection = await link.connection.reopen()
                 assert link.connection is not None  # noqa: S101 - just connected
                 if not instruction.key:
                     link.connection.post(instruction.body, instruction.tensors)
@@ -105,6 +111,7 @@ class Links:
     async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
         self._make_room()
         link.connection = await self._dialling.connect(self._worker_id, peer, self._limits)
+        link.connection.on_renewed = link.renewed
 
     def _make_room(self) -> None:
         """Closes the oldest links when there are too many; what they made elsewhere is freed there."""

@@ -31,6 +31,13 @@ class Traffic:
         """Returns a copy of the counters, which counts no further."""
         return Traffic(self.messages_sent, self.messages_received, self.bytes_sent, self.bytes_received)
 
+    def add(self, other: Traffic) -> None:
+        """Counts what went through another connection as well."""
+        self.messages_sent += other.messages_sent
+        self.messages_received += other.messages_received
+        self.bytes_sent += other.bytes_sent
+        self.bytes_received += other.bytes_received
+
     def since(self, before: Traffic) -> Traffic:
         """Returns the counts of what went through after `before` was copied."""
         return Traffic(
@@ -61,6 +68,9 @@ class Pipe(Protocol):
         Raises:
             WireError, MessageTooLargeError: what arrived is not a valid message; the pipe cannot go on.
         """
+
+    async def answers(self, seconds: float) -> bool:
+        """Asks the other side for a sign of life, and returns whether one came within `seconds`."""
 
     async def close(self) -> None:
         """Closes this end; the other end's `receive` then returns None. Closing twice is fine."""
@@ -118,6 +128,10 @@ class MemoryPipe:
         self.traffic.messages_received += 1
         self.traffic.bytes_received += received.nbytes
         return received
+
+    async def answers(self, seconds: float) -> bool:
+        """See `Pipe.answers`."""
+        return self._other is not None
 
     async def close(self) -> None:
         """See `Pipe.close`."""

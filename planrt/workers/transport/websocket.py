@@ -102,6 +102,10 @@ class WebsocketPipe:
             self.traffic.bytes_received += received.nbytes
         return received
 
+    async def answers(self, seconds: float) -> bool:
+        """See `Pipe.answers`. While data waits to be read, what comes behind it is not seen."""
+        return await self._connection.stream.answers(seconds)
+
     async def close(self) -> None:
         """See `Pipe.close`."""
         self._connection.stream.discard()

@@ -83,6 +83,7 @@ class FrameStream(asyncio.BufferedProtocol):
         # keepalive
         self._limits = Limits()
         self._silence = 0.0  # seconds since something was heard
+        self._heard: asyncio.Event | None = None  # set when something is
         self._asked = 0.0  # the silence at the latest ping
         self._unsent = 0
         self._interval = _HEARTBEAT
@@ -146,6 +147,19 @@ class FrameStream(asyncio.BufferedProtocol):
             raise ConnectionResetError(str(self._lost))
         return result
 
+    async def answers(self, seconds: float) -> bool:
+        """Asks for a sign of life, and returns whether anything at all arrived within `seconds`."""
+        if self._lost or self._connection.state is not State.OPEN:
+            return False
+        heard = self._heard = asyncio.Event()
+        self._connection.protocol.send_ping(b"")
+        self._connection.send_data()
+        try:
+            await asyncio.wait_for(heard.wait(), seconds)
+        except TimeoutError:
+            return False
+        return not self._lost
+
     def discard(self) -> None:
         """From here on, data that arrives is thrown away: only what belongs to closing the connection counts."""
         self._discards = True
@@ -193,6 +207,8 @@ class FrameStream(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """See `asyncio.BufferedProtocol`."""
         self._silence = 0.0
+        if self._heard is not None:
+            self._heard.set()
         direct, self._direct = self._direct, None
         if direct is not None:
             self._take(direct[:nbytes], arrived=True)

@@ -43,6 +43,8 @@ Shares = Annotated[dict[Id, Annotated[bytes, Meta(max_length=100)]], Meta(max_le
 """Worker -> a share of a secret of its."""
 Proof = Annotated[str, Meta(max_length=1000)]
 """A message of SCRAM; see `planrt.workers.wire.proofs`."""
+Secret = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+"""32 random bytes."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +65,8 @@ class Versions(msgspec.Struct, frozen=True):
     """Bytes of a message's header that it takes."""
     halts: bool = False
     """Of a worker: whether it knows `Backward.halts`."""
+    resumes: bool = False
+    """Whether its sessions outlive their connections: see `Kept`."""
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
@@ -91,6 +95,33 @@ class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
     worker: Id
     address: Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class Resumption(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The session that is to go on over a new connection, as its client asks for it."""
+
+    session: Id
+    """As of `Kept`."""
+    secret: Secret
+    seen: Count
+    """How many messages of the worker it has taken in that session."""
+
+
+class Kept(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A session that outlives its connection: who shows its secret on a new one goes on with it."""
+
+    session: Id
+    """Its name, for `Resumption`."""
+    seconds: float
+    """How long it is kept without a connection."""
+    epoch: Id
+    """Drawn when the worker started: objects of another epoch are gone."""
+    secret: Secret | None = None
+    """Of a new session."""
+    resumed: bool = False
+    """Whether it is the one that was asked for; else it is a new one, since that one is over."""
+    seen: Count = 0
+    """How many messages of its client the worker has taken in it."""
 
 
 Places = Annotated[dict[Id, PeerAddress], Meta(max_length=10_000)]
@@ -142,12 +173,22 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """The first message of a proof; without one the session is nobody's, or that of its client's certificate."""
     for_others: bool = False
     """Of a worker that acts for clients of its own: it may come in, and has no more rights than nobody."""
+    resume: Resumption | None = None
+    """The session that is to go on; the proof must be that of its user."""
 
 
 class Prove(Message, frozen=True, tag="prove"):
     """Answers a Challenge. No tensors. Answered by Welcome."""
 
     proof: Proof
+
+
+class Ack(Message, frozen=True, tag="ack"):
+    """Says nothing but `Envelope.seen`. From either side, under the number 0. No tensors."""
+
+
+class Bye(Message, frozen=True, tag="bye"):
+    """Ends the session, not only the connection. From either side, under the number 0. No tensors."""
 
 
 class PutPlan(Message, frozen=True, tag="put_plan", omit_defaults=True):
@@ -563,6 +604,8 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     datasets: dict[Id, DatasetInfo]
     proof: Proof = ""
     """The worker's own proof, where its client gave one."""
+    kept: Kept | None = None
+    """None where the session ends with its connection."""
 
 
 class Done(Message, frozen=True, tag="done"):
@@ -753,7 +796,7 @@ class Counted(Message, frozen=True, tag="counted"):
 
 
 Body = (
-    Hello | Prove | PutPlan | RunPlan | Fit | Evaluate | JoinSum | ShareSecrets | FitMasked | RevealShares
+    Hello | Prove | Ack | Bye | PutPlan | RunPlan | Fit | Evaluate | JoinSum | ShareSecrets | FitMasked | RevealShares
     | Post | Call | Put | StorePlan | ReadPlan | PutPointer | Fetch | Backward | Resume | Describe | Search | Move
     | HandOver
     | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
@@ -766,11 +809,13 @@ Body = (
 )  # fmt: skip
 
 
-class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A message and the number that ties a reply to its request (0: posted, to be answered by nothing)."""
 
     id: Count
     body: Body
+    seen: Count = 0
+    """How many messages of the other side its sender has taken; see `planrt.workers.wire.delivery`."""
 
 
 def to_wire(envelope: Envelope) -> Any:
@@ -790,7 +835,7 @@ def from_wire(builtins: object, *, address: str = "") -> Envelope:
         raise WireError(f"malformed message: {error}", address=address) from error
 
 
-def own_versions(limits: Limits | None = None) -> Versions:
+def own_versions(limits: Limits | None = None, *, resumes: bool = False) -> Versions:
     """Returns the versions that this side runs, and the limits that it accepts."""
     accepted = limits or Limits()
     return Versions(
@@ -801,4 +846,5 @@ def own_versions(limits: Limits | None = None) -> Versions:
         accepted.message,
         accepted.header,
         True,
+        resumes,
     )

@@ -11,6 +11,10 @@ from typing import ClassVar, Final
 import planrt.errors as errors
 from planrt.errors import LocalError, RemoteError
 
+SESSION_IN_USE: Final = "SessionInUseError"
+"""Kind of the failure that a client gets while another connection has its session: the only one in a handshake that may
+be another one soon."""
+
 
 class Refusal(LocalError):  # noqa: N818 - its kinds below are errors
     """Something that a client asked for, and does not get."""

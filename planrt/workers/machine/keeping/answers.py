@@ -1,0 +1,119 @@
+"""What a session needs to outlive its connection: counts of messages, and its answers until they have arrived. No I/O.
+
+An answer may share its memory with objects of the session. It is kept as it is, and copied only when the session is
+about to write while the answer has not been acknowledged (`before_writing`): clients acknowledge with the very next
+message, and large answers at once, so that hardly ever happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from planrt.serde.tensors import payload_bytes
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.delivery import LARGE, MESSAGES, Unacknowledged
+
+MOST_ANSWERS: Final = 1024
+"""Answers that a client may leave unacknowledged; with more its session ends with its connection."""
+MOST_BYTES: Final = 4 << 30
+"""Their bytes, the newest one left out."""
+
+READS: Final = (
+    m.Fetch, m.ReadPlan, m.ReadRun, m.ListObjects, m.CountObjects, m.AskApproval, m.Ack, m.Bye,
+)  # fmt: skip
+"""Messages that write to no object."""
+
+
+class Answer:
+    """An answer that may have to be sent again."""
+
+    __slots__ = ("envelope", "nbytes", "own", "tensors")
+
+    def __init__(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> None:
+        self.envelope = envelope
+        self.tensors = tensors
+        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # some do not travel
+        self.own = not tensors
+        """Whether nobody writes to the memory of its tensors any more."""
+
+
+class Keeping:
+    """The part of a session that lets it go on. `client` is whose it is, as sessions are counted."""
+
+    __slots__ = ("_digest", "absence", "answers", "broken", "client", "name", "taken", "told")
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self.name = secrets.token_hex(16)
+        self._digest = b""
+        self.taken = 0
+        """Messages of the client, each handled or under way."""
+        self.told = 0
+        """How many of these the client has been told of."""
+        self.answers: Unacknowledged[Answer] = Unacknowledged()
+        self.absence = 0
+        """How often its connection has ended."""
+        self.broken = False
+        """Whether it cannot go on over another connection: answers are no longer kept."""
+
+    def new_secret(self) -> str:
+        """Draws the secret, and returns it: here only its hash stays."""
+        secret = secrets.token_bytes(32)
+        self._digest = hashlib.sha256(secret).digest()
+        return secret.hex()
+
+    def proves(self, secret: str) -> bool:
+        """Returns whether that is the secret; takes as long either way."""
+        return hmac.compare_digest(hashlib.sha256(bytes.fromhex(secret)).digest(), self._digest)
+
+    def takes(self, envelope: m.Envelope) -> None:
+        """Notes a message of the client, before it is handled.
+
+        Raises:
+            WireError: it acknowledges what was never sent.
+        """
+        if not self.broken:
+            self.answers.acknowledge(envelope.seen)
+        if not isinstance(envelope.body, m.Ack | m.Bye):
+            self.taken += 1
+        if self.answers and not isinstance(envelope.body, READS):
+            self.before_writing()
+
+    def before_writing(self) -> None:
+        """Gives answers that were not acknowledged memory of their own: the session may write to its objects now."""
+        for answer in self.answers:
+            if not answer.own:
+                answer.tensors = [tensor.detach().clone() for tensor in answer.tensors]
+                answer.own = True
+
+    def answered(self, id: int, body: m.Body, tensors: Sequence[torch.Tensor]) -> m.Envelope:
+        """Keeps an answer that is about to be sent; returns it as it is sent."""
+        self.told = self.taken
+        envelope = m.Envelope(id, body, self.taken)
+        if self.broken:
+            return envelope
+        if self.answers and (
+            len(self.answers) >= MOST_ANSWERS or sum(one.nbytes for one in self.answers) > MOST_BYTES
+        ):
+            self.give_up()
+        else:
+            self.answers.add(Answer(envelope, tensors))
+        return envelope
+
+    def give_up(self) -> None:
+        """Lets the session end with its connection."""
+        self.broken = True
+        self.answers = Unacknowledged()
+
+    def due(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Returns whether the client is to be told now that its messages were taken, the latest with `tensors`."""
+        if self.taken - self.told < MESSAGES and payload_bytes(tensors) < LARGE:
+            return False
+        self.told = self.taken
+        return True

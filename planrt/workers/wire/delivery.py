@@ -1,0 +1,58 @@
+"""Messages that arrive once and in order, over one connection after the other.
+
+A connection keeps its order and loses nothing but its tail. So it is enough that each side counts the messages that it
+has taken, and keeps those that it sent until the other one has said that it took them: with every message goes how many
+were taken so far (`Envelope.seen`), or an `Ack` says it alone. When a session goes on over a new connection, both tell
+their counts in the handshake, and each sends again what the other one has not taken (`Resumption` and `Kept` of
+`planrt.workers.wire.messages`). This is the acknowledgement of XEP-0198 (stream management), with the handshake's
+messages, `Ack` and `Bye` left out of the count.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Final, Generic, TypeVar
+
+from planrt.errors import WireError
+
+T = TypeVar("T")
+
+LARGE: Final = 1 << 20
+"""Bytes of a client's message that is acknowledged at once: the client keeps that much memory until then."""
+LARGE_ANSWER: Final = 8 << 20
+"""The same of a worker's answer: smaller ones are acknowledged with the client's next message."""
+MESSAGES: Final = 32
+"""Messages that are taken before they are acknowledged, where nothing that is sent says so anyway."""
+
+
+class Unacknowledged(Generic[T]):
+    """The messages that one side has sent and the other one has not said that it took, oldest first."""
+
+    __slots__ = ("_kept", "sent")
+
+    def __init__(self) -> None:
+        self._kept: deque[T] = deque()
+        self.sent = 0
+        """Messages sent so far."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._kept)
+
+    def add(self, message: T) -> None:
+        """Takes note of a message that is about to be sent."""
+        self._kept.append(message)
+        self.sent += 1
+
+    def acknowledge(self, seen: int) -> list[T]:
+        """Forgets the first `seen` of all messages, which the other side has taken; returns those that it had kept.
+
+        Raises:
+            WireError: so many were never sent.
+        """
+        if seen > self.sent:
+            raise WireError(f"{seen:,} messages were acknowledged, and {self.sent:,} sent", address="")
+        return [self._kept.popleft() for _ in range(len(self._kept) - (self.sent - seen))]
