@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from planrt.errors import OptionError, PolicyRefusedError, RemoteError
+from planrt.errors import GonePointerError, OptionError, PolicyRefusedError, RemoteError
 from planrt.fl import TrainConfig
 from planrt.plans import Plan
 from planrt.plans.policy.quotas import Account, Quota
@@ -106,6 +106,29 @@ def test_sessions_of_one_user_share_one_quota_and_others_have_theirs(hospital):
     first.close()  # with its objects
     assert torch.ones(20 * KIB).send(second).sum().get().item() == 20 * KIB
     assert x is not None
+
+
+def test_a_closed_session_is_kept_until_another_one_of_its_user_needs_the_room(hospital):
+    connect = hospital(small())
+    first, second, third = connect(OWNER), connect(OWNER), connect(OWNER)
+    x, y = (torch.ones(10 * KIB).send(one) for one in (first, second))  # 40 of 100 KiB each
+    assert (x.sum().get().item(), y.sum().get().item()) == (10 * KIB, 10 * KIB)
+    first.close()
+    assert torch.ones(KIB).send(third).sum().get().item() == KIB  # there is room
+    first.connect()
+    assert x.sum().get().item() == 10 * KIB
+    first.close()
+    second.close()
+    z = torch.ones(10 * KIB).send(third)  # the one that was closed first is enough
+    assert z.sum().get().item() == 10 * KIB
+    second.connect()
+    assert y.sum().get().item() == 10 * KIB
+    first.connect()
+    with pytest.raises(GonePointerError, match="went with the earlier session"):
+        x.sum()
+    with full():  # what is connected gives way to nobody
+        torch.ones(10 * KIB).send(first)
+        first.objects_count()
 
 
 def test_what_is_published_counts_on_when_its_session_has_ended(hospital):

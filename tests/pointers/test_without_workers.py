@@ -83,7 +83,7 @@ def test_a_pointer_that_goes_is_forgotten_once(place):
 def test_nothing_is_forgotten_where_the_session_has_ended(place):
     x = place.pointer(2)
     place.location.workplace = RecordedWorkplace()
-    with pytest.raises(GonePointerError, match="went with the earlier connection to worker 'bob'"):
+    with pytest.raises(GonePointerError, match="went with the earlier session on worker 'bob'"):
         x + 1
     del x
     assert place.forgotten == place.location.workplace.forgotten == []

@@ -83,7 +83,7 @@ class SimulatedPipe:
         self._arrives = 0.0
         self._under_way = []
 
-    async def send(self, frame):
+    async def send(self, frame, *, message=True):
         if self.cut:
             raise ConnectionResetError("the link was cut")
         data = b"".join(frame.fragments())

@@ -48,7 +48,7 @@ def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):
     class Ended:
         channel, address, traffic = Channel(), "client", Traffic()
 
-        async def send(self, frame):
+        async def send(self, frame, *, message=True):
             raise ConnectionResetError("the connection has ended")
 
         async def close(self):

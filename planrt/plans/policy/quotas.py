@@ -11,7 +11,7 @@ ends, and counts on for who published it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,10 +66,12 @@ class Account:
 
     Args:
         quota: what they may.
+        make_room: called where that is not enough: frees something, and returns whether it did.
     """
 
-    def __init__(self, quota: Quota) -> None:
+    def __init__(self, quota: Quota, make_room: Callable[[], bool] = lambda: False) -> None:
         self._quota = quota
+        self._make_room = make_room
         self._objects = 0
         self._beside = 0
         self._memory = 0
@@ -82,6 +84,16 @@ class Account:
         Raises:
             PolicyError: they would be more than the owner allows.
         """
+        tensors = list(tensors)
+        while True:
+            try:
+                return self._check(tensors, objects, beside)
+            except PolicyError:
+                if not self._make_room():
+                    raise
+
+    def _check(self, tensors: Sequence[torch.Tensor], objects: int, beside: int) -> None:
+        """Raises PolicyError unless there is room for that."""
         most = self._quota.objects
         if most is not None and self._objects + objects > most:
             raise PolicyError(

@@ -223,6 +223,11 @@ class Connection:
         return self._ended is not None
 
     @property
+    def stopped(self) -> bool:
+        """True if the connection has ended because the worker has stopped in order."""
+        return isinstance(self._ended, ByeError)
+
+    @property
     def away(self) -> str:
         """The reason why there is no connection now, while another one is tried; else ``""``."""
         return "" if self._away is None else shown(str(self._away), 200)
@@ -480,11 +485,11 @@ class Connection:
         self._ended = self._ended or PlanrtError("closed by this side")
         if self._reconnecting is not None:
             self._reconnecting.cancel()
+        if was_open and self._keeps:
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                bye = encode(m.to_wire(self.session.posted(m.Bye(comes_back=not forget))))
+                await asyncio.wait_for(self._pipe.send(bye), timeout=1)
         if forget:
-            if was_open and self._keeps:
-                with contextlib.suppress(TimeoutError, ConnectionError):
-                    bye = encode(m.to_wire(self.session.posted(m.Bye())))
-                    await asyncio.wait_for(self._pipe.send(bye), timeout=1)
             self.session.kept = None
         await self._pipe.close()
         with contextlib.suppress(asyncio.CancelledError):
@@ -502,6 +507,7 @@ class Connection:
             raise LocalError("nobody said how this connection is opened again")
         if self._ended is None:
             return self
+        await self._pipe.close()  # or the worker would find that it answers still
         pipe = await self._redialling.dial()
         try:
             async with asyncio.timeout(self._handshake_timeout):
@@ -546,7 +552,7 @@ class Connection:
                     self._flush = False
                     await self._send_kept(pipe, self._encoded(self.session.posted(self._gathered())))
                 else:
-                    await pipe.send(self._encoded(self.session.posted(m.Ack())))
+                    await pipe.send(self._encoded(self.session.posted(m.Ack())), message=False)
                 self._drained.set()
         except (ConnectionError, OSError) as error:
             await asyncio.wait([self._reader], timeout=2)  # the worker may have said why it hung up

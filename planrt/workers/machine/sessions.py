@@ -84,6 +84,10 @@ class Session:
     def __post_init__(self) -> None:
         self.graphs = Graphs([self])
 
+    def whose(self, host: str) -> str:
+        """Returns for whom it counts, opened from that address: its user, or nobody there."""
+        return f"nobody at {host}" if self.user is None else f"user {self.user}"
+
     def share_graphs(self, other: Session) -> None:
         """Joins what is known of the graphs of two sessions: an object went from one to the other, and with it the
         graphs that have kept it."""

@@ -171,6 +171,10 @@ class WorkerState:
         """Connection -> (number of its message, what it would get, the session that it asks for), while another
         connection has that session."""
         self._waiting: dict[str, _Request] = {}
+        self._at_work: list[Session] = []
+        """Whose requests run now: one may wake another."""
+        self._besides: list[Instruction] = []
+        """What comes of sessions that gave way while something else was handled."""
 
     # ------------------------------------------------------------------------------ the owner's side
 
@@ -265,6 +269,11 @@ class WorkerState:
           handed in once, after the last message. What other workers answer is handed in as before.
         * ``Probe``: hand in ``Probed`` once, before anything else of that connection.
         """
+        instructions = self._handle(event, over)
+        besides, self._besides = self._besides, []
+        return [*instructions, *besides]
+
+    def _handle(self, event: Event, over: Callable[[], bool]) -> list[Instruction]:
         match event:
             case Connected(connection, channel):
                 self._handshakes.connected(connection, channel)
@@ -362,7 +371,7 @@ class WorkerState:
                 failure = m.Failure("WireError", str(error))
                 return [Reply(connection, m.Envelope(0, failure)), Close(connection)]
         if isinstance(body, m.Ack | m.Bye):
-            return self._ends_by_itself(session) if isinstance(body, m.Bye) else []
+            return self._leaves(connection, session, body) if isinstance(body, m.Bye) else []
         if envelope.id == 0:
             return [*self._posts(session, event, over), *self._acknowledges(session, event)]
         request = _Request(connection, envelope.id, self._steps(session, body, event.tensors), session, body)
@@ -370,11 +379,13 @@ class WorkerState:
             request.run = body.run
         return [*self._advance(request, None), *self._acknowledges(session, event)]
 
-    def _ends_by_itself(self, session: Session) -> list[Instruction]:
-        """The client says that it will not go on with its session."""
-        if session.kept is not None:
+    def _leaves(self, connection: int, session: Session, bye: m.Bye) -> list[Instruction]:
+        """The client closes its session, for good or not."""
+        if session.kept is not None and bye.comes_back:
+            session.kept.gives_way = True
+        elif session.kept is not None:
             session.kept.give_up()
-        return [] if session.connection is None else [Close(session.connection)]
+        return [*self._disconnected(connection), Close(connection)]
 
     def _acknowledges(self, session: Session, event: Received) -> list[Instruction]:
         """Tells the client that its messages were taken, where no answer has said so for long."""
@@ -538,17 +549,25 @@ class WorkerState:
         return self._resumed(connection, id, opened, found)
 
     def _open_account(self, session: Session, host: str) -> None:
-        whose = f"nobody at {host}" if session.user is None else f"user {session.user}"
+        whose = session.whose(host)
         account = self._accounts.get(whose)
         if account is None:
-            account = self._accounts[whose] = Account(self._quota)
+            account = self._accounts[whose] = Account(self._quota, lambda: self._make_room(whose))
         self.store.open_account(session.id, account)
+
+    def _make_room(self, whose: str) -> bool:
+        """Ends a session that was closed, where the others of the same user need what it holds."""
+        session = self._kept.to_give_way(whose, self._at_work)
+        if session is not None:
+            self._besides += self._end(session)
+        return session is not None
 
     def _advance(
         self, request: _Request, sent: PeerAnswered | TimePassed | Exception | None
     ) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
         instructions: list[Instruction] = []
+        self._at_work.append(request.session)
         try:
             while True:
                 step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
@@ -566,6 +585,8 @@ class WorkerState:
         except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
             body, tensors = failure_of(error), ()
             self._audit.request_failed(request.session, request.body, error)
+        finally:
+            self._at_work.pop()
         if not request.id:
             return [*instructions, Release(request.connection)] if request.holds else instructions
         session, kept = request.session, request.session.kept

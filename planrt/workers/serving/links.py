@@ -102,7 +102,9 @@ class Links:
             )
             await self._handle(PeerAnswered(instruction.key, failure, []))
         except (PlanrtError, OSError) as error:
-            log.warning("peer_failed", worker=self._worker_id, peer=instruction.peer.worker, error=str(error))
+            in_order = link.connection is not None and link.connection.stopped
+            note = log.info if in_order else log.warning  # who waits for an answer is told either way
+            note("peer_failed", worker=self._worker_id, peer=instruction.peer.worker, error=str(error))
             if instruction.key:
                 await self._handle(PeerFailed(instruction.key, str(error)))
         else:

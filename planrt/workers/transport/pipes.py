@@ -15,12 +15,13 @@ from typing import Protocol
 from planrt.errors import WireError
 from planrt.serde.frames import Allocate, Frame, FrameAssembler, Limits, Received, in_memory
 from planrt.workers.wire.channel import Channel
-from planrt.workers.wire.messages import Envelope, from_wire
+from planrt.workers.wire.messages import Ack, Envelope, from_wire
 
 
 @dataclass(slots=True)
 class Traffic:
-    """The messages that went through one end of a pipe, and their bytes."""
+    """The messages that went through one end of a pipe, and their bytes. An acknowledgement that travels alone (`Ack`)
+    counts as bytes, and as no message."""
 
     messages_sent: int = 0
     messages_received: int = 0
@@ -30,6 +31,16 @@ class Traffic:
     def copy(self) -> Traffic:
         """Returns a copy of the counters, which counts no further."""
         return Traffic(self.messages_sent, self.messages_received, self.bytes_sent, self.bytes_received)
+
+    def sent(self, frame: Frame, *, message: bool) -> None:
+        """Counts a frame that has been sent."""
+        self.messages_sent += message
+        self.bytes_sent += frame.nbytes
+
+    def received(self, arrived: Received[Envelope]) -> None:
+        """Counts what has arrived."""
+        self.messages_received += not isinstance(arrived.message.body, Ack)
+        self.bytes_received += arrived.nbytes
 
     def add(self, other: Traffic) -> None:
         """Counts what went through another connection as well."""
@@ -55,8 +66,9 @@ class Pipe(Protocol):
     traffic: Traffic
     channel: Channel
 
-    async def send(self, frame: Frame) -> None:
-        """Sends a frame; once this returns, the tensors in it may change.
+    async def send(self, frame: Frame, *, message: bool = True) -> None:
+        """Sends a frame; once this returns, the tensors in it may change. `message` is whether its `traffic` counts it
+        as one.
 
         Raises:
             ConnectionError: the connection has ended.
@@ -97,15 +109,14 @@ class MemoryPipe:
         self._incoming: asyncio.Queue[tuple[Frame, asyncio.Future[None]] | None] = asyncio.Queue()
         self._other: MemoryPipe | None = None
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, frame: Frame, *, message: bool = True) -> None:
         """See `Pipe.send`."""
         if self._other is None:
             raise ConnectionResetError(f"the connection to {self.address} is closed")
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._other._incoming.put_nowait((frame, taken))
         await taken
-        self.traffic.messages_sent += 1
-        self.traffic.bytes_sent += frame.nbytes
+        self.traffic.sent(frame, message=message)
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""
@@ -125,8 +136,7 @@ class MemoryPipe:
         finally:
             if not taken.done():
                 taken.set_result(None)
-        self.traffic.messages_received += 1
-        self.traffic.bytes_received += received.nbytes
+        self.traffic.received(received)
         return received
 
     async def answers(self, seconds: float) -> bool:

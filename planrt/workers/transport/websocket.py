@@ -88,18 +88,16 @@ class WebsocketPipe:
         self._limits = limits
         connection.stream.start(address, limits)
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, frame: Frame, *, message: bool = True) -> None:
         """See `Pipe.send`."""
         await self._connection.stream.send(frame)
-        self.traffic.messages_sent += 1
-        self.traffic.bytes_sent += frame.nbytes
+        self.traffic.sent(frame, message=message)
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""
         received = await self._connection.stream.receive(assembler(allocate, self._limits, self.address))
         if received is not None:
-            self.traffic.messages_received += 1
-            self.traffic.bytes_received += received.nbytes
+            self.traffic.received(received)
         return received
 
     async def answers(self, seconds: float) -> bool:

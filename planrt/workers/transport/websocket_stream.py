@@ -63,6 +63,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._open = False
         self._lost: Exception | None = None
         self._gave_up = False
+        self._eof = False  # whether websockets knows that nothing more arrives
         # reading: buffer[start:end] has arrived and belongs to no payload yet
         self._buffer = bytearray(_BUFFER)
         self._start = self._end = 0
@@ -219,6 +220,7 @@ class FrameStream(asyncio.BufferedProtocol):
 
     def eof_received(self) -> None:
         """See `asyncio.BufferedProtocol`."""
+        self._eof = True
         self._connection.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -231,6 +233,7 @@ class FrameStream(asyncio.BufferedProtocol):
         for waiter in (self._receiver, self._drained):
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
+        self._eof = True
         self._connection.connection_lost(exc)
         self._release()
 
@@ -293,7 +296,8 @@ class FrameStream(asyncio.BufferedProtocol):
             if len(data) < size:
                 return None
             self._start += size
-            self._connection.data_received(bytes(data[:size]))
+            if not self._eof:  # what was read late is behind the end, for websockets
+                self._connection.data_received(bytes(data[:size]))
             if self._transport.get_write_buffer_size() > _UNSENT:
                 self._give_up(ConnectionResetError("it asks for signs of life and does not read them"))
                 return None

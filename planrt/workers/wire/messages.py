@@ -187,8 +187,11 @@ class Ack(Message, frozen=True, tag="ack"):
     """Says nothing but `Envelope.seen`. From either side, under the number 0. No tensors."""
 
 
-class Bye(Message, frozen=True, tag="bye"):
+class Bye(Message, frozen=True, tag="bye", omit_defaults=True):
     """Ends the session, not only the connection. From either side, under the number 0. No tensors."""
+
+    comes_back: bool = False
+    """Of a client that may come back: the session is kept as after a cut, and ends where its user needs the room."""
 
 
 class PutPlan(Message, frozen=True, tag="put_plan", omit_defaults=True):

@@ -46,7 +46,7 @@ class Answer:
 class Keeping:
     """The part of a session that lets it go on. `client` is whose it is, as sessions are counted."""
 
-    __slots__ = ("_digest", "absence", "answers", "broken", "client", "name", "taken", "told")
+    __slots__ = ("_digest", "absence", "answers", "broken", "client", "gives_way", "name", "taken", "told")
 
     def __init__(self, client: str) -> None:
         self.client = client
@@ -61,6 +61,8 @@ class Keeping:
         """How often its connection has ended."""
         self.broken = False
         """Whether it cannot go on over another connection: answers are no longer kept."""
+        self.gives_way = False
+        """Whether its client has closed it: it may come back, as long as nobody needs the room."""
 
     def new_secret(self) -> str:
         """Draws the secret, and returns it: here only its hash stays."""

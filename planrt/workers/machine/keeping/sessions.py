@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from planrt.errors import OptionError
 from planrt.serde.frames import Limits
@@ -55,7 +55,7 @@ class KeptSessions:
         is not kept."""
         if not self.seconds or session.client is None or not session.client.resumes:
             return None
-        kept = session.kept = Keeping(f"user {session.user}" if session.user is not None else f"host {host}")
+        kept = session.kept = Keeping(session.whose(host))
         self._by_name[kept.name] = session
         return m.Kept(kept.name, self.seconds, self.epoch, kept.new_secret())
 
@@ -83,7 +83,7 @@ class KeptSessions:
         kept = session.kept
         assert kept is not None  # noqa: S101 - `find` has looked
         self._away.pop(kept.name, None)
-        session.connection = connection
+        session.connection, kept.gives_way = connection, False
         kept.answers.acknowledge(wanted.seen)
         kept.told = kept.taken
         return m.Kept(kept.name, self.seconds, self.epoch, resumed=True, seen=kept.taken)
@@ -99,6 +99,14 @@ class KeptSessions:
         same = [one for one in self._away.values() if one.kept is not None and one.kept.client == kept.client]
         return Keep(kept.name, kept.absence, self.seconds), same[: max(0, len(same) - self._most)]
 
+    def to_give_way(self, client: str, at_work: Sequence[Session]) -> Session | None:
+        """Returns the session that `client` closed longest ago and that is not `at_work`."""
+        for session in self._away.values():
+            kept = session.kept
+            if kept is not None and kept.gives_way and kept.client == client and session not in at_work:
+                return session
+        return None
+
     def expired(self, name: str, absence: int) -> Session | None:
         """Returns the session whose time is over, if it has been without a connection since."""
         session = self._away.get(name)
@@ -106,8 +114,9 @@ class KeptSessions:
         return session if kept is not None and kept.absence == absence else None
 
     def ended(self, session: Session) -> None:
-        """Forgets a session that is over."""
+        """Forgets a session that is over, and its answers."""
         if session.kept is not None:
+            session.kept.give_up()
             self._by_name.pop(session.kept.name, None)
             self._away.pop(session.kept.name, None)
 
