@@ -115,15 +115,18 @@ def _convolution(
     context: Context, value: Value, weight: Value, bias: Value | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> Protocol[Share]:  # fmt: skip
-    if transposed:
-        raise SharingError("transposed convolutions of shares are not there yet")
-    function = f"conv{len(stride)}d"
     options = {
         "stride": tuple(stride),
         "padding": tuple(padding),
         "dilation": tuple(dilation),
         "groups": groups,
     }
+    if len(stride) not in (1, 2):
+        raise SharingError(f"convolutions of shares have one or two dimensions, not {len(stride)}")
+    function = f"conv{len(stride)}d"
+    if transposed:  # the gradient, by its value, of a convolution that makes values of this size
+        function = "conv_input"
+        options["size"] = _transposed_size(value, weight, stride, padding, dilation, output_padding, groups)
     result = yield from any_product(context, function, value, weight, **options)
     if bias is None:
         return result
@@ -132,13 +135,26 @@ def _convolution(
     return (yield from add(context, result, raised))
 
 
+def _transposed_size(
+    value: Value, weight: Value, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    output_padding: Sequence[int], groups: int,
+) -> tuple[int, ...]:  # fmt: skip
+    given = (value.part if isinstance(value, Share) else value).shape
+    kernel = (weight.part if isinstance(weight, Share) else weight).shape
+    sizes = (
+        (size - 1) * step - 2 * pad + gap * (reach - 1) + more + 1
+        for size, step, pad, gap, reach, more in zip(
+            given[2:], stride, padding, dilation, kernel[2:], output_padding, strict=True
+        )
+    )
+    return (given[0], kernel[1] * groups, *sizes)
+
+
 def _convolution_backward(
     context: Context, gradient: Share, value: Value, weight: Value, bias_sizes: Sequence[int] | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
     output_padding: Sequence[int], groups: int, wanted: Sequence[bool],
 ) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
-    if transposed:
-        raise SharingError("transposed convolutions of shares are not there yet")
     options = {
         "stride": tuple(stride),
         "padding": tuple(padding),
@@ -146,12 +162,15 @@ def _convolution_backward(
         "groups": groups,
     }
     found: list[Share | None] = [None, None, None]
-    if wanted[0]:
+    if wanted[0] and transposed:
+        found[0] = yield from any_product(context, f"conv{len(stride)}d", gradient, weight, **options)
+    elif wanted[0]:
         size = tuple((value.part if isinstance(value, Share) else value).shape)
         found[0] = yield from any_product(context, "conv_input", gradient, weight, size=size, **options)
     if wanted[1]:
         size = tuple((weight.part if isinstance(weight, Share) else weight).shape)
-        found[1] = yield from any_product(context, "conv_weight", value, gradient, size=size, **options)
+        pair = (gradient, value) if transposed else (value, gradient)
+        found[1] = yield from any_product(context, "conv_weight", *pair, size=size, **options)
     if wanted[2]:
         found[2] = yield from total(context, gradient, [0, *range(2, gradient.part.dim())])
     return tuple(found)
@@ -302,13 +321,25 @@ def _batch_norm(
     context: Context, value: Share, weight: Value | None, bias: Value | None, mean: Value | None,
     spread: Value | None, training: bool, momentum: float, eps: float,
 ) -> Protocol[tuple[Share, Share, Share]]:  # fmt: skip
-    """With the statistics that the module has: one row of inverse roots, whatever the batch."""
-    if training or mean is None or spread is None:
+    """With the statistics that the module has: one row of inverse roots, whatever the batch. With those of the batch
+    where no others are kept, as instance norm does.
+    """
+    line = (1, -1, *[1] * (value.part.dim() - 2))
+    if mean is None or spread is None:
+        outer = [0, *range(2, value.part.dim())]
+        found, own_mean, own_inverse = yield from normalised(context, value, outer, eps)
+        weight, bias = (one if one is None else _shaped(one, line) for one in (weight, bias))
+        result = yield from _stretched(context, found, weight, bias)
+        return (
+            result,
+            Share(own_mean.part.reshape(-1), own_mean.scale),
+            Share(own_inverse.part.reshape(-1), own_inverse.scale),
+        )
+    if training:
         raise SharingError(
             "batch norm of shares is for evaluation, with the statistics that it has: call model.eval() first, or use "
             "LayerNorm"
         )
-    line = (1, -1, *[1] * (value.part.dim() - 2))
     centred = yield from subtract(context, value, _shaped(mean, line))
     inverse = yield from _statistic(context, spread, eps)
     found = yield from multiply(context, centred, _shaped(inverse, line))
@@ -335,10 +366,22 @@ def _batch_norm_backward(
     spread: Value | None, saved_mean: Value | None, saved_inverse: Value | None, training: bool, eps: float,
     wanted: Sequence[bool],
 ) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
-    if training:
-        raise SharingError("batch norm of shares is for evaluation: call model.eval() first")
     line = (1, -1, *[1] * (value.part.dim() - 2))
     outer = [0, *range(2, value.part.dim())]
+    if mean is None or spread is None:
+        return (
+            yield from _own_norm_backward(
+                context,
+                gradient,
+                value,
+                weight,
+                _shaped(saved_mean, line),
+                _shaped(saved_inverse, line),
+                wanted,
+            )
+        )
+    if training:
+        raise SharingError("batch norm of shares is for evaluation: call model.eval() first")
     inverse = _shaped((yield from _statistic(context, spread, eps)), line)
     to_value = to_weight = to_bias = None
     if wanted[0]:
@@ -348,6 +391,25 @@ def _batch_norm_backward(
     if wanted[1]:
         centred = yield from subtract(context, value, _shaped(mean, line))
         found = yield from multiply(context, centred, inverse)
+        to_weight = yield from total(context, (yield from multiply(context, gradient, found)), outer)
+    if wanted[2]:
+        to_bias = yield from total(context, gradient, outer)
+    return to_value, to_weight, to_bias
+
+
+def _own_norm_backward(
+    context: Context, gradient: Share, value: Share, weight: Value | None, mean: Value, inverse: Share,
+    wanted: Sequence[bool],
+) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
+    """Of batch norm with the statistics of the batch."""
+    line = (1, -1, *[1] * (value.part.dim() - 2))
+    outer = [0, *range(2, value.part.dim())]
+    found = yield from multiply(context, (yield from subtract(context, value, mean)), inverse)
+    to_value = to_weight = to_bias = None
+    if wanted[0]:
+        stretch = None if weight is None else _shaped(weight, line)
+        to_value = yield from _norm_slope(context, gradient, found, inverse, stretch, outer)
+    if wanted[1]:
         to_weight = yield from total(context, (yield from multiply(context, gradient, found)), outer)
     if wanted[2]:
         to_bias = yield from total(context, gradient, outer)

@@ -37,13 +37,9 @@ _INSTEAD: dict[str, tuple[str, str]] = {
     **{name: (name, _ORDER) for name in ("sort", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin")},
     **{name: (name, _ROUNDED) for name in ("round", "floor", "ceil", "trunc", "frac", "remainder", "fmod")},
     "floor_divide": ("//", _ROUNDED),
-    **{name: (name, _BITS) for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not")},
+    **{f"bitwise_{name}": (sign, _BITS) for name, sign in (("and", "&"), ("or", "|"), ("xor", "^"), ("not", "~"))},
     "prod": ("prod", "multiply one by one, or write x.log().sum().exp() of what is positive"),
-    **{name: (name, _CURVES) for name in ("elu", "celu", "selu", "mish", "sin", "cos")},
-    "_scaled_dot_product_flash_attention_for_cpu": (
-        "scaled_dot_product_attention", "write (q @ k.transpose(-2, -1) / d**0.5).softmax(-1) @ v",
-    ),
-    "mkldnn_rnn_layer": ("LSTM", "write the cell with linear, sigmoid and tanh"),
+    **{name: (name, _CURVES) for name in ("sin", "cos", "tan", "atan", "erfinv", "lgamma")},
 }  # fmt: skip
 """ATen name of what is often asked for and not there -> what people call it, and what to write instead."""
 

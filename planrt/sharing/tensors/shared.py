@@ -15,7 +15,8 @@ import torch
 
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
-from planrt.sharing.kernels.table import check_arguments
+from planrt.sharing.kernels.table import KERNELS, check_arguments
+from planrt.sharing.tensors.rewritten import rewriting
 from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
 from planrt.types import leaves, map_leaves
 
@@ -56,6 +57,8 @@ class SharedTensor(torch.Tensor):
     session: SharingSession
     handle: Handle
     """What the session knows the parts by."""
+    flags: bool = False
+    """Whether it is the result of a comparison, which has 0 and 1 only."""
 
     @staticmethod
     def __new__(
@@ -190,13 +193,27 @@ class SharedTensor(torch.Tensor):
                     f"{kernel}: shares are indexed at public places only: choose by torch.where and sums, "
                     "or take secret places with gather"
                 )
+        if kernel in _LOGICAL and all(_is_flag(one) for one in args):
+            func = getattr(torch.ops.aten, _LOGICAL[kernel]).default
+            name = kernel = _LOGICAL[kernel]
+        if kernel not in KERNELS and (rewritten := rewriting(func)) is not None:
+            return rewritten(*args, **kwargs)
+        if (
+            kernel not in KERNELS
+            and in_place
+            and (rewritten := rewriting(_out_of_place(func, kernel))) is not None
+        ):
+            return args[0].copy_(rewritten(*args, **kwargs))
         given, options = map_leaves(tuple(args), _secret), map_leaves(kwargs, _secret)
         check_arguments(kernel, given, options)
         twin = _twin(func, args, {key: one for key, one in kwargs.items() if key != "seed"})
         if in_place and (twin.shape != args[0].shape or (0 in args[0].stride() and args[0].numel() > 1)):
             raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
         made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
-        return args[0] if in_place else _wrapped(first, made, twin)
+        if not in_place:
+            return _wrapped(first, made, twin)
+        args[0].flags = False
+        return args[0]
 
 
 class _Refreshed(torch.autograd.Function):
@@ -213,6 +230,8 @@ class _Refreshed(torch.autograd.Function):
 
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
+_LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor")}
+"""What & | ^ of results of comparisons are: PyTorch has those as bool, shares as 0 and 1."""
 _SAME = ("detach", "alias", "lift_fresh")
 
 
@@ -229,6 +248,18 @@ def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
     return (
         f"{name}: its operands are shared in different sessions, with the providers {first.session.provider} and "
         f"{other.session.provider}: share both with one"
+    )
+
+
+def _out_of_place(func: Any, kernel: str) -> Any:
+    """The operation that `func` is in place; `func` itself where there is none of these arguments."""
+    packet = getattr(torch.ops.aten, kernel, None)
+    return getattr(packet, func._overloadname, func)
+
+
+def _is_flag(one: Any) -> bool:
+    return (
+        one.flags if isinstance(one, SharedTensor) else getattr(one, "dtype", type(one)) in (torch.bool, bool)
     )
 
 
@@ -316,6 +347,8 @@ def _wrapped(like: SharedTensor, made: Any, twin: Any) -> Any:
     if not isinstance(twin, torch.Tensor):
         return None
     dtype = twin.dtype if twin.is_floating_point() else torch.int64
-    return SharedTensor(
+    found = SharedTensor(
         like.session, made, twin.shape, dtype, strides=twin.stride(), offset=int(twin.storage_offset())
     )
+    found.flags = twin.dtype == torch.bool
+    return found

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -258,6 +258,21 @@ def _put(tensor: torch.Tensor, made: torch.Tensor, requires_grad: bool) -> None:
     _become(tensor, made)
 
 
+def _put_all(
+    module: nn.Module, tensors: Sequence[torch.Tensor], made: Sequence[Any], train: Sequence[bool]
+) -> None:
+    """Puts each into its place. Recurrent layers refer to their weights weakly, which forbids that: they do so anew."""
+    recurrent = [one for one in module.modules() if isinstance(one, nn.RNNBase)]
+    for layer in recurrent:
+        layer._flat_weight_refs = []
+    try:
+        for tensor, one, requires_grad in zip(tensors, made, train, strict=True):
+            _put(tensor, one, requires_grad)
+    finally:
+        for layer in recurrent:
+            layer._init_flat_weights()
+
+
 def fix_module_precision(self: nn.Module, **options: Any) -> nn.Module:
     """Rounds the parameters and floating-point buffers to a precision, in place; see `fix_precision`."""
     tensors = _each(self)
@@ -265,8 +280,7 @@ def fix_module_precision(self: nn.Module, **options: Any) -> nn.Module:
         if isinstance(tensor, PointerTensor):
             raise PointerError("the module is on a worker: get() it before fix_precision()")
     made = [fix_precision(one.detach(), **options) for one in tensors]
-    for tensor, one in zip(tensors, made, strict=True):
-        _put(tensor, one, tensor.requires_grad)  # type: ignore[arg-type]  # of no pointer
+    _put_all(self, tensors, made, [one.requires_grad for one in tensors])
     return self
 
 
@@ -283,14 +297,14 @@ def share_module_parameters(
         SharingError: as `share_tensor`; nothing has changed then.
     """
     tensors = _each(self)
-    if not tensors:
-        raise SharingError("the module has no parameters to share")
     made = [
         share_tensor(one.detach(), *workers, crypto_provider=crypto_provider, **options) for one in tensors
     ]
-    for tensor, one in zip(tensors, made, strict=True):
-        is_parameter = isinstance(tensor, nn.Parameter) or getattr(tensor, "_is_param", False)
-        _put(tensor, one, requires_grad and is_parameter)  # type: ignore[arg-type]
+    trains = [
+        requires_grad and (isinstance(one, nn.Parameter) or getattr(one, "_is_param", False))
+        for one in tensors
+    ]
+    _put_all(self, tensors, made, trains)
     return self
 
 
@@ -303,8 +317,7 @@ def get_shared_module(module: nn.Module) -> nn.Module:
     """Opens the parameters and buffers that are in shares, in place."""
     tensors = [one for one in _each(module) if isinstance(one, SharedTensor)]
     values = [one.get() for one in tensors]
-    for tensor, one in zip(tensors, values, strict=True):
-        _put(tensor, one, True)
+    _put_all(module, tensors, values, [True] * len(values))
     return module
 
 
@@ -316,9 +329,9 @@ def float_module_precision(self: nn.Module) -> nn.Module:
     """
     if is_shared(self):
         raise SharingError("the module is in shares: model.get().float_precision()")
-    for tensor in _each(self):
-        if isinstance(tensor, FixedPrecisionTensor):
-            _put(tensor, tensor.detach().plain, True)  # type: ignore[attr-defined]
+    tensors = [one for one in _each(self) if isinstance(one, FixedPrecisionTensor)]
+    values = [one.detach().plain for one in tensors]  # type: ignore[attr-defined]
+    _put_all(self, tensors, values, [True] * len(values))
     return self
 
 
