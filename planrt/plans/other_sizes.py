@@ -109,7 +109,8 @@ def _shadow(plan: Plan) -> Plan:
 
 
 def _example(leaf: Any) -> Any:
-    """What stands for an argument that is on a worker while the form is recorded."""
-    if getattr(leaf, "location", None) is None or not isinstance(leaf, torch.Tensor):
+    """What stands for an argument that is on a worker, or in shares, while the form is recorded."""
+    away = getattr(leaf, "location", None) is not None or getattr(type(leaf), "in_shares", False)
+    if not away or not isinstance(leaf, torch.Tensor):
         return leaf
     return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype)

@@ -298,10 +298,19 @@ class Plan(torch.nn.Module, Generic[P, R]):
                 pointer = self._pointers[location] = location.workplace.plans.send(self)
                 return pointer(*args, **kwargs)
         try:
-            return execute(self.graph, inputs, self.state_tensors())
+            return self._executed(inputs)
         except PlanArgumentError as error:
             form = form_for(self, args, kwargs, inputs, error)
         return form(*args, **kwargs)
+
+    def _executed(self, inputs: Sequence[torch.Tensor]) -> Any:
+        state = self.state_tensors()
+        shared: Any = next((one for one in (*inputs, *state) if getattr(type(one), "in_shares", False)), None)
+        if shared is not None:  # the parties run it, and get it whole
+            made = shared.session.call_plan(self.record, inputs, state, training=self.training)
+            if made is not NotImplemented:
+                return made
+        return execute(self.graph, inputs, state)
 
     def state_tensors(self) -> list[torch.Tensor]:
         """Returns the tensors of the plan's state, in its order: parameters, buffers, and what it

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from planrt.errors import SharingError
 from planrt.sharing.correlated import Supply
-from planrt.sharing.programs.lowering import lower
+from planrt.sharing.programs.lowering import Argument, lower
 from planrt.sharing.programs.preflight import preflight
 from planrt.sharing.tensors.in_process import InProcessSession
 from planrt.sharing.tensors.shared import SharedTensor, share
@@ -87,13 +87,20 @@ def test_lowering_is_a_pure_function_of_what_it_is_given():
     assert len(texts) == 1
 
 
+def test_arguments_that_are_returned():
+    x, y, *_ = shared(InProcessSession(2))
+    found = lower(lambda x, y: (x, y * 2, [y.detach()], 3), [x, y], scale=2**16)
+    first, made, (last,), three = found.results
+    assert (first, last, three) == (Argument(0), Argument(1), 3)
+    assert (made.shape, made.dtype, found.wanted) == ((8, 3), torch.float32, {made.number})
+    assert lower(lambda x: x, [x], scale=2**16).program.calls == ()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda x, *_: x.sum().get(), "opens nothing"),
         (lambda x, *_: 3, "returns tensors in shares"),
-        (lambda x, *_: x, "computes nothing"),
-        (lambda x, y, *_: (x, y * 2), "returns an argument"),
         (lambda x, *_: torch.sort(x), "sort"),
     ],
 )

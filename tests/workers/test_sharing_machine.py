@@ -251,7 +251,8 @@ def test_groups_that_are_none(change, says):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "no sharing group"), (("h", "", ()), "no sharing group"), (("g", "", (Ref(1),)), "no bytes"),
+        ((), "no sharing group"), (("h", "", ()), "no sharing group"), (("g", "zz", (Ref(1),)), "no bytes"),
+        (("g", "", (Ref(1),), "0" * 64), "no program on shares has the hash '00"),
         (("g", 7, ()), "posted with its group"), (("g", "zz", (1,)), "posted with its group"),
     ],
 )  # fmt: skip

@@ -58,6 +58,14 @@ class SharingSession(ABC):
             SharingError: the kernel does not take these arguments, or a party cannot go on.
         """
 
+    def call_plan(
+        self, record: Any, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], *, training: bool
+    ) -> Any:
+        """Runs a plan on its arguments, some of them shared in this session, and returns its outputs; NotImplemented
+        where it is to run op by op, as any code does on shares.
+        """
+        return NotImplemented
+
     def draw_seed(self) -> int:
         """Returns a seed of 63 bits for what all parties draw alike, from torch's own generator."""
         return int(torch.randint(2**63 - 1, ()))

@@ -54,6 +54,8 @@ class SharedTensor(torch.Tensor):
     data here. Comparisons give whole numbers, 0 or 1.
     """
 
+    in_shares = True
+    """What plans tell such tensors by."""
     session: SharingSession
     handle: Handle
     """What the session knows the parts by."""
@@ -316,22 +318,53 @@ def _frozen(value: Any) -> Any:
     return type(value), value
 
 
+_COMPUTED = 1 << 22
+"""Elements up to which the looks of results are found by computing with zeros."""
+
+
 def _new_twin(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Results on tensors of zeros, without their values.
+
+    torch's own tensors without values would do, but the first use of these imports some 900 modules, which takes
+    seconds; they are for what is large, and for operations that integers do not have.
+    """
+    tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    device = _CPU if sum(one.numel() for one in tensors) <= _COMPUTED else _META
+    if device == _CPU:
+        state = torch.get_rng_state()
+        try:
+            return map_leaves(_twin_on(_CPU, func, args, kwargs), _without_values)
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented" not in str(error):
+                raise
+        finally:
+            torch.set_rng_state(state)
+    return _twin_on(_META, func, args, kwargs)
+
+
+def _twin_on(device: torch.device, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     wants_flags = func._schema.name in ("aten::where", "aten::masked_fill", "aten::masked_fill_")
+    flags = args[0 if func._schema.name == "aten::where" else 1] if wants_flags else None
 
     def twin(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             dtype = torch.bool if wants_flags and leaf.dtype == torch.int64 and leaf is flags else leaf.dtype
-            offset = leaf.storage_offset()
-            if not offset:
-                return torch.empty_strided(leaf.shape, leaf.stride(), dtype=dtype, device=_META)
-            reach = 1 + sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
-            whole = torch.empty(offset + max(reach, 0), dtype=dtype, device=_META)
-            return whole.as_strided(leaf.shape, leaf.stride(), offset)
-        return _META if isinstance(leaf, torch.device) else leaf
+            return _like(leaf, dtype, device)
+        return device if isinstance(leaf, torch.device) else leaf
 
-    flags = args[0 if func._schema.name == "aten::where" else 1] if wants_flags else None
     return func(*map_leaves(tuple(args), twin), **map_leaves(kwargs, twin))
+
+
+def _like(leaf: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns zeros (on meta: nothing) that lie in memory as `leaf` does."""
+    offset = leaf.storage_offset()
+    reach = 1 + sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+    whole = torch.zeros(int(offset + max(reach, 0)), dtype=dtype, device=device)
+    return whole.as_strided(leaf.shape, leaf.stride(), offset)
+
+
+def _without_values(leaf: Any) -> Any:
+    return _like(leaf, leaf.dtype, _META) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _shapes(twin: Any) -> Shapes:

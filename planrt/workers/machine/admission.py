@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from planrt.errors import ExecutionError, PolicyError
+from planrt.errors import ExecutionError, PolicyError, SharingError
 from planrt.logs import get_logger
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.traits import OpTraits
@@ -96,6 +96,35 @@ def _admit_gradients(gate: Gate, name: str, args: Sequence[Any], kwargs: Mapping
 
 def _tensors(nested: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves(nested) if isinstance(leaf, torch.Tensor)]
+
+
+def admit_shared(
+    gate: Gate,
+    session: Session,
+    graph: Graph,
+    given: Sequence[torch.Tensor | TensorSpec],
+    about: str,
+) -> None:
+    """Asks whether a plan may run on shares; `given` are its inputs and then its state, of what is in shares the spec.
+    `about` says among whom they are. Nothing of private data is released by it: results are as private as operands.
+
+    Raises:
+        NotApproved, PolicyError: it may not run. SharingError: a constant of the plan is in shares, so nobody could say
+            what was approved.
+    """
+    count = len(graph.inputs)
+    state = given[count:]
+    for entry, tensor in zip(graph.state, state, strict=True):
+        if entry.kind == "constant" and not isinstance(tensor, torch.Tensor):
+            raise SharingError(f"a constant of plan {graph.name!r} is in shares: give it as an argument")
+    filled = [
+        one if isinstance(one, torch.Tensor) else torch.empty(one.shape, dtype=one.dtype, device="meta")
+        for one in state
+    ]
+    constants = gate.constants(graph, filled)
+    gate.asked(graph, constants, session.user, [about])
+    specs = [one if isinstance(one, TensorSpec) else TensorSpec.of(one) for one in given[:count]]
+    gate.admit(graph, specs, constants=constants)
 
 
 def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:

@@ -51,6 +51,7 @@ from planrt.workers.machine.sessions import Session, users_of
 from planrt.workers.machine.sharing.parties import Exchange, PartyOps
 from planrt.workers.machine.store import new_id
 from planrt.workers.wire import messages as m
+from planrt.workers.wire import shared_plan
 from planrt.workers.wire.posted import PROGRAM, PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted, NotApproved, UnknownObject
 
@@ -85,7 +86,10 @@ class EagerOps:
         self._audit = objects.audit
         self._passes = passes
         self._peers = peers
-        self._peer_ops: dict[str, Callable[[Session, PostedOp, int], Exchange]] = {PROGRAM: parties.run}
+        self._peer_ops: dict[str, Callable[[Session, PostedOp, int], Exchange]] = {
+            PROGRAM: parties.run,
+            shared_plan.CALL: parties.run,
+        }
         """Ops that may have to wait for other workers before they have results."""
         self._device = device
 

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -46,6 +47,15 @@ _PROGRAMS: Final = 10_000
 _UNREADABLE: Final = (
     "the record of the owner's decisions cannot be read or written: the owner must look there"
 )
+
+
+@cache
+def _named_alike() -> dict[str, tuple[str, ...]]:
+    """The last part of a name, without underscores -> the ops of the table that are called so."""
+    found: dict[str, list[str]] = {}
+    for name in ops.TABLE:
+        found.setdefault(name.rpartition(".")[2].strip("_"), []).append(name)
+    return {key: tuple(sorted(names)) for key, names in found.items()}
 
 
 class Gate:
@@ -365,6 +375,22 @@ class Gate:
             )
         if name in ops.TABLE and name not in self.policy.allowed_ops:
             raise PolicyError(f"the policy does not allow {name}", rule="ops", op=name)
+
+    def admit_kernel(self, kernel: str) -> None:
+        """Raises unless single operations on shares by that kernel may run.
+
+        One of the ops of the same name has to be allowed: function, method or in place. Kernels without a name of their
+        own, which gradients are made of, may run.
+
+        Raises:
+            NotApproved, PolicyError: as `admit_op`.
+        """
+        self.admit_op(f"{kernel} on shares")
+        names = _named_alike().get(kernel.strip("_"), ())
+        if names and not any(name in self.policy.allowed_ops for name in names):
+            raise PolicyError(
+                f"the policy does not allow {names[0]}, on shares neither", rule="ops", op=names[0]
+            )
 
     def admit_size(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raises unless op `name` keeps to the owner's limits on these arguments: as `single_ops.check_op` does."""

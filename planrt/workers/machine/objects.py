@@ -91,11 +91,16 @@ class KeptObjects:
         if not tensors or tensors[0].dtype != torch.uint8:
             raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
         record = plan_objects.record_of(tensors[0])
+        bare = body.bare and len(tensors) == 1
         if self.gate is not None:
-            interpreter.check_state(record.graphs[0], tensors[1:])
-            self.gate.arrived(record.graphs, record.to_bytes(), tensors[1:], session.user, body.purpose)
+            if not bare:
+                interpreter.check_state(record.graphs[0], tensors[1:])
+            given = None if bare and record.state else tensors[1:]
+            self.gate.arrived(record.graphs, record.to_bytes(), given, session.user, body.purpose)
         state = [self._on_device(tensor, alone=False) for tensor in tensors[1:]]
-        plan = plan_objects.new_plan_object(record, state, training=body.training, device=self._device)
+        plan = plan_objects.new_plan_object(
+            record, state, training=body.training, device=self._device, bare=bare
+        )
         label = None if body.allowed is None else frozenset(body.allowed)
         stored = StoredObject(plan, session.id, label, tags=tuple(body.tags), description=body.description)
         stored.handover = body.handover

@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from planrt.errors import (
     ValueRangeError,
 )
 from planrt.loop import on_loop, refuse_to_block, run
+from planrt.plans.ir.record import PlanRecord
 from planrt.sharing.additive import reconstruct
 from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.programs.calls import Program
@@ -36,9 +37,11 @@ from planrt.types import Ref
 from planrt.workers.client.workplace import ReachedWorker, RemoteWorkplace
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.tensor import PointerTensor
+from planrt.workers.shares.plans import SharedPlans
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
 from planrt.workers.wire.posted import PROGRAM, PostedOp
+from planrt.workers.wire.shared_programs import SentPrograms
 
 T = TypeVar("T")
 
@@ -72,6 +75,8 @@ class WorkersSession(BatchedSession):
         self._workers, self._dealer = list(workers), dealer
         self._places: list[RemoteWorkplace] = [_place(one) for one in workers]
         self._dealing = _place(dealer)
+        self._plans = SharedPlans(self)
+        self._programs = SentPrograms()
         self.broken = False
         """Whether the parties have said that they cannot go on."""
         run(self._make(), instead="a thread of its own: sharing between workers blocks when it begins")
@@ -181,7 +186,8 @@ class WorkersSession(BatchedSession):
         self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
     ) -> None:
         """Posts the program: the same bytes to every party."""
-        refs, public = [], []
+        refs: list[Ref] = []
+        public: list[tuple[int, torch.Tensor]] = []
         for operand in operands:
             if isinstance(operand, torch.Tensor):
                 public.append((new_id(), operand))
@@ -193,18 +199,49 @@ class WorkersSession(BatchedSession):
             if value is not None:
                 value.place = new_id()
             made.append(None if value is None else Ref(value.place))
-        op = PostedOp(PROGRAM, (self.group, program.to_text(), tuple(refs)), {}, tuple(made), False)
-        packed = op.pack()
         with _posting:
-            for number, place in enumerate(self._places):
-                for id, tensor in public:
-                    self._post_to(number, m.Put([m.PutItem(id)]), [tensor])
-                try:
-                    place.connection.post_op(packed)
-                except TransportError as error:
-                    raise self._failed(error, self._name(number)) from error
-                for id, _ in public:
-                    place.connection.drop(id)
+            text = program.to_text()
+            known = self._programs.known(text)
+            args = (self.group, "", tuple(refs), known) if known else (self.group, text, tuple(refs))
+            op = PostedOp(PROGRAM, args, {}, tuple(made), False)
+            for id, tensor in public:
+                self.post_to_all(m.Put([m.PutItem(id)]), [tensor])
+            self.post_op(op)
+            for id, _ in public:
+                self._forget(id)
+
+    def call_plan(
+        self,
+        record: PlanRecord,
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        *,
+        training: bool,
+    ) -> Any:
+        """Runs a plan at the parties; see `SharingSession.call_plan`."""
+        return self._plans.call(record, inputs, state, training=training)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """While it lasts nobody else posts; what waited has been posted before."""
+        with self._lock:
+            self.flush()
+            with _posting:
+                yield
+
+    def post_op(self, op: PostedOp) -> None:
+        """Posts an op, the same bytes to every party; `_posting` is held."""
+        packed = op.pack()
+        for number, place in enumerate(self._places):
+            try:
+                place.connection.post_op(packed)
+            except TransportError as error:
+                raise self._failed(error, self._name(number)) from error
+
+    def post_to_all(self, body: m.Body, tensors: Sequence[torch.Tensor]) -> None:
+        """Posts a message to every party."""
+        for number in range(len(self._places)):
+            self._post_to(number, body, tensors)
 
     def traffic(self) -> dict[str, m.GroupTraffic]:
         """Returns how much each party has sent and received in this session: openings, and bytes of parts."""

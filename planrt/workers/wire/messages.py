@@ -328,6 +328,8 @@ class StorePlan(Message, frozen=True, tag="store_plan", omit_defaults=True):
     """As of a `Put`."""
     purpose: Purpose = ""
     """As of a `PutPlan`."""
+    bare: bool = False
+    """Whether it comes without its state, which is given with every call: for runs on shares."""
 
 
 class ReadPlan(Message, frozen=True, tag="read_plan"):

@@ -42,6 +42,11 @@ class PlanObject:
     training: bool
     _constants: tuple[Constant, ...] | None = None
 
+    @property
+    def bare(self) -> bool:
+        """Whether its state is given with every call."""
+        return bool(self.record.state) and not self.state
+
     def constants(self) -> tuple[Constant, ...]:
         """Returns its constants as they were when this was first asked for, without values.
 
@@ -131,19 +136,27 @@ class PlanKind(ObjectKind[PlanObject]):
             raise LocalError("copies of plans are not sent on: copy() it, and move the copy")
         message = m.StorePlan(
             body.target, plan.training, list(stored.tags), stored.description, allowed_list(label), body.token,
+            bare=plan.bare,
         )  # fmt: skip
         yield from ask(body.peer, message, plan.parts())
         return m.Done(), ()
 
 
 def new_plan_object(
-    record: PlanRecord, state: Sequence[torch.Tensor], *, training: bool, device: torch.device
+    record: PlanRecord,
+    state: Sequence[torch.Tensor],
+    *,
+    training: bool,
+    device: torch.device,
+    bare: bool = False,
 ) -> PlanObject:
-    """Returns a plan's object with that state, which it owns from here on.
+    """Returns a plan's object with that state, which it owns from here on; `bare`, without any.
 
     Raises:
         PlanArgumentError: tensors that are not its state.
     """
+    if bare and not state:
+        return PlanObject(record, [], training)
     interpreter.check_state(record.graphs[0], state)
     held = [
         tensor.detach().to(device).requires_grad_(entry.trainable)

@@ -24,6 +24,7 @@ from planrt.sharing.programs.running import shown_parts
 from planrt.sharing.requests import Request
 from planrt.sharing.rounds import Party, combined
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.shared_programs import KeptPrograms
 
 MOST_REQUESTS = 256
 MOST_BYTES = 1 << 23
@@ -55,6 +56,8 @@ class Group:
     alarm: float = 0.0
     """When somebody will look whether it has waited too long, on `time.monotonic`'s clock."""
     traffic: m.GroupTraffic = field(default_factory=m.GroupTraffic)
+    programs: KeptPrograms = field(default_factory=KeptPrograms)
+    """Programs that its client has sent."""
     _came: dict[int, int] = field(default_factory=dict)
     """Party -> how many of its openings have arrived."""
     _parts: dict[int, deque[list[torch.Tensor]]] = field(default_factory=dict)

@@ -19,13 +19,12 @@ from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels import Share
 from planrt.sharing.programs.asking import as_data
-from planrt.sharing.programs.calls import Program, program_of
 from planrt.sharing.programs.needs import masks_of, needs_of
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.types import Ref
 from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait, Wake
-from planrt.workers.machine.failures import OpFailedError, cut, failure_of, failure_of_op
+from planrt.workers.machine.failures import cut, failure_of, failure_of_op
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.share import SharedPart
 from planrt.workers.machine.kinds.tensor import tensor_of
@@ -33,6 +32,7 @@ from planrt.workers.machine.labels import Label, join
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
 from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.machine.sharing.posted import PostedProgram, PostedPrograms
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
@@ -55,6 +55,7 @@ class PartyOps:
         self._objects = objects
         self._store = objects.store
         self._groups: dict[str, Group] = {}
+        self._programs = PostedPrograms(objects)
 
     # ------------------------------------------------------------------------------------ groups
 
@@ -247,7 +248,7 @@ class PartyOps:
     # --------------------------------------------------------------------------------- programs
 
     def run(self, session: Session, op: PostedOp, number: int) -> Exchange:
-        """Runs a program that a client posted, and keeps its results, or why they are not there.
+        """Runs a program, or a plan on shares, that a client posted, and keeps its results, or why they are not there.
 
         Whatever keeps one party from going on ends the group: the others would wait for it.
         """
@@ -255,12 +256,11 @@ class PartyOps:
         group: Group | None = None
         try:
             group = self._group_of(session, op)
-            program = self._program(group, op)
-            operands = [self._store.find(session.id, one.index) for one in op.args[2]]
-            values = yield from self._run(session, group, program, operands)
-            if len(_ids(op)) != program.values - program.operands:
-                raise SharingError(f"the program has {program.values - program.operands} results")
-            self._keep(session, op, number, group, program, operands, values)
+            given = self._programs.find(session, group, op, operands)
+            if len(_ids(op)) != given.program.values - given.program.operands:
+                raise SharingError(f"the program has {given.program.values - given.program.operands} results")
+            values = yield from self._run(group, given)
+            self._keep(session, op, number, group, given, operands, values)
         except Exception as error:  # whatever it raises is its client's to hear, never the worker's end
             self._keep_failure(session, op, number, operands, error)
             if group is not None:
@@ -275,39 +275,11 @@ class PartyOps:
         group.check()
         return group
 
-    def _program(self, group: Group, op: PostedOp) -> Program:
-        refs: Any = op.args[2] if len(op.args) == 3 else None
-        fits = isinstance(refs, tuple | list) and all(type(one) is Ref for one in refs)
-        if not fits or not isinstance(op.args[1], str):
-            raise SharingError("a program on shares is posted with its group, its text and its operands")
-        program = program_of(op.args[1])
-        if program.operands != len(refs):
-            raise SharingError(f"the program takes {program.operands} operands, not {len(refs)}")
-        if self._objects.gate is not None:
-            for name in dict.fromkeys(call.name for call in program.calls):
-                self._objects.gate.admit_op(f"{name} on shares")
-        return program
-
-    def _operand(self, session: Session, group: Group, stored: StoredObject) -> Any:
-        try:
-            self._objects.check_failure(session, stored)
-        except OpFailedError as error:
-            return Failed(error)
-        if isinstance(stored.value, SharedPart):
-            if stored.value.group is not group:
-                raise SharingError("its operands are shared in different groups, by different parties")
-            return stored.value.share
-        if not session.may_read(self._store.label_of(stored)):
-            raise GetNotPermitted("what all parties are to know is private, and not for this session's user")
-        return tensor_of(stored).detach()
-
-    def _run(
-        self, session: Session, group: Group, program: Program, operands: Sequence[StoredObject]
-    ) -> Exchange:
+    def _run(self, group: Group, posted: PostedProgram) -> Exchange:
         context = group.context
         if context is None:
             raise SharingError(f"group {group.about.group!r} has no dealer yet")
-        given = [self._operand(session, group, one) for one in operands]
+        program, given = posted.program, posted.values
         taken: Sequence[int] = ()
         start = context.party.supply.next_number
         if group.is_last:
@@ -364,19 +336,21 @@ class PartyOps:
         op: PostedOp,
         number: int,
         group: Group,
-        program: Program,
+        posted: PostedProgram,
         operands: Sequence[StoredObject],
         values: Sequence[Any],
     ) -> None:
+        program = posted.program
         label: Label = None
         for stored in operands:
             label = join(label, self._store.label_of(stored))
-        changed = {call.args[0].index for call in program.calls if call.in_place}
-        for place, (stored, value) in enumerate(zip(operands, values, strict=False)):
-            if place in changed:
-                stored.label = join(stored.label, label)
-                if isinstance(value, Failed):
-                    stored.failure = stored.failure or self._failure(op, number, value.error)
+        for place in {call.args[0].index for call in program.calls if call.in_place}:
+            changed = posted.stored[place] if place < program.operands else None
+            if changed is not None:
+                changed.label = join(changed.label, label)
+                if isinstance(values[place], Failed):
+                    failure = self._failure(op, number, values[place].error)
+                    changed.failure = changed.failure or failure
         for id, value in zip(_ids(op), values[program.operands :], strict=True):
             if id is None:
                 continue

@@ -1,0 +1,169 @@
+"""What a client posted for the parties to run: a program of its own, or a plan that is lowered here. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planrt.errors import SharingError
+from planrt.plans.ir.graph import Graph
+from planrt.sharing.programs.calls import Program
+from planrt.sharing.programs.lowering import Looks
+from planrt.sharing.programs.running import Failed
+from planrt.types import Ref, TensorSpec
+from planrt.workers.machine.admission import admit_shared
+from planrt.workers.machine.failures import OpFailedError
+from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.kinds.plan import PlanObject
+from planrt.workers.machine.kinds.share import SharedPart
+from planrt.workers.machine.kinds.tensor import tensor_of
+from planrt.workers.machine.objects import KeptObjects
+from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.wire import shared_plan
+from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.refusals import GetNotPermitted
+
+
+@dataclass(slots=True)
+class PostedProgram:
+    """A program with its operands."""
+
+    program: Program
+    values: list[Any]
+    """In the order of the program: `Share`s, tensors that all know, or `Failed`."""
+    stored: list[StoredObject | None]
+    """The objects that these are; None of what was computed from others."""
+
+
+class PostedPrograms:
+    """Finds what is to run and its operands among the objects of one worker, and asks its owner."""
+
+    def __init__(self, objects: KeptObjects) -> None:
+        self._objects = objects
+        self._store = objects.store
+
+    def find(
+        self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]
+    ) -> PostedProgram:
+        """Returns what `op` runs; `operands` is given its operands as they are found.
+
+        Raises:
+            NotApproved, PolicyError: the owner does not allow it. SharingError, UnknownObject: it cannot run.
+        """
+        found = self._plan if op.name == shared_plan.CALL else self._program
+        return found(session, group, op, operands)
+
+    def _program(
+        self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]
+    ) -> PostedProgram:
+        args: tuple[Any, ...] = op.args if len(op.args) in (3, 4) else ("", None, None)
+        text, refs, told = args[1], args[2], args[3] if len(args) == 4 else ""
+        if not _are_refs(refs) or not isinstance(text, str) or not isinstance(told, str):
+            raise SharingError("a program on shares is posted with its group, its text and its operands")
+        program = group.programs.read(text, told)
+        if program.operands != len(refs):
+            raise SharingError(f"the program takes {program.operands} operands, not {len(refs)}")
+        if self._objects.gate is not None:
+            for name in dict.fromkeys(call.name for call in program.calls):
+                self._objects.gate.admit_kernel(name)
+        operands += [self._store.find(session.id, one.index) for one in refs]
+        values = [self._operand(session, group, one) for one in operands]
+        return PostedProgram(program, values, list(operands))
+
+    def _operand(self, session: Session, group: Group, stored: StoredObject) -> Any:
+        try:
+            self._objects.check_failure(session, stored)
+        except OpFailedError as error:
+            return Failed(error)
+        if isinstance(stored.value, SharedPart):
+            if stored.value.group is not group:
+                raise SharingError("its operands are shared in different groups, by different parties")
+            return stored.value.share
+        if not session.may_read(self._store.label_of(stored)):
+            raise GetNotPermitted("what all parties are to know is private, and not for this session's user")
+        return tensor_of(stored).detach()
+
+    # ---------------------------------------------------------------------------------------- plans
+
+    def _plan(
+        self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]
+    ) -> PostedProgram:
+        graph, identity, looks, refs = self._called(session, op)
+        operands += [self._store.find(session.id, one.index) for one in refs]
+        values = [self._operand(session, group, one) for one in operands]
+        tensors = [_tensor(one, value) for one, value in zip(looks, values, strict=True)]
+        if self._objects.gate is not None:
+            given = [
+                one if isinstance(one, torch.Tensor) else TensorSpec(one.shape, one.dtype) for one in tensors
+            ]
+            admit_shared(self._objects.gate, session, graph, given, _about(group))
+        lowered = shared_plan.lowered_plan(graph, tensors, scale=group.about.scale, grad=op.grad)
+        if lowered is None or lowered.identity != identity:
+            raise SharingError(
+                f"plan {graph.name!r} is another program here than at its client: both need the same versions of "
+                "planrt and of torch, and processors that round alike"
+            )
+        shared = [number for number, one in enumerate(tensors) if isinstance(one, Looks)]
+        places = [shared[one] if isinstance(one, int) else None for one in lowered.operands]
+        return PostedProgram(
+            lowered.program,
+            [
+                one if place is None else values[place]
+                for one, place in zip(lowered.operands, places, strict=True)
+            ],
+            [None if place is None else operands[place] for place in places],
+        )
+
+    def _called(self, session: Session, op: PostedOp) -> tuple[Graph, str, list[Looks | None], Sequence[Ref]]:
+        if len(op.args) != 6:
+            raise SharingError("a plan on shares is posted with its group, its mode and its operands")
+        _, plan, training, identity, looks, refs = op.args
+        fits = type(plan) is Ref and type(training) is bool and isinstance(identity, str) and _are_refs(refs)
+        if not fits or not isinstance(looks, tuple) or len(looks) != len(refs):
+            raise SharingError("a plan on shares is posted with its group, its mode and its operands")
+        held = self._objects.ready(session, plan.index).value
+        if not isinstance(held, PlanObject):
+            raise SharingError(f"object {plan.index} is no plan")
+        graph = held.record.graph(training=training)
+        if len(refs) != len(graph.inputs) + len(graph.state):
+            raise SharingError(f"plan {graph.name!r} takes {len(graph.inputs)} inputs and its state")
+        return graph, identity, [_looks(one) for one in looks], refs
+
+
+def _are_refs(refs: Any) -> bool:
+    return isinstance(refs, tuple | list) and all(type(one) is Ref for one in refs)
+
+
+def _looks(data: Any) -> Looks | None:
+    if data is None:
+        return None
+    if isinstance(data, tuple) and len(data) == 3:
+        shape, dtype, requires_grad = data
+        sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        if sizes and isinstance(dtype, torch.dtype) and type(requires_grad) is bool:
+            return Looks(shape, dtype, requires_grad)
+    raise SharingError("an operand in shares has a shape and a dtype")
+
+
+def _tensor(looks: Looks | None, value: Any) -> Looks | torch.Tensor:
+    """What lowering takes for an operand."""
+    if looks is None:
+        if not isinstance(value, torch.Tensor):
+            raise SharingError("what all parties are to know of a plan's arguments is not there")
+        return value
+    if isinstance(value, torch.Tensor):
+        raise SharingError("an argument is to be in shares, and is not")
+    if not isinstance(value, Failed) and tuple(value.shape) != looks.shape:
+        raise SharingError(
+            f"an argument in shares has the shape {list(value.shape)}, not {list(looks.shape)}"
+        )
+    return looks
+
+
+def _about(group: Group) -> str:
+    parties = ", ".join(one.worker for one in group.about.parties)
+    return f"parts of secrets, in shares of {parties}, with the crypto provider {group.about.dealer.worker}"

@@ -1,0 +1,148 @@
+"""Plans on shares, as their client sees them: sent once to each party, and called by one message to each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from planrt.plans.ir.record import PlanRecord
+from planrt.sharing.kernels.parts import digest
+from planrt.sharing.programs.lowering import Argument, Looks, Lowered, Made
+from planrt.sharing.tensors.batches import Value
+from planrt.sharing.tensors.shared import SharedTensor
+from planrt.types import Ref, map_leaves
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.objects import new_id
+from planrt.workers.wire.posted import PostedOp
+from planrt.workers.wire.shared_plan import CALL, lowered_plan
+
+if TYPE_CHECKING:
+    from planrt.workers.shares.session import WorkersSession
+
+_PLANS = 64
+_KNOWN = 64
+_KNOWN_BYTES = 1 << 26
+"""Plans, and tensors that all know, that the parties keep for one session."""
+
+
+class SharedPlans:
+    """The plans that the parties of one session have, and the tensors that all know of their arguments."""
+
+    def __init__(self, session: WorkersSession) -> None:
+        self._session = session
+        self._plans: OrderedDict[str, int] = OrderedDict()
+        """Hash of a record -> its id at the parties."""
+        self._known: OrderedDict[Any, tuple[int, int]] = OrderedDict()
+        """Looks and digest of a tensor -> its id at the parties, and its bytes."""
+        self._known_bytes = 0
+
+    def call(
+        self,
+        record: PlanRecord,
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        *,
+        training: bool,
+    ) -> Any:
+        """Runs a plan at the parties; see `SharingSession.call_plan`."""
+        tensors = [*inputs, *state]
+        if not all(self._takes(one) for one in tensors):
+            return NotImplemented
+        graph = record.graph(training=training)
+        known = [
+            Looks(tuple(one.shape), one.dtype, one.requires_grad)
+            if isinstance(one, SharedTensor)
+            else one.detach()
+            for one in tensors
+        ]
+        grad = torch.is_grad_enabled()
+        lowered = lowered_plan(graph, known, scale=self._session.scale, grad=grad)
+        if lowered is None or lowered.has_history:
+            return NotImplemented
+        shared = [one for one in tensors if isinstance(one, SharedTensor)]
+        values = self._post(record, training, tensors, known, lowered, grad) if lowered.program.calls else {}
+        for number in lowered.changed:
+            torch.autograd.graph.increment_version(shared[number])
+
+        def result(leaf: Any) -> Any:
+            if isinstance(leaf, Argument):
+                given = shared[leaf.number]
+                return SharedTensor(self._session, given.handle, given.shape, given.dtype)
+            if isinstance(leaf, Made):
+                return SharedTensor(
+                    self._session, values[leaf.number], leaf.shape, leaf.dtype,
+                    strides=leaf.strides, offset=leaf.offset,
+                )  # fmt: skip
+            return leaf
+
+        return map_leaves(lowered.results, result)
+
+    def _takes(self, tensor: torch.Tensor) -> bool:
+        if isinstance(tensor, SharedTensor):
+            return tensor.session is self._session and tensor.is_contiguous()
+        return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+
+    def _post(
+        self,
+        record: PlanRecord,
+        training: bool,
+        tensors: Sequence[torch.Tensor],
+        known: Sequence[Looks | torch.Tensor],
+        lowered: Lowered,
+        grad: bool,
+    ) -> dict[int, Value]:
+        session = self._session
+        wanted = lowered.wanted
+        with session.in_turn():
+            plan = self._plan(record, training)
+            refs: list[Ref] = []
+            for tensor, one in zip(tensors, known, strict=True):
+                if isinstance(tensor, SharedTensor):
+                    refs.append(Ref(tensor.handle.place))
+                elif isinstance(one, torch.Tensor):
+                    refs.append(Ref(self._of_all(one)))
+            looks = tuple(
+                [
+                    (one.shape, one.dtype, one.requires_grad) if isinstance(one, Looks) else None
+                    for one in known
+                ]
+            )
+            program = lowered.program
+            numbers = range(program.operands, program.values)
+            made = {number: Value(session, place=new_id()) for number in numbers if number in wanted}
+            results = tuple([Ref(made[number].place) if number in made else None for number in numbers])
+            args = (session.group, Ref(plan), training, lowered.identity, looks, tuple(refs))
+            session.post_op(PostedOp(CALL, args, {}, results, grad))
+            self._forget_oldest()
+        return made
+
+    def _plan(self, record: PlanRecord, training: bool) -> int:
+        id = self._plans.get(record.hash)
+        if id is None:
+            id = self._plans[record.hash] = new_id()
+            data = torch.frombuffer(bytearray(record.to_bytes()), dtype=torch.uint8)
+            self._session.post_to_all(m.StorePlan(id, training, bare=True), [data])
+        self._plans.move_to_end(record.hash)
+        return id
+
+    def _of_all(self, tensor: torch.Tensor) -> int:
+        """Returns the id of a tensor that all parties know, which is sent unless they have it."""
+        key = tensor.dtype, tuple(tensor.shape), digest(tensor)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = new_id(), tensor.nbytes
+            self._known_bytes += tensor.nbytes
+            self._session.post_to_all(m.Put([m.PutItem(found[0])]), [tensor.contiguous().clone()])
+        self._known.move_to_end(key)
+        return found[0]
+
+    def _forget_oldest(self) -> None:
+        while len(self._known) > _KNOWN or self._known_bytes > _KNOWN_BYTES:
+            id, nbytes = self._known.popitem(last=False)[1]
+            self._known_bytes -= nbytes
+            self._session._forget(id)
+        while len(self._plans) > _PLANS:
+            self._session._forget(self._plans.popitem(last=False)[1])
