@@ -44,7 +44,7 @@ class PlanObject:
 
     @property
     def bare(self) -> bool:
-        """Whether its state is given with every call."""
+        """Returns whether its state is given with every call."""
         return bool(self.record.state) and not self.state
 
     def constants(self) -> tuple[Constant, ...]:
