@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from planrt.workers.client.deadlines import waiting
     from planrt.workers.pointers.multi import MultiPointerTensor
     from planrt.workers.pointers.tensor import ID_PROVIDER, PointerTensor, combine_pointers
+    from planrt.workers.serving.metrics_end import MetricsServer
 
     hook: TorchHook
     local_worker: VirtualWorker
@@ -43,6 +44,7 @@ _HOMES = {
     "VirtualWorker": "planrt.workers",
     "WebsocketClientWorker": "planrt.workers",
     "WebsocketServerWorker": "planrt.workers",
+    "MetricsServer": "planrt.workers.serving.metrics_end",
     "TorchHook": "planrt.torch_hook",
     "PointerTensor": "planrt.workers.pointers.tensor",
     "combine_pointers": "planrt.workers.pointers.tensor",
@@ -89,6 +91,7 @@ __all__ = [
     "VirtualWorker",
     "WebsocketClientWorker",
     "WebsocketServerWorker",
+    "MetricsServer",
     "TorchHook",
     "PointerTensor",
     "combine_pointers",

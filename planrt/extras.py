@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from planrt.errors import MissingPackageError
 
-_PACKAGES: Final = {"sklearn": "scikit-learn"}
+_PACKAGES: Final = {"sklearn": "scikit-learn", "prometheus_client": "prometheus-client"}
 """Module -> the package that brings it, where they are called differently."""
 
 

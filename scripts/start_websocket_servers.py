@@ -15,6 +15,7 @@ from planrt.command_line import Parser, run_command, stopped_by, whole_number
 from planrt.fl.data import digits as data
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.serve import add_tls, holdings
+from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,24 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--users", metavar="FILE", help="the workers' users, as `planrt users add` writes them")
     add("--require-user", action="store_true", help="let nobody in who proves to be no user")
     add_tls(add)
+    add_metrics(add, which=" for alice, and at the next three for the others")
     options = parser.parse_args(arguments)
     return run_command(parser.prog, lambda: start(options), verbose=options.verbose)
 
 
 def start(options: argparse.Namespace) -> None:
     """Starts the four, says what they hold, and waits; Ctrl-C and SIGTERM are how this command is meant to end."""
+    MetricsOptions.of(options)  # refuses what cannot be, before anything is started
     source = data.find(options.dataset, options.data)  # found once, so that all four serve the same
     if source.notice:
         print(f"Notice: {source.notice}")
     children = mnist_children(
-        source, first_port=options.port, threads=options.threads, verbose=options.verbose, more=_who(options)
-    )
+        source, first_port=options.port, threads=options.threads, verbose=options.verbose,
+        first_metrics_port=options.metrics_port, more=_who(options),
+    )  # fmt: skip
     workers = WorkerProcesses(children, host=options.host)
     try:
         workers.start()
         for worker in workers.wait_ready().values():
             print(holdings(worker.id, worker.key, worker.description, worker.images, worker.digits))
-            print(f"  at {worker.uri}")
+            print(f"  at {worker.uri}" + (f", metrics at {worker.metrics}/metrics" if worker.metrics else ""))
         print(f"All four workers serve; {stopped_by()} stops them", flush=True)
         workers.wait()
     except KeyboardInterrupt:
@@ -64,9 +68,15 @@ def start(options: argparse.Namespace) -> None:
 
 def _who(options: argparse.Namespace) -> list[str]:
     """What the workers are told of who may connect."""
-    named = ("users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny", "peer_ca", "peer_token_file")
+    named = (
+        "users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny", "peer_ca", "peer_token_file", "metrics_host"
+    )  # fmt: skip
     given = [(name, getattr(options, name)) for name in named if getattr(options, name) is not None]
-    flags = [f"--{name.replace('_', '-')}" for name in ("require_user", "insecure") if getattr(options, name)]
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name in ("require_user", "insecure", "metrics_insecure")
+        if getattr(options, name)
+    ]
     flags += [f"--peers={peer}" for peer in options.peers or ()]
     return [*[f"--{name.replace('_', '-')}={value}" for name, value in given], *flags]
 

@@ -25,11 +25,12 @@ FOUNDATION = {
     "tracebacks",
     "shown",
     "allocator",
+    "metrics",
 }
 LAYERS = {
     "lazy": 0, "moved": 0,
     "errors": 0, "version": 0, "tracebacks": 0, "shown": 0, "allocator": 0, "cards": 1, "exceptions": 1, "extras": 1,
-    "types": 1, "seeding": 1, "logs": 1, "loop": 1, "command_line": 1, "chained": 1,
+    "types": 1, "seeding": 1, "logs": 1, "metrics": 1, "loop": 1, "command_line": 1, "chained": 1,
     "serde": 2,
     "plans": 3, "sharing": 3, "workers": 4, "protocols": 5, "fl": 5, "commands": 5,
     "torch_hook": 6, "sandbox": 7, "grid": 6,
@@ -138,6 +139,7 @@ LATE = {
     "cli": "commands that look at a list need no torch",
     "fl.data.digits": "found before torch loads", "fl.mnist_async": "its options are read before torch loads",
     "fl.runs.discovery": "options are read before torch loads", "fl.serve": "its options are read before torch loads",
+    "fl.runs.status": "a run folder is read without torch",
     "plans.plan": "exports, analysis and files are heavy, and few plans need them",
     "plans.other_sizes": "plans make forms of themselves",
     "plans.policy.rules": "a list of decisions needs no torch",

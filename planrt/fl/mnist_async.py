@@ -30,16 +30,17 @@ from planrt.fl.data import digits as data
 from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.fl.runs.discovery import (
-    Identity,
     connect,
     dataset_of,
     given_addresses,
     running_addresses,
 )
 from planrt.fl.runs.disk import Disk
+from planrt.fl.runs.identity import Identity
 from planrt.fl.runs.job_folder import check_room, job_folder
 from planrt.fl.runs.job_options import by_option_name, parsed, parser, resumed
 from planrt.fl.runs.run_folder import OPTIONS, RunFolder
+from planrt.workers.serving.metrics_options import MetricsOptions
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     """
     began = time.perf_counter()
     check_installed("tqdm", "matplotlib", by="this run")
-    progress = Progress()
+    progress, metrics = Progress(), MetricsOptions.of(options)
     with job_folder(options) as folder:
         identity = Identity.of(options)
         addresses = given_addresses(options.worker) if options.worker else running_addresses(identity)
@@ -100,7 +101,9 @@ def run(options: argparse.Namespace) -> None:
                 addresses = {worker.id: worker.uri for worker in children.wait_ready().values()}
                 identity = Identity()  # they have no users
             try:
-                asyncio.run(_train(options, addresses or {}, identity, network, began, folder, progress))
+                asyncio.run(
+                    _train(options, addresses or {}, identity, network, began, folder, progress, metrics)
+                )
             except BaseException as error:
                 _write_stopped(options, folder, progress, error)
                 raise
@@ -127,13 +130,20 @@ async def _train(
     began: float,
     folder: Path,
     progress: Progress,
+    metrics: MetricsOptions,
 ) -> None:
     import torch.nn.functional as F
 
     from planrt.fl.config import TrainConfig
     from planrt.fl.evaluator import ModelEvaluator
+    from planrt.fl.runs.run_metrics import WatchedJob
+    from planrt.workers.serving.metrics_end import serving
 
     async with contextlib.AsyncExitStack() as stack:
+        job = WatchedJob()
+        if address := await stack.enter_async_context(serving(metrics, job)):
+            print(f"Metrics at {address}/metrics", flush=True)
+        stack.callback(job.stop)
         workers = await connect(addresses, stack, identity, needed=options.min_workers)
         report = Report(
             dataset_of(workers, options.dataset), options.seed, by_option_name(options), _versions()
@@ -149,6 +159,7 @@ async def _train(
         )
         scheduler = _scheduler(options, list(workers.values()), config, folder)
         stack.push_async_callback(scheduler.close)
+        job.run = scheduler.watched
         evaluator = ModelEvaluator(
             testing, config, dataset_key=data.TEST_KEY, batch_size=options.test_batch_size
         )

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from planrt.errors import OptionError, PlanrtError
+from planrt.errors import OptionError, PlanrtError, QuorumError
 from planrt.fl.asking import Asking
-from planrt.fl.attendance import below_quorum, looks
+from planrt.fl.attendance import WORKERS_OWN, below_quorum, looks, why_missing
 from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregation
 from planrt.fl.config import TrainConfig
 from planrt.fl.evaluator import ModelEvaluator
@@ -36,6 +36,7 @@ from planrt.fl.options import learning_rate, positive, seconds, whole
 from planrt.fl.recording_cache import dataset_of
 from planrt.fl.resuming import CHANGEABLE, SETTINGS, captured, data_of, named, put_back
 from planrt.fl.round_result import RoundResult, WorkerRound
+from planrt.fl.runs.run_metrics import RunMetrics
 from planrt.fl.runs.run_record import RunRecord, set_random_state
 from planrt.fl.secure import SecureAggregation, SecureExchange, secure_options
 from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Deadline, Lease, Leases
@@ -179,6 +180,14 @@ class RoundScheduler:
         self._state: ModelState | None = None
         self._last: RoundResult | None = None
         self._since = time.time()
+        self.watched = RunMetrics(
+            ids,
+            self._asking.needed,
+            waiting=lambda: dict(self._asking.waiting),
+            next_round=lambda: self.next_round if self._record is not None else 0,
+            checkpoints=lambda: (0, 0.0) if self._record is None else self._record.checkpoints,
+        )
+        """The rounds as monitoring sees them; see `planrt.MetricsServer`."""
         if run_dir is not None:
             _check_kept(config)
             self._record = RunRecord(run_dir, every=self.checkpoint_every)
@@ -318,7 +327,23 @@ class RoundScheduler:
         round_number = whole("round_number", round_number, at_least=0)
         lr = None if lr is None else learning_rate(lr)
         async with self._turns:  # an exchange serves one round after the other
-            return await self._in_turn(round_number, state, lr, keep_worker_states, in_place, save)
+            try:
+                result = await self._in_turn(round_number, state, lr, keep_worker_states, in_place, save)
+            except Exception as error:
+                self._count_failed(error)
+                raise
+        traffic = [(part.bytes_sent, part.bytes_received) for part in result.workers.values()]
+        missing = {id: why.kind for id, why in result.missing.items()}
+        self.watched.completed(round_number, result.seconds, result.loss, traffic, missing)
+        return result
+
+    def _count_failed(self, error: Exception) -> None:
+        missing: dict[str, str] = {}
+        if isinstance(error, QuorumError):
+            missing = {id: why.partition(":")[0] for id, why in error.missing.items()}
+        elif isinstance(error, WORKERS_OWN) and (id := getattr(error, "worker_id", "")):
+            missing = {id: why_missing(error).kind}
+        self.watched.failed(type(error).__name__, missing)
 
     async def _in_turn(
         self,

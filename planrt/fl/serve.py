@@ -31,6 +31,7 @@ from planrt.command_line import (
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
 from planrt.workers.serving import users_file
+from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
 from planrt.workers.serving.secret_files import token_from
 from planrt.workers.transport.addresses import scheme_of
 
@@ -78,6 +79,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
     ``{"error": "..."}``, instead of the text meant for people.
     """
     try:
+        MetricsOptions.of(options)  # refuses what cannot be
         served = _served(options) if not options.empty else _nothing(options)
 
         from planrt.logs import configure
@@ -113,6 +115,9 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
             max_session_objects=options.max_session_objects,
             limits=None if options.keep_sessions is None else Limits(session_seconds=options.keep_sessions),
+            metrics_port=options.metrics_port,
+            metrics_host=options.metrics_host,
+            metrics_insecure=options.metrics_insecure,
         )
         if served.dataset is not None:
             worker.add_dataset(
@@ -125,7 +130,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             items = 0 if served.dataset is None else len(served.dataset)
             if status is not None:
                 report = {"port": port, "key": served.key, "description": served.description}
-                report |= {"secure": options.tls_cert is not None}
+                report |= {"secure": options.tls_cert is not None, "metrics": worker.metrics_address}
                 _send(status, report | {"images": items, "digits": served.digits})
                 return
             if served.notice:
@@ -136,6 +141,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
                 print(holdings(options.id, served.key, served.description, items, served.digits))
             if policy is not None:
                 print(_about(policy, options.approvals))
+            if worker.metrics_address:
+                print(f"Metrics at {worker.metrics_address}/metrics")
             address = f"{scheme_of(worker.address)}://{options.host}:{port}"
             print(f"Worker {options.id} serves at {address}; {stopped_by()} stops it", flush=True)
 
@@ -219,6 +226,7 @@ def parser(prog: str) -> Parser:
         metavar="SECONDS",
         help="for how long a client that lost its connection may come back to its objects (120); 0 for not at all",
     )
+    add_metrics(add)
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.runs.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self, TypeVar, overload
 import torch
 
 from planrt.cards import card
-from planrt.errors import OptionError, WireError
+from planrt.errors import OptionError, RemoteError, WireError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.constants import approval_hash, constants_of, has_constants
 from planrt.plans.ir.graph import Graph, refs_in
@@ -37,7 +37,7 @@ from planrt.workers.client.registry import KnowsWorkers
 from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.names_of_02 import NamesOf02
 from planrt.workers.remote_names import RemoteNames
-from planrt.workers.results import FitResult
+from planrt.workers.results import FitResult, WorkerStatus
 from planrt.workers.transport.pipes import Traffic
 from planrt.workers.wire import messages as m
 
@@ -245,6 +245,26 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     def objects_count(self) -> int:
         """Blocks where `async_objects_count` awaits."""
         return run(self.async_objects_count(), instead="await worker.async_objects_count()")
+
+    @on_loop
+    async def async_status(self) -> WorkerStatus:
+        """Returns how the worker is: what this client's user has there in all sessions, in numbers.
+
+        Raises:
+            WorkerLostError: it is gone. RemoteError: an older planrt runs there.
+        """
+        if not self.versions.tells_status:
+            raise RemoteError(
+                f"worker {self.id!r} runs planrt {self.versions.planrt}, which does not tell its status",
+                worker_id=self.id,
+                kind="LocalError",
+            )
+        told, _ = await self.ask(m.WorkerStatus, m.AskStatus())
+        return WorkerStatus.of(self.id, self.address, self.versions.planrt, told)
+
+    def status(self) -> WorkerStatus:
+        """Blocks where `async_status` awaits."""
+        return run(self.async_status(), instead="await worker.async_status()")
 
     @on_loop
     async def async_clear_objects(self) -> Self:

@@ -1,4 +1,4 @@
-"""What comes back from a fit: `FitResult`."""
+"""What comes back from a fit, and of a worker's status: `FitResult`, `WorkerStatus`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from planrt.cards import card
 from planrt.plans.model_state import ModelState
 from planrt.shown import shown
+from planrt.workers.wire import messages as m
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +51,37 @@ class FitResult:
             f"<FitResult of {shown(self.worker_id)}: loss {self.loss:.4f}, {self.samples} samples in {self.batches} "
             f"batches{back}>"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """The state of a worker, as far as it is for whoever asked: figures of that user's own sessions there.
+
+    Who is nobody sees one session, this one; at a worker that knows no users, everybody's.
+
+    Attributes:
+        worker_id, address: which worker. planrt: the version that it runs. device: where it computes.
+        since: when it began (seconds, as of `time.time`).
+        user: the user whom it knows the client by; ``""`` for nobody.
+        sessions, objects, bytes: how many of them the user has there, and the memory of the objects.
+        waiting: requests of the user's that are under way, and wait for other workers.
+    """
+
+    worker_id: str
+    address: str
+    planrt: str
+    device: str
+    since: float
+    user: str
+    sessions: int
+    objects: int
+    bytes: int
+    waiting: int
+
+    @classmethod
+    def of(cls, worker_id: str, address: str, planrt: str, told: m.WorkerStatus) -> WorkerStatus:
+        """Returns what a worker told."""
+        return cls(
+            worker_id, address, planrt, told.device, told.since, told.user, told.sessions, told.objects, told.bytes,
+            told.waiting,
+        )  # fmt: skip

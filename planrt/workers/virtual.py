@@ -16,6 +16,7 @@ import torch
 from planrt.errors import OptionError
 from planrt.logs import get_logger
 from planrt.loop import on_loop_thread, run
+from planrt.metrics import Watched
 from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
@@ -204,6 +205,11 @@ class VirtualWorker(BaseWorker):
     @_objects.setter
     def _objects(self, value: object) -> None:
         self._replace_objects(value)
+
+    @property
+    def watched(self) -> Watched:
+        """The worker with all of its clients as monitoring sees it; see `planrt.MetricsServer`."""
+        return self._host.watched
 
     def connect_as(self, token: str = "") -> VirtualWorker:
         """Another client of this worker, with a session of its own: as the user whose `token` it shows, or nobody.

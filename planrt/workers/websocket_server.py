@@ -30,6 +30,8 @@ from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.metrics_end import serving
+from planrt.workers.serving.metrics_options import MetricsOptions
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
 from planrt.workers.transport.callers import Callers, check_open
@@ -73,6 +75,9 @@ class WebsocketServerWorker:
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.
 
+    With a `metrics_port` it serves ``/health`` and ``/metrics`` over HTTP there, on `metrics_host` (this machine only,
+    unless `metrics_insecure`): see `planrt.workers.serving.metrics_end`.
+
     `uri` says where it listens in place of `host` and `port`, over any transport that this process knows
     (`planrt.workers.transport.addresses`).
 
@@ -113,6 +118,9 @@ class WebsocketServerWorker:
         uri: str | None = None,
         max_session_memory: int | None = None,
         max_session_objects: int | None = None,
+        metrics_port: int | None = None,
+        metrics_host: str | None = None,
+        metrics_insecure: bool = False,
     ) -> None:
         id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
         if loop is not None:
@@ -148,6 +156,9 @@ class WebsocketServerWorker:
         if require_user and not users and client_ca is None:
             raise OptionError("--require-user lets nobody in without users: add --users, or --tls-client-ca")
         self._dialling = Dialling(peers, ca=peer_ca, cert=cert_path, key=key_path, token=peer_token)
+        self._metrics = MetricsOptions(metrics_port, metrics_host, metrics_insecure, hosts)
+        self.metrics_address = ""
+        """Where it serves its metrics, while it does: ``http://host:port``."""
         self._threads = threads
         self._limits = limits or Limits()
         self._guarded = bool(users) or policy is not None
@@ -199,16 +210,20 @@ class WebsocketServerWorker:
         """Serves clients until `stop` is set, or for ever.
 
         Raises:
-            ConnectError: the port is taken, or the host is not this machine's.
+            ConnectError: a port is taken, or the host is not this machine's.
             DeviceLostError: its GPU computes no more. Whoever starts workers can start this one again.
         """
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
         host = WorkerHost(
             self._state, compute, limits=self._limits, dialling=self._dialling, audit=self._audit
         )
+        host.watched.certificate_until = None if self._tls is None else self._tls.until
         try:
             options = ListenOptions(self._limits, self._tls, self._callers)
-            async with addresses.listen(self.address, host.serve, options) as self.address:
+            async with (
+                addresses.listen(self.address, host.serve, options) as self.address,
+                serving(self._metrics, host.watched) as self.metrics_address,
+            ):
                 self.port = _host_and_port(self.address)[1]
                 # While nobody computes yet, and beside the compute thread: a handshake would have to wait there for
                 # imports that take many seconds on a busy machine.

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [*(ROOT / f"{name}.md" for name in
        ("README", "MIGRATION", "ARCHITECTURE", "SECURITY", "CONTRIBUTING", "CHANGELOG")),
-     *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md", ROOT / "planrt" / "plans" / "ir" / "README.md"]
+     *(ROOT / "docs").glob("*.md"), ROOT / "deploy" / "README.md",
+     ROOT / "benchmarks" / "README.md", ROOT / "planrt" / "plans" / "ir" / "README.md"]
 )  # fmt: skip
 LANGUAGES = {"python", "sh", "console", "toml", "text"}
 RUNNABLE = ("python", "sh", "console")

@@ -44,6 +44,16 @@ NOT_RUN = {
         "it trains for half a minute; tests/scripts/test_going_on.py runs it with fewer rounds"
     ),
     ("docs/connect.md", "planrt serve --id clinic"): "it runs until it is stopped",
+    ("deploy/README.md", "docker compose"): (
+        "it needs a container runtime; tests/deploy/test_compose.py starts the same processes"
+    ),
+    ("deploy/README.md", "kubectl create"): "it needs a cluster",
+    ("docs/operations.md", "planrt serve --id alice"): (
+        "it runs until it is stopped; tests/deploy/test_compose.py starts such workers"
+    ),
+    ("docs/operations.md", "planrt run --rounds 40"): (
+        "it trains for half a minute; tests/scripts/test_going_on.py kills, freezes and resumes such runs"
+    ),
     ("CONTRIBUTING.md", "make check"): "these are the test suite and the benchmarks",
     ("CONTRIBUTING.md", "bash scripts/test_versions.sh"): "it installs several versions of PyTorch",
     ("benchmarks/README.md", "make bench"): (
@@ -110,6 +120,9 @@ def test_what_is_not_run_says_why_and_is_listed_here():
     assert found == NOT_RUN
 
 
+OTHERS = ("git", "bash", "mkdir", "docker", "kubectl", "kill", "rm", "df")
+
+
 def checked_command(words: list[str]) -> None:
     """That a command of ours takes these words, without running it. Other commands must be files or targets here."""
     if words[:2] == ["python", "-m"]:
@@ -128,7 +141,7 @@ def checked_command(words: list[str]) -> None:
     elif program == "python":
         assert (ROOT / words[1]).is_file() or words[1] == "-c", words
     else:
-        assert words[:2] == ["pip", "install"] or program in ("git", "bash"), words
+        assert words[:2] == ["pip", "install"] or program in OTHERS, words
 
 
 @pytest.mark.parametrize("block", [one for one in ALL if one.language in ("sh", "console")], ids=named)

@@ -251,7 +251,7 @@ def test_other_machines_are_not_let_in_by_mistake(command):
 
 def test_a_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     from planrt.fl.mnist_async import parser
-    from planrt.fl.runs.discovery import Identity
+    from planrt.fl.runs.identity import Identity
 
     def identity(*words):
         return Identity.of(parser().parse_args([*words]))

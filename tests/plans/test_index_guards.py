@@ -20,6 +20,7 @@ from planrt.plans.ir import index_guards, ops
 from planrt.plans.ir.index_guards import INDEX_GUARDS
 from planrt.plans.running.interpreter import execute
 from planrt.types import Ref, TensorSpec
+from tests.op_samples import samples_of
 
 ROW, TABLE = torch.arange(3.0), torch.arange(12.0).reshape(3, 4)
 FAR, BELOW = torch.tensor([0, 10**9]), torch.tensor([-1, 0])
@@ -185,7 +186,7 @@ def test_torchs_own_samples_pass(everything_is_elsewhere):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for sample in info.sample_inputs("cpu", dtype):
+                for sample in samples_of(info, dtype):
                     for name, function in named:
                         call = (_copied(sample.input), *_copied(sample.args)), sample.kwargs
                         try:

@@ -17,6 +17,7 @@ from planrt.plans.analysis.kernels import AGGREGATES, RULES, VIEWS
 from planrt.plans.analysis.rows import NO_AGGREGATE, keep
 from planrt.plans.analysis.tracker import Tracker
 from planrt.types import leaves, map_leaves
+from tests.op_samples import samples_of
 
 SAMPLES = 2
 LARGEST = 400  # entries of a sample's tensors
@@ -176,10 +177,10 @@ def test_no_claim_is_contradicted_by_torchs_samples(part):
     for op in sorted(op_db, key=lambda op: op.full_name)[part::4]:
         if not op.supports_dtype(torch.float64, "cpu") or op.name in READS_OR_INVENTS:
             continue
+        samples = samples_of(op, torch.float64, SAMPLES, requires_grad=op.supports_autograd)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            samples = op.sample_inputs("cpu", torch.float64, requires_grad=op.supports_autograd)
-            for sample in itertools.islice(samples, SAMPLES):
+            for sample in samples:
                 attempt(op.full_name, with_gradients(op.op), sample, done, wrong)
     assert not wrong, "\n".join(wrong)
     assert done["claims"] > 500, done

@@ -6,7 +6,6 @@ their method and in-place forms.
 
 import collections
 import gc
-import warnings
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 from planrt.errors import RemoteOpError, RemoteValueError
 from planrt.plans.ir.ops import RANDOM
 from planrt.types import leaves, map_leaves
+from tests.op_samples import samples_of
 
 SAMPLES = {torch.float32: 2, torch.int64: 1, torch.bool: 1, torch.bfloat16: 1, torch.complex64: 1}
 """dtype -> samples of each function; for the first one also its method and in-place forms."""
@@ -109,13 +109,7 @@ def walk(bob, dtype):
         assert isinstance(op, OpInfo)
         if skipped(op) or not op.supports_dtype(dtype, "cpu"):
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            samples = [
-                sample
-                for _, sample in zip(range(SAMPLES[dtype]), op.sample_inputs("cpu", dtype), strict=False)
-            ]
-        for sample in samples:
+        for sample in samples_of(op, dtype, SAMPLES[dtype]):
             arguments = ((sample.input, *sample.args), sample.kwargs)
             if not all(usable(leaf) for leaf in leaves(arguments) if isinstance(leaf, torch.Tensor)):
                 continue
@@ -160,7 +154,7 @@ def test_every_op_gives_what_it_gives_here(bob, dtype):
 )
 def test_what_is_left_out_says_why(bob, name):
     op = next(op for op in op_db if op.name == name)
-    sample = next(iter(op.sample_inputs("cpu", torch.float32)))
+    (sample,) = samples_of(op, torch.float32, 1)
     args, kwargs = tensors_to(((sample.input, *sample.args), sample.kwargs), lambda tensor: tensor.send(bob))
     with pytest.raises((RemoteOpError, RemoteValueError), match=r"get\(\)"):
         op.op(*args, **kwargs)

@@ -3,7 +3,6 @@ made the graph; and what a pass that fails leaves behind, when its client hears 
 
 import asyncio
 import copy
-import itertools
 import random
 import time
 
@@ -16,6 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from planrt.errors import RemoteError
 from planrt.plans.ir import ops
 from planrt.workers.pointers.histories import PASSES_TO_ALL, PASSES_TO_FIRST
+from tests import op_samples
 
 
 def _same(pointers, tensors):
@@ -202,7 +202,7 @@ def samples_of(name):
     for args in _BY_HAND.get(name, ()):
         yield ops.TABLE[name], args, {}
     for op in _SAMPLES.get(name, ()):
-        for sample in itertools.islice(op.sample_inputs("cpu", torch.float64, requires_grad=True), 12):
+        for sample in op_samples.samples_of(op, torch.float64, 12, requires_grad=True):
             yield ops.TABLE[name], (sample.input, *sample.args), sample.kwargs
 
 

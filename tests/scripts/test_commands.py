@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.runs.networks import Net, seeded_net
 from planrt.workers import WebsocketClientWorker
 from tests.processes import MNIST_FILES, PATIENCE, eventually, marked, write_small_mnist
+from tests.watching import health
 
 ROOT = Path(__file__).parents[2]
 SERVE = ["-m", "planrt.fl.serve"]
@@ -144,6 +146,8 @@ def lines_until(process: subprocess.Popen[str], text: str) -> list[str]:
         (["--worker", "alice=ws://127.0.0.1:1"], "add --worker testing=ws://HOST:PORT"),
         (["--worker", "testing=ws://127.0.0.1:1"], "no worker to train on"),
         (["--worker", "a=ws://h:1", "--worker", "a=ws://h:2"], "two workers have the same name"),
+        (["--metrics-port", "0", "--metrics-host", "0.0.0.0"], "write --metrics-insecure"),
+        (["--metrics-port", "65536"], "--metrics-port: must be from 0 to 65535"),
     ],
 )
 def test_wrong_training_options_are_one_line(commands, options, message):
@@ -168,6 +172,12 @@ def test_wrong_training_options_are_one_line(commands, options, message):
         (["--id", "me", "--dataset", "nothing.there:make", "--key", "k"], 1, "No module named"),
         (["--id", "me", "--dataset", "os:nothing", "--key", "k"], 1, "no attribute 'nothing'"),
         (["--id", "me", "--dataset", "os:getcwd", "--key", "k", "--testing"], 2, "leave them out"),
+        (["--id", "me", "--empty", "--metrics-insecure"], 2, "--metrics-port: add that"),
+        (
+            ["--id", "me", "--empty", "--port", "0", "--metrics-port", "x"],
+            2,
+            "--metrics-port: must be a whole number",
+        ),
     ],
 )
 def test_wrong_serving_options_are_one_line(commands, options, code, message):
@@ -525,8 +535,11 @@ def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands,
 
 @pytest.mark.usefixtures("usual_ports_are_free")
 def test_the_script_in_the_background_ignores_ctrl_c_and_says_what_stops_it(commands, small):
-    servers = commands.start([*BACKGROUND, *START, "--data", small])
-    assert lines_until(servers, "All four")[-1] == f"All four workers serve; kill {servers.pid} stops them"
+    servers = commands.start([*BACKGROUND, *START, "--data", small, "--metrics-port", "0"])
+    lines = lines_until(servers, "All four")
+    assert lines[-1] == f"All four workers serve; kill {servers.pid} stops them"
+    ends = re.findall(r"metrics at (http://\S+)/metrics", "\n".join(lines))
+    assert [health(end)[1]["worker"] for end in ends] == ["alice", "bob", "charlie", "testing"]
     servers.send_signal(signal.SIGINT)
     servers.terminate()
     ended = commands.finish(servers)

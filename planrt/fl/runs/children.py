@@ -52,6 +52,8 @@ class ReadyWorker:
     digits: dict[int, int]
     secure: bool = False
     """Whether it is reached over TLS."""
+    metrics: str = ""
+    """Where it serves its metrics, if it does."""
 
     @property
     def uri(self) -> str:
@@ -200,6 +202,7 @@ def mnist_children(
     device: str = "cpu",
     fast_kernels: bool = False,
     verbose: bool = False,
+    first_metrics_port: int | None = None,
     more: Sequence[str] = (),
 ) -> list[ChildOptions]:
     """Alice, bob, charlie and testing with their parts of `source`.
@@ -212,6 +215,7 @@ def mnist_children(
         device: where they compute.
         fast_kernels: on a GPU, whether they may take kernels that do not repeat their bits.
         verbose: they log what happens.
+        first_metrics_port: where alice serves its metrics, the others follow (0: free ports); None for none.
         more: further options of all of them.
     """
     cores = available_cores()
@@ -223,6 +227,8 @@ def mnist_children(
         options += ["--testing"] if worker_id == TESTING else []
         options += ["--fast-kernels"] if fast_kernels else []
         options += ["--verbose"] if verbose else []
+        if first_metrics_port is not None:
+            options += ["--metrics-port", str(first_metrics_port + number if first_metrics_port else 0)]
         options += more
         port = 0 if first_port is None else first_port + number
         children.append(ChildOptions(worker_id, port, tuple(options)))

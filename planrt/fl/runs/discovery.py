@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from planrt.command_line import one_line
 from planrt.errors import ConnectError, DataError, HandshakeError, OptionError, TransportError
 from planrt.fl.data import digits as data
 from planrt.fl.data.digits import TESTING
-from planrt.workers.serving.secret_files import TOKEN_VARIABLE, token_from
-from planrt.workers.transport.addresses import scheme_of, schemes
+from planrt.fl.runs.identity import Identity
 
 if TYPE_CHECKING:
     from planrt.workers import WebsocketClientWorker
@@ -25,14 +22,6 @@ USUAL_ADDRESSES = {
     for number, worker_id in enumerate((*data.PARTITIONS, TESTING))
 }
 """Where `scripts/start_websocket_servers.py` puts the workers."""
-
-
-def named_address(text: str) -> tuple[str, str]:
-    """Parses an option of argparse: ``NAME=URI``."""
-    name, equals, uri = text.partition("=")
-    if not (name and equals and scheme_of(uri) in schemes()):
-        raise argparse.ArgumentTypeError(f"must look like alice=ws://HOST:PORT, got {text!r}")
-    return name, uri
 
 
 def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -49,41 +38,6 @@ def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
     if len(addresses) < 2:
         raise OptionError("no worker to train on: add --worker NAME=ws://HOST:PORT")
     return addresses
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """An identity is what a run shows of itself to its workers, and asks of them."""
-
-    token: str = field(default="", repr=False)
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
-
-    @classmethod
-    def of(cls, options: argparse.Namespace) -> Identity:
-        """Returns the identity that a command's options name.
-
-        Raises:
-            OptionError: a token's file cannot be read, or others may read it.
-        """
-        return cls(token_from(options.token_file), options.ca, options.cert, options.key)
-
-
-def add_identity(add: Callable[..., Any]) -> None:
-    """Adds the options of an `Identity`: `add` is a parser's `add_argument`."""
-    add(
-        "--ca",
-        metavar="FILE",
-        help="authorities (PEM) that the workers' certificates are of, for wss:// addresses",
-    )
-    add("--cert", metavar="FILE", help="certificate (PEM) to show to workers that ask for one")
-    add("--key", metavar="FILE", help="its private key (PEM)")
-    add(
-        "--token-file",
-        metavar="FILE",
-        help=f"the token of your user at the workers (or set {TOKEN_VARIABLE})",
-    )
 
 
 NOBODY: Final = Identity()
@@ -136,7 +90,7 @@ def _shakes_hands(worker_id: str, uri: str, identity: Identity) -> bool:
     from planrt.workers import WebsocketClientWorker
 
     try:
-        with WebsocketClientWorker(worker_id, uri=uri, timeout=3, **_shown(identity)):
+        with WebsocketClientWorker(worker_id, uri=uri, timeout=3, **identity.shown()):
             pass
     except HandshakeError:
         if identity != NOBODY:  # which it did not take: that is no reason to start others
@@ -145,10 +99,6 @@ def _shakes_hands(worker_id: str, uri: str, identity: Identity) -> bool:
     except TransportError:
         return False
     return True
-
-
-def _shown(identity: Identity) -> dict[str, Any]:
-    return {"token": identity.token, "ca": identity.ca, "cert": identity.cert, "key": identity.key}
 
 
 async def connect(
@@ -171,7 +121,7 @@ async def connect(
     spare = 0 if needed is None else len(addresses) - 1 - needed  # one of them evaluates
     for worker_id, uri in addresses.items():
         try:
-            workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri, **_shown(identity))
+            workers[worker_id] = await WebsocketClientWorker.connect(worker_id, uri, **identity.shown())
         except TransportError as error:
             if worker_id == TESTING or spare <= 0:
                 raise

@@ -10,8 +10,9 @@ from pathlib import Path
 from planrt.command_line import Parser, one_line, positive_number, whole_number
 from planrt.errors import OptionError
 from planrt.fl.data import digits as data
-from planrt.fl.runs.discovery import add_identity, named_address
+from planrt.fl.runs.identity import add_identity, named_address
 from planrt.fl.runs.run_folder import OPTIONS
+from planrt.workers.serving.metrics_options import add_metrics
 
 FIXED = (
     "batch_size", "federate_after_n_batches", "lr", "seed", "device", "fast_kernels", "dataset", "aggregation",
@@ -65,6 +66,7 @@ def parser(prog: str = "mnist_async") -> Parser:
         help="use this worker (repeatable)",
     )
     add_identity(add)
+    add_metrics(add)
     add("--report", metavar="PATH", help="where report.json goes instead of the run folder")
     add("--run-dir", metavar="DIR", help="run folder (runs/<time>-seed<seed>)")
     add("--resume", metavar="DIR", help="go on with the run in this folder, with its options")

@@ -44,6 +44,7 @@ class RunRecord:
     Attributes:
         next_round: the number of the round that comes next.
         restored: the checkpoint that the run goes on from; None of a run that begins.
+        checkpoints: how many were written by now, and when the last one was (seconds, as of `time.time`).
     """
 
     def __init__(self, path: str | os.PathLike[str], *, every: int = 1, resuming: bool = False) -> None:
@@ -51,6 +52,7 @@ class RunRecord:
         self.every = every
         self.next_round = 1
         self.restored: Checkpoint | None = None
+        self.checkpoints = (0, 0.0)
         self._saved = 0
         self._resuming = resuming
         self._last_shown = 0.0
@@ -164,6 +166,7 @@ class RunRecord:
             path = self.folder.checkpoint_path(number)
             try:
                 write_checkpoint(self.folder.disk, path, checkpoint)
+                self.checkpoints = (self.checkpoints[0] + 1, time.time())
                 self.folder.forget_old()
             except OSError as error:
                 raise RunFolderError(

@@ -87,7 +87,7 @@ from planrt.workers.machine.secure_sums import SecureSums
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.dealers import DealerOps
 from planrt.workers.machine.sharing.parties import PartyOps
-from planrt.workers.machine.store import ObjectStore
+from planrt.workers.machine.store import ObjectStore, Overview
 from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
@@ -175,6 +175,16 @@ class WorkerState:
         """Whose requests run now: one may wake another."""
         self._besides: list[Instruction] = []
         """What comes of sessions that gave way while something else was handled."""
+        self.overview = Overview(
+            self.store,
+            self.device,
+            lambda: [*list(self._sessions.values()), *self._kept.away()],
+            self._under_way,
+            knows_users=bool(users) or require_user,
+        )
+
+    def _under_way(self) -> list[Session]:
+        return [one.session for one in {id(one): one for one in list(self._waiting.values())}.values()]
 
     # ------------------------------------------------------------------------------ the owner's side
 
@@ -661,6 +671,8 @@ class WorkerState:
                 return (yield from self._parties.share_out(session, body))
             case m.ReadTraffic():
                 return self._parties.traffic(session, body)
+            case m.AskStatus():
+                return self.overview.told_to(session), ()
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():

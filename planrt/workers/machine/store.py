@@ -9,8 +9,10 @@ published.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
@@ -20,10 +22,15 @@ from planrt.workers.machine.kinds import KINDS
 from planrt.workers.machine.kinds.base import ObjectKinds, StoredObject
 from planrt.workers.machine.kinds.tensor import grad_of
 from planrt.workers.machine.labels import Label, MemoryLabels, join
+from planrt.workers.machine.sessions import Session
+from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import UnknownObject
 
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
+
+_REST: Final = 50
+"""Adding up is left out for so many times as long as it took the last time."""
 
 
 def new_id() -> int:
@@ -274,3 +281,84 @@ def _bytes_of(tags: Sequence[str], description: str) -> int:
 
 def _matches(term: str, id: int, stored: StoredObject) -> bool:
     return term in stored.tags or term == str(id) or term in stored.description.split()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The figures of some sessions: how many, their objects, and the bytes of these."""
+
+    sessions: int
+    objects: int
+    bytes: int
+
+
+class Overview:
+    """Tells what a worker has, since when it serves, and what is under way; may be asked from any thread.
+
+    Whoever asks over a session hears of what is its user's own, in numbers (`told_to`). Who is nobody, at a worker that
+    knows users, hears of that session only. The owner sees the figures of all at the worker's own machine: `held`,
+    which the metrics are of.
+
+    Args:
+        store: its objects. device: where it computes.
+        sessions: returns those that there are.
+        waiting: returns the sessions of the requests that wait for other workers, or for parties, one each.
+        knows_users: whether its clients can prove who they are.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        device: torch.device,
+        sessions: Callable[[], Collection[Session]],
+        waiting: Callable[[], Collection[Session]],
+        *,
+        knows_users: bool,
+    ) -> None:
+        self.since = time.time()
+        """When it began (seconds, as of `time.time`)."""
+        self._store, self._device = store, device
+        self._sessions, self._waiting = sessions, waiting
+        self._knows_users = knows_users
+        self._nbytes, self._rest_until = 0, 0.0
+
+    def held(self) -> Held:
+        """Returns the figures of all sessions, and of what outlived them. The bytes may be those of a moment ago."""
+        now = time.monotonic()
+        if now >= self._rest_until:
+            self._nbytes = self._bytes_of(list(self._store.objects.values()))
+            self._rest_until = time.monotonic() + _REST * (time.monotonic() - now)
+        return Held(len(self._sessions()), len(self._store.objects), self._nbytes)
+
+    def waiting(self) -> int:
+        """Returns how many requests wait."""
+        return len(self._waiting())
+
+    def told_to(self, session: Session) -> m.WorkerStatus:
+        """Returns what a session hears."""
+        there = self._sessions()
+        everybody = not self._knows_users and all(one.user is None for one in there)
+        own = {one.id: one for one in there if everybody or _same(one, session)}
+        objects = [stored for id in own for _, stored in self._store.of(id)]
+        return m.WorkerStatus(
+            since=self.since,
+            device=str(self._device),
+            user=session.user or "",
+            sessions=len(own),
+            objects=len(objects),
+            bytes=self._bytes_of(objects),
+            waiting=sum(one.id in own for one in self._waiting()),
+        )
+
+    def _bytes_of(self, objects: Iterable[StoredObject]) -> int:
+        """The bytes of their memory; what several show counts once."""
+        found: dict[int, int] = {}
+        for stored in objects:
+            for tensor in self._store.kinds.of(stored.value).kept(stored.value):
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = storage.nbytes()
+        return sum(found.values())
+
+
+def _same(one: Session, other: Session) -> bool:
+    return one is other or (one.user is not None and one.user == other.user)

@@ -48,6 +48,7 @@ from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.audit_file import AuditError, AuditFile
+from planrt.workers.serving.counts import HostCounts, WatchedWorker
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links
@@ -150,6 +151,14 @@ class WorkerHost:
         self._holds: dict[int, asyncio.Event] = {}
         """Connections that are held, or were released just before -> set when they go on."""
         self._alarms: set[asyncio.Task[None]] = set()
+        self._counts = HostCounts()
+        self.watched = WatchedWorker(
+            state.id, state.overview, self._counts, busy=lambda: compute.busy, trouble=self._trouble
+        )
+        """The worker as monitoring sees it."""
+
+    def _trouble(self) -> str:
+        return "device lost" if self.device_lost.is_set() else "stopping" if self._stopping else ""
 
     def stop(self) -> None:
         """Stops serving every connection, without waiting for what is being computed."""
@@ -185,6 +194,7 @@ class WorkerHost:
         number = next(self._numbers)
         self._pipes[number] = pipe
         self._ended[number] = asyncio.Event()
+        self._counts.opened(pipe.traffic)
         log.debug("connected", worker=self.state.id, client=pipe.address)
         if pipe.channel != Channel():
             await self._handle(Connected(number, pipe.channel))
@@ -201,6 +211,7 @@ class WorkerHost:
             await self._complain(pipe, WireError(f"the worker failed: {error}", address=pipe.address))
         finally:
             del self._pipes[number]
+            self._counts.closed(pipe.traffic)
             self._holds.pop(number, None)
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
         try:
@@ -371,6 +382,7 @@ class WorkerHost:
 
     def _encode(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
         """An answer as it is sent; where the client does not take it, or it has no byte form, that is the answer."""
+        self._counts.told(envelope.body)
         if isinstance(envelope.body, m.Failure):
             told = as_sent(envelope.body)
             log.info("refused", worker=self.state.id, kind=told.kind, why=told.message)
@@ -381,6 +393,7 @@ class WorkerHost:
             return encode(m.to_wire(envelope), tensors, max_header=client.header_limit)
         except Exception as error:  # a result that does not travel: it fails its own request, and no other
             failure = failure_of(error)
+        self._counts.told(failure)
         try:
             return encode(
                 m.to_wire(m.Envelope(envelope.id, failure, envelope.seen)), max_header=client.header_limit
@@ -394,6 +407,7 @@ class WorkerHost:
 
     async def _complain(self, pipe: Pipe, error: TransportError) -> None:
         """Tells the client what was wrong with its bytes, as far as the connection still carries it."""
+        self._counts.bad_messages.add(type(error).__name__)
         await self._say(pipe, as_sent(m.Failure(type(error).__name__, str(error))))
 
     async def _say(self, pipe: Pipe, body: m.Body) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography import x509
+
 from planrt.errors import OptionError
 
 WORKER: Final = "planrt:worker:"
@@ -78,6 +80,8 @@ class ServerTls:
     asks_clients: bool
     """Whether only clients with a certificate get in."""
     denied: DenyList | None = None
+    until: float | None = None
+    """The time at which its certificate expires (seconds, as of `time.time`)."""
 
 
 def server_tls(
@@ -112,7 +116,9 @@ def server_tls(
         context.verify_mode = ssl.CERT_REQUIRED
         _trust(context, client_ca, "client_ca")
     denied = DenyList(deny) if deny is not None else None
-    return ServerTls(context, fingerprint(certificate_in(cert)), client_ca is not None, denied)
+    own = certificate_in(cert)
+    until = x509.load_der_x509_certificate(own).not_valid_after_utc.timestamp()
+    return ServerTls(context, fingerprint(own), client_ca is not None, denied, until)
 
 
 def client_tls(

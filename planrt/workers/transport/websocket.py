@@ -234,7 +234,8 @@ def _certificate(connection: ClientConnection | ServerConnection) -> bytes:
     return b"" if tls is None else tls.getpeercert(binary_form=True) or b""
 
 
-def _why_not_listening(error: OSError, host: str, port: int) -> str:
+def why_not_listening(error: OSError, host: str, port: int) -> str:
+    """Returns the reason why nothing can listen on `host`:`port`, in words."""
     if isinstance(error, socket.gaierror):
         return f"the host {host!r} is not known"
     reasons = {
@@ -295,7 +296,7 @@ async def listen(
         )
     except OSError as error:
         raise ConnectError(
-            f"cannot listen on {address}: {_why_not_listening(error, host, port)}", address=address
+            f"cannot listen on {address}: {why_not_listening(error, host, port)}", address=address
         ) from error
     async with server:
         bound = next(iter(server.sockets)).getsockname()[1]

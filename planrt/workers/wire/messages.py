@@ -67,6 +67,8 @@ class Versions(msgspec.Struct, frozen=True):
     """Of a worker: whether it knows `Backward.halts`."""
     resumes: bool = False
     """Whether its sessions outlive their connections: see `Kept`."""
+    tells_status: bool = False
+    """Of a worker: whether it answers `AskStatus`."""
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
@@ -473,6 +475,10 @@ class Clear(Message, frozen=True, tag="clear"):
     """Removes every object of the session, published ones too. Answered by Done."""
 
 
+class AskStatus(Message, frozen=True, tag="ask_status"):
+    """Asks how the worker is, as far as it is the session's user's own. Answered by WorkerStatus."""
+
+
 class CountObjects(Message, frozen=True, tag="count_objects"):
     """Asks how many objects the worker holds for this session. Answered by Counted."""
 
@@ -794,6 +800,21 @@ class GroupTraffic(Message, frozen=True, tag="group_traffic"):
     """Bytes of correlated randomness that the dealer sent it."""
 
 
+class WorkerStatus(Message, frozen=True, tag="worker_status"):
+    """The figures of one user's sessions: see `planrt.workers.machine.store.Overview`. No tensors."""
+
+    since: float
+    """The time at which the worker began (seconds, as of `time.time`)."""
+    device: Id
+    user: Annotated[str, Meta(max_length=200)]
+    """The user whom the worker knows the session by; ``""`` for nobody."""
+    sessions: Count
+    objects: Count
+    bytes: Count
+    waiting: Count
+    """Requests under way, which wait for other workers or parties."""
+
+
 class Counted(Message, frozen=True, tag="counted"):
     """The number of objects that the worker holds for the session. No tensors."""
 
@@ -810,6 +831,7 @@ Body = (
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
     | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | Corrections | FailGroup | EndGroup
     | PutShare | ShareOut | ReadTraffic | FetchedShare | Needs | GroupTraffic
+    | AskStatus | WorkerStatus
     | Counted | Remove | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip
 
@@ -850,6 +872,7 @@ def own_versions(limits: Limits | None = None, *, resumes: bool = False) -> Vers
         ops.TABLE_HASH,
         accepted.message,
         accepted.header,
-        True,
-        resumes,
+        halts=True,
+        resumes=resumes,
+        tells_status=True,
     )
