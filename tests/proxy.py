@@ -69,9 +69,9 @@ class CountingProxy:
 class CuttingProxy:
     """Forwards bytes to ``host:port`` until it is told to cut, as a network does that fails.
 
-    `cut` breaks the connections that there are; while `refuses`, new ones are broken as well. `rate` is how many bytes
-    pass in a second, each way, all connections together; 0 for as many as come. `cut_after` breaks everything once so
-    many bytes have gone up, and is then forgotten.
+    `up` is client to worker. `cut` breaks the connections that there are, and `cut_at` once so many bytes more went one
+    way; while `refuses`, new ones are broken as well. `rate` is how many bytes pass in a second, each way, all
+    connections together; 0 for as many as come. All of it may be set from any thread.
     """
 
     def __init__(self, upstream: str, *, rate: float = 0.0) -> None:
@@ -80,32 +80,44 @@ class CuttingProxy:
         self.rate = rate
         self.refuses = False
         self.connections = 0
-        self.bytes_up = 0
-        self.cut_after: int | None = None
+        self._left: dict[str, int] = {}
         self._open: set[asyncio.StreamWriter] = set()
 
     def cut(self) -> None:
-        """Breaks all connections; from any thread."""
+        """Breaks all connections now."""
         background_loop().call_soon_threadsafe(self._cut)
 
+    def cut_at(self, direction: str, nbytes: int) -> None:
+        """Breaks all connections once `nbytes` more bytes went that way; 0: with the next ones."""
+        self._left[direction] = nbytes
+
+    @property
+    def cuts_later(self) -> bool:
+        """Whether a `cut_at` is still to come."""
+        return bool(self._left)
+
     def _cut(self) -> None:
+        self._left.clear()
         for writer in list(self._open):
             writer.transport.abort()
 
-    async def _forward(self, reader, writer, *, up):
+    async def _forward(self, direction, reader, writer):
         with contextlib.suppress(ConnectionError):
-            while data := await reader.read(1 << 14 if self.rate else 1 << 16):
-                if up:
-                    self.bytes_up += len(data)
-                    if self.cut_after is not None and self.bytes_up > self.cut_after:
-                        self.cut_after = None
-                        self._cut()
-                        return
+            while data := await reader.read(1 << 14):
                 if self.rate:
                     await asyncio.sleep(len(data) / self.rate)
+                left = self._left.get(direction)
+                if left is not None and left <= len(data):
+                    writer.write(data[:left])
+                    await writer.drain()
+                    self._cut()
+                    return
+                if left is not None:
+                    self._left[direction] = left - len(data)
                 writer.write(data)
                 await writer.drain()
-        writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            writer.close()  # behind what was written
 
     async def _handle(self, reader, writer):
         self.connections += 1
@@ -120,13 +132,11 @@ class CuttingProxy:
         both = {writer, upstream}
         self._open |= both
         try:
-            await asyncio.gather(
-                self._forward(reader, upstream, up=True), self._forward(there, writer, up=False)
-            )
+            await asyncio.gather(self._forward("up", reader, upstream), self._forward("down", there, writer))
         finally:
             self._open -= both
             for one in both:
-                one.transport.abort()
+                one.close()
 
     @contextlib.contextmanager
     def running(self):
@@ -135,9 +145,13 @@ class CuttingProxy:
         server = asyncio.run_coroutine_threadsafe(
             asyncio.start_server(self._handle, "127.0.0.1", 0), loop
         ).result()
+
+        async def close():
+            self.refuses = True
+            server.close()
+            self._cut()
+
         try:
             yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         finally:
-            self.refuses = True
-            self.cut()
-            loop.call_soon_threadsafe(server.close)
+            asyncio.run_coroutine_threadsafe(close(), loop).result()

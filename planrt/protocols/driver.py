@@ -18,7 +18,7 @@ from planrt.errors import (
     WorkerTimeoutError,
 )
 from planrt.workers.base import BaseWorker
-from planrt.workers.client.connection import Response
+from planrt.workers.client.outbox import Response
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import ChainRun, Failed, Send
 

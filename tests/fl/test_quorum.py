@@ -16,10 +16,10 @@ from planrt.errors import OptionError, PlanrtError, QuorumError, RemoteError, Wo
 from planrt.fl import RoundScheduler, TrainConfig, federated_avg
 from planrt.fl.runs.children import WorkerProcesses
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-from tests.cutting import CuttingProxy
 from tests.fl.served import IDS, child, worker_processes
 from tests.models import classification_data, seeded_classifier
 from tests.processes import eventually
+from tests.proxy import CuttingProxy
 
 SHORT = 4.0
 """Seconds: a time-out that one worker is to exceed, and the others are not, even on a busy machine."""
@@ -112,7 +112,7 @@ def test_a_worker_that_cannot_be_reached_again_stays_out_until_it_can():
     with serving(plain_data(), through=["alice"]) as (workers, proxies):
         scheduler = scheduler_of(workers)
         state = scheduler.config.state
-        proxies["alice"].closed = True
+        proxies["alice"].refuses = True
         proxies["alice"].cut()
         assert eventually(lambda: workers[0].workplace.closed)
         for number in (1, 2):
@@ -120,7 +120,7 @@ def test_a_worker_that_cannot_be_reached_again_stays_out_until_it_can():
             assert result.missing["alice"].kind == "lost"
             assert same(result.state, expected(state, ["bob", "charlie"], number))
             state = result.state
-        proxies["alice"].closed = False
+        proxies["alice"].refuses = False
         result = run(scheduler, 3, state)
         assert same(result.state, expected(state, IDS, 3))
 
@@ -153,7 +153,7 @@ def test_by_default_all_are_needed_and_the_error_is_the_workers_own():
         with pytest.raises(WorkerLostError, match="'bob'"):
             run(scheduler, 1, state)
         assert same(run(scheduler, 1, state).state, expected(state, IDS, 1))
-        proxies["bob"].closed = True
+        proxies["bob"].refuses = True
         proxies["bob"].cut()
         assert eventually(lambda: workers[1].workplace.closed)
         with pytest.raises(WorkerLostError, match="'bob' is gone"):
@@ -176,7 +176,7 @@ def test_a_worker_that_cannot_train_is_left_out(make_worker):
 
 def test_workers_that_are_gone_before_the_first_round_do_not_stop_it():
     with serving(plain_data(), through=["alice"]) as (workers, proxies):
-        proxies["alice"].closed = True
+        proxies["alice"].refuses = True
         proxies["alice"].cut()
         assert eventually(lambda: workers[0].workplace.closed)
         scheduler = scheduler_of(workers)

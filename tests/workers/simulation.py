@@ -14,7 +14,7 @@ import selectors
 
 from planrt.errors import ConnectError
 from planrt.serde.frames import Limits, in_memory
-from planrt.workers.client import connection as connections
+from planrt.workers.client import redialling
 from planrt.workers.client.connection import Connection
 from planrt.workers.client.redialling import Redialling
 from planrt.workers.machine.state import WorkerState
@@ -157,7 +157,7 @@ class Network:
 
     def __init__(self, seed, *, limits=None):
         self.draw = random.Random(seed)
-        connections._jitter.seed(seed)
+        redialling._jitter.seed(seed)
         self.limits = limits or Limits()
         self.hosts = {}
         self.states = {}

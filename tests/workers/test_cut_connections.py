@@ -25,8 +25,9 @@ from planrt.fl import TrainConfig
 from planrt.loop import background_loop, run
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.client.connection import Connection, _shake_hands
+from planrt.workers.client.connection import Connection
 from planrt.workers.client.deadlines import waiting
+from planrt.workers.client.handshaking import shake_hands
 from planrt.workers.transport.addresses import DialOptions, dial
 from planrt.workers.wire import messages as m
 from tests.processes import eventually
@@ -126,11 +127,11 @@ def test_a_large_tensor_arrives_whole_though_it_is_cut_on_the_way(through):
     bob, proxy = through("bob")
     for nbytes in (1 << 20, 20 << 20):
         value = torch.arange(nbytes // 4, dtype=torch.int32)
-        proxy.cut_after = proxy.bytes_up + nbytes // 2
+        proxy.cut_at("up", nbytes // 2)
         there = value.send(bob)
         wanted = value.clone()
         value.zero_()  # it may change now
-        assert eventually(lambda: proxy.cut_after is None)  # it was cut halfway
+        assert eventually(lambda: not proxy.cuts_later)  # it was cut halfway
         proxy.cut()
         assert torch.equal(there.get(), wanted)
     assert bob.objects_count() == 0
@@ -298,7 +299,7 @@ def resume(uri, wanted, token=""):
         first.session.kept = wanted
         pipe = await dial(uri, options)
         try:
-            await _shake_hands(pipe, first.session, token, for_others=False)
+            await shake_hands(pipe, first.session, token, for_others=False)
         finally:
             await pipe.close()
             await first.close(forget=True)

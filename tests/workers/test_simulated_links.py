@@ -14,6 +14,7 @@ import torch
 from planrt.errors import PlanrtError, SessionLostError, WorkerLostError, WorkerTimeoutError
 from planrt.types import Ref
 from planrt.workers.client import connection as connections
+from planrt.workers.client import outbox, unarrived
 from planrt.workers.machine.keeping import answers as keeping
 from planrt.workers.wire import delivery
 from planrt.workers.wire import messages as m
@@ -28,8 +29,8 @@ def _small_bounds(monkeypatch):
     monkeypatch.setattr(connections, "COPIED_TO_SEND", 300)
     monkeypatch.setattr(connections, "LARGE_ANSWER", 200)
     monkeypatch.setattr(connections, "MESSAGES", 3)
-    monkeypatch.setattr(connections, "_KEPT_MESSAGES", 8)
-    monkeypatch.setattr(connections, "OPS_PER_MESSAGE", 5)
+    monkeypatch.setattr(unarrived, "_MOST_MESSAGES", 8)
+    monkeypatch.setattr(outbox, "_OPS_PER_MESSAGE", 5)
     monkeypatch.setattr(keeping, "LARGE", 200)
     monkeypatch.setattr(keeping, "MESSAGES", 3)
 
@@ -155,7 +156,7 @@ def run(seed, steps=40, *, kinds=("cut",), limits=None):
             # Ops on tensors of different sizes leave a failure under their id.
             assert counted.objects >= len(program.twins)
             (session,) = network.states["bob"]._sessions.values()
-            assert session.posted == connection._posted  # each op once
+            assert session.posted == connection.posted  # each op once
             assert session.kept.taken == connection.session.sent.sent
             assert len(connection.session.sent) <= 4
             assert len(session.kept.answers) <= 4
@@ -221,7 +222,7 @@ def test_who_comes_back_by_hand_has_lost_nothing_but_answers():
             assert isinstance(body, m.Fetched)
             assert torch.equal(tensors[0], wanted)
         (session,) = network.states["bob"]._sessions.values()
-        assert session.posted == connection._posted
+        assert session.posted == connection.posted
         await connection.close(forget=True)
         await asyncio.sleep(1)
         network.hosts["bob"].stop()

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from planrt.errors import (
-    HandshakeError,
     LocalError,
     PlanrtError,
     RemoteError,
-    SessionLostError,
     TransportError,
     WorkerLostError,
     WorkerTimeoutError,
@@ -32,8 +27,12 @@ from planrt.logs import get_logger
 from planrt.serde.frames import Allocate, Frame, Limits, Received, Store, encode, in_memory
 from planrt.shown import shown
 from planrt.workers.client.deadlines import in_time
-from planrt.workers.client.redialling import Pauses, Redialling
-from planrt.workers.client.session import ByeError, ClientSession, RefusedError
+from planrt.workers.client.handshaking import no_answer, shake_hands
+from planrt.workers.client.outbox import DROPS_WAITING, MAX_WAITING, Outbox, QueuedMessage, Response
+from planrt.workers.client.redialling import Redialling, try_again
+from planrt.workers.client.session import ByeError, ClientSession
+from planrt.workers.client.unanswered import described, late, lost
+from planrt.workers.client.unarrived import Sent, Unarrived
 from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES
@@ -44,56 +43,14 @@ log = get_logger("planrt.client")
 
 B = TypeVar("B", bound=m.Body)
 
-Response = tuple[m.Body, list[torch.Tensor]]
-OPS_PER_MESSAGE = 1024
 _HEADER_REST = 4096
 """Bytes of a header beside its ops."""
 _DROP_AFTER = 0.5
 """Seconds after which a freed pointer's object is dropped by a message of its own, if no op took that along."""
 
-MAX_WAITING = 20_000
-"""Posted ops that may wait to be sent; who posts more waits until fewer do."""
-
-_LINES_KEPT = 50_000
-_DROPS_WAITING = 512
-"""Freed pointers that may wait for an op to travel with before they get a message of their own."""
-
-
-_KEPT_MESSAGES = 1024
-_KEPT_BYTES = 128 << 20
-"""Of what the worker has not acknowledged: with more, nothing further is sent until it has."""
-
 COPIED_TO_SEND = 8 << 20
 """Of a message that may have to be sent again up to so many bytes are copied, so that its tensors may change once it
 has left. With more, `Connection.send` waits until the worker has it."""
-
-_jitter = random.Random()  # noqa: S311 - of pauses; its own, so that whoever seeds Python's generator draws the same
-
-
-@dataclass(slots=True, eq=False)
-class Sent:
-    """A message that the worker may not have: its bytes, and who waits until it has."""
-
-    frame: Frame
-    arrived: asyncio.Future[None] | None = None
-    id: int = 0
-    """Of a request."""
-
-
-@dataclass(slots=True, eq=False)
-class QueuedMessage:
-    """A message to be sent: a request if somebody waits for a `reply`."""
-
-    body: m.Body
-    tensors: Sequence[torch.Tensor]
-    reply: asyncio.Future[Response] | None
-    sent: asyncio.Future[None] | None
-    """Done when its tensors may change."""
-    allocate: Allocate[m.Envelope] = in_memory
-    id: int = 0
-    given_up: bool = False
-    failed: bool = False
-    """Whether who waited for it has been told that it was not sent."""
 
 
 class Connection:
@@ -133,8 +90,7 @@ class Connection:
         self._reconnecting: asyncio.Task[None] | None = None
         self._tells = False  # whether the worker is to be told now what has been taken
         self._told = 0  # answers that it was told of
-        self._kept_bytes = 0
-        self._room = asyncio.Event()
+        self._unarrived = Unarrived(session)
         self._session_lost = False
         self.on_renewed: Callable[[Connection], None] | None = None
         """Called on the loop with the connection that there is now, when the worker had lost the session."""
@@ -146,13 +102,7 @@ class Connection:
         self.latency = 0.0
         """Seconds that each message waits before it leaves, to try a slow network."""
         self._turns = turns
-        self._outbox: deque[bytes | QueuedMessage] = deque()
-        self._posting = threading.Lock()
         self._woken = False
-        self._posted = 0
-        self._lines: dict[int, Line | None] = {}
-        self._drops: deque[int] = deque()
-        self._dropping = threading.Lock()  # held by who takes from them; finalizers only add
         self._sender: asyncio.Task[None] | None = None
         self._drained: asyncio.Event = asyncio.Event()
         self._pending: dict[int, QueuedMessage] = {}
@@ -165,12 +115,11 @@ class Connection:
         accepts = session.versions
         # Of a header, three quarters are for ops: they travel as base64, with a few bytes around each.
         rest = min(_HEADER_REST, accepts.header_limit // 4)
-        self.op_bytes = min(MAX_OP_BYTES, accepts.header_limit * 3 // 4 - rest)
-        """Longest op that may be posted."""
+        self._outbox = Outbox(min(MAX_OP_BYTES, accepts.header_limit * 3 // 4 - rest))
         self._header_limit = accepts.header_limit
         self._reader = asyncio.create_task(self._read(pipe))
-        session.line_of = self.line
-        session.place_of = self.place_in_plan
+        session.line_of = self._outbox.lines.line
+        session.place_of = self._outbox.lines.place_in_plan
 
     @classmethod
     async def open(
@@ -194,10 +143,10 @@ class Connection:
         session = ClientSession[Sent](worker_id, address=pipe.address, limits=limits)
         try:
             async with asyncio.timeout(timeout):
-                await _shake_hands(pipe, session, token, for_others=for_others)
+                await shake_hands(pipe, session, token, for_others=for_others)
         except (TimeoutError, ConnectionError) as error:
             await pipe.close()
-            raise _no_answer(pipe) from error
+            raise no_answer(pipe) from error
         except TransportError:
             await pipe.close()
             raise
@@ -216,6 +165,16 @@ class Connection:
     def why_ended(self) -> str:
         """The reason why the connection has ended, safe to show; ``""`` while it has not."""
         return "" if self._ended is None else shown(str(self._ended), 200)
+
+    @property
+    def op_bytes(self) -> int:
+        """The longest op that may be posted, in bytes."""
+        return self._outbox.op_bytes
+
+    @property
+    def posted(self) -> int:
+        """Ops posted so far."""
+        return self._outbox.lines.posted
 
     @property
     def closed(self) -> bool:
@@ -249,14 +208,9 @@ class Connection:
             raise self._lost("a posted op") from self._ended
         if self.history is not None:
             self.history.append(m.Post([packed]))
-        with self._posting:
-            self._lines[self._posted] = line
-            self._posted += 1
-            self._outbox.append(packed)
-        if len(self._lines) > _LINES_KEPT:
-            self._forget_lines()
+        few = self._outbox.add_op(packed, line)
         self._wake_soon()
-        return len(self._outbox) < MAX_WAITING
+        return few
 
     def post(self, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> None:
         """Hands over a message that is not answered; its tensors must not change from here on.
@@ -269,7 +223,7 @@ class Connection:
         checked = self._checked(body, tensors)
         if isinstance(body, m.Put | m.StorePlan):  # what takes room there comes after what gives some back
             self.post_drops()
-        self._outbox.append(QueuedMessage(checked, tensors, None, None))
+        self._outbox.add(QueuedMessage(checked, tensors, None, None))
         self._wake_soon()
 
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:
@@ -308,16 +262,16 @@ class Connection:
             lambda done: done.cancelled() or done.exception()
         )  # it may be read never, or late
         outgoing = QueuedMessage(body, tensors, reply, None, allocate)
-        self._outbox.append(outgoing)
+        self._outbox.add(outgoing)
         self._wake_soon()
         return outgoing
 
     def drop(self, id: int) -> None:
         """Nobody points at object `id` any more. Called by finalizers: in any thread, at any time."""
-        self._drops.append(id)
+        self._outbox.drop(id)
         if self._ended is not None:
             return
-        if len(self._drops) > _DROPS_WAITING:
+        if self._outbox.drops > DROPS_WAITING:
             self._wake_soon()
         elif not self._flush_due:
             self._flush_due = True
@@ -327,7 +281,7 @@ class Connection:
     def post_drops(self) -> None:
         """Frees what nobody points at before whatever is handed over next."""
         while drops := self.take_drops():
-            self._outbox.append(QueuedMessage(m.Post([], list(drops)), (), None, None))
+            self._outbox.add(QueuedMessage(m.Post([], list(drops)), (), None, None))
             self._wake_soon()
 
     def check_open(self) -> None:
@@ -337,20 +291,11 @@ class Connection:
 
     def take_drops(self) -> tuple[int, ...]:
         """Objects to free before the next op, which takes them along."""
-        if not self._drops:
-            return ()
-        with self._dropping:
-            count = min(len(self._drops), OPS_PER_MESSAGE, max(1, self.op_bytes // 16))
-            return tuple([self._drops.popleft() for _ in range(count)])
-
-    def line(self, number: int | None) -> str | None:
-        """``file:line`` that made the posted op of that number, where it is still known."""
-        found = self._lines.get(number) if number is not None else None
-        return f"{found[0].co_filename}:{found[1]}" if found else None
+        return self._outbox.take_drops()
 
     def post_drop_of(self, id: int) -> bool:
         """Frees object `id`, if it waits to be freed, before whatever is handed over next; says whether it did."""
-        found = id in self._drops
+        found = self._outbox.drops_of(id)
         if found:
             self.post_drops()
         return found
@@ -363,15 +308,9 @@ class Connection:
     def _flush_drops(self) -> None:
         """Drops that no op took along leave by themselves."""
         self._flush_due = False
-        if self._drops and self._ended is None:
+        if self._outbox.drops and self._ended is None:
             self._flush = True
             self._wake()
-
-    def place_in_plan(self, number: int | None, index: int | None) -> str:
-        """Returns the line of op `index` of the plan that the posted op of that number called; see `Graph.place`."""
-        found = self._lines.get(number) if number is not None else None
-        graph = found[2]() if found is not None and len(found) == 3 else None
-        return graph.place(index) if graph is not None and index is not None else ""
 
     def forget_soon(self, outgoing: Sequence[QueuedMessage]) -> None:
         """`forget` of several requests, from any thread."""
@@ -383,11 +322,6 @@ class Connection:
             self._woken = True
             with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
                 self.loop.call_soon_threadsafe(self._wake)
-
-    def _forget_lines(self) -> None:
-        with self._posting:
-            for number in list(self._lines)[: _LINES_KEPT // 2]:
-                del self._lines[number]
 
     # ------------------------------------------------------------------------------- on the loop
 
@@ -425,7 +359,7 @@ class Connection:
             assert outgoing.reply is not None  # noqa: S101 - it is a request, and nobody finished it before
             return await in_time(outgoing.reply, self.timeout, lambda s: self.late(outgoing.body, s))
         except ConnectionError as error:
-            raise self._lost(_described(outgoing.body)) from error
+            raise self._lost(described(outgoing.body)) from error
         finally:
             self.forget(outgoing)
 
@@ -450,7 +384,7 @@ class Connection:
             tensors = [tensor.clone() for tensor in tensors]
         left: asyncio.Future[None] = self.loop.create_future()
         outgoing = QueuedMessage(body, tensors, None, left)
-        self._outbox.append(outgoing)
+        self._outbox.add(outgoing)
         self._wake()
         try:
             await in_time(asyncio.shield(left), self.timeout, lambda s: self.late(body, s))
@@ -514,7 +448,7 @@ class Connection:
                 return await self._go_on(pipe)
         except (TimeoutError, ConnectionError) as error:
             await pipe.close()
-            raise _no_answer(pipe) from error
+            raise no_answer(pipe) from error
         except BaseException:
             await pipe.close()
             raise
@@ -537,20 +471,17 @@ class Connection:
                 outgoing = None
                 if self.latency:
                     await asyncio.sleep(self.latency)
-                while self._full() and pipe is self._pipe and self._away is None:
-                    self._room.clear()
-                    await self._room.wait()
+                while self._unarrived.full and pipe is self._pipe and self._away is None:
+                    self._unarrived.room.clear()
+                    await self._unarrived.room.wait()
                 if self._away is not None or self._ended is not None:
                     return
-                if self._outbox and not isinstance(self._outbox[0], bytes):
-                    first = self._outbox.popleft()
-                    assert isinstance(first, QueuedMessage)  # noqa: S101 - it is no bytes
-                    outgoing = first
-                    del first
+                outgoing = self._outbox.next_message()
+                if outgoing is not None:
                     await self._send_one(pipe, outgoing)
                 elif self._outbox or not self._tells:
                     self._flush = False
-                    await self._send_kept(pipe, self._encoded(self.session.posted(self._gathered())))
+                    await self._send_kept(pipe, self._encoded(self.session.posted(self._outbox.gathered())))
                 else:
                     await pipe.send(self._encoded(self.session.posted(m.Ack())), message=False)
                 self._drained.set()
@@ -558,24 +489,20 @@ class Connection:
             await asyncio.wait([self._reader], timeout=2)  # the worker may have said why it hung up
             self._cut(pipe, PlanrtError(str(error)))
             if outgoing is not None and not self._again:
-                _fail(outgoing, ConnectionResetError(str(self._ended)))
+                outgoing.fail(ConnectionResetError(str(self._ended)))
         except Exception as error:  # a mistake of ours: whoever waits must hear of it
             log.exception("sending_failed", worker=self.session.worker_id)
             self._end(PlanrtError(f"sending failed: {type(error).__name__}: {error}"))
             if outgoing is not None:
-                _fail(outgoing, ConnectionResetError(str(self._ended)))
+                outgoing.fail(ConnectionResetError(str(self._ended)))
         finally:
             self._sender = None
             self._drained.set()
 
     def _waits(self) -> bool:
         """Whether there is anything to send."""
-        drops = len(self._drops)
-        return bool(self._outbox) or drops > _DROPS_WAITING or (self._flush and drops > 0) or self._tells
-
-    def _full(self) -> bool:
-        """Whether the worker has to acknowledge something first."""
-        return self._kept_bytes > _KEPT_BYTES or len(self.session.sent) >= _KEPT_MESSAGES
+        drops = self._outbox.drops
+        return len(self._outbox) > 0 or drops > DROPS_WAITING or (self._flush and drops > 0) or self._tells
 
     def _encoded(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor] = ()) -> Frame:
         frame = encode(m.to_wire(envelope), tensors, max_header=self._header_limit)
@@ -587,31 +514,8 @@ class Connection:
     ) -> None:
         """Sends a message that the worker counts; it is kept until the worker has it."""
         if self._keeps:
-            self.session.sent.add(Sent(frame, arrived, id))
-            self._kept_bytes += frame.nbytes
+            self._unarrived.add(Sent(frame, arrived, id))
         await pipe.send(frame)
-
-    def _gathered(self) -> m.Post:
-        """A message of the ops at the head of the queue; when none are left, with what nobody points at."""
-        with (
-            self._dropping
-        ):  # or others would take those that are counted now, and later ones would go in their place
-            return self._gather(len(self._drops))
-
-    def _gather(self, drops: int) -> m.Post:
-        """`drops` is how many freed pointers there were before: whatever uses these is in the queue by now."""
-        ops: list[bytes] = []
-        room = self.op_bytes
-        while self._outbox and len(ops) < OPS_PER_MESSAGE:
-            head = self._outbox[0]
-            if not isinstance(head, bytes) or (ops and len(head) > room):
-                break
-            ops.append(head)
-            room -= len(head) + 5
-            self._outbox.popleft()
-        if self._outbox:
-            return m.Post(ops)
-        return m.Post(ops, [self._drops.popleft() for _ in range(min(drops, max(1, room // 16)))])
 
     async def _send_one(self, pipe: Pipe, outgoing: QueuedMessage) -> None:
         if outgoing.given_up:
@@ -630,7 +534,7 @@ class Connection:
             known = error if isinstance(error, PlanrtError) else LocalError(f"it cannot be sent: {error}")
             if outgoing.reply is None and outgoing.sent is None:
                 self._unsent = self._unsent or known
-            _fail(outgoing, known)
+            outgoing.fail(known)
             return
         nbytes = sum(tensor.nbytes for tensor in outgoing.tensors)
         outgoing.tensors = ()
@@ -673,41 +577,17 @@ class Connection:
             self._end(why)
         elif pipe is self._pipe and self._away is None:
             self._away = why
-            self._room.set()
+            self._unarrived.room.set()
             log.info("connection_cut", worker=self.session.worker_id, why=str(why))
             self._reconnecting = asyncio.create_task(self._reconnect(why))
 
     async def _reconnect(self, why: PlanrtError) -> None:
         """Tries to go on over another connection, for as long as that was asked for."""
         assert self._redialling is not None  # noqa: S101 - `_again` has seen it
-        until = self.loop.time() + self._redialling.seconds
-        latest: Exception = why
-        pauses = Pauses(_jitter)
         await self._pipe.close()
-        while self._ended is None:
-            pipe: Pipe | None = None
-            try:
-                async with asyncio.timeout_at(until):
-                    pipe = await self._redialling.dial()
-                # A worker that computes answers when it is done, and the pipe notices if it is gone.
-                await self._go_on(pipe)
-                return
-            except RefusedError as error:
-                self._end(error)
-                return
-            except (TransportError, TimeoutError, OSError) as error:
-                latest = error
-            except PlanrtError as error:  # such as a file of a certificate that cannot be read
-                self._end(error)
-                return
-            finally:
-                if pipe is not None and pipe is not self._pipe and not self._session_lost:
-                    await pipe.close()
-            if (pause := pauses.next()) > until - self.loop.time():
-                seconds = self._redialling.seconds
-                self._end(PlanrtError(f"{why}; tried to go on for {seconds:g} s: {latest or why}"))
-                return
-            await asyncio.sleep(pause)
+        failed = await try_again(self._redialling, self._go_on, why, over=lambda: self._ended is not None)
+        if failed is not None:
+            self._end(failed)
 
     async def _go_on(self, pipe: Pipe) -> Connection:
         """Goes on over `pipe`; returns what there is to use from now on: this, or a connection with a new session.
@@ -717,12 +597,12 @@ class Connection:
         """
         redialling = self._redialling
         assert redialling is not None  # noqa: S101 - its callers have seen it
-        resumed = await _shake_hands(pipe, self.session, redialling.token, for_others=redialling.for_others)
+        resumed = await shake_hands(pipe, self.session, redialling.token, for_others=redialling.for_others)
         session = self.session
         if self._sender is not None:  # its pipe is closed
             await asyncio.wait([self._sender])
         if resumed and session.kept is not None and session.kept.resumed:
-            self._acknowledged(session.kept.seen)
+            self._unarrived.acknowledged(session.kept.seen)
             self._ended = self._away = None
             self._traffic.add(pipe.traffic)
             pipe.traffic = self._traffic
@@ -757,42 +637,19 @@ class Connection:
         self._ended = self._ended or why
         self._away = None
         error = ConnectionResetError(str(self._ended))
-        for outgoing in [*self._pending.values(), *self._outbox]:
-            if isinstance(outgoing, QueuedMessage):
-                _fail(outgoing, error)
-        for sent in self.session.sent:
-            if sent.id in self._pending:  # nobody wants that any more: in its place goes what does nothing
-                nothing = m.Envelope(sent.id, m.CountObjects(), self.session.seen)
-                self._kept_bytes -= sent.frame.nbytes
-                sent.frame = encode(m.to_wire(nothing))
-                self._kept_bytes += sent.frame.nbytes
+        for outgoing in [*self._pending.values(), *self._outbox.messages()]:
+            outgoing.fail(error)
+        self._unarrived.fail(error, self._pending)
         for id in list(self._pending):
             self.session.forget(id)
         self._pending.clear()
-        for sent in self.session.sent:
-            if sent.arrived is not None and not sent.arrived.done():
-                sent.arrived.set_exception(error)
-        if self._keeps and not self._session_lost:
-            left = [one for one in self._outbox if isinstance(one, bytes) or not one.failed]
-            self._outbox.clear()
-            self._outbox.extend(left)
-        else:
-            self._outbox.clear()
+        self._outbox.clear(failed_only=self._keeps and not self._session_lost)
         self._drained.set()
-        self._room.set()
-
-    def _acknowledged(self, seen: int) -> None:
-        """The worker has taken so many messages."""
-        for sent in self.session.sent.acknowledge(seen):
-            self._kept_bytes -= sent.frame.nbytes
-            if sent.arrived is not None and not sent.arrived.done():
-                sent.arrived.set_result(None)
-        self._room.set()
 
     def _deliver(self, received: Received[m.Envelope]) -> None:
         answered = self.session.reply(received.message)
         if self._keeps:
-            self._acknowledged(received.message.seen)
+            self._unarrived.acknowledged(received.message.seen)
             if received.nbytes >= LARGE_ANSWER or self.session.seen - self._told >= MESSAGES:
                 self._tells = True
                 self._wake()
@@ -809,66 +666,10 @@ class Connection:
         return (pending.allocate if pending else in_memory)(envelope, nbytes)
 
     def _lost(self, what: str) -> WorkerLostError:
-        worker, address = self.session.worker_id, self.session.address
-        if self._session_lost:
-            return SessionLostError(
-                f"worker {worker!r} at {address} has lost this session ({self._ended}), with its objects: no answer to "
-                f"{what}",
-                address=address,
-                worker_id=worker,
-            )
-        return WorkerLostError(
-            f"worker {worker!r} at {address} is gone ({self._ended or 'connection lost'}): no answer to {what}",
-            address=address,
-            worker_id=worker,
-        )
+        why = str(self._ended or "connection lost")
+        return lost(self.session.worker_id, self.session.address, what, why, session_lost=self._session_lost)
 
     def late(self, body: m.Body, seconds: float) -> WorkerTimeoutError:
         """Returns the error for an answer to `body` that did not come within so many seconds."""
-        worker, address = self.session.worker_id, self.session.address
-        why = f"; the connection was lost ({self._away}) and is tried again" if self._away else ""
-        return WorkerTimeoutError(
-            f"worker {worker!r} at {address} gave no answer to {_described(body)} within {seconds:g} s{why}",
-            address=address,
-            worker_id=worker,
-            seconds=seconds,
-        )
-
-
-def _described(body: m.Body) -> str:
-    """A message in words, with the objects that it names."""
-    ids = [getattr(body, "id", None), *getattr(body, "ids", ()), *getattr(body, "roots", ())]
-    named = [str(id) for id in ids if id is not None]
-    more = "" if len(named) <= 8 else f" and {len(named) - 8} more"
-    return type(body).__name__ + (f" of object {', '.join(named[:8])}{more}" if named else "")
-
-
-async def _shake_hands(pipe: Pipe, session: ClientSession[Sent], token: str, *, for_others: bool) -> bool:
-    """Opens or resumes a session over `pipe`; see `ClientSession.welcome`."""
-    answer = await _exchange(pipe, session.hello(token, pipe.channel.binding, for_others=for_others))
-    if (proof := session.challenged(answer)) is not None:
-        answer = await _exchange(pipe, proof)
-    return session.welcome(answer)
-
-
-def _no_answer(pipe: Pipe) -> HandshakeError:
-    return HandshakeError(
-        f"{pipe.address} accepts connections but gave no answer to the handshake: is it a planrt worker?",
-        address=pipe.address,
-    )
-
-
-async def _exchange(pipe: Pipe, message: m.Envelope) -> m.Envelope:
-    """Sends a message of the handshake; the answer."""
-    await pipe.send(encode(m.to_wire(message)))
-    received = await pipe.receive()
-    if received is None:
-        raise HandshakeError(f"{pipe.address} closed the connection in the handshake", address=pipe.address)
-    return received.message
-
-
-def _fail(outgoing: QueuedMessage, error: Exception) -> None:
-    outgoing.failed = outgoing.reply is not None or outgoing.sent is not None
-    for future in (outgoing.reply, outgoing.sent):
-        if future is not None and not future.done():
-            future.set_exception(error)
+        away = "" if self._away is None else str(self._away)
+        return late(self.session.worker_id, self.session.address, described(body), seconds, away)

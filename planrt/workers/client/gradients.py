@@ -31,7 +31,8 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import spec_from_wire
 
 if TYPE_CHECKING:
-    from planrt.workers.client.connection import Connection, QueuedMessage
+    from planrt.workers.client.connection import Connection
+    from planrt.workers.client.outbox import QueuedMessage
 
 _KEPT_DONE: Final = 64
 """Passes that went well, before what the connection keeps of them is freed."""

@@ -20,12 +20,13 @@ from planrt.plans.running.inference import Spec
 from planrt.serde.frames import Allocate
 from planrt.serde.values import decode
 from planrt.types import Ref, map_leaves
-from planrt.workers.client.connection import Connection, QueuedMessage, Response
+from planrt.workers.client.connection import Connection
 from planrt.workers.client.contents import Contents
 from planrt.workers.client.gradients import GradientTable
 from planrt.workers.client.moving import MovingObjects
 from planrt.workers.client.object_ids import ids_of
 from planrt.workers.client.objects import RemoteObjects
+from planrt.workers.client.outbox import QueuedMessage, Response
 from planrt.workers.client.plans import RemotePlans
 from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.tensor import make_pointer

@@ -84,7 +84,8 @@ class Handshakes:
     """
 
     def __init__(self, versions: m.Versions, users: Users, *, require_user: bool = False) -> None:
-        self._versions = versions
+        self.versions = versions
+        """As clients are told."""
         self._users = users
         self._require_user = require_user
         self._channels: dict[int, Channel] = {}
@@ -109,7 +110,7 @@ class Handshakes:
         Raises:
             RefusedError: it gets none.
         """
-        mine, theirs = self._versions, hello.versions
+        mine, theirs = self.versions, hello.versions
         if theirs.protocol != mine.protocol:
             raise RefusedError(
                 f"protocol version {theirs.protocol} (planrt {theirs.planrt}) does not fit this "

@@ -56,14 +56,12 @@ from planrt.workers.machine.events import (
     Close,
     Connected,
     Disconnected,
-    Distrust,
     Event,
     Expired,
     Hold,
     Instruction,
     PeerAnswered,
     PeerFailed,
-    Probe,
     Probed,
     Received,
     Release,
@@ -76,7 +74,8 @@ from planrt.workers.machine.events import (
 )
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.handshakes import Handshakes, Opened, RefusedError, Users
+from planrt.workers.machine.handshakes import Handshakes, Users
+from planrt.workers.machine.keeping.openings import Openings
 from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
@@ -92,7 +91,6 @@ from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
-from planrt.workers.wire.refusals import SESSION_IN_USE
 
 
 @dataclass(slots=True)
@@ -149,7 +147,6 @@ class WorkerState:
         self._kept = KeptSessions(limits or Limits())
         self.versions = own_versions(limits, resumes=self._kept.seconds > 0)
         self.store = ObjectStore()
-        self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
         self._audit = Auditor(audit)
         self._gate = None if policy is None else Gate(policy, approvals, self._audit)
         self._access = access or Access()
@@ -165,11 +162,16 @@ class WorkerState:
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
-        self._sessions: dict[int, Session] = {}
+        self._openings = Openings(
+            id,
+            Handshakes(self.versions, Users(users), require_user=require_user),
+            self._kept,
+            self._audit,
+            datasets=self._training.seen_by,
+            when_opened=self._open_account,
+        )
+        self._sessions = self._openings.sessions
         """Connection -> its session."""
-        self._asked: dict[int, tuple[int, Opened, Session]] = {}
-        """Connection -> (number of its message, what it would get, the session that it asks for), while another
-        connection has that session."""
         self._waiting: dict[str, _Request] = {}
         self._at_work: list[Session] = []
         """Whose requests run now: one may wake another."""
@@ -286,7 +288,7 @@ class WorkerState:
     def _handle(self, event: Event, over: Callable[[], bool]) -> list[Instruction]:
         match event:
             case Connected(connection, channel):
-                self._handshakes.connected(connection, channel)
+                self._openings.connected(connection, channel)
                 return []
             case Received():
                 return self._received(event, over)
@@ -297,15 +299,13 @@ class WorkerState:
             case Disconnected(connection):
                 return self._disconnected(connection)
             case Probed(connection, alive):
-                return self._probed(connection, alive=alive)
+                return self._openings.probed(connection, alive=alive)
             case Expired(name, absence):
                 session = self._kept.expired(name, absence)
                 return [] if session is None else self._end(session)
 
     def _disconnected(self, connection: int) -> list[Instruction]:
-        session = self._sessions.pop(connection, None)
-        self._handshakes.disconnected(connection)
-        self._asked.pop(connection, None)
+        session = self._openings.disconnected(connection)
         if session is None:
             return []
         session.connection = None
@@ -367,7 +367,7 @@ class WorkerState:
         connection, envelope, body = event.connection, event.envelope, event.envelope.body
         session = self._sessions.get(connection)
         if isinstance(body, m.Hello | m.Prove):
-            return self._open(connection, envelope, body)
+            return self._openings.open(connection, envelope, body)
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
@@ -489,76 +489,9 @@ class WorkerState:
             session, body, {one.id: one for one in (*self._sessions.values(), *self._kept.away())}
         )
 
-    def _open(self, connection: int, envelope: m.Envelope, body: m.Hello | m.Prove) -> list[Instruction]:
-        try:
-            if connection in self._sessions or connection in self._asked:
-                raise RefusedError("this connection has a session already")
-            if isinstance(body, m.Prove):
-                opened: Opened | m.Challenge = self._handshakes.proven(connection, body)
-            else:
-                opened = self._handshakes.hello(connection, body)
-            if isinstance(opened, m.Challenge):
-                return [Reply(connection, m.Envelope(envelope.id, opened))]
-            before = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
-        except RefusedError as error:
-            return self._refused(connection, envelope.id, error)
-        if before is None:
-            return self._opened(connection, envelope.id, opened)
-        if before.connection is not None:
-            self._asked[connection] = envelope.id, opened, before
-            return [Probe(connection, before.connection)]
-        return self._resumed(connection, envelope.id, opened, before)
-
-    def _refused(self, connection: int, id: int, error: RefusedError) -> list[Instruction]:
-        self._audit.not_opened(self._handshakes.host(connection), wrong_proof=error.distrusted)
-        distrust: list[Instruction] = [Distrust(connection)] if error.distrusted else []
-        failure = m.Failure(error.kind, str(error))
-        return [*distrust, Reply(connection, m.Envelope(id, failure)), Close(connection)]
-
-    def _opened(self, connection: int, id: int, opened: Opened) -> list[Instruction]:
-        """A client gets a new session."""
-        session = self._sessions[connection] = opened.session
-        host = self._handshakes.host(connection)
-        if self._quota:
-            self._open_account(session, host)
-        kept = self._kept.opened(session, host)
-        self._audit.opened(session, host)
-        datasets = self._training.seen_by(session.user)
-        welcome = m.Welcome(self.id, self.versions, datasets, opened.proof, kept)
-        return [Reply(connection, m.Envelope(id, welcome))]
-
-    def _resumed(self, connection: int, id: int, opened: Opened, session: Session) -> list[Instruction]:
-        """A client goes on with its session: with what it has not heard of yet."""
-        assert opened.resume is not None and session.kept is not None  # noqa: S101, PT018 - as `find` has seen
-        self._sessions[connection] = session
-        kept = self._kept.resumed(session, connection, opened.resume)
-        session.client = opened.session.client
-        self._audit.resumed(session, self._handshakes.host(connection))
-        datasets = self._training.seen_by(session.user)
-        welcome = m.Welcome(self.id, self.versions, datasets, opened.proof, kept)
-        again = [Reply(connection, one.envelope, one.tensors) for one in session.kept.answers]
-        return [Reply(connection, m.Envelope(id, welcome)), *again]
-
-    def _probed(self, connection: int, *, alive: bool) -> list[Instruction]:
-        if connection not in self._asked:
-            return []  # it has gone meanwhile
-        id, opened, before = self._asked[connection]
-        if not alive and before.connection is not None:
-            return [Probe(connection, before.connection)]  # it came back over another one, before this one
-        del self._asked[connection]
-        try:
-            if alive:
-                raise RefusedError(
-                    "another connection has this session, and answers: close that one", kind=SESSION_IN_USE
-                )
-            found = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
-        except RefusedError as error:
-            return self._refused(connection, id, error)
-        if found is None:
-            return self._opened(connection, id, opened)
-        return self._resumed(connection, id, opened, found)
-
     def _open_account(self, session: Session, host: str) -> None:
+        if not self._quota:
+            return
         whose = session.whose(host)
         account = self._accounts.get(whose)
         if account is None:
