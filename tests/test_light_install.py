@@ -19,8 +19,10 @@ from planrt.sandbox import create_sandbox
 from tests.fl.test_report import report
 
 ROOT = Path(__file__).parents[1]
-ABSENT = ("sklearn", "matplotlib", "tqdm", "torchvision")
-OPTIONAL = {"run": {"scikit-learn", "matplotlib", "tqdm"}, "onnx": {"onnx", "onnxscript"}}
+ABSENT = ("sklearn", "matplotlib", "tqdm", "torchvision", "prometheus_client")
+OPTIONAL = {
+    "run": {"scikit-learn", "matplotlib", "tqdm"}, "onnx": {"onnx", "onnxscript"}, "metrics": {"prometheus-client"},
+}  # fmt: skip
 
 ROUNDS = """
 import asyncio, sys, torch, planrt
@@ -108,6 +110,14 @@ def test_a_command_that_needs_more_says_in_one_line_what_to_install(without, com
     assert "starting" not in done.stdout
 
 
+def test_a_worker_that_shows_metrics_says_in_one_line_what_to_install(without):
+    done = without("-m", "planrt", "serve", "--id", "alice", "--empty", "--metrics-port", "0")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "worker alice: error: --metrics-port needs the package prometheus-client: pip install 'planrt[metrics]'\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("job", "package"),
     [
@@ -157,7 +167,7 @@ def test_the_extras_hold_what_jobs_ask_for_and_nothing_imports_it_otherwise():
     assert named == OPTIONAL
     optional = set().union(*OPTIONAL.values())
     assert not optional & {_package(text) for text in project["dependencies"]}
-    modules = {"sklearn" if package == "scikit-learn" else package for package in optional}
+    modules = {"sklearn" if package == "scikit-learn" else package.replace("-", "_") for package in optional}
     for path in (ROOT / "planrt").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
