@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.server
 import json
 import threading
 
@@ -130,6 +131,31 @@ def test_the_command_asks_where_metrics_are(served, capsys):
         assert "serving" in capsys.readouterr().out
     assert main(["status", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["worker"] == "clinic"
+
+
+def test_where_metrics_are_is_asked_without_a_proxy(served, capsys, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert main(["status", served[1]]) == 0
+    assert "serving" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b"hello", b'{"status": 3}', b"", b"\xff", b"9" * 5000])
+def test_a_server_that_is_none_of_planrts_tells_no_status(answer, capsys):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert main(["status", f"http://127.0.0.1:{server.server_port}"]) == 2
+    assert "tells no status" in capsys.readouterr().err
 
 
 def test_a_worker_in_trouble_is_exit_code_1(capsys):
