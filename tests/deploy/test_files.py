@@ -35,9 +35,10 @@ def parsed(words: list[str]):
 
 def test_each_file_is_looked_at_here():
     found = {str(path.relative_to(DEPLOY)) for path in DEPLOY.rglob("*") if path.is_file()}
+    found = {name for name in found if not name.startswith(("certs/", "secrets/"))}
     assert found == {
-        "README.md", "Dockerfile", "compose.yaml", "prometheus/prometheus.yml", "grafana/planrt.json",
-        "kubernetes/worker.yaml", "systemd/planrt-worker@.service",
+        "README.md", "Dockerfile", "Dockerfile.dockerignore", "compose.yaml", "prometheus/prometheus.yml",
+        "grafana/planrt.json", "kubernetes/worker.yaml", "systemd/planrt-worker@.service",
     }  # fmt: skip
 
 
@@ -56,6 +57,9 @@ def dockerfile() -> list[tuple[str, str]]:
 
 def test_the_image_has_what_it_copies_and_runs_as_nobody():
     lines = dockerfile()
+    ignoring = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    let_through = {line.removeprefix("!") for line in ignoring if line.startswith("!")}
+    assert ignoring[1] == "*"
     assert {name for name, _ in lines} <= INSTRUCTIONS
     said = dict(lines)
     assert said["USER"] not in ("root", "0")
@@ -65,6 +69,7 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody():
     for name, rest in lines:
         if name == "COPY":
             assert all((ROOT / one).exists() for one in rest.split()[:-1]), rest
+            assert {one.removeprefix("./") for one in rest.split()[:-1]} <= let_through, rest
     assert json.loads(said["ENTRYPOINT"]) == ["planrt"]
     assert said["STOPSIGNAL"] == "SIGTERM"
     extras = re.search(
@@ -72,6 +77,11 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody():
     )
     assert extras
     assert {"run", "metrics"} <= set(extras[1].split(","))
+
+
+def test_what_the_readme_makes_is_not_committed():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"/deploy/certs/", "/deploy/secrets/"} <= set(ignored)
 
 
 # ---------------------------------------------------------------------------------------- compose
