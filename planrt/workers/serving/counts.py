@@ -149,7 +149,9 @@ class WatchedWorker:
         yield gauge(
             "planrt_worker_waiting_requests", "Requests that wait for others.", self._overview.waiting()
         )
-        yield gauge("planrt_worker_sessions", "Sessions of clients.", sessions)
+        yield gauge(
+            "planrt_worker_sessions", "Sessions, those included whose clients may come back.", sessions
+        )
         yield gauge("planrt_worker_objects", "Objects that it holds.", objects)
         yield gauge("planrt_worker_object_bytes", "Bytes of these objects.", nbytes)
         if self.certificate_until is not None:
