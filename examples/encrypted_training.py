@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--epochs", type=count, default=10, help="passes over all images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images of a batch (%(default)s)")
-    add("--lr", type=positive_number, default=0.02, help="learning rate (%(default)s)")
+    add("--lr", type=positive_number, default=0.05, help="learning rate (%(default)s)")
     add("--train-items", type=count, default=640, help="train on the first so many images (%(default)s)")
     add("--test-items", type=count, default=640, help="test on the first so many images (%(default)s)")
     add("--precision", type=count, default=4, help="decimal places (%(default)s)")

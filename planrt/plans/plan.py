@@ -17,12 +17,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, overload
 
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from planrt.errors import LocalError, PlanArgumentError, PlanError, PlanFormatError, TraceError
+from planrt.errors import LocalError, OptionError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.lazy import names_of
 from planrt.plans.forms.state_tree import hold
 from planrt.plans.ir.graph import Graph
@@ -35,7 +35,7 @@ from planrt.plans.recording.inlining import inline
 from planrt.plans.recording.recorder import SizesFixedError
 from planrt.plans.recording.trace_warnings import told_once
 from planrt.plans.recording.traced_run import active_recorder
-from planrt.plans.running.interpreter import execute
+from planrt.plans.running.interpreter import check_inputs, execute
 from planrt.plans.showing import plan_html, plan_line, plan_text
 from planrt.types import TensorSpec
 
@@ -494,28 +494,62 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
         to_onnx(self, path, examples, keywords)
 
+    @overload
     def check(
         self,
         policy: Policy | None = None,
         inputs: Sequence[TensorSpec | torch.Tensor | None] = (),
         *,
         tags: Mapping[str, Sequence[str]] | None = None,
-    ) -> Report:
+    ) -> Report: ...
+
+    @overload
+    def check(
+        self,
+        policy: None = None,
+        inputs: Sequence[TensorSpec | torch.Tensor | None] = (),
+        *,
+        bounds: Mapping[str, Sequence[float]],
+    ) -> Any: ...
+
+    def check(
+        self,
+        policy: Policy | None = None,
+        inputs: Sequence[TensorSpec | torch.Tensor | None] = (),
+        *,
+        tags: Mapping[str, Sequence[str]] | None = None,
+        bounds: Mapping[str, Sequence[float]] | None = None,
+    ) -> Any:
         """Analyses what the plan does in its current mode, from its inputs' shapes, and what it breaks of
-        `policy`.
+        `policy`: a `Report`.
+
+        On arguments in shares (``plan.check(inputs=[x, y])``, of which one at least was shared) it is a preflight
+        instead: a `Preflight` with the rounds, the bytes and the correlated randomness of a call, and with `bounds`
+        the operations whose results may leave the range of shares.
 
         Args:
             policy: an owner's rules; without, nothing is violated.
             inputs: per input tensor, in the order of ``graph.input_names``, its spec or a tensor like it. One
                 whose sizes the plan fixes may be None, and all may be left out where it fixes all.
             tags: input name -> tags of private data that it is to stand for (``{"x": ["#patients"]}``).
+            bounds: name of an input, or of an entry of the state, in shares -> its least and greatest value.
 
         Raises:
+            ValueRangeError: with values in `bounds`, a result is beyond the range whatever they are.
             PlanError: not built. PlanArgumentError: inputs that do not fit. ExecutionError: an op cannot run
                 on such.
         """
         from planrt.plans.checking import check_plan  # plans that are only run do without it
 
+        state = self.state_tensors()
+        shared: Any = next((one for one in (*inputs, *state) if getattr(type(one), "in_shares", False)), None)
+        if shared is not None and policy is None:
+            check_inputs(self.graph, inputs)  # type: ignore[arg-type]  # specs are refused there
+            return shared.session.check_plan(self.graph, inputs, state, bounds or {})
+        if bounds:
+            raise OptionError(
+                "bounds are of arguments in shares: give inputs=[x.fix_precision().share(...), ...]"
+            )
         return check_plan(self, policy, inputs, tags or {})
 
     # ------------------------------------------------------------------------------------- for people

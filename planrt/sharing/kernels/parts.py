@@ -236,6 +236,8 @@ class Context:
 
     party: Party
     scale: int
+    noted: list[tuple[Share, int]] | None = None
+    """Set for dry runs, it gathers what was brought back to the session's scale, and from which scale."""
 
     def public(self, value: Value, scale: int) -> torch.Tensor:
         """Returns what all know as integers at `scale`.
@@ -270,6 +272,8 @@ def reduced(context: Context, *shares: Share) -> Protocol[None]:
     wide = each_once(share for share in shares if share.scale > context.scale)
     if not wide:
         return
+    if context.noted is not None:
+        context.noted.extend((share, share.scale) for share in wide)
     opened = yield from mask(context.party, *[share.part for share in wide])
     for share, one in zip(wide, opened, strict=True):
         share.rescaled(divide(context.party, one, share.scale // context.scale), context.scale)

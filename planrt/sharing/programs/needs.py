@@ -17,10 +17,12 @@ import torch
 
 from planrt.sharing.correlated import Material
 from planrt.sharing.kernels.parts import Context, Share, digest
+from planrt.sharing.kernels.table import call_kernel
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.requests import Known, Part, Request, Spec
-from planrt.sharing.rounds import Opening, Party, Protocol
+from planrt.sharing.rounds import Opening, Party
+from planrt.types import Ref, map_leaves
 
 Numbered: TypeAlias = tuple[int, Request]
 """A request with its number."""
@@ -88,29 +90,85 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
     if kept is not None:
         _KEPT.move_to_end(key)
         return kept
-    noting = _Noting()
-    context = Context(Party(party, count, noting), scale)  # type: ignore[arg-type]  # it is one, as far as it is used
     twins: dict[int, Share] = {}
-    protocol = run_program(context, program, [_twin(operand, places, twins) for operand in operands])
-    kept = _KEPT[key] = _dry_run(protocol, noting)
+    kept, _ = dry_run(
+        program,
+        [_twin(operand, places, twins) for operand in operands],
+        party=party,
+        count=count,
+        scale=scale,
+    )
+    _KEPT[key] = kept
     if len(_KEPT) > _MOST:
         _KEPT.popitem(last=False)
     return kept
 
 
-def _dry_run(protocol: Protocol[Any], noting: _Noting) -> Needs:
+def dry_run(
+    program: Program,
+    operands: Sequence[Any],
+    *,
+    party: int,
+    count: int,
+    scale: int,
+) -> tuple[Needs, list[Any]]:
+    """Runs `program` on zeros, as party `party` of `count`; returns what that needs, and the values of the program.
+
+    `operands` are shares of zeros, and tensors that all know.
+    """
+    noting = _Noting()
+    context = Context(Party(party, count, noting), scale)  # type: ignore[arg-type]  # it is one, as far as it is used
+    protocol = run_program(context, program, operands)
     taken: list[int] = []
     sent: list[int] = []
     answer: Opening | None = None
     while True:
         try:
             parts = next(protocol) if answer is None else protocol.send(answer)
-        except StopIteration:
+        except StopIteration as done:
             taken.append(len(noting.requests))
-            return Needs(tuple(noting.requests), tuple(taken), tuple(sent))
+            return Needs(tuple(noting.requests), tuple(taken), tuple(sent)), done.value
         taken.append(len(noting.requests))
         sent.append(sum(part.nbytes for part in parts))
         answer = [torch.zeros_like(part) for part in parts]
+
+
+def widest_scales(program: Program, operands: Sequence[Any], *, scale: int) -> dict[tuple[int, int], int]:
+    """Runs the calls of `program` on zeros, one by one; returns for each call and each value that it makes or changes
+    the finest scale that the call had it at, on its way too. `operands` are as for `dry_run`, and are changed.
+    """
+    noted: list[tuple[Share, int]] = []
+    context = Context(Party(1, 2, _Noting()), scale, noted)  # type: ignore[arg-type]
+    values: list[Any] = [*operands, *[None] * (program.values - program.operands)]
+    found: dict[tuple[int, int], int] = {}
+
+    def keep(number: int, results: Any, made: Any, inner: int) -> None:
+        if type(results) is Ref:
+            values[results.index] = made
+            found[number, results.index] = max(made.scale, inner)
+        elif isinstance(results, tuple | list):
+            for one, two in zip(results, made, strict=True):
+                keep(number, one, two, inner)
+
+    for number, call in enumerate(program.calls):
+        given = {id(values[one]) for one in call.reads}
+        noted.clear()
+        args, kwargs = (
+            map_leaves(one, lambda leaf: values[leaf.index] if type(leaf) is Ref else leaf)
+            for one in (call.args, call.kwargs)
+        )
+        protocol = call_kernel(context, call.name, args, kwargs, in_place=call.in_place)
+        answer: Opening | None = None
+        while True:
+            try:
+                parts = next(protocol) if answer is None else protocol.send(answer)
+            except StopIteration as done:
+                inner = max((one for share, one in noted if id(share) not in given), default=0)
+                results = call.args[0] if call.in_place else call.results
+                keep(number, results, done.value, inner)
+                break
+            answer = [torch.zeros_like(part) for part in parts]
+    return found
 
 
 class _Noting:

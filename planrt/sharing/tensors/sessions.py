@@ -8,10 +8,12 @@ the parties behind it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+
+from planrt.errors import SharingError
 
 Handle: TypeAlias = Any
 """One secret of a session. Two names for the same secret share one handle."""
@@ -65,6 +67,16 @@ class SharingSession(ABC):
         where it is to run op by op, as any code does on shares.
         """
         return NotImplemented
+
+    def check_plan(
+        self,
+        graph: Any,
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        bounds: Mapping[str, Any],
+    ) -> Any:
+        """Returns a `Preflight` of a plan on arguments some of which are shared in this session."""
+        raise SharingError("plans are checked on shares between workers")
 
     def draw_seed(self) -> int:
         """Returns a seed of 63 bits for what all parties draw alike, from torch's own generator."""

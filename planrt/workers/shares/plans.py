@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from planrt.errors import OptionError, SharingError
+from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord
 from planrt.sharing.kernels.parts import digest
 from planrt.sharing.programs.lowering import Argument, Looks, Lowered, Made
+from planrt.sharing.programs.preflight import Preflight, cost
+from planrt.sharing.programs.ranges import Interval
 from planrt.sharing.tensors.batches import Value
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import Ref, map_leaves
@@ -52,12 +57,7 @@ class SharedPlans:
         if not all(self._takes(one) for one in tensors):
             return NotImplemented
         graph = record.graph(training=training)
-        known = [
-            Looks(tuple(one.shape), one.dtype, one.requires_grad)
-            if isinstance(one, SharedTensor)
-            else one.detach()
-            for one in tensors
-        ]
+        known = [_looks(one) for one in tensors]
         grad = torch.is_grad_enabled()
         lowered = lowered_plan(graph, known, scale=self._session.scale, grad=grad)
         if lowered is None or lowered.has_history:
@@ -146,3 +146,58 @@ class SharedPlans:
             self._session._forget(id)
         while len(self._plans) > _PLANS:
             self._session._forget(self._plans.popitem(last=False)[1])
+
+
+def check_shared(
+    session: WorkersSession,
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor],
+    bounds: Mapping[str, Any],
+) -> Preflight:
+    """Returns what a plan will cost on these arguments; see `Plan.check`.
+
+    Raises:
+        SharingError: arguments of different sessions, or a plan that has no program of its own.
+        OptionError: bounds of no argument in shares, or that are none.
+    """
+    tensors = [*inputs, *state]
+    names = [*graph.input_names, *[entry.name for entry in graph.state]]
+    shared = {name: one for name, one in zip(names, tensors, strict=True) if isinstance(one, SharedTensor)}
+    for one in shared.values():
+        if one.session is not session:
+            raise SharingError("the arguments are shared by different parties, precisions or providers")
+    for name in bounds:
+        if name not in shared:
+            raise OptionError(f"bounds: {name!r} is no argument in shares; there are {', '.join(shared)}")
+    known = [_looks(one) for one in tensors]
+    lowered = lowered_plan(graph, known, scale=session.scale, grad=torch.is_grad_enabled())
+    if lowered is None:
+        raise SharingError(
+            f"plan {graph.name!r} runs op by op: it draws random numbers, changes in place what all know, or returns "
+            "nothing in shares"
+        )
+    given = [_interval(name, bounds.get(name)) for name in shared]
+    return cost(
+        lowered, list(shared.values()), parties=len(session.parties), scale=session.scale, bounds=given
+    )
+
+
+def _looks(tensor: torch.Tensor) -> Looks | torch.Tensor:
+    if isinstance(tensor, SharedTensor):
+        return Looks(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+    return tensor.detach()
+
+
+def _interval(name: str, given: Any) -> Interval | None:
+    if given is None:
+        return None
+    try:
+        low, high = (float(one) for one in given)
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"bounds: {name} has a least and a greatest value, (low, high), not {given!r}"
+        ) from None
+    if not low <= high or math.isinf(low) or math.isinf(high):
+        raise OptionError(f"bounds: {name} is from {low:g} to {high:g}, which is no range")
+    return low, high

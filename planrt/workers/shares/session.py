@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +26,12 @@ from planrt.errors import (
     ValueRangeError,
 )
 from planrt.loop import on_loop, refuse_to_block, run
+from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord
 from planrt.sharing.additive import reconstruct
 from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.programs.calls import Program
+from planrt.sharing.programs.preflight import Preflight
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.tensors.batches import BatchedSession, Value
 from planrt.sharing.tensors.shared import SharedTensor
@@ -37,7 +39,7 @@ from planrt.types import Ref
 from planrt.workers.client.workplace import ReachedWorker, RemoteWorkplace
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.tensor import PointerTensor
-from planrt.workers.shares.plans import SharedPlans
+from planrt.workers.shares.plans import SharedPlans, check_shared
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
 from planrt.workers.wire.posted import PROGRAM, PostedOp
@@ -220,6 +222,16 @@ class WorkersSession(BatchedSession):
     ) -> Any:
         """Runs a plan at the parties; see `SharingSession.call_plan`."""
         return self._plans.call(record, inputs, state, training=training)
+
+    def check_plan(
+        self,
+        graph: Graph,
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        bounds: Mapping[str, Any],
+    ) -> Preflight:
+        """Returns what a plan will cost, and where values may leave the range. Nothing is sent."""
+        return check_shared(self, graph, inputs, state, bounds)
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
