@@ -1,7 +1,6 @@
 """The main job on the real MNIST, over real worker processes: what it learns, and that its bits are its seed's."""
 
 import asyncio
-import statistics
 
 import pytest
 import torch
@@ -53,7 +52,9 @@ def test_forty_rounds_reach_95_percent(addresses):
         _, figures = asyncio.run(over_websockets(addresses, TRAINERS, 40, seed=seed))
         assert figures.samples == 10_000
         accuracies.append(figures.correct / figures.samples)
-    assert statistics.median(accuracies) >= 0.95, accuracies
+        if sum(one >= 0.95 for one in accuracies) == 2:
+            return  # whatever the third one is, the median is no less
+    raise AssertionError(accuracies)
 
 
 def test_without_charlie_nobody_ever_says_7_8_or_9(addresses):
