@@ -175,7 +175,7 @@ def test_a_group_ends_with_its_client_and_its_parts_go():
     assert net.keep("a") == 4
     net.lose(CLIENT, "a")
     net.run()
-    assert net.keep("a") == 0
+    assert net.keep("a") == before[0]
     assert net.states["a"]._parties._groups == {}
     assert "client's session" in net.ask("b", m.Fetch(4, False))[0].message
     for name in ("b", "dealer"):
@@ -275,3 +275,18 @@ def test_parts_are_for_their_own_session():
     assert "stays with its party" in told.message
     found = net.ask("a", m.Search(["1"]))[0]
     assert found.objects == []
+
+
+def test_what_is_shared_halfway_leaves_nothing_behind():
+    net = started("a", "b", "c", "dealer")
+    net.tell("c", m.EndGroup("g"))
+    net.tell("dealer", m.Put([m.PutItem(7)]), [torch.ones(3)])
+    net.run()
+    before = [net.keep(name) for name in net.names]
+    addresses = [net.addresses[name] for name in net.names]
+    body, _ = net.ask("dealer", m.ShareOut(7, "g", net.scale, addresses, [8] * 3, "token"))
+    assert "no sharing group 'g'" in body.message
+    assert [net.keep(name) for name in net.names] == before
+    net.tell("a", m.Claim([8], "token"))  # nobody gets what was to be one of its parts
+    net.run()
+    assert net.keep("a") == before[0]

@@ -240,9 +240,15 @@ class PartyOps:
         for part in drawn:
             last = last - part
         allowed = allowed_list(label)
-        for party, target, seed in zip(body.parties, body.targets, [*seeds, b""], strict=True):
+        parts = list(zip(body.parties, body.targets, [*seeds, b""], strict=True))
+        for number, (party, target, seed) in enumerate(parts):
             given = m.PutShare(target, body.group, body.scale, shape, seed, allowed, body.token)
-            yield from ask(party, given, [] if seed else [last])
+            try:
+                yield from ask(party, given, [] if seed else [last])
+            except Exception:  # what the others have taken is of no use to anybody
+                for other, there, _ in parts[:number]:
+                    yield ToPeer(other, m.Remove([there]))
+                raise
         return m.Done(), ()
 
     # --------------------------------------------------------------------------------- programs
