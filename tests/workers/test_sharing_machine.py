@@ -175,7 +175,7 @@ def test_a_group_ends_with_its_client_and_its_parts_go():
     assert net.keep("a") == 4
     net.lose(CLIENT, "a")
     net.run()
-    assert net.keep("a") == before[0]
+    assert net.keep("a") == 0
     assert net.states["a"]._parties._groups == {}
     assert "client's session" in net.ask("b", m.Fetch(4, False))[0].message
     for name in ("b", "dealer"):
@@ -251,7 +251,7 @@ def test_groups_that_are_none(change, says):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "no sharing group"), (("h", "", ()), "no sharing group"), (("g", "zz", (Ref(1),)), "no bytes"),
+        ((), "no sharing group"), (("h", "", ()), "no sharing group"), (("g", "zz", (Ref(1),)), "two fields"),
         (("g", "", (Ref(1),), "0" * 64), "no program on shares has the hash '00"),
         (("g", 7, ()), "posted with its group"), (("g", "zz", (1,)), "posted with its group"),
     ],
