@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import (
     calls,
+    isolation,
     memory,
     plans,
     pointers,
@@ -44,6 +45,7 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "calls": calls.measure,
     "protocols": protocols.measure,
     "tls": tls.measure,
+    "isolation": isolation.measure,
     "sharing": sharing.measure,
 }
 

@@ -157,6 +157,10 @@ class DeviceLostError(LocalError, RuntimeError):
     """A worker's GPU answers this process no more; a new process can use it."""
 
 
+class IsolationError(LocalError, RuntimeError):
+    """A worker cannot make, or confine, a process of its own for clients' work."""
+
+
 class OptionError(LocalError, ValueError):
     """An option or configuration value that cannot be used."""
 

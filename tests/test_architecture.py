@@ -145,6 +145,7 @@ LATE = {
     "plans.policy.rules": "a list of decisions needs no torch",
     "protocols.pointer": "a pointer's protocol comes back as one",
     "serde": "whole objects need the rooms above",
+    "workers.serving.isolation.options": "processes are confined on Linux only",
     "workers.pointers.plan_calls": "a call of a plan makes pointers to plans",
     "workers.remote_names": "modules are made on a worker, and a worker has these names",
     "workers.pointers.tensor": "torch asks the class of a pointer, whose ops make pointers",

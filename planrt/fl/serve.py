@@ -23,6 +23,7 @@ from planrt.command_line import (
     Parser,
     leave,
     one_line,
+    positive_number,
     run_command,
     seconds_or_none,
     stopped_by,
@@ -31,6 +32,7 @@ from planrt.command_line import (
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
 from planrt.workers.serving import users_file
+from planrt.workers.serving.isolation.options import WAITS_FOR_PARENT
 from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
 from planrt.workers.serving.secret_files import token_from
 from planrt.workers.transport.addresses import scheme_of
@@ -114,6 +116,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             hosts=options.allow_host,
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
             max_session_objects=options.max_session_objects,
+            isolation=options.isolation == "on",
+            **_isolation(options),
             limits=None if options.keep_sessions is None else Limits(session_seconds=options.keep_sessions),
             metrics_port=options.metrics_port,
             metrics_host=options.metrics_host,
@@ -227,6 +231,30 @@ def parser(prog: str) -> Parser:
         help="for how long a client that lost its connection may come back to its objects (120); 0 for not at all",
     )
     add_metrics(add)
+    add(
+        "--isolation",
+        choices=("on", "off"),
+        default="off",
+        help="run the work of each user in a process of its own, which can do nothing but compute (%(default)s)",
+    )
+    add(
+        "--kernel-timeout",
+        type=positive_number,
+        metavar="SECONDS",
+        help="with --isolation: seconds that one op may take before its process is ended (600)",
+    )
+    add(
+        "--process-memory",
+        metavar="BYTES",
+        help='with --isolation: memory that one process may take beside what all share, as "4 GiB" (no limit)',
+    )
+    add(
+        "--readable",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="with --isolation: file or folder that the data set reads while it is served (repeatable; none)",
+    )
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.runs.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)
@@ -340,6 +368,21 @@ def _users(path: str | None) -> dict[str, str]:
     return found.users
 
 
+def _isolation(options: argparse.Namespace) -> dict[str, Any]:
+    """What is said of isolation beside that it is on."""
+    said: dict[str, Any] = {}
+    if options.kernel_timeout is not None:
+        said["kernel_timeout"] = options.kernel_timeout
+    if options.process_memory is not None:
+        said["process_memory"] = _bytes_of("--process-memory", options.process_memory)
+    if options.readable:
+        said["readable"] = options.readable
+    if said and options.isolation != "on":
+        names = ", ".join("--" + name.replace("_", "-") for name in said)
+        raise OptionError(f"{names}: add --isolation on, which they are for")
+    return said
+
+
 def _bytes_of(option: str, text: str | None) -> int | None:
     """The bytes that an option says."""
     from planrt.plans.policy.rules import read_bytes
@@ -387,7 +430,7 @@ def _supervised_status() -> TextIO:
     The parent holds the other end of our stdin and never writes: end of file means that it is gone, however
     it went (SIGKILL included). Anything else printed to stdout goes to stderr, to keep the status line whole.
     """
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, name=WAITS_FOR_PARENT, daemon=True).start()
     status = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return status

@@ -36,6 +36,7 @@ from planrt.errors import ExecutionError, OptionError, PlanArgumentError, PlanEr
 from planrt.plans.ir.graph import Graph
 from planrt.plans.model_plans import Loss, ModelPlans, loss_call, trace_model
 from planrt.plans.optimizer_options import OPTIMIZERS, check_optimizer
+from planrt.plans.running import progress
 from planrt.plans.running.interpreter import check_inputs, check_state, drive, program
 from planrt.seeding import seeded
 from planrt.types import Ref, TensorSpec
@@ -199,6 +200,7 @@ def train(
                 loss: torch.Tensor = drive(compiled.run(inputs, values, deadline=deadline))[0]
                 if loss.dim() != 0 or not loss.requires_grad:
                     raise PlanError(f"plan {plan.name!r} does not give a loss that depends on its parameters")
+                progress.began("backward")
                 loss.backward()  # type: ignore[no-untyped-call]
                 return loss
 

@@ -9,12 +9,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from planrt.allocator import CLEARING, clear_new_memory, keep_freed_memory
-from planrt.errors import DeviceLostError, OptionError
+from planrt.errors import DeviceLostError, IsolationError, OptionError
 from planrt.logs import get_logger
 from planrt.loop import background_loop, new_event_loop
 from planrt.plans import training
@@ -30,6 +30,7 @@ from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.isolation.options import KERNEL_TIMEOUT, Isolating
 from planrt.workers.serving.metrics_end import serving
 from planrt.workers.serving.metrics_options import MetricsOptions
 from planrt.workers.transport import addresses
@@ -39,6 +40,9 @@ from planrt.workers.transport.tls import server_tls
 from planrt.workers.wire.messages import DatasetInfo
 from planrt.workers.wire.objects import check_travels
 from planrt.workers.wire.proofs import check_strength, is_verifier
+
+if TYPE_CHECKING:
+    from planrt.workers.serving.isolation.supervisor import Isolation
 
 log = get_logger("planrt.worker")
 
@@ -81,6 +85,12 @@ class WebsocketServerWorker:
     `uri` says where it listens in place of `host` and `port`, over any transport that this process knows
     (`planrt.workers.transport.addresses`).
 
+    With `isolation` the work of each user, and of each session of nobody's, runs in a process of its own that can do
+    nothing but compute: an op that crashes, or runs for more than `kernel_timeout` seconds, ends that process and the
+    sessions in it, and no others. A process may take `process_memory` bytes beside what all share. Data sets that read
+    files while they are served need these, or their folders, in `readable`. It is for Linux, for the CPU, and for
+    `start`; docs/isolation.md says what clients cannot do then.
+
     `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
     """
 
@@ -121,6 +131,10 @@ class WebsocketServerWorker:
         metrics_port: int | None = None,
         metrics_host: str | None = None,
         metrics_insecure: bool = False,
+        isolation: bool = False,
+        kernel_timeout: float = KERNEL_TIMEOUT,
+        process_memory: int | None = None,
+        readable: Sequence[str | Path] = (),
     ) -> None:
         id = worker_id(hook, id, 'WebsocketServerWorker(hook, host, port, id="alice")')
         if loop is not None:
@@ -163,13 +177,14 @@ class WebsocketServerWorker:
         self._limits = limits or Limits()
         self._guarded = bool(users) or policy is not None
         self._audit = None if audit is None else AuditFile(audit, id)
+        approvals_of_owner = decisions_in(approvals)
         self._state = WorkerState(
             id,
             device=device,
             users=users,
             require_user=require_user,
             policy=policy,
-            approvals=decisions_in(approvals),
+            approvals=approvals_of_owner,
             limits=limits,
             deterministic=deterministic,
             reaches=addresses.reaches,
@@ -180,6 +195,18 @@ class WebsocketServerWorker:
         for tensor in data:
             check_travels(tensor)
             self._state.add_tensor(pointer_id(tensor), tensor)
+        self._isolates = Isolating.checked(isolation, kernel_timeout, process_memory, readable)
+        if self._isolates is not None and self._state.device.type != "cpu":
+            raise OptionError(
+                "isolation is for workers that compute on the CPU: processes cannot share a GPU's memory"
+            )
+        if self._isolates is not None and metrics_port is not None:
+            raise OptionError(
+                "metrics count what the worker's own process does, and with isolation others do it: leave out "
+                "metrics_port (--metrics-port)"
+            )
+        self._approvals = approvals_of_owner
+        self._isolation: Isolation | None = None
         self._alone = False
         """Whether this process is there for the worker."""
         self.computing = False
@@ -191,6 +218,7 @@ class WebsocketServerWorker:
         Raises:
             DataError: its items are no pairs of tensors or numbers. OptionError: the key is taken.
         """
+        self._check_not_copied()
         self._state.add_dataset(dataset, key, tags=tags, description=description)
 
     def remove_dataset(self, key: str) -> None:
@@ -199,7 +227,12 @@ class WebsocketServerWorker:
         Raises:
             OptionError: there is none under that key.
         """
+        self._check_not_copied()
         self._state.remove_dataset(key)
+
+    def _check_not_copied(self) -> None:
+        if self._isolation is not None:
+            raise OptionError("with isolation data sets are added before the worker starts")
 
     @property
     def datasets(self) -> Mapping[str, DatasetInfo]:
@@ -210,15 +243,30 @@ class WebsocketServerWorker:
         """Serves clients until `stop` is set, or for ever.
 
         Raises:
+            OptionError: with isolation, which takes `start`.
             ConnectError: a port is taken, or the host is not this machine's.
             DeviceLostError: its GPU computes no more. Whoever starts workers can start this one again.
         """
+        if self._isolates is not None and self._isolation is None:
+            raise OptionError(
+                "isolation needs a process that is there for the worker, and has no threads yet: call start() in a "
+                "process of its own, or run planrt serve --isolation on"
+            )
         compute = ComputeThread(f"planrt-{self.id}", threads=self._threads)
         host = WorkerHost(
-            self._state, compute, limits=self._limits, dialling=self._dialling, audit=self._audit
+            self._state,
+            compute,
+            limits=self._limits,
+            dialling=self._dialling,
+            audit=self._audit,
+            isolation=self._isolation,
         )
         host.watched.certificate_until = None if self._tls is None else self._tls.until
+        ends = [stop or asyncio.Event(), host.device_lost]
         try:
+            if self._isolation is not None:
+                await self._isolation.start()
+                ends.append(self._isolation.failed)
             options = ListenOptions(self._limits, self._tls, self._callers)
             async with (
                 addresses.listen(self.address, host.serve, options) as self.address,
@@ -227,24 +275,32 @@ class WebsocketServerWorker:
                 self.port = _host_and_port(self.address)[1]
                 # While nobody computes yet, and beside the compute thread: a handshake would have to wait there for
                 # imports that take many seconds on a busy machine.
-                threading.Thread(target=self._warm_up, name=f"planrt-{self.id}-warm-up", daemon=True).start()
+                if self._isolation is None:
+                    name = f"planrt-{self.id}-warm-up"
+                    threading.Thread(target=self._warm_up, name=name, daemon=True).start()
                 if ready is not None:
                     ready(self.port)
-                ends = [
-                    asyncio.create_task(one.wait()) for one in (stop or asyncio.Event(), host.device_lost)
-                ]
+                waits = [asyncio.create_task(one.wait()) for one in ends]
                 try:
-                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    for end in ends:
+                    for end in waits:
                         end.cancel()
+                    if self._isolation is not None:
+                        await self._isolation.stop()
                 host.stop()
+                if self._isolation is not None and self._isolation.failed.is_set():
+                    raise IsolationError(
+                        f"the process that makes others is gone: start worker {self.id!r} again"
+                    )
                 if host.device_lost.is_set():
                     raise DeviceLostError(
                         f"device {self._state.device} has failed, and computes no more in this process: start "
                         f"worker {self.id!r} again"
                     )
         finally:
+            if self._isolation is not None:
+                await self._isolation.stop()
             compute.close()
             self.computing = compute.busy
 
@@ -266,12 +322,20 @@ class WebsocketServerWorker:
         The process keeps some of the memory that it frees, and clears it where there are users, a policy or private
         data: see `planrt.allocator`.
         """
+        if self._isolates is not None:
+            self._isolates.check_process()
         keep_freed_memory()
         self._alone = True
         if self._guarded:
             _clear()
         else:
             self._state.store.when_private = _clear
+
+        if self._isolates is not None:
+            self._isolation = self._isolates.begin(
+                self._state, self._limits, self._dialling, self._threads, self._audit, self._approvals
+            )
+            self._state.hand_on_sessions()
 
         async def until_signal() -> None:
             stop = asyncio.Event()

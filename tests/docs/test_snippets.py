@@ -54,6 +54,7 @@ NOT_RUN = {
     ("docs/operations.md", "planrt run --rounds 40"): (
         "it trains for half a minute; tests/scripts/test_going_on.py kills, freezes and resumes such runs"
     ),
+    ("docs/isolation.md", "planrt serve --id clinic"): "it runs until it is stopped",
     ("CONTRIBUTING.md", "make check"): "these are the test suite and the benchmarks",
     ("CONTRIBUTING.md", "bash scripts/test_versions.sh"): "it installs several versions of PyTorch",
     ("benchmarks/README.md", "make bench"): (

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from planrt.chained import FIRST, ChainError, links, sealed, write_whole
 from planrt.errors import ApprovalError
@@ -102,6 +102,18 @@ class Asking:
     data: tuple[str, ...] = ()
     purpose: str = ""
     time: str = ""
+
+
+class Decisions(Protocol):
+    """Answers a worker about plans: `Approvals` does, or who asks them for it."""
+
+    def status(self, plan: str) -> Status:
+        """See `Approvals.status`."""
+
+    def submit(
+        self, plan: str, data: bytes, *, asking: Asking | None = None, most: int | None = None
+    ) -> Status:
+        """See `Approvals.submit`."""
 
 
 class Approvals:

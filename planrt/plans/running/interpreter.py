@@ -21,6 +21,7 @@ import torch
 from planrt.errors import ExecutionError, PlanArgumentError, PlanError
 from planrt.plans.ir import ops as table
 from planrt.plans.ir.graph import Graph, Op, refs_in
+from planrt.plans.running import progress
 from planrt.plans.running.modes import any_autocast, as_recorded, check_default_dtype, default_changed
 from planrt.serde.values import DEVICE
 from planrt.types import Nested, Ref, TensorSpec, leaves, map_leaves
@@ -271,13 +272,15 @@ class Program:
         slots = [*given, *([None] * (self._slots - self._size)), *self._constants]
         caller_mode = torch.is_grad_enabled()
         grad_mode = caller_mode or self._plan.differentiates
-        index, limited = 0, deadline != math.inf
+        index, limited, watched = 0, deadline != math.inf, progress.watcher is not None
         try:
             if not caller_mode and grad_mode:
                 torch.set_grad_enabled(True)
             for index, (function, arguments, kwargs, slot, free, special) in enumerate(self._steps):
                 if limited and time.monotonic() > deadline:
                     raise TimeoutError("the time that the plan may take is over")
+                if watched:
+                    progress.began(self._plan.ops[index].name)
                 if special is not None:
                     if special.kwargs_refs:
                         kwargs = _filled(kwargs, slots)

@@ -30,7 +30,7 @@ from planrt.workers.client.deadlines import in_time
 from planrt.workers.client.handshaking import no_answer, shake_hands
 from planrt.workers.client.outbox import DROPS_WAITING, MAX_WAITING, Outbox, QueuedMessage, Response
 from planrt.workers.client.redialling import Redialling, try_again
-from planrt.workers.client.session import ByeError, ClientSession
+from planrt.workers.client.session import ByeError, ClientSession, EndedError
 from planrt.workers.client.unanswered import described, late, lost
 from planrt.workers.client.unarrived import Sent, Unarrived
 from planrt.workers.transport.pipes import Pipe, Traffic
@@ -559,6 +559,12 @@ class Connection:
         except ByeError as error:
             self.session.kept = None
             self._end(error)
+            return
+        except EndedError as error:
+            self.session.kept = None
+            self._session_lost = True
+            self._end(error)
+            await pipe.close()
             return
         except PlanrtError as error:
             await pipe.close()

@@ -30,13 +30,17 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import Unacknowledged
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import ProofError, Proving
-from planrt.workers.wire.refusals import RAISED, SESSION_IN_USE
+from planrt.workers.wire.refusals import RAISED, SESSION_ENDED, SESSION_IN_USE
 
 T = TypeVar("T")
 
 
 class ByeError(WireError):
     """The worker has ended the session."""
+
+
+class EndedError(WireError):
+    """The process that served the session has ended: nothing of it is left."""
 
 
 class RefusedError(HandshakeError):
@@ -216,12 +220,14 @@ class ClientSession(Generic[T]):
 
         Raises:
             WireError: it answers nothing that was asked, or is the worker's complaint about the connection.
-            ByeError: the worker has ended the session.
+            ByeError: the worker has ended the session. EndedError: what served the session there has.
         """
         if envelope.id == 0 and isinstance(envelope.body, m.Ack):
             return None
         if envelope.id == 0 and isinstance(envelope.body, m.Bye):
             raise ByeError(f"worker {self.worker_id!r} has stopped", address=self.address)
+        if envelope.id == 0 and isinstance(envelope.body, m.Failure) and envelope.body.kind == SESSION_ENDED:
+            raise EndedError(envelope.body.message, address=self.address)
         if envelope.id:
             self.seen += 1
         if envelope.id in self._abandoned:

@@ -49,6 +49,11 @@ class Auditor:
         self.on = audit is not None
         """Whether anybody keeps them."""
 
+    def to(self, audit: Audit | None) -> None:
+        """Puts everything there from now on, for whoever has this auditor."""
+        self._audit = audit
+        self.on = audit is not None
+
     def _record(self, event: str, session: Session | None, **facts: Any) -> None:
         if self._audit is None:
             return

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from planrt.errors import DataError, OptionError
+from planrt.plans.running import progress
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.types import TensorSpec
 
@@ -77,6 +78,7 @@ class _MapStyle:
         return data, target
 
     def _items(self, positions: list[int]) -> list[Any]:
+        progress.began(f"a batch of {_name(self._key)}")
         position: int | None = None
         try:
             if hasattr(self._dataset, "__getitems__"):

@@ -22,6 +22,7 @@ import torch
 
 from planrt.errors import LocalError, PolicyError
 from planrt.plans.ir import ops
+from planrt.plans.running import progress
 from planrt.seeding import seeded
 from planrt.serde.values import DEVICE, encode
 from planrt.types import Nested, Ref, leaves, map_leaves
@@ -248,6 +249,7 @@ class EagerOps:
         args, kwargs = resolved.args, resolved.kwargs
         if traits.calls_plan:
             kwargs = {"deadline": admitted.deadline}
+        progress.began(op.name)
         try:
             if op.seed is None:
                 value = function(*args, **kwargs)

@@ -183,8 +183,21 @@ class Keep:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class HandOn:
+    """Let the process for this user's sessions go on with the connection: its client has proved to be `user`, with the
+    message `id`, and `hello` is what it wants. Nothing more of it is handed in here but `Disconnected`."""
+
+    connection: int
+    id: int
+    user: str | None
+    proof: str
+    """The worker's own, for the client."""
+    hello: m.Hello
+
+
 Instruction: TypeAlias = (
-    Reply | ToPeer | Wait | Close | Distrust | Again | Alarm | Hold | Release | Probe | Keep
+    HandOn | Reply | ToPeer | Wait | Close | Distrust | Again | Alarm | Hold | Release | Probe | Keep
 )
 
 

@@ -28,7 +28,7 @@ from planrt.plans.ir import ops
 from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.ir.record import with_names
-from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError, Status
+from planrt.plans.policy.approvals import Approvals, Asking, Decisions, QueueFullError, Status
 from planrt.plans.policy.passes import check_pass
 from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.policy.single_ops import check_op
@@ -78,10 +78,14 @@ class Gate:
                 'a policy with approval = "ask" needs a folder where plans wait for the owner: approvals=...'
             )
         self.policy = policy
-        self._approvals = approvals
+        self._approvals: Decisions | None = approvals
         self._audit = audit or Auditor()
         self._reports: OrderedDict[object, Report] = OrderedDict()
         self._programs: OrderedDict[str, str] = OrderedDict()
+
+    def ask(self, approvals: Decisions | None) -> None:
+        """Asks these about plans from now on."""
+        self._approvals = approvals
 
     # ------------------------------------------------------------------------------------ approval
 

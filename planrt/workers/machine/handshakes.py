@@ -122,7 +122,7 @@ class Handshakes:
             raise RefusedError(_CLEAR, distrusted=True)
         channel = self._channels.get(connection, Channel())
         if not hello.proof:
-            return Opened(self._session(connection, hello, channel.user), resume=hello.resume)
+            return Opened(self._session(connection, hello, channel.user), channel.proof, hello.resume)
         try:
             checking = Checking(hello.proof, self._users.find, channel.binding)
         except ProofError as error:

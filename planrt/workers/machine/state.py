@@ -22,6 +22,7 @@ and carries out, in order, the instructions it returns::
     Alarm(seconds, key)                        hand in TimePassed(key) after so many seconds
     Hold(connection, left)                     hand in nothing more of the connection ...
     Release(connection)                        ... until now; what was left comes first
+    HandOn(connection, ...)                    another process serves it from now on
     Probe(connection, held_by)                 find out whether the connection `held_by` still gives signs of life
     Keep(session, absence, seconds)            hand in Expired then
 
@@ -42,7 +43,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from planrt.errors import LocalError, OptionError, WireError
-from planrt.plans.policy.approvals import Approvals, Status
+from planrt.plans.policy.approvals import Approvals, Decisions, Status
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
@@ -83,7 +84,7 @@ from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
 from planrt.workers.machine.secure_sums import SecureSums
-from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.sessions import Session, check_alone
 from planrt.workers.machine.sharing.dealers import DealerOps
 from planrt.workers.machine.sharing.parties import PartyOps
 from planrt.workers.machine.store import ObjectStore, Overview
@@ -144,7 +145,10 @@ class WorkerState:
         self.id = id
         self.device, self.deterministic = prepared(device, deterministic)
         """Whether whoever hands it events must see to deterministic kernels."""
-        self._kept = KeptSessions(limits or Limits())
+        self._limits = limits or Limits()
+        self._kept = KeptSessions(self._limits)
+        self._alone = False
+        """Whether this one serves the sessions of one user, which another process has opened."""
         self.versions = own_versions(limits, resumes=self._kept.seconds > 0)
         self.store = ObjectStore()
         self._audit = Auditor(audit)
@@ -162,13 +166,8 @@ class WorkerState:
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
-        self._openings = Openings(
-            id,
-            Handshakes(self.versions, Users(users), require_user=require_user),
-            self._kept,
-            self._audit,
-            datasets=self._training.seen_by,
-            when_opened=self._open_account,
+        self._openings = self._new_openings(
+            Handshakes(self.versions, Users(users), require_user=require_user)
         )
         self._sessions = self._openings.sessions
         """Connection -> its session."""
@@ -238,6 +237,41 @@ class WorkerState:
             for stored in self.store.objects.values()
             if stored.owner == ""
         )
+
+    def hand_on_sessions(self) -> None:
+        """Lets other processes serve the sessions: clients only prove who they are to this one (`HandOn`)."""
+        self._openings.hands_on = True
+
+    def serve_alone(self, audit: Audit | None, approvals: Decisions | None) -> None:
+        """Makes this the state of a process that serves the sessions of one user, after another process has found out
+        who its clients are. `audit` and `approvals` are that one's."""
+        self._alone = True
+        self._kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
+        self._openings = self._new_openings(Handshakes(self.versions, Users(None)))
+        self._sessions = self._openings.sessions
+        self._audit.to(audit)
+        if self._gate is not None:
+            self._gate.ask(approvals)
+
+    def _new_openings(self, handshakes: Handshakes) -> Openings:
+        return Openings(
+            self.id,
+            handshakes,
+            self._kept,
+            self._audit,
+            datasets=self._training.seen_by,
+            when_opened=self._open_account,
+        )
+
+    def kept_name(self, connection: int) -> str | None:
+        """Returns the name under which the session of a connection goes on over another one; None if it does not."""
+        session = self._sessions.get(connection)
+        return session.kept.name if session is not None and session.kept is not None else None
+
+    @property
+    def has_sessions(self) -> bool:
+        """True where there are sessions, or some that may be gone on with."""
+        return bool(self._sessions or len(self._kept))
 
     def is_open(self, connection: int) -> bool:
         """Returns whether a connection has a session: its handshake is over."""
@@ -459,6 +493,8 @@ class WorkerState:
         return []
 
     def _do_posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
+        if self._alone:
+            check_alone(session, body, self.store.objects)
         match body:
             case m.Put():
                 self._objects.put(session, body, tensors)
@@ -546,6 +582,8 @@ class WorkerState:
         if isinstance(body, m.Resume):  # which nothing keeps from being heard
             return self._passes.resume(session)
         self._objects.raise_unseen(session)
+        if self._alone:
+            check_alone(session, body, self.store.objects)
         self._access.check_publish(session.user, body)
         match body:
             case m.Fetch():

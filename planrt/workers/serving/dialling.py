@@ -10,7 +10,7 @@ them is to have more there than it would have by itself (`Hello.for_others`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from planrt.workers.client.redialling import Redialling
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import DialOptions
 from planrt.workers.transport.callers import is_loopback
+from planrt.workers.transport.pipes import Pipe
 from planrt.workers.transport.tls import client_tls
 from planrt.workers.wire import messages as m
 
@@ -59,6 +60,8 @@ class Dialling:
         if cert is not None and not _for_clients(cert, key):
             cert = key = None
         self._ca, self._cert, self._key, self._token = ca, cert, key, token
+        self.opened_by: Callable[[str, m.PeerAddress], Awaitable[Pipe]] | None = None
+        """Who opens connections in place of `open`, where this process may not: the worker's own process."""
 
     async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
         """Connects the worker `worker_id` to another one.
@@ -67,12 +70,11 @@ class Dialling:
             ConnectError: its owner does not allow that, or nobody answers. HandshakeError: it is not let in there.
         """
         self._check(worker_id, peer)
-        options = DialOptions(LINK_TIMEOUT, limits)
-        if addresses.transport_of(peer.address).encrypted:
-            options = DialOptions(LINK_TIMEOUT, limits, self._ca, self._cert, self._key)
-        shows = bool(self._token) or (options.cert is not None)
+        shows = bool(self._token) or (
+            self._cert is not None and addresses.transport_of(peer.address).encrypted
+        )
         redialling = Redialling(
-            lambda: addresses.dial(peer.address, options),
+            lambda: self.open(worker_id, peer, limits),
             token=self._token,
             for_others=shows,
             seconds=0.0,  # at the next use: who waits now is told at once
@@ -86,6 +88,20 @@ class Dialling:
             for_others=shows,
             redialling=redialling,
         )
+
+    async def open(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Pipe:
+        """Opens a connection from the worker `worker_id` to another one, on which nothing has been said yet.
+
+        Raises:
+            ConnectError, HandshakeError: as `connect`.
+        """
+        self._check(worker_id, peer)
+        if self.opened_by is not None:
+            return await self.opened_by(worker_id, peer)
+        options = DialOptions(LINK_TIMEOUT, limits)
+        if addresses.transport_of(peer.address).encrypted:
+            options = DialOptions(LINK_TIMEOUT, limits, self._ca, self._cert, self._key)
+        return await addresses.dial(peer.address, options)
 
     def _check(self, worker_id: str, peer: m.PeerAddress) -> None:
         if self._everywhere or addresses.transport_of(peer.address).within_process:

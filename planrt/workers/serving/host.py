@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from planrt.workers.machine.events import (
     Distrust,
     Event,
     Expired,
+    HandOn,
     Hold,
     Instruction,
     Keep,
@@ -47,7 +48,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
-from planrt.workers.serving.audit_file import AuditError, AuditFile
+from planrt.workers.serving.audit_file import AuditError
 from planrt.workers.serving.counts import HostCounts, WatchedWorker
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.guesses import Guesses
@@ -118,6 +119,28 @@ class ComputeThread:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
+class AuditLog(Protocol):
+    """The owner's log: `AuditFile`, or who has it written."""
+
+    @property
+    def waiting(self) -> bool:
+        """True where there are events to write."""
+
+    def write(self) -> None:
+        """Writes them. Raises AuditError where that does not work."""
+
+
+class Elsewhere(Protocol):
+    """Other processes, which serve the sessions of a worker; see `planrt.workers.serving.isolation`."""
+
+    async def hand_on(self, pipe: Pipe, asked: HandOn) -> None:
+        """Lets one of them go on with a connection; returns when that has ended.
+
+        Raises:
+            HandshakeError: none can.
+        """
+
+
 class WorkerHost:
     """Serves one worker to any number of pipes, on one event loop."""
 
@@ -128,9 +151,13 @@ class WorkerHost:
         *,
         limits: Limits | None = None,
         dialling: Dialling | None = None,
-        audit: AuditFile | None = None,
+        audit: AuditLog | None = None,
+        isolation: Elsewhere | None = None,
     ) -> None:
         self.state = state
+        self._isolation = isolation
+        self._handed_on: dict[int, HandOn] = {}
+        """Connections that others go on with from here on."""
         self._audit = audit
         self._compute = compute
         self._limits = limits or Limits()
@@ -172,14 +199,17 @@ class WorkerHost:
         self._timers.clear()
         self._links.close()
 
-    async def serve(self, pipe: Pipe) -> None:
-        """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker."""
+    async def serve(self, pipe: Pipe, number: int | None = None) -> None:
+        """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker.
+
+        `number` is what the process calls it that has accepted it.
+        """
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"  # noqa: S101 - for the type checker
         self._serving.add(task)
         _all_serving.add(task)
         try:
-            await self._serve(pipe)
+            await self._serve(pipe, next(self._numbers) if number is None else number)
         except asyncio.CancelledError:
             if self._stopping:
                 await self._say(pipe, m.Bye())  # or its client would try to go on with its session
@@ -190,8 +220,7 @@ class WorkerHost:
             self._serving.discard(task)
             _all_serving.discard(task)
 
-    async def _serve(self, pipe: Pipe) -> None:
-        number = next(self._numbers)
+    async def _serve(self, pipe: Pipe, number: int) -> None:
         self._pipes[number] = pipe
         self._ended[number] = asyncio.Event()
         self._counts.opened(pipe.traffic)
@@ -237,6 +266,10 @@ class WorkerHost:
             else:
                 await self._handle(event)
             del event
+            asked = self._handed_on.pop(number, None)
+            if asked is not None and self._isolation is not None:
+                await self._isolation.hand_on(pipe, asked)
+                return
 
     async def _opening_message(self, pipe: Pipe) -> frames.Received[m.Envelope] | None:
         """Takes a message of the handshake, for which nobody has much time or room."""
@@ -286,6 +319,8 @@ class WorkerHost:
                     case Release(connection):
                         if connection in self._pipes:
                             self._holds.setdefault(connection, asyncio.Event()).set()
+                    case HandOn(connection):
+                        self._handed_on[connection] = instruction
                     case Probe(connection, held_by):
                         left.append(Probed(connection, await self._answers(held_by)))
                     case Keep():
@@ -346,7 +381,7 @@ class WorkerHost:
         self._timers[keep.session] = asyncio.get_running_loop().call_later(keep.seconds, expire)
 
     async def _written(
-        self, audit: AuditFile, event: Event, instructions: list[Instruction]
+        self, audit: AuditLog, event: Event, instructions: list[Instruction]
     ) -> list[Instruction]:
         """`instructions`, once the owner's log has what they come of. Where that cannot be written nobody is sent
         anything, and who asked loses the connection: an owner who keeps a log wants nothing to leave beside it.

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -28,6 +28,7 @@ from planrt.errors import ConnectError, HandshakeError, OptionError
 from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
 from planrt.workers.transport.addresses import DialOptions, ListenOptions, ServePipe, register, scheme_of
 from planrt.workers.transport.callers import Callers
+from planrt.workers.transport.passing import Passed, let_go
 from planrt.workers.transport.pipes import Traffic, assembler
 from planrt.workers.transport.tls import ServerTls, client_tls, fingerprint, user_of, why_not
 from planrt.workers.transport.websocket_stream import FrameStream
@@ -71,12 +72,21 @@ class _Connect(connect):
         return exc
 
 
+class Streaming(Protocol):
+    """A websocket connection whose data moves through `stream`."""
+
+    stream: FrameStream
+
+    async def close(self) -> None:
+        """Closes it."""
+
+
 class WebsocketPipe:
     """One end of a websocket connection."""
 
     def __init__(
         self,
-        connection: _ClientConnection | _ServerConnection,
+        connection: Streaming,
         address: str,
         limits: Limits,
         channel: Channel,
@@ -103,6 +113,10 @@ class WebsocketPipe:
     async def answers(self, seconds: float) -> bool:
         """See `Pipe.answers`. While data waits to be read, what comes behind it is not seen."""
         return await self._connection.stream.answers(seconds)
+
+    async def let_go(self) -> Passed:
+        """Lets another process go on with the connection, between two messages; see `passing`."""
+        return await let_go(self._connection.stream)
 
     async def close(self) -> None:
         """See `Pipe.close`."""

@@ -16,10 +16,9 @@ from __future__ import annotations
 import asyncio
 import os
 
-from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.connection import Connection
 from websockets.frames import CloseCode
-from websockets.protocol import State
+from websockets.protocol import Side, State
 
 from planrt.errors import MessageTooLargeError, WireError
 from planrt.serde.frames import FRAGMENT_BYTES, Frame, FrameAssembler, Limits, Received
@@ -59,7 +58,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._connection = connection
         self._transport = transport
         self._loop = connection.loop
-        self._masks = isinstance(connection, ClientConnection)  # section 5.1: clients do, servers do not
+        self._masks = connection.protocol.side is Side.CLIENT  # section 5.1: clients do, servers do not
         self._open = False
         self._lost: Exception | None = None
         self._gave_up = False
@@ -184,6 +183,23 @@ class FrameStream(asyncio.BufferedProtocol):
         self._interval = min(limits.keepalive, _HEARTBEAT)
         if not self._lost:
             self._timer = self._loop.call_later(self._interval, self._beat)
+
+    def let_go(self) -> tuple[asyncio.Transport, bytes]:
+        """Lets another process go on with the connection, between two messages; returns the transport, from which this
+        side reads nothing more, and what had arrived that nobody has received."""
+        self._transport.pause_reading()
+        if self._timer is not None:
+            self._timer.cancel()
+        read = bytes(self._buffer[self._start : self._end])
+        self._start = self._end
+        return self._transport, read
+
+    def take_up(self, read: bytes) -> None:
+        """Goes on with a connection that was opened elsewhere, beginning with what was `read` there."""
+        self._open = True
+        if read:
+            self._buffer = bytearray(read) + bytes(_BUFFER)
+            self._end = len(read)
 
     # ---------------------------------------------------------------------------- asyncio's callbacks
 

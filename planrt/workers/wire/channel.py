@@ -14,4 +14,7 @@ class Channel:
     binding: bytes | None = None
     """Of a connection over TLS: what ties a proof to it, the SHA-256 of the server's certificate."""
     user: str | None = None
-    """Who the certificate is of that the client showed; None where it showed none."""
+    """Who the certificate is of that the client showed; None where it showed none. Of a connection that another process
+    of the worker has accepted: whom it found the client to be."""
+    proof: str = ""
+    """What that process gave the client as the worker's own proof, to be passed on."""

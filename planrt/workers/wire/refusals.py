@@ -11,6 +11,9 @@ from typing import ClassVar, Final
 import planrt.errors as errors
 from planrt.errors import LocalError, RemoteError
 
+SESSION_ENDED: Final = "SessionLostError"
+"""Kind of the failure, under the number 0, that says why a session is over: the process that served it has ended."""
+
 SESSION_IN_USE: Final = "SessionInUseError"
 """Kind of the failure that a client gets while another connection has its session: the only one in a handshake that may
 be another one soon."""

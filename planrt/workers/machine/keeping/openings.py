@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planrt.workers.machine.audit import Auditor
-from planrt.workers.machine.events import Close, Distrust, Instruction, Probe, Reply
+from planrt.workers.machine.events import Close, Distrust, HandOn, Instruction, Probe, Reply
 from planrt.workers.machine.handshakes import Handshakes, Opened, RefusedError
 from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.sessions import Session
@@ -39,6 +39,8 @@ class Openings:
         self._audit = audit
         self._datasets = datasets
         self._when_opened = when_opened
+        self.hands_on = False
+        """Whether other processes open and serve the sessions of clients that have proved here who they are."""
         self.sessions: dict[int, Session] = {}
         """Connection -> its session."""
         self._asked: dict[int, tuple[int, Opened, Session]] = {}
@@ -66,6 +68,8 @@ class Openings:
                 opened = self._handshakes.hello(connection, body)
             if isinstance(opened, m.Challenge):
                 return [Reply(connection, m.Envelope(envelope.id, opened))]
+            if self.hands_on:
+                return [_handed_on(connection, envelope.id, opened)]
             before = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
         except RefusedError as error:
             return self._refused(connection, envelope.id, error)
@@ -124,3 +128,11 @@ class Openings:
         if found is None:
             return self._opened(connection, id, opened)
         return self._resumed(connection, id, opened, found)
+
+
+def _handed_on(connection: int, id: int, opened: Opened) -> HandOn:
+    session = opened.session
+    name, versions = session.id.partition(":")[2], session.client
+    assert versions is not None  # noqa: S101 - a handshake has told
+    hello = m.Hello(name, versions, resume=opened.resume)
+    return HandOn(connection, id, session.user, opened.proof, hello)

@@ -1,0 +1,189 @@
+"""What a process for clients' work asks of the worker's own one: lines of the log, decisions, connections to others.
+
+It may have been taken over by a client: what it says is held against what it may say, and it speaks for its user only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from planrt.errors import ApprovalError, ConnectError, IsolationError, PlanrtError
+from planrt.logs import get_logger
+from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
+from planrt.serde.frames import Limits
+from planrt.workers.serving.audit_file import AuditError, AuditFile
+from planrt.workers.serving.dialling import Dialling
+from planrt.workers.serving.isolation.messages import give
+from planrt.workers.serving.isolation.watching import Slot
+from planrt.workers.transport.passing import Passed
+from planrt.workers.wire import messages as m
+
+log = get_logger("planrt.worker")
+
+_DIALS: Final = 16
+"""Connections that one process may have under way to other workers."""
+
+
+@dataclass(eq=False)
+class Process:
+    """One process for clients' work. `user` is whose it is, None for a session of nobody's."""
+
+    number: int
+    key: str
+    user: str | None
+    host: str
+    """Where its first client is."""
+    slot: Slot
+    index: int
+    gifts: socket.socket
+    made: asyncio.Future[int]
+    connections: dict[int, asyncio.Future[str | None]] = field(default_factory=dict)
+    """Number -> done when it has ended: with why the process did, in words, if it was that."""
+    names: set[str] = field(default_factory=set)
+    """Of its sessions that may go on over another connection."""
+    dials: set[asyncio.Task[None]] = field(default_factory=set)
+    end: int = -1
+    """A file that stands for the process, so that no other one is ever meant."""
+    killed_for: str = ""
+    leaving: bool = False
+    """Whether it ends because it was told to."""
+    hearing: asyncio.Task[None] | None = None
+
+
+class Answers:
+    """Answers the calls of all processes of one worker. `opened` and `idle` are told what is for who has the processes:
+    the name of a session that may go on over another connection, and that a process has nothing to do."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        limits: Limits,
+        dialling: Dialling,
+        audit: AuditFile | None,
+        approvals: Approvals | None,
+        opened: Callable[[Process, str], None],
+        idle: Callable[[Process], None],
+    ) -> None:
+        self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
+        self.audit, self._approvals = audit, approvals
+        self._opened, self._idle = opened, idle
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._kept: set[Passed] = set()
+        """Encrypted connections that processes made to other workers."""
+
+    async def close(self) -> None:
+        """Lets go of connections to other workers."""
+        for task in list(self._tasks):
+            task.cancel()
+        for passed in list(self._kept):
+            await passed.close()
+
+    async def answer(self, process: Process, call: list[Any]) -> tuple[bool, Any] | None:
+        """Does what a process asks for; returns whether that was done, and the answer; None where there is none."""
+        try:
+            match call:
+                case ["audit", list(events)]:
+                    return await self._write_events(process, events)
+                case ["status", str(plan)]:
+                    return await self._decided(lambda of: of.status(plan))
+                case ["submit", str(plan), bytes(data), said, most]:
+                    asking = None if said is None else msgspec.convert(said, Asking)
+                    if asking is not None and asking.user != (process.user or ""):
+                        return False, "a plan of another user"
+                    return await self._decided(
+                        lambda of: of.submit(
+                            plan, data, asking=asking, most=None if most is None else int(most)
+                        )
+                    )
+                case ["dial", int(key), str(worker), str(address)]:
+                    self._dial_soon(process, key, worker, address)
+                case ["opened", int(), str(name)]:
+                    self._opened(process, name)
+                case ["closed", int(number)]:
+                    ended = process.connections.get(number)
+                    if ended is not None and not ended.done():
+                        ended.set_result(None)
+                case ["idle"] if not process.connections:
+                    self._idle(process)
+        except (TypeError, ValueError, msgspec.ValidationError) as error:
+            log.error("process_said_nonsense", worker=self._worker_id, whose=process.key, error=str(error))
+            return False, "no such call"
+        return None
+
+    async def _write_events(self, process: Process, events: list[Any]) -> tuple[bool, Any]:
+        if self.audit is None:
+            return True, None
+        for event in events:
+            if not isinstance(event, dict) or event.get("user", "") not in ("", process.user or ""):
+                return False, "an event of another user"
+        for event in events:
+            self.audit.record(event)
+        try:
+            await asyncio.to_thread(self.audit.write)
+        except AuditError as error:
+            return False, str(error)
+        return True, None
+
+    async def write_audit(self) -> None:
+        """Has the log written, where there is one."""
+        if self.audit is not None:
+            with contextlib.suppress(AuditError):  # it says so itself, and keeps the line
+                await asyncio.to_thread(self.audit.write)
+
+    async def _decided(self, ask: Callable[[Approvals], Any]) -> tuple[bool, Any]:
+        if self._approvals is None:
+            return False, "there is no record of decisions"
+        try:
+            return True, ["said", list(await asyncio.to_thread(ask, self._approvals))]
+        except QueueFullError as error:
+            return True, ["full", str(error)]
+        except ApprovalError as error:
+            return True, ["failed", str(error)]
+
+    def _dial_soon(self, process: Process, key: int, worker: str, address: str) -> None:
+        if len(process.dials) >= _DIALS:
+            self._answer_dial(process, key, "too many connections to other workers are under way", None)
+            return
+        task = asyncio.create_task(self._dial(process, key, m.PeerAddress(worker, address)))
+        process.dials.add(task)
+        task.add_done_callback(process.dials.discard)
+
+    async def _dial(self, process: Process, key: int, peer: m.PeerAddress) -> None:
+        try:
+            pipe: Any = await self._dialling.open(self._worker_id, peer, self._limits)
+            if not hasattr(pipe, "let_go"):
+                await pipe.close()
+                raise ConnectError("this transport cannot be used with isolation", address=peer.address)
+            passed = await pipe.let_go()
+        except (PlanrtError, OSError) as error:
+            self._answer_dial(process, key, str(error), None)
+            return
+        self._answer_dial(process, key, "", passed, pipe)
+        passed.given()
+        if passed.copies:
+            self._kept.add(passed)
+            copying = asyncio.create_task(self._until_copied(passed))
+            self._tasks.add(copying)
+            copying.add_done_callback(self._tasks.discard)
+        else:
+            passed.give.close()
+
+    async def _until_copied(self, passed: Passed) -> None:
+        await passed.over()
+        self._kept.discard(passed)
+
+    def _answer_dial(
+        self, process: Process, key: int, why: str, passed: Passed | None, pipe: Any = None
+    ) -> None:
+        gift = ["dialled", key, why, "", None, b""]
+        if passed is not None:
+            gift = ["dialled", key, why, pipe.channel.host, pipe.channel.binding, passed.read]
+        with contextlib.suppress(OSError, IsolationError):
+            give(process.gifts, gift, [] if passed is None else [passed.give.fileno()])

@@ -1,0 +1,264 @@
+"""A process for the sessions of one user: an ordinary `WorkerHost` with an ordinary `WorkerState`.
+
+It gets connections whose clients have proved who they are, and talks to these clients itself. What it may not do itself
+it asks of the worker's own process: lines of the audit log, the owner's decisions about plans, connections to other
+workers. It ends when that process does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from planrt.errors import ApprovalError, ConnectError, IsolationError
+from planrt.logs import get_logger
+from planrt.loop import new_event_loop
+from planrt.plans.policy.approvals import Asking, QueueFullError, Status
+from planrt.plans.running import progress
+from planrt.serde.frames import Limits
+from planrt.workers.machine.events import Event, Instruction, Received
+from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.audit_file import AuditError
+from planrt.workers.serving.dialling import LINK_TIMEOUT, Dialling
+from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.isolation.confining import confine, ends_with_its_parent
+from planrt.workers.serving.isolation.messages import Calls, take
+from planrt.workers.serving.isolation.watching import Slot
+from planrt.workers.transport.pipes import Pipe
+from planrt.workers.transport.taken import taken_up
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import Channel
+
+log = get_logger("planrt.worker")
+
+STOP_SECONDS = 1.0
+"""Seconds that clients have to hear that the worker stops."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Holds what every process for clients' work begins with, as it was when the worker started."""
+
+    state: WorkerState
+    limits: Limits
+    dialling: Dialling
+    threads: int | None
+    audited: bool
+    asks: bool
+    """Whether there is a record of the owner's decisions."""
+    memory: int | None
+    """Bytes that one process may take beside what all share."""
+    readable: tuple[Path, ...]
+
+
+def run(
+    work: Work, parent: int, gifts: socket.socket, calls: socket.socket, slot: Slot, lingers: float
+) -> NoReturn:
+    """Serves what is given through `gifts`, until the worker ends; the process of `parent` has just made this one.
+    `lingers`: for how long it waits for another session after the last one, in seconds.
+    """
+    code = 1
+    try:
+        ends_with_its_parent(parent)
+        ignore_signals()
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            loop = runner.get_loop()  # has its own sockets before there are no more
+            confine(memory=work.memory, readable=work.readable)
+            runner.run(_Serving(work, gifts, Calls(calls), slot, lingers, loop).serve())
+        code = 0
+    except BaseException as error:  # there is nobody above to hear of it
+        log.critical("process_failed", worker=work.state.id, error=f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(code)  # what the worker's own process would do at its end is not for this one
+
+
+def ignore_signals() -> None:
+    """Leaves it to the worker's own process what Ctrl-C, and a signal to all of them, mean."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class RelayedAudit:
+    """The owner's log, as a process for clients' work has it; see `AuditFile`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._events: list[dict[str, Any]] = []
+
+    @property
+    def waiting(self) -> bool:
+        """True where there are events to write."""
+        return bool(self._events)
+
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Takes an event, which `write` writes."""
+        self._events.append(dict(event))
+
+    def write(self) -> None:
+        """Has the events written that were taken.
+
+        Raises:
+            AuditError: they cannot be written, now; the worker's own process keeps them.
+        """
+        events, self._events = self._events, []
+        try:
+            self._calls.ask("audit", events)
+        except IsolationError as error:
+            raise AuditError(str(error)) from None
+
+
+class RelayedApprovals:
+    """The owner's decisions, as a process for clients' work asks for them; see `Approvals`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def status(self, plan: str) -> Status:
+        """See `Approvals.status`."""
+        return Status(*self._ask("status", plan))
+
+    def submit(
+        self, plan: str, data: bytes, *, asking: Asking | None = None, most: int | None = None
+    ) -> Status:
+        """See `Approvals.submit`."""
+        said = None if asking is None else asdict(asking)
+        return Status(*self._ask("submit", plan, data, said, most))
+
+    def _ask(self, what: str, *about: Any) -> Any:
+        try:
+            kind, answer = self._calls.ask(what, *about)
+        except IsolationError as error:
+            raise ApprovalError(str(error)) from None
+        if kind == "full":
+            raise QueueFullError(answer)
+        if kind == "failed":
+            raise ApprovalError(answer)
+        return answer
+
+
+class _Host(WorkerHost):
+    """One that says what it is at."""
+
+    slot: Slot
+    calls: Calls
+
+    def _work(self, event: Event) -> list[Instruction]:
+        body = event.envelope.body if isinstance(event, Received) else event
+        self.slot.began(type(body).__name__.lower())
+        try:
+            return super()._work(event)
+        finally:
+            self.slot.idle(len(self.state.store.objects))
+
+    async def _handle(self, event: Event) -> None:
+        await super()._handle(event)
+        if isinstance(event, Received) and isinstance(event.envelope.body, m.Hello):
+            self.calls.tell("opened", event.connection, self.state.kept_name(event.connection))
+
+
+class _Serving:
+    """The loop of such a process."""
+
+    def __init__(
+        self, work: Work, gifts: socket.socket, calls: Calls, slot: Slot, lingers: float,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        self._loop, self._gifts, self._calls, self._slot, self._lingers = loop, gifts, calls, slot, lingers
+        self._work = work
+        state = work.state
+        audit = RelayedAudit(calls) if work.audited else None
+        state.serve_alone(audit, RelayedApprovals(calls) if work.asks else None)
+        work.dialling.opened_by = self._dial
+        self._compute = ComputeThread(f"planrt-{state.id}", threads=work.threads)
+        self._host = _Host(state, self._compute, limits=work.limits, dialling=work.dialling, audit=audit)
+        self._host.slot, self._host.calls = slot, calls
+        self._owners = state.store.count("")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keys = itertools.count(1)
+        self._dialled: dict[int, asyncio.Future[tuple[list[Any], list[int]]]] = {}
+        self._stop = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Serves until the worker's own process says that it stops, or is gone."""
+        progress.watch(self._slot.began)
+        self._gifts.setblocking(False)
+        self._loop.add_reader(self._gifts.fileno(), self._take)
+        idle = asyncio.create_task(self._watch_for_idleness())
+        await self._stop.wait()
+        idle.cancel()
+        self._host.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
+
+    def _take(self) -> None:
+        try:
+            taken = take(self._gifts)
+        except BlockingIOError:
+            return
+        if taken is None:
+            os._exit(0)  # whatever is being computed: nobody is there for it
+        gift, files = taken
+        match gift[0]:
+            case "connection":
+                task = asyncio.create_task(self._serve_one(gift, files[0]))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case "dialled":
+                waiter = self._dialled.pop(gift[1], None)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result((gift, files))
+                elif files:
+                    os.close(files[0])
+            case "stop":
+                self._stop.set()
+
+    async def _serve_one(self, gift: list[Any], file: int) -> None:
+        _, number, id, address, host, user, proof, hello, read = gift
+        given = socket.socket(fileno=file)
+        try:
+            first = m.Envelope(id, m.from_wire(hello).body)
+            pipe = await taken_up(
+                given, read, address=address, limits=self._work.limits, channel=Channel(host, None, user, proof),
+                first=first, sending=self._slot.sending,
+            )  # fmt: skip
+            await self._host.serve(pipe, number)
+        except OSError as error:
+            log.info("connection_lost", worker=self._work.state.id, client=address, error=str(error))
+        finally:
+            self._calls.tell("closed", number)
+
+    async def _dial(self, worker_id: str, peer: m.PeerAddress) -> Pipe:
+        """Has a connection to another worker opened."""
+        key, waiter = next(self._keys), self._loop.create_future()
+        self._dialled[key] = waiter
+        self._calls.tell("dial", key, peer.worker, peer.address)
+        try:
+            gift, files = await asyncio.wait_for(waiter, 2 * LINK_TIMEOUT)
+        except TimeoutError:
+            raise ConnectError(f"no connection to {peer.address} in time", address=peer.address) from None
+        finally:
+            self._dialled.pop(key, None)
+        _, _, why, host, binding, read = gift
+        if not files:
+            raise ConnectError(why, address=peer.address)
+        return await taken_up(
+            socket.socket(fileno=files[0]), read, address=peer.address, limits=self._work.limits,
+            channel=Channel(host, binding), dialled=True,
+        )  # fmt: skip
+
+    async def _watch_for_idleness(self) -> None:
+        state, since = self._work.state, self._loop.time()
+        while True:
+            await asyncio.sleep(1.0)
+            if self._tasks or state.has_sessions or state.store.count("") > self._owners:
+                since = self._loop.time()
+            elif self._loop.time() - since >= self._lingers:
+                self._calls.tell("idle")
+                since = self._loop.time()

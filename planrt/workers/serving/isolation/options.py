@@ -1,0 +1,135 @@
+"""What an owner says about isolation, checked, and how it begins."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from planrt.errors import OptionError
+from planrt.logs import get_logger
+
+if TYPE_CHECKING:
+    from planrt.plans.policy.approvals import Approvals
+    from planrt.serde.frames import Limits
+    from planrt.workers.machine.state import WorkerState
+    from planrt.workers.serving.audit_file import AuditFile
+    from planrt.workers.serving.dialling import Dialling
+    from planrt.workers.serving.isolation.supervisor import Isolation
+
+log = get_logger("planrt.worker")
+
+KERNEL_TIMEOUT: Final = 600.0
+"""Seconds that one op may take, unless the owner says otherwise."""
+WAITS_FOR_PARENT: Final = "end-with-parent"
+"""Name of the thread that may be there when a process is copied: it waits for the end of a file, and holds nothing."""
+LEAST_MEMORY: Final = 64 << 20
+"""Bytes without which a process does not begin."""
+
+
+@dataclass(frozen=True)
+class Isolating:
+    """The owner's options: seconds for one op (inf: any), bytes for one process (None: any), files to be read."""
+
+    kernel_timeout: float
+    memory: int | None
+    readable: tuple[Path, ...]
+
+    @classmethod
+    def checked(
+        cls, isolation: object, kernel_timeout: Any, memory: Any, readable: Sequence[str | Path]
+    ) -> Isolating | None:
+        """Returns the options; None where there is to be no isolation.
+
+        Raises:
+            OptionError: one of them is none, or this system has no isolation.
+        """
+        if not isinstance(isolation, bool):
+            raise OptionError(f"isolation is True or False, not {isolation!r}")
+        if isinstance(readable, str | Path):
+            raise OptionError(f"readable is a list of files and folders, such as [{str(readable)!r}]")
+        given = kernel_timeout != KERNEL_TIMEOUT or memory is not None or bool(readable)
+        if not isolation:
+            if given:
+                raise OptionError(
+                    "kernel_timeout, process_memory and readable are for workers with isolation=True"
+                )
+            return None
+        if (
+            isinstance(kernel_timeout, bool)
+            or not isinstance(kernel_timeout, int | float)
+            or math.isnan(kernel_timeout)
+            or kernel_timeout <= 0
+        ):
+            raise OptionError(f"kernel_timeout is a number of seconds above 0, not {kernel_timeout!r}")
+        if memory is not None and (
+            isinstance(memory, bool) or not isinstance(memory, int) or memory < LEAST_MEMORY
+        ):
+            raise OptionError(
+                f"process_memory is a number of bytes, at least {LEAST_MEMORY:,} (64 MiB), not {memory!r}"
+            )
+        paths = tuple(Path(one).resolve() for one in readable)
+        for path in paths:
+            if not path.exists():
+                raise OptionError(f"{path} is to be readable, and is not there")
+        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+            raise OptionError(
+                "isolation is for Linux: this system has no way to confine a process as planrt does"
+            )
+        return cls(float(kernel_timeout), memory, paths)
+
+    def check_process(self) -> None:
+        """Raises OptionError unless this process can be copied: only the thread that makes a copy is in it."""
+        threads = [one.name for one in threading.enumerate() if one is not threading.main_thread()]
+        others = [name for name in threads if name != WAITS_FOR_PARENT]
+        if others or threading.current_thread() is not threading.main_thread():
+            raise OptionError(
+                "isolation copies this process, which works from its only thread; these run as well: "
+                f"{', '.join(others)}. Start the worker before anything else of planrt, or with planrt serve"
+            )
+
+    def begin(
+        self,
+        state: WorkerState,
+        limits: Limits,
+        dialling: Dialling,
+        threads: int | None,
+        audit: AuditFile | None,
+        approvals: Approvals | None,
+    ) -> Isolation:
+        """Makes the process that all others are copies of, after `check_process`.
+
+        Raises:
+            IsolationError: no process can be made.
+        """
+        from planrt.workers.serving.isolation import child, confining, watching, zygote
+        from planrt.workers.serving.isolation.supervisor import Isolation
+
+        for what in confining.missing():
+            log.warning("isolation_lacks", what=what)
+        work = child.Work(
+            state,
+            limits,
+            dialling,
+            threads,
+            audit is not None,
+            approvals is not None,
+            self.memory,
+            self.readable,
+        )
+        page = watching.new_page()
+        return Isolation(
+            state.id,
+            zygote.start(work, page),
+            page,
+            kernel_timeout=self.kernel_timeout,
+            limits=limits,
+            dialling=dialling,
+            audit=audit,
+            approvals=approvals,
+        )

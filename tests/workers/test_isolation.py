@@ -1,0 +1,589 @@
+"""Isolation: what happens to one user's process stays with that user, and the process can do nothing but compute."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import trustme
+from torch import nn
+
+import planrt
+from planrt.cli import main
+from planrt.errors import (
+    NotApprovedError,
+    OptionError,
+    RemoteError,
+    SessionLostError,
+    WorkerLostError,
+)
+from planrt.fl import TrainConfig
+from planrt.plans.policy.approvals import Status
+from planrt.serde.frames import Limits
+from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.serving.dialling import Dialling
+from planrt.workers.serving.isolation import confining
+from planrt.workers.serving.isolation.answering import Answers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
+
+USERS = {"ann": "the long token of ann", "ben": "the long token of ben"}
+TIMEOUT = 3.0
+ROWS = torch.arange(12.0).reshape(4, 3)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hook():
+    return planrt.TorchHook(torch)
+
+
+class Server:
+    """A worker in a process of its own, and the processes that come of it."""
+
+    def __init__(self, **options):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.workers.isolated_server", json.dumps(options)],
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        line = self.process.stdout.readline()
+        assert line, "it did not start"
+        self.uri, self.adding = json.loads(line)
+
+    def connect(self, user="ann", **options):
+        token = USERS[user] if user else ""
+        return WebsocketClientWorker("bob", uri=self.uri, token=token, auto_add=False, timeout=60, **options)
+
+    def processes(self):
+        """The processes for clients' work: copies of the one that the worker copied itself to."""
+        return [one for zygote in children(self.process.pid) for one in children(zygote)]
+
+    def end(self):
+        self.process.kill()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+
+def children(process):
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{process}/task").iterdir()
+        return [int(one) for task in tasks for one in (task / "children").read_text().split()]
+    return []
+
+
+def gone(processes):
+    """Whether all of these have ended; one that waits for its parent to hear of it has."""
+    return all(not Path(f"/proc/{one}").exists() or state(one) == "Z" for one in processes)
+
+
+def state(process):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z"
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("owner")
+    (made / "granted").mkdir()
+    for name in ("secret", "granted/file"):
+        (made / name).write_text("of the owner")
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    started = Server(
+        folder=str(folder), users=USERS, isolation=True, kernel_timeout=TIMEOUT, process_memory=1 << 30,
+        readable=[str(folder / "granted")], audit=str(folder / "audit.jsonl"),
+    )  # fmt: skip
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def ann(server):
+    with server.connect("ann") as worker:
+        yield worker
+
+
+@pytest.fixture
+def ben(server):
+    with server.connect("ben") as worker:
+        yield worker
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.layer(x).squeeze(1)
+
+
+def fit(worker, key, **options):
+    options = {"batch_size": 2, **options}
+    config = TrainConfig(Net(), F.mse_loss, example=(torch.zeros(2, 3), torch.zeros(2)), **options)
+    config.send(worker)
+    return worker.fit(key)
+
+
+def works(worker):
+    x = torch.arange(300_000.0)
+    return torch.equal((x.send(worker) * 2).get(), x * 2)
+
+
+# ---------------------------------------------------------------------------------- one's own and the others'
+
+
+def test_each_user_has_a_process_of_its_own_and_all_of_them_work(server, ann, ben):
+    with server.connect("ann") as again:
+        assert works(ann)
+        assert works(ben)
+        assert works(again)
+        assert len(server.processes()) == 2
+        assert fit(ann, "rows").samples == fit(ben, "rows").samples == 4
+        x = torch.ones(2).tag("#mine").send(ann)
+        assert [one.id for one in again.search("#mine")]
+        assert not ben.search("#mine")
+        assert torch.equal(x.get(), torch.ones(2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_a_process_that_ends_costs_its_user_and_no_other(server, ann, ben, number):
+    x, y = torch.ones(3).send(ann), torch.ones(3).send(ben)
+    assert torch.equal(y.copy().get(), torch.ones(3))
+    assert torch.equal(x.copy().get(), torch.ones(3))
+    with server.connect("ben") as other:
+        before = set(server.processes())
+        z = torch.ones(3).send(other)
+        third = torch.ones(3).send(other)
+        assert set(server.processes()) == before
+    own = whose(server, ann)
+    os.kill(own, number)
+    with pytest.raises(
+        SessionLostError, match=rf"was ended by {signal.Signals(number).name}.*objects are gone"
+    ):
+        until(lambda: x.copy().get() is None)
+    assert torch.equal((y + 1).get(), torch.full((3,), 2.0))
+    del z, third
+    with server.connect("ann") as again:
+        assert works(again)
+        assert own not in server.processes()
+
+
+def whose(server, worker):
+    """The process that serves `worker`, found by what it computes."""
+    x = torch.ones(1500, 1500).send(worker)
+    used = {one: ticks(one) for one in server.processes()}
+    while True:
+        for _ in range(8):
+            x.mm(x).sum().get()
+        most = max(used, key=lambda one: ticks(one) - used[one])
+        if ticks(most) - used[most] > 10:
+            return most
+
+
+def ticks(process):
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_kernel_that_crashes_is_named_and_the_owner_is_told(server, ann, ben, folder):
+    y = torch.ones(3).send(ben)
+    x = torch.ones(3).send(ann)
+    with pytest.raises(
+        WorkerLostError, match=r"SIGSEGV while a batch of .*crash.* ran: its objects are gone"
+    ):
+        fit(ann, "crash")
+    assert torch.equal(y.get(), torch.ones(3))
+    with pytest.raises(SessionLostError):
+        x.get()
+    until(lambda: "process_lost" in (folder / "audit.jsonl").read_text())
+    assert main(["audit", str(folder / "audit.jsonl"), "--check"]) == 0
+
+
+def test_one_that_never_ends_is_ended_and_others_go_on_meanwhile(server, ann, ben):
+    failed = []
+
+    def hang():
+        with pytest.raises(WorkerLostError, match=r"batch of .*endless.* ran for more than the 3 s"):
+            fit(ann, "endless")
+        failed.append(True)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    rounds = 0
+    while not failed and thread.is_alive():
+        assert works(ben)
+        assert fit(ben, "rows").samples == 4
+        rounds += 1
+    thread.join()
+    assert failed
+    assert rounds > 2
+    with server.connect("ann") as again:
+        assert works(again)
+
+
+def test_memory_beyond_the_limit_fails_its_op(server, ann, ben):
+    x = torch.ones(1).send(ann)
+    large = x.expand(1 << 29).clone()
+    with pytest.raises(RemoteError, match="memory"):
+        large.get()
+    assert torch.equal(x.get(), torch.ones(1))
+    assert works(ann)
+    assert works(ben)
+
+
+# ------------------------------------------------------------------------------------------- what is closed
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "read",
+        "write",
+        "overwrite",
+        "list",
+        "tcp",
+        "udp",
+        "unix",
+        "fork",
+        "program",
+        "debug",
+        "memory_of_others",
+    ],
+)
+def test_a_process_does_nothing_but_compute(server, ann, action):
+    with pytest.raises(RemoteError, match=r"refused with (PermissionError|OSError)"):
+        fit(ann, action)
+
+
+def test_no_signals_to_others(server, ann):
+    if confining.landlock_version() < 6:
+        pytest.skip("this kernel's Landlock has no scopes")
+    with pytest.raises(RemoteError, match="refused with PermissionError"):
+        fit(ann, "signal")
+
+
+def test_what_the_owner_grants_is_read_and_modules_are_found(server, ann):
+    with pytest.raises(RemoteError, match="went on: 'of the owner'"):
+        fit(ann, "granted")
+    with pytest.raises(RemoteError, match="went on: 'wave'"):
+        fit(ann, "module")
+
+
+def test_what_this_kernel_lacks_is_named():
+    assert all(isinstance(one, str) for one in confining.missing())
+    assert (confining.landlock_version() == 0) == any("Landlock:" in one for one in confining.missing())
+
+
+# ------------------------------------------------------------------------- everything else is as it was before
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory):
+    """A worker without users, whose plans its owner approves; what is under way ends when the worker is killed."""
+    folder = tmp_path_factory.mktemp("hospital")
+    started = Server(
+        folder=str(folder), isolation=True, policy={"approval": "ask"}, approvals=str(folder / "approvals"),
+        audit=str(folder / "audit.jsonl"),
+    )  # fmt: skip
+    started.folder = folder
+    yield started
+    started.end()
+
+
+@planrt.func2plan(args_shape=[(4,)])
+def doubled(x):
+    return x * 2
+
+
+def test_plans_are_put_before_the_owner_and_run_once_approved(hospital):
+    x = torch.arange(4.0)
+    folder = str(hospital.folder / "approvals")
+    with hospital.connect(None) as worker:
+        there = doubled.send(worker)
+        with pytest.raises(NotApprovedError, match="waits for the owner's approval"):
+            there(x.send(worker)).get()
+        assert worker.approval(doubled).status == "pending"
+        assert main(["approve", doubled.hash, "--folder", folder, "--by", "the owner"]) == 0
+        assert torch.equal(there(x.send(worker)).get(), x * 2)
+    lines = [json.loads(line) for line in (hospital.folder / "audit.jsonl").read_text().splitlines()]
+    told = [(one["event"], one.get("outcome")) for one in lines]
+    assert ("asked", None) in told
+    assert ("call", "done") in told
+    assert ("opened", None) in told
+    until(lambda: '"ended"' in (hospital.folder / "audit.jsonl").read_text())
+    assert main(["audit", str(hospital.folder / "audit.jsonl"), "--check"]) == 0
+
+
+def test_without_users_each_session_has_its_own_process_and_goes_on_over_another_connection(hospital):
+    until(lambda: gone(hospital.processes()))  # of sessions before
+    with hospital.connect(None, reconnect=30) as one, hospital.connect(None) as other:
+        x, y = torch.ones(3).send(one), torch.ones(3).send(other)
+        assert len([each for each in hospital.processes() if not gone([each])]) == 2
+        cut(one)
+        assert torch.equal(x.get(), torch.ones(3))
+        assert torch.equal(y.get(), torch.ones(3))
+
+
+def cut(worker):
+    """Breaks the connection of a client, as a network would."""
+    pipe = worker._connection._pipe
+    planrt.loop.background_loop().call_soon_threadsafe(pipe._connection.transport.abort)
+    until(lambda: worker._connection._pipe is not pipe)
+
+
+def test_the_same_bits_with_and_without(server, ann):
+    plain = WebsocketServerWorker("bob", threads=1)
+    plain.add_dataset(BaseDataset(ROWS, ROWS.sum(1)), "rows")
+    with plain.running() as uri, WebsocketClientWorker("bob", uri=uri, auto_add=False) as other:
+        results = []
+        for worker in (ann, other):
+            torch.manual_seed(11)
+            x = torch.randn(64, 64).send(worker).requires_grad_()
+            (x @ x).softmax(1).std().backward()
+            trained = fit(worker, "rows", optimizer_args={"lr": 0.01}, epochs=3)
+            torch.manual_seed(12)
+            drawn = torch.nn.functional.dropout(x.detach(), 0.3).sum()
+            results.append([x.grad.get(), torch.tensor(trained.loss), drawn.get()])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_objects_move_away_and_what_would_come_from_others_is_refused_by_name(server, ann):
+    with (
+        WebsocketServerWorker("jim", threads=1).running() as uri,
+        WebsocketClientWorker("jim", uri=uri) as jim,
+    ):
+        x = torch.arange(5.0).send(ann)
+        assert torch.equal(x.move(jim).get(), torch.arange(5.0))
+        y = torch.arange(5.0).send(jim)
+        with pytest.raises(RemoteError, match=r"isolation.*hands over"):
+            y.move(ann)
+        assert torch.equal(y.get(), torch.arange(5.0))  # nothing was lost
+
+
+def test_objects_for_other_users_are_refused_by_name(server, ann):
+    with pytest.raises(RemoteError, match=r"isolation.*ben could not find"):
+        torch.ones(2).send(ann, allowed_users=["ben"]).get()
+    own = torch.ones(2).send(ann, allowed_users=["ann"])
+    assert torch.equal((own + 1).get(), torch.full((2,), 2.0))
+
+
+def test_a_wrong_token_is_refused_as_before(server):
+    with pytest.raises(planrt.errors.HandshakeError, match="token"):
+        WebsocketClientWorker("bob", uri=server.uri, token="nobody's token at all", auto_add=False)
+
+
+@pytest.fixture(scope="module")
+def secure(folder, tmp_path_factory):
+    """A worker that is reached over TLS."""
+    tmp_path = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    paths = {name: tmp_path / name for name in ("ca", "cert", "key")}
+    blobs = {"ca": [authority.cert_pem], "cert": made.cert_chain_pems, "key": [made.private_key_pem]}
+    for name, path in paths.items():
+        path.write_bytes(b"".join(one.bytes() for one in blobs[name]))
+        path.chmod(0o600)
+    started = Server(
+        folder=str(folder), users=USERS, isolation=True, cert_path=str(paths["cert"]), key_path=str(paths["key"])
+    )  # fmt: skip
+    started.ca = paths["ca"]
+    yield started
+    started.end()
+
+
+def test_over_tls(secure):
+    with secure.connect("ann", ca=secure.ca) as ann, secure.connect("ben", ca=secure.ca) as ben:
+        large = torch.arange(3_000_000.0)
+        assert torch.equal((large.send(ann) * 2).get(), large * 2)
+        assert works(ben)
+        with pytest.raises(SessionLostError, match="SIGSEGV while a batch of"):
+            fit(ann, "crash")
+        assert works(ben)
+        with secure.connect("ann", ca=secure.ca) as again:
+            assert works(again)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"isolation": "on"}, "isolation is True or False"),
+        ({"isolation": 1}, "isolation is True or False"),
+        ({"isolation": True, "kernel_timeout": 0}, "number of seconds above 0"),
+        ({"isolation": True, "kernel_timeout": float("nan")}, "number of seconds above 0"),
+        ({"isolation": True, "kernel_timeout": True}, "number of seconds above 0"),
+        ({"isolation": True, "process_memory": 5}, "at least 67,108,864"),
+        ({"isolation": True, "process_memory": "4 GiB"}, "number of bytes"),
+        ({"isolation": True, "readable": "/tmp"}, "list of files"),
+        ({"isolation": True, "readable": ["/no/such/folder"]}, "is not there"),
+        ({"isolation": True, "metrics_port": 0}, "leave out metrics_port"),
+        ({"kernel_timeout": 5.0}, "are for workers with isolation=True"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(options, says):
+    with pytest.raises(OptionError, match=says):
+        WebsocketServerWorker("bob", **options)
+
+
+def test_a_worker_within_another_process_has_no_isolation_and_says_so():
+    server = WebsocketServerWorker("bob", isolation=True)
+    with pytest.raises(OptionError, match=r"call start\(\) in a process of its own"), server.running():
+        pass
+    with pytest.raises(OptionError, match="isolation"):
+        server.start()  # this process has threads
+    with pytest.raises(TypeError):
+        VirtualWorker("bob", isolation=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--isolation", "yes"], "invalid choice"),
+        (["--kernel-timeout", "5"], "add --isolation on"),
+        (["--isolation", "on", "--kernel-timeout", "0"], "above 0"),
+        (["--isolation", "on", "--process-memory", "lots"], "process-memory"),
+        (["--isolation", "on", "--readable", "/no/such/file"], "is not there"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options, says, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["serve", "--id", "bob", "--empty", "--port", "0", *options]) != 0
+    assert says in capsys.readouterr().err
+
+
+def test_data_sets_stay_as_they_are_while_it_serves(server):
+    assert server.adding == ["OptionError: with isolation data sets are added before the worker starts"] * 2
+
+
+# ---------------------------------------------------------------------------- how they end: the last of these servers
+
+
+def test_ctrl_c_leaves_no_process(server):
+    with server.connect("ann") as worker:
+        assert works(worker)
+        family = [*children(server.process.pid), *server.processes()]
+        os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does
+        assert server.process.wait(20) == 0
+        assert len(family) >= 2
+        until(lambda: gone(family))
+        with pytest.raises(WorkerLostError, match="has stopped"):
+            works(worker)
+
+
+def test_a_worker_that_is_killed_leaves_no_process_not_even_a_busy_one(secure):
+    with secure.connect("ann", ca=secure.ca) as worker:
+        assert works(worker)
+        family = [*children(secure.process.pid), *secure.processes()]
+        x = torch.ones(3000, 3000).send(worker)
+        for _ in range(20):
+            x = x.mm(x)
+        secure.process.kill()
+        until(lambda: gone(family))
+
+
+def test_without_the_process_that_makes_others_the_worker_ends(hospital):
+    with hospital.connect(None) as worker:
+        (zygote,) = children(hospital.process.pid)
+        family = hospital.processes()
+        os.kill(zygote, signal.SIGKILL)
+        assert hospital.process.wait(20) != 0
+        assert family
+        until(lambda: gone(family))
+        with pytest.raises(WorkerLostError):
+            worker.approval(doubled)
+
+
+# -------------------------------------------------------------------------------- what a process says is looked at
+
+
+class Recorded:
+    """A log, and decisions, that keep what they are told."""
+
+    def __init__(self):
+        self.told = []
+
+    def record(self, event):
+        self.told.append(event)
+
+    def write(self):
+        pass
+
+    def submit(self, plan, data, **asking):
+        self.told.append((plan, data, asking))
+        return Status("pending")
+
+
+@pytest.fixture
+def of_user():
+    """``of_user(name)``: what answers the calls of a process for that user, and what is told then."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def start(user):
+            told = Recorded()
+            answers = Answers(
+                "bob", Limits(), Dialling(), told, told, lambda *about: None, lambda *about: None
+            )
+            process = SimpleNamespace(user=user, key="it", connections={}, dials=set(), gifts=ours)
+            return (lambda *call: asyncio.run(answers.answer(process, list(call)))), told.told
+
+        yield start
+
+
+def asking(user):
+    return {"name": "mean", "inputs": ["x"], "user": user, "data": [], "purpose": "", "time": ""}
+
+
+def test_a_process_cannot_speak_for_another_user(of_user):
+    call, told = of_user("ann")
+    assert call("audit", [{"event": "fetch", "user": "ben"}])[0] is False
+    assert call("audit", [{"event": "fetch", "user": "ann"}, {"event": "fetch", "user": "ben"}])[0] is False
+    assert call("submit", "0" * 64, b"", asking("ben"), 5)[0] is False
+    assert [one for one in told if "ben" in repr(one)] == []
+    assert call("audit", [{"event": "fetch", "user": "ann"}]) == (True, None)
+    assert call("submit", "0" * 64, b"", asking("ann"), 5) == (True, ["said", ["pending", ""]])
+    call, told = of_user(None)
+    assert call("audit", [{"event": "fetch", "user": "ann"}])[0] is False
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("audit", 5), ("audit", ["line"]), ("submit", "x", b"", {"name": 5}, 1), ("submit", "x", "y", None, None),
+        ("submit", "x", b"", None, "many"), ("status",), ("dial", "x", 1, 2), ("opened", "x", 3), ("closed", 99),
+        ("closed", None), ("stop",), ("nonsense", {}),
+    ],
+)  # fmt: skip
+def test_nonsense_from_a_process_does_nothing(of_user, call):
+    answer, told = of_user("ann")
+    given = answer(*call)
+    assert given is None or given[0] is False
+    assert told == []
