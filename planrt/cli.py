@@ -168,6 +168,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
     policy = Policy.from_file(options.policy) if options.policy else None
     path, askings = _plan_file(options)
+    if path.suffix == ".joint":
+        return _inspect_joint(path, askings)
     graphs, constants = _graphs(path)
     if options.graph is not None:
         if options.graph not in graphs:
@@ -193,6 +195,19 @@ def _inspect(options: argparse.Namespace) -> int:
             print(line[0].upper() + line[1:])
         print("\n\n".join(str(report) for report in reports.values()))
     return 0 if all(report.ok for report in reports.values()) else _BROKEN
+
+
+def _inspect_joint(path: Path, askings: Sequence[Asking]) -> int:
+    """Shows a joint run with other workers: it is text, and what a policy says of plans is not about it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path} cannot be read: {error}") from None
+    for line in _asked(askings):
+        print(line[0].upper() + line[1:])
+    for line in lines:
+        print(shown(line, 400))
+    return 0
 
 
 def _approve(options: argparse.Namespace) -> int:

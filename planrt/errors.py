@@ -20,6 +20,9 @@
     │   │   ├── ValueRangeError        a value that shares cannot hold (also an OverflowError); names the range
     │   │   ├── RandomnessError        correlated randomness of the wrong shape, used up, or asked for twice
     │   │   └── AggregationError       a secure aggregation that came to no sum; nothing was revealed
+    │   ├── JointError             workers who compute together on their tables cannot begin or go on; names the party
+    │   │   ├── AlignmentError         tables that have nobody in common, or parties who compare ids differently
+    │   │   └── CiphertextError        ciphertexts of another key, or what their holder does not decrypt
     │   ├── BlockingCallError      a blocking call on planrt's own loop thread; names the `await` form
     │   └── PointerError           a pointer was used in a way that pointers cannot be
     │       ├── RemoteValueError       its value was read here: write `.get()` first
@@ -201,6 +204,18 @@ class RandomnessError(SharingError):
 class AggregationError(SharingError, RuntimeError):
     """A secure aggregation came to no sum: too many workers dropped out, or what they sent does not fit. No worker's
     values were revealed."""
+
+
+class JointError(LocalError, RuntimeError):
+    """Workers who compute together on their tables cannot begin, or cannot go on; names the party."""
+
+
+class AlignmentError(JointError, ValueError):
+    """Tables have nobody in common, or their parties compare ids in different ways."""
+
+
+class CiphertextError(JointError, ValueError):
+    """A ciphertext is of another key or malformed, or is not what the holder of the key decrypts."""
 
 
 class BlockingCallError(LocalError, RuntimeError):

@@ -185,7 +185,9 @@ def train(
             tensor.data.to(device).requires_grad_(entry.trainable)
             for entry, tensor in zip(plan.state, state, strict=True)
         ]
-        stepper = _optimizer(optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state)
+        stepper = optimizer_of(
+            optimizer, checked_args, [v for v in values if v.requires_grad], optimizer_state
+        )
         compiled = program(plan, device)
         remaining = iter(batches)  # from here on failures can depend on data
         first = next(remaining, None)
@@ -360,9 +362,14 @@ def warm_up() -> None:
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
-def _optimizer(
+def optimizer_of(
     name: str, args: dict[str, Any], parameters: list[torch.Tensor], kept: dict[Any, Any] | None
 ) -> torch.optim.Optimizer:
+    """Returns the optimizer of that name in `OPTIMIZERS`, with the state that was `kept` of an earlier one.
+
+    Raises:
+        PlanError: there is nothing to train. OptionError: it does not take these arguments.
+    """
     if not parameters:
         raise PlanError("the plan has no trainable parameters: nothing for an optimizer to do")
     factory: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[name]

@@ -52,6 +52,9 @@ MAX_ASKINGS: Final = 20
 MAX_ASKINGS_OF_ONE: Final = 5
 """Most of them by one user; clients without a token are one."""
 
+JOINT_SUFFIX: Final = ".joint"
+"""Of the file of a joint run that waits: text, which says what it does."""
+
 
 class QueueFullError(ApprovalError):
     """No more plans can wait for the owner: of this user, or of all."""

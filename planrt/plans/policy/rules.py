@@ -54,6 +54,7 @@ from typing import Any, Final, Literal, get_args
 from planrt.errors import OptionError
 
 Approval = Literal["open", "list", "ask"]
+Intersection = Literal["ids", "size", "none"]
 
 _UNITS: Final = {
     "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
@@ -140,6 +141,8 @@ class Policy:
         max_session_memory, max_session_objects: bytes and objects that the sessions of one user may keep, all of them
             together (`planrt.plans.policy.quotas` says what counts); clients without a token or a certificate are
             one user for each address that they come from.
+        intersection: what parties of a joint run may learn of who is in this worker's tables. "ids": which of their
+            own people are in it too, "size": how many, "none": nothing, so that there are no joint runs.
         release: rules for private data.
 
     `max_flops` and `max_memory` hold for a single op on pointers as well, for a backward pass, and for all batches of a
@@ -167,11 +170,14 @@ class Policy:
     require_secure_aggregation: int | None = None
     max_session_memory: int | None = 16 * 2**30
     max_session_objects: int | None = 100_000
+    intersection: Intersection = "ids"
     release: tuple[ReleaseRule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.approval not in get_args(Approval):
             raise OptionError(f'approval must be "open", "list" or "ask", got {self.approval!r}')
+        if self.intersection not in get_args(Intersection):
+            raise OptionError(f'intersection must be "ids", "size" or "none", got {self.intersection!r}')
         for name in ("approved", "allow", "deny"):
             _strings(name, getattr(self, name))
         for text in self.approved:
@@ -243,7 +249,7 @@ class Policy:
         values = asdict(self)
         for name in (
             "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects",
-            "require_secure_aggregation",
+            "require_secure_aggregation", "intersection",
         ):  # fmt: skip
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
@@ -287,6 +293,11 @@ class Policy:
                 for name, limit, show in limits
             ],
             *(
+                [f"  intersection: others learn {_INTERSECTIONS[self.intersection]} of who is in a table"]
+                if self.intersection != "ids"
+                else []
+            ),
+            *(
                 [
                     f"  training: in secure aggregations only, over at least {self.require_secure_aggregation} workers"
                 ]
@@ -299,6 +310,9 @@ class Policy:
             ],
         ]
         return "\n".join(lines)
+
+
+_INTERSECTIONS: Final = {"size": "the number", "none": "nothing"}
 
 
 def _table() -> Mapping[str, Any]:

@@ -145,6 +145,10 @@ class Auditor:
             facts["op"] = facts["op"] or op
             self._record("refused" if facts["outcome"] == "refused" else "failed", session, **facts)
 
+    def joint(self, session: Session, step: str, **facts: Any) -> None:
+        """Records a step of a joint run with other workers; `facts` say on which data, and with whom."""
+        self._record("joint", session, request=step, outcome="done", **facts)
+
     # What leaves
 
     def left(

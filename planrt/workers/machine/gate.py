@@ -11,6 +11,7 @@ runs none of them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import OrderedDict
@@ -28,7 +29,14 @@ from planrt.plans.ir import ops
 from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.ir.record import with_names
-from planrt.plans.policy.approvals import Approvals, Asking, Decisions, QueueFullError, Status
+from planrt.plans.policy.approvals import (
+    JOINT_SUFFIX,
+    Approvals,
+    Asking,
+    Decisions,
+    QueueFullError,
+    Status,
+)
 from planrt.plans.policy.passes import check_pass
 from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.policy.single_ops import check_op
@@ -200,6 +208,57 @@ class Gate:
             status, "is not known to the owner yet: send it first"
         )
         raise NotApproved(f"plan {graph.name!r} ({filed}) {said}{f': {why}' if why else ''}")
+
+    def admit_joint(
+        self,
+        text: str,
+        *,
+        features: Sequence[str],
+        size_only: bool,
+        owner: bool,
+        tags: Iterable[str],
+        dataset: str,
+        user: str | None,
+        purpose: str,
+    ) -> None:
+        """Raises unless a joint run may begin, which `text` says in words; puts it before the owner where it has to be.
+
+        Raises:
+            PolicyError: the policy has no such intersections, or release rules are about the table and nobody read what
+                the run does. NotApproved: the owner has not said yes.
+        """
+        allowed = self.policy.intersection
+        if owner and (allowed == "none" or (allowed == "size" and not size_only)):
+            what = {"none": "nothing", "size": "the number of common people alone"}[allowed]
+            raise PolicyError(
+                f"of who is in this worker's tables others may learn {what}: intersection = {allowed!r}",
+                rule="intersection",
+            )
+        if self.policy.approval == "open":
+            if self.covers(tags):
+                raise PolicyError(
+                    "release rules are about this table, and what a joint run tells of it cannot be foreseen from its "
+                    'form: its owner must read it first (approval = "ask" or "list")',
+                    rule="release",
+                )
+            return
+        filed = hashlib.sha256(text.encode()).hexdigest()
+        standing = self.standing(filed)
+        if standing.status == "unknown" and self.policy.approval == "ask" and self._approvals is not None:
+            asking = Asking("joint run", tuple(features), user or "", (dataset,) if dataset else (), purpose)
+            try:
+                standing = self._approvals.submit(
+                    filed, text.encode(), asking=asking, most=self.policy.max_pending, suffix=JOINT_SUFFIX
+                )
+            except QueueFullError as error:
+                raise NotApproved(f"the joint run ({filed}) cannot wait for the owner: {error}") from None
+            except ApprovalError:
+                raise NotApproved(_UNREADABLE) from None
+        if standing.status == "approved":
+            return
+        said = {"denied": "was not approved", "pending": "waits for the owner's approval"}
+        why = f": {standing.why}" if standing.why else ""
+        raise NotApproved(f"the joint run ({filed}) {said.get(standing.status, 'is not on the list')}{why}")
 
     # --------------------------------------------------------------------------------------- rules
 

@@ -75,9 +75,7 @@ from planrt.workers.machine.events import (
 )
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.handshakes import Handshakes, Users
-from planrt.workers.machine.keeping.openings import Openings
-from planrt.workers.machine.keeping.sessions import KeptSessions
+        for request in self._of(session):
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
@@ -163,6 +161,7 @@ class WorkerState:
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
         self._sums = SecureSums(id, self._gate)
         self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access, self._sums)
+        self._joint = JointOps(self._training, self._gate, self._access, self._audit, self.store)
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
@@ -343,8 +342,12 @@ class WorkerState:
         if session is None:
             return []
         session.connection = None
-        # Computations on shares do not go on after a cut: the others hear so at once.
-        alone = [*self._dealers.end(session), *self._heard(*self._parties.gone(session))]
+        # Computations on shares and joint runs do not go on after a cut: the others hear so at once.
+        alone = [
+            *self._dealers.end(session),
+            *self._heard(*self._parties.gone(session)),
+            *self._heard(*self._joint.gone(session)),
+        ]
         keep, over = self._kept.left(session)
         ended = [session] if keep is None else over
         return [
@@ -479,6 +482,10 @@ class WorkerState:
             match body:
                 case m.Opening() | m.Corrections() | m.FailGroup():
                     return self._heard(*self._parties.heard(session, body, tensors))
+                case m.Parcel() | m.FailJoint():
+                    return self._heard(*self._joint.heard(session, body, tensors))
+                case m.EndJoint():
+                    return self._heard(*self._joint.end(session, body))
                 case m.EndGroup():
                     self._dealers.stop(session, body.group)
                     return self._heard(*self._parties.end(session, body))
@@ -644,6 +651,14 @@ class WorkerState:
                 return self._parties.traffic(session, body)
             case m.AskStatus():
                 return self.overview.told_to(session), ()
+            case m.ReadTable():
+                return self._joint.read_table(session, body)
+            case m.OpenJoint():
+                return self._joint.open(session, body)
+            case m.JoinJoint():
+                return self._joint.join(session, body)
+            case m.WorkJoint():
+                return (yield from self._joint.work(session, body, tensors))
             case m.CountObjects():
                 return m.Counted(self.store.count(session.id)), ()
             case m.RunPlan():

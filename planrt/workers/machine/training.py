@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, OptionError, PlanError, PolicyError
+from planrt.errors import DataError, LocalError, OptionError, PlanError, PolicyError
 from planrt.plans import training
 from planrt.plans.ir.constants import Constant
 from planrt.plans.ir.graph import Graph
@@ -29,6 +29,7 @@ from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.serde.tensors import payload_bytes
+from planrt.sharing.columns.table import Table
 from planrt.sharing.secure_sum import encoding
 from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers.machine.access import Access
@@ -346,6 +347,32 @@ class TrainingOps:
                 raise
             failed_on_data(self._gate, session, error, plan=body.plan, dataset=body.dataset)
             raise OpFailedError(failure_on_data(error)) from error
+
+    def table(self, session: Session, key: str) -> Table:
+        """Returns the table that a session may run joint computations on.
+
+        Raises:
+            UnknownDataset: there is none that it sees. DataError: that data set is no table.
+        """
+        source = self._dataset(session, key)
+        if not isinstance(source, Table):
+            raise DataError(
+                f"{self._worker_id}: data set {key!r} is no table: its owner serves planrt.vertical.Table(...), or a "
+                "file with --dataset table.csv --id-column"
+            )
+        return source
+
+    def tags(self, key: str) -> Sequence[str]:
+        """Returns the tags of a data set."""
+        return self._datasets[key].info.tags
+
+    def plan(self, hash: str) -> Graph:
+        """Returns a plan that was sent.
+
+        Raises:
+            UnknownPlan: it is not here.
+        """
+        return self._plan(hash)
 
     def _plan(self, hash: str) -> Graph:
         try:

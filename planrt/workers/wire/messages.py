@@ -16,24 +16,36 @@ from planrt.errors import WireError
 from planrt.plans.ir import ops
 from planrt.serde.frames import HEADER_BYTES, MESSAGE_BYTES, Limits
 from planrt.version import VERSION
+from planrt.workers.wire.fields import Count as Count
+from planrt.workers.wire.fields import Hash as Hash
+from planrt.workers.wire.fields import Id as Id
+from planrt.workers.wire.fields import Message as Message
+from planrt.workers.wire.fields import Number as Number
+from planrt.workers.wire.fields import Options as Options
+from planrt.workers.wire.fields import PeerAddress as PeerAddress
+from planrt.workers.wire.fields import Purpose as Purpose
+from planrt.workers.wire.fields import Text as Text
+from planrt.workers.wire.fields import Token as Token
+from planrt.workers.wire.joint import EndJoint as EndJoint
+from planrt.workers.wire.joint import FailJoint as FailJoint
+from planrt.workers.wire.joint import JoinJoint as JoinJoint
+from planrt.workers.wire.joint import JointDone as JointDone
+from planrt.workers.wire.joint import LinearTerms as LinearTerms
+from planrt.workers.wire.joint import OpenJoint as OpenJoint
+from planrt.workers.wire.joint import Parcel as Parcel
+from planrt.workers.wire.joint import ReadTable as ReadTable
+from planrt.workers.wire.joint import SplitTerms as SplitTerms
+from planrt.workers.wire.joint import TableColumns as TableColumns
+from planrt.workers.wire.joint import WorkJoint as WorkJoint
 
 PROTOCOL_VERSION = 3
 
-Id = Annotated[str, Meta(min_length=1, max_length=200)]
-Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Text = Annotated[str, Meta(max_length=64_000)]
-Count = Annotated[int, Meta(ge=0)]
 CountOrAll = Annotated[int, Meta(ge=-1)]
 """A count, or -1 for all."""
-Number = bool | int | float | None
-Options = dict[Annotated[str, Meta(max_length=64)], Number | Annotated[list[Number], Meta(max_length=8)]]
-"""Keyword arguments of an optimizer."""
 ObjectId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """The number of an object on a worker, chosen at random by whoever makes it."""
 Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=64)]
 Users = Annotated[list[Id], Meta(max_length=1000)]
-Purpose = Annotated[str, Meta(max_length=1000)]
-Token = Annotated[str, Meta(max_length=200)]
 PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 """Of X25519; see `planrt.sharing.secure_sum.keys`."""
 AtLeast = Annotated[int, Meta(ge=0, le=2**31)]
@@ -45,10 +57,6 @@ Proof = Annotated[str, Meta(max_length=1000)]
 """A message of SCRAM; see `planrt.workers.wire.proofs`."""
 Secret = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 """32 random bytes."""
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every message."""
 
 
 class Versions(msgspec.Struct, frozen=True):
@@ -90,13 +98,6 @@ class ObjectSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     dtype: Id
     requires_grad: bool = False
     leaf: bool = True
-
-
-class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Another worker, as its id and an address that can be dialled."""
-
-    worker: Id
-    address: Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
 class Resumption(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -832,6 +833,7 @@ Body = (
     | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | Corrections | FailGroup | EndGroup
     | PutShare | ShareOut | ReadTraffic | FetchedShare | Needs | GroupTraffic
     | AskStatus | WorkerStatus
+    | ReadTable | TableColumns | OpenJoint | JoinJoint | WorkJoint | JointDone | Parcel | FailJoint | EndJoint
     | Counted | Remove | ListObjects | Listed | Approval | FetchedProtocol | RunStates | Failure
 )  # fmt: skip
 

@@ -1,0 +1,131 @@
+"""Private set intersection between two parties: both learn which of their own ids the other one has, or how many.
+
+Each party blinds its ids and sends them, shuffled (`planrt.sharing.columns.curve`). It blinds what it gets once more,
+and sends that back: in the same order, and the other party knows which of its ids are in both tables; sorted, and it
+knows how many. Both work at the same time, and either computes two multiplications for each of its own ids and two for
+each of the other's; nothing else is as dear.
+
+**What a party learns**, besides its result: how many ids the other table has. Of an id that is in one table only, the
+other party sees a point that it cannot tell from a random one without the secret (the decisional Diffie-Hellman
+assumption on Curve25519). **What this does not stop**: parties are taken to follow the protocol. One that puts ids into
+its table which it only guesses learns whether the other has these; one that asks for sizes again and again, with one id
+more or less, learns the same. Owners see every run before it begins, and can deny it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Generator, Sequence
+from typing import Final
+
+import torch
+
+from planrt.errors import AlignmentError, JointError
+from planrt.sharing.columns.curve import WIDTH, Blinder, as_bytes
+from planrt.sharing.columns.ids import order_of
+from planrt.sharing.columns.steps import Role, Send, Take, Tensors, Turn, take_one
+
+MAX_IDS: Final = 20_000_000
+"""Ids of one table."""
+_TURN: Final = 512
+"""Points between two turns: about 0.03 seconds."""
+_PARCEL: Final = 16_384
+"""Points of one parcel: 512 KiB."""
+
+_Steps = Generator[Send | Take | Turn, Tensors | None, Tensors]
+
+
+def intersect(keys: Sequence[bytes], other: int, names: Sequence[str], *, size_only: bool = False) -> Role:
+    """Does one party's part of an intersection with party `other`; both run the same.
+
+    Returns ``size``, and without `size_only` also ``rows``: the positions in `keys` that the other party has, int64.
+
+    Raises:
+        JointError: the other party sends what is no part of the protocol. AlignmentError: nobody is in both tables.
+    """
+    whose, secret = names[other], Blinder()
+    yield Send(other, "count", [torch.tensor([len(keys)])])
+    count = int((yield from take_one(other, "count", torch.int64, [1], names))[0])
+    if not 0 <= count <= MAX_IDS:
+        raise JointError(f"party {whose!r} says that it has {count} ids; there can be {MAX_IDS:,}")
+    order = list(range(len(keys)))
+    secrets.SystemRandom().shuffle(order)
+    for start in range(0, len(order), _PARCEL):
+        made = []
+        for at in range(start, min(start + _PARCEL, len(order)), _TURN):
+            made.append(secret.blind([keys[i] for i in order[at : min(at + _TURN, start + _PARCEL)]]))
+            yield Turn()
+        yield Send(other, "blinded ids", [torch.cat(made)])
+    theirs: list[torch.Tensor] = []
+    for start in range(0, count, _PARCEL):
+        size = min(_PARCEL, count - start)
+        points = yield from take_one(other, "blinded ids", torch.uint8, [size, WIDTH], names)
+        again = []
+        for at in range(0, size, _TURN):
+            again.append(secret.blind_again(points[at : at + _TURN], whose=whose))
+            yield Turn()
+        theirs.append(torch.cat(again))
+        if not size_only:
+            yield Send(other, "ids blinded twice", [theirs[-1]])
+    both = {point for part in theirs for point in as_bytes(part)}
+    if len(both) < count:
+        raise JointError(f"party {whose!r} sent one id twice")
+    if size_only:
+        ranked = (
+            torch.frombuffer(bytearray(b"".join(sorted(both))), dtype=torch.uint8)
+            if both
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        yield Send(other, "ids blinded twice", [ranked.reshape(-1, WIDTH)])
+        del theirs, ranked
+    mine: list[bytes] = []
+    step = max(len(keys), 1) if size_only else _PARCEL
+    for start in range(0, len(keys), step):
+        size = min(step, len(keys) - start)
+        points = yield from take_one(other, "ids blinded twice", torch.uint8, [size, WIDTH], names)
+        mine += as_bytes(points)
+    if size_only and not keys:
+        yield from take_one(other, "ids blinded twice", torch.uint8, [0, WIDTH], names)
+    if size_only:
+        return {"size": len(both.intersection(mine))}
+    rows = sorted(order[place] for place, point in enumerate(mine) if point in both)
+    if not rows:
+        raise AlignmentError(
+            f"nobody is in both tables, that of {names[other]!r} and this one: look at which columns hold the ids and "
+            "how they are normalised"
+        )
+    return {"size": len(rows), "rows": torch.tensor(rows)}
+
+
+def align(keys: Sequence[bytes], me: int, owners: int, names: Sequence[str], seed: int) -> Role:
+    """Does one owner's part of finding the people that all `owners` tables have; party 0 intersects with each other.
+
+    Returns ``rows``: positions in `keys`, int64, in an order that is the same for all owners (`order_of`), and
+    ``size``. With more than two owners, each but party 0 also learns which of its ids party 0 has, and party 0 which
+    each other has.
+
+    Raises:
+        AlignmentError, JointError: as `intersect`.
+    """
+    if me:
+        found: torch.Tensor = (yield from intersect(keys, 0, names))["rows"]
+        ordered = _ordered(keys, found, seed)
+        kept = yield from take_one(0, "who is in all tables", torch.bool, [len(ordered)], names)
+        return {"rows": ordered[kept], "size": int(kept.sum())}
+    pairs = []
+    for other in range(1, owners):
+        found = (yield from intersect(keys, other, names))["rows"]
+        pairs.append(_ordered(keys, found, seed))
+    common = set(pairs[0].tolist()).intersection(*[pair.tolist() for pair in pairs[1:]])
+    if not common:
+        raise AlignmentError("nobody is in all tables, though each two have people in common")
+    for other, pair in enumerate(pairs, 1):
+        kept = torch.tensor([row in common for row in pair.tolist()])
+        yield Send(other, "who is in all tables", [kept])
+    rows = torch.tensor([row for row in pairs[0].tolist() if row in common])
+    return {"rows": rows, "size": len(rows)}
+
+
+def _ordered(keys: Sequence[bytes], rows: torch.Tensor, seed: int) -> torch.Tensor:
+    places = rows.tolist()
+    return rows[order_of([keys[place] for place in places], seed)]

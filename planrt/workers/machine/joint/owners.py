@@ -1,0 +1,192 @@
+"""One owner's table in a joint run: its keys, its aligned rows, and the model that is trained on them. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from planrt.errors import AlignmentError, DataError, JointError
+from planrt.sharing.columns import ids, linear
+from planrt.sharing.columns.steps import Role, Send, take_one
+from planrt.sharing.columns.table import Table
+from planrt.workers.machine.joint.networks import SplitOwner
+from planrt.workers.machine.joint.terms import CLIENT
+from planrt.workers.wire import messages as m
+
+Array = np.ndarray[Any, Any]
+
+
+class AlignedTable:
+    """A table as a joint run sees it: who its rows are about, and from `align` on the rows of people in all tables.
+
+    Raises:
+        DataError: an id column that is not there or has duplicates, a column that is not there, holds text, or has
+            missing values; names the party and the column.
+    """
+
+    def __init__(self, table: Table, about: m.OpenJoint) -> None:
+        self.about = about
+        self.name = about.parties[about.number].worker
+        missing = [name for name in about.ids if name not in table.ids]
+        if missing:
+            raise DataError(f"{self.name}: {missing[0]!r} is no id column; those are {', '.join(table.ids)}")
+        columns = [(name, table.ids[name]) for name in about.ids]
+        self.keys = ids.keys_of(columns, about.normalise, whose=self.name)
+        self._features = table.values(about.features, whose=self.name)
+        self._label = table.values([about.label], whose=self.name)[:, 0] if about.label else None
+        self.places: dict[bytes, int] = {}
+        """Key -> place among the aligned rows."""
+        self.values: Array = np.zeros((0, len(about.features)))
+        self.labels: Array | None = None
+        self.train_rows = 0
+        self.scale, self.shift = 1.0, 0.0
+        """Of the label, where it was standardised: label * scale + shift."""
+
+    def align(self, rows: torch.Tensor) -> None:
+        """Keeps the people in all tables, in the common order; the last of them are held out.
+
+        Raises:
+            AlignmentError: too few to train on.
+        """
+        places = rows.tolist()
+        self.places = {self.keys[row]: place for place, row in enumerate(places)}
+        self.train_rows = len(places) - int(len(places) * self.about.holdout)
+        if self.train_rows < 2:
+            raise AlignmentError(f"only {len(places)} people are in all tables: too few to train on")
+        self.values = self._features[places]
+        self.labels = None if self._label is None else self._label[places]
+        if self.about.standardise:
+            self._standardise()
+
+    def _standardise(self) -> None:
+        seen = self.values[: self.train_rows]
+        spread = seen.std(0)
+        self.values = (self.values - seen.mean(0)) / np.where(spread > 0, spread, 1.0)
+        linear_model = isinstance(self.about.model, m.LinearTerms) and self.about.model.model == "linear"
+        if self.labels is not None and linear_model:
+            labels = self.labels[: self.train_rows]
+            self.shift, self.scale = float(labels.mean()), float(labels.std()) or 1.0
+            self.labels = (self.labels - self.shift) / self.scale
+
+    def rows_of(self, people: Sequence[Sequence[str]]) -> Array:
+        """Returns the places of people who are in all tables, by the values of their id columns.
+
+        Raises:
+            AlignmentError: somebody is not; says which of the people asked for.
+        """
+        if any(len(one) != len(self.about.ids) for one in people):
+            raise AlignmentError(f"a person is named by {len(self.about.ids)} values, as in the id columns")
+        change = ids.normaliser(self.about.normalise)
+        found = []
+        for number, one in enumerate(people):
+            parts = [change(value).encode("utf-8", "surrogatepass") for value in one]
+            place = self.places.get(b"".join(len(part).to_bytes(4, "big") + part for part in parts))
+            if place is None:
+                raise AlignmentError(
+                    f"person {number} of those asked for is not among the people in all tables"
+                )
+            found.append(place)
+        return np.array(found, dtype=np.int64)
+
+    def evaluated(self) -> Array:
+        """Returns the places of the people who were held out; of all, if nobody was."""
+        held = np.arange(self.train_rows, len(self.places))
+        return held if len(held) else np.arange(self.train_rows)
+
+
+def linear_terms(about: m.OpenJoint, model: m.LinearTerms, rows: int) -> linear.Terms:
+    """Returns the facts of a regression that all parties know."""
+    return linear.Terms(
+        model.model,
+        tuple(one.worker for one in about.parties),
+        about.label_owner,
+        rows,
+        model.batch_size,
+        model.lr,
+        model.l2,
+        about.seed,
+        model.key_bits,
+        model.precision,
+    )
+
+
+class LinearOwner:
+    """An owner's side of a regression, over its aligned table."""
+
+    def __init__(self, table: AlignedTable, model: m.LinearTerms) -> None:
+        self._table = table
+        about = table.about
+        self.about, self.terms = about, linear_terms(about, model, table.train_rows)
+        self.owner = linear.Owner(
+            self.terms,
+            about.number,
+            table.values,
+            list(about.features),
+            table.labels,
+            about.label,
+            model.allow_small_batches,
+        )
+
+    def epoch(self, epoch: int) -> Role:
+        """Trains for one epoch."""
+        return self.owner.epoch(epoch)
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """The weights of its columns, float64; of the owner of the labels the intercept last, then scale and shift of
+        the label."""
+        found = [torch.from_numpy(self.owner.weights.copy())]
+        if self.owner.labels is not None:
+            found.append(torch.tensor([self._table.scale, self._table.shift], dtype=torch.float64))
+        return found
+
+    def predict(self, rows: Array, *, evaluate: bool = False) -> Role:
+        """Gives its part of the predictions to who may have them; there they are added up.
+
+        To `evaluate`, they go to the owner of the labels, which gives the loss (and of a logistic model, accuracy).
+        """
+        about, names = self.about, self.terms.names
+        receiver = about.label_owner
+        if about.predictions_to != CLIENT and not evaluate:
+            receiver = names.index(about.predictions_to)
+        mine = torch.from_numpy(self.owner.scores(rows))
+        label_scale = torch.tensor([self._table.scale, self._table.shift], dtype=torch.float64)
+        if about.number != receiver:
+            yield Send(receiver, "part of a prediction", [mine])
+            if self.owner.labels is not None:
+                yield Send(receiver, "scale of the label", [label_scale])
+            return {}
+        for other in range(about.owners):
+            if other != about.number:
+                mine = mine + (
+                    yield from take_one(other, "part of a prediction", torch.float64, [len(rows)], names)
+                )
+                if other == about.label_owner:
+                    label_scale = yield from take_one(other, "scale of the label", torch.float64, [2], names)
+        if self.terms.model == "logistic":
+            found: dict[str, Any] = {"predictions": torch.sigmoid(mine)}
+        else:
+            found = {"predictions": mine * label_scale[0] + label_scale[1]}
+        if evaluate:
+            found |= self._figures(found["predictions"], mine, rows, label_scale)
+        return found
+
+    def _figures(
+        self, predictions: torch.Tensor, scores: torch.Tensor, rows: Array, scale: torch.Tensor
+    ) -> dict[str, Any]:
+        labels = self.owner.labels
+        if labels is None:
+            raise JointError("only the owner of the labels evaluates")
+        truth = torch.from_numpy(labels[rows])
+        if self.terms.model == "linear":
+            loss = torch.nn.functional.mse_loss(predictions, truth * scale[0] + scale[1])
+            return {"loss": float(loss), "people": len(rows)}
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, truth)
+        right = ((scores > 0) == (truth > 0.5)).double().mean()
+        return {"loss": float(loss), "accuracy": float(right), "people": len(rows)}
+
+
+Model = LinearOwner | SplitOwner

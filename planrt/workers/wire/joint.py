@@ -1,0 +1,156 @@
+"""The messages of joint runs: workers who hold different columns about the same people compute together.
+
+A client opens a run at each party (`OpenJoint`), has them make themselves known to each other, and asks for one step
+after another (`WorkJoint`). What the parties tell each other is a `Parcel`. See `planrt.workers.machine.joint`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from planrt.workers.wire.fields import Count, Hash, Id, Message, Options, PeerAddress, Purpose, Text, Token
+
+Names = Annotated[list[Id], Meta(max_length=10_000)]
+Finite = Annotated[float, Meta(ge=0, le=1e9)]
+PartyNumber = Annotated[int, Meta(ge=0, le=64)]
+
+
+class LinearTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="linear"):
+    """Regression on encrypted residuals (`planrt.sharing.columns.linear`); the last party holds the key."""
+
+    model: Literal["linear", "logistic"]
+    batch_size: Annotated[int, Meta(ge=1)]
+    epochs: Annotated[int, Meta(ge=1, le=1_000_000)]
+    """Epochs at most."""
+    lr: Finite
+    l2: Finite
+    key_bits: Annotated[int, Meta(ge=1024, le=8192)]
+    precision: Annotated[int, Meta(ge=8, le=40)]
+    allow_short_key: bool = False
+    allow_small_batches: bool = False
+
+
+class SplitTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="split"):
+    """A network in parts: below, each owner's on its columns; above, one on what these give, with the labels."""
+
+    bottom: Hash | Literal[""]
+    """Training plan of this party's part; "" for one that has no columns."""
+    bottom_evaluation: Hash | Literal[""]
+    top: Hash | Literal[""]
+    """Training plan of the part above, at the owner of the labels; "" elsewhere."""
+    top_evaluation: Hash | Literal[""]
+    widths: Annotated[list[Count], Meta(max_length=64)]
+    """How many numbers each owner's part gives for a row; 0 for none."""
+    classes: bool
+    """Whether labels are classes (int64 [rows]) or numbers (float32 [rows, 1])."""
+    batch_size: Annotated[int, Meta(ge=1)]
+    epochs: Annotated[int, Meta(ge=1, le=1_000_000)]
+    optimizer: Id
+    optimizer_args: Options
+    noise: Finite
+    """Standard deviation of the Gaussian noise that owners add to what leaves them."""
+
+
+class OpenJoint(Message, frozen=True, tag="open_joint"):
+    """Makes the worker a party of a joint run, if its owner lets it. Answered by Done."""
+
+    joint: Id
+    token: Token
+    """What the other parties show."""
+    number: PartyNumber
+    """This party's place."""
+    parties: Annotated[list[PeerAddress], Meta(min_length=2, max_length=64)]
+    """Owners of tables first, then who holds a key, if anybody does."""
+    owners: Annotated[int, Meta(ge=2, le=64)]
+    dataset: Annotated[str, Meta(max_length=200)]
+    """This party's table; "" for who holds the key."""
+    ids: Names
+    """Its id columns, in the order in which they are compared with those of others."""
+    normalise: Id
+    size_only: bool
+    features: Names
+    label: Annotated[str, Meta(max_length=200)]
+    """Its label column; "" for all but one owner."""
+    label_owner: PartyNumber
+    columns: Annotated[list[Count], Meta(max_length=64)]
+    """How many columns each owner gives."""
+    model: LinearTerms | SplitTerms | None
+    """What is trained; None to look who is in both tables, and nothing else."""
+    standardise: bool
+    """Whether each owner takes the mean from its columns and divides them by their standard deviation."""
+    holdout: Annotated[float, Meta(ge=0, le=0.999)]
+    """The share of people who are kept for evaluations."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    predictions_to: Id
+    """Who gets predictions: "client", or an owner's worker."""
+    weights_to_client: bool
+    timeout: Annotated[float, Meta(gt=0, le=86_400)]
+    """Seconds that a party waits for another one."""
+    purpose: Purpose = ""
+
+
+class JoinJoint(Message, frozen=True, tag="join_joint"):
+    """Says that party `number` speaks from this session: party to party. Answered by Done."""
+
+    joint: Id
+    token: Token
+    number: PartyNumber
+    terms: Hash
+    """Of what all parties must have been told alike."""
+
+
+class WorkJoint(Message, frozen=True, tag="work_joint"):
+    """Has a party do its part of a step; all parties are asked at once. Tensors: with "load", the state of the party's
+    plans. Answered by JointDone."""
+
+    joint: Id
+    step: Literal["join", "align", "load", "epoch", "evaluate", "predict", "weights"]
+    epoch: Count = 0
+    people: Annotated[list[Annotated[list[Text], Meta(max_length=64)]], Meta(max_length=100_000)] = []
+    """Whom to predict for: for each the values of the id columns, as in every table."""
+
+
+class Parcel(Message, frozen=True, tag="parcel"):
+    """What a party sends another one within a step: party to party. Tensors: what `kind` says. Not answered."""
+
+    joint: Id
+    number: Count
+    """How many parcels it has sent the other one before."""
+    kind: Id
+
+
+class FailJoint(Message, frozen=True, tag="fail_joint"):
+    """Says that a joint run cannot go on: between its parties. Not answered."""
+
+    joint: Id
+    reason: Text
+
+
+class EndJoint(Message, frozen=True, tag="end_joint"):
+    """Frees a joint run: its client needs it no more. Not answered."""
+
+    joint: Id
+
+
+class ReadTable(Message, frozen=True, tag="read_table"):
+    """Asks which columns a table has. Answered by TableColumns."""
+
+    dataset: Id
+
+
+class TableColumns(Message, frozen=True, tag="table_columns"):
+    """The facts that a worker tells of a table; never values. No tensors."""
+
+    rows: Count
+    ids: list[str]
+    columns: list[str]
+    label: str = ""
+
+
+class JointDone(Message, frozen=True, tag="joint_done"):
+    """A step is done. Tensors: what the client may have of it."""
+
+    figures: dict[Id, float] = {}
