@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 ABSENT = ("sklearn", "matplotlib", "tqdm", "torchvision", "prometheus_client")
 OPTIONAL = {
     "run": {"scikit-learn", "matplotlib", "tqdm"}, "onnx": {"onnx", "onnxscript"}, "metrics": {"prometheus-client"},
+    "vertical": {"phe", "gmpy2", "pandas", "pyarrow"},
 }  # fmt: skip
 
 ROUNDS = """

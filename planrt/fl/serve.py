@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from planrt.command_line import (
@@ -178,7 +179,19 @@ def parser(prog: str) -> Parser:
     add("--empty", action="store_true", help="serve no data set: clients send what the worker is to hold")
     add("--verbose", action="store_true", help="log what happens, and show tracebacks of errors")
     add("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    add("--dataset", default="auto", help="auto, mnist, digits, or package.module:factory for your own")
+    add(
+        "--dataset",
+        default="auto",
+        help="auto, mnist, digits, package.module:factory for your own, or a table in a .csv or .parquet file",
+    )
+    add(
+        "--id-column",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="column of the table that says who a row is about (repeatable); it never leaves the worker",
+    )
+    add("--label-column", metavar="NAME", help="column of the table that is its label, if it has one")
     add("--key", help="key that clients ask for your own data set by")
     add("--tag", action="append", default=[], help="tag of the data set (repeatable)")
     add("--threads", type=whole_number(at_least=1), help="torch threads (as many as cores)")
@@ -294,6 +307,10 @@ def add_tls(add: Callable[..., Any]) -> None:
 
 
 def _served(options: argparse.Namespace) -> Served:
+    if options.dataset.lower().endswith((".csv", ".parquet")):
+        return _table(options)
+    if options.id_column or options.label_column is not None:
+        raise OptionError("--id-column and --label-column are of a table: give it with --dataset table.csv")
     if ":" in options.dataset:
         return _own(options)
     if options.key is not None:
@@ -323,8 +340,8 @@ def _nothing(options: argparse.Namespace) -> Served:
     """No data set, for a worker that gets its data from clients."""
     if options.testing or options.data is not None or options.key is not None or options.tag:
         raise OptionError("--empty serves no data set: leave out --testing, --data, --key and --tag")
-    if options.dataset != "auto":
-        raise OptionError("--empty serves no data set: leave out --dataset")
+    if options.dataset != "auto" or options.id_column or options.label_column is not None:
+        raise OptionError("--empty serves no data set: leave out --dataset, --id-column and --label-column")
     return Served(None, "", (), "", {})
 
 
@@ -342,6 +359,20 @@ def _own(options: argparse.Namespace) -> Served:
         what = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"--dataset {options.dataset} does not give a data set ({what})") from error
     return Served(dataset, options.key, tuple(options.tag), options.dataset, {})
+
+
+def _table(options: argparse.Namespace) -> Served:
+    """A table in a file of the owner's, for joint runs with other owners."""
+    if options.testing or options.data is not None:
+        raise OptionError("--testing and --data are for MNIST: leave them out with a table")
+    if not options.id_column:
+        raise OptionError("a table needs a column that says who a row is about: add --id-column NAME")
+    from planrt.sharing.columns.table import Table
+
+    table = Table.from_file(options.dataset, options.id_column, label=options.label_column)
+    key = options.key or Path(options.dataset).stem
+    about = f"table of {', '.join(table.columns)}"
+    return Served(table, key, tuple(options.tag), about, {})
 
 
 def _from_file(path: str) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +28,7 @@ _A: Final = 486662
 
 def _legendre() -> Any:
     try:
-        import gmpy2
+        gmpy2 = import_module("gmpy2")
     except ImportError:  # the extra `vertical` brings it; the same points without it, more slowly
         return lambda value: 1 if pow(value, (_P - 1) // 2, _P) in (0, 1) else -1
     prime = gmpy2.mpz(_P)

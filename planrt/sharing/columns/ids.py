@@ -66,8 +66,8 @@ def keys_of(columns: Sequence[tuple[str, Sequence[str]]], normalise: str, *, who
         empty = sum(not one for one in changed)
         if empty:
             raise DataError(
-                f"{whose}: id column {name!r} has {empty} values of which {normalise!r} leaves nothing: every row needs "
-                "an id"
+                f"{whose}: id column {name!r} has {empty} values of which {normalise!r} leaves nothing: every row "
+                "needs an id"
             )
         parts.append(changed)
     keys = [b"".join(len(one).to_bytes(4, "big") + one for one in row) for row in zip(*parts, strict=True)]

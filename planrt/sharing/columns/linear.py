@@ -103,7 +103,7 @@ class Terms:
 
 @dataclass(slots=True)
 class Counts:
-    """How often a party did what costs time, in values and in ciphertexts."""
+    """The number of times that a party did what costs time, in values and in ciphertexts."""
 
     encrypted: int = 0
     decrypted: int = 0
@@ -264,7 +264,7 @@ class Owner:
         return whole, rest
 
     def _gradient(self, residuals: Sequence[Any], factors: Array) -> _Steps:
-        """Inner products of the encrypted residuals with plain columns: masked, decrypted by the key holder, unmasked."""
+        """Inner products of encrypted residuals with plain columns: masked, decrypted by the key holder, unmasked."""
         terms, key, layout = self.terms, self.key, self.terms.layout
         assert key is not None  # noqa: S101 - the caller has looked
         masks, sent = [], []

@@ -37,7 +37,7 @@ DEFAULT_PRECISION: Final = 17
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How values are packed: see the module. All parties work it out from the same terms."""
+    """The packing of values: see the module. All parties work it out from the same terms."""
 
     slot: int
     """Bits of a slot."""
@@ -94,8 +94,8 @@ def check_columns(values: np.ndarray[Any, Any], names: Sequence[str], layout: La
     for name, norm in zip(names, norms.tolist(), strict=True):
         if norm > most:
             raise ValueRangeError(
-                f"{whose}: column {name!r} is out of the range of encrypted values, whose root mean square over a batch "
-                f"is at most {COLUMN_RMS:g}: standardise it, or clip what is far out"
+                f"{whose}: column {name!r} is out of the range of encrypted values, whose root mean square over a "
+                f"batch is at most {COLUMN_RMS:g}: standardise it, or clip what is far out"
             )
 
 

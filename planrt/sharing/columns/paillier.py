@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
@@ -25,8 +26,8 @@ _WINDOW: Final = 5
 """Bits of an exponent that `PublicKey.product` takes at a time."""
 
 
-def check_bits(bits: int, *, allow_short: bool = False) -> None:
-    """Raises OptionError unless keys may have that many bits; `allow_short` is for tests, and warns."""
+def check_bits(bits: int, *, allow_short: bool = False, warn: bool = False) -> None:
+    """Raises OptionError unless keys may have that many bits; `allow_short` is for tests. `warn` of short ones."""
     if type(bits) is not int or not LEAST_BITS <= bits <= MOST_BITS or bits % 64:
         raise OptionError(f"key_bits must be a multiple of 64 from {LEAST_BITS} to {MOST_BITS}, got {bits!r}")
     if bits < SAFE_BITS and not allow_short:
@@ -34,7 +35,7 @@ def check_bits(bits: int, *, allow_short: bool = False) -> None:
             f"a key of {bits} bits is too short to keep anybody's data: take {SAFE_BITS} or more "
             "(allow_short_key=True is for tests)"
         )
-    if bits < SAFE_BITS:
+    if warn and bits < SAFE_BITS:
         warnings.warn(f"a key of {bits} bits keeps no secrets: it is for tests", UserWarning, stacklevel=3)
 
 
@@ -134,7 +135,7 @@ class PrivateKey:
 def _big() -> Any:
     """What counts with large numbers: gmpy2's, or Python's where that is not installed."""
     try:
-        import gmpy2
+        gmpy2 = import_module("gmpy2")
     except ImportError:
         return int
     return gmpy2.mpz

@@ -127,8 +127,8 @@ class Table(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
             bad = int((~np.isfinite(column)).sum())
             if bad:
                 raise DataError(
-                    f"{whose}: column {name!r} has {bad} values that are missing or infinite: fill them, or leave these "
-                    "rows out"
+                    f"{whose}: column {name!r} has {bad} values that are missing or infinite: fill them, or leave "
+                    "these rows out"
                 )
         if not names:
             return np.zeros((len(self), 0))

@@ -14,6 +14,7 @@ from msgspec import Meta
 from planrt.workers.wire.fields import Count, Hash, Id, Message, Options, PeerAddress, Purpose, Text, Token
 
 Names = Annotated[list[Id], Meta(max_length=10_000)]
+HashOrNone = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
 Finite = Annotated[float, Meta(ge=0, le=1e9)]
 PartyNumber = Annotated[int, Meta(ge=0, le=64)]
 
@@ -36,12 +37,12 @@ class LinearTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 class SplitTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="split"):
     """A network in parts: below, each owner's on its columns; above, one on what these give, with the labels."""
 
-    bottom: Hash | Literal[""]
+    bottom: HashOrNone
     """Training plan of this party's part; "" for one that has no columns."""
-    bottom_evaluation: Hash | Literal[""]
-    top: Hash | Literal[""]
+    bottom_evaluation: HashOrNone
+    top: HashOrNone
     """Training plan of the part above, at the owner of the labels; "" elsewhere."""
-    top_evaluation: Hash | Literal[""]
+    top_evaluation: HashOrNone
     widths: Annotated[list[Count], Meta(max_length=64)]
     """How many numbers each owner's part gives for a row; 0 for none."""
     classes: bool
@@ -114,7 +115,7 @@ class WorkJoint(Message, frozen=True, tag="work_joint"):
 
 
 class Parcel(Message, frozen=True, tag="parcel"):
-    """What a party sends another one within a step: party to party. Tensors: what `kind` says. Not answered."""
+    """Values that a party sends another one within a step: party to party. Tensors: what `kind` says. Not answered."""
 
     joint: Id
     number: Count

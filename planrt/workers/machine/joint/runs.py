@@ -217,8 +217,8 @@ class JointOps:
             )
         if body.terms != terms.shared_hash(run.about):
             raise AlignmentError(
-                f"{run.name_of(run.me)} and {run.name_of(body.number)} were told different things of the run: they must "
-                "normalise ids alike, and agree on the model"
+                f"{run.name_of(run.me)} and {run.name_of(body.number)} were told different things of the run: they "
+                "must normalise ids alike, and agree on the model"
             )
         run.members[session.id] = body.number
         return m.Done(), ()
@@ -441,8 +441,8 @@ class JointOps:
                 run.waiting_bytes -= payload_bytes(given)
                 if kind != step.kind:
                     raise JointError(
-                        f"{run.name_of(step.source)} sent its {kind} where its {step.kind} is due: parties run the same "
-                        "protocol"
+                        f"{run.name_of(step.source)} sent its {kind} where its {step.kind} is due: parties run the "
+                        "same protocol"
                     )
 
     def _wait(self, run: Run, source: int) -> Exchange:

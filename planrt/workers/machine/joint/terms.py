@@ -1,4 +1,4 @@
-"""A joint run in words, for the owner who is asked for it, and as what all parties must have been told alike. No I/O."""
+"""A joint run in words, for the owner who is asked for it, and as what all parties must be told alike. No I/O."""
 
 from __future__ import annotations
 

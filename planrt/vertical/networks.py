@@ -1,0 +1,185 @@
+"""A network over the columns of several owners, as one object: parts below at each, one above with the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planrt.errors import OptionError
+from planrt.loop import on_loop, run
+from planrt.plans.model_plans import Loss, ModelPlans, trace_model
+from planrt.plans.optimizer_options import check_optimizer
+from planrt.vertical.parties import Party
+from planrt.vertical.runs import CLIENT, DEFAULT_TIMEOUT, Plan, TrainedRun, number, whole
+from planrt.workers.base import BaseWorker
+from planrt.workers.wire import messages as m
+
+
+class SplitNetwork(TrainedRun):
+    """A network in parts that several owners train together; made by `split_network`."""
+
+    def __init__(
+        self,
+        workers: Sequence[BaseWorker],
+        opens: Sequence[m.OpenJoint],
+        *,
+        label_owner: int,
+        epochs: int,
+        parts: Sequence[Sequence[tuple[nn.Module, ModelPlans]]],
+    ) -> None:
+        super().__init__(workers, opens, label_owner=label_owner, epochs=epochs)
+        self._parts = parts
+
+    async def _begin(self) -> None:
+        for worker, parts in zip(self._workers, self._parts, strict=True):
+            for _, plans in parts:
+                for plan in (plans.training, plans.evaluation):
+                    await worker.workplace.put_plan(plan)
+        await super()._begin()
+        state = [
+            [one.detach().clone() for _, plans in parts for one in plans.names.entries.values()]
+            for parts in self._parts
+        ]
+        await self._step("load", tensors=state)
+
+    @on_loop
+    async def async_get(self) -> None:
+        """Does what `get` does, to be awaited on any loop."""
+        for place, parts in enumerate(self._parts):
+            _, tensors = await self._ask_one(place, "weights")
+            rest = list(tensors)
+            for module, plans in parts:
+                count = len(plans.training.state)
+                mine, rest = rest[:count], rest[count:]
+                module.load_state_dict(plans.names.named(dict(zip(plans.names.entries, mine, strict=True))))
+
+    def get(self) -> None:
+        """Brings the trained weights of all parts back into the modules that they were recorded from.
+
+        Raises:
+            PolicyRefusedError: the run was opened with weights_to_client=False: they stay where they are.
+        """
+        run(self.async_get(), instead="await run.async_get()")
+
+
+def split_network(
+    *parties: Party,
+    bottoms: Sequence[nn.Module | None],
+    top: nn.Module,
+    loss_fn: Loss,
+    classes: bool = False,
+    epochs: int = 10,
+    batch_size: int = 64,
+    optimizer: str = "SGD",
+    optimizer_args: Mapping[str, Any] | None = None,
+    noise: float = 0.0,
+    normalise: str = "strip",
+    standardise: bool = True,
+    holdout: float = 0.0,
+    seed: int = 0,
+    predictions_to: str = CLIENT,
+    weights_to_client: bool = True,
+    timeout: float = DEFAULT_TIMEOUT,
+    purpose: str = "",
+) -> SplitNetwork:
+    """Opens a run that trains a network in parts: one below at each party, on its columns, one above with the labels.
+
+    The part above gets what those below give, side by side (`torch.cat`, in the order of the parties, dimension 1).
+    Without `noise` the parts have the values, bit for bit, that the whole network has after the same steps. What the
+    parts below give goes to the owner of the labels unencrypted: `planrt.workers.machine.joint.networks` says what that
+    means. Modules are recorded as plans, which the owners see.
+
+    Args:
+        parties: two or more, one with the label.
+        bottoms: for each party a module [rows, its columns] -> [rows, any width], or None for one without columns.
+        top: [rows, all widths] -> what `loss_fn` takes with the labels: float32 [rows, 1], or int64 [rows] with
+            `classes`.
+        loss_fn: (prediction, labels) -> a loss without dimensions.
+        optimizer, optimizer_args: as `planrt.TrainConfig` takes them; each part has one of its own.
+        noise: standard deviation of Gaussian noise that owners add to what leaves them.
+        epochs, batch_size, normalise, standardise, holdout, seed, weights_to_client, timeout, purpose: as of
+            `linear_regression`; labels are not standardised.
+        predictions_to: "client", or the id of the worker with the labels.
+
+    Raises:
+        TraceError: a part cannot be recorded. Everything else as `linear_regression`.
+    """
+    plan = Plan(
+        parties, normalise=normalise, standardise=standardise, holdout=holdout, seed=seed,
+        predictions_to=predictions_to, weights_to_client=weights_to_client, timeout=timeout, purpose=purpose,
+    )  # fmt: skip
+    label_owner = plan.label_owner()
+    workers = plan.workers()
+    if len(bottoms) != len(parties):
+        raise OptionError(
+            f"bottoms has a module or None for each of the {len(parties)} parties, not {len(bottoms)}"
+        )
+    args = check_optimizer(optimizer, optimizer_args)
+    recorded: list[ModelPlans | None] = []
+    widths = []
+    for party, bottom in zip(parties, bottoms, strict=True):
+        if (bottom is None) != (not party.columns):
+            raise OptionError(
+                f"party {party.worker.id!r} has {len(party.columns)} columns and "
+                f"{'no part' if bottom is None else 'a part'} of the network: a part is on columns"
+            )
+        example = torch.zeros(4, len(party.columns))
+        recorded.append(None if bottom is None else trace_model(bottom, _unused, example, torch.zeros(4)))
+        widths.append(0 if bottom is None else _width(bottom, example, party.worker.id))
+    if not sum(widths):
+        raise OptionError("no party has columns: there is nothing to learn from")
+    target = torch.zeros(4, dtype=torch.int64) if classes else torch.zeros(4, 1)
+    above = trace_model(top, loss_fn, torch.zeros(4, sum(widths)), target)
+    epochs, batch_size = whole("epochs", epochs, most=1_000_000), whole("batch_size", batch_size)
+    models: dict[int, Any] = {}
+    parts: list[list[tuple[nn.Module, ModelPlans]]] = []
+    for place, below in enumerate(recorded):
+        has_top = place == label_owner
+        models[place] = m.SplitTerms(
+            bottom="" if below is None else below.training.hash,
+            bottom_evaluation="" if below is None else below.evaluation.hash,
+            top=above.training.hash if has_top else "",
+            top_evaluation=above.evaluation.hash if has_top else "",
+            widths=widths,
+            classes=bool(classes),
+            batch_size=batch_size,
+            epochs=epochs,
+            optimizer=optimizer,
+            optimizer_args=args,
+            noise=number("noise", noise),
+        )
+        mine: list[tuple[nn.Module, ModelPlans]] = []
+        if below is not None:
+            mine.append((bottoms[place], below))  # type: ignore[arg-type]
+        if has_top:
+            mine.append((top, above))
+        parts.append(mine)
+    made = SplitNetwork(
+        workers,
+        plan.opens(models, label_owner=label_owner),
+        label_owner=label_owner,
+        epochs=epochs,
+        parts=parts,
+    )
+    run(made._begin(), instead="a thread of its own")
+    return made
+
+
+def _unused(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss for a part below, whose gradient comes from above: its plan has to have one, and nothing reads it."""
+    return prediction.sum()
+
+
+def _width(bottom: nn.Module, example: torch.Tensor, whose: str) -> int:
+    mode = bottom.training
+    try:
+        with torch.no_grad():
+            given = bottom.eval()(example)
+    finally:
+        bottom.train(mode)
+    if not isinstance(given, torch.Tensor) or given.dim() != 2 or len(given) != len(example):
+        raise OptionError(f"the part of party {whose!r} gives no tensor [rows, width]")
+    return int(given.shape[1])

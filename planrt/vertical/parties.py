@@ -1,0 +1,82 @@
+"""Who takes part in a joint run, as its client names them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planrt.errors import OptionError
+from planrt.loop import run
+from planrt.workers.base import BaseWorker
+from planrt.workers.wire import messages as m
+
+
+@dataclass(frozen=True)
+class Party:
+    """An owner of a table, for one run.
+
+    Args:
+        worker: the worker that holds it.
+        dataset: the key that it is served under.
+        ids: the column, or columns, that say who a row is about. Those of all parties are compared in their order, so
+            they may have other names in each table.
+        columns: those that it gives to the model.
+        label: the column to predict, at one party of a run.
+
+    Raises:
+        OptionError: no worker, no id column, or names that are no strings.
+    """
+
+    worker: BaseWorker
+    dataset: str
+    ids: str | Sequence[str]
+    columns: Sequence[str] = ()
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        check_worker(self.worker)
+        if isinstance(self.columns, str):
+            raise OptionError(f"columns is a list of names: write columns=[{self.columns!r}]")
+        if not self.id_columns:
+            raise OptionError(
+                "a party names the column, or columns, that say who a row is about: ids='patient'"
+            )
+        for name in (
+            self.dataset,
+            *self.id_columns,
+            *self.columns,
+            *((self.label,) if self.label is not None else ()),
+        ):
+            if not isinstance(name, str) or not name:
+                raise OptionError(f"data sets and columns are named by strings, not {name!r}")
+        if self.label is not None and self.label in self.columns:
+            raise OptionError(f"{self.label!r} is the label, and no column to predict it from")
+        if len(set(self.columns)) < len(self.columns):
+            raise OptionError(f"a column is named twice: {', '.join(self.columns)}")
+
+    @property
+    def id_columns(self) -> list[str]:
+        """The id columns, as a list."""
+        return [self.ids] if isinstance(self.ids, str) else list(self.ids)
+
+
+def check_worker(worker: object) -> None:
+    """Raises OptionError unless it is a worker that others may be told to dial."""
+    if not isinstance(worker, BaseWorker):
+        raise OptionError(f"a joint run is between workers, not {type(worker).__name__}")
+
+
+async def async_table_columns(worker: BaseWorker, dataset: str) -> m.TableColumns:
+    """Returns what `table_columns` does, to be awaited on any loop."""
+    columns, _ = await worker.ask(m.TableColumns, m.ReadTable(dataset))
+    return columns
+
+
+def table_columns(worker: BaseWorker, dataset: str) -> m.TableColumns:
+    """Returns the facts of a table that its worker tells: ``rows``, ``ids``, ``columns`` and ``label``; no values.
+
+    Raises:
+        UnknownDatasetError: the worker has no such data set, or not for this user.
+        RemoteError: it is no table.
+    """
+    return run(async_table_columns(worker, dataset), instead="await async_table_columns(worker, dataset)")
