@@ -75,7 +75,10 @@ from planrt.workers.machine.events import (
 )
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
-        for request in self._of(session):
+from planrt.workers.machine.handshakes import Handshakes, Users
+from planrt.workers.machine.joint.runs import JointOps
+from planrt.workers.machine.keeping.openings import Openings
+from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
