@@ -220,6 +220,16 @@ def test_split_networks_learn_mnist(examples, mnist_folder):
     assert ended.number(r"whole network: ([\d.e+-]+)") == 0
 
 
+def test_owners_of_different_columns_train_as_on_the_joined_table(examples, tmp_path):
+    options = ("--epochs", "2", "--key-bits", "1024")
+    plot = ("--plot", str(tmp_path / "losses.png"))
+    for ended in examples.run_both_ways("vertical", *options, *plot):
+        assert ended.number(r"joined table: ([\d.e+-]+)") < 1e-5
+        assert "399 people in common>, 320 to train on and 79 held out" in ended.out
+        assert ended.number(r"together: loss [\d.]+, accuracy ([\d.]+)") > 0.8
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
 # ------------------------------------------------------------------------------------------------- encrypted
 
 
