@@ -54,6 +54,8 @@ MAX_ASKINGS_OF_ONE: Final = 5
 
 JOINT_SUFFIX: Final = ".joint"
 """Of the file of a joint run that waits: text, which says what it does."""
+JOINT_HEAD: Final = b"joint run of "
+"""The bytes that such a text begins with, and no plan."""
 
 
 class QueueFullError(ApprovalError):
@@ -239,6 +241,8 @@ class Approvals:
         Raises:
             QueueFullError: no more can wait. ApprovalError: no hash, or it cannot be written.
         """
+        if data.startswith(JOINT_HEAD):
+            suffix = JOINT_SUFFIX
         if not _is_hash(plan) or not re.fullmatch(r"\.[a-z]{1,16}", suffix):
             raise ApprovalError(
                 f"{_shortened(plan)!r}{_shortened(suffix)} is not a plan's file: its hash has 64 digits"

@@ -30,7 +30,6 @@ from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has
 from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.ir.record import with_names
 from planrt.plans.policy.approvals import (
-    JOINT_SUFFIX,
     Approvals,
     Asking,
     Decisions,
@@ -248,7 +247,7 @@ class Gate:
             asking = Asking("joint run", tuple(features), user or "", (dataset,) if dataset else (), purpose)
             try:
                 standing = self._approvals.submit(
-                    filed, text.encode(), asking=asking, most=self.policy.max_pending, suffix=JOINT_SUFFIX
+                    filed, text.encode(), asking=asking, most=self.policy.max_pending
                 )
             except QueueFullError as error:
                 raise NotApproved(f"the joint run ({filed}) cannot wait for the owner: {error}") from None
