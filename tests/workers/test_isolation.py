@@ -275,6 +275,11 @@ def test_memory_beyond_the_limit_fails_its_op(server, ann, ben):
     ],
 )
 def test_a_process_does_nothing_but_compute(server, ann, action):
+    if (
+        action in ("read", "write", "overwrite", "list", "memory_of_others")
+        and not confining.landlock_version()
+    ):
+        pytest.skip("this kernel has no Landlock: the worker's log says so")
     with pytest.raises(RemoteError, match=r"refused with (PermissionError|OSError)"):
         fit(ann, action)
 
