@@ -126,9 +126,8 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     @property
     def call_timeout(self) -> float | None:
-        """Seconds that each call may wait for this worker, unless it says so itself (``timeout=``, or
-        `planrt.waiting`); None, the default, for as long as it takes. A call that waits longer raises
-        `WorkerTimeoutError`.
+        """Seconds that each call may wait for this worker, unless `planrt.waiting` says less; None, the
+        default, for as long as it takes. A call that waits longer raises `WorkerTimeoutError`.
         """
         return self._connection.timeout
 

@@ -71,7 +71,7 @@ class VirtualWorker(BaseWorker):
         log_msgs: keep what is sent to the worker in `msg_history`.
         verbose: taken, and without effect: planrt logs to the logger "planrt".
         message_pending_time: seconds that every message waits before it leaves, to try a slow network.
-        call_timeout: seconds that each call may wait for the worker, unless it says so itself (`timeout=`); None for as
+        call_timeout: seconds that each call may wait for the worker, unless `planrt.waiting` says less; None for as
             long as it takes.
         auto_add: whether `get_worker` finds it, and making it again returns the same.
 

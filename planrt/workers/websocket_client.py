@@ -74,7 +74,7 @@ class WebsocketClientWorker(BaseWorker):
         message_pending_time: seconds that every message waits before it leaves, to try a slow network.
         data: not taken: a server holds its own data.
         timeout: seconds to wait for the connection and its handshake. limits: the sizes of messages that it takes.
-        call_timeout: seconds that each call may wait for the worker, unless it says so itself (`timeout=`); None for as
+        call_timeout: seconds that each call may wait for the worker, unless `planrt.waiting` says less; None for as
             long as it takes. reconnect: seconds for which a connection that was lost is tried again; 0, the default,
             for not at all.
         token: proves to the worker which of its users this is. It does not travel.

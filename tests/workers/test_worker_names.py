@@ -17,8 +17,8 @@ from planrt.workers.wire import messages as m
 EVERY = """
     address approval ask async_approval async_clear_objects async_close async_evaluate async_fetch_plan async_fit
     async_list_objects async_objects_count async_run async_search async_wait_for_approval clear_objects close connect
-    datasets evaluate fetch_plan fit id link_address objects_count remote run search traffic versions
-    wait_for_approval workplace
+    datasets evaluate fetch_plan fit id link_address objects_count remote run search status async_status traffic
+    versions wait_for_approval workplace
 """
 OF_02 = """
     add_worker add_workers clear_objects_remote de_register_obj get_obj get_worker is_client_worker
@@ -29,7 +29,7 @@ OF_02 = """
 """
 OF_JOBS = "leave_job train_job"
 OWN = {
-    VirtualWorker: "add_dataset connect_as remove_dataset",
+    VirtualWorker: "add_dataset connect_as remove_dataset watched",
     WebsocketClientWorker: "async_reconnect",
 }  # fmt: skip
 
