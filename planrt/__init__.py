@@ -6,6 +6,11 @@ asked for comes back. See README.md for a first program and ARCHITECTURE.md for 
 
 from __future__ import annotations
 
+# ruff: noqa: E402 - Ctrl-C comes before the other imports
+from planrt import stopping
+
+stopping.in_a_command()
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -12,10 +12,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import NoReturn
 
 from planrt.errors import OptionError, PlanrtError
+from planrt.stopping import in_order, said, signalled
 
 FAILED, WRONG_OPTIONS, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -71,29 +71,28 @@ def seconds_or_none(text: str) -> float:
 def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:
     """Runs `action` and turns its end into an exit code; errors meant for users become one line on stderr.
 
-    SIGTERM raises SystemExit in the main thread, so that `finally` blocks and context managers clean up as
-    they do on Ctrl-C. With `verbose` errors show their traceback too.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt and SystemExit in the main thread, so that `finally` blocks and context
+    managers clean up; `planrt.stopping` sees that this does not take long. With `verbose` errors show their traceback.
     """
-
-    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        action()
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except (PlanrtError, OSError) as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return WRONG_OPTIONS if isinstance(error, OptionError) else FAILED
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with in_order(name):
+        try:
+            action()
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader of our output went away, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except Exception as error:
+            if (number := signalled()) is not None:  # it came of the end
+                print(f"{name}: {said(number)}", file=sys.stderr)
+                return 128 + number
+            if not isinstance(error, PlanrtError | OSError):
+                raise
+            if verbose:
+                traceback.print_exc()
+            print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+            return WRONG_OPTIONS if isinstance(error, OptionError) else FAILED
     return 0
 
 

@@ -7,11 +7,15 @@ Ctrl-C is ignored, as shells want it, and SIGTERM stops it. Exit codes: see `pla
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while all this is imported, Ctrl-C shows no traceback
+
 import argparse
-import sys
 from collections.abc import Sequence
 
-from planrt.command_line import Parser, run_command, stopped_by, whole_number
+from planrt.command_line import Parser, leave, run_command, stopped_by, whole_number
 from planrt.fl.data import digits as data
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.serve import add_tls, holdings
@@ -49,7 +53,7 @@ def start(options: argparse.Namespace) -> None:
         source, first_port=options.port, threads=options.threads, verbose=options.verbose,
         first_metrics_port=options.metrics_port, more=_who(options),
     )  # fmt: skip
-    workers = WorkerProcesses(children, host=options.host)
+    workers = WorkerProcesses(children, host=options.host, die_with_us=True)
     try:
         workers.start()
         for worker in workers.wait_ready().values():
@@ -82,4 +86,4 @@ def _who(options: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

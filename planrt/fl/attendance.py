@@ -80,6 +80,10 @@ class Attendance:
         self._owed[worker_id] = number, answer
         answer.add_done_callback(arrived)
 
+    def is_owing(self, worker_id: str) -> bool:
+        """Returns whether the worker has not answered what it was asked in an earlier round."""
+        return worker_id in self._owed
+
     async def roll_call(
         self, *, needed: int, deadline: Deadline
     ) -> tuple[list[BaseWorker], dict[str, Missing]]:

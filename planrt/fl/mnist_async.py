@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planrt.command_line import one_line, run_command
+from planrt.command_line import leave, one_line, run_command
 from planrt.errors import RemoteError, RunFolderError, TransportError
 from planrt.extras import check_installed, needed
 from planrt.fl.data import digits as data
@@ -40,6 +40,7 @@ from planrt.fl.runs.identity import Identity
 from planrt.fl.runs.job_folder import check_room, job_folder
 from planrt.fl.runs.job_options import by_option_name, parsed, parser, resumed
 from planrt.fl.runs.run_folder import OPTIONS, RunFolder
+from planrt.stopping import ending_at_once, run_until_stopped, said, signalled
 from planrt.workers.serving.metrics_options import MetricsOptions
 
 if TYPE_CHECKING:
@@ -82,17 +83,18 @@ def run(options: argparse.Namespace) -> None:
         with contextlib.ExitStack() as stack:
             children = None
             if addresses is None:
-                children = stack.enter_context(WorkerProcesses(_children(options)))
+                children = stack.enter_context(WorkerProcesses(_children(options), die_with_us=True))
             elif options.data is not None or options.device != "cpu" or options.fast_kernels:
                 print(
                     "Notice: --data, --device and --fast-kernels do nothing here: the workers that run hold data and "
                     "device"
                 )
             # Only now, so that this process imports torch at the same time as its children.
-            import torch
+            with ending_at_once():
+                import torch
 
-            from planrt.fl.runs.networks import seeded_net
-            from planrt.logs import configure
+                from planrt.fl.runs.networks import seeded_net
+                from planrt.logs import configure
 
             configure(verbose=options.verbose)
             torch.set_num_threads(1)  # averaging is light, and the workers on this machine need the cores
@@ -101,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
                 addresses = {worker.id: worker.uri for worker in children.wait_ready().values()}
                 identity = Identity()  # they have no users
             try:
-                asyncio.run(
+                run_until_stopped(
                     _train(options, addresses or {}, identity, network, began, folder, progress, metrics)
                 )
             except BaseException as error:
@@ -171,6 +173,7 @@ async def _train(
         Disk().write_whole(folder / OPTIONS, [json.dumps(by_option_name(options)).encode()])
         report.rounds = [_round_in(line) for line in scheduler.history()]
         progress.report, progress.state = report, state
+        stack.push(lambda _kind, error, _trace: _write_stopped(options, folder, progress, error))
         goes_on = f", from round {scheduler.next_round}" if options.resume else ""
         print(
             f"Training on {', '.join(workers)}; ready after {time.perf_counter() - began:.1f} s{goes_on}",
@@ -300,14 +303,15 @@ def _round_in(line: Mapping[str, Any]) -> Round:
 
 
 def _write_stopped(
-    options: argparse.Namespace, folder: Path, progress: Progress, error: BaseException
+    options: argparse.Namespace, folder: Path, progress: Progress, error: BaseException | None
 ) -> None:
-    """Writes the report of what was done until a run was stopped, and says how to go on."""
+    """Writes the report of what was done until a run was stopped, and says how to go on; once, and before connections
+    are closed, which may take longer than there is time."""
     report = progress.report
-    if report is None:
+    if report is None or report.stopped or error is None:
         return
-    words = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}
-    report.stopped = words.get(type(error)) or one_line(error)
+    number = signalled()
+    report.stopped = one_line(error) if number is None else said(number)
     path = Path(options.report or folder / "report.json")
     with contextlib.suppress(OSError):  # the error is what counts
         Disk().write_whole(path, [report.to_json().encode()])
@@ -420,4 +424,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -32,12 +32,14 @@ from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregati
 from planrt.fl.config import TrainConfig
 from planrt.fl.evaluator import ModelEvaluator
 from planrt.fl.exchange import Exchange, PlainExchange, RoundOrder
+from planrt.fl.going_on.resuming import CHANGEABLE, SETTINGS, named
+from planrt.fl.going_on.worker_optimizers import WorkerOptimizers
+from planrt.fl.going_on.written_run import WrittenRun
 from planrt.fl.options import learning_rate, positive, seconds, whole
 from planrt.fl.recording_cache import dataset_of
-from planrt.fl.resuming import CHANGEABLE, SETTINGS, captured, data_of, named, put_back
 from planrt.fl.round_result import RoundResult, WorkerRound
 from planrt.fl.runs.run_metrics import RunMetrics
-from planrt.fl.runs.run_record import RunRecord, set_random_state
+from planrt.fl.runs.run_record import RunRecord
 from planrt.fl.secure import SecureAggregation, SecureExchange, secure_options
 from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Deadline, Lease, Leases
 from planrt.logs import get_logger
@@ -88,8 +90,9 @@ class RoundScheduler:
     no loss and no samples then. ``docs/secure_aggregation.md`` says whom it protects from whom.
 
     With `run_dir`, the run is written down there: a journal, and after every `checkpoint_every` rounds a checkpoint (0
-    for none) of the state, of what the aggregation keeps (its `state_dict()`, if it has one), and of
-    the random generators. `RoundScheduler.resume` goes on from there, with the same bits::
+    for none) of the state, of what the aggregation keeps (its `state_dict()`, if it has one), of what the workers'
+    optimizers keep (`keep_optimizer_state`; in memory here as well, for all workers) and of the random generators.
+    `RoundScheduler.resume` goes on from there, with the same bits::
 
         scheduler = RoundScheduler([alice, bob], config, dataset_key="digits", seed=1, run_dir="runs/a")
         await scheduler.prepare()
@@ -176,21 +179,19 @@ class RoundScheduler:
         self._combining = named(exchange if aggregation is None else aggregation)
         self._asking = Asking(self.workers, self.min_workers, dataset_key)
         self.checkpoint_every = whole("checkpoint_every", checkpoint_every, at_least=0)
-        self._record: RunRecord | None = None
-        self._state: ModelState | None = None
-        self._last: RoundResult | None = None
-        self._since = time.time()
+        self._written: WrittenRun | None = None
+        self._optimizers = WorkerOptimizers(config, dataset_key)
         self.watched = RunMetrics(
             ids,
             self._asking.needed,
             waiting=lambda: dict(self._asking.waiting),
-            next_round=lambda: self.next_round if self._record is not None else 0,
-            checkpoints=lambda: (0, 0.0) if self._record is None else self._record.checkpoints,
+            next_round=lambda: self.next_round if self._written is not None else 0,
+            checkpoints=lambda: (0, 0.0) if self._written is None else self._written.record.checkpoints,
         )
         """The rounds as monitoring sees them; see `planrt.MetricsServer`."""
         if run_dir is not None:
-            _check_kept(config)
-            self._record = RunRecord(run_dir, every=self.checkpoint_every)
+            _check_kept(config, exchange)
+            self._write_to(RunRecord(run_dir, every=self.checkpoint_every))
 
     @classmethod
     def resume(
@@ -232,13 +233,18 @@ class RoundScheduler:
                 workers, config, dataset_key=identity["dataset"], seed=identity["seed"], aggregation=aggregation,
                 secure_aggregation=secure_aggregation, exchange=exchange, **options,
             )  # fmt: skip
-            _check_kept(config)
+            _check_kept(config, made._exchange)
             record.every = made.checkpoint_every
-            made._record = record
+            made._write_to(record)
         except BaseException:
             record.folder.close()
             raise
         return made
+
+    def _write_to(self, record: RunRecord) -> None:
+        self._written = WrittenRun(
+            record, self.config, self._exchange, self._asking, self._optimizers, self.round_timeout
+        )
 
     def _check_quorum(self, aggregation: object) -> None:
         fewest = getattr(aggregation, "fewest", 1)
@@ -274,9 +280,10 @@ class RoundScheduler:
                 f"the workers' data sets {self.dataset_key!r} have different shapes or dtypes: {'; '.join(specs)}"
             )
         plan = self.config.trace_for(self.workers[0], self.dataset_key).training
-        if self._record is not None and self._state is None:
+        begins = self._written is not None and self._written.state is None
+        if self._written is not None and begins:
             data = {worker.id: info for worker, info in zip(self.workers, infos, strict=True)}
-            await self._begin(self._record, plan.hash, data)
+            await self._begin(self._written, plan.hash, data)
         self._asking.attendance.like = looks(infos[0])
         deadline = Deadline(self.round_timeout)
         present, missing = await self._asking.present("preparing", deadline)
@@ -293,6 +300,8 @@ class RoundScheduler:
             lambda worker: worker.workplace.put_plan(plan, purpose=self.config.purpose),
             prepared,
         )
+        if self._written is not None and begins:
+            await self._written.began([worker for worker in present if worker.id not in missing])
 
     @on_loop
     async def run_round(
@@ -354,15 +363,16 @@ class RoundScheduler:
         in_place: bool,
         save: bool,
     ) -> RoundResult:
-        if self._record is None:
+        if self._written is None:
             return await self._round(round_number, state, lr, keep_worker_states, in_place)
-        await self._before_round(self._record, round_number)
+        await self._written.before_round(round_number)
         try:
             result = await self._round(round_number, state, lr, keep_worker_states, in_place)
         except PlanrtError as error:
-            await self._record.failed(round_number, error)
+            await self._written.failed(round_number, error)
             raise
-        self._last = replace(result, worker_states={})
+        self._written.last = replace(result, worker_states={})
+        self._optimizers.trained_since = False
         if save:
             await self.save()
         return result
@@ -423,8 +433,8 @@ class RoundScheduler:
             lambda worker, late: places[worker.id].too_late() if late else places[worker.id].release(),
         )
         made = await self._exchange.end(order, list(parts))
-        if in_place and self._record is not None:
-            await self._record.settled()
+        if in_place:
+            await self.settled()
         after = names.assign(state, made.changed) if in_place else {**before, **made.changed}
         seconds_taken = time.perf_counter() - started
         return RoundResult(round_number, seconds_taken, names.named(after), made.loss, parts, kept, missing)
@@ -434,7 +444,7 @@ class RoundScheduler:
     @property
     def next_round(self) -> int:
         """The number of the round that comes next in a run with a folder: 1, or where it goes on."""
-        return 1 if self._record is None else self._record.next_round
+        return 1 if self._written is None else self._written.record.next_round
 
     @property
     def state(self) -> ModelState:
@@ -444,9 +454,10 @@ class RoundScheduler:
         Raises:
             LocalError: nothing was traced yet: await `prepare` first.
         """
-        if self._last is not None:
-            return self._last.state
-        return self.config.state if self._state is None else self._state
+        written = self._written
+        if written is not None and written.last is not None:
+            return written.last.state
+        return self.config.state if written is None or written.state is None else written.state
 
     @property
     def waiting(self) -> dict[str, float]:
@@ -456,7 +467,7 @@ class RoundScheduler:
     def history(self) -> list[dict[str, Any]]:
         """Returns what the folder says of the rounds before the place where the run went on: see
         `RoundResult.as_line`."""
-        return [] if self._record is None else self._record.history()
+        return [] if self._written is None else self._written.record.history()
 
     @on_loop
     async def save(self, **notes: Any) -> None:
@@ -464,10 +475,11 @@ class RoundScheduler:
         if one is due. It is on the disk once the next round, `save` or `close` has returned.
 
         Raises:
-            RunFolderError: it cannot be written; the checkpoint before is as it was.
+            RunFolderError: it cannot be written; the checkpoint before is as it was. Or a worker does not give what its
+                optimizer keeps.
         """
-        if self._record is not None and self._last is not None and self._last.round == self.next_round:
-            await self._write(self._record, self._last, notes, checkpoint=self._record.due(self._last.round))
+        if self._written is not None:
+            await self._written.save(notes)
 
     @on_loop
     async def settled(self) -> None:
@@ -476,8 +488,8 @@ class RoundScheduler:
         Raises:
             RunFolderError: it could not be written; the checkpoint before is as it was.
         """
-        if self._record is not None:
-            await self._record.settled()
+        if self._written is not None:
+            await self._written.record.settled()
 
     @on_loop
     async def close(self) -> None:
@@ -486,71 +498,24 @@ class RoundScheduler:
         Raises:
             RunFolderError: it cannot be written; the checkpoint before is as it was.
         """
-        record = self._record
-        if record is None:
-            return
-        try:
-            await self.save()
-            await record.settled()
-            if self._last is not None and record.unsaved:
-                await record.save(self._last.round, {}, *self._captured(self._last.state), checkpoint=True)
-        finally:
-            await record.close()
+        if self._written is not None:
+            await self._written.close()
 
-    def _captured(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return captured(self.config.plans, state, self._exchange)
-
-    async def _write(
-        self, record: RunRecord, last: RoundResult, notes: Mapping[str, Any], *, checkpoint: bool
-    ) -> None:
-        facts, tensors = self._captured(last.state) if checkpoint else ({}, {})
-        await record.save(last.round, {**last.as_line(), **notes}, facts, tensors, checkpoint=checkpoint)
-
-    async def _begin(self, record: RunRecord, plan: str, infos: Mapping[str, m.DatasetInfo]) -> None:
-        """Begins the run in its folder, or takes up the one that is there."""
-        training = {
-            **self.config.fit_options(),
-            "keep_optimizer_state": bool(self.config.keep_optimizer_state),
-        }
+    async def _begin(self, written: WrittenRun, plan: str, infos: Mapping[str, m.DatasetInfo]) -> None:
         identity = {
             "plan": plan,
             "dataset": self.dataset_key,
             "seed": self.seed,
-            "data": data_of(infos),
-            "training": training,
             "rules": {"weighted": self.weighted, "combining": self._combining},
         }
         settings = {name: getattr(self, name) for name in sorted(SETTINGS)}
-        await asyncio.to_thread(record.begin, identity, settings, fewer=self.min_workers is not None)
-        self._asking.changed = self._show
-        if record.restored is not None:
-            self._state = put_back(record.restored, self.config.plans, self._exchange)
-            set_random_state(record.restored.facts["random"])
-            return
-        self._state = self.config.state
-        await record.save(0, {}, *self._captured(self._state), checkpoint=True)
-        await record.settled()
-
-    def _show(self, *, at_once: bool = False) -> None:
-        if self._record is not None:
-            since, waiting = self._since, self._asking.waiting
-            until = None if self.round_timeout is None else since + self.round_timeout
-            self._record.show(
-                self._record.next_round, list(waiting), since, until, at_once=at_once or not waiting
-            )
-
-    async def _before_round(self, record: RunRecord, number: int) -> None:
-        if self._state is None:
-            raise OptionError("a run with a folder begins with prepare(): await scheduler.prepare() first")
-        await self.save()
-        if number != record.next_round:
-            raise OptionError(
-                f"round {record.next_round} comes next in the run folder {record.path}, not {number}"
-            )
+        await written.begin(identity, settings, infos, fewer=self.min_workers is not None)
 
     async def _fit(
         self, worker: BaseWorker, order: RoundOrder, place: Lease
     ) -> tuple[FitResult, WorkerRound]:
+        await self._optimizers.put_back(worker)
+        self._optimizers.trained_since = True
         before = worker.traffic.copy()
         result = await self._exchange.ask(worker, order, place.allocate)
         used = worker.traffic.since(before)
@@ -574,9 +539,9 @@ def _check_alone(**given: Any) -> None:
             )
 
 
-def _check_kept(config: TrainConfig) -> None:
-    if config.keep_optimizer_state:
+def _check_kept(config: TrainConfig, exchange: Exchange | None) -> None:
+    if config.keep_optimizer_state and isinstance(exchange, SecureExchange):
         raise OptionError(
-            "keep_optimizer_state=True keeps state on the workers, which no checkpoint has: leave run_dir= out, or "
-            "begin each round with a fresh optimizer"
+            "keep_optimizer_state=True keeps on each worker what would uncover its updates, so with secure_aggregation "
+            "no checkpoint can have it: leave run_dir= out, or begin each round with a fresh optimizer"
         )

@@ -32,6 +32,7 @@ from planrt.command_line import (
 )
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
+from planrt.stopping import die_with, ending_at_once
 from planrt.workers.serving import users_file
 from planrt.workers.serving.isolation.options import WAITS_FOR_PARENT
 from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
@@ -41,7 +42,7 @@ from planrt.workers.transport.addresses import scheme_of
 if TYPE_CHECKING:
     from planrt.plans.policy.rules import Policy
 
-STOP_GRACE = 5.0
+STOP_GRACE = 1.5
 """Seconds a worker whose parent is gone may take to stop in order."""
 
 
@@ -71,6 +72,8 @@ def main(
         from planrt.allocator import begin_clearing
 
         begin_clearing()
+    if options.parent is not None:
+        die_with(options.parent)
     status = _supervised_status() if options.supervised else None
     return run_command(f"worker {options.id}", lambda: serve(options, status), verbose=options.verbose)
 
@@ -83,11 +86,13 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
     """
     try:
         MetricsOptions.of(options)  # refuses what cannot be
-        served = _served(options) if not options.empty else _nothing(options)
+        # What is imported and loaded now may take long, and holds nothing yet that could be lost.
+        with ending_at_once():
+            served = _served(options) if not options.empty else _nothing(options)
 
-        from planrt.logs import configure
-        from planrt.serde.frames import Limits
-        from planrt.workers.websocket_server import WebsocketServerWorker
+            from planrt.logs import configure
+            from planrt.serde.frames import Limits
+            from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
         users = _users(options.users)
@@ -271,6 +276,8 @@ def parser(prog: str) -> Parser:
     add("--json-logs", action="store_true", help="log JSON lines")
     # For processes started by `planrt.fl.runs.children`: say so in JSON on stdout, and end with the parent.
     add("--supervised", action="store_true", help=argparse.SUPPRESS)
+    # The process that this one must not outlive, be it stopped.
+    add("--parent", type=whole_number(at_least=1), help=argparse.SUPPRESS)
     # A data set that `planrt.fl.local` put into a file.
     add("--saved", action="append", default=[], help=argparse.SUPPRESS)
     return parser

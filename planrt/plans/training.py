@@ -362,6 +362,10 @@ def warm_up() -> None:
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
+_UNFIT = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What torch's optimizers raise for options, or a state to go on from, that are not what they expect."""
+
+
 def optimizer_of(
     name: str, args: dict[str, Any], parameters: list[torch.Tensor], kept: dict[Any, Any] | None
 ) -> torch.optim.Optimizer:
@@ -377,7 +381,7 @@ def optimizer_of(
         made = factory(parameters, **args)
         if kept is not None:
             made.load_state_dict({"state": kept, "param_groups": made.state_dict()["param_groups"]})
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except _UNFIT as error:
         raise OptionError(f"optimizer {name} does not accept these options: {_first_line(error)}") from error
     return made
 
@@ -395,7 +399,7 @@ def _stepped(stepper: torch.optim.Optimizer, closure: Callable[[], torch.Tensor]
 
     try:
         loss: torch.Tensor = stepper.step(guarded)  # type: ignore[arg-type,assignment]
-    except (RuntimeError, ValueError) as error:
+    except _UNFIT as error:
         if failed:
             raise  # the plan or its backward, not the optimizer
         name = type(stepper).__name__

@@ -22,6 +22,7 @@ from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.quotas import Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
+from planrt.stopping import signal_came
 from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.access import Access
@@ -340,11 +341,16 @@ class WebsocketServerWorker:
         async def until_signal() -> None:
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
+
+            def end(number: int) -> None:
+                stop.set()
+                signal_came(number)
+
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) == signal.SIG_IGN:
                     continue
                 with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers on loops
-                    loop.add_signal_handler(number, stop.set)
+                    loop.add_signal_handler(number, end, number)
             await self.serve(ready=ready, stop=stop)
 
         with asyncio.Runner(loop_factory=new_event_loop) as runner:

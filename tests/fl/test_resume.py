@@ -73,7 +73,7 @@ def fresh(workers, folder=None, job=None, **options):
 
 def killed(scheduler):
     """What is left of a process that is gone: its lock is free."""
-    scheduler._record.folder.close()
+    scheduler._written.record.folder.close()
 
 
 # -------------------------------------------------------------------------------------- going on
@@ -146,7 +146,7 @@ def test_killed_again_and_again(workers, tmp_path, monkeypatch):
     rng = random.Random(5)
     scheduler = fresh(workers, tmp_path, small())
     for _ in range(12):
-        scheduler._record.folder.disk = DyingDisk(rng.randrange(4, 40))
+        scheduler._written.record.folder.disk = DyingDisk(rng.randrange(4, 40))
         try:
             state = asyncio.run(go(scheduler))
             break
@@ -157,7 +157,7 @@ def test_killed_again_and_again(workers, tmp_path, monkeypatch):
         else:
             scheduler = RoundScheduler.resume(tmp_path, workers, small())
     else:
-        scheduler._record.folder.disk = Disk()
+        scheduler._written.record.folder.disk = Disk()
         state = asyncio.run(go(scheduler))
     assert same(state, whole)
 
@@ -404,7 +404,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(workers, t
         folder = tmp_path / str(room)
         asyncio.run(go(fresh(workers, folder), 1))
         scheduler = RoundScheduler.resume(folder, workers, config())
-        scheduler._record.folder.disk = FullDisk(room)
+        scheduler._written.record.folder.disk = FullDisk(room)
         with pytest.raises(RunFolderError, match="No space left on device"):
             asyncio.run(go(scheduler))
         killed(scheduler)
@@ -503,8 +503,6 @@ def test_other_mistakes(workers, tmp_path):
     (tmp_path / "c" / "journal.jsonl").write_text('{"previous": "' + "0" * 64 + '"}\n')
     with pytest.raises(RunFolderError, match="is no journal of a run"):
         fresh(workers, tmp_path / "c")
-    with pytest.raises(OptionError, match="keeps state on the workers, which no checkpoint has"):
-        fresh(workers, tmp_path / "b", config(keep_optimizer_state=True))
     scheduler = fresh(workers, tmp_path / "d")
     with pytest.raises(LocalError):
         _ = scheduler.state

@@ -26,7 +26,7 @@ from planrt.fl.data.digits import PARTITIONS, TESTING, DataSource
 READY_TIMEOUT = 120.0
 """Seconds that all children together may take until they serve; a loaded machine imports torch slowly."""
 
-STOP_GRACE = 5.0
+STOP_GRACE = 1.0
 """Seconds between asking children to stop and killing those that did not."""
 
 
@@ -71,6 +71,8 @@ class WorkerProcesses:
         children: what to start, ids all different.
         host: the address they listen on.
         ready_timeout: seconds until all must serve.
+        die_with_us: on Linux, have the system kill them when the main thread of this process has ended, even those
+            that are stopped. `start` is called on that thread.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class WorkerProcesses:
         *,
         host: str = "127.0.0.1",
         ready_timeout: float = READY_TIMEOUT,
+        die_with_us: bool = False,
     ) -> None:
         self._children = list(children)
         self._host = host
         self._ready_timeout = ready_timeout
+        self._tied = ["--parent", str(os.getpid())] if die_with_us else []
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._status_lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
 
@@ -115,7 +119,7 @@ class WorkerProcesses:
 
     def _start_one(self, child: ChildOptions) -> None:
         command = [sys.executable, "-m", "planrt.fl.serve", "--supervised", f"--id={child.id}"]
-        command += ["--host", self._host, "--port", str(child.port), *child.options]
+        command += ["--host", self._host, "--port", str(child.port), *self._tied, *child.options]
         # OpenMP threads that wait must not burn the cores that other workers compute on.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         process = subprocess.Popen(

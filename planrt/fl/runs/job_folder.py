@@ -39,6 +39,9 @@ def job_folder(options: argparse.Namespace) -> Iterator[Path]:
             raise OptionError(
                 f"--run-dir {folder} has a run already: go on with it by --resume, or name another folder"
             )
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # who ends the command before it has begun finds none
         yield folder
     finally:
         with contextlib.suppress(OSError):  # there may be no folder, and no run in it
@@ -71,6 +74,7 @@ def check_room(options: argparse.Namespace, folder: Path, nbytes: int) -> None:
         places.setdefault(Path(options.save_model).parent, nbytes)
     for place, wanted in places.items():
         try:
+            place.mkdir(parents=True, exist_ok=True)
             Disk().try_room(place, wanted)
         except OSError as error:
             raise OptionError(

@@ -151,6 +151,7 @@ class ClientSession(Generic[T]):
     def _welcomed(self, welcome: m.Welcome) -> bool:
         before, self.versions, self.datasets = self.kept, welcome.versions, welcome.datasets
         if before is None:
+            self.sent, self.seen = Unacknowledged(), 0  # also where there was a session that could not go on
             self.kept = welcome.kept if self._mine.resumes else None
             return True
         if welcome.kept is not None and welcome.kept.resumed:

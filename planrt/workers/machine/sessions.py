@@ -41,6 +41,15 @@ class Graphs:
     writes unseen, adds its label; so it only gets stricter."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptOptimizer:
+    """The values that an optimizer keeps between rounds of training, as `planrt.plans.training.train` takes it."""
+
+    state: dict[Any, Any] | None
+    leaves: bool
+    """Whether its client may have it: all that it comes from left as updates that nothing masked."""
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One client's session on this worker: what is its own besides objects, which the store has."""
@@ -72,7 +81,7 @@ class Session:
     """Ids of objects that a backward pass may give a gradient to, in the order in which they came. Whoever stores,
     finds, claims or marks such an object adds it, whoever removes one takes it away; an id whose object has gone or
     has another owner is taken away after the next pass."""
-    optimizer_states: dict[tuple[str, str, str, int], Any] = field(default_factory=dict)
+    optimizer_states: dict[tuple[str, str, str, int], KeptOptimizer] = field(default_factory=dict)
     """(plan, data set, optimizer, first object of the state or 0) -> what the optimizer keeps. Rounds of training set
     it; `KeptObjects.forget_optimizers` takes away what belongs to objects that are gone."""
     purposes: dict[str, str] = field(default_factory=dict)

@@ -673,6 +673,10 @@ class WorkerState:
                 return m.Approval(status.status, status.why), ()
             case m.Fit():
                 return self._training.fit(session, body, tensors)
+            case m.ReadOptimizer():
+                return self._training.read_optimizer(session, body)
+            case m.PutOptimizer():
+                return self._training.put_optimizer(session, body, tensors)
             case m.Evaluate():
                 return self._training.evaluate(session, body, tensors)
             case m.JoinSum():

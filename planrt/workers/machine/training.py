@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from planrt.errors import DataError, LocalError, OptionError, PlanError, PolicyError
-from planrt.plans import training
+from planrt.plans import optimizer_states, training
 from planrt.plans.ir.constants import Constant
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import alone
@@ -47,10 +47,10 @@ from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.secure_sums import SecureSums
-from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.sessions import KeptOptimizer, Session
 from planrt.workers.wire import masked_fits
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.refusals import UnknownDataset, UnknownPlan
+from planrt.workers.wire.refusals import GetNotPermitted, UnknownDataset, UnknownPlan
 
 MAX_PLANS = 256
 """Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
@@ -187,13 +187,15 @@ class TrainingOps:
             for entry, value in zip(plan.state, tensors, strict=False)
             if entry.can_change
         ]
-        result = self._trained(session, plan, body.fit, tensors, workers=1 + len(body.sealed))
+        result = self._trained(session, plan, body.fit, tensors, masked=True, workers=1 + len(body.sealed))
         return self._sums.masked(session, member, body, context, plan, result, constant)
 
     def _trained(
-        self, session: Session, plan: Graph, body: m.Fit, state: list[torch.Tensor], **told: Any
-    ) -> training.TrainResult:
-        """Trains `state`, if the owner lets it, and tells the owner, with the facts `told`."""
+        self, session: Session, plan: Graph, body: m.Fit, state: list[torch.Tensor], *,
+        masked: bool = False, **told: Any,
+    ) -> training.TrainResult:  # fmt: skip
+        """Trains `state`, if the owner lets it, and tells the owner, with the facts `told`. `masked`: nobody sees the
+        result."""
         constants, deadline = _NONE, math.inf
         source = self._dataset(session, body.dataset)
         if self._gate is not None:
@@ -214,7 +216,8 @@ class TrainingOps:
             seed=derive_seed(body.seed, "order"),  # not the stream that dropout draws from
             drop_last=body.drop_last,
         )
-        kept = (body.plan, body.dataset, body.optimizer, body.objects[0] if body.objects else 0)
+        key = (body.plan, body.dataset, body.optimizer, body.objects[0] if body.objects else 0)
+        kept = session.optimizer_states.get(key) if body.keep_optimizer_state else None
         with self._unseen(session, body) as drawing:
             result = training.train(
                 plan,
@@ -222,22 +225,55 @@ class TrainingOps:
                 drawing(batches),
                 optimizer=body.optimizer,
                 optimizer_args=body.optimizer_args,
-                optimizer_state=session.optimizer_states.get(kept) if body.keep_optimizer_state else None,
+                optimizer_state=None if kept is None else optimizer_states.copied(kept.state),
                 device=self._device,
                 seed=body.seed,
                 deadline=deadline,
             )
         if body.keep_optimizer_state:
-            self._objects.forget_optimizers(session)
-            if kept not in session.optimizer_states and len(session.optimizer_states) >= MAX_OPTIMIZERS:
-                raise LocalError(
-                    f"the session keeps {MAX_OPTIMIZERS:,} optimizers' states, as many as it may: train without "
-                    "keep_optimizer_state=True, or in another session"
-                )
-            self._objects.store.keep(session.id, _tensors_in(result.optimizer_state))
-            session.optimizer_states[kept] = result.optimizer_state
+            leaves = not masked and (kept is None or kept.leaves)
+            self._keep_optimizer(session, key, KeptOptimizer(result.optimizer_state, leaves))
         self._told(session, "fit", plan, constants, body.dataset, result.samples, result.state, **told)
         return result
+
+    def _keep_optimizer(self, session: Session, key: tuple[str, str, str, int], kept: KeptOptimizer) -> None:
+        self._objects.forget_optimizers(session)
+        if key not in session.optimizer_states and len(session.optimizer_states) >= MAX_OPTIMIZERS:
+            raise LocalError(
+                f"the session keeps {MAX_OPTIMIZERS:,} optimizers' states, as many as it may: train without "
+                "keep_optimizer_state=True, or in another session"
+            )
+        self._objects.store.keep(session.id, optimizer_states.tensors_in(kept.state))
+        session.optimizer_states[key] = kept
+
+    def read_optimizer(self, session: Session, body: m.ReadOptimizer) -> Answer:
+        """Gives away what an optimizer keeps. It is made of the gradients that updates are made of, so it leaves where
+        these left, and nowhere else."""
+        self._sums.check_plain()
+        self._dataset(session, body.dataset)
+        kept = session.optimizer_states.get((body.plan, body.dataset, body.optimizer, 0))
+        if kept is None or kept.state is None:
+            return m.OptimizerState(None), ()
+        if not kept.leaves:
+            raise GetNotPermitted(
+                f"what the optimizer keeps on worker {self._worker_id!r} comes from updates that were masked, and "
+                "would uncover them"
+            )
+        values, tensors = optimizer_states.packed(kept.state)
+        self._told(session, "read_optimizer", self._plan(body.plan), _NONE, body.dataset, None, tensors)
+        return m.OptimizerState([m.OptimizerValue(*one) for one in values]), tensors
+
+    def put_optimizer(self, session: Session, body: m.PutOptimizer, tensors: list[torch.Tensor]) -> Answer:
+        """Keeps what an optimizer kept in an earlier session."""
+        plan = self._plan(body.plan)
+        self._dataset(session, body.dataset)
+        values = [(one.parameter, one.name, one.value) for one in body.values]
+        state = optimizer_states.unpacked(
+            values, tensors, parameters=sum(entry.trainable for entry in plan.state)
+        )
+        key = (body.plan, body.dataset, body.optimizer, 0)
+        self._keep_optimizer(session, key, KeptOptimizer(state, leaves=True))
+        return m.Done(), ()
 
     def _asked(
         self, gate: Gate, session: Session, plan: Graph, state: Sequence[torch.Tensor], *data: str
@@ -306,7 +342,7 @@ class TrainingOps:
         return m.Evaluated(result.loss, result.samples, None, None, None), ()
 
     def _told(
-        self, session: Session, event: str, plan: Graph, constants: Sequence[Constant], key: str, rows: int,
+        self, session: Session, event: str, plan: Graph, constants: Sequence[Constant], key: str, rows: int | None,
         state: Sequence[torch.Tensor] = (), **more: Any,
     ) -> None:  # fmt: skip
         """The owner's log has a run on a data set."""
@@ -394,18 +430,6 @@ class TrainingOps:
             )
         self._access.check_run(session.user, key)
         return self._datasets[key].source
-
-
-def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
-    """The tensors of an optimizer's state, wherever they are in it."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for item in state.values():
-            yield from _tensors_in(item)
-    elif isinstance(state, list | tuple):
-        for item in state:
-            yield from _tensors_in(item)
 
 
 def _tags(tags: Sequence[str]) -> list[str]:

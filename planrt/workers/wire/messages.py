@@ -233,6 +233,36 @@ class Fit(Message, frozen=True, tag="fit"):
     no tensors come back."""
 
 
+class OptimizerValue(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One value that an optimizer keeps for a parameter; "tensor" stands for the next tensor of the message."""
+
+    parameter: Count
+    """The parameter's position among those that are trained."""
+    name: Annotated[str, Meta(max_length=64)]
+    value: Number | Literal["tensor"] | Annotated[list[Number | Literal["tensor"]], Meta(max_length=10_000)]
+
+
+OptimizerValues = Annotated[list[OptimizerValue], Meta(max_length=1_000_000)]
+
+
+class ReadOptimizer(Message, frozen=True, tag="read_optimizer"):
+    """Asks for what the session's optimizer keeps from the last `Fit` of a plan on a data set. No tensors. Answered by
+    OptimizerState."""
+
+    plan: Hash
+    dataset: Id
+    optimizer: Id
+
+
+class PutOptimizer(Message, frozen=True, tag="put_optimizer"):
+    """Has the next `Fit` of a plan on a data set go on from this. Tensors: as of OptimizerState. Answered by Done."""
+
+    plan: Hash
+    dataset: Id
+    optimizer: Id
+    values: OptimizerValues
+
+
 class JoinSum(Message, frozen=True, tag="join_sum"):
     """Begins this worker's part in a secure aggregation (`planrt.sharing.secure_sum`). Answered by SumKeys."""
 
@@ -640,6 +670,12 @@ class Fitted(Message, frozen=True, tag="fitted"):
     changed: list[Count]
 
 
+class OptimizerState(Message, frozen=True, tag="optimizer_state"):
+    """The values that an optimizer keeps; None where there has been no training. Tensors: in their order."""
+
+    values: OptimizerValues | None
+
+
 class SumKeys(Message, frozen=True, tag="sum_keys"):
     """The keys of this worker in one aggregation: what others seal for it with, and what masks are made of."""
 
@@ -828,7 +864,7 @@ Body = (
     | HandOver
     | Claim | Clear | CountObjects | AskApproval | StoreProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun
     | Challenge
-    | SumKeys | SecretsShared | Masked | Revealed
+    | SumKeys | SecretsShared | Masked | Revealed | ReadOptimizer | PutOptimizer | OptimizerState
     | Welcome | Done | Values | Fitted | Evaluated | Made | Fetched | FetchedPlan | FetchedPointer | Gradients | Found
     | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | Corrections | FailGroup | EndGroup
     | PutShare | ShareOut | ReadTraffic | FetchedShare | Needs | GroupTraffic
