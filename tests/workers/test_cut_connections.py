@@ -378,3 +378,17 @@ def test_wrong_times_are_refused(wrong):
             planrt.VirtualWorker("bob", call_timeout=wrong, auto_add=False)
     with pytest.raises(OptionError, match="kept for a number of seconds"):
         WebsocketServerWorker("bob", limits=Limits(session_seconds=wrong))
+
+
+def test_a_worker_that_was_started_again_after_it_had_stopped_in_order_serves_at_once():
+    """It had said goodbye, so nothing could go on; what was counted in the session before counts no more."""
+    with contextlib.ExitStack() as stack:
+        with WebsocketServerWorker("bob", threads=1).running() as uri:
+            worker = stack.enter_context(WebsocketClientWorker("bob", uri=uri))
+            for _ in range(3):
+                assert worker.objects_count() == 0
+        again = WebsocketServerWorker("bob", threads=1, port=int(uri.rpartition(":")[2]))
+        stack.enter_context(again.running())
+        worker.connect()
+        assert [worker.objects_count() for _ in range(3)] == [0, 0, 0]
+        assert (torch.ones(2).send(worker) + 1).get().tolist() == [2.0, 2.0]
