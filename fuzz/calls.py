@@ -28,7 +28,7 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
 
-UNINITIALISED, CRASH, HANG = "fuzz.uninitialised", "fuzz.crash", "fuzz.hang"
+PROBES = UNINITIALISED, CRASH, HANG = "fuzz.uninitialised", "fuzz.crash", "fuzz.hang"
 """Ops that are on no table, to see that the pair of processes would tell: memory that nobody wrote, and two others."""
 
 _MOST_BYTES = 4 << 20
@@ -37,8 +37,8 @@ _CONNECTION = 1
 
 def chosen(pattern: str = "") -> list[str]:
     """The ops that pointers may post and whose names hold `pattern`."""
-    if pattern in (UNINITIALISED, CRASH, HANG):
-        return [pattern]
+    if probes := [name for name in PROBES if pattern and name.startswith(pattern)]:
+        return probes
     known = {*ops.TABLE, *ops.EAGER} - ops.PLANS_ONLY - {"torch.set_grad_enabled"}
     return sorted(name for name in known if pattern in name)
 
@@ -58,9 +58,7 @@ class Caller:
         """The op and the arguments of a call."""
         seed = f"{self._seed}/{index}"
         name = Draw(f"{seed} op").random.choice(self._names)
-        args, kwargs = (
-            ((), {}) if name in (UNINITIALISED, CRASH, HANG) else draw(name, seed, plain=self._plain)
-        )
+        args, kwargs = ((), {}) if name in PROBES else draw(name, seed, plain=self._plain)
         return name, args, kwargs
 
     def show(self, index: int) -> str:

@@ -8,14 +8,19 @@ from typing import get_args
 import pytest
 from websockets.asyncio import server as websockets
 
-from fuzz.calls import CRASH, HANG, UNINITIALISED
+from fuzz.arguments import Draw
+from fuzz.calls import CRASH, HANG, PROBES, UNINITIALISED
 from fuzz.frames import Conversations, Fuzzer, _converse
 from fuzz.frames import Summary as FramesSummary
 from fuzz.frames import main as frames_main
 from fuzz.messages import Messages
 from fuzz.ops import Pair, main
+from fuzz.policies import draws as draws_policies
+from fuzz.reading import Try, outcome, run, run_here
+from fuzz.reading import main as reading_main
 from fuzz.rows import Summary, check, names
 from fuzz.rows import main as rows_main
+from fuzz.texts import draws as draws_texts
 from planrt.errors import TransportError, WireError
 from planrt.plans.analysis.analysing import analyse
 from planrt.serde.frames import FrameAssembler, encode
@@ -24,24 +29,19 @@ from planrt.workers.wire import messages as m
 SEED = 11
 
 
-@pytest.fixture(scope="module")
-def found():
-    """What is found of each of the ops that no table has."""
-    kinds = {}
-    for probe in (UNINITIALISED, CRASH, HANG):
-        pair = Pair(SEED, pattern=probe, plain=True, seconds=2.0 if probe == HANG else 60.0)
-        try:
-            (finding,) = pair.run(range(3, 4)).findings
-        finally:
-            pair.close()
-        kinds[probe] = (finding.index, finding.kind, finding.alone)
-    return kinds
-
-
-def test_it_would_find_what_it_looks_for(found):
-    assert found[UNINITIALISED] == (3, "differs", True)
-    assert found[CRASH] == (3, "ends its process", True)
-    assert found[HANG] == (3, "hangs", True)
+def test_it_would_find_what_it_looks_for():
+    """Each of the ops that no table has, one call of it."""
+    made = {Draw(f"{SEED}/{number} op").random.choice(PROBES): number for number in range(40, 0, -1)}
+    pair, kinds = Pair(SEED, pattern="fuzz.", plain=True, seconds=0.25), {}
+    try:
+        for probe, number in made.items():
+            (finding,) = pair.run(range(number, number + 1)).findings
+            assert finding.index == number
+            assert finding.alone
+            kinds[probe] = finding.kind
+    finally:
+        pair.close()
+    assert kinds == {UNINITIALISED: "differs", CRASH: "ends its process", HANG: "hangs"}
 
 
 def test_some_calls_find_nothing():
@@ -185,5 +185,55 @@ def test_what_a_worker_answers_is_looked_at(answer, found):
 def test_frames_options(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         frames_main(arguments)
+    assert ended.value.code == 2
+    assert "must be above 0" in capsys.readouterr().err
+
+
+# Texts, files and policies
+
+
+def test_readers_that_end_hang_fill_memory_or_raise_would_be_found():
+    said = []
+    summary = run("fuzz.reading", SEED, range(24), seconds=0.3, memory=1 << 28, tell=said.append)
+    assert summary.tries == 24
+    assert 0 < summary.read < 24
+    assert said == summary.findings
+    for what in (
+        "ends its process (-6)", "more processor time than", "more memory than", "KeyError: \"'x'\"",
+        "an error that no terminal can show: ValueError",
+    ):  # fmt: skip
+        assert any(what in finding for finding in said), what
+    again = run("fuzz.reading", SEED, range(3, 9), seconds=0.3, memory=1 << 28)
+    assert set(again.findings) < set(said)
+
+
+def test_what_an_error_says_is_looked_at():
+    def refuses(text):
+        def read():
+            raise ValueError(text)
+
+        return outcome(Try("", read, (ValueError,)))
+
+    assert refuses("line 3: no number") == "ValueError"
+    for text in ("", " ", "\u202e", "x" * 30_000, "a\x1b[2J"):
+        assert refuses(text).startswith("FOUND")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("draws", "abouts"), [(draws_texts, 6), (draws_policies, 8)])
+def test_what_is_read_is_refused_or_right(draws, abouts, tmp_path):
+    summary = run_here(draws, SEED, range(150), tmp_path)
+    assert summary.findings == []
+    assert len(summary.abouts) >= abouts
+    assert 4 < summary.read < 75  # most of what is drawn is wrong
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--tries", "0"], ["--first", "-1"], ["--seconds", "0"], ["--seconds", "nan"], ["--memory", "7"]],
+)
+def test_options_of_readers(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        reading_main("fuzz.texts", "Doc.", draws_texts, arguments)
     assert ended.value.code == 2
     assert "must be above 0" in capsys.readouterr().err

@@ -218,7 +218,7 @@ class Policy:
                 values = tomllib.load(file)
         except OSError as error:
             raise OptionError(f"policy {path}: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise OptionError(f"policy {path}: not TOML: {error}") from None
         try:
             return cls.from_values(values)
