@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from planrt.errors import OptionError, PlanrtError
+from planrt.shown import shown
 from planrt.stopping import in_order, said, signalled
 
 FAILED, WRONG_OPTIONS, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -33,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2."""
+        message = message if message.isprintable() else shown(message)
         self.exit(WRONG_OPTIONS, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 

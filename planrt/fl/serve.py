@@ -95,7 +95,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
-        users = _users(options.users)
+        _notice_tokens(options.users)
         configure(verbose=options.verbose, json=options.json_logs)
         worker = WebsocketServerWorker(
             id=options.id,
@@ -104,7 +104,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             threads=options.threads,
             device=options.device,
             deterministic=False if options.fast_kernels else None,
-            users=users,
+            users=options.users,
             require_user=options.require_user,
             cert_path=options.tls_cert,
             key_path=options.tls_key,
@@ -392,18 +392,15 @@ def _from_file(path: str) -> tuple[Any, str]:
         return BaseDataset(file.get_tensor("data"), file.get_tensor("targets")), file.metadata()["key"]
 
 
-def _users(path: str | None) -> dict[str, str]:
-    """The users in a file. A file, as command lines can be seen by others."""
-    if path is None:
-        return {}
-    found = users_file.read(path)
-    if found.in_clear:
+def _notice_tokens(path: str | None) -> None:
+    """Says so where a file of users holds tokens. A file, as command lines can be seen by others."""
+    found = None if path is None else users_file.read(path)
+    if found is not None and found.in_clear:
         print(
             f"Notice: {path} holds tokens ({', '.join(found.in_clear)}): `planrt users convert --users {path}` keeps "
             "what checks them instead",
             file=sys.stderr,
         )
-    return found.users
 
 
 def _isolation(options: argparse.Namespace) -> dict[str, Any]:

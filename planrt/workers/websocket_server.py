@@ -34,6 +34,7 @@ from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.serving.isolation.options import KERNEL_TIMEOUT, Isolating
 from planrt.workers.serving.metrics_end import serving
 from planrt.workers.serving.metrics_options import MetricsOptions
+from planrt.workers.serving.users_file import WatchedUsers
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
 from planrt.workers.transport.callers import Callers, check_open
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from planrt.workers.serving.isolation.supervisor import Isolation
 
 log = get_logger("planrt.worker")
+
+USERS_SECONDS = 1.0
+"""Seconds from one look at the file of users to the next."""
 
 Ready = Callable[[int], None]
 """Called with the port once the worker listens."""
@@ -60,7 +64,9 @@ class WebsocketServerWorker:
     over the cores. Results are bit-identical only between workers with the same number of threads. `deterministic`
     says whether only torch's deterministic kernels run; None: on everything but a CPU.
 
-    `users` maps user names to the tokens that prove them: private data names the users who may see it. With
+    `users` maps user names to the tokens that prove them: private data names the users who may see it. As the path of a
+    file (`planrt users add` writes one) it is looked at while the worker runs: who is taken out loses the sessions that
+    are open, and a file that is broken leaves the users as they were. With isolation it is read at the start. With
     `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
     the owner's decisions about plans. `access` says which user may do what with which data
     (`planrt.workers.machine.access`). `audit` is a file where the owner's log of what clients do is kept
@@ -112,7 +118,7 @@ class WebsocketServerWorker:
         device: str = "cpu",
         deterministic: bool | None = None,
         limits: Limits | None = None,
-        users: Mapping[str, str] | None = None,
+        users: Mapping[str, str] | str | Path | None = None,
         require_user: bool = False,
         client_ca: str | Path | None = None,
         deny: str | Path | None = None,
@@ -157,6 +163,10 @@ class WebsocketServerWorker:
         self.address = uri or f"{scheme}://{host}:{port}"
         """Where it listens, or will; with the port that it got once it does."""
         self._tls = server_tls(cert_path, key_path, client_ca, deny)
+        self._watched = WatchedUsers(users) if isinstance(users, str | Path) else None
+        if self._watched is not None:
+            users = self._watched.users
+        assert users is None or isinstance(users, Mapping)  # noqa: S101 - for the type checker
         for user, token in (users or {}).items():
             if not is_verifier(token):
                 check_strength(user, token)
@@ -264,6 +274,9 @@ class WebsocketServerWorker:
         )
         host.watched.certificate_until = None if self._tls is None else self._tls.until
         ends = [stop or asyncio.Event(), host.device_lost]
+        watching = None
+        if self._watched is not None and self._isolation is None:  # sessions are elsewhere then
+            watching = asyncio.create_task(self._watch(self._watched, host))
         try:
             if self._isolation is not None:
                 await self._isolation.start()
@@ -300,10 +313,24 @@ class WebsocketServerWorker:
                         f"worker {self.id!r} again"
                     )
         finally:
+            if watching is not None:
+                watching.cancel()
             if self._isolation is not None:
                 await self._isolation.stop()
             compute.close()
             self.computing = compute.busy
+
+    async def _watch(self, watched: WatchedUsers, host: WorkerHost) -> None:
+        """Lets the users be those that their file has, from at most `USERS_SECONDS` after it was changed."""
+        while True:
+            await asyncio.sleep(USERS_SECONDS)
+            try:
+                users = await asyncio.to_thread(watched.changed)
+                if users is not None:
+                    await host.change_users(users)
+                    log.warning("users_changed", worker=self.id, users=len(users))
+            except OptionError as error:
+                log.error("users_not_read", worker=self.id, error=str(error), instead="the users before")
 
     def _warm_up(self) -> None:
         training.warm_up()

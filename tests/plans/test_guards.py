@@ -80,6 +80,18 @@ HOSTILE = {
         (torch.ones(1, 2, 3),),
         {"kernel_size": 2**40, "stride": 2, "padding": 2**39},
     ),
+    "an endless window of powers": (
+        "nn.functional.lp_pool2d",
+        (torch.ones(1, 2, 3, 3), 2.0, (1, 2**40)),
+        {"ceil_mode": True},
+    ),
+    "endless results": ("torch.adaptive_max_pool1d", (torch.ones(1, 2, 0), 2**40), {}),
+    "endless results of a layer": (
+        "nn.functional.adaptive_max_pool1d",
+        (torch.ones(1, 2, 3),),
+        {"output_size": 2**40},
+    ),
+    "endless means": ("nn.functional.adaptive_avg_pool2d", (torch.ones(0, 2, 3, 3), (1, 2**50)), {}),
     "endless iterations": ("torch.svd_lowrank", (torch.ones(3, 3),), {"niter": 2**40}),
 }
 

@@ -481,3 +481,22 @@ def test_a_purpose_that_does_not_travel_is_refused_here(hospital, tmp_path, purp
         with pytest.raises(OptionError, match="purpose"):
             wrong()
     assert plan.send(worker)(torch.ones(2).send(worker)).get().tolist() == [2.0, 2.0]
+
+
+def test_only_who_sent_a_plan_is_told_how_its_approval_stands(hospital, tmp_path):
+    """Others could guess at a plan and its constants, confirm the guess, and read the owner's words."""
+    connect, approvals = hospital(Policy(approval="ask"), approvals=tmp_path), Approvals(tmp_path)
+    sender, guesser, owner = connect(), connect(), connect(OWNER)
+    kept = doubled.send(sender), mean_of.send(owner)
+    assert sender.approval(doubled).status == owner.approval(mean_of).status == "pending"
+    assert guesser.approval(doubled).status == owner.approval(doubled).status == "unknown"
+    approvals.deny(doubled.hash, why="two of them?")
+    approvals.approve(mean_of.hash)
+    assert sender.approval(doubled) == ("denied", "two of them?")
+    assert guesser.approval(doubled) == ("unknown", "")
+    assert guesser.approval(mean_of) == sender.approval(mean_of) == ("unknown", "")
+    assert connect(OWNER).approval(mean_of).status == "approved"  # another session of the same user
+    with pytest.raises(NotApprovedError, match="two of them"):
+        doubled.send(guesser)(torch.ones(2, 3).send(guesser)).get()
+    assert guesser.approval(doubled) == ("denied", "two of them?")
+    del kept

@@ -26,7 +26,7 @@ from planrt.plans.analysis.flow import Info
 from planrt.plans.analysis.rows import Trace, keep
 from planrt.plans.analysis.tracker import Tracker
 from planrt.plans.ir import ops as table
-from planrt.plans.running.inference import Spec, argument_key, needs_values, spec
+from planrt.plans.running.inference import Spec, argument_key, is_short, needs_values, spec
 from planrt.serde.values import DEVICE
 from planrt.types import leaves, map_leaves
 
@@ -80,8 +80,6 @@ class NeedsValuesError(Exception):
 
 
 _CACHE_SIZE = 20_000
-_CACHED_LEAVES = 1_000
-"""Arguments of an op, lists counted by their items: `torch.tensor` of long lists would fill the cache."""
 _cache: dict[Any, Effect] = {}
 _ARGUMENT_BITS = 7  # torch knows at most 64 dimensions
 
@@ -109,7 +107,7 @@ def effect(
         key, found = (), None
     if found is None:
         found = _observe(name, table.lookup(name), args, kwargs, check)
-        if key and sum(1 for _ in leaves((tuple(args), dict(kwargs)))) <= _CACHED_LEAVES:
+        if key and is_short(args, kwargs):
             if len(_cache) >= _CACHE_SIZE:
                 _cache.clear()
             _cache[key] = found

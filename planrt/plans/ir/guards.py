@@ -151,24 +151,29 @@ def _largest(count: Any) -> float:
     return abs(count) if isinstance(count, int | float) and count == count else 0
 
 
-def _limit_window(function: Function) -> Function:
-    """The kernel goes round once for each place of its window, those beyond the input included.
+def _limit_window(word: str, position: int = 1) -> Callable[[Function], Function]:
+    """The kernel goes round once for each place of its window, or of its result, those beyond the input included.
 
     Without: one op keeps the compute thread for ever.
     """
 
-    @wraps(function, updated=())
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        window = args[1] if len(args) > 1 else kwargs.get("kernel_size", 0)
-        first = args[0] if args else kwargs.get("input", kwargs.get("self"))
-        length = first.shape[-1] if isinstance(first, torch.Tensor) and first.dim() else 0
-        most = max(MAX_LOOP, 4 * length)
-        for one in window if isinstance(window, tuple | list) else [window]:
-            if isinstance(one, int) and one > most:
-                raise ValueError(f"kernel_size of max_pool1d may be {most:,} at most here, not {one:,}")
-        return function(*args, **kwargs)
+    def guard(function: Function) -> Function:
+        name = getattr(function, "__name__", "this op")
 
-    return guarded
+        @wraps(function, updated=())
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            window = args[position] if len(args) > position else kwargs.get(word, 0)
+            first = args[0] if args else kwargs.get("input", kwargs.get("self"))
+            sizes = first.shape[1:] if isinstance(first, torch.Tensor) else ()
+            most = max(MAX_LOOP, 4 * max(sizes, default=0))
+            for one in window if isinstance(window, tuple | list) else [window]:
+                if isinstance(one, int) and one > most:
+                    raise ValueError(f"{word} of {name} may be {most:,} at most here, not {one:,}")
+            return function(*args, **kwargs)
+
+        return guarded
+
+    return guard
 
 
 _PADDED: Final = [
@@ -348,10 +353,22 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
     },
     **{f"{home}.matrix_power": _limit_count("n", 1, 2**62) for home in ("torch", "Tensor", "linalg")},
     **{
-        f"{home}.{word}": _limit_window
+        f"{home}.{word}": _limit_window("kernel_size")
         for home in ("torch", "nn.functional")
         for word in ("max_pool1d", "max_pool1d_with_indices")
     },
+    **{f"nn.functional.lp_pool{dims}d": _limit_window("kernel_size", 2) for dims in (1, 2, 3)},
+    **{
+        name: _limit_window("output_size")
+        for dims in (1, 2, 3)
+        for name in (
+            f"nn.functional.adaptive_avg_pool{dims}d",
+            f"nn.functional.adaptive_max_pool{dims}d",
+            f"nn.functional.adaptive_max_pool{dims}d_with_indices",
+        )
+    },
+    "torch.adaptive_avg_pool1d": _limit_window("output_size"),
+    "torch.adaptive_max_pool1d": _limit_window("output_size"),
     "torch.combinations": _limit_count("r", 1, 32),
     **{f"special.{word}": _limit_count("n", 1) for word in _POLYNOMIALS.split()},
     "special.polygamma": _limit_count("n", 0),

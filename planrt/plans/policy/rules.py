@@ -87,7 +87,7 @@ class ReleaseRule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tag, str) or not (self.tag == ALL_PRIVATE or re.fullmatch(r"#\S+", self.tag)):
-            raise OptionError(f'release.tag must be a tag such as "#patients", or "*": got {self.tag!r}')
+            raise OptionError(f'release.tag must be a tag such as "#patients", or "*": got {_cut(self.tag)}')
         _integer("release.min_rows", self.min_rows, 1)
         if self.aggregates is not None:
             _strings("release.aggregates", self.aggregates)
@@ -175,9 +175,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.approval not in get_args(Approval):
-            raise OptionError(f'approval must be "open", "list" or "ask", got {self.approval!r}')
+            raise OptionError(f'approval must be "open", "list" or "ask", got {_cut(self.approval)}')
         if self.intersection not in get_args(Intersection):
-            raise OptionError(f'intersection must be "ids", "size" or "none", got {self.intersection!r}')
+            raise OptionError(f'intersection must be "ids", "size" or "none", got {_cut(self.intersection)}')
         for name in ("approved", "allow", "deny"):
             _strings(name, getattr(self, name))
         for text in self.approved:
@@ -199,7 +199,7 @@ class Policy:
                 or not isinstance(seconds, int | float)
                 or not (math.isfinite(seconds) and seconds > 0)
             ):
-                raise OptionError(f"{name} must be a number of seconds above 0, got {seconds!r}")
+                raise OptionError(f"{name} must be a number of seconds above 0, got {_cut(seconds)}")
         if not isinstance(self.release, tuple) or not all(
             isinstance(one, ReleaseRule) for one in self.release
         ):
@@ -322,14 +322,20 @@ def _table() -> Mapping[str, Any]:
     return TABLE
 
 
+def _cut(value: Any) -> str:
+    """Values as errors show them: of long ones the beginning."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _integer(name: str, value: Any, at_least: int) -> None:
     if type(value) is not int or value < at_least:
-        raise OptionError(f"{name} must be a whole number, at least {at_least}: got {value!r}")
+        raise OptionError(f"{name} must be a whole number, at least {at_least}: got {_cut(value)}")
 
 
 def _strings(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
-        raise OptionError(f"{name} must be a tuple of strings, got {value!r}")
+        raise OptionError(f"{name} must be a tuple of strings, got {_cut(value)}")
 
 
 # Values as TOML has them
@@ -354,13 +360,13 @@ def read_bytes(key: str, value: Any) -> Any:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value.strip())
     size = _UNITS.get(found[2]) if found else None
     if found is None or size is None:
-        raise OptionError(f'{key} must be a number of bytes, or as "512 MiB", or "none": got {value!r}')
+        raise OptionError(f'{key} must be a number of bytes, or as "512 MiB", or "none": got {_cut(value)}')
     return int(float(found[1]) * size)
 
 
 def _list(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise OptionError(f"{key} must be a list of strings, got {value!r}")
+        raise OptionError(f"{key} must be a list of strings, got {_cut(value)}")
     return tuple(value)
 
 

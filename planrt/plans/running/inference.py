@@ -8,7 +8,7 @@ Results are cached by (op, grad mode, specs and constants of the arguments).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from planrt.plans.ir.ops import RESULTS_FOLLOW_FLOATS
 from planrt.serde.dtypes import DTYPE_NAMES
 from planrt.serde.values import DEVICE
 from planrt.tracebacks import shorten
-from planrt.types import map_leaves
+from planrt.types import leaves, map_leaves
 
 
 class Spec:
@@ -103,6 +103,8 @@ class _UnforeseeableError(Exception):
 
 
 _CACHE_SIZE = 20_000
+_CACHED_LENGTH = 1_000
+"""Arguments of an op, lists counted by their items and texts by their characters."""
 _cache: dict[Any, Inferred] = {}
 
 
@@ -137,11 +139,22 @@ def infer(
             found = _infer(function, args, kwargs, operand_type)
         except _UnforeseeableError:
             return None
-        if key:
+        if key and is_short(args, kwargs):
             if len(_cache) >= _CACHE_SIZE:
                 _cache.clear()
             _cache[key] = found
     return found
+
+
+def is_short(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether arguments are few and short enough to be kept as the key of a cache: who may choose them must
+    not fill memory with them."""
+    length = 0
+    for leaf in leaves((tuple(args), dict(kwargs))):
+        length += 1 + (len(leaf) if isinstance(leaf, str) else 0)
+        if length > _CACHED_LENGTH:
+            return False
+    return True
 
 
 def argument_key(value: Any, operand_type: type, floats: bool) -> Any:

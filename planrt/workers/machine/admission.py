@@ -75,7 +75,8 @@ def admit(
         else:
             tags[place] = source
     constants = args[0].constants() if gate.policy.approval != "open" else ()
-    gate.asked(graph, constants, session.user, sorted({one for names in tags.values() for one in names}))
+    on = sorted({one for names in tags.values() for one in names})
+    session.asks_for([gate.asked(graph, constants, session.user, on)])
     gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
     released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
     if released:

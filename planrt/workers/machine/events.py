@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -80,8 +80,23 @@ class Expired:
     absence: int
 
 
+@dataclass(frozen=True, slots=True)
+class UsersChanged:
+    """The owner has other users now: name -> token, or what proves it."""
+
+    users: Mapping[str, str] = field(repr=False)
+
+
 Event: TypeAlias = (
-    TimePassed | Connected | Received | Disconnected | PeerAnswered | PeerFailed | Probed | Expired
+    TimePassed
+    | Connected
+    | Received
+    | Disconnected
+    | PeerAnswered
+    | PeerFailed
+    | Probed
+    | Expired
+    | UsersChanged
 )
 
 # -------------------------------------------------------------------------------------- instructions

@@ -103,19 +103,21 @@ class Gate:
         state: Sequence[torch.Tensor] | None,
         user: str | None,
         purpose: str = "",
-    ) -> None:
+    ) -> list[str]:
         """Puts a plan that a client sent before the owner, if it has to be, with who asks and what they say it is for.
 
         `data` is the file of it. `state` is None where its values are to come when it runs: a plan with constants is
-        put before the owner then (`asked`).
+        put before the owner then (`asked`). Returns what decisions about it are filed under.
 
         Raises:
             NotApproved: it cannot wait for the owner.
         """
+        filed = []
         for graph in graphs:
             if state is not None or not has_constants(graph):
                 constants = self.constants(graph, state or ())
-                self._put_before_owner(graph, constants, data, user, (), purpose)
+                filed.append(self._put_before_owner(graph, constants, data, user, (), purpose))
+        return filed
 
     def asked(
         self,
@@ -124,14 +126,14 @@ class Gate:
         user: str | None,
         data: Iterable[str] = (),
         purpose: str = "",
-    ) -> None:
+    ) -> str:
         """Asks the owner, if that was not done before, for a plan that a client wants to run; tells who asks, and for
-        which data sets or tags of data.
+        which data sets or tags of data. Returns what decisions about it are filed under.
 
         Raises:
             NotApproved: it cannot wait for the owner.
         """
-        self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
+        return self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
 
     def constants(self, graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant, ...]:
         """Returns the plan's constants, where approvals are of plans."""
@@ -147,12 +149,12 @@ class Gate:
         user: str | None,
         on: tuple[str, ...],
         purpose: str,
-    ) -> None:
-        if self.policy.approval != "ask" or self._approvals is None:
-            return
+    ) -> str:
         filed = self._filed(graph, constants)
+        if self.policy.approval != "ask" or self._approvals is None:
+            return filed
         if self.standing(filed).status not in ("unknown", "pending"):
-            return
+            return filed
         try:
             asking = Asking(graph.name, graph.input_names, user or "", on, purpose)
             waiting = waiting_bytes(with_names(graph) if data is None else data, constants)
@@ -162,6 +164,7 @@ class Gate:
             raise NotApproved(f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}") from None
         except ApprovalError:
             raise NotApproved(_UNREADABLE) from None
+        return filed
 
     def standing(self, filed: str) -> Status:
         """Returns how it stands with what is filed under it: approved, denied, pending or unknown, and the reason.
@@ -182,6 +185,22 @@ class Gate:
             return self._approvals.status(filed)
         except ApprovalError:
             raise NotApproved(_UNREADABLE) from None
+
+    def told(self, filed: str, user: str | None, *, sent: bool) -> Status:
+        """Returns how it stands with what is filed under it, as a client of that `user` is told: as `standing` where
+        the client `sent` it, or a client of the same user asked for it once. To others nobody ever asked: they could
+        guess at somebody else's plan, and read the owner's words about it.
+
+        Raises:
+            NotApproved: as `standing`.
+        """
+        standing = self.standing(filed)
+        asks = self.policy.approval == "ask" and filed not in self.policy.approved
+        if asks and not sent and self._approvals is not None:
+            askings = self._approvals.askings(filed) if user is not None else ()
+            if not any(one.user == user for one in askings):
+                return Status("unknown")
+        return standing
 
     def _filed(self, graph: Graph, constants: Sequence[Constant]) -> str:
         """The hash under which decisions about the plan are filed."""

@@ -25,6 +25,11 @@ _CLEAR: Final = (
 _WHO: Final = "this worker takes users only: show a token (token=...) or a certificate (cert=..., key=...)"
 
 
+REVOKED: Final = (
+    "the token of this session counts no longer: its user was taken off this worker's list, or has another"
+)
+
+
 class RefusedError(PlanrtError):
     """No session for this client; the message tells it why."""
 
@@ -60,9 +65,9 @@ class Users:
         fake = fake_verifier(id, self._secret)
         return self._by_id.get(id, ("", fake))[1]
 
-    def user(self, id: str) -> str:
-        """Returns whose token has that id, which was proved."""
-        return self._by_id[id][0]
+    def user(self, id: str) -> str | None:
+        """Returns whose token has that id, which was proved; None for nobody's any more."""
+        return self._by_id.get(id, (None,))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,14 @@ class Handshakes:
         self._channels.pop(connection, None)
         self._checking.pop(connection, None)
 
+    def change_users(self, users: Users) -> None:
+        """Takes the users that there are from now on; `counts` says of which sessions the token is still one."""
+        self._users = users
+
+    def counts(self, session: Session) -> bool:
+        """Returns whether the token that opened a session is still that of a user; those without stay as they are."""
+        return not session.token or self._users.user(session.token) is not None
+
     def hello(self, connection: int, hello: m.Hello) -> Opened | m.Challenge:
         """Answers a client that wants a session: it gets one, or is asked for the rest of its proof.
 
@@ -143,7 +156,11 @@ class Handshakes:
             own = checking.verify(proof.proof)
         except ProofError as error:
             raise RefusedError(str(error), distrusted=True) from None
-        session = self._session(connection, hello, self._users.user(checking.id))
+        user = self._users.user(checking.id)
+        if user is None:  # it was taken away meanwhile
+            raise RefusedError(REVOKED)
+        session = self._session(connection, hello, user)
+        session.token = checking.id
         return Opened(session, own, hello.resume)
 
     def _session(self, connection: int, hello: m.Hello, user: str | None) -> Session:

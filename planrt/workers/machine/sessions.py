@@ -19,6 +19,8 @@ from planrt.workers.machine.labels import Label, join
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import ReplyTooLarge, UnknownObject
 
+_MAX_ASKED: Final = 10_000
+
 
 @dataclass(slots=True, eq=False)
 class Graphs:
@@ -86,6 +88,10 @@ class Session:
     it; `KeptObjects.forget_optimizers` takes away what belongs to objects that are gone."""
     purposes: dict[str, str] = field(default_factory=dict)
     """Hash of a plan that was sent -> what its client says it is for: shown to the owner who is asked to approve it."""
+    asked: dict[str, None] = field(default_factory=dict)
+    """Hashes of plans that it sent or asked for, as decisions about them are filed: whose status it is told."""
+    token: str = ""
+    """The id of the token that was proved for it; ``""`` of a session that no token opened."""
     sums: dict[str, Member] = field(default_factory=dict)
     """Name -> this worker's side of a secure aggregation that its client has begun; see `SecureSums`."""
     graphs: Graphs = field(init=False)
@@ -97,6 +103,12 @@ class Session:
     def whose(self, host: str) -> str:
         """Returns for whom it counts, opened from that address: its user, or nobody there."""
         return f"nobody at {host}" if self.user is None else f"user {self.user}"
+
+    def asks_for(self, filed: Sequence[str]) -> None:
+        """Takes note of plans that this session sent or asked for."""
+        self.asked |= dict.fromkeys(filed)
+        while len(self.asked) > _MAX_ASKED:
+            del self.asked[next(iter(self.asked))]
 
     def share_graphs(self, other: Session) -> None:
         """Joins what is known of the graphs of two sessions: an object went from one to the other, and with it the

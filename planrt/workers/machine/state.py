@@ -70,12 +70,13 @@ from planrt.workers.machine.events import (
     Steps,
     TimePassed,
     ToPeer,
+    UsersChanged,
     Wait,
     Wake,
 )
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.handshakes import Handshakes, Users
+from planrt.workers.machine.handshakes import REVOKED, Handshakes, Users
 from planrt.workers.machine.joint.runs import JointOps
 from planrt.workers.machine.keeping.openings import Openings
 from planrt.workers.machine.keeping.sessions import KeptSessions
@@ -339,6 +340,25 @@ class WorkerState:
             case Expired(name, absence):
                 session = self._kept.expired(name, absence)
                 return [] if session is None else self._end(session)
+            case UsersChanged(users):
+                return self._users_changed(Users(users))
+
+    def _users_changed(self, users: Users) -> list[Instruction]:
+        """Sessions whose token counts no longer end now, and so do those that wait for their client to come back."""
+        self._handshakes.change_users(users)
+        instructions = self._openings.forget_revoked()
+        for connection, session in list(self._sessions.items()):
+            if self._handshakes.counts(session):
+                continue
+            if session.kept is not None:
+                session.kept.give_up()
+            failure = m.Failure("HandshakeError", REVOKED)
+            instructions += [Reply(connection, m.Envelope(0, failure)), *self._disconnected(connection)]
+            instructions.append(Close(connection))
+        for session in self._kept.away():
+            if not self._handshakes.counts(session):
+                instructions += self._end(session)
+        return instructions
 
     def _disconnected(self, connection: int) -> list[Instruction]:
         session = self._openings.disconnected(connection)
@@ -669,7 +689,9 @@ class WorkerState:
             case m.PutPlan():
                 return self._training.put_plan(session, body, tensors)
             case m.AskApproval():
-                status = Status("approved") if self._gate is None else self._gate.standing(body.plan)
+                status = Status("approved")
+                if self._gate is not None:
+                    status = self._gate.told(body.plan, session.user, sent=body.plan in session.asked)
                 return m.Approval(status.status, status.why), ()
             case m.Fit():
                 return self._training.fit(session, body, tensors)

@@ -137,7 +137,7 @@ class TrainingOps:
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         if self._gate is not None:
-            self._gate.arrived([plan], data, None, session.user, body.purpose)
+            session.asks_for(self._gate.arrived([plan], data, None, session.user, body.purpose))
             session.purposes[plan.hash] = body.purpose
             while len(session.purposes) > MAX_PLANS:
                 del session.purposes[next(iter(session.purposes))]
@@ -281,7 +281,9 @@ class TrainingOps:
         """The plan's constants, once its owner has been asked for it."""
         interpreter.check_state(plan, state)
         constants = gate.constants(plan, state)
-        gate.asked(plan, constants, session.user, data, session.purposes.get(plan.hash, ""))
+        session.asks_for(
+            [gate.asked(plan, constants, session.user, data, session.purposes.get(plan.hash, ""))]
+        )
         return constants
 
     def _admit_training(self, plan: Graph, constants: Sequence[Constant], body: m.Fit, items: int) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -43,6 +43,7 @@ from planrt.workers.machine.events import (
     Reply,
     TimePassed,
     ToPeer,
+    UsersChanged,
     Wait,
 )
 from planrt.workers.machine.failures import as_sent, failure_of
@@ -198,6 +199,10 @@ class WorkerHost:
             timer.cancel()
         self._timers.clear()
         self._links.close()
+
+    async def change_users(self, users: Mapping[str, str]) -> None:
+        """Serves these users from now on; sessions of a token that is nobody's any more end."""
+        await self._handle(UsersChanged(users))
 
     async def serve(self, pipe: Pipe, number: int | None = None) -> None:
         """Serves one connection until it ends. Bytes that are no message end it; nothing ends the worker.

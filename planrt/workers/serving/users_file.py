@@ -58,6 +58,48 @@ def read(path: str | Path) -> UsersFile:
     return UsersFile(path, tuple(lines), users)
 
 
+class WatchedUsers:
+    """A file of users that its owner may change while a worker runs. A broken one counts as no change.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OptionError: as `read`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._seen = _look(self._path)
+        self.users = read(path).users
+        """As the file had them last, when it was whole."""
+
+    def changed(self) -> dict[str, str] | None:
+        """Returns the users that there are now, if the file has others than before; None if not. It is read when its
+        time, size or place on the disk is another.
+
+        Raises:
+            OptionError: it has changed, and cannot be used: the users before count on. Told once for each change.
+        """
+        now = _look(self._path)
+        if now == self._seen:
+            return None
+        self._seen = now
+        users = read(self._path).users
+        if users == self.users:
+            return None
+        self.users = users
+        return users
+
+
+def _look(path: Path) -> tuple[int, ...]:
+    try:
+        about = path.stat()
+    except OSError:
+        return ()
+    return about.st_mtime_ns, about.st_size, about.st_ino, about.st_mode
+
+
 def add(path: str | Path, name: str, token: str) -> None:
     """Adds a user who has that token, in a new file if there is none.
 

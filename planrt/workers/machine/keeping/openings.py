@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Close, Distrust, HandOn, Instruction, Probe, Reply
-from planrt.workers.machine.handshakes import Handshakes, Opened, RefusedError
+from planrt.workers.machine.handshakes import REVOKED, Handshakes, Opened, RefusedError
 from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
@@ -56,6 +56,15 @@ class Openings:
         self._handshakes.disconnected(connection)
         self._asked.pop(connection, None)
         return self.sessions.pop(connection, None)
+
+    def forget_revoked(self) -> list[Instruction]:
+        """Refuses those that wait to go on with a session, and whose token counts no longer."""
+        gone = [one for one, (_, opened, _) in self._asked.items() if not self._handshakes.counts(opened.session)]
+        instructions: list[Instruction] = []
+        for connection in gone:
+            id, _, _ = self._asked.pop(connection)
+            instructions += self._refused(connection, id, RefusedError(REVOKED))
+        return instructions
 
     def open(self, connection: int, envelope: m.Envelope, body: m.Hello | m.Prove) -> list[Instruction]:
         """Takes a message of a handshake: opens a session, resumes one, asks on, or refuses."""
