@@ -97,7 +97,8 @@ def cost_of(
     for edge in starts:
         if edge.node in nodes:
             slots = arrived.setdefault(edge.node, {})
-            size = _sizes(edge.node)[edge.output_nr][1]
+            shape, size = _sizes(edge.node)[edge.output_nr]
+            flops += math.prod(shape)  # roots may be named again and again, and are added up
             live += size if edge.output_nr not in slots else 0
             slots[edge.output_nr] = size
     numbers = {node: number for number, node in enumerate(nodes)}  # a node has no order of its own

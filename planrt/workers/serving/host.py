@@ -70,6 +70,10 @@ PROBE_SECONDS = 3.0
 TURN = 0.05
 """Seconds that the ops of one message may run while others wait; an op that runs is not interrupted."""
 
+STACK = 1 << 30
+"""Bytes of stack of a compute thread: address space, of which what is used takes memory. torch 2.14 frees a chain of
+autograd nodes that Python has looked at by a call for each, 140 bytes deep: in 8 MiB one of 60,000 ends the process."""
+
 _computing = threading.Lock()
 """Held while a worker computes. torch's random generators and its number of threads belong to the process (MKL
 knows one number only), so the workers of a process compute one at a time, or they would change each other's bits."""
@@ -85,6 +89,11 @@ class ComputeThread:
 
     def __init__(self, name: str, *, threads: int | None = None) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        before = threading.stack_size(STACK)
+        try:
+            self._executor.submit(int)  # the thread is made now
+        finally:
+            threading.stack_size(before)
         self._threads = threads
         self._threads_elsewhere = torch.get_num_threads()
         self.busy = False
