@@ -169,9 +169,8 @@ class WorkerState:
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
-        self._openings = self._new_openings(
-            Handshakes(self.versions, Users(users), require_user=require_user)
-        )
+        self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
+        self._openings = self._new_openings(self._handshakes)
         self._sessions = self._openings.sessions
         """Connection -> its session."""
         self._waiting: dict[str, _Request] = {}

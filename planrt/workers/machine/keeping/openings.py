@@ -59,7 +59,9 @@ class Openings:
 
     def forget_revoked(self) -> list[Instruction]:
         """Refuses those that wait to go on with a session, and whose token counts no longer."""
-        gone = [one for one, (_, opened, _) in self._asked.items() if not self._handshakes.counts(opened.session)]
+        gone = [
+            one for one, (_, opened, _) in self._asked.items() if not self._handshakes.counts(opened.session)
+        ]
         instructions: list[Instruction] = []
         for connection in gone:
             id, _, _ = self._asked.pop(connection)
