@@ -120,6 +120,9 @@ class Decisions(Protocol):
     ) -> Status:
         """See `Approvals.submit`."""
 
+    def askings(self, plan: str) -> list[Asking]:
+        """See `Approvals.askings`."""
+
 
 class Approvals:
     """The decisions in `folder`, which is made if it is not there.

@@ -249,7 +249,8 @@ class WorkerState:
         who its clients are. `audit` and `approvals` are that one's."""
         self._alone = True
         self._kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
-        self._openings = self._new_openings(Handshakes(self.versions, Users(None)))
+        self._handshakes = Handshakes(self.versions, Users(None))
+        self._openings = self._new_openings(self._handshakes)
         self._sessions = self._openings.sessions
         self._audit.to(audit)
         if self._gate is not None:

@@ -124,6 +124,10 @@ class RelayedApprovals:
         """See `Approvals.status`."""
         return Status(*self._ask("status", plan))
 
+    def askings(self, plan: str) -> list[Asking]:
+        """Returns none: who asked in other sessions is not told here, so a session has to send the plan itself."""
+        return []
+
     def submit(
         self, plan: str, data: bytes, *, asking: Asking | None = None, most: int | None = None
     ) -> Status:
