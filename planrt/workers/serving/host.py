@@ -74,6 +74,19 @@ STACK = 1 << 30
 """Bytes of stack of a compute thread: address space, of which what is used takes memory. torch 2.14 frees a chain of
 autograd nodes that Python has looked at by a call for each, 140 bytes deep: in 8 MiB one of 60,000 ends the process."""
 
+_LIMITED_STACK = 64 << 20
+"""Where the process may have so much address space only, as that of one user may."""
+
+
+def _stack() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows has none, nor such limits
+        return _LIMITED_STACK
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    return STACK if unlimited else _LIMITED_STACK
+
+
 _computing = threading.Lock()
 """Held while a worker computes. torch's random generators and its number of threads belong to the process (MKL
 knows one number only), so the workers of a process compute one at a time, or they would change each other's bits."""
@@ -89,7 +102,7 @@ class ComputeThread:
 
     def __init__(self, name: str, *, threads: int | None = None) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        before = threading.stack_size(STACK)
+        before = threading.stack_size(_stack())
         try:
             self._executor.submit(int)  # the thread is made now
         finally:
