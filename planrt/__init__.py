@@ -20,6 +20,7 @@ from planrt.version import VERSION
 
 if TYPE_CHECKING:
     from planrt import errors, exceptions, serde, version
+    from planrt.deadlines import waiting
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.fl.local import local_workers
     from planrt.grid import PrivateGridNetwork
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from planrt.sandbox import create_sandbox
     from planrt.torch_hook import TorchHook
     from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-    from planrt.workers.client.deadlines import waiting
     from planrt.workers.pointers.multi import MultiPointerTensor
     from planrt.workers.pointers.tensor import ID_PROVIDER, PointerTensor, combine_pointers
     from planrt.workers.serving.metrics_end import MetricsServer
@@ -55,7 +55,7 @@ _HOMES = {
     "combine_pointers": "planrt.workers.pointers.tensor",
     "ID_PROVIDER": "planrt.workers.pointers.tensor",
     "MultiPointerTensor": "planrt.workers.pointers.multi",
-    "waiting": "planrt.workers.client.deadlines",
+    "waiting": "planrt.deadlines",
     "FederatedDataLoader": "planrt.fl",
     "FederatedDataset": "planrt.fl",
     "Optims": "planrt.fl",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from planrt.deadlines import bounded
 from planrt.errors import OptionError
 from planrt.loop import run
 from planrt.workers.base import BaseWorker
@@ -37,7 +38,8 @@ class PrivateGridNetwork:
             seen.add(worker.id)
         self.workers = list(workers)
 
-    def search(self, *query: str) -> dict[str, list[PointerTensor]]:
+    @bounded
+    def search(self, *query: str, timeout: float | None = None) -> dict[str, list[PointerTensor]]:
         """Searches all workers at the same time for objects that match every term of `query`.
 
         Args:
@@ -52,7 +54,8 @@ class PrivateGridNetwork:
         """
         return run(self.async_search(*query), instead="await grid.async_search(...)")
 
-    async def async_search(self, *query: str) -> dict[str, list[PointerTensor]]:
+    @bounded
+    async def async_search(self, *query: str, timeout: float | None = None) -> dict[str, list[PointerTensor]]:
         """`search`, to be awaited on any loop."""
         terms = _terms(query)
         answers = await asyncio.gather(*(worker.async_search(terms) for worker in self.workers))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError
 from planrt.plans.plan import Plan
 from planrt.protocols.pointer import PointerProtocol
@@ -35,6 +36,7 @@ def send(  # type: ignore[overload-overlap]  # of a plan, which is a module too,
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
     purpose: str = "",
+    timeout: float | None = None,
 ) -> PointerPlan: ...
 
 
@@ -45,11 +47,12 @@ def send(
     *,
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
+    timeout: float | None = None,
 ) -> PointerProtocol: ...
 
 
 @overload
-def send(thing: Module, worker: BaseWorker) -> Module: ...
+def send(thing: Module, worker: BaseWorker, *, timeout: float | None = None) -> Module: ...
 
 
 @overload
@@ -60,6 +63,7 @@ def send(
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
     garbage_collection: bool = True,
+    timeout: float | None = None,
 ) -> PointerTensor: ...
 
 
@@ -73,10 +77,12 @@ def send(
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
     garbage_collection: bool = True,
+    timeout: float | None = None,
 ) -> MultiPointerTensor: ...
 
 
-def send(thing: Any, *workers: Any, **options: Any) -> Any:
+@bounded
+def send(thing: Any, *workers: Any, timeout: float | None = None, **options: Any) -> Any:
     """Sends a tensor, a module, a plan or a protocol to a worker: ``planrt.send(x, bob)`` is ``x.send(bob)``.
 
     Options are those of the method: of tensors and plans `private` and `allowed_users`, of plans `purpose`.
@@ -92,30 +98,31 @@ def send(thing: Any, *workers: Any, **options: Any) -> Any:
 
 
 @overload
-def get(thing: PointerPlan) -> Plan[..., Any]: ...
+def get(thing: PointerPlan, *, timeout: float | None = None) -> Plan[..., Any]: ...
 
 
 @overload
-def get(thing: MultiPointerPlan) -> list[Plan[..., Any]]: ...
+def get(thing: MultiPointerPlan, *, timeout: float | None = None) -> list[Plan[..., Any]]: ...
 
 
 @overload
-def get(thing: PointerProtocol) -> Protocol: ...
+def get(thing: PointerProtocol, *, timeout: float | None = None) -> Protocol: ...
 
 
 @overload
-def get(thing: Module) -> Module: ...
+def get(thing: Module, *, timeout: float | None = None) -> Module: ...
 
 
 @overload
-def get(thing: MultiPointerTensor) -> list[torch.Tensor]: ...  # type: ignore[overload-overlap]  # a tensor, too
+def get(thing: MultiPointerTensor, *, timeout: float | None = None) -> list[torch.Tensor]: ...  # type: ignore[overload-overlap]  # a tensor, too
 
 
 @overload
-def get(thing: torch.Tensor) -> torch.Tensor: ...
+def get(thing: torch.Tensor, *, timeout: float | None = None) -> torch.Tensor: ...
 
 
-def get(thing: Any) -> Any:
+@bounded
+def get(thing: Any, *, timeout: float | None = None) -> Any:
     """Brings back what is on a worker: ``planrt.get(x)`` is ``x.get()``, for pointers and modules that were
     sent.
 
@@ -131,14 +138,15 @@ def get(thing: Any) -> Any:
 
 
 @overload
-def move(thing: Movable, worker: BaseWorker) -> Movable: ...
+def move(thing: Movable, worker: BaseWorker, *, timeout: float | None = None) -> Movable: ...
 
 
 @overload
-def move(thing: torch.Tensor, worker: BaseWorker) -> PointerTensor: ...
+def move(thing: torch.Tensor, worker: BaseWorker, *, timeout: float | None = None) -> PointerTensor: ...
 
 
-def move(thing: Any, worker: BaseWorker) -> Any:
+@bounded
+def move(thing: Any, worker: BaseWorker, *, timeout: float | None = None) -> Any:
     """Moves what is on a worker to another one, in place: ``planrt.move(x, alice)`` is ``x.move(alice)``.
 
     Returns:

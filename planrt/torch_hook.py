@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, OptionError, PointerError, UnknownNameError
 from planrt.fl.data import splitting
 from planrt.plans.ir import ops
@@ -113,6 +114,7 @@ class TorchHook:
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
+@bounded
 def send(
     self: torch.Tensor,
     *workers: BaseWorker,
@@ -126,6 +128,7 @@ def send(
     local_autograd: bool = False,
     preinitialize_grad: bool = False,
     user: object = None,
+    timeout: float | None = None,
 ) -> PointerTensor | MultiPointerTensor:
     """Sends the tensor, with `requires_grad`, `.grad`, tags and description; returns a pointer, at once.
 
@@ -162,11 +165,13 @@ def send(
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
 
 
+@bounded
 async def async_send(
     self: torch.Tensor,
     *workers: BaseWorker,
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
+    timeout: float | None = None,
 ) -> PointerTensor | MultiPointerTensor:
     """`send`, to be awaited on any loop."""
     allowed = _allowed(private, allowed_users)
@@ -179,7 +184,10 @@ async def async_send(
     return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
 
 
-def send_(self: torch.Tensor, worker: BaseWorker, **options: Any) -> torch.Tensor:
+@bounded
+def send_(
+    self: torch.Tensor, worker: BaseWorker, *, timeout: float | None = None, **options: Any
+) -> torch.Tensor:
     """`send` in place: this object becomes the pointer, and ``get_()`` turns it back."""
     _check_workers([worker])
     refuse_hooks(self, "this tensor")

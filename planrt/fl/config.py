@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, OptionError, UpdateRefusedError
 from planrt.fl.jobs import LossPointer, ModelPointer, SentJob, evaluated
 from planrt.fl.options import flag, learning_rate, optimizer_name, optimizer_options, whole
@@ -217,8 +218,9 @@ class TrainConfig:
 
     # ------------------------------------------------------------------------------- on a worker
 
+    @bounded
     @on_loop
-    async def async_send(self, worker: BaseWorker) -> TrainConfig:
+    async def async_send(self, worker: BaseWorker, *, timeout: float | None = None) -> TrainConfig:
         """Puts the model on `worker`, for its `fit` and `evaluate`; `model_ptr` brings it back from there.
 
         What is there is the config and the model as they are now: later changes here do not reach it.
@@ -238,10 +240,12 @@ class TrainConfig:
         self.loss_fn_ptr = None if self.loss_fn is None else LossPointer(self.loss_fn, worker)
         return self
 
-    def send(self, worker: BaseWorker) -> TrainConfig:
+    @bounded
+    def send(self, worker: BaseWorker, *, timeout: float | None = None) -> TrainConfig:
         """Sends the config as `async_send` does, and waits for that."""
         return run(self.async_send(worker), instead="await config.async_send(worker)")
 
+    @bounded
     @on_loop
     async def fit(
         self,
@@ -253,6 +257,7 @@ class TrainConfig:
         lr: float | None = None,
         allocate: Allocate[m.Envelope] = in_memory,
         plans: ModelPlans | None = None,
+        timeout: float | None = None,
     ) -> FitResult:
         """Trains `state` on `worker` by one request and one reply: the state goes there, the trained entries
         come back.
@@ -269,6 +274,7 @@ class TrainConfig:
         changed = plans.names.keyed(entries)
         return FitResult(worker.id, fitted.loss, fitted.samples, fitted.batches, changed, entries)
 
+    @bounded
     @on_loop
     async def evaluate(
         self,
@@ -278,6 +284,7 @@ class TrainConfig:
         dataset_key: str,
         batch_size: int,
         bins: int,
+        timeout: float | None = None,
     ) -> EvaluationResult:
         """Evaluates `state` on `worker` by one request and one reply: the state goes there, the figures come
         back."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from planrt.deadlines import bounded
 from planrt.errors import OptionError
 from planrt.extras import needed
 from planrt.fl.averaging import copied, federated_avg
@@ -37,6 +38,7 @@ __all__ = [
 log = get_logger("planrt.fl")
 
 
+@bounded
 @on_loop
 async def fit_model_on_worker(
     worker: BaseWorker,
@@ -50,6 +52,7 @@ async def fit_model_on_worker(
     loss_fn: Loss = F.nll_loss,
     optimizer: str | type[torch.optim.Optimizer] = "SGD",
     seed: int = 1,
+    timeout: float | None = None,
 ) -> tuple[str, nn.Module, float]:
     """Trains a copy of `traced_model` on `worker`'s data; awaitable from any loop.
 
@@ -82,6 +85,7 @@ async def fit_model_on_worker(
     return worker.id, model, result.loss
 
 
+@bounded
 @on_loop
 async def async_evaluate_model_on_worker(
     model_identifier: str,
@@ -94,6 +98,7 @@ async def async_evaluate_model_on_worker(
     print_target_hist: bool = False,
     *,
     loss_fn: Loss = F.nll_loss,
+    timeout: float | None = None,
 ) -> EvaluationResult:
     """Evaluates `model` on `worker`'s data and logs what came out, under the name `model_identifier`.
 
@@ -125,6 +130,7 @@ async def async_evaluate_model_on_worker(
     return result
 
 
+@bounded
 def evaluate_model_on_worker(
     model_identifier: str,
     worker: BaseWorker,
@@ -136,6 +142,7 @@ def evaluate_model_on_worker(
     print_target_hist: bool = False,
     *,
     loss_fn: Loss = F.nll_loss,
+    timeout: float | None = None,
 ) -> EvaluationResult:
     """Evaluates a model as `async_evaluate_model_on_worker` does, and waits for that."""
     evaluation = async_evaluate_model_on_worker(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, OptionError, PlanArgumentError, PlanError, PlanFormatError, TraceError
 from planrt.lazy import names_of
 from planrt.plans.forms.state_tree import hold
@@ -366,7 +367,8 @@ class Plan(torch.nn.Module, Generic[P, R]):
 
     # ------------------------------------------------------------------------------------ travelling
 
-    def send(self, *workers: Any, **options: Any) -> Any:
+    @bounded
+    def send(self, *workers: Any, timeout: float | None = None, **options: Any) -> Any:
         """Sends the plan with its state to workers; returns a pointer to call there, or one that stands for
         several.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import (
     MixedLocationsError,
     PlanFormatError,
@@ -70,7 +71,8 @@ class PointerProtocol(ObjectPointer):
 
     # -------------------------------------------------------------------------------------- deploying
 
-    def deploy(self, *workers: BaseWorker) -> Self:
+    @bounded
+    def deploy(self, *workers: BaseWorker, timeout: float | None = None) -> Self:
         """Tells the worker which workers stand at the protocol's places; see `Protocol.deploy`.
 
         Raises:
@@ -78,8 +80,9 @@ class PointerProtocol(ObjectPointer):
         """
         return run(self.async_deploy(*workers), instead="await pointer.async_deploy(...)")
 
+    @bounded
     @on_loop
-    async def async_deploy(self, *workers: BaseWorker) -> Self:
+    async def async_deploy(self, *workers: BaseWorker, timeout: float | None = None) -> Self:
         """`deploy`, to be awaited on any loop."""
         chain = await self._read()
         self._workers = resolve(chain.places, {}, workers)
@@ -96,8 +99,14 @@ class PointerProtocol(ObjectPointer):
 
     # ---------------------------------------------------------------------------------------- running
 
+    @bounded
     def run(
-        self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
+        self,
+        *inputs: Any,
+        seed: int | None = None,
+        on_progress: OnProgress | None = None,
+        timeout: float | None = None,
+        **named: Any,
     ) -> Any:
         """Has the worker run the protocol on objects that it holds; see `Protocol.run`.
 
@@ -113,8 +122,14 @@ class PointerProtocol(ObjectPointer):
         start = self._start(inputs, named, seed, on_progress, grad, _quiet, verbose=False)
         return run(start, instead="await pointer.async_run(...)")
 
+    @bounded
     async def async_run(
-        self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
+        self,
+        *inputs: Any,
+        seed: int | None = None,
+        on_progress: OnProgress | None = None,
+        timeout: float | None = None,
+        **named: Any,
     ) -> Any:
         """`run`, to be awaited on any loop. Cancelled, the worker drops all that was made."""
         grad = torch.is_grad_enabled()
@@ -232,7 +247,8 @@ class PointerProtocol(ObjectPointer):
 
     # -------------------------------------------------------------------------------------- travelling
 
-    def get(self) -> Protocol:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> Protocol:
         """Brings the protocol back with its plans and their state, as they were sent; the worker forgets it.
 
         Raises:
@@ -240,8 +256,9 @@ class PointerProtocol(ObjectPointer):
         """
         return run(self.async_get(), instead="await pointer.async_get()")
 
+    @bounded
     @on_loop
-    async def async_get(self) -> Protocol:
+    async def async_get(self, *, timeout: float | None = None) -> Protocol:
         """`get`, to be awaited on any loop."""
         handle = alive(self)
         made = _rebuilt(*await self.location.ask(m.FetchedProtocol, m.Fetch(handle.id, False)))

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, ProtocolError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.chain import Chain, ChainPlan
@@ -142,7 +143,8 @@ class Protocol:
         """Place -> worker, once resolved."""
         return dict(self._workers)
 
-    def deploy(self, *workers: BaseWorker) -> Self:
+    @bounded
+    def deploy(self, *workers: BaseWorker, timeout: float | None = None) -> Self:
         """Puts workers in the places of the names, and sends each its plans. Doing it again sends nothing
         new.
 
@@ -165,7 +167,8 @@ class Protocol:
         self._pointers = made
         return self
 
-    async def async_deploy(self, *workers: BaseWorker) -> Self:
+    @bounded
+    async def async_deploy(self, *workers: BaseWorker, timeout: float | None = None) -> Self:
         """`deploy`, to be awaited on any loop."""
         self._resolve(workers)
         if self._sent is not None:
@@ -210,8 +213,14 @@ class Protocol:
 
     # ----------------------------------------------------------------------------------------- running
 
+    @bounded
     def run(
-        self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
+        self,
+        *inputs: Any,
+        seed: int | None = None,
+        on_progress: OnProgress | None = None,
+        timeout: float | None = None,
+        **named: Any,
     ) -> Any:
         """Runs all steps; returns pointers to the results, on the workers that made them.
 
@@ -236,8 +245,14 @@ class Protocol:
             self._start(inputs, named, seed, on_progress, grad), instead="await protocol.async_run(...)"
         )
 
+    @bounded
     async def async_run(
-        self, *inputs: Any, seed: int | None = None, on_progress: OnProgress | None = None, **named: Any
+        self,
+        *inputs: Any,
+        seed: int | None = None,
+        on_progress: OnProgress | None = None,
+        timeout: float | None = None,
+        **named: Any,
     ) -> Any:
         """`run`, to be awaited on any loop. Cancelled, it drops all that was made and what is still being
         made."""
@@ -321,8 +336,14 @@ class Protocol:
 
     # -------------------------------------------------------------------------------------- travelling
 
+    @bounded
     def send(
-        self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
+        self,
+        worker: BaseWorker,
+        *,
+        private: bool = False,
+        allowed_users: Sequence[str] | None = None,
+        timeout: float | None = None,
     ) -> PointerProtocol:
         """Sends the protocol, with its plans and their state, to a worker, which runs it from then on.
 
@@ -338,8 +359,14 @@ class Protocol:
             instead="await protocol.async_send(worker)",
         )
 
+    @bounded
     async def async_send(
-        self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
+        self,
+        worker: BaseWorker,
+        *,
+        private: bool = False,
+        allowed_users: Sequence[str] | None = None,
+        timeout: float | None = None,
     ) -> PointerProtocol:
         """`send`, to be awaited on any loop."""
         if not isinstance(worker, BaseWorker):
@@ -364,7 +391,8 @@ class Protocol:
         self.id = self._sent.id_at_location
         return self._sent
 
-    def get(self) -> Self:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> Self:
         """Takes the protocol back from the worker it was sent to, which forgets it; runs start here again.
 
         Raises:
@@ -374,7 +402,8 @@ class Protocol:
         self._sent = None
         return self
 
-    async def async_get(self) -> Self:
+    @bounded
+    async def async_get(self, *, timeout: float | None = None) -> Self:
         """`get`, to be awaited on any loop."""
         await self._of_sent().async_get()
         self._sent = None

@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self, TypeVar, overload
 import torch
 
 from planrt.cards import card
+from planrt.deadlines import bounded, seconds_of
 from planrt.errors import OptionError, RemoteError, WireError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.constants import approval_hash, constants_of, has_constants
@@ -32,7 +33,6 @@ from planrt.shown import shown
 from planrt.types import Ref, as_text, as_whole, map_leaves, plain
 from planrt.workers.client import registry
 from planrt.workers.client.connection import Connection
-from planrt.workers.client.deadlines import seconds_of
 from planrt.workers.client.registry import KnowsWorkers
 from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.names_of_02 import NamesOf02
@@ -171,8 +171,9 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     # ------------------------------------------------------------------------------------- approval
 
+    @bounded
     @on_loop
-    async def async_approval(self, plan: Plan | Graph | str) -> Status:
+    async def async_approval(self, plan: Plan | Graph | str, *, timeout: float | None = None) -> Status:
         """Asks what the worker's owner has decided about a plan, or about its hash; returns (status, why).
 
         The status is "approved", "denied", "pending", or "unknown" where it was never sent there.
@@ -180,7 +181,8 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         answer, _ = await self.workplace.ask(m.Approval, m.AskApproval(_filed_under(plan)))
         return Status(answer.status, answer.why)
 
-    def approval(self, plan: Plan | Graph | str) -> Status:
+    @bounded
+    def approval(self, plan: Plan | Graph | str, *, timeout: float | None = None) -> Status:
         """Blocks where `async_approval` awaits."""
         return run(self.async_approval(plan), instead="await worker.async_approval(plan)")
 
@@ -220,8 +222,11 @@ class BaseWorker(NamesOf02, KnowsWorkers):
 
     # ------------------------------------------------------------------------------ what is there
 
+    @bounded
     @on_loop
-    async def async_search(self, query: str | Sequence[str], *more: str) -> list[Any]:
+    async def async_search(
+        self, query: str | Sequence[str], *more: str, timeout: float | None = None
+    ) -> list[Any]:
         """Returns pointers to this session's objects and to published ones that match every term exactly.
 
         A term is a tag, an id, or a word of the description.
@@ -232,21 +237,25 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         asked = query if isinstance(query, list | tuple | set | frozenset) else [query]
         return await self.workplace.objects.search([*asked, *more])
 
-    def search(self, query: str | Sequence[str], *more: str) -> list[Any]:
+    @bounded
+    def search(self, query: str | Sequence[str], *more: str, timeout: float | None = None) -> list[Any]:
         """Blocks where `async_search` awaits."""
         return run(self.async_search(query, *more), instead="await worker.async_search(...)")
 
+    @bounded
     @on_loop
-    async def async_objects_count(self) -> int:
+    async def async_objects_count(self, *, timeout: float | None = None) -> int:
         """Returns how many objects the worker holds for this client."""
         return await self.workplace.objects.count()
 
-    def objects_count(self) -> int:
+    @bounded
+    def objects_count(self, *, timeout: float | None = None) -> int:
         """Blocks where `async_objects_count` awaits."""
         return run(self.async_objects_count(), instead="await worker.async_objects_count()")
 
+    @bounded
     @on_loop
-    async def async_status(self) -> WorkerStatus:
+    async def async_status(self, *, timeout: float | None = None) -> WorkerStatus:
         """Returns how the worker is: what this client's user has there in all sessions, in numbers.
 
         Raises:
@@ -261,22 +270,26 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         told, _ = await self.ask(m.WorkerStatus, m.AskStatus())
         return WorkerStatus.of(self.id, self.address, self.versions.planrt, told)
 
-    def status(self) -> WorkerStatus:
+    @bounded
+    def status(self, *, timeout: float | None = None) -> WorkerStatus:
         """Blocks where `async_status` awaits."""
         return run(self.async_status(), instead="await worker.async_status()")
 
+    @bounded
     @on_loop
-    async def async_clear_objects(self) -> Self:
+    async def async_clear_objects(self, *, timeout: float | None = None) -> Self:
         """Removes every object that this client has there, published ones too; returns the worker."""
         await self.workplace.objects.clear()
         return self
 
-    def clear_objects(self) -> Self:
+    @bounded
+    def clear_objects(self, *, timeout: float | None = None) -> Self:
         """Blocks where `async_clear_objects` awaits."""
         return run(self.async_clear_objects(), instead="await worker.async_clear_objects()")
 
+    @bounded
     @on_loop
-    async def async_list_objects(self) -> dict[int, Any]:
+    async def async_list_objects(self, *, timeout: float | None = None) -> dict[int, Any]:
         """Returns what the worker holds for this client, by id, without values.
 
         Tensors, plans and protocols are pointers, which keep nothing there; a `HeldPointer` is what points to another
@@ -284,8 +297,11 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         """
         return await self.workplace.contents.listing()
 
+    @bounded
     @on_loop
-    async def async_fetch_plan(self, plan_id: int, location: BaseWorker, copy: bool = False) -> Plan:
+    async def async_fetch_plan(
+        self, plan_id: int, location: BaseWorker, copy: bool = False, *, timeout: float | None = None
+    ) -> Plan:
         """Returns the plan that worker `location` holds under that id, which stays there.
 
         What comes is a plan of its own either way, as ``copy=True`` says; `PointerPlan.get` takes a plan back instead.
@@ -302,13 +318,17 @@ class BaseWorker(NamesOf02, KnowsWorkers):
             )
         return await location.workplace.plans.copied(number)
 
-    def fetch_plan(self, plan_id: int, location: BaseWorker, copy: bool = False) -> Plan:
+    @bounded
+    def fetch_plan(
+        self, plan_id: int, location: BaseWorker, copy: bool = False, *, timeout: float | None = None
+    ) -> Plan:
         """Blocks where `async_fetch_plan` awaits: ``plan.owner.fetch_plan(id, bob)``."""
         fetching = self.async_fetch_plan(plan_id, location, copy)
         return run(fetching, instead="await worker.async_fetch_plan(plan_id, location)")
 
     # -------------------------------------------------------------------------------------- asking
 
+    @bounded
     @on_loop
     async def ask(
         self,
@@ -318,6 +338,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         *,
         plan: Graph | None = None,
         allocate: Allocate[m.Envelope] = in_memory,
+        timeout: float | None = None,
     ) -> tuple[B, list[torch.Tensor]]:
         """Sends one message of `planrt.workers.wire.messages` and returns its answer; to be awaited on any loop::
 
@@ -353,13 +374,18 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     async def async_run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     @overload
-    async def async_run(self, plan: Plan[..., R], *args: Any, seed: int, **kwargs: Any) -> R: ...
+    async def async_run(
+        self, plan: Plan[..., R], *args: Any, seed: int, timeout: float | None = None, **kwargs: Any
+    ) -> R: ...
 
     @overload
-    async def async_run(self, plan: Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any: ...
+    async def async_run(
+        self, plan: Graph, *args: Any, seed: int = 0, timeout: float | None = None, **kwargs: Any
+    ) -> Any: ...
 
-    async def async_run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
-        self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
+    @bounded  # type: ignore[misc]
+    async def async_run(  # `seed` is never one of a plan's own arguments
+        self, plan: Plan | Graph, *args: Any, seed: int = 0, timeout: float | None = None, **kwargs: Any
     ) -> Any:
         """Runs `plan` on the worker with `args` and the plan's state, and brings its outputs back.
 
@@ -399,13 +425,18 @@ class BaseWorker(NamesOf02, KnowsWorkers):
     def run(self, plan: Plan[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     @overload
-    def run(self, plan: Plan[..., R], *args: Any, seed: int, **kwargs: Any) -> R: ...
+    def run(
+        self, plan: Plan[..., R], *args: Any, seed: int, timeout: float | None = None, **kwargs: Any
+    ) -> R: ...
 
     @overload
-    def run(self, plan: Graph, *args: Any, seed: int = 0, **kwargs: Any) -> Any: ...
+    def run(
+        self, plan: Graph, *args: Any, seed: int = 0, timeout: float | None = None, **kwargs: Any
+    ) -> Any: ...
 
-    def run(  # type: ignore[misc]  # `seed` is never one of a plan's own arguments
-        self, plan: Plan | Graph, *args: Any, seed: int = 0, **kwargs: Any
+    @bounded  # type: ignore[misc]
+    def run(  # `seed` is never one of a plan's own arguments
+        self, plan: Plan | Graph, *args: Any, seed: int = 0, timeout: float | None = None, **kwargs: Any
     ) -> Any:
         """Blocks where `async_run` awaits."""
         return run(self.async_run(plan, *args, seed=seed, **kwargs), instead="await worker.async_run(...)")
@@ -418,6 +449,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return_ids: None = None,
         *,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> FitResult: ...
 
     @overload
@@ -428,8 +460,10 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         *,
         return_ids: Sequence[int],
         seed: int = 0,
+        timeout: float | None = None,
     ) -> torch.Tensor: ...
 
+    @bounded
     @on_loop
     async def async_fit(
         self,
@@ -438,6 +472,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return_ids: Sequence[int] | None = None,
         *,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> FitResult | torch.Tensor:
         """Trains what ``TrainConfig.send(worker)`` left here, on the worker's data set `dataset_key`.
 
@@ -463,6 +498,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return_ids: None = None,
         *,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> FitResult: ...
 
     @overload
@@ -473,8 +509,10 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         *,
         return_ids: Sequence[int],
         seed: int = 0,
+        timeout: float | None = None,
     ) -> torch.Tensor: ...
 
+    @bounded
     def fit(
         self,
         dataset_key: str,
@@ -482,12 +520,14 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         return_ids: Sequence[int] | None = None,
         *,
         seed: int = 0,
+        timeout: float | None = None,
     ) -> FitResult | torch.Tensor:
         """Blocks where `async_fit` awaits."""
         fitting: Coroutine[Any, Any, FitResult | torch.Tensor]
         fitting = self.async_fit(dataset_key, device, return_ids, seed=seed)  # type: ignore[arg-type]
         return run(fitting, instead="await worker.async_fit(...)")
 
+    @bounded
     @on_loop
     async def async_evaluate(
         self,
@@ -499,6 +539,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         device: str | torch.device | None = None,
         *,
         bins: int = 0,
+        timeout: float | None = None,
     ) -> EvaluationResult:
         """Evaluates what ``TrainConfig.send(worker)`` left here, as it is now, on the data set `dataset_key`.
 
@@ -523,6 +564,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
             return_raw_accuracy=return_raw_accuracy,
         )
 
+    @bounded
     def evaluate(
         self,
         dataset_key: str,
@@ -533,6 +575,7 @@ class BaseWorker(NamesOf02, KnowsWorkers):
         device: str | torch.device | None = None,
         *,
         bins: int = 0,
+        timeout: float | None = None,
     ) -> EvaluationResult:
         """Blocks where `async_evaluate` awaits."""
         evaluating = self.async_evaluate(

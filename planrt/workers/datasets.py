@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from planrt.deadlines import bounded
 from planrt.errors import DataError, LocalError, MixedLocationsError, OptionError
 from planrt.loop import on_loop
 from planrt.types import TensorSpec
@@ -101,7 +102,8 @@ class BaseDataset(Dataset[Batch]):
         data, target = self.fetch(torch.tensor([index % len(self)]))
         return data[0], target[0]
 
-    def fetch(self, indices: torch.Tensor) -> Batch:
+    @bounded
+    def fetch(self, indices: torch.Tensor, *, timeout: float | None = None) -> Batch:
         """Returns the items at `indices` (int64, one dimension): selected first, then transformed.
 
         Of a data set on a worker only the indices travel, and the call does not wait.
@@ -182,8 +184,14 @@ class BaseDataset(Dataset[Batch]):
         """The worker that holds data and targets; None while they are here."""
         return _location(self.data)
 
+    @bounded
     def send(
-        self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
+        self,
+        worker: BaseWorker,
+        *,
+        private: bool = False,
+        allowed_users: Sequence[str] | None = None,
+        timeout: float | None = None,
     ) -> BaseDataset:
         """Sends data and targets in one message; this data set stays as it is.
 
@@ -202,15 +210,22 @@ class BaseDataset(Dataset[Batch]):
         tensors = self._tensors()
         return self._with(_pointers(tensors, worker.workplace.objects.put(tensors, allowed=allowed)))
 
+    @bounded
     async def async_send(
-        self, worker: BaseWorker, *, private: bool = False, allowed_users: Sequence[str] | None = None
+        self,
+        worker: BaseWorker,
+        *,
+        private: bool = False,
+        allowed_users: Sequence[str] | None = None,
+        timeout: float | None = None,
     ) -> BaseDataset:
         """`send`, to be awaited on any loop."""
         allowed = self._allowed(worker, private, allowed_users)
         tensors = self._tensors()
         return self._with(_pointers(tensors, await _put(worker, tensors, allowed)))
 
-    def get(self) -> BaseDataset:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> BaseDataset:
         """Brings data and targets back; the pointers are used up.
 
         Raises:
@@ -218,7 +233,8 @@ class BaseDataset(Dataset[Batch]):
         """
         return self._with(fetch_all(self._remote()))
 
-    async def async_get(self) -> BaseDataset:
+    @bounded
+    async def async_get(self, *, timeout: float | None = None) -> BaseDataset:
         """`get`, to be awaited on any loop."""
         return self._with(await fetch_all_async(self._remote()))
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, MixedLocationsError, UnsupportedTensorError
 from planrt.plans.forms.torchscript import is_torchscript
 from planrt.plans.ir import ops
@@ -61,7 +62,8 @@ def location_of(module: nn.Module) -> BaseWorker | None:
     return None
 
 
-def send_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
+@bounded
+def send_module(module: nn.Module, worker: BaseWorker, *, timeout: float | None = None) -> nn.Module:
     """Sends every parameter and buffer to `worker` in one message; returns the module itself.
 
     Of a module that is on another worker, `worker` gets pointers, and `get` brings these back.
@@ -138,7 +140,8 @@ def _become_remote(
     _add_hooks(module, worker)
 
 
-def get_module(module: nn.Module) -> nn.Module:
+@bounded
+def get_module(module: nn.Module, *, timeout: float | None = None) -> nn.Module:
     """Brings every parameter and buffer back, in place; those that are in shares are opened."""
     if surface.is_shared(module):
         return surface.get_shared_module(module)
@@ -191,7 +194,8 @@ async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
     return _placed(module, worker)
 
 
-def move_module(module: nn.Module, worker: BaseWorker) -> nn.Module:
+@bounded
+def move_module(module: nn.Module, worker: BaseWorker, *, timeout: float | None = None) -> nn.Module:
     """Moves every parameter and buffer to `worker`, straight from where they are."""
     pointers = _remote(module)
     for pointer in [*(one.pointer for one in states_of(pointers)), *pointers]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import OptionError, UnknownNameError
 from planrt.loop import run
 from planrt.plans.plan import Plan
@@ -97,11 +98,15 @@ class NamesOf02:
         for one in data:
             self.set_obj(one)
 
-    def rm_obj(self, id: int) -> None:
+    @bounded
+    def rm_obj(self, id: int, *, timeout: float | None = None) -> None:
         """Removes what this client has there under that id, published or not. Nothing happens if there is nothing."""
         self.workplace.objects.remove(as_whole(id, "an object's id"))
 
-    def de_register_obj(self, obj: Any, _recurse_torch_objs: bool = True) -> None:
+    @bounded
+    def de_register_obj(
+        self, obj: Any, _recurse_torch_objs: bool = True, *, timeout: float | None = None
+    ) -> None:
         """`rm_obj` of `obj`, which was put there from here, or is a pointer to it."""
         number = getattr(obj, "id_at_location", None) or getattr(obj, "id", None)
         if number is None:
@@ -110,7 +115,10 @@ class NamesOf02:
 
     # ------------------------------------------------------------------------------ what is there
 
-    def request_search(self, query: str | Sequence[str], *more: str, location: Any) -> list[Any]:
+    @bounded
+    def request_search(
+        self, query: str | Sequence[str], *more: str, location: Any, timeout: float | None = None
+    ) -> list[Any]:
         """Searches `location`: ``me.request_search(["#boston"], location=bob)``."""
         found: list[Any] = location.search(query, *more)
         return found
@@ -131,24 +139,29 @@ class NamesOf02:
             )
         run(self.workplace.objects.clear(), instead="await worker.async_clear_objects()")
 
-    def list_objects(self) -> str:
+    @bounded
+    def list_objects(self, *, timeout: float | None = None) -> str:
         """Returns a text that lists the objects on the worker."""
         return str(self._objects)
 
-    def list_objects_remote(self) -> str:
+    @bounded
+    def list_objects_remote(self, *, timeout: float | None = None) -> str:
         """Does the same as `list_objects`."""
         return self.list_objects()
 
-    def objects_count_remote(self) -> int:
+    @bounded
+    def objects_count_remote(self, *, timeout: float | None = None) -> int:
         """Does the same as `objects_count`."""
         return run(self.workplace.objects.count(), instead="await worker.async_objects_count()")
 
-    def clear_objects_remote(self) -> Self:
+    @bounded
+    def clear_objects_remote(self, *, timeout: float | None = None) -> Self:
         """Does the same as `clear_objects`."""
         run(self.workplace.objects.clear(), instead="await worker.async_clear_objects()")
         return self
 
-    def get_obj(self, id: int) -> Any:
+    @bounded
+    def get_obj(self, id: int, *, timeout: float | None = None) -> Any:
         """Returns the object that the worker holds under that id, as its listing shows it.
 
         Raises:
@@ -158,7 +171,16 @@ class NamesOf02:
         number = as_whole(id, "an object's id")
         return found[number] if number in found else self.workplace.contents.at(number)
 
-    def request_obj(self, id: int, location: NamesOf02, user: str | None = None, reason: str = "") -> Any:
+    @bounded
+    def request_obj(
+        self,
+        id: int,
+        location: NamesOf02,
+        user: str | None = None,
+        reason: str = "",
+        *,
+        timeout: float | None = None,
+    ) -> Any:
         """Returns the value of object `id` on worker `location`, which forgets it, as in
         ``me.request_obj(x.id_at_location, bob)``.
 

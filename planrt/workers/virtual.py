@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import OptionError
 from planrt.logs import get_logger
 from planrt.loop import on_loop_thread, run
@@ -275,7 +276,8 @@ class VirtualWorker(BaseWorker):
         self._host.state.remove_dataset(key)
         self._connection.session.datasets.pop(key, None)
 
-    def rm_obj(self, id: int) -> None:
+    @bounded
+    def rm_obj(self, id: int, *, timeout: float | None = None) -> None:
         """Removes what is there under that id, if it is this client's or the worker's own."""
         super().rm_obj(id)
         self._host.state.store.discard("", as_whole(id, "an object's id"))

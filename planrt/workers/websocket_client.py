@@ -9,13 +9,13 @@ from typing import Any, Self, overload
 
 import torch
 
+from planrt.deadlines import seconds_of
 from planrt.errors import OptionError
 from planrt.loop import on_loop, run
 from planrt.serde.frames import Limits
 from planrt.types import as_text, as_whole
 from planrt.workers.base import DEFAULT_TIMEOUT, BaseWorker, worker_id
 from planrt.workers.client.connection import Connection
-from planrt.workers.client.deadlines import seconds_of
 from planrt.workers.client.redialling import RECONNECT_SECONDS, Redialling
 from planrt.workers.transport.addresses import DialOptions, dial, transport_of
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import planrt
 from planrt import Protocol, func2plan
+from planrt.deadlines import waiting
 from planrt.errors import (
     GonePointerError,
     HandshakeError,
@@ -26,7 +27,6 @@ from planrt.loop import background_loop, run
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.client.connection import Connection
-from planrt.workers.client.deadlines import waiting
 from planrt.workers.client.handshaking import shake_hands
 from planrt.workers.transport.addresses import DialOptions, dial
 from planrt.workers.wire import messages as m

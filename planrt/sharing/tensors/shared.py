@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.kernels.table import KERNELS, check_arguments
@@ -87,7 +88,8 @@ class SharedTensor(torch.Tensor):
         made.session, made.handle = session, handle
         return made
 
-    def get(self) -> torch.Tensor:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> torch.Tensor:
         """Returns the values, which the parties open to the caller."""
         whole, scale = self.session.open(self.handle)
         return decode(whole, scale, self.dtype)
@@ -97,7 +99,8 @@ class SharedTensor(torch.Tensor):
         torch.utils.swap_tensors(self, self.get())  # type: ignore[no-untyped-call]
         return self
 
-    async def async_get(self) -> torch.Tensor:
+    @bounded
+    async def async_get(self, *, timeout: float | None = None) -> torch.Tensor:
         """`get`, to be awaited on any loop."""
         whole, scale = await self.session.open_async(self.handle)
         return decode(whole, scale, self.dtype)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from planrt.deadlines import in_time
 from planrt.errors import (
     LocalError,
     PlanrtError,
@@ -26,7 +27,6 @@ from planrt.errors import (
 from planrt.logs import get_logger
 from planrt.serde.frames import Allocate, Frame, Limits, Received, Store, encode, in_memory
 from planrt.shown import shown
-from planrt.workers.client.deadlines import in_time
 from planrt.workers.client.handshaking import no_answer, shake_hands
 from planrt.workers.client.outbox import DROPS_WAITING, MAX_WAITING, Outbox, QueuedMessage, Response
 from planrt.workers.client.redialling import Redialling, try_again

@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from planrt.deadlines import in_time
 from planrt.loop import run
 from planrt.plans.running.inference import Spec, spec
-from planrt.workers.client.deadlines import in_time
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.histories import Histories
 from planrt.workers.pointers.tensor import PointerTensor

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from planrt.cards import card
+from planrt.deadlines import bounded
 from planrt.errors import MixedLocationsError, RemoteOpError
 from planrt.types import leaves, map_leaves
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
@@ -71,21 +72,25 @@ class MultiPointerTensor(torch.Tensor):
         """As `torch.Tensor` has it."""
         return id(self)
 
-    def get(self, sum_results: bool = False) -> Any:
+    @bounded
+    def get(self, sum_results: bool = False, *, timeout: float | None = None) -> Any:
         """Returns the values, as a list in the order of the workers; with `sum_results`, their sum."""
         values = fetch_all(list(self.child.values()))
         return torch.stack([value.detach() for value in values]).sum(0) if sum_results else values
 
-    async def async_get(self) -> list[Any]:
+    @bounded
+    async def async_get(self, *, timeout: float | None = None) -> list[Any]:
         """`get`, to be awaited on any loop."""
         return await fetch_all_async(list(self.child.values()))
 
-    def sum_results(self) -> torch.Tensor:
+    @bounded
+    def sum_results(self, *, timeout: float | None = None) -> torch.Tensor:
         """Returns the sum of the values, brought here."""
         total: torch.Tensor = self.get(sum_results=True)
         return total
 
-    def average(self) -> torch.Tensor:
+    @bounded
+    def average(self, *, timeout: float | None = None) -> torch.Tensor:
         """Returns the mean of the values, brought here."""
         return torch.stack([value.detach() for value in self.get()]).mean(0)
 

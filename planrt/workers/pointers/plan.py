@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, OptionError, PlanArgumentError
 from planrt.loop import run
 from planrt.plans import other_sizes as forms
@@ -167,7 +168,8 @@ class PointerPlan(ObjectPointer):
         """Calls run in evaluation mode from here on."""
         return self.train(False)
 
-    def get(self) -> Plan:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> Plan:
         """Returns the plan with the state that it has there; the worker forgets it.
 
         Raises:
@@ -175,7 +177,8 @@ class PointerPlan(ObjectPointer):
         """
         return self._taken(*alive(self).place.plans.take(self))
 
-    async def async_get(self) -> Plan:
+    @bounded
+    async def async_get(self, *, timeout: float | None = None) -> Plan:
         """`get`, to be awaited on any loop."""
         return self._taken(*await alive(self).place.plans.take_async(self))
 
@@ -194,7 +197,8 @@ class PointerPlan(ObjectPointer):
         """Makes a copy on the same worker, with a state of its own; returns a pointer to it."""
         return copy_plan(self)
 
-    def move(self, worker: BaseWorker) -> PointerPlan:
+    @bounded
+    def move(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerPlan:
         """Moves the plan to `worker`, straight from its own, in place: returns this pointer, which points there.
 
         The plan keeps its id, if that is free there. If it fails, this still points to the plan.
@@ -204,7 +208,8 @@ class PointerPlan(ObjectPointer):
         """
         return run(self.async_move(worker), instead="await pointer.async_move(worker)")
 
-    async def async_move(self, worker: BaseWorker) -> PointerPlan:
+    @bounded
+    async def async_move(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerPlan:
         """`move`, to be awaited on any loop."""
         return await alive(self).place.moves.move_plan_async(self, worker)
 
@@ -272,7 +277,8 @@ class MultiPointerPlan:
         """The workers."""
         return [pointer.location for pointer in self.child.values()]
 
-    def get(self) -> list[Plan]:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> list[Plan]:
         """Returns the plans, in the order of the workers."""
         return [pointer.get() for pointer in self.child.values()]
 

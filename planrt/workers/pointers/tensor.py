@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, OptionError, RemoteOpError, RemoteValueError
 from planrt.loop import run
 from planrt.plans.running.inference import Spec
@@ -119,7 +120,8 @@ class PointerTensor(PointsToObject, torch.Tensor):
         """True, as of what held a pointer in PySyft 0.2."""
         return True
 
-    def get(self, user: str | None = None, reason: str = "") -> Any:
+    @bounded
+    def get(self, user: str | None = None, reason: str = "", *, timeout: float | None = None) -> Any:
         """Returns the value, with the `requires_grad` and `.grad` that it has there; the worker forgets the object.
 
         Of a pointer to a pointer, that is the pointer. The object goes once its value has arrived: whatever
@@ -133,7 +135,10 @@ class PointerTensor(PointsToObject, torch.Tensor):
         refuse_user(user)
         return alive(self).place.objects.fetch(self)
 
-    async def async_get(self, user: str | None = None, reason: str = "") -> Any:
+    @bounded
+    async def async_get(
+        self, user: str | None = None, reason: str = "", *, timeout: float | None = None
+    ) -> Any:
         """`get`, to be awaited on any loop."""
         refuse_user(user)
         return await alive(self).place.objects.fetch_async(self)
@@ -142,7 +147,8 @@ class PointerTensor(PointsToObject, torch.Tensor):
         """This pointer and `others`, each on a worker of its own, as one `MultiPointerTensor`."""
         return combine_pointers(self, *others)
 
-    def get_(self) -> PointerTensor:
+    @bounded
+    def get_(self, *, timeout: float | None = None) -> PointerTensor:
         """`get` in place: this object, made a pointer by ``send_``, becomes a tensor again."""
         become_tensor(self, alive(self).place.objects.fetch(self))
         return self
@@ -157,7 +163,10 @@ class PointerTensor(PointsToObject, torch.Tensor):
         """Makes a copy on the same worker; returns a pointer to it."""
         return self.clone()  # type: ignore[return-value]
 
-    def move(self, worker: BaseWorker, requires_grad: bool = False) -> PointerTensor:
+    @bounded
+    def move(
+        self, worker: BaseWorker, requires_grad: bool = False, *, timeout: float | None = None
+    ) -> PointerTensor:
         """Moves the object to `worker`, straight from its own, in place: returns this pointer, which points there.
 
         The object keeps its id, if that is free there. What moved is a leaf of autograd again. Of a pointer to a
@@ -170,7 +179,8 @@ class PointerTensor(PointsToObject, torch.Tensor):
         refuse_options("move", requires_grad=requires_grad)
         return alive(self).place.moves.move(self, worker)
 
-    def remote_send(self, worker: BaseWorker) -> PointerTensor:
+    @bounded
+    def remote_send(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerTensor:
         """Moves the object to `worker` and leaves a pointer to it where it was, which this pointer points to."""
         here = alive(self)
         here.place.moves.move(self, worker)
@@ -178,7 +188,8 @@ class PointerTensor(PointsToObject, torch.Tensor):
             take_place(self, self._handle.place.moves.hand_over(self, here.worker))
         return self
 
-    def remote_get(self) -> PointerTensor:
+    @bounded
+    def remote_get(self, *, timeout: float | None = None) -> PointerTensor:
         """Brings what the pointer on the worker points to there, in place: ``x.send(bob).send(alice).remote_get()``
         points to a tensor on alice.
 
@@ -187,19 +198,23 @@ class PointerTensor(PointsToObject, torch.Tensor):
         """
         return run(self.async_remote_get(), instead="await pointer.async_remote_get()")
 
-    async def async_remote_get(self) -> PointerTensor:
+    @bounded
+    async def async_remote_get(self, *, timeout: float | None = None) -> PointerTensor:
         """`remote_get`, to be awaited on any loop."""
         return await alive(self).place.moves.remote_get_async(self)
 
-    async def async_move(self, worker: BaseWorker) -> PointerTensor:
+    @bounded
+    async def async_move(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerTensor:
         """`move`, to be awaited on any loop."""
         return await alive(self).place.moves.move_async(self, worker)
 
-    def send(self, worker: BaseWorker) -> PointerTensor:
+    @bounded
+    def send(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerTensor:
         """Gives `worker` this pointer: the result points to it there. `get` brings it back."""
         return alive(self).place.moves.hand_over(self, worker)
 
-    async def async_send(self, worker: BaseWorker) -> PointerTensor:
+    @bounded
+    async def async_send(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerTensor:
         """`send`, to be awaited on any loop."""
         return await alive(self).place.moves.hand_over_async(self, worker)
 
@@ -209,7 +224,8 @@ class PointerTensor(PointsToObject, torch.Tensor):
             "this is a pointer already: send() makes a pointer to it, move() moves what it points to"
         )
 
-    async def async_grad(self) -> PointerTensor | None:
+    @bounded
+    async def async_grad(self, *, timeout: float | None = None) -> PointerTensor | None:
         """`grad`, to be awaited on any loop: it may have to wait for a backward pass."""
         return await alive(self).place.objects.gradient(self)
 

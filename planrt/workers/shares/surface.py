@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from planrt.deadlines import bounded
 from planrt.errors import LocalError, OptionError, PlanError, PointerError, SharingError
 from planrt.plans import Plan
 from planrt.sharing.fixed_point import scale_of
@@ -48,7 +49,8 @@ class SharedPointer:
         """The shape of the tensor."""
         return self._tensor.shape
 
-    def get(self) -> SharedTensor:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> SharedTensor:
         """Returns the tensor in shares. ``get().get()`` opens it."""
         return self._tensor
 
@@ -96,7 +98,8 @@ class FixedPrecisionPointer:
         """Returns the pointer."""
         return self._pointer
 
-    def get(self) -> FixedPrecisionTensor:
+    @bounded
+    def get(self, *, timeout: float | None = None) -> FixedPrecisionTensor:
         """Returns the tensor, rounded."""
         return FixedPrecisionTensor.of(self._pointer.get(), self._base, self._digits)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from planrt.errors import OptionError
+from planrt.shown import shown
 from planrt.types import plain
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+MOST_SECONDS: Final = 315_360_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +39,18 @@ def seconds_of(value: object, name: str = "timeout") -> float | None:
     """Returns a number of seconds that a user gave; None for as long as it takes.
 
     Raises:
-        OptionError: it is no number above 0.
+        OptionError: it is no number above 0, or one of more than ten years.
     """
     if value is None:
         return None
     number = plain(value)
-    if (
-        isinstance(number, bool)
-        or not isinstance(number, int | float)
-        or not number > 0
-        or math.isnan(number)
-    ):
+    known = isinstance(number, int | float) and not isinstance(number, bool)
+    if not (known and 0 < number <= MOST_SECONDS):  # which NaN is not
         raise OptionError(
-            f"{name} is a number of seconds above 0, or None for as long as it takes, not {value!r:.80}"
+            f"{name} is a number of seconds above 0 and up to {MOST_SECONDS:,} (ten years), or None for as long as it "
+            f"takes, not {shown(repr(value), 80)}"
         )
-    return None if math.isinf(number) else float(number)
+    return float(number)
 
 
 @contextmanager
@@ -68,6 +71,30 @@ def waiting(timeout: object) -> Iterator[None]:
         yield
     finally:
         _deadline.reset(token)
+
+
+def bounded(function: F) -> F:
+    """Makes ``timeout=`` of a call, which its signature has, bound all that it waits for, in seconds; see `waiting`.
+
+    The call raises `OptionError` for what is no number above 0, before it does anything.
+    """
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def awaited(*args: Any, timeout: object = None, **kwargs: Any) -> Any:
+            with waiting(timeout):
+                return await function(*args, **kwargs)
+
+        return cast(F, awaited)
+
+    @functools.wraps(function)
+    def called(*args: Any, timeout: object = None, **kwargs: Any) -> Any:
+        if timeout is None:
+            return function(*args, **kwargs)
+        with waiting(timeout):
+            return function(*args, **kwargs)
+
+    return cast(F, called)
 
 
 async def in_time(future: asyncio.Future[T], default: float | None, late: Callable[[float], Exception]) -> T:
