@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from planrt.deadlines import bounded
 from planrt.errors import DataError, OptionError
 from planrt.fl.data.federated import FederatedDataset
 from planrt.loop import refuse_to_block, run
@@ -29,12 +30,14 @@ def install() -> None:
         setattr(Dataset, function.__name__, function)
 
 
+@bounded
 def federate(
     dataset: Any,
     workers: Sequence[BaseWorker],
     *,
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
+    timeout: float | None = None,
 ) -> FederatedDataset:
     """Splits `dataset` into one part per worker, in its order, and sends each part to its worker.
 
@@ -60,12 +63,14 @@ def federate(
     return run(sending, instead="await async_federate(dataset, workers)")
 
 
+@bounded
 async def async_federate(
     dataset: Any,
     workers: Sequence[BaseWorker],
     *,
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
+    timeout: float | None = None,
 ) -> FederatedDataset:
     """`federate`, to be awaited on any loop. The data set is read on a thread of its own."""
     parts = await asyncio.to_thread(_split, dataset, workers)
