@@ -10,7 +10,7 @@ import planrt
 
 
 def on_loop_coroutines():
-    """Every function that `on_loop` wraps, by the name under which it is found."""
+    """Every coroutine function that `on_loop` or `bounded` wraps, by the name under which it is found."""
     found = {}
     for module_info in pkgutil.walk_packages(planrt.__path__, "planrt."):
         if module_info.name.endswith("__main__"):
@@ -20,7 +20,7 @@ def on_loop_coroutines():
         for holder in (module, *(one for one in classes if one.__module__ == module.__name__)):
             for name, value in vars(holder).items():
                 code = getattr(value, "__code__", None)
-                if code is not None and code.co_qualname.startswith("on_loop."):
+                if code is not None and code.co_qualname.startswith(("on_loop.", "bounded.<locals>.awaited")):
                     found[f"{holder.__name__}.{name}"] = value
     return found
 
