@@ -57,6 +57,9 @@ NOT_RUN = {
     ("docs/isolation.md", "planrt serve --id clinic"): "it runs until it is stopped",
     ("CONTRIBUTING.md", "make check"): "these are the test suite and the benchmarks",
     ("CONTRIBUTING.md", "bash scripts/test_versions.sh"): "it installs several versions of PyTorch",
+    ("benchmarks/README.md", ".venv/bin/python -m benchmarks.soak"): (
+        "it takes a quarter of an hour; tests/test_soak.py runs half a minute of it"
+    ),
     ("benchmarks/README.md", "make bench"): (
         "it measures for ten minutes; tests/test_benchmarks.py runs the quick form"
     ),
