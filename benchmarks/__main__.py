@@ -28,6 +28,7 @@ from benchmarks import (
     startup,
     throughput,
     tls,
+    vertical,
     virtual,
 )
 from benchmarks.measure import Row, table
@@ -47,6 +48,7 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "tls": tls.measure,
     "isolation": isolation.measure,
     "sharing": sharing.measure,
+    "vertical": vertical.measure,
 }
 
 
