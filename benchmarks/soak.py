@@ -380,17 +380,22 @@ def report(found: Found) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs it; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Returns what reads the command line."""
+    made = argparse.ArgumentParser(
         prog="benchmarks.soak", description="Rounds and pointers while workers and links fail."
     )
-    parser.add_argument("--minutes", type=float, default=2.0, help="how long faults are made (2)")
-    parser.add_argument("--seed", type=int, default=1, help="what the faults are drawn from (1)")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    options = parser.parse_args(arguments)
+    made.add_argument("--minutes", type=float, default=2.0, help="how long faults are made (2)")
+    made.add_argument("--seed", type=int, default=1, help="what the faults are drawn from (1)")
+    made.add_argument("--json", type=Path, help="write all figures there")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it; returns the exit code."""
+    options = parser().parse_args(arguments)
     if not 0 < options.minutes <= 24 * 60:
-        parser.error("--minutes must be above 0, and a day at most")
+        parser().error("--minutes must be above 0, and a day at most")
     logging.getLogger("planrt").setLevel(logging.ERROR)  # that workers are lost is what this is about
     with _workers() as workers:
         found = Soak(workers, options.minutes * 60, options.seed).run()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import soak
 from planrt import cli
 from planrt.fl import mnist_async, serve
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, RUNNABLE, Block, blocks, commands, programs
@@ -129,6 +130,9 @@ OTHERS = ("git", "bash", "mkdir", "docker", "kubectl", "kill", "rm", "df")
 
 def checked_command(words: list[str]) -> None:
     """That a command of ours takes these words, without running it. Other commands must be files or targets here."""
+    if words[1:3] == ["-m", "benchmarks.soak"]:
+        soak.parser().parse_args(words[3:])
+        return
     if words[:2] == ["python", "-m"]:
         words = {"planrt.fl.serve": ["planrt", "serve"], "planrt.fl.mnist_async": ["planrt", "run"]}[
             words[2]
