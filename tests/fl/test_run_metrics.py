@@ -93,7 +93,7 @@ def test_who_is_waited_for_and_who_is_missing(make_worker):
     slow = Hanging()
     alice, bob = make_worker("alice", {"d": data()}), make_worker("bob", {"d": slow})
     scheduler = RoundScheduler(
-        [alice, bob], config(), dataset_key="d", seed=1, min_workers=1, round_timeout=2.0
+        [alice, bob], config(), dataset_key="d", seed=1, min_workers=1, round_timeout=8.0
     )
     asyncio.run(scheduler.prepare())
     slow.hangs = True

@@ -19,6 +19,7 @@ from planrt.errors import GetNotPermittedError, HandshakeError
 from planrt.fl import serve
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.workers import WebsocketClientWorker
+from planrt.workers.serving import users_file
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 
@@ -150,7 +151,8 @@ def test_tokens_in_a_file_become_what_checks_them(tmp_path, capsys):
     path.write_text(f"# ours\nann: {OLD}\n")
     path.chmod(0o600)
     assert "planrt users convert" in planrt_says("users", "list", "--users", str(path))[1]
-    assert serve._users(str(path)) == {"ann": OLD}
+    assert users_file.read(str(path)).users == {"ann": OLD}
+    serve._notice_tokens(str(path))
     said = capsys.readouterr().err
     assert f"planrt users convert --users {path}" in said
     assert OLD not in said
@@ -158,7 +160,7 @@ def test_tokens_in_a_file_become_what_checks_them(tmp_path, capsys):
     text = path.read_text()
     assert text.startswith("# ours\nann: SCRAM-SHA-256$")
     assert OLD not in text
-    serve._users(str(path))
+    serve._notice_tokens(str(path))
     assert not capsys.readouterr().err
     assert planrt_says("users", "convert", "--users", str(path))[0] == 2
 

@@ -191,6 +191,7 @@ def test_several_workers_are_told_apart():
         planrt.MetricsServer(a.watched, b.watched) as server,
     ):
         kept = torch.ones(3).send(a)
+        assert a.objects_count() == 1  # what was posted has arrived
         found = samples(server.address)
         assert (
             found.of("planrt_worker_objects", worker="a"),

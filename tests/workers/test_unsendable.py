@@ -187,7 +187,7 @@ def test_nothing_takes_what_is_no_number_and_no_text(bed, name):
 def test_every_public_coroutine_of_a_worker_is_walked():
     """A new one belongs into `CALLS`, or here with the reason."""
     apart = {
-        "async_close", "async_objects_count", "async_clear_objects",  # take nothing
+        "async_close", "async_objects_count", "async_clear_objects", "async_status",  # take nothing
         "async_list_objects", "async_reconnect",  # ... nor do these
         "async_wait_for_approval", "async_approval",  # see `run`: they take plans
         "ask",  # takes messages, as tests/workers/test_worker_names.py has it
