@@ -93,12 +93,19 @@ def test_who_is_waited_for_and_who_is_missing(make_worker):
     slow = Hanging()
     alice, bob = make_worker("alice", {"d": data()}), make_worker("bob", {"d": slow})
     scheduler = RoundScheduler(
-        [alice, bob], config(), dataset_key="d", seed=1, min_workers=1, round_timeout=8.0
+        [alice, bob], config(), dataset_key="d", seed=1, min_workers=1, round_timeout=3.0
     )
     asyncio.run(scheduler.prepare())
     slow.hangs = True
     with planrt.MetricsServer(scheduler.watched) as server:
-        running = threading.Thread(target=lambda: asyncio.run(scheduler.run_round(1, scheduler.config.state)))
+
+        def one_round():
+            with contextlib.suppress(
+                QuorumError
+            ):  # workers of one process compute in turn: alice may be late, too
+                asyncio.run(scheduler.run_round(1, scheduler.config.state))
+
+        running = threading.Thread(target=one_round)
         running.start()
         try:
             assert eventually(lambda: "bob" in health(server.address)[1]["waiting"])
@@ -108,10 +115,6 @@ def test_who_is_waited_for_and_who_is_missing(make_worker):
             slow.go_on.set()
             running.join()
         found = samples(server.address)
-        if alice.address.startswith(
-            "memory"
-        ):  # virtual workers compute one after the other: both may be late
-            assert found.of("planrt_missing_workers_total", worker="bob", reason="late") <= 1
         assert sum(found.of("planrt_missing_workers_total", worker="bob", reason=one) for one in REASONS) == 1
 
 
