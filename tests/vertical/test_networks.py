@@ -1,12 +1,13 @@
 """Networks in parts over the columns of several owners, on both transports, against the whole network."""
 
 import copy
+import traceback
 
 import pytest
 import torch
 from torch import nn
 
-from planrt.errors import DataError, JointError, OptionError, PolicyRefusedError
+from planrt.errors import DataError, JointError, OptionError, PolicyRefusedError, RemoteError
 from planrt.seeding import derive_seed
 from planrt.vertical import Party, Table, split_network
 from tests.vertical.tables import joined, parties, whole
@@ -134,3 +135,24 @@ def test_what_cannot_be_a_split_network_is_refused(make_worker):
     run = split_network(alice, bob, **good, optimizer_args={"lr": 1e30}, standardise=False, epochs=30)
     with pytest.raises(JointError, match="smaller learning rate"):
         run.fit()
+
+
+def test_what_fails_on_a_table_is_told_without_its_values(make_worker):
+    """torch's own text would have the label: "Target 7 is out of bounds"."""
+    table = whole()
+    table["y"] = table["y"] * 7
+    alice, bob = parties(make_worker, table)
+    bottoms, _ = parts()
+    about = {
+        "top": nn.Linear(7, 2), "loss_fn": nn.CrossEntropyLoss(), "classes": True, "epochs": 1, "batch_size": 16,
+        "normalise": "casefold",
+    }  # fmt: skip
+    with (
+        split_network(alice, bob, bottoms=bottoms, **about) as run,
+        pytest.raises((JointError, RemoteError)) as raised,
+    ):
+        run.fit()
+    told = "".join(traceback.format_exception(raised.value))
+    assert "for the worker's owner only" in told
+    assert "Target" not in told
+    assert "out of bounds" not in told

@@ -18,16 +18,17 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from planrt.errors import AlignmentError, JointError, PlanrtError, PolicyError
+from planrt.errors import AlignmentError, ExecutionError, JointError, PlanrtError, PolicyError
 from planrt.plans.ir.graph import Graph
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.columns import linear, packing, paillier
 from planrt.sharing.columns.intersection import MAX_IDS, align, intersect
 from planrt.sharing.columns.steps import Role, Send, Turn, take_one
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.admission import failed_on_data
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait, Wake
-from planrt.workers.machine.failures import cut, failure_of
+from planrt.workers.machine.failures import OpFailedError, cut, failure_of, failure_on_data
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.joint import terms
 from planrt.workers.machine.joint.networks import SplitOwner
@@ -304,15 +305,30 @@ class JointOps:
                 return self._weights(session, run)
             result = yield from self._drive(run, self._role(session, run, body))
             return self._answer(session, run, body, result)
-        except Exception as error:  # whatever it raises is its client's to hear, never the worker's end
+        except Exception as failed:  # whatever it raises ends the run, never the worker
+            error = self._untold(session, run, failed)
             reason = f"{run.name_of(run.me)}: {failure_of(error).message}"
             sends, keys = self._fail(run, reason)
             yield from sends
             for key in keys:
                 yield Wake(key)
-            raise
+            if error is failed:
+                raise
+            raise error from failed
         finally:
             run.busy = False
+
+    def _untold(self, session: Session, run: Run, error: Exception) -> Exception:
+        """Returns `error` as the client and the other parties may hear of it.
+
+        Errors of planrt name parties and columns. Those of torch, in ops on a table or anywhere else, can have a value
+        in their text ("Target 7 is out of bounds").
+        """
+        if isinstance(error, PlanrtError) and not isinstance(error, ExecutionError):
+            return error
+        if self._gate is not None:
+            failed_on_data(self._gate, session, error, joint=run.about.joint)
+        return OpFailedError(failure_on_data(error))
 
     def _load(self, run: Run, tensors: Sequence[torch.Tensor]) -> None:
         if not isinstance(run.model, SplitOwner):

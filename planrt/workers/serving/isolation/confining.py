@@ -81,6 +81,8 @@ def missing() -> list[str]:
     version = landlock_version()
     if version == 0:
         lacks.append("no Landlock: files of this user are open to kernels that crash in a hostile way")
+    elif version < 6:
+        lacks.append(f"Landlock has version {version}, not 6: signals to processes of this user are open")
     if platform.machine() not in _CALLS:
         lacks.append(
             f"no system call filter for {platform.machine()}: only TCP is closed, by Landlock of version 4"
