@@ -159,10 +159,11 @@ class JointRun:
 
 
 def _follows(error: BaseException) -> int:
-    """0 for who knows why it failed, 1 for who is gone, 2 for who was told that the run has failed."""
-    if isinstance(error, RemoteError):
-        return 2 if error.kind == _FAILED else 0
-    return 1
+    """0 for who knows why it failed, 1 for who is gone or finds the run in another state than it should be,
+    which can follow from that, 2 for who was told that the run has failed."""
+    if not isinstance(error, RemoteError) or error.kind == JointError.__name__:
+        return 1
+    return 2 if error.kind == _FAILED else 0
 
 
 @dataclass(frozen=True, slots=True)
