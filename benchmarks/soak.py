@@ -206,6 +206,8 @@ class Soak:
         self._workers, self._seconds, self._seed = workers, seconds, seed
         self._began = time.monotonic()
         self._over = threading.Event()
+        self._connected = threading.Barrier(3)
+        """Rounds, pointers and failures begin together: a first connection that is cut is an error by right."""
         self.found = Found()
 
     def run(self) -> Found:
@@ -234,6 +236,7 @@ class Soak:
         except Exception as error:
             self.found.wrong.append(f"{type(error).__name__}: {error}")
             self._over.set()
+            self._connected.abort()
 
     # ------------------------------------------------------------------------------------------------- rounds
 
@@ -243,6 +246,7 @@ class Soak:
                 stack.enter_context(WebsocketClientWorker(name, uri=uris[name], auto_add=False, reconnect=3))
                 for name in TRAINING
             ]
+            self._connected.wait(60)
             job = _job()
             scheduler = RoundScheduler(
                 clients, job, dataset_key="d", seed=self._seed, min_workers=1, round_timeout=ROUND_TIMEOUT
@@ -279,6 +283,7 @@ class Soak:
     def _point(self, uri: str) -> None:
         chance = random.Random(f"{self._seed} pointers")
         with WebsocketClientWorker(HOLDING, uri=uri, auto_add=False, reconnect=60, call_timeout=60) as client:
+            self._connected.wait(60)
             tensor, added, kills = None, 0, 0
             while not self._over.is_set():
                 try:
@@ -313,6 +318,7 @@ class Soak:
 
     def _fail(self) -> None:
         chance = random.Random(f"{self._seed} faults")
+        self._connected.wait(60)
         while not self._over.wait(chance.uniform(0.2, 2.0)):
             worker = self._workers[chance.choice((*TRAINING, HOLDING))]
             kind = chance.choices(FAULTS, weights=(1, 2, 4, 4, 2, 4))[0]
