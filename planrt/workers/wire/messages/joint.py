@@ -11,7 +11,17 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from planrt.workers.wire.fields import Count, Hash, Id, Message, Options, PeerAddress, Purpose, Text, Token
+from planrt.workers.wire.messages.fields import (
+    Count,
+    Hash,
+    Id,
+    Message,
+    Options,
+    PeerAddress,
+    Purpose,
+    Text,
+    Token,
+)
 
 Names = Annotated[list[Id], Meta(max_length=10_000)]
 HashOrNone = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]

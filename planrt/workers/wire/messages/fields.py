@@ -16,6 +16,12 @@ Options = dict[Annotated[str, Meta(max_length=64)], Number | Annotated[list[Numb
 """Keyword arguments of an optimizer."""
 Purpose = Annotated[str, Meta(max_length=1000)]
 Token = Annotated[str, Meta(max_length=200)]
+CountOrAll = Annotated[int, Meta(ge=-1)]
+"""A count, or -1 for all."""
+ObjectId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""The number of an object on a worker, chosen at random by whoever makes it."""
+Tags = Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(max_length=64)]
+Users = Annotated[list[Id], Meta(max_length=1000)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,3 +33,13 @@ class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
     worker: Id
     address: Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class ObjectSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The facts of an object that are known without its values."""
+
+    shape: Annotated[list[Count], Meta(max_length=64)]
+    stride: Annotated[list[Count], Meta(max_length=64)]
+    dtype: Id
+    requires_grad: bool = False
+    leaf: bool = True
