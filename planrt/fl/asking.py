@@ -16,6 +16,7 @@ from planrt.workers.base import BaseWorker
 log = get_logger("planrt.fl")
 
 T = TypeVar("T")
+A = TypeVar("A")
 
 
 class Asking:
@@ -89,7 +90,7 @@ class Asking:
                 raise below_quorum(what, missing, counting, self.needed)
 
         answers = Answers(
-            {worker.id: self._watched(worker.id, ask(worker)) for worker in present}, deadline, failed
+            {worker.id: self.watched(worker.id, ask(worker)) for worker in present}, deadline, failed
         )
         try:
             for worker in present:
@@ -111,7 +112,9 @@ class Asking:
         if len(counting) < self.needed:
             raise below_quorum(what, missing, counting, self.needed)
 
-    def _watched(self, id: str, asked: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def watched(self, id: str, asked: Coroutine[Any, Any, A]) -> asyncio.Task[A]:
+        """Begins to ask the worker `id`, which is among those that are `waiting` until the task ends."""
+
         def over(_: object) -> None:
             self.waiting.pop(id, None)
             self.changed()
@@ -119,4 +122,5 @@ class Asking:
         task = asyncio.create_task(asked)
         self.waiting[id] = time.time()
         task.add_done_callback(over)
+        self.changed()
         return task

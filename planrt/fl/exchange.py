@@ -7,9 +7,9 @@ server from seeing single updates is another class with these four methods.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -28,6 +28,15 @@ from planrt.workers.base import BaseWorker
 from planrt.workers.results import FitResult
 from planrt.workers.wire import messages as m
 
+T = TypeVar("T")
+
+
+class Asks(Protocol):
+    """A function that begins to ask a worker; see `RoundOrder`."""
+
+    def __call__(self, id: str, asked: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
+        """Returns the task of `asked`, with which the worker `id` is asked for something."""
+
 
 @dataclass(frozen=True, slots=True)
 class RoundOrder:
@@ -45,6 +54,8 @@ class RoundOrder:
         wanted: those of `before` that training can change: what a worker returns.
         copies: whether what workers return is also kept for the caller, so that it must not be overwritten.
         deadline: until when the round waits for its workers.
+        asks: begins to ask a worker, by its id and the coroutine that does; it is seen that the round waits for it. A
+            round does so itself for `Exchange.ask`.
     """
 
     number: int
@@ -59,6 +70,7 @@ class RoundOrder:
     weighted: bool
     copies: bool
     deadline: Deadline
+    asks: Asks
 
     def seed_of(self, worker: BaseWorker) -> int:
         """Returns the seed of one worker's random choices in this round."""

@@ -403,6 +403,7 @@ class RoundScheduler:
             weighted=self.weighted,
             copies=keep_worker_states,
             deadline=deadline,
+            asks=self._asking.watched,
         )
         parts: dict[str, WorkerRound] = {}
         kept: dict[str, ModelState] = {}

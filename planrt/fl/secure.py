@@ -258,7 +258,7 @@ class SecureExchange:
         seconds = order.deadline.seconds
         seconds = None if seconds is None else seconds / STEP_SHARE
         limit = Deadline(seconds)
-        waiting = {id: asyncio.create_task(self._workers[id].ask(kind, body)) for id in ids}
+        waiting = {id: order.asks(id, self._workers[id].ask(kind, body)) for id in ids}
 
         def took(id: str, task: asyncio.Task[tuple[A, list[torch.Tensor]]]) -> None:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,8 +18,15 @@ from planrt.cli import main
 from planrt.fl.data.digits import find
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.runs.run_folder import RunFolder
-from tests.processes import write_small_mnist
-from tests.scripts.test_commands import QUICK, TRAIN, commands, is_one_line_error, lines_until, named
+from tests.processes import eventually, write_small_mnist
+from tests.scripts.test_commands import (
+    QUICK,
+    TRAIN,
+    commands,
+    is_one_line_error,
+    lines_until,
+    named,
+)
 
 __all__ = ["commands"]  # the fixture
 
@@ -85,6 +93,37 @@ def test_killed_then_interrupted_then_finished_has_the_bits_of_an_unbroken_run(c
     longer = commands.run([*TRAIN, "--resume", "run", "--rounds", "61"])
     assert (longer.code, longer.err) == (0, "")
     assert "Training round 61/61" in longer.out
+
+
+def hashed(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_masked_rounds_that_are_cut_in_the_middle_end_with_the_same_file(commands, processes, capsys):
+    """Killed, then interrupted. Whatever keys and shares a cut round had: the next start makes it again with others."""
+    running, workers = processes
+    masked = ["--rounds", "30", *QUICK, "--secure-aggregation", "--checkpoint-every", "2"]
+    whole = commands.run([*TRAIN, *named(workers), *masked, "--run-dir", "whole"])
+    assert (whole.code, whole.err) == (0, "")
+
+    folder = commands.folder / "run"
+    begun = [*TRAIN, *named(workers), *masked, "--run-dir", "run"]
+    for command, number in [(begun, signal.SIGKILL), ([*TRAIN, "--resume", "run"], signal.SIGINT)]:
+        process = commands.start(command)
+        lines_until(process, "Training round")
+        os.kill(running.pids["charlie"], signal.SIGSTOP)
+        try:
+            assert eventually(lambda: "waits for charlie since " in status(folder, capsys))
+            process.send_signal(number)
+            ended = commands.finish(process)
+        finally:
+            os.kill(running.pids["charlie"], signal.SIGCONT)
+        assert ended.code == (130 if number == signal.SIGINT else -number)
+        assert not (folder / "model.safetensors").exists()
+    ended = commands.run([*TRAIN, "--resume", "run"])
+    assert (ended.code, ended.err) == (0, "")
+    assert hashed(folder / "model.safetensors") == hashed(commands.folder / "whole" / "model.safetensors")
+    assert json.loads((folder / "options.json").read_text())["secure-aggregation"] is True
 
 
 def test_a_frozen_worker_costs_a_time_out_and_is_named_in_output_and_report(commands, processes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -24,6 +24,9 @@ from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
 log = get_logger("planrt.fl")
+
+SHOWN_AFTER: Final = 0.25
+"""Seconds from a change of who is waited for to the moment when `planrt status` shows it."""
 
 
 class WrittenRun:
@@ -53,6 +56,7 @@ class WrittenRun:
         self._asking = asking
         self._round_timeout = round_timeout
         self._since = time.time()
+        self._showing: asyncio.TimerHandle | None = None
 
     async def begin(
         self,
@@ -74,7 +78,8 @@ class WrittenRun:
         identity = {**identity, "data": data_of(infos), "training": training}
         record = self.record
         await asyncio.to_thread(record.begin, identity, settings, fewer=fewer)
-        self._asking.changed = self.show
+        self._asking.changed = self._show_soon
+        self._show()
         if record.restored is not None:
             self.state = put_back(record.restored, self._config.plans, self._exchange)
             self.optimizers.restore(record.restored)
@@ -135,6 +140,9 @@ class WrittenRun:
             RunFolderError: it cannot be written; the checkpoint before is as it was.
         """
         record = self.record
+        self._asking.changed = lambda: None
+        if self._showing is not None:
+            self._showing.cancel()
         try:
             await self.save({})
             await record.settled()
@@ -144,11 +152,16 @@ class WrittenRun:
         finally:
             await record.close()
 
-    def show(self, *, at_once: bool = False) -> None:
-        """Shows `planrt status` who is waited for."""
-        since, waiting = self._since, self._asking.waiting
+    def _show_soon(self) -> None:
+        """Shows `planrt status` who is waited for, as it is in a moment: most answers come within it."""
+        if self._showing is None:
+            self._showing = asyncio.get_running_loop().call_later(SHOWN_AFTER, self._show)
+
+    def _show(self) -> None:
+        self._showing = None
+        since = self._since
         until = None if self._round_timeout is None else since + self._round_timeout
-        self.record.show(self.record.next_round, list(waiting), since, until, at_once=at_once or not waiting)
+        self.record.show(self.record.next_round, list(self._asking.waiting), since, until)
 
     def _captured(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         facts, tensors = captured(self._config.plans, state, self._exchange)

@@ -31,9 +31,6 @@ log = get_logger("planrt.fl")
 SMALL: Final = 8 << 20
 """Bytes of a checkpoint up to which it is copied, and written while the run goes on."""
 
-_SHOW_EVERY: Final = 0.25
-"""Seconds between two changes of what `planrt status` shows."""
-
 NEW_DISK: Callable[[], Disk] = Disk
 """Makes what changes the disk; tests put something in its place that fails."""
 
@@ -55,7 +52,6 @@ class RunRecord:
         self.checkpoints = (0, 0.0)
         self._saved = 0
         self._resuming = resuming
-        self._last_shown = 0.0
         self._saving: asyncio.Task[None] | None = None
         journal = self.folder.journal
         try:
@@ -203,15 +199,9 @@ class RunRecord:
 
     # --------------------------------------------------------------------------------------------- now
 
-    def show(
-        self, number: int, waiting: Sequence[str], since: float, until: float | None, *, at_once: bool
-    ) -> None:
+    def show(self, number: int, waiting: Sequence[str], since: float, until: float | None) -> None:
         """Shows `planrt status` who is waited for in round `number`, since when and until when (times as of
-        `time.time`). Unless `at_once`, it is left out where it was shown a moment ago."""
-        now = time.monotonic()
-        if not at_once and now - self._last_shown < _SHOW_EVERY:
-            return
-        self._last_shown = now
+        `time.time`)."""
         self.folder.show(
             {"round": number, "waiting": list(waiting), "since": since, "until": until, "at": time_now()}
         )
