@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import (
     calls,
+    going_on,
     isolation,
     memory,
     plans,
@@ -47,6 +48,7 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
     "protocols": protocols.measure,
     "tls": tls.measure,
     "isolation": isolation.measure,
+    "going-on": going_on.measure,
     "sharing": sharing.measure,
     "vertical": vertical.measure,
 }

@@ -30,13 +30,14 @@ def measure(size: Size) -> list[Row]:
         }
         how = "with isolation", "without isolation"
         rows = compared(size, kinds, *how, round_goal=1.03, rate_goal=1 / 1.2)
-        return [*rows, _awaited(size, kinds), _calls(size, kinds)]
+        return [*rows, awaited(size, kinds, *how, Goal(at_most=1.2)), _calls(size, kinds, *how)]
 
 
-def _awaited(size: Size, kinds: dict[str, list[BaseWorker]]) -> Row:
+def awaited(size: Size, kinds: dict[str, list[BaseWorker]], how: str, without: str, goal: Goal) -> Row:
+    """The row of an operation whose result is fetched before the next one."""
     count = 20 if size.quick else 300
 
-    def awaited(worker: BaseWorker) -> Callable[[], None]:
+    def make(worker: BaseWorker) -> Callable[[], None]:
         x: Any = torch.ones(4).send(worker)  # type: ignore[attr-defined]
 
         def run() -> None:
@@ -45,10 +46,10 @@ def _awaited(size: Size, kinds: dict[str, list[BaseWorker]]) -> Row:
 
         return run
 
-    return _row(size, kinds, awaited, count, "an operation and its get", Goal(at_most=1.2))
+    return _row(size, kinds, make, count, f"an operation and its get {how}", without, goal)
 
 
-def _calls(size: Size, kinds: dict[str, list[BaseWorker]]) -> Row:
+def _calls(size: Size, kinds: dict[str, list[BaseWorker]], how: str, without: str) -> Row:
     count = 20 if size.quick else 300
     plan: planrt.Plan = planrt.func2plan(lambda x: (x * 2 + 1).relu().sum(), args_shape=[(4,)])
 
@@ -61,7 +62,7 @@ def _calls(size: Size, kinds: dict[str, list[BaseWorker]]) -> Row:
 
         return run
 
-    return _row(size, kinds, called, count, "a call of a plan and its get", Goal(at_most=1.2))
+    return _row(size, kinds, called, count, f"a call of a plan and its get {how}", without, Goal(at_most=1.2))
 
 
 def _row(
@@ -70,8 +71,9 @@ def _row(
     make: Callable[[BaseWorker], Callable[[], None]],
     count: int,
     what: str,
+    without: str,
     goal: Goal,
 ) -> Row:
     times = in_turns({name: make(workers[0]) for name, workers in kinds.items()}, repeats=size.repeats)
     took = {name: sample.map(lambda seconds: 1000 * seconds / count) for name, sample in times.items()}
-    return Row(f"{what} with isolation", "ms", took["ours"], took["plain"], "without isolation", goal)
+    return Row(what, "ms", took["ours"], took["plain"], without, goal)

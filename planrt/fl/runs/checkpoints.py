@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,22 +66,59 @@ def _parts(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
     payload = 0
     for view in views:
         payload = aligned(payload) + len(view)
-    digest = hashlib.sha256()
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), payload)
-    position = 0
-    for part in (prefix, header):
-        digest.update(part)
-        yield part
-    for view in views:
-        gap = bytes(aligned(position) - position)
-        digest.update(gap)
-        yield gap
-        for start in range(0, len(view), _PIECE):
-            piece = view[start : start + _PIECE]
-            digest.update(piece)
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield _PREFIX.pack(MAGIC, VERSION, len(header), payload)
+        yield header
+        position = 0
+        for view in views:
+            yield bytes(aligned(position) - position)
+            for start in range(0, len(view), _PIECE):
+                yield view[start : start + _PIECE]
+            position = aligned(position) + len(view)
+
+    hashing = _Hashing()
+    try:
+        for piece in pieces():
+            hashing.update(piece)
             yield piece
-        position = aligned(position) + len(view)
-    yield digest.digest()
+    finally:
+        digest = hashing.end()
+    yield digest
+
+
+class _Hashing:
+    """SHA-256 of pieces that is taken in a thread of its own, while the caller writes them: nothing is copied, and
+    neither waits for the other."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._pieces: queue.SimpleQueue[bytes | memoryview | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, name="planrt-hash", daemon=True
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:  # the interpreter ends: no new threads
+            self._thread = None
+
+    def _run(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._sha256.update(piece)
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """Adds a piece, which must not change before `end`."""
+        if self._thread is None:
+            self._sha256.update(piece)
+        else:
+            self._pieces.put(piece)
+
+    def end(self) -> bytes:
+        """Waits for the thread, and returns the digest."""
+        if self._thread is not None:
+            self._pieces.put(None)
+            self._thread.join()
+        return self._sha256.digest()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -10,6 +10,10 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
+
+_SYNC_EVERY: Final = 32 << 20
+"""Bytes of a large file after which the disk is given them, so that it works while the next ones are made."""
 
 
 class Disk:
@@ -70,8 +74,13 @@ class Disk:
         try:
             file = self.create(beside)
             try:
+                behind = 0
                 for part in parts:
                     self.write(file, part)
+                    behind += len(part)
+                    if durable and behind >= _SYNC_EVERY:
+                        self.sync(file)
+                        behind = 0
                 if durable:
                     self.sync(file)
             finally:
