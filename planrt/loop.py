@@ -11,7 +11,7 @@ import atexit
 import functools
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 
@@ -85,11 +85,13 @@ def run(coroutine: Coroutine[Any, Any, T], *, instead: str) -> T:
     if on_loop_thread():
         coroutine.close()
         refuse_to_block(instead)
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    telling = _Telling()
+    future = asyncio.run_coroutine_threadsafe(telling.watched(coroutine), loop)
     try:
         return future.result()
-    except BaseException:  # Ctrl-C while waiting: the work must not go on unseen
+    except BaseException as error:  # Ctrl-C while waiting: the work must not go on unseen
         future.cancel()
+        telling.raises(error)
         raise
 
 
@@ -106,9 +108,65 @@ def on_loop(
         loop = background_loop()
         if asyncio.get_running_loop() is loop:
             return await function(*args, **kwargs)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(*args, **kwargs), loop))
+        telling = _Telling()
+        future = asyncio.run_coroutine_threadsafe(telling.watched(function(*args, **kwargs)), loop)
+        try:
+            return await asyncio.wrap_future(future)
+        except BaseException as error:
+            telling.raises(error)
+            raise
 
     return call
+
+
+# ------------------------------------------------------------------------ errors that somebody has to hear of
+
+_KEEP: Final = "_planrt_keep"
+
+
+def keep_unless_heard(error: BaseException, keep: Callable[[BaseException], None]) -> None:
+    """Has `keep` called with `error`, of which there is no trace elsewhere, if the call that raises it has been given
+    up: cancelled, or interrupted, perhaps in the very moment in which it failed. `keep` is called in any thread."""
+    error.__dict__[_KEEP] = keep
+
+
+def unheard(error: BaseException) -> None:
+    """Notes that nobody will hear of `error`: where it has to be, it is kept for another call."""
+    keep = error.__dict__.pop(_KEEP, None)
+    if keep is not None:
+        keep(error)
+
+
+class _Telling:
+    """Whether the error of one call reaches the caller, who may have gone when it is raised on planrt's loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        self._gone = False
+
+    async def watched(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Awaits `coroutine`, on planrt's loop."""
+        try:
+            return await coroutine
+        except Exception as error:
+            if _KEEP in error.__dict__:
+                with self._lock:
+                    gone = self._gone
+                    self._error = None if gone else error
+                if gone:
+                    unheard(error)
+            raise
+
+    def raises(self, error: BaseException) -> None:
+        """Notes what the caller hears: this error, which need not be that of the coroutine."""
+        with self._lock:
+            self._gone = True
+            mine, self._error = self._error, None
+        if mine is error:
+            error.__dict__.pop(_KEEP, None)
+        elif mine is not None:
+            unheard(mine)
 
 
 @atexit.register

@@ -25,13 +25,14 @@ from planrt.errors import (
     WorkerTimeoutError,
 )
 from planrt.logs import get_logger
+from planrt.loop import keep_unless_heard, unheard
 from planrt.serde.frames import Allocate, Frame, Limits, Received, Store, encode, in_memory
 from planrt.shown import shown
 from planrt.workers.client.handshaking import no_answer, shake_hands
 from planrt.workers.client.outbox import DROPS_WAITING, MAX_WAITING, Outbox, QueuedMessage, Response
 from planrt.workers.client.redialling import Redialling, try_again
 from planrt.workers.client.session import ByeError, ClientSession, EndedError
-from planrt.workers.client.unanswered import described, late, lost
+from planrt.workers.client.unanswered import described, failed, keeper, late, lost
 from planrt.workers.client.unarrived import Sent, Unarrived
 from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
@@ -107,9 +108,8 @@ class Connection:
         self._drained: asyncio.Event = asyncio.Event()
         self._pending: dict[int, QueuedMessage] = {}
         self._ended: PlanrtError | None = None
-        self._unsent: PlanrtError | None = (
-            None  # why something posted could not be sent; shows at the next request
-        )
+        self._untold: PlanrtError | None = None
+        """What went wrong with something that was posted, and nobody has heard of: shows at the next request."""
         self._flush = False  # whether drops are to leave by themselves
         self._flush_due = False
         accepts = session.versions
@@ -252,9 +252,9 @@ class Connection:
         if self._ended is not None:
             raise self._lost(type(body).__name__) from self._ended
         body = self._checked(body, tensors)
-        if self._unsent is not None:
-            unsent, self._unsent = self._unsent, None
-            raise unsent
+        if self._untold is not None and not isinstance(body, m.Resume):  # which nobody sees the answer of
+            untold, self._untold = self._untold, None
+            raise untold
         if drops:
             self.post_drops()
         reply: asyncio.Future[Response] = asyncio.Future(loop=self.loop)
@@ -355,18 +355,25 @@ class Connection:
             RemoteError: the worker could not do it. WorkerLostError: the connection ended first. WorkerTimeoutError: it
             did not answer in time.
         """
+        reply = outgoing.reply
+        assert reply is not None  # noqa: S101 - it is a request, and nobody finished it before
         try:
-            assert outgoing.reply is not None  # noqa: S101 - it is a request, and nobody finished it before
-            return await in_time(outgoing.reply, self.timeout, lambda s: self.late(outgoing.body, s))
-        except ConnectionError as error:
-            raise self._lost(described(outgoing.body)) from error
+            return await in_time(reply, self.timeout, lambda s: self.late(outgoing.body, s))
+        except BaseException as error:
+            if error is failed(reply):
+                outgoing.reply = None  # its caller hears of it
+            if isinstance(error, ConnectionError):
+                raise self._lost(described(outgoing.body)) from error
+            raise
         finally:
             self.forget(outgoing)
 
     def forget(self, outgoing: QueuedMessage) -> None:
         """Nobody waits for the reply to a request any more. To be called on planrt's loop."""
         outgoing.given_up = True
-        outgoing.reply = None
+        reply, outgoing.reply = outgoing.reply, None
+        if (error := failed(reply)) is not None:
+            unheard(error)
         self._pending.pop(outgoing.id, None)
         self.session.forget(outgoing.id)
 
@@ -533,7 +540,7 @@ class Connection:
             self.session.forget(outgoing.id)
             known = error if isinstance(error, PlanrtError) else LocalError(f"it cannot be sent: {error}")
             if outgoing.reply is None and outgoing.sent is None:
-                self._unsent = self._unsent or known
+                self._untold = self._untold or known
             outgoing.fail(known)
             return
         nbytes = sum(tensor.nbytes for tensor in outgoing.tensors)
@@ -659,13 +666,24 @@ class Connection:
             if received.nbytes >= LARGE_ANSWER or self.session.seen - self._told >= MESSAGES:
                 self._tells = True
                 self._wake()
-        pending = self._pending.get(answered.id) if answered else None
-        if answered is None or pending is None or pending.reply is None or pending.reply.done():
+        if answered is None:
+            return
+        pending = self._pending.get(answered.id)
+        if answered.once:
+            assert isinstance(answered.result, RemoteError)  # noqa: S101 - only failures are told once
+            keep_unless_heard(answered.result, keeper(self))
+        if pending is None or pending.reply is None or pending.reply.done():
+            if isinstance(answered.result, RemoteError):
+                unheard(answered.result)
             return
         if isinstance(answered.result, RemoteError):
             pending.reply.set_exception(answered.result)
         else:
             pending.reply.set_result((answered.result, received.tensors))
+
+    def keep(self, error: PlanrtError) -> None:
+        """Has the next request raise `error`, which nobody has heard of. From any thread."""
+        self._untold = self._untold or error
 
     def _allocate(self, envelope: m.Envelope, nbytes: int) -> Store:
         pending = self._pending.get(envelope.id)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from planrt.deadlines import in_time
-from planrt.loop import run
+from planrt.loop import keep_unless_heard, run, unheard
 from planrt.plans.running.inference import Spec, spec
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.histories import Histories
@@ -66,7 +66,7 @@ class GradientTable:
         self._pending: deque[_Pass] = deque()
         self._done: list[_Pass] = []
         self._taking = threading.Lock()
-        self._untold: Exception | None = None
+        self._untold: BaseException | None = None
         """A failure whose caller was cancelled before it heard of it."""
 
     def foresee(self, roots: Sequence[PointerTensor]) -> dict[int, Spec] | None:
@@ -117,13 +117,14 @@ class GradientTable:
                 continue
             try:
                 body, _ = await one.connection.finish(one.asked)
-            except Exception as error:
+            except Exception as error:  # if nobody hears of it now, the next one to look does
+                keep_unless_heard(error, self._keep)
                 if one.foreseen:
                     resuming = asyncio.ensure_future(self._resume(one.connection))
                     try:
                         await asyncio.shield(resuming)
-                    except asyncio.CancelledError:  # nobody has heard of it: the next one to look does
-                        self._untold = error
+                    except asyncio.CancelledError:
+                        unheard(error)
                         raise
                 raise
             if isinstance(body, m.Gradients) and not one.foreseen:  # a backward pass only adds gradients
@@ -166,6 +167,9 @@ class GradientTable:
                 return False
             self._pending.popleft()
             return True
+
+    def _keep(self, error: BaseException) -> None:
+        self._untold = self._untold or error
 
     def _tell(self) -> None:
         """Raises the failure that whoever waited for it did not hear of any more."""

@@ -53,6 +53,8 @@ class Answered:
 
     id: int
     result: m.Body | RemoteError
+    once: bool = False
+    """Whether it is a failure that the worker keeps no longer: somebody has to hear of it now, or later."""
 
 
 class ClientSession(Generic[T]):
@@ -233,6 +235,8 @@ class ClientSession(Generic[T]):
             self.seen += 1
         if envelope.id in self._abandoned:
             self._abandoned.discard(envelope.id)
+            if isinstance(envelope.body, m.Failure) and envelope.body.once:
+                return Answered(envelope.id, self._error(envelope.body), once=True)
             return None
         if envelope.id not in self._pending:
             said = f": {envelope.body.message}" if isinstance(envelope.body, m.Failure) else ""
@@ -242,7 +246,7 @@ class ClientSession(Generic[T]):
             )
         self._pending.discard(envelope.id)
         if isinstance(envelope.body, m.Failure):
-            return Answered(envelope.id, self._error(envelope.body))
+            return Answered(envelope.id, self._error(envelope.body), once=envelope.body.once)
         return Answered(envelope.id, envelope.body)
 
     def _error(self, failure: m.Failure) -> RemoteError:

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
-from planrt.errors import SessionLostError, WorkerLostError, WorkerTimeoutError
+import asyncio
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from planrt.errors import PlanrtError, SessionLostError, WorkerLostError, WorkerTimeoutError
 from planrt.workers.wire import messages as m
+
+if TYPE_CHECKING:
+    from planrt.workers.client.connection import Connection
+
+
+def failed(reply: asyncio.Future[Any] | None) -> BaseException | None:
+    """Returns the error that a reply has, if it has come and is one."""
+    return None if reply is None or not reply.done() or reply.cancelled() else reply.exception()
+
+
+def keeper(connection: Connection) -> Callable[[BaseException], None]:
+    """Returns what has the connection's next request raise an error; the error does not keep the connection."""
+    to = weakref.ref(connection)
+
+    def keep(error: BaseException) -> None:
+        if (there := to()) is not None and isinstance(error, PlanrtError):
+            there.keep(error)
+
+    return keep
 
 
 def lost(worker: str, address: str, what: str, why: str, *, session_lost: bool) -> WorkerLostError:

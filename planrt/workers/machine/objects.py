@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import torch
 
 from planrt.errors import LocalError
@@ -58,7 +59,7 @@ class KeptObjects:
         """Raises a failure that no result carries; called by every request that is answered."""
         failure, session.failure = session.failure, None
         if failure is not None:
-            raise OpFailedError(failure)
+            raise OpFailedError(msgspec.structs.replace(failure, once=True))
 
     def put(self, session: Session, body: m.Put, tensors: Sequence[torch.Tensor]) -> Answer:
         """Stores tensors that a client or another worker sends."""
@@ -146,10 +147,14 @@ class KeptObjects:
             )
         try:
             self.check_failure(session, stored)
-        finally:
+        except OpFailedError as error:
             if (
-                stored.value is not None
-            ):  # a change in place that did not happen: told now, the value is as it was
+                stored.value is not None and stored.failure is not None
+            ):  # a change in place that did not happen
+                error.failure = msgspec.structs.replace(error.failure, once=True)
+            raise
+        finally:
+            if stored.value is not None:  # told now, the value is as it was
                 stored.failure = None
         value = stored.value
         kind = self.store.kinds.of(value)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from planrt.loop import refuse_to_block, run
+from planrt.loop import refuse_to_block, run, unheard
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.tensor import PointerTensor
 
@@ -25,9 +25,11 @@ async def fetch_all_async(pointers: Sequence[PointerTensor]) -> list[Any]:
     """`fetch_all`, to be awaited on any loop."""
     fetches = [alive(pointer).place.objects.fetch_async(pointer, delete=False) for pointer in pointers]
     done = await asyncio.gather(*fetches, return_exceptions=True)
-    for one in done:
-        if isinstance(one, BaseException):
-            raise one
+    errors = [one for one in done if isinstance(one, BaseException)]
+    for one in errors[1:]:
+        unheard(one)
+    if errors:
+        raise errors[0]
     _remove_all(pointers, done)
     return done
 

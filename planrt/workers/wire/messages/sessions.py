@@ -133,7 +133,7 @@ class Done(Message, frozen=True, tag="done"):
     """Done as asked. No tensors."""
 
 
-class Failure(Message, frozen=True, tag="failure"):
+class Failure(Message, frozen=True, tag="failure", omit_defaults=True):
     """The request failed on the worker; nothing it held was changed. No tensors."""
 
     kind: Id
@@ -149,6 +149,8 @@ class Failure(Message, frozen=True, tag="failure"):
     """Which of the session's posted ops it was, counted from 0: the client knows the line that posted it."""
     step: Text | None = None
     """Which step of a protocol it was."""
+    once: bool = False
+    """Whether the worker keeps it no longer: a failure of something posted, told by the first request after it."""
 
 
 class AskStatus(Message, frozen=True, tag="ask_status"):
