@@ -7,8 +7,10 @@ nothing of where the worker's files are: tracebacks name modules, and texts the 
 
 from __future__ import annotations
 
+import linecache
 import re
 import traceback
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -63,23 +65,67 @@ def without_directories(text: str) -> str:
     return _DIRECTORIES.sub(last, text)
 
 
+_CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
+_MEANWHILE = "\nDuring handling of the above exception, another exception occurred:\n\n"
+
+
 def _trace_of(error: BaseException) -> str:
-    """The traceback, with files named by their modules: where the worker keeps them is its own affair."""
-    told = traceback.TracebackException.from_exception(error)
-    waiting, seen = [told], set()
-    while waiting:
-        part = waiting.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        for frame in part.stack:
-            frame.filename = _module_file(frame.filename)
-        waiting += [
-            one for one in (part.__cause__, part.__context__, *(part.exceptions or ())) if one is not None
-        ]
-    return without_directories("".join(told.format()))
+    """The traceback, with files named by their modules: where the worker keeps them is its own affair.
+
+    A hostile client makes failures by the thousand, so this is not `traceback.format_exception`, which looks for each
+    file on disk and parses each line again, for its carets.
+    """
+    return without_directories(_chain_of(error, set()))
 
 
+def _chain_of(error: BaseException, seen: set[int]) -> str:
+    """`error` and what was before it, each once."""
+    told: list[str] = []
+    link = ""
+    now: BaseException | None = error
+    while now is not None and id(now) not in seen:
+        seen.add(id(now))
+        parts = now.exceptions if isinstance(now, BaseExceptionGroup) else ()
+        inside = "".join(_chain_of(part, seen) for part in parts)
+        told.append(f"{_frames_of(now)}{_last_lines(now)}{inside}{link}")
+        link = _MEANWHILE if now.__cause__ is None else _CAUSED
+        now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
+    return "".join(reversed(told))
+
+
+def _frames_of(error: BaseException) -> str:
+    frames = [
+        traceback.FrameSummary(
+            _module_file(code.co_filename), line, code.co_name,
+            line=linecache.getline(code.co_filename, line, frame.f_globals),
+        )
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        for code in (frame.f_code,)
+    ]  # fmt: skip
+    lines = traceback.StackSummary.from_list(frames).format()
+    return "".join(["Traceback (most recent call last):\n", *lines]) if lines else ""
+
+
+def _last_lines(error: BaseException) -> str:
+    """Which error, its words, and the notes on it."""
+    kind = type(error)
+    name = (
+        kind.__qualname__
+        if kind.__module__ in ("builtins", "__main__")
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    words = [_words_of(error), *map(str, getattr(error, "__notes__", ()))]
+    return "\n".join([f"{name}: {words[0]}" if words[0] else name, *words[1:], ""])
+
+
+def _words_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "<exception str() failed>"
+
+
+@lru_cache(maxsize=4096)
 def _module_file(name: str) -> str:
     """``planrt/workers/machine/state.py`` for that file, wherever that is; of other files the last part."""
     parts = PurePath(name).parts
