@@ -35,11 +35,11 @@ from planrt.fl.runs.discovery import (
     given_addresses,
     running_addresses,
 )
-from planrt.fl.runs.disk import Disk
 from planrt.fl.runs.identity import Identity
 from planrt.fl.runs.job_folder import check_room, job_folder
 from planrt.fl.runs.job_options import by_option_name, parsed, parser, resumed
 from planrt.fl.runs.run_folder import OPTIONS, RunFolder
+from planrt.serde.disk import Disk
 from planrt.stopping import ending_at_once, run_until_stopped, said, signalled
 from planrt.workers.serving.metrics_options import MetricsOptions
 

@@ -118,6 +118,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             approvals=options.approvals,
             access=options.access,
             audit=options.audit,
+            joint_runs=options.joint_runs,
             origins=options.allow_origin,
             hosts=options.allow_host,
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
@@ -209,6 +210,11 @@ def parser(prog: str) -> Parser:
     add("--users", metavar="FILE", help="the worker's users, as `planrt users add` writes them")
     add("--access", metavar="FILE", help="which user may do what with which data (TOML); see docs/connect.md")
     add("--audit", metavar="FILE", help="keep a log of what clients do there, for `planrt audit`")
+    add(
+        "--joint-runs",
+        metavar="DIR",
+        help="folder where the worker keeps its part of joint runs (vertical learning), to go on after a break",
+    )
     add("--require-user", action="store_true", help="let nobody in who proves to be no user")
     add_tls(add)
     add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")

@@ -14,10 +14,16 @@ from planrt.lazy import names_of
 
 if TYPE_CHECKING:
     from planrt.sharing.columns.table import Table
-    from planrt.vertical.intersection import intersection_size
-    from planrt.vertical.linear import Regression, linear_regression, logistic_regression
-    from planrt.vertical.networks import SplitNetwork, split_network
-    from planrt.vertical.parties import Party, table_columns
+    from planrt.vertical.intersection import async_intersection_size, intersection_size
+    from planrt.vertical.linear import (
+        Regression,
+        async_linear_regression,
+        async_logistic_regression,
+        linear_regression,
+        logistic_regression,
+    )
+    from planrt.vertical.networks import SplitNetwork, async_split_network, split_network
+    from planrt.vertical.parties import Party, async_table_columns, table_columns
     from planrt.vertical.runs import Evaluation
 
 _HOMES = {
@@ -26,6 +32,11 @@ _HOMES = {
     "Regression": "planrt.vertical.linear",
     "SplitNetwork": "planrt.vertical.networks",
     "Table": "planrt.sharing.columns.table",
+    "async_intersection_size": "planrt.vertical.intersection",
+    "async_linear_regression": "planrt.vertical.linear",
+    "async_logistic_regression": "planrt.vertical.linear",
+    "async_split_network": "planrt.vertical.networks",
+    "async_table_columns": "planrt.vertical.parties",
     "intersection_size": "planrt.vertical.intersection",
     "linear_regression": "planrt.vertical.linear",
     "logistic_regression": "planrt.vertical.linear",
@@ -40,6 +51,11 @@ __all__ = [
     "Regression",
     "SplitNetwork",
     "Table",
+    "async_intersection_size",
+    "async_linear_regression",
+    "async_logistic_regression",
+    "async_split_network",
+    "async_table_columns",
     "intersection_size",
     "linear_regression",
     "logistic_regression",

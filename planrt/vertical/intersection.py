@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from planrt.loop import run
+from planrt.loop import on_loop, run
 from planrt.vertical.parties import Party
 from planrt.vertical.runs import DEFAULT_TIMEOUT, JointRun, Plan
 
 
+@on_loop
 async def async_intersection_size(
     one: Party, other: Party, *, normalise: str = "strip", timeout: float = DEFAULT_TIMEOUT, purpose: str = ""
 ) -> int:

@@ -11,7 +11,16 @@ from planrt.errors import OptionError
 from planrt.loop import on_loop, run
 from planrt.sharing.columns import packing, paillier
 from planrt.vertical.parties import Party, check_worker
-from planrt.vertical.runs import CLIENT, DEFAULT_TIMEOUT, Plan, TrainedRun, begun, number, whole
+from planrt.vertical.runs import (
+    CLIENT,
+    DEFAULT_TIMEOUT,
+    Plan,
+    TrainedRun,
+    begun,
+    number,
+    whole,
+    with_defaults,
+)
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
@@ -42,6 +51,7 @@ class Regression(TrainedRun):
 def _regression(
     model: Any, parties: Sequence[Party], key_holder: BaseWorker, options: dict[str, Any]
 ) -> Regression:
+    """A regression that is not open yet."""
     check_worker(key_holder)
     linear = {
         name: options.pop(name) for name in ("epochs", "batch_size", "lr", "l2", "key_bits", "precision")
@@ -73,7 +83,7 @@ def _regression(
         epochs=terms.epochs,
     )
     made._teller = len(parties)
-    return begun(made)
+    return made
 
 
 def linear_regression(
@@ -93,6 +103,8 @@ def linear_regression(
     weights_to_client: bool = True,
     timeout: float = DEFAULT_TIMEOUT,
     purpose: str = "",
+    keep: str = "",
+    resume: bool = False,
     allow_short_key: bool = False,
     allow_small_batches: bool = False,
 ) -> Regression:
@@ -120,6 +132,9 @@ def linear_regression(
         weights_to_client: whether `Regression.weights` works.
         timeout: seconds that a party waits for another one.
         purpose: what it is for, for the owners to read.
+        keep: a name that each party keeps its own part under, in a folder of its own, after every epoch.
+        resume: goes on from what was kept under that name, with the same options: weights have the same bits as
+            without the break.
         allow_short_key: takes keys below 2048 bits, for tests.
         allow_small_batches: takes batches whose gradients tell about single people.
 
@@ -129,7 +144,8 @@ def linear_regression(
         NotApprovedError, PolicyRefusedError: an owner does not want it. JointError: a party is gone.
         MissingPackageError: a worker of this process lacks the extra.
     """
-    return _regression("linear", parties, key_holder, _options(locals()))
+    made = _regression("linear", parties, key_holder, _options(locals()))
+    return begun(made, "await async_linear_regression(...)")
 
 
 def logistic_regression(
@@ -149,6 +165,8 @@ def logistic_regression(
     weights_to_client: bool = True,
     timeout: float = DEFAULT_TIMEOUT,
     purpose: str = "",
+    keep: str = "",
+    resume: bool = False,
     allow_short_key: bool = False,
     allow_small_batches: bool = False,
 ) -> Regression:
@@ -161,7 +179,22 @@ def logistic_regression(
     Raises:
         DataError: a label that is neither 0 nor 1; else as `linear_regression`.
     """
-    return _regression("logistic", parties, key_holder, _options(locals()))
+    made = _regression("logistic", parties, key_holder, _options(locals()))
+    return begun(made, "await async_logistic_regression(...)")
+
+
+async def async_linear_regression(*parties: Party, key_holder: BaseWorker, **options: Any) -> Regression:
+    """Does what `linear_regression` does, with its options, to be awaited on any loop."""
+    return await _regression(
+        "linear", parties, key_holder, with_defaults(linear_regression, options)
+    )._opened()
+
+
+async def async_logistic_regression(*parties: Party, key_holder: BaseWorker, **options: Any) -> Regression:
+    """Does what `logistic_regression` does, with its options, to be awaited on any loop."""
+    return await _regression(
+        "logistic", parties, key_holder, with_defaults(logistic_regression, options)
+    )._opened()
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

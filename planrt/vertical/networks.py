@@ -13,7 +13,16 @@ from planrt.loop import on_loop, run
 from planrt.plans.model_plans import Loss, ModelPlans, trace_model
 from planrt.plans.optimizer_options import check_optimizer
 from planrt.vertical.parties import Party
-from planrt.vertical.runs import CLIENT, DEFAULT_TIMEOUT, Plan, TrainedRun, number, whole
+from planrt.vertical.runs import (
+    CLIENT,
+    DEFAULT_TIMEOUT,
+    Plan,
+    TrainedRun,
+    begun,
+    number,
+    whole,
+    with_defaults,
+)
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
@@ -39,6 +48,8 @@ class SplitNetwork(TrainedRun):
                 for plan in (plans.training, plans.evaluation):
                     await worker.workplace.put_plan(plan)
         await super()._begin()
+        if self.resumed:
+            return
         state = [
             [one.detach().clone() for _, plans in parts for one in plans.names.entries.values()]
             for parts in self._parts
@@ -84,6 +95,8 @@ def split_network(
     weights_to_client: bool = True,
     timeout: float = DEFAULT_TIMEOUT,
     purpose: str = "",
+    keep: str = "",
+    resume: bool = False,
 ) -> SplitNetwork:
     """Opens a run that trains a network in parts: one below at each party, on its columns, one above with the labels.
 
@@ -100,17 +113,39 @@ def split_network(
         loss_fn: (prediction, labels) -> a loss without dimensions.
         optimizer, optimizer_args: as `planrt.TrainConfig` takes them; each part has one of its own.
         noise: standard deviation of Gaussian noise that owners add to what leaves them.
-        epochs, batch_size, normalise, standardise, holdout, seed, weights_to_client, timeout, purpose: as of
-            `linear_regression`; labels are not standardised.
+        epochs, batch_size, normalise, standardise, holdout, seed, weights_to_client, timeout, purpose, keep, resume: as
+            of `linear_regression`; labels are not standardised.
         predictions_to: "client", or the id of the worker with the labels.
 
     Raises:
         TraceError: a part cannot be recorded. Everything else as `linear_regression`.
     """
-    plan = Plan(
-        parties, normalise=normalise, standardise=standardise, holdout=holdout, seed=seed,
-        predictions_to=predictions_to, weights_to_client=weights_to_client, timeout=timeout, purpose=purpose,
-    )  # fmt: skip
+    given = {name: value for name, value in locals().items() if name != "parties"}
+    return begun(_recorded(parties, **given), "await async_split_network(...)")
+
+
+async def async_split_network(*parties: Party, **options: Any) -> SplitNetwork:
+    """Does what `split_network` does, with its options, to be awaited on any loop; recording the modules is computed
+    at once."""
+    return await _recorded(parties, **with_defaults(split_network, options))._opened()
+
+
+def _recorded(
+    parties: Sequence[Party],
+    *,
+    bottoms: Sequence[nn.Module | None],
+    top: nn.Module,
+    loss_fn: Loss,
+    classes: bool,
+    epochs: int,
+    batch_size: int,
+    optimizer: str,
+    optimizer_args: Mapping[str, Any] | None,
+    noise: float,
+    **options: Any,
+) -> SplitNetwork:
+    """A network whose parts are recorded, and that is not open yet."""
+    plan = Plan(parties, **options)
     label_owner = plan.label_owner()
     workers = plan.workers()
     if len(bottoms) != len(parties):
@@ -157,15 +192,13 @@ def split_network(
         if has_top:
             mine.append((top, above))
         parts.append(mine)
-    made = SplitNetwork(
+    return SplitNetwork(
         workers,
         plan.opens(models, label_owner=label_owner),
         label_owner=label_owner,
         epochs=epochs,
         parts=parts,
     )
-    run(made._begin(), instead="a thread of its own")
-    return made
 
 
 def _unused(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

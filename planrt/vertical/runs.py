@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import math
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -35,10 +36,8 @@ _FAILED = "JointFailedError"
 _KINDS: Mapping[str, type[PlanrtError]] = {
     one.__name__: one
     for one in (AlignmentError, CiphertextError, DataError, JointError, OptionError, ValueRangeError)
-} | {_FAILED: JointError}
+}
 """Kinds of failures of workers that are raised here as what they are there."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +51,18 @@ class Evaluation:
 
 
 class JointRun:
-    """Workers who compute together on their tables; what all kinds of runs share. A context manager that ends it.
+    """Workers who compute together on their tables; what all kinds of runs share. A context manager (`with`, or
+    `async with`) that ends it.
 
     Attributes:
         size: how many people are in all tables.
         people: how many of them are trained on; the others are held out for evaluations.
+        resumed: whether it goes on from what its parties had kept.
     """
 
     def __init__(self, workers: Sequence[BaseWorker], opens: Sequence[m.OpenJoint]) -> None:
         self.id = opens[0].joint
+        self.resumed = opens[0].resume
         self.size = 0
         self.people = 0
         self._workers, self._opens = list(workers), list(opens)
@@ -71,17 +73,43 @@ class JointRun:
         """True until the run has ended or failed."""
         return not self._ended
 
+    @on_loop
+    async def _opened(self) -> Self:
+        """Opens the run; returns it."""
+        await self._begin()
+        return self
+
     async def _begin(self) -> None:
         """Opens the run at all parties and has them find who is in all tables."""
         try:
             await self._each(m.Done, self._opens)
-            await self._step("join")
-            answers = await self._step("align")
+            joined = await self._step("join")
+            if self.resumed:
+                answers = await self._step("resume", epoch=self._common_epoch(joined))
+            else:
+                answers = await self._step("align")
+            self._began(answers)
         except BaseException:
             self._end()
             raise
+
+    def _began(self, answers: Sequence[tuple[m.JointDone, list[torch.Tensor]]]) -> None:
+        """Takes note of what the parties told when the run began, or went on."""
         figures = answers[0][0].figures
         self.size, self.people = int(figures.get("size", 0)), int(figures.get("people", 0))
+
+    def _common_epoch(self, joined: Sequence[tuple[m.JointDone, list[torch.Tensor]]]) -> int:
+        """The newest epoch that all parties have kept: they are at most one apart, and each keeps two."""
+        kept = [set(map(int, done.figures.values())) for done, _ in joined]
+        common = set.intersection(*kept)
+        if not common:
+            told = ", ".join(
+                f"{worker.id} {max(one, default=0)}" for worker, one in zip(self._workers, kept, strict=True)
+            )
+            raise JointError(
+                f"the parties have kept no epoch that all of them have ({told}): begin a new run"
+            )
+        return max(common)
 
     async def _step(
         self, step: Any, *, tensors: Sequence[Sequence[torch.Tensor]] | None = None, **more: Any
@@ -121,15 +149,28 @@ class JointRun:
         """An error of one party's, as what it is, with the party in its words."""
         name = self._workers[number].id
         if isinstance(error, TransportError):
-            return JointError(f"party {name!r} is gone: {error}")
-        if isinstance(error, RemoteError) and type(error) is RemoteError and error.kind in _KINDS:
-            said = error.reason if name in error.reason else f"party {name!r}: {error.reason}"
-            return _KINDS[error.kind](said)
+            return JointError(f"party {name!r} is gone: {error}{self._advice()}")
+        if isinstance(error, RemoteError) and type(error) is RemoteError:
+            kind = _KINDS.get(error.cause, JointError) if error.kind == _FAILED else _KINDS.get(error.kind)
+            if kind is not None:
+                said = error.reason if name in error.reason else f"party {name!r}: {error.reason}"
+                return kind(said + (self._advice() if kind is JointError else ""))
         return error
+
+    def _advice(self) -> str:
+        """How to go on, once a run has trained."""
+        if not self.people:
+            return ""
+        keep = self._opens[0].keep
+        if keep:
+            return (
+                f"; each party has kept its part: open the run again with keep={keep!r}, resume=True to go on"
+            )
+        return "; begin a new one (one that is opened with keep='a name' can go on)"
 
     def _check_open(self) -> None:
         if self._ended:
-            raise JointError(f"joint run {self.id!r} has ended: begin a new one")
+            raise JointError(f"joint run {self.id!r} has ended{self._advice() or ': begin a new one'}")
 
     def _end(self) -> None:
         if not self._ended:
@@ -148,6 +189,25 @@ class JointRun:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    @on_loop
+    async def async_forget(self) -> None:
+        """Does what `forget` does, to be awaited on any loop."""
+        await self._step("forget")
+
+    def forget(self) -> None:
+        """Has the parties remove what they keep of this run; it goes on, and is kept no longer.
+
+        Raises:
+            JointError: a party is gone, or cannot remove it.
+        """
+        run(self.async_forget(), instead="await run.async_forget()")
+
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._end()
@@ -159,11 +219,13 @@ class JointRun:
 
 
 def _follows(error: BaseException) -> int:
-    """0 for who knows why it failed, 1 for who is gone or finds the run in another state than it should be,
-    which can follow from that, 2 for who was told that the run has failed."""
-    if not isinstance(error, RemoteError) or error.kind == JointError.__name__:
-        return 1
-    return 2 if error.kind == _FAILED else 0
+    """0 for who knows why it failed, 1 for who was told why, 2 for who is gone or finds the run in another state than
+    it should be, which can follow from that, 3 for who was told that."""
+    if not isinstance(error, RemoteError):
+        return 2
+    told = error.kind == _FAILED
+    vague = (error.cause if told else error.kind) == JointError.__name__
+    return vague * 2 + told
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +243,8 @@ class Plan:
     weights_to_client: bool = True
     timeout: float = DEFAULT_TIMEOUT
     purpose: str = ""
+    keep: str = ""
+    resume: bool = False
 
     def workers(self) -> list[BaseWorker]:
         """Returns the parties' workers: owners, then who holds the key.
@@ -228,6 +292,10 @@ class Plan:
                 raise OptionError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise OptionError(f"seed must be a whole number from 0 and below 2**63, got {self.seed!r}")
+        if not isinstance(self.keep, str) or len(self.keep) > 200:
+            raise OptionError(f"keep is a name of up to 200 characters, got {self.keep!r}")
+        if self.resume and not self.keep:
+            raise OptionError("resume=True goes on from what was kept under a name: give keep='that name'")
         parties = [m.PeerAddress(one.id, one.link_address) for one in workers]
         trains = model is not None
         opens = []
@@ -256,6 +324,8 @@ class Plan:
                     weights_to_client=self.weights_to_client,
                     timeout=float(self.timeout),
                     purpose=self.purpose,
+                    keep=self.keep,
+                    resume=bool(self.resume),
                 )
             )
         return opens
@@ -307,6 +377,9 @@ def people_of(people: Sequence[Any], id_columns: int) -> list[list[str]]:
     return found
 
 
+R = TypeVar("R", bound=JointRun)
+
+
 class TrainedRun(JointRun):
     """A joint run that trains a model; see `linear_regression` and `split_network`.
 
@@ -323,6 +396,13 @@ class TrainedRun(JointRun):
         self._epochs = epochs
         self._teller = label_owner
         """Who tells the loss."""
+        self._counted = 0
+        """Losses that an early stop does not look at: of earlier calls of `fit`."""
+
+    def _began(self, answers: Sequence[tuple[m.JointDone, list[torch.Tensor]]]) -> None:
+        super()._began(answers)
+        if self.resumed:
+            self.losses = [float(one) for one in answers[self._teller][1][0].tolist()]
 
     @on_loop
     async def async_fit(
@@ -336,15 +416,13 @@ class TrainedRun(JointRun):
             number("tolerance", tolerance)
         if wanted > left:
             raise OptionError(f"the run was opened for {self._epochs} epochs, of which {left} are left")
-        best, since = math.inf, 0
+        first = self._counted
         for _ in range(wanted):
+            if tolerance is not None and _waited(self.losses[first:], tolerance) >= patience:
+                break
             answers = await self._step("epoch", epoch=len(self.losses))
             self.losses.append(float(answers[self._teller][0].figures["loss"]))
-            if tolerance is not None:
-                since = 0 if self.losses[-1] < best - tolerance else since + 1
-                best = min(best, self.losses[-1])
-                if since >= patience:
-                    break
+        self._counted = len(self.losses)
         return list(self.losses)
 
     def fit(
@@ -352,7 +430,8 @@ class TrainedRun(JointRun):
     ) -> list[float]:
         """Trains for so many more epochs (all that the run was opened for), and returns the losses of all so far.
 
-        With a `tolerance` it stops early: once the loss has not fallen by more than that for `patience` epochs.
+        With a `tolerance` it stops early: once the loss has not fallen by more than that for `patience` epochs. In a
+        run that goes on, the epochs that were kept count for the first call.
 
         Raises:
             JointError: a party is gone, or does not follow the protocol; the run has ended.
@@ -401,7 +480,26 @@ class TrainedRun(JointRun):
         return run(self.async_predict(people), instead="await run.async_predict(people)")
 
 
-def begun(made: T) -> T:
-    """Opens a run, blocking; returns it."""
-    run(made._begin(), instead="await ...async_begin(...)")  # type: ignore[attr-defined]
-    return made
+def _waited(losses: Sequence[float], tolerance: float) -> int:
+    """For how many epochs the loss has not fallen by more than `tolerance` below the best one before."""
+    best, since = math.inf, 0
+    for loss in losses:
+        since = 0 if loss < best - tolerance else since + 1
+        best = min(best, loss)
+    return since
+
+
+def with_defaults(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a function: its defaults, and those that are given.
+
+    Raises:
+        TypeError: it takes no such option, or one is missing.
+    """
+    bound = inspect.signature(function).bind_partial(**given)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name not in ("parties", "key_holder")}
+
+
+def begun(made: R, instead: str) -> R:
+    """Opens a run, blocking; returns it. `instead` is what is to be awaited on planrt's own loop."""
+    return run(made._opened(), instead=instead)

@@ -35,6 +35,7 @@ from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import WorkerHost, virtual_compute
+from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.transport import addresses, memory
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire.objects import check_travels
@@ -66,6 +67,7 @@ class VirtualWorker(BaseWorker):
         policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
         access: which user may do what with which data; see `planrt.workers.machine.access`.
         audit: a file where the owner's log of what clients do is kept.
+        joint_runs: a folder where it keeps its part of joint runs (docs/vertical.md), to go on after a break.
         device, limits: where it computes; the sizes of messages it takes.
         deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
@@ -112,6 +114,7 @@ class VirtualWorker(BaseWorker):
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
         audit: str | Path | None = None,
+        joint_runs: str | Path | None = None,
         device: str | torch.device = "cpu",
         deterministic: bool | None = None,
         limits: Limits | None = None,
@@ -120,6 +123,7 @@ class VirtualWorker(BaseWorker):
         made_with: dict[str, Any] = {
             "users": users, "token": token or None, "policy": policy, "approvals": approvals, "access": access,
             "audit": audit, "device": str(device), "limits": limits, "deterministic": deterministic,
+            "joint_runs": joint_runs,
         }  # fmt: skip
         if "_made_with" in self.__dict__:
             self._made_again(made_with, data, datasets or {})
@@ -136,6 +140,7 @@ class VirtualWorker(BaseWorker):
             reaches=addresses.reaches,
             access=Access.of(access),
             audit=log_file,
+            joint_runs=None if joint_runs is None else JointFolder(joint_runs, id),
         )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)

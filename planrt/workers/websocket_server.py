@@ -32,6 +32,7 @@ from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.serving.isolation.options import KERNEL_TIMEOUT, Isolating
+from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.serving.metrics_end import serving
 from planrt.workers.serving.metrics_options import MetricsOptions
 from planrt.workers.serving.users_file import WatchedUsers
@@ -70,7 +71,9 @@ class WebsocketServerWorker:
     `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
     the owner's decisions about plans. `access` says which user may do what with which data
     (`planrt.workers.machine.access`). `audit` is a file where the owner's log of what clients do is kept
-    (`planrt.workers.serving.audit_file`). `data` are tensors that it holds from the start, with tags and descriptions.
+    (`planrt.workers.serving.audit_file`). `joint_runs` is a folder where it keeps its part of joint runs
+    (docs/vertical.md), to go on after a break. `data` are tensors that it holds from the start, with tags and
+    descriptions.
 
     `cert_path` and `key_path` are files in PEM, the certificate and its private key: with them the worker is reached at
     ``wss://``, and no longer at ``ws://``. With `client_ca`, a file of authorities, only who shows a certificate of one
@@ -130,6 +133,7 @@ class WebsocketServerWorker:
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
         audit: str | Path | None = None,
+        joint_runs: str | Path | None = None,
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         uri: str | None = None,
@@ -202,6 +206,7 @@ class WebsocketServerWorker:
             access=Access.of(access),
             audit=self._audit,
             quota=Quota(max_session_memory, max_session_objects),
+            joint_runs=None if joint_runs is None else JointFolder(joint_runs, id),
         )
         for tensor in data:
             check_travels(tensor)
@@ -210,6 +215,10 @@ class WebsocketServerWorker:
         if self._isolates is not None and self._state.device.type != "cpu":
             raise OptionError(
                 "isolation is for workers that compute on the CPU: processes cannot share a GPU's memory"
+            )
+        if self._isolates is not None and joint_runs is not None:
+            raise OptionError(
+                "with isolation nothing that users' work does is written to files: leave out joint_runs (--joint-runs)"
             )
         if self._isolates is not None and metrics_port is not None:
             raise OptionError(

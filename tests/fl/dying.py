@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 
-from planrt.fl.runs.disk import Disk
+from planrt.serde.disk import Disk
 
 
 class KilledError(BaseException):

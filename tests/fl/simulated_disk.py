@@ -6,7 +6,7 @@ import errno
 import random
 from pathlib import Path
 
-from planrt.fl.runs.disk import Disk
+from planrt.serde.disk import Disk
 from tests.fl.dying import KilledError
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from planrt.errors import GetNotPermittedError, OptionError, RunFolderError
 from planrt.fl import RoundScheduler, TrainConfig
-from planrt.fl.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from planrt.fl.runs.disk import Disk
+from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from planrt.serde.disk import Disk
 from planrt.plans import optimizer_states
 from planrt.plans.policy.rules import Policy
 from planrt.plans.training import OPTIMIZERS, check_optimizer

@@ -21,8 +21,8 @@ from torch import nn
 from planrt.errors import LocalError, OptionError, QuorumError, RunFolderError
 from planrt.fl import RoundScheduler, TrainConfig
 from planrt.fl.runs import run_record
-from planrt.fl.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from planrt.fl.runs.disk import Disk
+from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from planrt.serde.disk import Disk
 from planrt.fl.runs.run_folder import Journal, is_held
 from planrt.workers import VirtualWorker
 from tests.fl.dying import DyingDisk, FullDisk, KilledError
@@ -417,8 +417,8 @@ def test_a_real_limit_of_file_sizes_is_told_in_one_line(tmp_path):
         import resource, signal, sys
         import torch
         from pathlib import Path
-        from planrt.fl.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-        from planrt.fl.runs.disk import Disk
+        from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+        from planrt.serde.disk import Disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         path = Path(sys.argv[1]) / "a.run"
         write_checkpoint(Disk(), path, Checkpoint({"n": 1}, {"w": torch.ones(10)}))

@@ -209,7 +209,7 @@ def test_parties_that_normalise_differently_are_refused(make_worker):
 
     opens = [one, msgspec.structs.replace(two, normalise="casefold")]
     with pytest.raises(AlignmentError, match="normalise ids alike"):
-        begun(JointRun(plan.workers(), opens))
+        begun(JointRun(plan.workers(), opens), "-")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from planrt.errors import RunFolderError
 from planrt.fl.averaging import apart
 from planrt.fl.exchange import Exchange
-from planrt.fl.runs.checkpoints import Checkpoint
 from planrt.fl.runs.run_record import plain_facts
 from planrt.plans.model_plans import ModelPlans
 from planrt.plans.model_state import ModelState
+from planrt.serde.checkpoints import Checkpoint
 from planrt.workers.wire import messages as m
 
 SETTINGS: Final = frozenset(

@@ -18,9 +18,9 @@ import torch
 from planrt.errors import RemoteError, RunFolderError, TransportError
 from planrt.fl.attendance import cancelled
 from planrt.fl.config import TrainConfig
-from planrt.fl.runs.checkpoints import Checkpoint
 from planrt.fl.waiting import Deadline
 from planrt.logs import get_logger
+from planrt.serde.checkpoints import Checkpoint
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from planrt.errors import OptionError
-from planrt.fl.runs.disk import Disk
 from planrt.fl.runs.run_folder import JOURNAL, LOCK, Journal
+from planrt.serde.disk import Disk
 
 
 @contextlib.contextmanager

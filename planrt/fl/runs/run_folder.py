@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from planrt.chained import FIRST, ChainError, links, sealed
 from planrt.errors import RunFolderError
-from planrt.fl.runs.disk import Disk
+from planrt.serde.disk import Disk
 
 VERSION: Final = 1
 KEPT: Final = 2

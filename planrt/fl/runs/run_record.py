@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from planrt.errors import OptionError, RunFolderError
-from planrt.fl.runs.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from planrt.fl.runs.disk import Disk
 from planrt.fl.runs.run_folder import VERSION, RunFolder, no_room, time_now
 from planrt.logs import get_logger
+from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from planrt.serde.disk import Disk
 from planrt.shown import shown
 
 log = get_logger("planrt.fl")

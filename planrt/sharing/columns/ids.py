@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, get_args
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import numpy as np
 
 from planrt.errors import DataError, OptionError
+from planrt.sharing.columns.steps import Turn
+
+T = TypeVar("T")
+_SLICE: Final = 8192
+"""Rows between two turns: some hundredths of a second."""
 
 Normalisation = Literal["exact", "strip", "casefold", "alphanumeric"]
 
@@ -59,18 +64,35 @@ def keys_of(columns: Sequence[tuple[str, Sequence[str]]], normalise: str, *, who
         DataError: a value that is empty once normalised, or two rows with one key; names `whose` and the columns, never
             a value. OptionError: an unknown normalisation.
     """
+    return at_once(keys_in_turns(columns, normalise, whose=whose))
+
+
+def keys_in_turns(
+    columns: Sequence[tuple[str, Sequence[str]]], normalise: str, *, whose: str
+) -> Generator[Turn, None, list[bytes]]:
+    """Does what `keys_of` does, a slice of the rows at a time."""
     change = normaliser(normalise)
-    parts: list[list[bytes]] = []
-    for name, values in columns:
-        changed = [change(value).encode("utf-8", "surrogatepass") for value in values]
-        empty = sum(not one for one in changed)
-        if empty:
+    keys: list[bytes] = []
+    empty = [0] * len(columns)
+    rows = len(columns[0][1])
+    for start in range(0, rows, _SLICE):
+        parts = []
+        for place, (_, values) in enumerate(columns):
+            changed = [
+                change(value).encode("utf-8", "surrogatepass") for value in values[start : start + _SLICE]
+            ]
+            empty[place] += sum(not one for one in changed)
+            parts.append(changed)
+        keys += [
+            b"".join(len(one).to_bytes(4, "big") + one for one in row) for row in zip(*parts, strict=True)
+        ]
+        yield Turn("ids normalised", len(keys), rows)
+    for (name, _), count in zip(columns, empty, strict=True):
+        if count:
             raise DataError(
-                f"{whose}: id column {name!r} has {empty} values of which {normalise!r} leaves nothing: every row "
+                f"{whose}: id column {name!r} has {count} values of which {normalise!r} leaves nothing: every row "
                 "needs an id"
             )
-        parts.append(changed)
-    keys = [b"".join(len(one).to_bytes(4, "big") + one for one in row) for row in zip(*parts, strict=True)]
     twice = len(keys) - len(set(keys))
     if twice:
         names = " and ".join(repr(name) for name, _ in columns)
@@ -86,6 +108,23 @@ def order_of(keys: Sequence[bytes], seed: int) -> list[int]:
 
     It tells nothing: whoever has these keys can work it out, and it has nothing to do with the order in a table.
     """
+    return at_once(order_in_turns(keys, seed))
+
+
+def order_in_turns(keys: Sequence[bytes], seed: int) -> Generator[Turn, None, list[int]]:
+    """Does what `order_of` does, a slice of the rows at a time."""
     salt = b"planrt aligned rows" + seed.to_bytes(8, "big")
-    hashed = [hashlib.sha256(salt + key).digest() for key in keys]
+    hashed: list[bytes] = []
+    for start in range(0, len(keys), _SLICE):
+        hashed += [hashlib.sha256(salt + key).digest() for key in keys[start : start + _SLICE]]
+        yield Turn("rows put in order", len(hashed), len(keys))
     return sorted(range(len(keys)), key=hashed.__getitem__)
+
+
+def at_once(steps: Generator[Turn, None, T]) -> T:
+    """Returns the result of steps that let others have their turn, without doing so."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]

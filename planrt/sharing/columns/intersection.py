@@ -18,11 +18,12 @@ import secrets
 from collections.abc import Generator, Sequence
 from typing import Final
 
+import numpy as np
 import torch
 
 from planrt.errors import AlignmentError, JointError
 from planrt.sharing.columns.curve import WIDTH, Blinder, as_bytes
-from planrt.sharing.columns.ids import order_of
+from planrt.sharing.columns.ids import order_in_turns
 from planrt.sharing.columns.steps import Role, Send, Take, Tensors, Turn, take_one
 
 MAX_IDS: Final = 20_000_000
@@ -31,8 +32,6 @@ _TURN: Final = 512
 """Points between two turns: about 0.03 seconds."""
 _PARCEL: Final = 16_384
 """Points of one parcel: 512 KiB."""
-
-_Steps = Generator[Send | Take | Turn, Tensors | None, Tensors]
 
 
 def intersect(keys: Sequence[bytes], other: int, names: Sequence[str], *, size_only: bool = False) -> Role:
@@ -48,53 +47,51 @@ def intersect(keys: Sequence[bytes], other: int, names: Sequence[str], *, size_o
     count = int((yield from take_one(other, "count", torch.int64, [1], names))[0])
     if not 0 <= count <= MAX_IDS:
         raise JointError(f"party {whose!r} says that it has {count} ids; there can be {MAX_IDS:,}")
-    order = list(range(len(keys)))
-    secrets.SystemRandom().shuffle(order)
+    # Sorting by random numbers is a shuffle: of 64 bits, as good as never are two the same.
+    order = np.argsort(np.frombuffer(secrets.token_bytes(8 * len(keys)), np.uint64)).tolist()
     for start in range(0, len(order), _PARCEL):
         made = []
         for at in range(start, min(start + _PARCEL, len(order)), _TURN):
             made.append(secret.blind([keys[i] for i in order[at : min(at + _TURN, start + _PARCEL)]]))
-            yield Turn()
+            yield Turn("ids blinded", at, len(keys) + count)
         yield Send(other, "blinded ids", [torch.cat(made)])
-    theirs: list[torch.Tensor] = []
+    both: set[bytes] = set()
     for start in range(0, count, _PARCEL):
         size = min(_PARCEL, count - start)
         points = yield from take_one(other, "blinded ids", torch.uint8, [size, WIDTH], names)
         again = []
         for at in range(0, size, _TURN):
             again.append(secret.blind_again(points[at : at + _TURN], whose=whose))
-            yield Turn()
-        theirs.append(torch.cat(again))
+            both.update(as_bytes(again[-1]))
+            yield Turn("ids blinded", len(keys) + start + at, len(keys) + count)
         if not size_only:
-            yield Send(other, "ids blinded twice", [theirs[-1]])
-    both = {point for part in theirs for point in as_bytes(part)}
+            yield Send(other, "ids blinded twice", [torch.cat(again)])
     if len(both) < count:
         raise JointError(f"party {whose!r} sent one id twice")
     if size_only:
-        ranked = (
-            torch.frombuffer(bytearray(b"".join(sorted(both))), dtype=torch.uint8)
-            if both
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        yield Send(other, "ids blinded twice", [ranked.reshape(-1, WIDTH)])
-        del theirs, ranked
-    mine: list[bytes] = []
-    step = max(len(keys), 1) if size_only else _PARCEL
-    for start in range(0, len(keys), step):
-        size = min(step, len(keys) - start)
+        ranked = bytearray(WIDTH * count)
+        for place, point in enumerate(sorted(both)):
+            ranked[place * WIDTH : (place + 1) * WIDTH] = point
+        sent = torch.frombuffer(ranked, dtype=torch.uint8) if both else torch.empty(0, dtype=torch.uint8)
+        yield Send(other, "ids blinded twice", [sent.reshape(-1, WIDTH)])
+        points = yield from take_one(other, "ids blinded twice", torch.uint8, [len(keys), WIDTH], names)
+        size = 0
+        for start in range(0, len(keys), _PARCEL):
+            size += len(both.intersection(as_bytes(points[start : start + _PARCEL])))
+            yield Turn("ids compared", start, len(keys))
+        return {"size": size}
+    rows: list[int] = []
+    for start in range(0, len(keys), _PARCEL):
+        size = min(_PARCEL, len(keys) - start)
         points = yield from take_one(other, "ids blinded twice", torch.uint8, [size, WIDTH], names)
-        mine += as_bytes(points)
-    if size_only and not keys:
-        yield from take_one(other, "ids blinded twice", torch.uint8, [0, WIDTH], names)
-    if size_only:
-        return {"size": len(both.intersection(mine))}
-    rows = sorted(order[place] for place, point in enumerate(mine) if point in both)
+        rows += [order[start + place] for place, point in enumerate(as_bytes(points)) if point in both]
+        yield Turn("ids compared", start, len(keys))
     if not rows:
         raise AlignmentError(
             f"nobody is in both tables, that of {names[other]!r} and this one: look at which columns hold the ids and "
             "how they are normalised"
         )
-    return {"size": len(rows), "rows": torch.tensor(rows)}
+    return {"size": len(rows), "rows": torch.tensor(sorted(rows))}
 
 
 def align(keys: Sequence[bytes], me: int, owners: int, names: Sequence[str], seed: int) -> Role:
@@ -109,13 +106,13 @@ def align(keys: Sequence[bytes], me: int, owners: int, names: Sequence[str], see
     """
     if me:
         found: torch.Tensor = (yield from intersect(keys, 0, names))["rows"]
-        ordered = _ordered(keys, found, seed)
+        ordered = yield from _ordered(keys, found, seed)
         kept = yield from take_one(0, "who is in all tables", torch.bool, [len(ordered)], names)
         return {"rows": ordered[kept], "size": int(kept.sum())}
     pairs = []
     for other in range(1, owners):
         found = (yield from intersect(keys, other, names))["rows"]
-        pairs.append(_ordered(keys, found, seed))
+        pairs.append((yield from _ordered(keys, found, seed)))
     common = set(pairs[0].tolist()).intersection(*[pair.tolist() for pair in pairs[1:]])
     if not common:
         raise AlignmentError("nobody is in all tables, though each two have people in common")
@@ -126,6 +123,9 @@ def align(keys: Sequence[bytes], me: int, owners: int, names: Sequence[str], see
     return {"rows": rows, "size": len(rows)}
 
 
-def _ordered(keys: Sequence[bytes], rows: torch.Tensor, seed: int) -> torch.Tensor:
+def _ordered(
+    keys: Sequence[bytes], rows: torch.Tensor, seed: int
+) -> Generator[Send | Take | Turn, Tensors | None, torch.Tensor]:
     places = rows.tolist()
-    return rows[order_of([keys[place] for place in places], seed)]
+    order = yield from order_in_turns([keys[place] for place in places], seed)
+    return rows[torch.tensor(order)]

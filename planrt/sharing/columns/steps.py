@@ -35,7 +35,11 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Let others have their turn: this much computing was enough at a time."""
+    """Let others have their turn: this much computing was enough at a time. Says how far it is, where that is known."""
+
+    what: str = ""
+    done: int = 0
+    of: int = 0
 
 
 Tensors: TypeAlias = list[torch.Tensor]

@@ -310,6 +310,10 @@ class Gate:
                 self._reports.popitem(last=False)
         return found
 
+    def least_rows(self, tags: Iterable[str]) -> int:
+        """Returns of how many rows at least all is that release rules let leave of data with these tags; 0 without."""
+        return max((rule.min_rows for rule in self._about(tags)), default=0)
+
     def covers(self, tags: Iterable[str]) -> bool:
         """Returns whether a release rule is about private data with these tags."""
         return bool(self._about(tags))

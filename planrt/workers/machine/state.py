@@ -77,6 +77,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.handshakes import REVOKED, Handshakes, Users
+from planrt.workers.machine.joint.kept import Keeps
 from planrt.workers.machine.joint.runs import JointOps
 from planrt.workers.machine.keeping.openings import Openings
 from planrt.workers.machine.keeping.sessions import KeptSessions
@@ -122,8 +123,8 @@ class WorkerState:
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
-    `audit` is told what happens. `quota` is what the sessions of one user may keep; of it and of the policy's the
-    stricter counts.
+    `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what the sessions of
+    one user may keep; of it and of the policy's the stricter counts.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class WorkerState:
         access: Access | None = None,
         audit: Audit | None = None,
         quota: Quota | None = None,
+        joint_runs: Keeps | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -165,7 +167,7 @@ class WorkerState:
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
         self._sums = SecureSums(id, self._gate)
         self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access, self._sums)
-        self._joint = JointOps(self._training, self._gate, self._access, self._audit, self.store)
+        self._joint = JointOps(self._training, self._gate, self._access, self._audit, self.store, joint_runs)
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
@@ -677,7 +679,7 @@ class WorkerState:
             case m.ReadTable():
                 return self._joint.read_table(session, body)
             case m.OpenJoint():
-                return self._joint.open(session, body)
+                return (yield from self._joint.open(session, body))
             case m.JoinJoint():
                 return self._joint.join(session, body)
             case m.WorkJoint():

@@ -163,6 +163,19 @@ class ObjectStore:
         if (account := self._accounts.get(session)) is not None:
             account.check(beside=nbytes)
 
+    def keep_bytes(self, session: str, nbytes: int) -> Callable[[], None]:
+        """Counts bytes that a session keeps beside its objects; returns what is called when they are free again.
+
+        Raises:
+            PolicyError: its user may keep no more.
+        """
+        account = self._accounts.get(session)
+        if account is None:
+            return lambda: None
+        account.check(beside=nbytes)
+        account.take(beside=nbytes)
+        return lambda: account.give_back(beside=nbytes)
+
     def limits(self, session: str) -> bool:
         """Returns whether there is a limit to what the session keeps."""
         return session in self._accounts

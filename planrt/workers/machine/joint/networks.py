@@ -18,12 +18,15 @@ import numpy as np
 import torch
 
 from planrt.errors import DataError, JointError
+from planrt.plans import optimizer_states
 from planrt.plans.ir.graph import Graph
 from planrt.plans.optimizer_options import check_optimizer
 from planrt.plans.running.interpreter import check_inputs, check_state, drive, program
 from planrt.plans.training import optimizer_of
 from planrt.seeding import derive_seed, seeded
+from planrt.serde.checkpoints import Checkpoint
 from planrt.sharing.columns.steps import Role, Send, Turn, take_one
+from planrt.workers.machine.joint.kept import named, taken
 from planrt.workers.wire import messages as m
 
 Array = np.ndarray[Any, Any]
@@ -42,9 +45,10 @@ class Part:
             one.detach().clone().requires_grad_(entry.trainable)
             for entry, one in zip(training.state, state, strict=True)
         ]
-        args = check_optimizer(terms.optimizer, terms.optimizer_args)
+        self._name = terms.optimizer
+        self._args = check_optimizer(terms.optimizer, terms.optimizer_args)
         trained = [one for one in self.state if one.requires_grad]
-        self.optimizer = optimizer_of(terms.optimizer, args, trained, None) if trained else None
+        self.optimizer = optimizer_of(self._name, self._args, trained, None) if trained else None
 
     def __call__(
         self, data: torch.Tensor, target: torch.Tensor, *, training: bool
@@ -66,6 +70,19 @@ class Part:
         if self.optimizer is not None:
             self.optimizer.step()
 
+    def captured(self) -> tuple[list[tuple[int, str, Any]], list[torch.Tensor]]:
+        """Returns what the optimizer keeps, as `planrt.plans.optimizer_states` packs it."""
+        if self.optimizer is None:
+            return [], []
+        return optimizer_states.packed(self.optimizer.state_dict()["state"])
+
+    def restore(self, values: list[tuple[int, str, Any]], tensors: list[torch.Tensor]) -> None:
+        """Gives the optimizer what it kept."""
+        trained = [one for one in self.state if one.requires_grad]
+        if self.optimizer is not None:
+            state = optimizer_states.unpacked(values, tensors, parameters=len(trained))
+            self.optimizer = optimizer_of(self._name, self._args, trained, state)
+
 
 @dataclass(slots=True)
 class SplitOwner:
@@ -85,6 +102,10 @@ class SplitOwner:
     train_rows: int
     bottom: Part | None = None
     top: Part | None = None
+    noise_seed: int = field(default_factory=lambda: secrets.randbits(62))
+    """What the noise is drawn from: this owner's secret. Steps that are made again have the same noise, and so have
+    predictions for the same person: nobody gets rid of it by asking again."""
+    _epochs: int = 0
     _data: torch.Tensor = field(init=False)
     _target: torch.Tensor | None = field(init=False)
 
@@ -131,6 +152,28 @@ class SplitOwner:
                 f"{self.name} was sent {len(rest)} tensors more than its part of the network has"
             )
 
+    def captured(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Returns what is kept of it: plain facts, and tensors."""
+        facts: dict[str, Any] = {"noise": self.noise_seed, "optimizers": []}
+        tensors = named("state", self.state)
+        for number, part in enumerate(one for one in (self.bottom, self.top) if one is not None):
+            values, named_there = part.captured()
+            facts["optimizers"].append([list(one) for one in values])
+            tensors |= named(f"optimizer/{number}", named_there)
+        return facts, tensors
+
+    def restore(self, plans: Sequence[Graph], kept: Checkpoint, epoch: int) -> None:
+        """Takes over what was kept after so many epochs.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is of another model.
+        """
+        self.load(plans, taken("state", kept))
+        for number, part in enumerate(one for one in (self.bottom, self.top) if one is not None):
+            values = [(int(a), str(b), c) for a, b, c in kept.facts["optimizers"][number]]
+            part.restore(values, taken(f"optimizer/{number}", kept))
+        self.noise_seed, self._epochs = int(kept.facts["noise"]), epoch
+
     @property
     def state(self) -> list[torch.Tensor]:
         """The state of its parts: below, then above."""
@@ -150,12 +193,17 @@ class SplitOwner:
             )
         return given
 
-    def _leaves(self, given: torch.Tensor) -> torch.Tensor:
-        """What leaves of a part's outputs: with noise, if there is to be any."""
+    def _leaves(self, given: torch.Tensor, *where: int | str, rows: Array | None = None) -> torch.Tensor:
+        """What leaves of a part's outputs: with noise, if there is to be any. `where` says what it is drawn for; with
+        `rows` each of them has the noise that belongs to it."""
         out = given.detach().clone()
         if self.terms.noise:
-            generator = torch.Generator().manual_seed(secrets.randbits(63))
-            out += self.terms.noise * torch.randn(out.shape, generator=generator)
+            generator = torch.Generator().manual_seed(derive_seed(self.noise_seed, "noise", *where))
+            if rows is None:
+                out += self.terms.noise * torch.randn(out.shape, generator=generator)
+            else:
+                noise = torch.randn([len(self._data), *out.shape[1:]], generator=generator)
+                out += self.terms.noise * noise[torch.from_numpy(rows)]
         return out
 
     def epoch(self, epoch: int) -> Role:
@@ -167,20 +215,21 @@ class SplitOwner:
             rows = order[at : at + self.terms.batch_size]
             seed = derive_seed(self.about.seed, "step", epoch, number, self.about.number)
             if self.labels is None:
-                yield from self._step_below(rows, seed)
+                yield from self._step_below(rows, seed, epoch, number)
             else:
                 losses.append((yield from self._step_above(rows, seed)) * len(rows))
-            yield Turn()
+            yield Turn("rows trained on", int(at), self.train_rows)
+        self._epochs = epoch + 1
         return {"loss": sum(losses) / self.train_rows} if self.labels is not None else {}
 
-    def _step_below(self, rows: Array, seed: int) -> Any:
+    def _step_below(self, rows: Array, seed: int, epoch: int, number: int) -> Any:
         if self.bottom is None:
             return
         with seeded(seed), torch.enable_grad():
             self.bottom.begin()
             given = self._below(rows, training=True)
         assert given is not None  # noqa: S101 - there is a part
-        yield Send(self.about.label_owner, "outputs", [self._leaves(given)])
+        yield Send(self.about.label_owner, "outputs", [self._leaves(given, "step", epoch, number)])
         shape = list(given.shape)
         gradient = yield from take_one(self.about.label_owner, "gradient", torch.float32, shape, self.names)
         if given.requires_grad:
@@ -233,7 +282,8 @@ class SplitOwner:
             mine = self._below(rows, training=False)
         if self.labels is None:
             if mine is not None:
-                yield Send(self.about.label_owner, "outputs", [self._leaves(mine)])
+                sent = self._leaves(mine, "prediction", self._epochs, rows=rows)
+                yield Send(self.about.label_owner, "outputs", [sent])
             return {}
         parts = yield from self._gathered(mine, rows)
         assert self.top is not None  # noqa: S101 - loaded before

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Generator, Sequence
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from planrt.errors import AlignmentError, DataError, JointError
+from planrt.serde.checkpoints import Checkpoint
 from planrt.sharing.columns import ids, linear
-from planrt.sharing.columns.steps import Role, Send, take_one
+from planrt.sharing.columns.steps import Role, Send, Turn, take_one
 from planrt.sharing.columns.table import Table
 from planrt.workers.machine.joint.networks import SplitOwner
 from planrt.workers.machine.joint.terms import CLIENT
 from planrt.workers.wire import messages as m
 
 Array = np.ndarray[Any, Any]
+_BYTES_OF_KEY: Final = 200
+"""What a key takes beside its letters, in the lists and tables that it is in."""
 
 
 class AlignedTable:
@@ -33,8 +37,11 @@ class AlignedTable:
         missing = [name for name in about.ids if name not in table.ids]
         if missing:
             raise DataError(f"{self.name}: {missing[0]!r} is no id column; those are {', '.join(table.ids)}")
-        columns = [(name, table.ids[name]) for name in about.ids]
-        self.keys = ids.keys_of(columns, about.normalise, whose=self.name)
+        self._ids = [(name, table.ids[name]) for name in about.ids]
+        self.keys: list[bytes] = []
+        """Of its rows, from `read_keys` on."""
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        """Those about people in all tables, in the common order, from `align` on."""
         self._features = table.values(about.features, whose=self.name)
         self._label = table.values([about.label], whose=self.name)[:, 0] if about.label else None
         self.places: dict[bytes, int] = {}
@@ -45,12 +52,35 @@ class AlignedTable:
         self.scale, self.shift = 1.0, 0.0
         """Of the label, where it was standardised: label * scale + shift."""
 
+    def read_keys(self) -> Generator[Turn, None, None]:
+        """Normalises the ids, a slice of the rows at a time.
+
+        Raises:
+            DataError: empty ids, or duplicates; names the party and the column.
+        """
+        self.keys = yield from ids.keys_in_turns(self._ids, self.about.normalise, whose=self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes it takes, the aligned rows included."""
+        keys = sum(map(len, self.keys)) + _BYTES_OF_KEY * len(self.keys)
+        return int(2 * self._features.nbytes + (0 if self._label is None else 2 * self._label.nbytes)) + keys
+
+    def digest(self) -> str:
+        """Returns a SHA-256 of all that the run sees of the table, in the order of its rows."""
+        found = hashlib.sha256(self._features.tobytes())
+        found.update(b"" if self._label is None else self._label.tobytes())
+        for key in self.keys:
+            found.update(len(key).to_bytes(4, "big") + key)
+        return found.hexdigest()
+
     def align(self, rows: torch.Tensor) -> None:
         """Keeps the people in all tables, in the common order; the last of them are held out.
 
         Raises:
             AlignmentError: too few to train on.
         """
+        self.rows = rows
         places = rows.tolist()
         self.places = {self.keys[row]: place for place, row in enumerate(places)}
         self.train_rows = len(places) - int(len(places) * self.about.holdout)
@@ -142,6 +172,21 @@ class LinearOwner:
         if self.owner.labels is not None:
             found.append(torch.tensor([self._table.scale, self._table.shift], dtype=torch.float64))
         return found
+
+    def captured(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Returns what is kept of it: plain facts, and tensors."""
+        return {}, {"weights": torch.from_numpy(self.owner.weights.copy())}
+
+    def restore(self, kept: Checkpoint) -> None:
+        """Takes over what was kept.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        weights = kept.tensors["weights"].numpy()
+        if weights.shape != self.owner.weights.shape:
+            raise ValueError(f"weights of shape {weights.shape}")
+        self.owner.weights = weights.copy()
 
     def predict(self, rows: Array, *, evaluate: bool = False) -> Role:
         """Gives its part of the predictions to who may have them; there they are added up.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -55,12 +56,17 @@ def check(about: m.OpenJoint) -> None:
             raise OptionError(
                 "the predictions of a split network are made by the owner of the labels: they go there"
             )
+    if about.resume and not about.keep:
+        raise JointError("a run that goes on names what it was kept under")
+    if about.keep and about.model is None:
+        raise JointError("only a run that trains a model is kept")
     normaliser(about.normalise)
 
 
-def shared_hash(about: m.OpenJoint) -> str:
-    """Returns a hash of what all parties must have been told alike."""
-    facts = msgspec.to_builtins(about)
+def shared_hash(about: m.OpenJoint, origin: str) -> str:
+    """Returns a hash of what all parties must have been told alike; of a run that goes on, they must also have kept it
+    from the same one, `origin`."""
+    facts = {**msgspec.to_builtins(about), "origin": origin}
     for own in ("token", "number", "dataset", "features", "label", "purpose"):
         del facts[own]
     facts["ids"] = 0  # how many there are is compared with the keys
@@ -68,6 +74,20 @@ def shared_hash(about: m.OpenJoint) -> str:
     if isinstance(about.model, m.SplitTerms):
         for own in ("bottom", "bottom_evaluation", "top", "top_evaluation"):
             del model[own]
+    return _hash(facts)
+
+
+def kept_hash(about: m.OpenJoint) -> str:
+    """Returns a hash of all that makes a run what it is for this party: one that goes on has the same. Workers may have
+    other addresses by then."""
+    facts = msgspec.to_builtins(about)
+    for other in ("joint", "token", "timeout", "purpose", "resume"):
+        del facts[other]
+    facts["parties"] = [one.worker for one in about.parties]
+    return _hash(facts)
+
+
+def _hash(facts: dict[str, Any]) -> str:
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -121,5 +141,9 @@ def _model_lines(about: m.OpenJoint, plans: dict[str, Graph]) -> Iterator[str]:
     yield f"the client sees the loss of each epoch; this worker's weights: {about.weights_to_client}"
     if about.dataset:
         yield f"for people who are named, this worker gives its part of a prediction to {about.predictions_to}"
+    if about.keep:
+        yield (
+            f"after each epoch this worker keeps its weights, and who is in all tables, in its folder as {about.keep!r}"
+        )
     for hash, plan in plans.items():
         yield f"plan {hash}:\n{plan}"

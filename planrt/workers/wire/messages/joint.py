@@ -101,6 +101,10 @@ class OpenJoint(Message, frozen=True, tag="open_joint"):
     timeout: Annotated[float, Meta(gt=0, le=86_400)]
     """Seconds that a party waits for another one."""
     purpose: Purpose = ""
+    keep: Annotated[str, Meta(max_length=200)] = ""
+    """The name that each party keeps its own part of the run under, after every epoch; "" for not at all."""
+    resume: bool = False
+    """Whether it goes on from what was kept under that name."""
 
 
 class JoinJoint(Message, frozen=True, tag="join_joint"):
@@ -118,8 +122,9 @@ class WorkJoint(Message, frozen=True, tag="work_joint"):
     plans. Answered by JointDone."""
 
     joint: Id
-    step: Literal["join", "align", "load", "epoch", "evaluate", "predict", "weights"]
+    step: Literal["join", "align", "resume", "load", "epoch", "evaluate", "predict", "weights", "forget"]
     epoch: Count = 0
+    """The next epoch: to be trained, or with "resume" to go on with."""
     people: Annotated[list[Annotated[list[Text], Meta(max_length=64)]], Meta(max_length=100_000)] = []
     """Whom to predict for: for each the values of the id columns, as in every table."""
 
@@ -138,6 +143,8 @@ class FailJoint(Message, frozen=True, tag="fail_joint"):
 
     joint: Id
     reason: Text
+    kind: Id = "JointError"
+    """Of the failure, as answers to clients have it."""
 
 
 class EndJoint(Message, frozen=True, tag="end_joint"):

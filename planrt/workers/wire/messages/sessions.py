@@ -144,7 +144,8 @@ class Failure(Message, frozen=True, tag="failure", omit_defaults=True):
     index: Count | None = None
     """Which op of a plan it was."""
     cause: Text = ""
-    """What torch said, where that is known and may be told."""
+    """What torch said, where that is known and may be told; of a joint run that has ended before, the kind of failure
+    that ended it."""
     number: Count | None = None
     """Which of the session's posted ops it was, counted from 0: the client knows the line that posted it."""
     step: Text | None = None

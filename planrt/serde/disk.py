@@ -17,7 +17,7 @@ _SYNC_EVERY: Final = 32 << 20
 
 
 class Disk:
-    """The operations that change files of a run folder."""
+    """The operations that change files of a folder."""
 
     def create(self, path: Path) -> int:
         """Opens a new file for writing, in place of one that was left half-written; returns its descriptor."""

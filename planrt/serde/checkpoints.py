@@ -31,7 +31,7 @@ import msgpack
 import torch
 
 from planrt.errors import RunFolderError, WireError
-from planrt.fl.runs.disk import Disk
+from planrt.serde.disk import Disk
 from planrt.serde.tensors import aligned, header_entries, parse_layouts, raw_bytes, tensors_in
 
 VERSION: Final = 1

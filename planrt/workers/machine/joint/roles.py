@@ -1,0 +1,186 @@
+"""A party's part of each step of a joint run: how its table and its model take part, and what is kept. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from planrt.errors import JointError, PolicyError
+from planrt.sharing.columns import linear
+from planrt.sharing.columns.intersection import MAX_IDS, align, intersect
+from planrt.sharing.columns.steps import Role, Send, take, take_one
+from planrt.workers.machine.joint.networks import SplitOwner
+from planrt.workers.machine.joint.owners import LinearOwner, linear_terms
+from planrt.workers.machine.joint.run import Run
+from planrt.workers.wire import messages as m
+
+Told = Callable[[str, int], None]
+"""Called for each decryption, with the party's name and the number of ciphertexts."""
+
+
+def role_of(run: Run, body: m.WorkJoint, told: Told) -> Role:
+    """Returns this party's part of a step.
+
+    Raises:
+        JointError: another step comes next. PolicyError: what it tells is of fewer rows than the owner's rules ask for.
+        AlignmentError: predictions for somebody who is not in all tables.
+    """
+    table, model = run.table, run.model
+    if body.step in ("align", "resume"):
+        run.begin_anew()
+    if body.step == "align":
+        return _align(run) if table is not None else _key(run, told)
+    if body.step == "resume":
+        return _resume(run, body.epoch, told)
+    if body.step == "epoch":
+        limit = run.about.model.epochs if run.about.model is not None else 0
+        if body.epoch != run.epochs or body.epoch >= limit:
+            raise JointError(
+                f"epoch {body.epoch} is not the next one: {run.epochs} of at most {limit} are done"
+            )
+        if run.holder is not None:
+            return run.holder.epoch(body.epoch)
+        if model is not None:
+            return model.epoch(body.epoch)
+    elif table is None:
+        return _nothing()
+    elif model is not None:
+        rows = table.evaluated() if body.step == "evaluate" else table.rows_of(body.people)
+        what = "figures" if body.step == "evaluate" else "predictions"
+        check_least(run, len(set(rows.tolist())), what)
+        if isinstance(model, SplitOwner):
+            return model.predict(rows)
+        return model.predict(rows, evaluate=body.step == "evaluate")
+    raise JointError("nothing is aligned yet: the step 'align' comes first")
+
+
+def _nothing() -> Role:
+    """The part of who has nothing to do in a step."""
+    yield from ()
+    return {}
+
+
+def check_least(run: Run, rows: int, what: str) -> None:
+    """Raises PolicyError if something is of fewer rows than the owner's release rules ask for."""
+    if rows < run.least:
+        raise PolicyError(
+            f"{run.name_of(run.me)}: {what} of fewer than {run.least} people: the release rules of its owner ask for "
+            "at least so many",
+            rule="release",
+        )
+
+
+def _align(run: Run) -> Role:
+    """An owner's part of finding who is in all tables, and what follows before the first epoch."""
+    table, about = run.table, run.about
+    assert table is not None  # noqa: S101 - the caller has looked
+    if about.size_only:
+        found = yield from intersect(table.keys, 1 - run.me, run.names, size_only=True)
+    else:
+        found = yield from align(table.keys, run.me, about.owners, run.names, about.seed)
+    run.size = int(found["size"])
+    check_least(run, run.size, "an intersection")
+    if about.model is None:
+        if not about.size_only:
+            table.places = {table.keys[row]: place for place, row in enumerate(found["rows"].tolist())}
+        yield from _agreed(run)
+        return {"size": run.size}
+    table.align(found["rows"])
+    return (yield from _begin(run))
+
+
+def _begin(run: Run) -> Role:
+    """Makes an owner's model for the aligned rows, once all owners agree to them."""
+    table, about = run.table, run.about
+    assert table is not None  # noqa: S101 - it is an owner's
+    model = about.model
+    assert model is not None  # noqa: S101 - the caller has looked
+    size = min(model.batch_size, table.train_rows)
+    check_least(run, (table.train_rows - 1) % size + 1, "a batch")
+    if isinstance(model, m.SplitTerms):
+        run.model = SplitOwner(about, model, table.values, table.labels, table.train_rows)
+        yield from _agreed(run)
+    else:
+        run.model = LinearOwner(table, model)
+        yield from _agreed(run)
+        if run.me == 0:
+            yield Send(about.owners, "people", [torch.tensor([table.train_rows])])
+        yield from run.model.owner.take_key()
+    return {"size": run.size, "people": table.train_rows}
+
+
+def _agreed(run: Run) -> Role:
+    """Waits until each owner has seen how many people there are: until then no client is told anything of them."""
+    others = [number for number in range(run.about.owners) if number != run.me]
+    for other in others:
+        yield Send(other, "agrees", [])
+    for other in others:
+        yield from take(other, "agrees")
+    return {}
+
+
+def _key(run: Run, told: Told) -> Role:
+    """The key holder's part of that: it learns how many people there are, and makes the key."""
+    about, model = run.about, run.about.model
+    assert isinstance(model, m.LinearTerms)  # noqa: S101 - or there would be none
+    people = int((yield from take_one(0, "people", torch.int64, [1], run.names))[0])
+    if not 2 <= people <= MAX_IDS:
+        raise JointError(f"party {run.names[0]!r} says that {people} people are in all tables")
+    run.holder = linear.KeyHolder(linear_terms(about, model, people), list(about.columns), told)
+    yield from run.holder.give_key()
+    return {}
+
+
+def _resume(run: Run, epoch: int, told: Told) -> Role:
+    """Takes up what this party kept after so many epochs, in place of finding who is in all tables."""
+    if run.kept is None or not run.about.resume:
+        raise JointError("only a run that was opened to go on takes up what was kept")
+    found = run.kept.checked(epoch)
+    try:
+        size, people = int(found.facts["size"]), int(found.facts["people"])
+        losses = [float(one) for one in found.facts["losses"]]
+        result: dict[str, Any] = {"size": size, "people": people}
+        run.size = size
+        if run.table is None:
+            yield from _key(run, told)
+            same = run.holder is not None and run.holder.terms.rows == people
+        else:
+            run.table.align(found.tensors["rows"])
+            yield from _begin(run)
+            same = run.table.train_rows == people
+            if isinstance(run.model, SplitOwner):
+                run.model.restore(run.plans, found, epoch)
+            elif isinstance(run.model, LinearOwner):
+                run.model.restore(found)
+    except JointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise JointError(f"{run.name_of(run.me)} has kept something else than a run: {error!r}") from error
+    if not same:
+        raise JointError("the parties have kept different numbers of people: begin a new run")
+    run.epochs, run.losses = epoch, losses
+    return {**result, "losses": losses}
+
+
+def keep(run: Run) -> None:
+    """Keeps this party's part, if it is to be kept.
+
+    Raises:
+        JointError: it cannot be written.
+    """
+    if run.kept is None:
+        return
+    facts: dict[str, Any] = {"size": run.size, "losses": run.losses}
+    tensors: dict[str, torch.Tensor] = {}
+    if run.table is None:
+        facts["people"] = 0 if run.holder is None else run.holder.terms.rows
+    else:
+        facts["people"] = run.table.train_rows
+        tensors["rows"] = run.table.rows
+    if run.model is not None:
+        more, state = run.model.captured()
+        facts |= more
+        tensors |= state
+    run.kept.write(run.epochs, facts, tensors)
