@@ -18,7 +18,7 @@ from planrt.serde.checkpoints import Checkpoint
 
 
 class Keeps(Protocol):
-    """Where a worker keeps its part of joint runs: by user, and a name that the client chose."""
+    """A place where a worker keeps its part of joint runs: by user, and a name that the client chose."""
 
     def epochs(self, user: str, name: str) -> Sequence[int]:
         """Returns the epochs after which the run was kept: the newest first, two at most."""

@@ -52,7 +52,7 @@ PREDICTIONS: Final = "#predictions"
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What is remembered of a run that has failed, for those who still ask for it."""
+    """A run that has failed, as far as those who still ask for it are told."""
 
     owner: str
     token: str
