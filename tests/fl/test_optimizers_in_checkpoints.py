@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from planrt.errors import GetNotPermittedError, OptionError, RunFolderError
 from planrt.fl import RoundScheduler, TrainConfig
-from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from planrt.serde.disk import Disk
 from planrt.plans import optimizer_states
 from planrt.plans.policy.rules import Policy
 from planrt.plans.training import OPTIMIZERS, check_optimizer
+from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from planrt.serde.disk import Disk
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.wire import messages as m
 from tests.models import classification_data, seeded_classifier

@@ -21,9 +21,9 @@ from torch import nn
 from planrt.errors import LocalError, OptionError, QuorumError, RunFolderError
 from planrt.fl import RoundScheduler, TrainConfig
 from planrt.fl.runs import run_record
+from planrt.fl.runs.run_folder import Journal, is_held
 from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from planrt.serde.disk import Disk
-from planrt.fl.runs.run_folder import Journal, is_held
 from planrt.workers import VirtualWorker
 from tests.fl.dying import DyingDisk, FullDisk, KilledError
 from tests.models import classification_data, seeded_classifier
