@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A job in the background ignores Ctrl-C, and so would every process that tests start and interrupt.
@@ -27,6 +30,13 @@ def mnist_folder() -> Path:
     if os.environ.get("PLANRT_REQUIRE_DATA") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[str]:
+    """A Python as `sys.executable` that has loaded torch already: see `tests.warm`."""
+    with warm.python() as path:
+        yield path
 
 
 @pytest.fixture(params=["memory", "websocket"])

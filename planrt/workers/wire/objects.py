@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -13,7 +14,18 @@ from planrt.plans.running.inference import Spec, spec
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 from planrt.workers.wire import messages as m
 
-_ids = itertools.count(secrets.randbits(40) << 10)
+_ids: Iterator[int]
+
+
+def _begin() -> None:
+    """Has ids begin at a place that is this process's own, also if it is a copy of another one (a fork)."""
+    global _ids
+    _ids = itertools.count(secrets.randbits(40) << 10)
+
+
+_begin()
+if hasattr(os, "register_at_fork"):  # not on Windows, which makes no copies
+    os.register_at_fork(after_in_child=_begin)
 
 
 def new_id() -> int:
