@@ -38,16 +38,20 @@ class Ended:
 
 @dataclass
 class Examples:
-    """Starts examples in a folder without data, and marks them and all their children."""
+    """Starts examples in a folder without data, and marks them and all their children.
+
+    They, and the worker processes that they start, are run by `python`.
+    """
 
     folder: Path
     token: str
+    python: str
 
     def start(self, name: str, *options: str, data: Path | None = None) -> subprocess.Popen[str]:
         env = {**os.environ, "PLANRT_TEST_TOKEN": self.token, "XDG_CACHE_HOME": str(self.folder)}
         env |= {"PLANRT_DATA": str(data or self.folder)}
         return subprocess.Popen(
-            [sys.executable, str(EXAMPLES / f"{name}.py"), *options],
+            [self.python, str(EXAMPLES / f"{name}.py"), *options],
             cwd=self.folder,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -78,8 +82,8 @@ class Examples:
 
 
 @pytest.fixture
-def examples(tmp_path) -> Iterator[Examples]:
-    examples = Examples(tmp_path, uuid.uuid4().hex)
+def examples(tmp_path, warm_python) -> Iterator[Examples]:
+    examples = Examples(tmp_path, uuid.uuid4().hex, warm_python)
     yield examples
     for pid in marked(examples.token):  # only after a test that failed half-way
         os.kill(pid, signal.SIGKILL)
@@ -101,6 +105,8 @@ def boston_folder() -> Path:
 
 
 def test_the_toy_learns_from_both_workers_of_either_kind_alike(examples):
+    """Also that examples, and their worker processes, start by themselves."""
+    examples.python = sys.executable
     virtual, websocket = examples.run_both_ways("toy_in_turn")
     assert len(re.findall(r"Pass \d+: bob [\d.]+, alice [\d.]+\n", virtual.out)) == 10
     assert virtual.number(r"Final loss ([\d.]+)") < 0.03
@@ -319,6 +325,7 @@ def test_wrong_options_are_one_line(examples):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_example_takes_its_worker_processes_along(examples, number, code):
+    examples.python = sys.executable
     process = examples.start("toy_in_turn", "--websocket", "--epochs", "1000000")
     lines = iter(process.stdout.readline, "")
     assert any(line.startswith("Worker processes") for line in lines)
