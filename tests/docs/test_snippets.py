@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,9 +76,9 @@ def named(block: Block) -> str:
     [(page, number) for page in PAGES for number, _ in enumerate(programs(page))],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
-def test_the_blocks_of_a_program_run_in_order(page, number, tmp_path):
+def test_the_blocks_of_a_program_run_in_order(page, number, tmp_path, warm_python):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.docs.run_page", str(page), str(number)],
+        [warm_python, "-m", "tests.docs.run_page", str(page), str(number)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
