@@ -98,6 +98,9 @@ def multiply(context: Context, left: Value, right: Value) -> Protocol[Share]:
     """Multiplies element by element. A secret bit opens only the other factor."""
     if isinstance(left, Share) and left.fine and isinstance(right, int | float):
         return (yield from _finely_multiplied(context, left, right, left.scale))
+    known = _known_product(context, left, right)
+    if known is not None:
+        return known
     for one, other in ((left, right), (right, left)):
         if (
             isinstance(one, Share)
@@ -108,6 +111,21 @@ def multiply(context: Context, left: Value, right: Value) -> Protocol[Share]:
             (opened,) = yield from masked(context, other)
             return Share(bit_times(context.party, one.bit, opened), other.scale)
     return (yield from any_product(context, "mul", left, right))
+
+
+def _known_product(context: Context, left: Value, right: Value) -> Share | None:
+    """The product of a public value with a share of one that all know, such as the ones that gradients begin with."""
+    if isinstance(right, Share):
+        left, right = right, left
+    if not isinstance(left, Share) or left.known is None or context.scale == 1 or isinstance(right, Share):
+        return None
+    values = left.known * torch.as_tensor(right).double()
+    if not bool((values.abs() < 2**31).all()):
+        return None
+    scale = left.scale
+    if needs_fractions(values * scale):
+        scale = context.scale << max(0, _power_for(values) + 1 - context.scale.bit_length())
+    return Share(context.party.public(context.public(values, scale)), scale, known=values)
 
 
 def any_product(
@@ -125,9 +143,12 @@ def any_product(
     share, known = (left, right) if isinstance(left, Share) else (right, left)
     values = torch.as_tensor(known)
     if needs_fractions(values):
-        (share,) = yield from fractional(context, share)
         values = values.double()
         power = _power_for(values)
+        wide = share.scale > context.scale > 1 and not share.fine
+        room = (context.scale << FINER) // share.scale if wide else 0
+        if max(2**power, float(values.abs().max()) * 2**power) > room:  # a product with 1 / 64 needs none
+            (share,) = yield from fractional(context, share)
         factor, scale = context.public(values, 2**power), 2**power
     else:
         if values.numel() and values.abs().max() > _WHOLE:
@@ -139,10 +160,12 @@ def any_product(
 
 
 def _power_for(values: torch.Tensor) -> int:
-    """The scale, as a power of two, at which the largest of public fractions has 24 bits."""
+    """The scale, as a power of two, at which the largest of public fractions has 24 bits; less if one needs less."""
     largest = float(values.abs().max())
     if not math.isfinite(largest):
         return 1  # encoding says what is wrong
+    if values.numel() == 1 and (exact := largest.as_integer_ratio()[1]) <= 2**12:
+        return exact.bit_length() - 1
     return max(12, min(COARSEST, FINER - math.frexp(largest)[1]))
 
 

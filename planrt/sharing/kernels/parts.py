@@ -60,7 +60,7 @@ class Share:
     """One party's part of a secret that stands for integers divided by `scale`; the scale of whole numbers is 1."""
 
     __slots__ = (
-        "_base", "_masked", "_part", "_scale", "_seen", "_stamp", "_step", "bit", "fine", "known",
+        "_apart", "_base", "_masked", "_part", "_scale", "_seen", "_stamp", "_step", "bit", "fine", "known",
         "positive", "winners",
     )  # fmt: skip
 
@@ -89,6 +89,8 @@ class Share:
         self._base: Share | None = None
         self._step = Step("same")
         self._seen = self._stamp = 0
+        self._apart = False
+        """Set on a view that was brought to another scale alone."""
 
     @classmethod
     def view(cls, base: Share, name: str, *args: Any) -> Share:
@@ -129,12 +131,28 @@ class Share:
     def masked(self) -> Masked | None:
         """The same value as it was opened under a mask, if it was."""
         self._refresh()
+        if self._masked is None and self._shows:
+            self._masked = self._masked_of_base()
         return self._masked
 
     @masked.setter
     def masked(self, opened: Masked) -> None:
         self._refresh()
         self._masked = opened
+
+    @property
+    def whole(self) -> Share:
+        """Returns what is opened in place of this value: what it is a view of, where it has all of it. Other views
+        of that, such as a weight's in the backward pass or in the next step, are masked then, too.
+        """
+        self._refresh()
+        return self._base.whole if self._base is not None and self._shows else self
+
+    @property
+    def _shows(self) -> bool:
+        """Whether what is opened of its base can be shown as this view is."""
+        base = self._base
+        return base is not None and self._step.of_masked and not self._apart and self._scale == base.scale
 
     @property
     def shape(self) -> torch.Size:
@@ -145,6 +163,7 @@ class Share:
         """Holds the same value at another scale."""
         self._refresh()
         self._part, self._scale, self._masked, self.fine = part, scale, None, False
+        self._apart = self._base is not None
 
     def become(self, other: Share) -> None:
         """Takes the value of `other`, at a scale that divides or is divided by this one's: an operation in place."""
@@ -169,7 +188,7 @@ class Share:
     def _refresh(self) -> None:
         if self._base is not None and self._seen != self._base.stamp:
             self._part, self._scale = self._step.of(self._base.part), self._base.scale
-            self._masked, self._seen = self._masked_of_base(), self._base.stamp
+            self._masked, self._seen, self._apart = self._masked_of_base(), self._base.stamp, False
             self.positive = self.bit = self.known = None
 
     def _masked_of_base(self) -> Masked | None:
@@ -193,6 +212,7 @@ class Share:
             self.part.shape,
             self.scale,
             self.fine,
+            self._apart,
             None if self.masked is None else named(self.masked.mask),
             *(None if bit is None else named(bit.coin) for bit in (self.positive, self.bit, self.winners)),
             None if self.known is None else digest(self.known),
@@ -216,7 +236,7 @@ class Share:
                 setattr(found, name, Bit(_zeros(bit.opened), _zeros(bit.part), named(bit.coin)))
         if self._base is not None:
             found._base, found._step = self._base.twin(named, made), self._step
-            found._seen = found._base.stamp
+            found._seen, found._apart = found._base.stamp, self._apart
         return found
 
 
@@ -299,7 +319,7 @@ def masked(context: Context, *shares: Share) -> Protocol[list[Masked]]:
     two.
     """
     yield from reduced(context, *shares)
-    fresh = each_once(share for share in shares if share.masked is None)
+    fresh = each_once(share.whole for share in shares if share.masked is None)
     if fresh:
         opened = yield from mask(context.party, *[share.part for share in fresh])
         for share, one in zip(fresh, opened, strict=True):
