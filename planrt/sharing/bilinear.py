@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -103,11 +104,15 @@ def bilinear_shape(
     """
     if name not in BILINEAR:
         raise SharingError(f"{name!r} is no product of shares; there are {', '.join(BILINEAR)}")
+    return _shape(name, tuple(left), tuple(right), options)
+
+
+@lru_cache(maxsize=4096)
+def _shape(name: str, left: tuple[int, ...], right: tuple[int, ...], options: Options) -> tuple[int, ...]:
+    """`bilinear_shape`: asked for a product again wherever its randomness goes."""
     if name == "mul":
-        return tuple(np.broadcast_shapes(tuple(left), tuple(right)))
+        return tuple(np.broadcast_shapes(left, right))
     if name == "matmul" and len(left) == len(right) == 2 and left[1] == right[0]:
         return left[0], right[1]
     with torch.device("meta"):
-        return tuple(
-            _SUMS[name].function(torch.empty(tuple(left)), torch.empty(tuple(right)), **dict(options)).shape
-        )
+        return tuple(_SUMS[name].function(torch.empty(left), torch.empty(right), **dict(options)).shape)

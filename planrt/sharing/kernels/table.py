@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from planrt.errors import SharingError
@@ -55,10 +55,19 @@ def check_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> N
     if name not in KERNELS:
         public, instead = _INSTEAD.get(name, (name, "open the operands with get(), or write it without"))
         raise SharingError(f"{public} has no protocol on shares: {instead}")
+    misfit = _misfit(name, len(args), tuple(kwargs))
+    if misfit:
+        raise SharingError(f"{name} has no protocol on shares with these arguments: {misfit}")
+
+
+@lru_cache(maxsize=4096)
+def _misfit(name: str, count: int, names: tuple[str, ...]) -> str:
+    """Why a kernel does not take so many and such named arguments, if it does not: asked at every call."""
     try:
-        signature(name).bind(None, *args, **kwargs)
+        signature(name).bind(None, *[None] * count, **dict.fromkeys(names))
     except TypeError as error:
-        raise SharingError(f"{name} has no protocol on shares with these arguments: {error}") from None
+        return str(error)
+    return ""
 
 
 def call_kernel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any, Final
 
 from planrt.errors import RandomnessError
@@ -31,8 +32,13 @@ def as_data(requests: Sequence[Numbered]) -> Any:
     return [[number, type(request).__name__, *_fields(request)] for number, request in requests]
 
 
-def _fields(made: Any) -> list[Any]:
-    return [_data(getattr(made, field.name)) for field in fields(made)]
+@cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _fields(made: Request) -> list[Any]:
+    return [_data(getattr(made, name)) for name in _names(type(made))]
 
 
 def _data(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,7 +47,8 @@ class Needs:
 
         def moved(known: Known) -> Known:
             number = known.number
-            return replace(known, number=start + number if number >= 0 else masks[-1 - number])
+            number = start + number if number >= 0 else masks[-1 - number]
+            return Known(number, known.source, known.shape, known.changes)
 
         return [
             (number, _with_masks(request, moved))
@@ -55,12 +57,14 @@ class Needs:
         ]
 
 
-def _with_masks(request: Request, moved: Any) -> Request:
-    changed = {
-        field.name: moved(getattr(request, field.name))
-        for field in fields(request)  # type: ignore[arg-type]  # all are dataclasses
-        if isinstance(getattr(request, field.name), Known)
-    }
+@cache
+def _names_of_known(kind: type[Any]) -> tuple[str, ...]:
+    """The fields of a kind of request that are known values."""
+    return tuple(field.name for field in fields(kind) if field.type == Known.__name__)
+
+
+def _with_masks(request: Request, moved: Callable[[Known], Known]) -> Request:
+    changed = {name: moved(getattr(request, name)) for name in _names_of_known(type(request))}
     return replace(request, **changed) if changed else request  # type: ignore[type-var]
 
 
