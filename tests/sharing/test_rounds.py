@@ -70,13 +70,13 @@ def test_steps_at_other_scales(scale):
 
 
 def test_small_steps_add_up():
-    """A weight is kept finer than the session's scale between steps: updates below one unit are not lost or rounded."""
-    session = InProcessSession(2, scale=1000)
-    weight, gradient = torch.zeros(50), torch.full((50,), 0.5)
-    shared, given = share(session, weight), share(session, gradient)
+    """A weight is kept finer than the session's scale between steps: a quarter of a unit each time is not rounded."""
+    session = InProcessSession(2)
+    weight, factor = share(session, torch.zeros(50)), share(session, torch.full((50,), 0.02))
+    gradient = factor * factor
     for _ in range(100):
-        shared.sub_(given * given, alpha=1e-4)
-    assert (shared.get() + 100 * 1e-4 * 0.25).abs().max() < 2e-3
+        weight.sub_(gradient, alpha=0.01)
+    assert (weight.get() + 100 * 0.01 * 0.02**2).abs().max() < 2 * UNIT
 
 
 def test_whole_numbers_are_added_exactly():
