@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planrt.command_line import leave, one_line, run_command
-from planrt.errors import RemoteError, RunFolderError, TransportError
+from planrt.errors import OptionError, RemoteError, RunFolderError, TransportError
 from planrt.extras import check_installed, needed
 from planrt.fl.data import digits as data
 from planrt.fl.report import FEDERATED, Evaluation, Report, Round, plot
@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
     """
     began = time.perf_counter()
     check_installed("tqdm", "matplotlib", by="this run")
+    _check_together(options)
     progress, metrics = Progress(), MetricsOptions.of(options)
     with job_folder(options) as folder:
         identity = Identity.of(options)
@@ -114,6 +115,42 @@ def run(options: argparse.Namespace) -> None:
         assert progress.state is not None  # noqa: S101
         _write(options, folder, report, progress.state)
     _print_summary(options, folder, report, time.perf_counter() - began)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Checks the options that say something of each other, before anything is connected to or started.
+
+    Raises:
+        OptionError: more workers are needed than there are, or two options exclude each other.
+    """
+    workers, needed = len(data.PARTITIONS), options.min_workers
+    if options.worker:
+        workers = len(given_addresses(options.worker)) - 1  # one of them evaluates
+    if needed is not None and needed > workers:
+        raise OptionError(f"--min-workers {needed}: workers to train on there are {workers}")
+    if options.secure_aggregation:
+        for option, given in (
+            ("--aggregation", options.aggregation != "mean"),
+            ("--max-update-norm", options.max_update_norm is not None),
+        ):
+            if given:
+                raise OptionError(
+                    f"{option} needs the update of each worker, and with --secure-aggregation nobody sees a single "
+                    "one: leave one of the two out"
+                )
+        from planrt.sharing.secure_sum.group import check_threshold, default_threshold
+
+        check_threshold(workers, needed or default_threshold(workers))
+    if options.aggregation != "mean":
+        with ending_at_once():  # it needs torch
+            from planrt.fl.robust import aggregation_called
+        fewest = getattr(aggregation_called(options.aggregation), "fewest", 1)
+        if fewest > (counted := workers if needed is None else needed):
+            raise OptionError(
+                f"--aggregation {options.aggregation} needs at least {fewest} workers in a round, and there "
+                f"are {workers}"
+                + ("" if needed is None else f", of which {counted} are enough: --min-workers")
+            )
 
 
 @dataclass

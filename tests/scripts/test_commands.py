@@ -37,6 +37,8 @@ BACKGROUND = [
     "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as shells do for what a script starts with `&`
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
 ]
+NOBODY = ["--worker", "a=ws://127.0.0.1:1", "--worker", "testing=ws://127.0.0.1:1"]
+"""Workers that are not there: who tries to connect to them says so."""
 QUICK = ["--batch-size", "4", "--federate-after-n-batches", "1"]
 
 
@@ -148,6 +150,16 @@ def lines_until(process: subprocess.Popen[str], text: str) -> list[str]:
         (["--worker", "a=ws://h:1", "--worker", "a=ws://h:2"], "two workers have the same name"),
         (["--metrics-port", "0", "--metrics-host", "0.0.0.0"], "write --metrics-insecure"),
         (["--metrics-port", "65536"], "--metrics-port: must be from 0 to 65535"),
+        (["--min-workers", "9"], "--min-workers 9: workers to train on there are 3"),
+        ([*NOBODY, "--min-workers", "2"], "--min-workers 2: workers to train on there are 1"),
+        (["--secure-aggregation", "--min-workers", "1"], "the threshold of 3 workers is from 2 to 3, not 1"),
+        ([*NOBODY, "--secure-aggregation"], "a secure aggregation takes from 2 to 1000 workers, not 1"),
+        (["--secure-aggregation", "--aggregation", "median"], "leave one of the two out"),
+        (["--secure-aggregation", "--max-update-norm", "1"], "leave one of the two out"),
+        (["--aggregation", "best"], "use mean, median, trimmed-mean:N"),
+        (["--aggregation", "krum:1"], "needs at least 5 workers in a round, and there are 3"),
+        (["--aggregation", "trimmed-mean:1", "--min-workers", "2"], "and there are 3, of which 2 are enough"),
+        (["--run-dir", "new", "--report", "new/journal.jsonl"], "is a file of the run itself"),
     ],
 )
 def test_wrong_training_options_are_one_line(commands, options, message):

@@ -177,13 +177,13 @@ def test_bad_input_is_one_line_each(commands, processes):
         (
             [*named(workers), "--min-workers", "9"],
             2,
-            "min_workers=9 is more than the workers that there are: 3",
+            "--min-workers 9: workers to train on there are 3",
         ),
         ([*named(workers), "--min-workers", "0"], 2, "--min-workers: must be at least 1"),
         ([*named(workers), "--round-timeout", "-1"], 2, "--round-timeout: must be a number above 0"),
         ([*named(workers), "--round-timeout", "1e12"], 2, "of at most 2,592,000"),
         ([*named(workers), "--aggregation", "krum"], 2, "use mean, median, trimmed-mean:N"),
-        ([*named(workers), "--aggregation", "krum:1"], 2, "Krum(byzantine=1) needs at least 5 workers"),
+        ([*named(workers), "--aggregation", "krum:1"], 2, "--aggregation krum:1 needs at least 5 workers"),
         (
             [*named(workers, "alice", "testing"), "--resume", "run"],
             1,

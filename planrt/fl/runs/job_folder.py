@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from planrt.errors import OptionError
-from planrt.fl.runs.run_folder import JOURNAL, LOCK, Journal
+from planrt.fl.runs.run_folder import JOURNAL, LOCK, NOW, OPTIONS, Journal
 from planrt.serde.disk import Disk
 
 
@@ -33,6 +33,8 @@ def job_folder(options: argparse.Namespace) -> Iterator[Path]:
         for option, path in (("--report", options.report), ("--save-model", options.save_model)):
             if path is not None and Path(path).is_dir():
                 raise OptionError(f"{option} {path} is a folder: give the name of a file")
+            if path is not None and _is_the_runs_own(Path(path), folder):
+                raise OptionError(f"{option} {path} is a file of the run itself: give it another name")
             if path is not None:
                 _check_writable(option, Path(path).parent)
         if not options.resume and Journal(folder).began is not None:
@@ -50,6 +52,12 @@ def job_folder(options: argparse.Namespace) -> Iterator[Path]:
         if not existed:
             with contextlib.suppress(OSError):  # not empty: the run left its files
                 folder.rmdir()
+
+
+def _is_the_runs_own(path: Path, folder: Path) -> bool:
+    """Whether a file would take the place of one that the run needs to go on."""
+    own = path.name in (JOURNAL, LOCK, NOW, OPTIONS, "accuracy.png")
+    return (own or path.suffix == ".run") and path.absolute().parent.resolve() == folder.resolve()
 
 
 def _check_writable(option: str, folder: Path) -> None:
