@@ -16,6 +16,7 @@ import torch
 
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketServerWorker
+from tests.vertical.tables import halves, whole
 
 
 class Acting:
@@ -79,15 +80,17 @@ def actions(folder):
 
 def main(arguments):
     options = json.loads(arguments)
-    folder = options.pop("folder")
+    folder, side = options.pop("folder", None), options.pop("table", None)
     if "policy" in options:
         options["policy"] = Policy(**options["policy"])
-    worker = WebsocketServerWorker("bob", threads=1, **options)
-    for name, action in actions(folder).items():
+    worker = WebsocketServerWorker(options.pop("id", "bob"), threads=1, **options)
+    for name, action in actions(folder).items() if folder else ():
         worker.add_dataset(Acting(action), name)
     data = torch.arange(12.0).reshape(4, 3)
     rows = BaseDataset(data, data.sum(1))
     worker.add_dataset(rows, "rows")
+    if side is not None:
+        worker.add_dataset(halves(whole())[side], "t")
 
     def ready(port):
         said = []

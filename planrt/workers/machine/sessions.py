@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
-from planrt.errors import LocalError
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.secure_sum.member import Member
 from planrt.workers.machine.events import ToPeer, Wait
@@ -17,7 +16,7 @@ from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.refusals import ReplyTooLarge, UnknownObject
+from planrt.workers.wire.refusals import ReplyTooLarge
 
 _MAX_ASKED: Final = 10_000
 
@@ -94,6 +93,8 @@ class Session:
     """The id of the token that was proved for it; ``""`` of a session that no token opened."""
     sums: dict[str, Member] = field(default_factory=dict)
     """Name -> this worker's side of a secure aggregation that its client has begun; see `SecureSums`."""
+    sibling: bool = False
+    """Whether another process of the same worker speaks here (`planrt.workers.machine.siblings`)."""
     graphs: Graphs = field(init=False)
     """What is known of its autograd graphs; shared with the sessions that it has had objects from."""
 
@@ -164,40 +165,3 @@ def allowed_list(label: Label) -> list[str] | None:
 def users_of(label: Label) -> str:
     """Returns who may read what has that label, in words."""
     return ", ".join(sorted(label)) if label else "nobody"
-
-
-_SHARES: Final = (m.MakeGroup, m.MakeDealer, m.GiveSeed, m.JoinGroup, m.AskNeeds, m.PutShare, m.ShareOut)
-_WHY: Final = "this worker runs the work of each user in a process of its own (isolation)"
-
-
-def check_alone(session: Session, body: m.Body, held: Container[int]) -> None:
-    """Raises by name what a message asks for that needs objects or groups of another process, where the sessions of
-    each user are in one of their own (`planrt.workers.serving.isolation`). `held` are the objects of this one.
-
-    Raises:
-        LocalError: computations on shares, or objects for other users. UnknownObject: what others handed over.
-    """
-    if isinstance(body, _SHARES):
-        raise LocalError(
-            f"{_WHY}: it is no party and no dealer of computations on shares; use a worker without isolation for these"
-        )
-    if isinstance(body, m.Claim) and any(id not in held for id in body.ids):
-        raise UnknownObject(
-            f"{_WHY}: what another user or worker hands over does not get there; get() the value, and send it"
-        )
-    others = sorted({one for allowed in _allowed(body) for one in allowed} - {session.user or ""})
-    if others:
-        raise LocalError(
-            f"{_WHY}: {', '.join(others[:5])} could not find an object of yours there; its owner can serve data for "
-            "several users"
-        )
-
-
-def _allowed(body: m.Body) -> list[Sequence[str]]:
-    """The users who may see what a message brings."""
-    match body:
-        case m.Put():
-            return [item.allowed for item in body.items if item.allowed is not None]
-        case m.StorePlan() if body.allowed is not None:
-            return [body.allowed]
-    return []

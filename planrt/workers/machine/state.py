@@ -54,6 +54,7 @@ from planrt.workers.machine.devices import prepared
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
     Again,
+    Answer,
     Close,
     Connected,
     Disconnected,
@@ -87,9 +88,10 @@ from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
 from planrt.workers.machine.secure_sums import SecureSums
-from planrt.workers.machine.sessions import Session, check_alone
+from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.dealers import DealerOps
 from planrt.workers.machine.sharing.parties import PartyOps
+from planrt.workers.machine.siblings.neighbours import Board, Neighbours
 from planrt.workers.machine.store import ObjectStore, Overview
 from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
@@ -151,23 +153,24 @@ class WorkerState:
         """Whether whoever hands it events must see to deterministic kernels."""
         self._limits = limits or Limits()
         self._kept = KeptSessions(self._limits)
-        self._alone = False
-        """Whether this one serves the sessions of one user, which another process has opened."""
+        self._siblings: Neighbours | None = None
+        """The other processes of this worker, where this one serves the sessions of one user."""
         self.versions = own_versions(limits, resumes=self._kept.seconds > 0)
         self.store = ObjectStore()
         self._audit = Auditor(audit)
         self._gate = None if policy is None else Gate(policy, approvals, self._audit)
-        self._access = access or Access()
+        self.access = access or Access()
+        """Which user may do what with which data."""
         peers = PeerOps(id, self.store)
-        self._objects = KeptObjects(self.store, self.device, self._gate, self._access, self._audit)
+        self._objects = KeptObjects(self.store, self.device, self._gate, self.access, self._audit)
         self._passes = BackwardPasses(self._objects, peers)
         self._parties = PartyOps(self._objects)
         self._dealers = DealerOps()
         self._eager = EagerOps(self._objects, self._passes, peers, self._parties, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
         self._sums = SecureSums(id, self._gate)
-        self._training = TrainingOps(id, self.device, self._gate, self._objects, self._access, self._sums)
-        self._joint = JointOps(self._training, self._gate, self._access, self._audit, self.store, joint_runs)
+        self._training = TrainingOps(id, self.device, self._gate, self._objects, self.access, self._sums)
+        self._joint = JointOps(self._training, self._gate, self.access, self._audit, self.store, joint_runs)
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
@@ -183,7 +186,7 @@ class WorkerState:
         self.overview = Overview(
             self.store,
             self.device,
-            lambda: [*list(self._sessions.values()), *self._kept.away()],
+            lambda: [one for one in (*list(self._sessions.values()), *self._kept.away()) if not one.sibling],
             self._under_way,
             knows_users=bool(users) or require_user,
         )
@@ -216,7 +219,7 @@ class WorkerState:
         label = (
             frozenset[str]()
             if self._gate is not None and self._gate.covers(tags)
-            else self._access.label(tags)
+            else self.access.label(tags)
         )
         self.store.add(
             id,
@@ -246,10 +249,10 @@ class WorkerState:
         """Lets other processes serve the sessions: clients only prove who they are to this one (`HandOn`)."""
         self._openings.hands_on = True
 
-    def serve_alone(self, audit: Audit | None, approvals: Decisions | None) -> None:
+    def serve_alone(self, audit: Audit | None, approvals: Decisions | None, board: Board) -> None:
         """Makes this the state of a process that serves the sessions of one user, after another process has found out
-        who its clients are. `audit` and `approvals` are that one's."""
-        self._alone = True
+        who its clients are. `audit`, `approvals` and `board` are that one's."""
+        self._siblings = Neighbours(board, self._objects, self.access, self.device)
         self._kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
         self._handshakes = Handshakes(self.versions, Users(None))
         self._openings = self._new_openings(self._handshakes)
@@ -373,6 +376,9 @@ class WorkerState:
             *self._heard(*self._parties.gone(session)),
             *self._heard(*self._joint.gone(session)),
         ]
+        if self._siblings is not None:
+            alone += self._siblings.gone(session)
+            self._tell_computations()
         keep, over = self._kept.left(session)
         ended = [session] if keep is None else over
         return [
@@ -503,17 +509,27 @@ class WorkerState:
         """Does what a message asks for that is not answered; what it could not do shows at the session's next
         request."""
         try:
-            self._access.check_publish(session.user, body)
+            if self._siblings is not None:
+                self._siblings.check(session, body)
+                if (peer := self._siblings.computing(session, body)) is not None:
+                    return [ToPeer(peer, body, tensors)]
+                if isinstance(body, m.Claim) and self._siblings.is_elsewhere(body):
+                    return self._claim_elsewhere(self._siblings, connection, session, body)
+            self.access.check_publish(session.user, body)
             match body:
                 case m.Opening() | m.Corrections() | m.FailGroup():
                     return self._heard(*self._parties.heard(session, body, tensors))
                 case m.Parcel() | m.FailJoint():
                     return self._heard(*self._joint.heard(session, body, tensors))
                 case m.EndJoint():
-                    return self._heard(*self._joint.end(session, body))
+                    ended = self._heard(*self._joint.end(session, body))
+                    self._tell_computations()
+                    return ended
                 case m.EndGroup():
                     self._dealers.stop(session, body.group)
-                    return self._heard(*self._parties.end(session, body))
+                    ended = self._heard(*self._parties.end(session, body))
+                    self._tell_computations()
+                    return ended
                 case m.Deal():
                     request = _Request(connection, 0, self._dealers.deal(session, body), session, body)
                     return self._advance(request, None)
@@ -524,9 +540,30 @@ class WorkerState:
             self._audit.request_failed(session, body, error)
         return []
 
+    def _claim_elsewhere(
+        self, siblings: Neighbours, connection: int, session: Session, body: m.Claim
+    ) -> list[Instruction]:
+        """Takes over what another process has, while what its client posts next waits."""
+
+        def steps() -> Steps:
+            try:
+                yield from siblings.claim(session, body)
+            except Exception as error:  # as in _posted
+                session.failure = session.failure or failure_of(error)
+            return m.Done(), ()
+
+        request = _Request(connection, 0, steps(), session, body)
+        instructions = self._advance(request, None)
+        if not request.keys:
+            return instructions
+        request.holds = True
+        return [*instructions, Hold(connection, None)]
+
+    def _tell_computations(self) -> None:
+        if self._siblings is not None:
+            self._siblings.computations_are([*self._parties.names, *self._joint.names])
+
     def _do_posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
-        if self._alone:
-            check_alone(session, body, self.store.objects)
         match body:
             case m.Put():
                 self._objects.put(session, body, tensors)
@@ -543,19 +580,29 @@ class WorkerState:
             case m.Describe():
                 self._objects.describe(session, body)
             case m.Remove():
-                return self._objects.remove(session, body)
+                return self._remove(session, body)
             case m.Claim():
                 self._claim(session, body)
             case m.HandOver():
-                self._objects.hand_over(session, body)
+                self._hand_over(session, body)
             case _:
                 raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
         return ()
 
+    def _remove(self, session: Session, body: m.Remove) -> Sequence[ToPeer]:
+        elsewhere = [] if self._siblings is None else self._siblings.removed(session, body)
+        return [*self._objects.remove(session, body), *elsewhere]
+
+    def _hand_over(self, session: Session, body: m.HandOver) -> Answer:
+        if self._siblings is not None and session.sibling:
+            self._siblings.came_back(body.ids)
+        return self._objects.hand_over(session, body)
+
     def _claim(self, session: Session, body: m.Claim) -> None:
-        self._objects.claim(
-            session, body, {one.id: one for one in (*self._sessions.values(), *self._kept.away())}
-        )
+        self._objects.claim(session, body, self._by_id())
+
+    def _by_id(self) -> dict[str, Session]:
+        return {one.id: one for one in (*self._sessions.values(), *self._kept.away())}
 
     def _open_account(self, session: Session, host: str) -> None:
         if not self._quota:
@@ -614,9 +661,11 @@ class WorkerState:
         if isinstance(body, m.Resume):  # which nothing keeps from being heard
             return self._passes.resume(session)
         self._objects.raise_unseen(session)
-        if self._alone:
-            check_alone(session, body, self.store.objects)
-        self._access.check_publish(session.user, body)
+        if self._siblings is not None:
+            self._siblings.check(session, body)
+            if (peer := self._siblings.computing(session, body)) is not None:
+                return (yield from self._siblings.relayed(session, peer, body, tensors))
+        self.access.check_publish(session.user, body)
         match body:
             case m.Fetch():
                 return (yield from self._objects.fetch(session, body))
@@ -640,16 +689,25 @@ class WorkerState:
             case m.RunProtocol():
                 return (yield from self._protocols.run(session, body))
             case m.Search():
-                return self._objects.search(session, body)
+                here = self._objects.search(session, body)
+                return (
+                    here
+                    if self._siblings is None
+                    else (yield from self._siblings.search(session, body, here))
+                )
+            case m.Lend() if self._siblings is not None:
+                return self._siblings.lend(session, body, self._by_id())
             case m.Move():
                 return (yield from self._objects.move(session, body))
             case m.HandOver():
-                return self._objects.hand_over(session, body)
+                return self._hand_over(session, body)
             case m.Claim():
+                if self._siblings is not None and self._siblings.is_elsewhere(body):
+                    return (yield from self._siblings.claim(session, body))
                 self._claim(session, body)
                 return m.Done(), ()
             case m.Remove():
-                yield from self._objects.remove(session, body)
+                yield from self._remove(session, body)
                 return m.Done(), ()
             case m.PutPointer():
                 return (yield from self._objects.put_pointer(session, body))
@@ -659,7 +717,11 @@ class WorkerState:
             case m.ListObjects():
                 return self._objects.listing(session)
             case m.MakeGroup():
-                return self._parties.make(session, body)
+                if self._siblings is not None:
+                    self._siblings.check_new(body)
+                made = self._parties.make(session, body)
+                self._tell_computations()
+                return made
             case m.MakeDealer():
                 return (yield from self._dealers.make(session, body))
             case m.GiveSeed():
@@ -679,7 +741,11 @@ class WorkerState:
             case m.ReadTable():
                 return self._joint.read_table(session, body)
             case m.OpenJoint():
-                return (yield from self._joint.open(session, body))
+                if self._siblings is not None:
+                    self._siblings.check_new(body)
+                opened = yield from self._joint.open(session, body)
+                self._tell_computations()
+                return opened
             case m.JoinJoint():
                 return self._joint.join(session, body)
             case m.WorkJoint():

@@ -48,6 +48,9 @@ class ObjectStore:
     kinds: ObjectKinds = field(default_factory=lambda: ObjectKinds(KINDS))
     when_private: Callable[[], None] | None = None
     """Called when the first object comes that not everybody may read."""
+    shown_to_others: Callable[[int, StoredObject | None], None] | None = None
+    """Told of what other processes of the worker may have of an object, where there are some: of its tags and the token
+    that it is handed over under, whenever these change; None once it is gone. It may refuse."""
     _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
     _accounts: dict[str, Account] = field(default_factory=dict)
     """Sessions whose user has a quota."""
@@ -62,13 +65,33 @@ class ObjectStore:
         self.check_free(id)
         if len(self.objects) >= self.limit:
             raise LocalError(f"the worker holds {self.limit:,} objects, its limit: drop some pointers")
-        self._charge(stored, self._accounts.get(stored.owner))
+        self._show(id, stored)
+        try:
+            self._charge(stored, self._accounts.get(stored.owner))
+        except BaseException:
+            self._show_no_more(id, stored)
+            raise
         self.objects[id] = stored
         self._of_session.setdefault(stored.owner, {})[id] = None
         if stored.label is not None and not self.memory.watching:
             self.memory.watch(self._gradients())
             if self.when_private is not None:
                 self.when_private()
+
+    def _show(self, id: int, stored: StoredObject) -> None:
+        if self.shown_to_others is not None and (stored.tags or stored.handover):
+            self.shown_to_others(id, stored)
+
+    def _show_no_more(self, id: int, stored: StoredObject) -> None:
+        if self.shown_to_others is not None and (stored.tags or stored.handover):
+            self.shown_to_others(id, None)
+
+    def offer(self, id: int, token: str) -> None:
+        """Hands object `id` to whoever shows `token`; to nobody any more if that is empty."""
+        stored = self.objects[id]
+        before, stored.handover = stored.handover, token
+        if self.shown_to_others is not None and (before or token):
+            self.shown_to_others(id, stored)
 
     def _gradients(self) -> Iterator[torch.Tensor]:
         """Every gradient that an object has."""
@@ -105,6 +128,7 @@ class ObjectStore:
     def remove(self, id: int) -> StoredObject:
         """Forgets an object, published or not."""
         stored = self.objects.pop(id)
+        self._show_no_more(id, stored)
         self._of_session[stored.owner].pop(id)
         if stored.account is not None:
             stored.account.give_back(objects=1, beside=stored.charged)
@@ -192,18 +216,26 @@ class ObjectStore:
         tensors = list(self.kinds.of(stored.value).kept(stored.value))
         return [*tensors, *(grad for one in tensors if (grad := grad_of(one)) is not None)]
 
-    def describe(self, stored: StoredObject, tags: tuple[str, ...], description: str) -> None:
-        """Gives an object tags and a description.
+    def describe(self, id: int, tags: tuple[str, ...], description: str) -> None:
+        """Gives the object `id` tags and a description.
 
         Raises:
             PolicyError: its user may keep no more.
         """
+        stored = self.objects[id]
         if stored.account is not None:
             more = _bytes_of(tags, description) - _bytes_of(stored.tags, stored.description)
             stored.account.check(beside=more)
             stored.account.take(beside=more)
             stored.charged += more
+        before = stored.tags, stored.description
         stored.tags, stored.description = tags, description
+        if self.shown_to_others is not None and (tags or before[0]):
+            try:
+                self.shown_to_others(id, stored)
+            except BaseException:
+                stored.tags, stored.description = before
+                raise
 
     def of(self, session: str) -> Iterator[tuple[int, StoredObject]]:
         """Returns the objects of a session, oldest first."""

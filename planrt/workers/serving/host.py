@@ -51,9 +51,8 @@ from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.audit_file import AuditError
 from planrt.workers.serving.counts import HostCounts, WatchedWorker
-from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.guesses import Guesses
-from planrt.workers.serving.links import Links
+from planrt.workers.serving.links import Links, Reaching
 from planrt.workers.serving.openings import OPENING_SECONDS, Openings, no_tensors
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
@@ -173,7 +172,7 @@ class WorkerHost:
         compute: ComputeThread,
         *,
         limits: Limits | None = None,
-        dialling: Dialling | None = None,
+        dialling: Reaching | None = None,
         audit: AuditLog | None = None,
         isolation: Elsewhere | None = None,
     ) -> None:

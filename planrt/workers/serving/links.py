@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from planrt.errors import PlanrtError, RemoteError
 from planrt.logs import get_logger
@@ -21,6 +22,17 @@ log = get_logger("planrt.worker")
 
 MAX_LINKS = 64
 """Other workers that one worker is connected to at a time."""
+
+
+class Reaching(Protocol):
+    """The way in which a worker reaches others: `Dialling`, or what stands before it."""
+
+    async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
+        """Connects the worker `worker_id` to another one.
+
+        Raises:
+            ConnectError, HandshakeError: as `Dialling.connect`.
+        """
 
 
 class _Link:
@@ -41,10 +53,10 @@ class Links:
         worker_id: str,
         handle: Callable[[Event], Awaitable[None]],
         limits: Limits,
-        dialling: Dialling | None = None,
+        dialling: Reaching | None = None,
     ) -> None:
         self._worker_id = worker_id
-        self._dialling = dialling or Dialling()
+        self._dialling: Reaching = dialling or Dialling()
         self._handle = handle
         self._limits = limits
         self._links: dict[m.PeerAddress, _Link] = {}

@@ -18,3 +18,5 @@ class Channel:
     of the worker has accepted: whom it found the client to be."""
     proof: str = ""
     """What that process gave the client as the worker's own proof, to be passed on."""
+    sibling: bool = False
+    """Whether it comes from another process of the same worker, which that process has joined to this one."""

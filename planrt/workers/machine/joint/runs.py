@@ -83,6 +83,11 @@ class JointOps:
         self._ended: dict[str, Ended] = {}
         """Runs that have failed, oldest first."""
 
+    @property
+    def names(self) -> list[str]:
+        """Its runs, as one process of the worker tells another one of them."""
+        return [f"joint {id}" for id in self._runs]
+
     # --------------------------------------------------------------------------------- runs begin
 
     def read_table(self, session: Session, body: m.ReadTable) -> Answer:

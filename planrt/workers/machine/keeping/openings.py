@@ -102,7 +102,7 @@ class Openings:
         session = self.sessions[connection] = opened.session
         host = self._handshakes.host(connection)
         self._when_opened(session, host)
-        kept = self._kept.opened(session, host)
+        kept = None if session.sibling else self._kept.opened(session, host)
         self._audit.opened(session, host)
         datasets = self._datasets(session.user)
         welcome = m.Welcome(self._worker, self._handshakes.versions, datasets, opened.proof, kept)

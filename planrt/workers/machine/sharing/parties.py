@@ -57,6 +57,11 @@ class PartyOps:
         self._groups: dict[str, Group] = {}
         self._programs = PostedPrograms(objects)
 
+    @property
+    def names(self) -> list[str]:
+        """Its groups, as one process of the worker tells another one of them."""
+        return [f"group {id}" for id in self._groups]
+
     # ------------------------------------------------------------------------------------ groups
 
     def make(self, session: Session, body: m.MakeGroup) -> Answer:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
-from planrt.errors import ApprovalError, ConnectError, IsolationError, PlanrtError
+from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError, PlanrtError
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
 from planrt.serde.frames import Limits
+from planrt.workers.machine.access import Access
 from planrt.workers.serving.audit_file import AuditError, AuditFile
 from planrt.workers.serving.dialling import Dialling
+from planrt.workers.serving.isolation.board import Board
 from planrt.workers.serving.isolation.messages import give
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.transport.passing import Passed
@@ -46,6 +50,10 @@ class Process:
     made: asyncio.Future[int]
     connections: dict[int, asyncio.Future[str | None]] = field(default_factory=dict)
     """Number -> done when it has ended: with why the process did, in words, if it was that."""
+    address: str = field(default_factory=lambda: f"process:{secrets.token_hex(16)}")
+    """By which other processes reach it, once they were told."""
+    told: set[str] = field(default_factory=set)
+    """Addresses of others that it was told."""
     names: set[str] = field(default_factory=set)
     """Of its sessions that may go on over another connection."""
     dials: set[asyncio.Task[None]] = field(default_factory=set)
@@ -70,10 +78,16 @@ class Answers:
         approvals: Approvals | None,
         opened: Callable[[Process, str], None],
         idle: Callable[[Process], None],
+        *,
+        others: Callable[[], Mapping[int, Process]] = dict,
+        access: Access | None = None,
     ) -> None:
         self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
         self.audit, self._approvals = audit, approvals
         self._opened, self._idle = opened, idle
+        self._others, self._access = others, access or Access()
+        self.board = Board()
+        self._joined = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept: set[Passed] = set()
         """Encrypted connections that processes made to other workers."""
@@ -103,7 +117,26 @@ class Answers:
                         )
                     )
                 case ["dial", int(key), str(worker), str(address)]:
-                    self._dial_soon(process, key, worker, address)
+                    if address in process.told:
+                        self._join(process, key, address)
+                    else:
+                        self._dial_soon(process, key, worker, address)
+                case ["keeps", int(id), list(tags), str(description), str(token)]:
+                    self.board.keeps(process.number, id, _texts(tags), description, token)
+                    return True, None
+                case ["computes", list(names)]:
+                    self.board.computes(process.number, _texts(names))
+                    return True, None
+                case ["find", list(terms)]:
+                    found = self.board.find(
+                        process.number, _texts(terms), lambda tags: self._access.finds(process.user, tags)
+                    )
+                    there = [(self._told(process, number), ids) for number, ids in found.items()]
+                    return True, [[address, ids] for address, ids in there if address]
+                case ["holder", list(ids), str(token)]:
+                    return True, self._told(process, self.board.holder(_numbers(ids), token))
+                case ["computing", str(name)]:
+                    return True, self._told(process, self.board.computing(name))
                 case ["opened", int(), str(name)]:
                     self._opened(process, name)
                 case ["closed", int(number)]:
@@ -112,10 +145,35 @@ class Answers:
                         ended.set_result(None)
                 case ["idle"] if not process.connections:
                     self._idle(process)
+        except LocalError as error:
+            return False, str(error)
         except (TypeError, ValueError, msgspec.ValidationError) as error:
             log.error("process_said_nonsense", worker=self._worker_id, whose=process.key, error=str(error))
             return False, "no such call"
         return None
+
+    def _told(self, process: Process, number: int | None) -> str:
+        """The address of another process, which this one may dial from now on."""
+        other = None if number is None or number == process.number else self._others().get(number)
+        if other is None or other.leaving or other.killed_for:
+            return ""
+        process.told.add(other.address)
+        return other.address
+
+    def _join(self, process: Process, key: int, address: str) -> None:
+        """Connects a process with another one, to which it is a client: that of its user."""
+        other = next((one for one in self._others().values() if one.address == address), None)
+        if other is None or other.leaving or other.killed_for:
+            self._answer_dial(process, key, "that process has ended", None)
+            return
+        near, far = socket.socketpair()
+        with near, far:
+            gift = ["joined", -next(self._joined), process.user]
+            try:
+                give(other.gifts, gift, [far.fileno()])
+                give(process.gifts, ["dialled", key, "", "", None, b""], [near.fileno()])
+            except (OSError, IsolationError):
+                self._answer_dial(process, key, "that process takes no more connections", None)
 
     async def _write_events(self, process: Process, events: list[Any]) -> tuple[bool, Any]:
         if self.audit is None:
@@ -187,3 +245,15 @@ class Answers:
             gift = ["dialled", key, why, pipe.channel.host, pipe.channel.binding, passed.read]
         with contextlib.suppress(OSError, IsolationError):
             give(process.gifts, gift, [] if passed is None else [passed.give.fileno()])
+
+
+def _texts(given: list[Any]) -> list[str]:
+    if not all(isinstance(one, str) for one in given):
+        raise TypeError("these are texts")
+    return given
+
+
+def _numbers(given: list[Any]) -> list[int]:
+    if not all(isinstance(one, int) for one in given):
+        raise TypeError("these are numbers")
+    return given

@@ -8,21 +8,23 @@ workers. It ends when that process does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
-from planrt.errors import ApprovalError, ConnectError, IsolationError
+from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError
 from planrt.logs import get_logger
 from planrt.loop import new_event_loop
 from planrt.plans.policy.approvals import Asking, QueueFullError, Status
 from planrt.plans.running import progress
 from planrt.serde.frames import Limits
+from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import Event, Instruction, Received
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.audit_file import AuditError
@@ -38,6 +40,8 @@ from planrt.workers.wire.channel import Channel
 
 log = get_logger("planrt.worker")
 
+PROCESS: Final = "process:"
+"""How addresses of processes of the same worker begin. Only who was told one can use it."""
 STOP_SECONDS = 1.0
 """Seconds that clients have to hear that the worker stops."""
 
@@ -147,6 +151,58 @@ class RelayedApprovals:
         return answer
 
 
+class RelayedBoard:
+    """Tells what is where, as the worker's own process knows it; see `Board` of the machine."""
+
+    def __init__(self, worker_id: str, calls: Calls) -> None:
+        self._worker_id, self._calls = worker_id, calls
+
+    def keeps(self, id: int, tags: Sequence[str], description: str, token: str) -> None:
+        """See `Board.keeps`."""
+        self._ask("keeps", id, list(tags), description, token)
+
+    def computes(self, names: Sequence[str]) -> None:
+        """See `Board.computes`."""
+        self._ask("computes", list(names))
+
+    def find(self, terms: Sequence[str]) -> Sequence[tuple[m.PeerAddress, list[int]]]:
+        """See `Board.find`."""
+        return [
+            (m.PeerAddress(self._worker_id, address), ids) for address, ids in self._ask("find", list(terms))
+        ]
+
+    def holder(self, ids: Sequence[int], token: str) -> m.PeerAddress | None:
+        """See `Board.holder`."""
+        return self._at(self._ask("holder", list(ids), token))
+
+    def computing(self, name: str) -> m.PeerAddress | None:
+        """See `Board.computing`."""
+        return self._at(self._ask("computing", name))
+
+    def _at(self, address: str) -> m.PeerAddress | None:
+        return m.PeerAddress(self._worker_id, address) if address else None
+
+    def _ask(self, what: str, *about: Any) -> Any:
+        try:
+            return self._calls.ask(what, *about)
+        except IsolationError as error:
+            raise LocalError(str(error)) from None
+
+
+class _Reaching:
+    """How this process reaches other workers, and other processes of its own one."""
+
+    def __init__(self, dialling: Dialling, dial: Callable[[str, m.PeerAddress], Awaitable[Pipe]]) -> None:
+        self._dialling, self._dial = dialling, dial
+
+    async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
+        """See `Dialling.connect`."""
+        if not peer.address.startswith(PROCESS):
+            return await self._dialling.connect(worker_id, peer, limits)
+        pipe = await self._dial(worker_id, peer)
+        return await Connection.open(pipe, worker_id, timeout=LINK_TIMEOUT, limits=limits)
+
+
 class _Host(WorkerHost):
     """One that says what it is at."""
 
@@ -178,13 +234,18 @@ class _Serving:
         self._work = work
         state = work.state
         audit = RelayedAudit(calls) if work.audited else None
-        state.serve_alone(audit, RelayedApprovals(calls) if work.asks else None)
+        state.serve_alone(
+            audit, RelayedApprovals(calls) if work.asks else None, RelayedBoard(state.id, calls)
+        )
         work.dialling.opened_by = self._dial
         self._compute = ComputeThread(f"planrt-{state.id}", threads=work.threads)
-        self._host = _Host(state, self._compute, limits=work.limits, dialling=work.dialling, audit=audit)
+        reaching = _Reaching(work.dialling, self._dial)
+        self._host = _Host(state, self._compute, limits=work.limits, dialling=reaching, audit=audit)
         self._host.slot, self._host.calls = slot, calls
         self._owners = state.store.count("")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._siblings: set[asyncio.Task[None]] = set()
+        """Connections of other processes of the worker."""
         self._keys = itertools.count(1)
         self._dialled: dict[int, asyncio.Future[tuple[list[Any], list[int]]]] = {}
         self._stop = asyncio.Event()
@@ -214,6 +275,11 @@ class _Serving:
                 task = asyncio.create_task(self._serve_one(gift, files[0]))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+            case "joined":
+                _, number, user = gift
+                joined = asyncio.create_task(self._serve_sibling(number, user, files[0]))
+                self._siblings.add(joined)
+                joined.add_done_callback(self._siblings.discard)
             case "dialled":
                 waiter = self._dialled.pop(gift[1], None)
                 if waiter is not None and not waiter.done():
@@ -237,6 +303,15 @@ class _Serving:
             log.info("connection_lost", worker=self._work.state.id, client=address, error=str(error))
         finally:
             self._calls.tell("closed", number)
+
+    async def _serve_sibling(self, number: int, user: str | None, file: int) -> None:
+        """Serves another process of the worker, whose user that is."""
+        with contextlib.suppress(OSError):
+            pipe = await taken_up(
+                socket.socket(fileno=file), b"", address="another process of this worker", limits=self._work.limits,
+                channel=Channel(user=user, sibling=True),
+            )  # fmt: skip
+            await self._host.serve(pipe, number)
 
     async def _dial(self, worker_id: str, peer: m.PeerAddress) -> Pipe:
         """Has a connection to another worker opened."""

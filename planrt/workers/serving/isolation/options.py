@@ -132,4 +132,5 @@ class Isolating:
             dialling=dialling,
             audit=audit,
             approvals=approvals,
+            access=state.access,
         )

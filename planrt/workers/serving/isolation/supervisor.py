@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import mmap
 import os
+import select
 import signal
 import socket
 import time
@@ -19,6 +20,7 @@ from planrt.errors import HandshakeError, IsolationError
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals
 from planrt.serde.frames import Limits, encode
+from planrt.workers.machine.access import Access
 from planrt.workers.machine.events import HandOn
 from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
@@ -74,12 +76,16 @@ class Isolation:
         dialling: Dialling,
         audit: AuditFile | None,
         approvals: Approvals | None,
+        access: Access | None = None,
     ) -> None:
         self._worker_id, self._zygote, self._page = worker_id, zygote, page
         self._kernel_timeout, self._audit = kernel_timeout, audit
-        self._answers = Answers(worker_id, limits, dialling, audit, approvals, self._opened, self._dismiss)
-        self._numbers = 0
         self._processes: dict[int, Process] = {}
+        self._answers = Answers(
+            worker_id, limits, dialling, audit, approvals, self._opened, self._dismiss,
+            others=lambda: self._processes, access=access,
+        )  # fmt: skip
+        self._numbers = 0
         self._by_key: dict[str, Process] = {}
         self._by_session: dict[str, Process] = {}
         self._free = list(range(SLOTS))
@@ -168,7 +174,7 @@ class Isolation:
         process = self._by_key.get(key)
         if asked.user is None and resume is not None:
             process = self._by_session.get(resume.session)
-        if process is None or process.leaving or process.killed_for:
+        if process is None or process.leaving or process.killed_for or _has_ended(process):
             process = self._make(key, asked.user, pipe)
         try:
             await asyncio.shield(process.made)
@@ -185,13 +191,17 @@ class Isolation:
             of_nobody = [one for one in self._processes.values() if one.user is None]
             same = [one for one in of_nobody if one.host == pipe.channel.host and not one.leaving]
             if len(same) >= OF_ONE_ADDRESS:
-                unused = next((one for one in same if one.made.done() and not one.connections), None)
-                if unused is None:
+                keeps = self._answers.board.publishes
+                unused = (
+                    one for one in same if one.made.done() and not one.connections and not keeps(one.number)
+                )
+                if (gone := next(unused, None)) is None:
                     raise HandshakeError(
-                        f"{OF_ONE_ADDRESS} processes work for your address, as many as it may have: close a session",
+                        f"{OF_ONE_ADDRESS} processes work for your address, or keep what it published, as many as "
+                        "it may have: close a session, or take back what was published",
                         address=address,
                     )
-                self._dismiss(unused)
+                self._dismiss(gone)
             if len(of_nobody) >= FOR_NOBODY:
                 raise HandshakeError(
                     f"{FOR_NOBODY} processes work for clients without a user, as many as may: try again later",
@@ -287,6 +297,7 @@ class Isolation:
             return
         if self._stopping and not self._processes:
             self._none_left.set()
+        self._answers.board.over(process.number)
         if self._by_key.get(process.key) is process:
             del self._by_key[process.key]
         for name in process.names:
@@ -360,3 +371,8 @@ class Isolation:
             except (OSError, IsolationError):
                 return False
         return False
+
+
+def _has_ended(process: Process) -> bool:
+    """Whether it has, though the zygote has not told yet."""
+    return process.end >= 0 and bool(select.select([process.end], [], [], 0)[0])

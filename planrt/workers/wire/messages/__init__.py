@@ -38,6 +38,9 @@ from planrt.workers.wire.messages.joint import ReadTable as ReadTable
 from planrt.workers.wire.messages.joint import SplitTerms as SplitTerms
 from planrt.workers.wire.messages.joint import TableColumns as TableColumns
 from planrt.workers.wire.messages.joint import WorkJoint as WorkJoint
+from planrt.workers.wire.messages.lending import Lend as Lend
+from planrt.workers.wire.messages.lending import Lent as Lent
+from planrt.workers.wire.messages.lending import LentItem as LentItem
 from planrt.workers.wire.messages.moving import Claim as Claim
 from planrt.workers.wire.messages.moving import FetchedPointer as FetchedPointer
 from planrt.workers.wire.messages.moving import HandOver as HandOver
@@ -143,7 +146,7 @@ Body = (
     | JoinSum | SumKeys | ShareSecrets | SecretsShared | FitMasked | Masked | RevealShares | Revealed
     | Put | Post | Call | Made | Fetch | Fetched | Backward | Resume | Gradients | Describe | Search | Found
     | Remove | ListObjects | Listed | Clear | CountObjects | Counted
-    | PutPointer | FetchedPointer | Move | HandOver | Claim
+    | PutPointer | FetchedPointer | Move | HandOver | Claim | Lend | Lent
     | StorePlan | ReadPlan | FetchedPlan
     | StoreProtocol | FetchedProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun | RunStates
     | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | Needs | Corrections | FailGroup
