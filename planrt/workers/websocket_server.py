@@ -67,7 +67,7 @@ class WebsocketServerWorker:
 
     `users` maps user names to the tokens that prove them: private data names the users who may see it. As the path of a
     file (`planrt users add` writes one) it is looked at while the worker runs: who is taken out loses the sessions that
-    are open, and a file that is broken leaves the users as they were. With isolation it is read at the start. With
+    are open, and a file that is broken leaves the users as they were. With
     `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
     the owner's decisions about plans. `access` says which user may do what with which data
     (`planrt.workers.machine.access`). `audit` is a file where the owner's log of what clients do is kept
@@ -284,7 +284,7 @@ class WebsocketServerWorker:
         host.watched.certificate_until = None if self._tls is None else self._tls.until
         ends = [stop or asyncio.Event(), host.device_lost]
         watching = None
-        if self._watched is not None and self._isolation is None:  # sessions are elsewhere then
+        if self._watched is not None:
             watching = asyncio.create_task(self._watch(self._watched, host))
         try:
             if self._isolation is not None:
@@ -337,6 +337,8 @@ class WebsocketServerWorker:
                 users = await asyncio.to_thread(watched.changed)
                 if users is not None:
                     await host.change_users(users)
+                    if self._isolation is not None:
+                        self._isolation.end_revoked()
                     log.warning("users_changed", worker=self.id, users=len(users))
             except OptionError as error:
                 log.error("users_not_read", worker=self.id, error=str(error), instead="the users before")

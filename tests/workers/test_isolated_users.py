@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import planrt
-from planrt.errors import GetNotPermittedError, RemoteError
+from planrt.errors import GetNotPermittedError, HandshakeError, PlanrtError, RemoteError
 from planrt.plans import func2plan
 from planrt.vertical import Party, logistic_regression
+from planrt.workers.serving import users_file
 from planrt.workers.wire import messages as m
 from tests.vertical.tables import SHORT, joined, trained, whole
 from tests.workers.test_isolation import Server, gone, hook, until  # noqa: F401
@@ -198,3 +199,37 @@ def test_a_search_does_not_wait_for_another_users_process_that_has_ended(alice, 
     until(lambda: gone(alice.processes()))
     with alice.connect("ben") as again:
         assert again.search("#gone") == []
+
+
+def test_a_user_that_is_taken_out_loses_the_process_and_the_others_notice_nothing(request, tmp_path):
+    path = tmp_path / "users"
+    for name, token in USERS.items():
+        users_file.add(path, name, token)
+    server = served(request, id="dora", users=str(path), require_user=True)
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        x, y = torch.ones(2).send(ann), torch.ones(2).send(ben)
+        assert torch.equal((x + 1).get(), torch.full((2,), 2.0))
+        users_file.remove(path, "ann")
+        until(lambda: ends(ann))
+        with pytest.raises(HandshakeError):
+            server.connect("ann")
+        assert torch.equal((y + 1).get(), torch.full((2,), 2.0))
+        users_file.add(path, "ann", USERS["ann"])
+        until(lambda: gets_in(server, "ann"))
+        assert len([one for one in server.processes() if not gone([one])]) == 2
+
+
+def ends(worker):
+    try:
+        worker.objects_count()
+    except PlanrtError:
+        return True
+    return False
+
+
+def gets_in(server, user):
+    try:
+        server.connect(user).close()
+    except HandshakeError:
+        return False
+    return True

@@ -209,6 +209,8 @@ class HandOn:
     proof: str
     """The worker's own, for the client."""
     hello: m.Hello
+    token: str = ""
+    """The id of the token that was proved; ``""`` where none was."""
 
 
 Instruction: TypeAlias = (

@@ -115,7 +115,11 @@ class Handshakes:
 
     def counts(self, session: Session) -> bool:
         """Returns whether the token that opened a session is still that of a user; those without stay as they are."""
-        return not session.token or self._users.user(session.token) is not None
+        return self.knows(session.token)
+
+    def knows(self, token: str) -> bool:
+        """Returns whether a token of that id is still that of a user; True for none."""
+        return not token or self._users.user(token) is not None
 
     def hello(self, connection: int, hello: m.Hello) -> Opened | m.Challenge:
         """Answers a client that wants a session: it gets one, or is asked for the rest of its proof.

@@ -249,6 +249,10 @@ class WorkerState:
         """Lets other processes serve the sessions: clients only prove who they are to this one (`HandOn`)."""
         self._openings.hands_on = True
 
+    def knows(self, token: str) -> bool:
+        """Returns whether sessions that a token of that id has opened may go on; True for none."""
+        return self._handshakes.knows(token)
+
     def serve_alone(self, audit: Audit | None, approvals: Decisions | None, board: Board) -> None:
         """Makes this the state of a process that serves the sessions of one user, after another process has found out
         who its clients are. `audit`, `approvals` and `board` are that one's."""

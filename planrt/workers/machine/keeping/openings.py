@@ -146,4 +146,4 @@ def _handed_on(connection: int, id: int, opened: Opened) -> HandOn:
     name, versions = session.id.partition(":")[2], session.client
     assert versions is not None  # noqa: S101 - a handshake has told
     hello = m.Hello(name, versions, resume=opened.resume)
-    return HandOn(connection, id, session.user, opened.proof, hello)
+    return HandOn(connection, id, session.user, opened.proof, hello, session.token)

@@ -60,6 +60,10 @@ class Process:
     end: int = -1
     """A file that stands for the process, so that no other one is ever meant."""
     killed_for: str = ""
+    tokens: set[str] = field(default_factory=set)
+    """Ids of the tokens that opened its sessions."""
+    revoked: bool = False
+    """Whether it ends because one of these counts no longer."""
     leaving: bool = False
     """Whether it ends because it was told to."""
     hearing: asyncio.Task[None] | None = None

@@ -133,4 +133,5 @@ class Isolating:
             audit=audit,
             approvals=approvals,
             access=state.access,
+            knows=state.knows,
         )

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from planrt.errors import HandshakeError, IsolationError
@@ -22,6 +23,7 @@ from planrt.plans.policy.approvals import Approvals
 from planrt.serde.frames import Limits, encode
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.events import HandOn
+from planrt.workers.machine.handshakes import REVOKED
 from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation.answering import Answers, Process
@@ -63,6 +65,7 @@ class Isolation:
         page: the memory that processes say in what they are at.
         kernel_timeout: seconds that one op may take, inf for as long as it likes.
         audit, approvals, dialling: the owner's log, the owner's decisions, and how other workers are reached.
+        access: which user may do what. knows: whether the token of that id is still a user's.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class Isolation:
         audit: AuditFile | None,
         approvals: Approvals | None,
         access: Access | None = None,
+        knows: Callable[[str], bool] = lambda token: True,
     ) -> None:
+        self._knows = knows
         self._worker_id, self._zygote, self._page = worker_id, zygote, page
         self._kernel_timeout, self._audit = kernel_timeout, audit
         self._processes: dict[int, Process] = {}
@@ -119,6 +124,9 @@ class Isolation:
             HandshakeError: there is no process for it.
         """
         process = await self._process_for(pipe, asked)
+        if not self._knows(asked.token):  # it was taken away meanwhile
+            raise HandshakeError(REVOKED, address=pipe.address)
+        process.tokens.add(asked.token)
         passing: Any = pipe
         passed = await passing.let_go()
         ended = process.connections[asked.connection] = asyncio.get_running_loop().create_future()
@@ -133,7 +141,8 @@ class Isolation:
                 passed.given()
                 why = await ended
             if why is not None and not process.slot.read().sending:
-                failure = m.Failure(SESSION_ENDED, why)
+                kind, why = ("HandshakeError", REVOKED) if process.revoked else (SESSION_ENDED, why)
+                failure = m.Failure(kind, why)
                 await passed.say(encode(m.to_wire(m.Envelope(0, failure))))
         finally:
             process.connections.pop(asked.connection, None)
@@ -146,6 +155,13 @@ class Isolation:
             for one in self._processes.values()
             if one.made.done() and not one.made.cancelled()
         }
+
+    def end_revoked(self) -> None:
+        """Ends the processes with sessions whose token counts no longer: the owner has changed the users."""
+        for one in list(self._processes.values()):
+            if not all(map(self._knows, one.tokens)):
+                one.revoked = True
+                self._kill(one, "the token of its user counts no longer")
 
     async def stop(self) -> None:
         """Ends all processes: their clients are told, where that takes no longer than a moment. Twice is fine."""
@@ -271,6 +287,8 @@ class Isolation:
                     process.end = os.pidfd_open(message[2])
                 if not process.made.done():
                     process.made.set_result(message[2])
+                if process.killed_for:
+                    self._kill(process, process.killed_for)
             case "died" if process is not None:
                 self._over(process, self._why(process, message[2]))
 
@@ -302,7 +320,7 @@ class Isolation:
             del self._by_key[process.key]
         for name in process.names:
             self._by_session.pop(name, None)
-        if why is not None and not self._stopping:
+        if why is not None and not self._stopping and not process.revoked:
             seen = process.slot.read()
             log.error("process_lost", worker=self._worker_id, whose=process.key, why=why)
             if self._audit is not None:
