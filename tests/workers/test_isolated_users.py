@@ -196,7 +196,7 @@ def test_a_search_does_not_wait_for_another_users_process_that_has_ended(alice, 
     search(ben, "#gone")
     for one in alice.processes():
         os.kill(one, signal.SIGKILL)
-    until(lambda: gone(alice.processes()))
+    until(lambda: ends(ann) and ends(ben))  # the worker knows by then
     with alice.connect("ben") as again:
         assert again.search("#gone") == []
 
