@@ -60,12 +60,6 @@ def carl(third):
 
 
 @pytest.fixture
-def dealer():
-    with planrt.VirtualWorker(id="dealer") as worker:
-        yield worker
-
-
-@pytest.fixture
 def ann(alice):
     with alice.connect("ann") as worker:
         yield worker
@@ -163,13 +157,13 @@ def test_a_plan_moves(ann, nobody):
     assert torch.equal(there(torch.ones(2).send(ann)).get(), torch.full((2,), 2.0))
 
 
-def test_shares_between_isolated_workers(ann, nobody, carl, dealer):
-    among = {"crypto_provider": dealer}
-    x = torch.tensor([1.5, -2.0]).fix_precision().share(ann, nobody, carl, **among)
-    y = torch.tensor([2.0, 3.0]).fix_precision().share(ann, nobody, carl, **among)
+def test_shares_between_isolated_workers_whose_dealer_is_isolated_too(ann, nobody, carl):
+    among = {"crypto_provider": carl}
+    x = torch.tensor([1.5, -2.0]).fix_precision().share(ann, nobody, **among)
+    y = torch.tensor([2.0, 3.0]).fix_precision().share(ann, nobody, **among)
     assert torch.allclose((x * y).get().float_precision(), torch.tensor([3.0, -6.0]), atol=1e-2)
     held = torch.tensor([4.0, 5.0]).send(ann).fix_precision()
-    z = held.share(ann, nobody, carl, **among)
+    z = held.share(ann, nobody, **among)
     assert torch.allclose(z.get().get().float_precision(), torch.tensor([4.0, 5.0]), atol=1e-2)
 
 
