@@ -10,6 +10,7 @@ worker's own process found them to have. They may ask for what stands in `TAKEN`
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +84,8 @@ class Neighbours:
 
     def _shown(self, id: int, stored: StoredObject | None) -> None:
         if stored is None:
-            self._board.keeps(id, (), "", "")
+            with contextlib.suppress(LocalError):  # the worker ends: nobody asks for it any more
+                self._board.keeps(id, (), "", "")
         else:
             self._board.keeps(id, stored.tags, stored.description, stored.handover)
 
@@ -230,7 +232,8 @@ class Neighbours:
         """Takes note of the computations that there are here."""
         now = frozenset(names)
         if now != self._names:
-            self._board.computes(sorted(now))
+            with contextlib.suppress(LocalError):  # as in _shown
+                self._board.computes(sorted(now))
             self._names = now
 
     def check_new(self, body: m.MakeGroup | m.OpenJoint) -> None:
@@ -279,11 +282,14 @@ class Neighbours:
         """Returns what the computations hear that a session took part in, whose connection has ended."""
         self._parts.pop(session.id, None)
         relayed = self._relayed.pop(session.id, {})
-        return [
-            ToPeer(peer, _failed(name, "the connection of one of its members has ended"))
-            for name, peer in relayed.items()
-            if self._board.computing(name) == peer
-        ]
+        try:
+            return [
+                ToPeer(peer, _failed(name, "the connection of one of its members has ended"))
+                for name, peer in relayed.items()
+                if self._board.computing(name) == peer
+            ]
+        except LocalError:  # as in _shown
+            return []
 
 
 def _opens(stored: StoredObject, token: str) -> bool:

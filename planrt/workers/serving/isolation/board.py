@@ -13,7 +13,7 @@ from typing import Final
 
 from planrt.errors import LocalError
 
-MOST_OBJECTS: Final = 100_000
+MOST_OBJECTS: Final = 10_000
 """Objects of one process that others may have."""
 MOST_TEXT: Final = 32 << 20
 """Characters of their tags and descriptions."""

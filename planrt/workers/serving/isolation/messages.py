@@ -137,6 +137,7 @@ async def hear(calls: socket.socket, handle: Handler) -> None:
                 data = msgpack.packb(list(answer))
                 writer.write(_LENGTH.pack(len(data)) + data)
                 await writer.drain()
+            await asyncio.sleep(0)  # one that asks without end keeps nobody else waiting
     except (asyncio.IncompleteReadError, ConnectionError, ValueError, msgpack.UnpackException):
         return
     finally:
