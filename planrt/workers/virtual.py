@@ -202,7 +202,7 @@ class VirtualWorker(BaseWorker):
         if not self._connection.closed and not on_loop_thread():
             self.objects_count()  # everything posted has been done then
         return {
-            id: held_pointer(self.id, id, stored.value.peer, stored.value.id)
+            id: held_pointer(self.id, id, stored.value.plain, stored.value.id)
             if isinstance(stored.value, PeerRef)
             else stored.value
             for id, stored in list(self._host.state.store.objects.items())

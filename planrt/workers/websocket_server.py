@@ -207,6 +207,8 @@ class WebsocketServerWorker:
             audit=self._audit,
             quota=Quota(max_session_memory, max_session_objects),
             joint_runs=None if joint_runs is None else JointFolder(joint_runs, id),
+            certificates=client_ca is not None,
+            dials=self._dialling.dials,
         )
         for tensor in data:
             check_travels(tensor)

@@ -12,7 +12,10 @@ import torch
 import planrt
 from planrt.errors import GetNotPermittedError, HandshakeError, OptionError, RemoteError
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
+from planrt.loop import run
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 from tests.fl.test_who_may_connect import planrt_says
 
 NAMES = ("--worker", "alice", "--worker", "bob=localhost,127.0.0.1", "--user", "ann", "--user", "ben")
@@ -171,6 +174,24 @@ def test_a_worker_proves_a_token_to_others_and_is_nobody_there():
         WebsocketClientWorker("alice", uri=alice_at) as alice,
         WebsocketClientWorker("carl", uri=carl_at) as carl,
     ):
+        moved = torch.tensor([1.0]).send(alice).move(bob)
+        assert (moved + 1).get().tolist() == [2]
+        moved = torch.tensor([1.0]).send(carl).move(bob)  # carl shows nothing there, but ann's ticket
+        assert (moved + 1).get().tolist() == [2]
+        x = torch.tensor([1.0]).send(carl)
+        asking = m.Move(x.id_at_location, m.PeerAddress("bob", bob_at), 1, "a token of 16", keep=True)
+        carl.workplace.connection.post(m.ActFor(asking.peer, "put", "0" * 32, "0" * 64))
+        with pytest.raises(RemoteError, match="no ticket of this worker's"):
+            run(carl.workplace.ask(m.Done, asking), instead="await")
+    with (
+        WebsocketServerWorker("bob", threads=1, users=TOKENS, require_user=True).running() as bob_at,
+        WebsocketServerWorker("alice", threads=1, peer_token=TOKENS["relay"]).running() as alice_at,
+        WebsocketServerWorker("carl", threads=1).running() as carl_at,
+        WebsocketClientWorker("bob", uri=bob_at, token=TOKENS["ann"]) as bob,
+        WebsocketClientWorker("alice", uri=alice_at) as alice,
+        WebsocketClientWorker("carl", uri=carl_at) as carl,
+    ):
+        bob.workplace.connection.session.versions = own_versions()  # as of a worker that gives no tickets
         moved = torch.tensor([1.0]).send(alice).move(bob)
         assert (moved + 1).get().tolist() == [2]
         with pytest.raises(RemoteError, match="users only"):

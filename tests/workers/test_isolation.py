@@ -32,9 +32,12 @@ from planrt.fl import TrainConfig
 from planrt.plans.policy.approvals import Status
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation import confining
 from planrt.workers.serving.isolation.answering import Answers
+from planrt.workers.wire.proofs import Verifier
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
 
@@ -53,7 +56,7 @@ class Server:
     """A worker in a process of its own, and the processes that come of it."""
 
     def __init__(self, **options):
-        self.id = options.get("id", "bob")
+        self.id, self.options = options.get("id", "bob"), options
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.workers.isolated_server", json.dumps(options)],
             stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
@@ -392,6 +395,25 @@ def test_objects_move_to_workers_without_isolation_and_back(server, ann):
         assert torch.equal((x.move(ann) + 1).get(), torch.arange(1.0, 6))
 
 
+def test_a_worker_acts_in_the_name_of_its_client_in_that_ones_process(server):
+    with (
+        WebsocketServerWorker("alice", threads=1).running() as uri,
+        WebsocketClientWorker("alice", uri=uri, auto_add=False) as alice,
+        server.connect("ann") as bob,
+    ):
+        chained = torch.tensor([1.0, -1.0]).send(bob, allowed_users=["ann"]).send(alice)
+        assert chained[chained > 0].get().get().tolist() == [1]
+        for _ in range(2):
+            assert torch.ones(2).send(alice).move(bob).get().tolist() == [1, 1]
+    assert ("ann", "alice") in acted_for(server)
+
+
+def acted_for(server):
+    path = Path(server.options["audit"])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(one["user"], one["by"]) for one in lines if "by" in one}
+
+
 def test_a_wrong_token_is_refused_as_before(server):
     with pytest.raises(planrt.errors.HandshakeError, match="token"):
         WebsocketClientWorker("bob", uri=server.uri, token="nobody's token at all", auto_add=False)
@@ -544,14 +566,18 @@ class Recorded:
 def of_user():
     """``of_user(name)``: what answers the calls of a process for that user, and what is told then."""
     ours, theirs = socket.socketpair()
+    state = WorkerState("bob")
     with ours, theirs:
 
         def start(user):
             told = Recorded()
             answers = Answers(
-                "bob", Limits(), Dialling(), told, told, lambda *about: None, lambda *about: None
+                "bob", Limits(), Dialling(), told, told, state, lambda *about: None, lambda *about: None
             )
-            process = SimpleNamespace(user=user, key="it", connections={}, dials=set(), gifts=ours)
+            giver = Session("process 1", user)
+            process = SimpleNamespace(
+                user=user, key="it", connections={}, dials=set(), gifts=ours, giver=giver
+            )
             return (lambda *call: asyncio.run(answers.answer(process, list(call)))), told.told
 
         yield start
@@ -559,6 +585,22 @@ def of_user():
 
 def asking(user):
     return {"name": "mean", "inputs": ["x"], "user": user, "data": [], "purpose": "", "time": ""}
+
+
+def test_a_process_gives_tickets_for_its_user_only_and_so_many(of_user):
+    asked = {"type": "delegate", "worker": "alice", "permits": "put"}
+    checks = str(Verifier.of_secret("0" * 32, "a secret"))
+    call, _ = of_user("ann")
+    assert call("ticket", "0" * 32, "no verifier", asked)[0] is False
+    assert call("ticket", "0" * 32, checks, {**asked, "permits": "everything"})[0] is False
+    for number in range(4096):
+        assert call("ticket", f"{number:032x}", checks, asked) == (True, None)
+    assert call("ticket", "f" * 32, checks, asked)[0] is False
+    call("ticket_over", "0" * 32)
+    assert call("ticket", "f" * 32, checks, asked) == (True, None)
+    other, _ = of_user("ben")
+    other("ticket_over", "f" * 32)  # which is none of ben's
+    assert call("ticket", "e" * 32, checks, asked)[0] is False
 
 
 def test_a_process_cannot_speak_for_another_user(of_user):

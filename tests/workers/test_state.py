@@ -67,7 +67,7 @@ def test_a_session_opens_and_tells_about_the_data_sets():
     (reply,) = state.handle(Received(1, m.Envelope(1, HELLO), []))
     welcome = reply.envelope.body
     assert welcome.worker == "bob"
-    assert welcome.versions == own_versions(resumes=True)
+    assert welcome.versions == own_versions(resumes=True, dials=m.Dials())
     assert welcome.kept is None  # its client has not said that it could go on
     info = welcome.datasets["flowers"]
     assert (info.length, info.data, info.target) == (60, ("float32", [-1, 6]), ("int64", [-1]))

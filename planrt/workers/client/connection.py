@@ -38,6 +38,7 @@ from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES
 from planrt.workers.wire.posted import MAX_OP_BYTES, Line
+from planrt.workers.wire.proofs import TicketProof
 from planrt.workers.wire.sendable import sendable
 
 log = get_logger("planrt.client")
@@ -132,6 +133,7 @@ class Connection:
         turns: asyncio.Semaphore | None = None,
         token: str = "",
         for_others: bool = False,
+        ticket: TicketProof | None = None,
         redialling: Redialling | None = None,
     ) -> Connection:
         """Shakes hands with the worker at the other end of `pipe` within `timeout` seconds.
@@ -143,7 +145,7 @@ class Connection:
         session = ClientSession[Sent](worker_id, address=pipe.address, limits=limits)
         try:
             async with asyncio.timeout(timeout):
-                await shake_hands(pipe, session, token, for_others=for_others)
+                await shake_hands(pipe, session, token, for_others=for_others, ticket=ticket)
         except (TimeoutError, ConnectionError) as error:
             await pipe.close()
             raise no_answer(pipe) from error
@@ -160,6 +162,11 @@ class Connection:
     def traffic(self) -> Traffic:
         """The messages and bytes that went through the connection so far."""
         return self._traffic
+
+    @property
+    def certificate(self) -> str:
+        """The SHA-256 of the certificate that the worker shows, in hexadecimal digits; ``""`` without TLS."""
+        return (self._pipe.channel.binding or b"").hex()
 
     @property
     def why_ended(self) -> str:
@@ -299,6 +306,11 @@ class Connection:
         if found:
             self.post_drops()
         return found
+
+    @property
+    def drops_wait(self) -> bool:
+        """True where objects are to be freed, and the worker has not been told."""
+        return self._outbox.drops > 0
 
     def flush_drops(self) -> None:
         """Frees what nobody points at without waiting for the next op."""
@@ -610,7 +622,9 @@ class Connection:
         """
         redialling = self._redialling
         assert redialling is not None  # noqa: S101 - its callers have seen it
-        resumed = await shake_hands(pipe, self.session, redialling.token, for_others=redialling.for_others)
+        resumed = await shake_hands(
+            pipe, self.session, redialling.token, for_others=redialling.for_others, ticket=redialling.ticket
+        )
         session = self.session
         if self._sender is not None:  # its pipe is closed
             await asyncio.wait([self._sender])

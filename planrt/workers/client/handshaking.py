@@ -9,15 +9,24 @@ from planrt.serde.frames import encode
 from planrt.workers.client.session import ClientSession
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.proofs import TicketProof
 
 
-async def shake_hands(pipe: Pipe, session: ClientSession[Any], token: str, *, for_others: bool) -> bool:
+async def shake_hands(
+    pipe: Pipe,
+    session: ClientSession[Any],
+    token: str,
+    *,
+    for_others: bool,
+    ticket: TicketProof | None = None,
+) -> bool:
     """Opens or resumes a session over `pipe`; see `ClientSession.welcome`.
 
     Raises:
         HandshakeError: refused, or the worker closed the connection. ConnectionError: the connection has ended.
     """
-    answer = await _exchange(pipe, session.hello(token, pipe.channel.binding, for_others=for_others))
+    hello = session.hello(token, pipe.channel.binding, for_others=for_others, ticket=ticket)
+    answer = await _exchange(pipe, hello)
     if (proof := session.challenged(answer)) is not None:
         answer = await _exchange(pipe, proof)
     return session.welcome(answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from planrt.errors import LocalError, OptionError, RemoteError, WorkerLostError
@@ -50,7 +51,8 @@ class MovingObjects:
         made = there.objects.new_handle(pointer)
         made.via = (here.worker, *handle.via)
         try:
-            await there.ask(m.Done, m.PutPointer(made.id, peer, handle.id, token))
+            asking = m.PutPointer(made.id, peer, handle.id, token)
+            await here.acting.let(there, "compute", lambda: there.ask(m.Done, asking))
         except BaseException:
             made.alive = False
             raise
@@ -169,7 +171,8 @@ class MovingObjects:
             await there.objects.settle_drop_of(id)
             address = m.PeerAddress(to.id, to.link_address)
             try:
-                await self._place.ask(m.Done, m.Move(handle.id, address, id, token, keep=True))
+                asking = m.Move(handle.id, address, id, token, keep=True)
+                await there.acting.let(self._place, "put", partial(self._place.ask, m.Done, asking))
             except RemoteError as error:
                 if error.kind == "DuplicateIdError" and id == handle.id:
                     continue

@@ -11,6 +11,7 @@ from typing import Final
 from planrt.errors import PlanrtError, TransportError
 from planrt.workers.client.session import RefusedError
 from planrt.workers.transport.pipes import Pipe
+from planrt.workers.wire.proofs import TicketProof
 
 _jitter = random.Random()  # noqa: S311 - of pauses; its own, so that whoever seeds Python's generator draws the same
 
@@ -28,13 +29,14 @@ class Redialling:
 
     Attributes:
         dial: opens a pipe to the worker.
-        token, for_others: as of `ClientSession.hello`.
+        token, for_others, ticket: as of `ClientSession.hello`.
         seconds: for how long it is tried after it was lost; 0 for not at all, unless its user says so.
     """
 
     dial: Callable[[], Awaitable[Pipe]]
     token: str = field(default="", repr=False)
     for_others: bool = False
+    ticket: TicketProof | None = None
     seconds: float = RECONNECT_SECONDS
 
 

@@ -29,8 +29,8 @@ from planrt.serde.frames import Limits
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import Unacknowledged
 from planrt.workers.wire.messages import own_versions
-from planrt.workers.wire.proofs import ProofError, Proving
-from planrt.workers.wire.refusals import RAISED, SESSION_ENDED, SESSION_IN_USE
+from planrt.workers.wire.proofs import ProofError, Proving, TicketProof
+from planrt.workers.wire.refusals import RAISED, SESSION_ENDED, SESSION_IN_USE, TICKET_REFUSED
 
 T = TypeVar("T")
 
@@ -45,6 +45,10 @@ class EndedError(WireError):
 
 class RefusedError(HandshakeError):
     """Somebody answered, and does not let this client in: to ask again is of no use."""
+
+
+class TicketRefusedError(RefusedError):
+    """The ticket that was shown opens nothing; its client may have another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class ClientSession(Generic[T]):
         self.place_of: Callable[[int | None, int | None], str] = lambda number, index: ""
         """Where an op of a plan came from, by the number of its call and its place there; the connection knows."""
         self._proving: Proving | None = None
+        self._proving_ticket: Proving | None = None
         self._renewed: m.Welcome | None = None
         self._shaking_hands = 0
         """The number of the latest message of a handshake."""
@@ -89,18 +94,27 @@ class ClientSession(Generic[T]):
 
     # Opening: hello, challenged, and welcome at the end.
 
-    def hello(self, token: str = "", binding: bytes | None = None, *, for_others: bool = False) -> m.Envelope:
+    def hello(
+        self,
+        token: str = "",
+        binding: bytes | None = None,
+        *,
+        for_others: bool = False,
+        ticket: TicketProof | None = None,
+    ) -> m.Envelope:
         """Returns the first message of a connection; its answer goes to `challenged`. `token` is what the worker shall
         know its user by; it is proved, bound to the channel where that has a `binding`, and stays here.
-        `for_others` is of a worker that acts for its clients.
+        `for_others` is of a worker that acts for its clients, and `ticket` of one that acts in the name of one of them.
         """
         self._proving = Proving(token, binding) if token else None
+        self._proving_ticket = Proving(ticket.secret, binding, id=ticket.id) if ticket else None
+        shown = self._proving_ticket.first if self._proving_ticket else ""
         first = self._proving.first if self._proving else ""
         resume = None
         if self.kept is not None and self.kept.secret is not None:
             resume = m.Resumption(self.kept.session, self.kept.secret, self.seen)
         self._pending.discard(self._shaking_hands)  # of an earlier try
-        hello = m.Hello(self.id, self._mine, proof=first, for_others=for_others, resume=resume)
+        hello = m.Hello(self.id, self._mine, proof=first, for_others=for_others, resume=resume, ticket=shown)
         return self._asks(hello)
 
     def challenged(self, envelope: m.Envelope) -> m.Envelope | None:
@@ -110,11 +124,14 @@ class ClientSession(Generic[T]):
         Raises:
             HandshakeError: it cannot be answered.
         """
-        if self._proving is None or not isinstance(envelope.body, m.Challenge):
+        token, ticket = self._proving, self._proving_ticket
+        if (token is None and ticket is None) or not isinstance(envelope.body, m.Challenge):
             return None
         self._pending.discard(envelope.id)
         try:
-            return self._asks(m.Prove(self._proving.answer(envelope.body.proof)))
+            proved = "" if token is None else token.answer(envelope.body.proof)
+            shown = "" if ticket is None else ticket.answer(envelope.body.ticket)
+            return self._asks(m.Prove(proved, shown))
         except ProofError as error:
             raise self._unproved(error) from None
 
@@ -130,12 +147,14 @@ class ClientSession(Generic[T]):
         self._pending.discard(envelope.id)
         match envelope.body:
             case m.Welcome(worker=worker) as welcome if worker == self.worker_id:
-                proving, self._proving = self._proving, None
-                if proving is not None:
-                    try:
-                        proving.check(welcome.proof)
-                    except ProofError as error:
-                        raise self._unproved(error) from None
+                proofs = (self._proving, welcome.proof), (self._proving_ticket, welcome.ticket)
+                self._proving = self._proving_ticket = None
+                try:
+                    for proving, proof in proofs:
+                        if proving is not None:
+                            proving.check(proof)
+                except ProofError as error:
+                    raise self._unproved(error) from None
                 return self._welcomed(welcome)
             case m.Welcome(worker=worker):
                 raise RefusedError(
@@ -143,7 +162,9 @@ class ClientSession(Generic[T]):
                     address=self.address,
                 )
             case m.Failure(message=message, kind=kind):
-                refusal = HandshakeError if kind == SESSION_IN_USE else RefusedError
+                refusal = {SESSION_IN_USE: HandshakeError, TICKET_REFUSED: TicketRefusedError}.get(
+                    kind, RefusedError
+                )
                 raise refusal(f"{self.address} refused the session: {message}", address=self.address)
             case other:
                 raise HandshakeError(

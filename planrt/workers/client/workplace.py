@@ -28,6 +28,7 @@ from planrt.workers.client.object_ids import ids_of
 from planrt.workers.client.objects import RemoteObjects
 from planrt.workers.client.outbox import QueuedMessage, Response
 from planrt.workers.client.plans import RemotePlans
+from planrt.workers.client.tickets import ActingWorkers
 from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.tensor import make_pointer
 from planrt.workers.pointers.workplace import Location
@@ -55,6 +56,7 @@ class RemoteWorkplace:
         gradients: which objects have gradients.
         objects, plans, moves, contents: what is done with objects, with plans, from worker to worker, and with
             listings.
+        acting: which other workers may act there in this session's name.
     """
 
     def __init__(self, worker: ReachedWorker, connection: Connection) -> None:
@@ -69,6 +71,7 @@ class RemoteWorkplace:
         self.plans = RemotePlans(self)
         self.moves = MovingObjects(self)
         self.contents = Contents(self)
+        self.acting = ActingWorkers(self)
 
     @property
     def worker(self) -> ReachedWorker:

@@ -134,9 +134,11 @@ def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) ->
     That it failed is a fact about the data, so a session has only so many of them. The reason is for who looks at the
     worker's debug log: it can hold a value.
     """
-    session.failures += 1
+    counted = session if session.by is None else session.by.client  # or each ticket would bring more of them
+    counted.failures += 1
     most = gate.policy.max_failures
-    session.over = session.over or (most is not None and session.failures >= most)
+    counted.over = counted.over or (most is not None and counted.failures >= most)
+    session.failures, session.over = counted.failures, counted.over
     failed = error.op if isinstance(error, ExecutionError) else ""
     log.warning(
         "failed_on_private_data", user=session.user or "nobody", session=session.id, op=failed,

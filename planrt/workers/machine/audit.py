@@ -60,6 +60,8 @@ class Auditor:
         about: dict[str, Any] = {"event": event}
         if session is not None:
             about |= {"session": int(session.id.partition(":")[0]), "user": session.user or ""}
+            if session.by is not None:
+                about |= {"by": _cut(session.by.worker), "proved": session.by.user}
         facts = {key: _cut(value) for key, value in facts.items()}
         self._audit.record({**about, **{key: value for key, value in facts.items() if value is not None}})
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.channel import Channel
+from planrt.workers.wire.channel import Channel, Shown
 
 # -------------------------------------------------------------------------------------------- events
 
@@ -100,6 +100,13 @@ Event: TypeAlias = (
 )
 
 # -------------------------------------------------------------------------------------- instructions
+
+
+class PeerFor(m.PeerAddress, frozen=True, array_like=True):
+    """Another worker, as it is reached in one client's name: what is there belongs to a session of its own. It does not
+    travel."""
+
+    ticket: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +218,40 @@ class HandOn:
     hello: m.Hello
     token: str = ""
     """The id of the token that was proved; ``""`` where none was."""
+    shown: Shown | None = None
+    """The ticket that was proved, where one was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Introduce:
+    """Reach `peer` with its ticket, whose secret this is, when something is sent there."""
+
+    peer: PeerFor
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Nothing more is sent to these: end the sessions there, once what was sent before has left."""
+
+    peers: Sequence[PeerFor]
 
 
 Instruction: TypeAlias = (
-    HandOn | Reply | ToPeer | Wait | Close | Distrust | Again | Alarm | Hold | Release | Probe | Keep
+    Introduce
+    | Part
+    | HandOn
+    | Reply
+    | ToPeer
+    | Wait
+    | Close
+    | Distrust
+    | Again
+    | Alarm
+    | Hold
+    | Release
+    | Probe
+    | Keep
 )
 
 

@@ -122,14 +122,16 @@ class KeptObjects:
     def put_pointer(self, session: Session, body: m.PutPointer) -> Steps:
         """Claims an object elsewhere, and stores a pointer to it."""
         self.store.check_free(body.id)
-        yield from ask(body.peer, m.Claim([body.object], body.token))
-        self.store.add(body.id, StoredObject(PeerRef(body.peer, body.object), session.id))
+        peer = session.reached(body.peer, "compute")
+        yield from ask(peer, m.Claim([body.object], body.token))
+        self.store.add(body.id, StoredObject(PeerRef(peer, body.object), session.id))
         return m.Done(), ()
 
     def post_pointer(self, session: Session, body: m.PutPointer) -> list[ToPeer]:
         """Stores a pointer to an object elsewhere, and claims the object."""
-        self.store.add(body.id, StoredObject(PeerRef(body.peer, body.object), session.id))
-        return [ToPeer(body.peer, m.Claim([body.object], body.token))]
+        peer = session.reached(body.peer, "compute")
+        self.store.add(body.id, StoredObject(PeerRef(peer, body.object), session.id))
+        return [ToPeer(peer, m.Claim([body.object], body.token))]
 
     def fetch(self, session: Session, body: m.Fetch) -> Steps:
         """Answers with an object: a value with its gradient, a program with its state, or where a pointer points to.
@@ -236,7 +238,8 @@ class KeptObjects:
         self.audit.left(
             session, "move", stored, label, self.store.tensors_of(stored), to=body.peer.worker
         )  # before it goes
-        answer = yield from kind.move(stored, body, label)
+        there = msgspec.structs.replace(body, peer=session.reached(body.peer, "put"))
+        answer = yield from kind.move(stored, there, label)
         if not (body.copy or body.keep):
             self.forget(session, body.id)
         return answer

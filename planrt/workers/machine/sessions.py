@@ -11,7 +11,7 @@ import torch
 
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.secure_sum.member import Member
-from planrt.workers.machine.events import ToPeer, Wait
+from planrt.workers.machine.events import PeerFor, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
@@ -49,6 +49,22 @@ class KeptOptimizer:
     state: dict[Any, Any] | None
     leaves: bool
     """Whether its client may have it: all that it comes from left as updates that nothing masked."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Acting:
+    """In whose name a session acts that another worker opened with a ticket; see `keeping/tickets.py`."""
+
+    worker: str
+    """Who acts, as the client calls it."""
+    client: Session = field(repr=False)
+    """The session that gave the ticket: this one ends with it."""
+    permits: m.For
+    ticket: str
+    token: str
+    """The id of the token that the worker proved for itself; ``""`` of one that proved none."""
+    user: str
+    """Who the worker is here, by that token or its certificate; ``""`` for nobody."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +107,11 @@ class Session:
     """Hashes of plans that it sent or asked for, as decisions about them are filed: whose status it is told."""
     token: str = ""
     """The id of the token that was proved for it; ``""`` of a session that no token opened."""
+    by: Acting | None = None
+    """Who acts in its user's name, where another worker opened it with a ticket."""
+    links: dict[tuple[m.PeerAddress, m.For], PeerFor] = field(default_factory=dict)
+    """(another worker, what for) -> that worker, as it is reached in the name of this session's client: as the client's
+    latest tickets say."""
     sums: dict[str, Member] = field(default_factory=dict)
     """Name -> this worker's side of a secure aggregation that its client has begun; see `SecureSums`."""
     sibling: bool = False
@@ -104,6 +125,12 @@ class Session:
     def whose(self, host: str) -> str:
         """Returns for whom it counts, opened from that address: its user, or nobody there."""
         return f"nobody at {host}" if self.user is None else f"user {self.user}"
+
+    def reached(self, peer: m.PeerAddress, permits: m.For) -> m.PeerAddress:
+        """Returns another worker as it is reached for this session: in the client's name, where there is a ticket."""
+        whose = self if self.by is None else self.by.client
+        plain = m.PeerAddress(peer.worker, peer.address)
+        return whose.links.get((plain, permits), plain)
 
     def asks_for(self, filed: Sequence[str]) -> None:
         """Takes note of plans that this session sent or asked for."""

@@ -25,6 +25,8 @@ and carries out, in order, the instructions it returns::
     HandOn(connection, ...)                    another process serves it from now on
     Probe(connection, held_by)                 find out whether the connection `held_by` still gives signs of life
     Keep(session, absence, seconds)            hand in Expired then
+    Introduce(peer, secret)                    reach this one with a ticket
+    Part(peers)                                end what was opened with these tickets
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
 its answer; while it waits, the machine takes other events, so two requests that meet on two workers in
@@ -62,8 +64,11 @@ from planrt.workers.machine.events import (
     Expired,
     Hold,
     Instruction,
+    Introduce,
+    Part,
     PeerAnswered,
     PeerFailed,
+    PeerFor,
     Probed,
     Received,
     Release,
@@ -82,6 +87,8 @@ from planrt.workers.machine.joint.kept import Keeps
 from planrt.workers.machine.joint.runs import JointOps
 from planrt.workers.machine.keeping.openings import Openings
 from planrt.workers.machine.keeping.sessions import KeptSessions
+from planrt.workers.machine.keeping.tickets import MOST_LINKS, check_permitted
+from planrt.workers.machine.keeping.tickets import Elsewhere as ShownElsewhere
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
@@ -97,6 +104,8 @@ from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
+from planrt.workers.wire.proofs import Verifier
+from planrt.workers.wire.refusals import TICKET_REFUSED
 
 
 @dataclass(slots=True)
@@ -126,7 +135,8 @@ class WorkerState:
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
     `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what the sessions of
-    one user may keep; of it and of the policy's the stricter counts.
+    one user may keep; of it and of the policy's the stricter counts. `certificates` says whether its clients show some,
+    and `dials` what it shows itself where it dials other workers.
     """
 
     def __init__(
@@ -145,6 +155,8 @@ class WorkerState:
         audit: Audit | None = None,
         quota: Quota | None = None,
         joint_runs: Keeps | None = None,
+        certificates: bool = False,
+        dials: m.Dials | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -155,7 +167,7 @@ class WorkerState:
         self._kept = KeptSessions(self._limits)
         self._siblings: Neighbours | None = None
         """The other processes of this worker, where this one serves the sessions of one user."""
-        self.versions = own_versions(limits, resumes=self._kept.seconds > 0)
+        self.versions = own_versions(limits, resumes=self._kept.seconds > 0, dials=dials or m.Dials())
         self.store = ObjectStore()
         self._audit = Auditor(audit)
         self._gate = None if policy is None else Gate(policy, approvals, self._audit)
@@ -174,7 +186,9 @@ class WorkerState:
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
-        self._handshakes = Handshakes(self.versions, Users(users), require_user=require_user)
+        self._handshakes = Handshakes(
+            self.versions, Users(users), require_user=require_user, certificates=certificates
+        )
         self._openings = self._new_openings(self._handshakes)
         self._sessions = self._openings.sessions
         """Connection -> its session."""
@@ -253,13 +267,21 @@ class WorkerState:
         """Returns whether sessions that a token of that id has opened may go on; True for none."""
         return self._handshakes.knows(token)
 
-    def serve_alone(self, audit: Audit | None, approvals: Decisions | None, board: Board) -> None:
+    def serve_alone(
+        self,
+        audit: Audit | None,
+        approvals: Decisions | None,
+        board: Board,
+        tickets: ShownElsewhere | None = None,
+    ) -> None:
         """Makes this the state of a process that serves the sessions of one user, after another process has found out
-        who its clients are. `audit`, `approvals` and `board` are that one's."""
+        who its clients are. `audit`, `approvals`, `board` and `tickets` are that one's."""
         self._siblings = Neighbours(board, self._objects, self.access, self.device)
         self._kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
         self._handshakes = Handshakes(self.versions, Users(None))
         self._openings = self._new_openings(self._handshakes)
+        self._handshakes.tickets.elsewhere = tickets
+        self._openings.gives_tickets = tickets is not None
         self._sessions = self._openings.sessions
         self._audit.to(audit)
         if self._gate is not None:
@@ -274,6 +296,21 @@ class WorkerState:
             datasets=self._training.seen_by,
             when_opened=self._open_account,
         )
+
+    def note_ticket(self, client: Session, id: str, verifier: Verifier, asked: m.Delegate) -> None:
+        """Takes note of a ticket that another process gave, for which `client` stands, and that is proved here."""
+        self._handshakes.note_ticket(client, id, verifier, asked)
+
+    def tickets_of(self, client: Session) -> int:
+        """Returns how many of that process' tickets there are."""
+        return self._handshakes.tickets.of(client)
+
+    def forget_tickets(self, client: Session, id: str = "") -> None:
+        """Forgets one of that process' tickets, or all of them."""
+        if id and self._handshakes.tickets.is_of(id, client):
+            self._handshakes.tickets.forget(id)
+        elif not id:
+            self._handshakes.tickets.ended(client)
 
     def kept_name(self, connection: int) -> str | None:
         """Returns the name under which the session of a connection goes on over another one; None if it does not."""
@@ -357,7 +394,7 @@ class WorkerState:
         self._handshakes.change_users(users)
         instructions = self._openings.forget_revoked()
         for connection, session in list(self._sessions.items()):
-            if self._handshakes.counts(session):
+            if self._handshakes.counts(session) or connection not in self._sessions:
                 continue
             if session.kept is not None:
                 session.kept.give_up()
@@ -365,7 +402,7 @@ class WorkerState:
             instructions += [Reply(connection, m.Envelope(0, failure)), *self._disconnected(connection)]
             instructions.append(Close(connection))
         for session in self._kept.away():
-            if not self._handshakes.counts(session):
+            if not self._handshakes.counts(session) and self._kept.has(session):
                 instructions += self._end(session)
         return instructions
 
@@ -395,14 +432,31 @@ class WorkerState:
         """A session is over."""
         self._kept.ended(session)
         self._audit.ended(session)
-        instructions: list[Instruction] = []
+        self._handshakes.tickets.ended(session)
+        instructions: list[Instruction] = self._end_those_for(session)
         for request in self._of(session):
             if request.run is not None:  # what it made on other workers must go
                 instructions += self._wake(request, RunCancelledError("its client is gone"))
             else:
                 self._forget_keys(request)
                 request.steps.close()
-        return [*instructions, *self._objects.end(session)]
+        parted = [Part(list(session.links.values()))] if session.links else []
+        return [*instructions, *self._objects.end(session), *parted]
+
+    def _end_those_for(self, client: Session) -> list[Instruction]:
+        """Ends the sessions that other workers opened in the name of one that is over."""
+        instructions: list[Instruction] = []
+        for connection, session in list(self._sessions.items()):
+            if session.by is not None and session.by.client is client:
+                if session.kept is not None:
+                    session.kept.give_up()
+                failure = m.Failure(TICKET_REFUSED, "the session that gave the ticket is over")
+                instructions += [Reply(connection, m.Envelope(0, failure)), *self._disconnected(connection)]
+                instructions.append(Close(connection))
+        for session in self._kept.away():
+            if session.by is not None and session.by.client is client:
+                instructions += self._end(session)
+        return instructions
 
     def _of(self, session: Session) -> list[_Request]:
         """The requests of a session that wait for peers."""
@@ -479,11 +533,28 @@ class WorkerState:
     def _posts(self, session: Session, event: Received, over: Callable[[], bool]) -> list[Instruction]:
         """Does what a message asks for that is not answered."""
         body = event.envelope.body
+        if isinstance(body, m.ActFor):
+            return self._acts_for(session, body)
         if isinstance(body, m.CancelRun):
             return self._wake(self._run_of(session, body.run), RunCancelledError("cancelled"))
         if isinstance(body, m.Post):
             return self._post(event.connection, session, body, over)
         return self._posted(event.connection, session, body, event.tensors)
+
+    def _acts_for(self, session: Session, body: m.ActFor) -> list[Instruction]:
+        """Takes the ticket for acting in the name of a session's client at another worker."""
+        try:
+            check_permitted(session, body)
+            if (body.peer, body.permits) not in session.links and len(session.links) >= MOST_LINKS:
+                raise LocalError(f"a session acts at {MOST_LINKS} other workers at the most")
+        except LocalError as error:
+            session.failure = session.failure or failure_of(error)
+            return []
+        before = session.links.get((body.peer, body.permits))
+        peer = PeerFor(body.peer.worker, body.peer.address, body.ticket)
+        session.links[body.peer, body.permits] = peer
+        parted = [] if before is None else [Part([before])]
+        return [*parted, Introduce(peer, body.secret)]
 
     def _post(
         self, connection: int, session: Session, body: m.Post, over: Callable[[], bool]
@@ -491,6 +562,7 @@ class WorkerState:
         """Runs what was posted, until its turn is over, or until it has to wait for other workers: then everything that
         comes after it on this connection waits, too."""
         try:
+            check_permitted(session, body)
             posted = self._eager.post(session, body, over)
         except Exception as error:  # as in _advance
             session.failure = session.failure or failure_of(error)
@@ -519,6 +591,7 @@ class WorkerState:
                     return [ToPeer(peer, body, tensors)]
                 if isinstance(body, m.Claim) and self._siblings.is_elsewhere(body):
                     return self._claim_elsewhere(self._siblings, connection, session, body)
+            check_permitted(session, body)
             self.access.check_publish(session.user, body)
             match body:
                 case m.Opening() | m.Corrections() | m.FailGroup():
@@ -662,6 +735,7 @@ class WorkerState:
     # ----------------------------------------------------------------------------------- the requests
 
     def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
+        check_permitted(session, body)
         if isinstance(body, m.Resume):  # which nothing keeps from being heard
             return self._passes.resume(session)
         self._objects.raise_unseen(session)
@@ -705,6 +779,8 @@ class WorkerState:
                 return (yield from self._objects.move(session, body))
             case m.HandOver():
                 return self._hand_over(session, body)
+            case m.Delegate():
+                return self._handshakes.give_ticket(session, body), ()
             case m.Claim():
                 if self._siblings is not None and self._siblings.is_elsewhere(body):
                     return (yield from self._siblings.claim(session, body))

@@ -5,7 +5,8 @@ its network. It dials what its owner listed: without a list what only this machi
 process. A virtual worker's clients are its own program, which may dial what it likes.
 
 What a worker proves there says that it may come in, and gives it no rights: it acts for clients of its own, and none of
-them is to have more there than it would have by itself (`Hello.for_others`).
+them is to have more there than it would have by itself (`Hello.for_others`). With a ticket it acts in its client's
+name.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from planrt.workers.transport.callers import is_loopback
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.transport.tls import client_tls
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.proofs import TicketProof
 
 LINK_TIMEOUT = 10.0
 """Seconds for reaching another worker."""
@@ -63,8 +65,16 @@ class Dialling:
         self.opened_by: Callable[[str, m.PeerAddress], Awaitable[Pipe]] | None = None
         """Who opens connections in place of `open`, where this process may not: the worker's own process."""
 
-    async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
-        """Connects the worker `worker_id` to another one.
+    @property
+    def dials(self) -> m.Dials:
+        """The proofs that the worker shows of itself to others."""
+        return m.Dials(bool(self._token), self._cert is not None)
+
+    async def connect(
+        self, worker_id: str, peer: m.PeerAddress, limits: Limits, ticket: TicketProof | None = None
+    ) -> Connection:
+        """Connects the worker `worker_id` to another one: as nobody, or in the name of the client that has given it a
+        ticket.
 
         Raises:
             ConnectError: its owner does not allow that, or nobody answers. HandshakeError: it is not let in there.
@@ -77,6 +87,7 @@ class Dialling:
             lambda: self.open(worker_id, peer, limits),
             token=self._token,
             for_others=shows,
+            ticket=ticket,
             seconds=0.0,  # at the next use: who waits now is told at once
         )
         return await Connection.open(
@@ -86,6 +97,7 @@ class Dialling:
             limits=limits,
             token=self._token,
             for_others=shows,
+            ticket=ticket,
             redialling=redialling,
         )
 

@@ -35,7 +35,9 @@ from planrt.workers.machine.events import (
     HandOn,
     Hold,
     Instruction,
+    Introduce,
     Keep,
+    Part,
     Probe,
     Probed,
     Received,
@@ -333,6 +335,10 @@ class WorkerHost:
                         pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
                     case ToPeer():
                         self._links.send(instruction)
+                    case Introduce(peer, secret):
+                        self._links.introduce(peer, secret)
+                    case Part(peers):
+                        self._links.part(peers)
                     case Again(rest):  # the compute thread first takes what has waited meanwhile
                         left.append(rest)
                     case Alarm(seconds, key):

@@ -1,33 +1,42 @@
 """A worker's connections to other workers: made when first needed, with the address that a client gave.
 
-Towards the other worker this one is a client like any other, and a nobody: what it shows there (`dialling.py`) lets it
-in, and gives it no rights, so it can do nothing with private data there.
+Towards the other worker this one is a client like any other. Where its own client gave it a ticket
+(`planrt.workers.machine.keeping.tickets`) it acts in that client's name, over a connection for that ticket alone.
+Without one it is a nobody: what it shows there (`dialling.py`) lets it in, and gives it no rights, so it can do nothing
+with private data there. All clients without a ticket share one connection.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from planrt.errors import PlanrtError, RemoteError
+from planrt.errors import ConnectError, PlanrtError, RemoteError
 from planrt.logs import get_logger
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
-from planrt.workers.machine.events import Event, PeerAnswered, PeerFailed, ToPeer
+from planrt.workers.client.session import TicketRefusedError
+from planrt.workers.machine.events import Event, PeerAnswered, PeerFailed, PeerFor, ToPeer
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.proofs import TicketProof
+from planrt.workers.wire.refusals import TICKET_REFUSED
 
 log = get_logger("planrt.worker")
 
 MAX_LINKS = 64
-"""Other workers that one worker is connected to at a time."""
+"""Other workers that one worker is connected to at a time, in nobody's name."""
+MAX_TICKETS = 1024
+"""Connections that it has in its clients' names."""
 
 
 class Reaching(Protocol):
     """The way in which a worker reaches others: `Dialling`, or what stands before it."""
 
-    async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
+    async def connect(
+        self, worker_id: str, peer: m.PeerAddress, limits: Limits, ticket: TicketProof | None = None
+    ) -> Connection:
         """Connects the worker `worker_id` to another one.
 
         Raises:
@@ -60,6 +69,8 @@ class Links:
         self._handle = handle
         self._limits = limits
         self._links: dict[m.PeerAddress, _Link] = {}
+        self._secrets: dict[PeerFor, str] = {}
+        """What proves the tickets that it was given."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, instruction: ToPeer) -> None:
@@ -67,6 +78,26 @@ class Links:
         task = asyncio.create_task(self._deliver(instruction))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def introduce(self, peer: PeerFor, secret: str) -> None:
+        """Takes what proves the ticket for `peer`."""
+        self._secrets[peer] = secret
+
+    def part(self, peers: Sequence[PeerFor]) -> None:
+        """Ends the sessions that these tickets opened, after what was sent there before."""
+        for peer in peers:
+            task = asyncio.create_task(self._part(peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _part(self, peer: PeerFor) -> None:
+        link = self._links.get(peer)
+        if link is not None:
+            async with link.order:
+                if link.connection is not None:
+                    await link.connection.close(forget=True)
+        self._links.pop(peer, None)
+        self._secrets.pop(peer, None)
 
     def close(self) -> None:
         """Closes every link."""
@@ -101,6 +132,13 @@ class Links:
                 )
                 await asyncio.sleep(0)  # the request takes its place in the queue
             body, tensors = await request
+        except TicketRefusedError as error:
+            log.warning(
+                "ticket_refused", worker=self._worker_id, peer=instruction.peer.worker, why=str(error)
+            )
+            if instruction.key:
+                failure = m.Failure(TICKET_REFUSED, str(error))
+                await self._handle(PeerAnswered(instruction.key, failure, []))
         except RemoteError as error:
             failure = m.Failure(
                 error.kind,
@@ -124,13 +162,27 @@ class Links:
 
     async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
         self._make_room()
-        link.connection = await self._dialling.connect(self._worker_id, peer, self._limits)
+        ticket = None
+        if isinstance(peer, PeerFor):
+            if peer not in self._secrets:
+                raise TicketRefusedError(
+                    f"worker {self._worker_id!r} acts at worker {peer.worker!r} for that client no longer",
+                    address=peer.address,
+                )
+            if sum(isinstance(one, PeerFor) for one in self._links) > MAX_TICKETS:
+                raise ConnectError(
+                    f"worker {self._worker_id!r} has {MAX_TICKETS} connections in its clients' names, its limit",
+                    address=peer.address,
+                )
+            ticket = TicketProof(peer.ticket, self._secrets[peer])
+        link.connection = await self._dialling.connect(self._worker_id, peer, self._limits, ticket)
         link.connection.on_renewed = link.renewed
 
     def _make_room(self) -> None:
-        """Closes the oldest links when there are too many; what they made elsewhere is freed there."""
-        while len(self._links) > MAX_LINKS:
-            oldest = next(iter(self._links))
+        """Closes the oldest links in nobody's name when there are too many; what they made elsewhere is freed there.
+        Those in a client's name end with its session."""
+        while len(plain := [one for one in self._links if not isinstance(one, PeerFor)]) > MAX_LINKS:
+            oldest = plain[0]
             connection = self._links.pop(oldest).connection
             if connection is not None:
                 self._close_soon(connection)

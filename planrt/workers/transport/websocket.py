@@ -280,10 +280,16 @@ async def listen(
     async def handler(connection: ServerConnection) -> None:
         peer = connection.remote_address
         address = f"client {peer[0]}:{peer[1]}" if peer else "client"
-        user = None
+        user, shown = None, b""
         if tls is not None and tls.asks_clients:
             user = user_of(connection.transport.get_extra_info("peercert") or {})
-        channel = Channel(str(peer[0]) if peer else "", tls.binding if tls else None, user)
+            shown = _certificate(connection)
+        channel = Channel(
+            str(peer[0]) if peer else "",
+            tls.binding if tls else None,
+            user,
+            fingerprint(shown).hex() if shown else "",
+        )
         await serve_pipe(WebsocketPipe(cast(_ServerConnection, connection), address, limits, channel))
 
     welcome = callers or Callers(host, tls=tls is not None)

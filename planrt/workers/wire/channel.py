@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """A ticket that was proved on a connection, to another process of the worker."""
+
+    ticket: str
+    user: str
+    """Who proved it; ``""`` for nobody."""
+    proof: str
+    """The worker's own, to be passed on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Channel:
     """What a connection came with. In one process, and in tests of the machine, nothing."""
 
@@ -16,7 +27,11 @@ class Channel:
     user: str | None = None
     """Who the certificate is of that the client showed; None where it showed none. Of a connection that another process
     of the worker has accepted: whom it found the client to be."""
+    certificate: str = ""
+    """The SHA-256 of that certificate, in hexadecimal digits; ``""`` where none was shown."""
     proof: str = ""
     """What that process gave the client as the worker's own proof, to be passed on."""
     sibling: bool = False
     """Whether it comes from another process of the same worker, which that process has joined to this one."""
+    shown: Shown | None = None
+    """The ticket that was proved to that process."""

@@ -83,6 +83,11 @@ class Verifier:
         return _verifier(token_id(token), token, salt, ITERATIONS)
 
     @classmethod
+    def of_secret(cls, id: str, secret: str) -> Verifier:
+        """The verifier of random bytes that nobody can guess at, so that it need not be slow."""
+        return _verifier(id, secret, secrets.token_bytes(16), FEWEST_ITERATIONS)
+
+    @classmethod
     def parse(cls, text: str) -> Verifier:
         """The inverse of ``str``.
 
@@ -109,9 +114,17 @@ def is_verifier(text: str) -> bool:
     return text.startswith(f"{_SCHEME}$")
 
 
-def fake_verifier(id: str, secret: bytes) -> Verifier:
+def fake_verifier(id: str, secret: bytes, iterations: int = ITERATIONS) -> Verifier:
     """What is answered for the id of no token: always the same, so that it cannot be told from another."""
-    return Verifier(id, ITERATIONS, _hmac(secret, b"salt" + id.encode())[:16], bytes(32), bytes(32))
+    return Verifier(id, iterations, _hmac(secret, b"salt" + id.encode())[:16], bytes(32), bytes(32))
+
+
+@dataclass(frozen=True, slots=True)
+class TicketProof:
+    """What a worker has of a ticket (`planrt.workers.machine.keeping.tickets`), to prove it."""
+
+    id: str
+    secret: str = field(repr=False)
 
 
 class Proving:

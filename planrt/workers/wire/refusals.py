@@ -19,6 +19,10 @@ SESSION_IN_USE: Final = "SessionInUseError"
 be another one soon."""
 
 
+TICKET_REFUSED: Final = "TicketRefusedError"
+"""Kind of the failure of a ticket that opens nothing: its client may ask for another one, and try again."""
+
+
 class Refusal(LocalError):  # noqa: N818 - its kinds below are errors
     """Something that a client asked for, and does not get."""
 

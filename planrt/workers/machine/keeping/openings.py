@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Close, Distrust, HandOn, Instruction, Probe, Reply
 from planrt.workers.machine.handshakes import REVOKED, Handshakes, Opened, RefusedError
 from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.channel import Channel
-from planrt.workers.wire.refusals import SESSION_IN_USE
+from planrt.workers.wire.channel import Channel, Shown
+from planrt.workers.wire.refusals import SESSION_IN_USE, TICKET_REFUSED
 
 
 class Openings:
@@ -39,6 +41,8 @@ class Openings:
         self._audit = audit
         self._datasets = datasets
         self._when_opened = when_opened
+        self.gives_tickets = True
+        """Whether sessions of users may have tickets."""
         self.hands_on = False
         """Whether other processes open and serve the sessions of clients that have proved here who they are."""
         self.sessions: dict[int, Session] = {}
@@ -81,7 +85,7 @@ class Openings:
                 return [Reply(connection, m.Envelope(envelope.id, opened))]
             if self.hands_on:
                 return [_handed_on(connection, envelope.id, opened)]
-            before = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
+            before = self._before(opened)
         except RefusedError as error:
             return self._refused(connection, envelope.id, error)
         if before is None:
@@ -90,6 +94,21 @@ class Openings:
             self._asked[connection] = envelope.id, opened, before
             return [Probe(connection, before.connection)]
         return self._resumed(connection, envelope.id, opened, before)
+
+    def _before(self, opened: Opened) -> Session | None:
+        """The session that a client would go on with; None if there is none.
+
+        Raises:
+            RefusedError: it is not its own, or was opened with a ticket, which opens no other one.
+        """
+        if opened.resume is None:
+            return None
+        before, by = self._kept.find(opened.resume, opened.session.user), opened.session.by
+        if by is not None and before is None:
+            raise RefusedError("the session that this ticket opened is over", kind=TICKET_REFUSED)
+        if before is not None and (before.by and before.by.ticket) != (by and by.ticket):
+            raise RefusedError("this session was opened in another way: show what opened it")
+        return before
 
     def _refused(self, connection: int, id: int, error: RefusedError) -> list[Instruction]:
         self._audit.not_opened(self._handshakes.host(connection), wrong_proof=error.distrusted)
@@ -104,8 +123,7 @@ class Openings:
         self._when_opened(session, host)
         kept = None if session.sibling else self._kept.opened(session, host)
         self._audit.opened(session, host)
-        datasets = self._datasets(session.user)
-        welcome = m.Welcome(self._worker, self._handshakes.versions, datasets, opened.proof, kept)
+        welcome = self._welcome(session, opened, kept)
         return [Reply(connection, m.Envelope(id, welcome))]
 
     def _resumed(self, connection: int, id: int, opened: Opened, session: Session) -> list[Instruction]:
@@ -115,10 +133,15 @@ class Openings:
         kept = self._kept.resumed(session, connection, opened.resume)
         session.client = opened.session.client
         self._audit.resumed(session, self._handshakes.host(connection))
-        datasets = self._datasets(session.user)
-        welcome = m.Welcome(self._worker, self._handshakes.versions, datasets, opened.proof, kept)
+        welcome = self._welcome(session, opened, kept)
         again = [Reply(connection, one.envelope, one.tensors) for one in session.kept.answers]
         return [Reply(connection, m.Envelope(id, welcome)), *again]
+
+    def _welcome(self, session: Session, opened: Opened, kept: m.Kept | None) -> m.Welcome:
+        gives = session.user is not None and session.by is None and self.gives_tickets
+        versions = msgspec.structs.replace(self._handshakes.versions, tickets=gives)
+        datasets = {} if session.by is not None else self._datasets(session.user)
+        return m.Welcome(self._worker, versions, datasets, opened.proof, kept, opened.ticket)
 
     def probed(self, connection: int, *, alive: bool) -> list[Instruction]:
         """Goes on with a connection that asked for the session of another one, which is `alive` or has ended."""
@@ -133,7 +156,7 @@ class Openings:
                 raise RefusedError(
                     "another connection has this session, and answers: close that one", kind=SESSION_IN_USE
                 )
-            found = self._kept.find(opened.resume, opened.session.user) if opened.resume else None
+            found = self._before(opened)
         except RefusedError as error:
             return self._refused(connection, id, error)
         if found is None:
@@ -146,4 +169,6 @@ def _handed_on(connection: int, id: int, opened: Opened) -> HandOn:
     name, versions = session.id.partition(":")[2], session.client
     assert versions is not None  # noqa: S101 - a handshake has told
     hello = m.Hello(name, versions, resume=opened.resume)
-    return HandOn(connection, id, session.user, opened.proof, hello, session.token)
+    by = session.by
+    shown = None if by is None else Shown(by.ticket, by.user, opened.ticket)
+    return HandOn(connection, id, session.user, opened.proof, hello, session.token, shown)

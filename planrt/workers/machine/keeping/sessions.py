@@ -55,7 +55,10 @@ class KeptSessions:
         is not kept."""
         if not self.seconds or session.client is None or not session.client.resumes:
             return None
-        kept = session.kept = Keeping(session.whose(host))
+        whose = session.whose(host)
+        if session.by is not None:  # so that links which were cut do not end what the user itself has left
+            whose = f"{whose} by worker {session.by.worker}"
+        kept = session.kept = Keeping(whose)
         self._by_name[kept.name] = session
         return m.Kept(kept.name, self.seconds, self.epoch, kept.new_secret())
 
@@ -119,6 +122,10 @@ class KeptSessions:
             session.kept.give_up()
             self._by_name.pop(session.kept.name, None)
             self._away.pop(session.kept.name, None)
+
+    def has(self, session: Session) -> bool:
+        """Returns whether a session may go on still."""
+        return session.kept is not None and session.kept.name in self._by_name
 
     def away(self) -> Iterator[Session]:
         """Returns the sessions that have no connection."""

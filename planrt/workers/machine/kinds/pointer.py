@@ -21,6 +21,11 @@ class PeerRef:
     id: int
     """The object's id there."""
 
+    @property
+    def plain(self) -> m.PeerAddress:
+        """The other worker, whoever reaches it there."""
+        return m.PeerAddress(self.peer.worker, self.peer.address)
+
 
 class PointerKind(ObjectKind[PeerRef]):
     """Pointers. The other worker keeps what one points to for as long as it is here, and it goes with its session."""
@@ -41,7 +46,7 @@ class PointerKind(ObjectKind[PeerRef]):
     def listed(self, id: int, stored: StoredObject) -> m.ListedItem:
         """Returns where it points to, with its tags."""
         ref: PeerRef = stored.value
-        return m.ListedItem(id, self.name, None, list(stored.tags), stored.description, ref.peer, ref.id)
+        return m.ListedItem(id, self.name, None, list(stored.tags), stored.description, ref.plain, ref.id)
 
     def fetch(
         self, session: Session, id: int, stored: StoredObject, label: Label, memory: MemoryLabels
@@ -50,4 +55,4 @@ class PointerKind(ObjectKind[PeerRef]):
         ref: PeerRef = stored.value
         token = secrets.token_hex(16)
         yield from ask(ref.peer, m.HandOver([ref.id], token))
-        return m.FetchedPointer(ref.peer, ref.id, token), ()
+        return m.FetchedPointer(ref.plain, ref.id, token), ()

@@ -12,15 +12,16 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
-from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError, PlanrtError
+from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError, OptionError, PlanrtError
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.sessions import Session
 from planrt.workers.serving.audit_file import AuditError, AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation.board import Board
@@ -28,9 +29,12 @@ from planrt.workers.serving.isolation.messages import give
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.transport.passing import Passed
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.proofs import Verifier
 
 log = get_logger("planrt.worker")
 
+_TICKETS: Final = 4096
+"""Tickets that the sessions of one process may have."""
 _DIALS: Final = 16
 """Connections that one process may have under way to other workers."""
 
@@ -67,6 +71,24 @@ class Process:
     leaving: bool = False
     """Whether it ends because it was told to."""
     hearing: asyncio.Task[None] | None = None
+    giver: Session = field(init=False)
+    """Who has given the tickets of all its sessions, for who is shown them."""
+
+    def __post_init__(self) -> None:
+        self.giver = Session(f"process {self.number}", self.user)
+
+
+class Tickets(Protocol):
+    """The list of the tickets that processes give: a `WorkerState` has it."""
+
+    def note_ticket(self, client: Session, id: str, verifier: Verifier, asked: m.Delegate) -> None:
+        """Takes note of one, that a process gave in whose place `client` stands."""
+
+    def tickets_of(self, client: Session) -> int:
+        """Returns how many it gave."""
+
+    def forget_tickets(self, client: Session, id: str = "") -> None:
+        """Forgets one of them, or all."""
 
 
 class Answers:
@@ -80,6 +102,7 @@ class Answers:
         dialling: Dialling,
         audit: AuditFile | None,
         approvals: Approvals | None,
+        tickets: Tickets,
         opened: Callable[[Process, str], None],
         idle: Callable[[Process], None],
         *,
@@ -87,7 +110,7 @@ class Answers:
         access: Access | None = None,
     ) -> None:
         self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
-        self.audit, self._approvals = audit, approvals
+        self.audit, self._approvals, self._tickets = audit, approvals, tickets
         self._opened, self._idle = opened, idle
         self._others, self._access = others, access or Access()
         self.board = Board()
@@ -120,6 +143,17 @@ class Answers:
                             plan, data, asking=asking, most=None if most is None else int(most)
                         )
                     )
+                case ["ticket", str(id), str(checks), said] if process.user is not None:
+                    if self._tickets.tickets_of(process.giver) >= _TICKETS:
+                        return (
+                            False,
+                            f"a user has {_TICKETS} tickets at the most: close sessions that gave some",
+                        )
+                    asked = msgspec.convert(said, m.Delegate)
+                    self._tickets.note_ticket(process.giver, id, Verifier.parse(checks), asked)
+                    return True, None
+                case ["ticket_over", str(id)]:
+                    self._tickets.forget_tickets(process.giver, id)
                 case ["dial", int(key), str(worker), str(address)]:
                     if address in process.told:
                         self._join(process, key, address)
@@ -151,7 +185,7 @@ class Answers:
                     self._idle(process)
         except LocalError as error:
             return False, str(error)
-        except (TypeError, ValueError, msgspec.ValidationError) as error:
+        except (TypeError, ValueError, OptionError, msgspec.ValidationError) as error:
             log.error("process_said_nonsense", worker=self._worker_id, whose=process.key, error=str(error))
             return False, "no such call"
         return None
@@ -178,6 +212,10 @@ class Answers:
                 give(process.gifts, ["dialled", key, "", "", None, b""], [near.fileno()])
             except (OSError, IsolationError):
                 self._answer_dial(process, key, "that process takes no more connections", None)
+
+    def over(self, process: Process) -> None:
+        """Forgets what a process that has ended has given."""
+        self._tickets.forget_tickets(process.giver)
 
     async def _write_events(self, process: Process, events: list[Any]) -> tuple[bool, Any]:
         if self.audit is None:

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import msgspec
+
 from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError
 from planrt.logs import get_logger
 from planrt.loop import new_event_loop
@@ -36,7 +38,8 @@ from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.transport.taken import taken_up
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.channel import Channel
+from planrt.workers.wire.channel import Channel, Shown
+from planrt.workers.wire.proofs import TicketProof, Verifier
 
 log = get_logger("planrt.worker")
 
@@ -195,12 +198,36 @@ class _Reaching:
     def __init__(self, dialling: Dialling, dial: Callable[[str, m.PeerAddress], Awaitable[Pipe]]) -> None:
         self._dialling, self._dial = dialling, dial
 
-    async def connect(self, worker_id: str, peer: m.PeerAddress, limits: Limits) -> Connection:
+    async def connect(
+        self, worker_id: str, peer: m.PeerAddress, limits: Limits, ticket: TicketProof | None = None
+    ) -> Connection:
         """See `Dialling.connect`."""
         if not peer.address.startswith(PROCESS):
-            return await self._dialling.connect(worker_id, peer, limits)
+            return await self._dialling.connect(worker_id, peer, limits, ticket)
         pipe = await self._dial(worker_id, peer)
         return await Connection.open(pipe, worker_id, timeout=LINK_TIMEOUT, limits=limits)
+
+
+class RelayedTickets:
+    """The tickets that sessions here give, for the worker's own process, which is shown them."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def given(self, id: str, verifier: Verifier, asked: m.Delegate) -> None:
+        """Has note taken of a ticket.
+
+        Raises:
+            LocalError: it cannot be.
+        """
+        try:
+            self._calls.ask("ticket", id, str(verifier), msgspec.to_builtins(asked))
+        except IsolationError as error:
+            raise LocalError(str(error)) from None
+
+    def over(self, id: str) -> None:
+        """Has a ticket forgotten."""
+        self._calls.tell("ticket_over", id)
 
 
 class _Host(WorkerHost):
@@ -235,7 +262,10 @@ class _Serving:
         state = work.state
         audit = RelayedAudit(calls) if work.audited else None
         state.serve_alone(
-            audit, RelayedApprovals(calls) if work.asks else None, RelayedBoard(state.id, calls)
+            audit,
+            RelayedApprovals(calls) if work.asks else None,
+            RelayedBoard(state.id, calls),
+            RelayedTickets(calls),
         )
         work.dialling.opened_by = self._dial
         self._compute = ComputeThread(f"planrt-{state.id}", threads=work.threads)
@@ -290,12 +320,13 @@ class _Serving:
                 self._stop.set()
 
     async def _serve_one(self, gift: list[Any], file: int) -> None:
-        _, number, id, address, host, user, proof, hello, read = gift
+        _, number, id, address, host, user, proof, hello, read, shown = gift
+        channel = Channel(host, None, user, proof=proof, shown=None if shown is None else Shown(*shown))
         given = socket.socket(fileno=file)
         try:
             first = m.Envelope(id, m.from_wire(hello).body)
             pipe = await taken_up(
-                given, read, address=address, limits=self._work.limits, channel=Channel(host, None, user, proof),
+                given, read, address=address, limits=self._work.limits, channel=channel,
                 first=first, sending=self._slot.sending,
             )  # fmt: skip
             await self._host.serve(pipe, number)

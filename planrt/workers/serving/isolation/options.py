@@ -134,4 +134,5 @@ class Isolating:
             approvals=approvals,
             access=state.access,
             knows=state.knows,
+            tickets=state,
         )

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any, Final, Protocol
 
 from planrt.errors import HandshakeError, IsolationError
@@ -26,7 +27,7 @@ from planrt.workers.machine.events import HandOn
 from planrt.workers.machine.handshakes import REVOKED
 from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
-from planrt.workers.serving.isolation.answering import Answers, Process
+from planrt.workers.serving.isolation.answering import Answers, Process, Tickets
 from planrt.workers.serving.isolation.messages import gift_sockets, give, hear, take
 from planrt.workers.serving.isolation.watching import SLOTS, Slot
 from planrt.workers.transport.passing import Passed
@@ -66,6 +67,7 @@ class Isolation:
         kernel_timeout: seconds that one op may take, inf for as long as it likes.
         audit, approvals, dialling: the owner's log, the owner's decisions, and how other workers are reached.
         access: which user may do what. knows: whether the token of that id is still a user's.
+        tickets: takes note of tickets, which are proved to this process.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Isolation:
         dialling: Dialling,
         audit: AuditFile | None,
         approvals: Approvals | None,
+        tickets: Tickets,
         access: Access | None = None,
         knows: Callable[[str], bool] = lambda token: True,
     ) -> None:
@@ -87,7 +90,7 @@ class Isolation:
         self._kernel_timeout, self._audit = kernel_timeout, audit
         self._processes: dict[int, Process] = {}
         self._answers = Answers(
-            worker_id, limits, dialling, audit, approvals, self._opened, self._dismiss,
+            worker_id, limits, dialling, audit, approvals, tickets, self._opened, self._dismiss,
             others=lambda: self._processes, access=access,
         )  # fmt: skip
         self._numbers = 0
@@ -134,7 +137,7 @@ class Isolation:
             hello = m.to_wire(m.Envelope(asked.id, asked.hello))
             gift = [
                 "connection", asked.connection, asked.id, pipe.address, pipe.channel.host, asked.user, asked.proof,
-                hello, passed.read,
+                hello, passed.read, None if asked.shown is None else list(astuple(asked.shown)),
             ]  # fmt: skip
             why: str | None = "the process for its user's work takes no more connections"
             if await self._give(process, gift, passed.give.fileno()):
@@ -316,6 +319,7 @@ class Isolation:
         if self._stopping and not self._processes:
             self._none_left.set()
         self._answers.board.over(process.number)
+        self._answers.over(process)
         if self._by_key.get(process.key) is process:
             del self._by_key[process.key]
         for name in process.names:

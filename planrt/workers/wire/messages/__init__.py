@@ -12,6 +12,10 @@ from typing import Any
 import msgspec
 
 from planrt.errors import WireError
+from planrt.workers.wire.messages.delegation import ActFor as ActFor
+from planrt.workers.wire.messages.delegation import Delegate as Delegate
+from planrt.workers.wire.messages.delegation import For as For
+from planrt.workers.wire.messages.delegation import Ticket as Ticket
 from planrt.workers.wire.messages.fields import Count as Count
 from planrt.workers.wire.messages.fields import CountOrAll as CountOrAll
 from planrt.workers.wire.messages.fields import Hash as Hash
@@ -96,6 +100,7 @@ from planrt.workers.wire.messages.sessions import AskStatus as AskStatus
 from planrt.workers.wire.messages.sessions import Bye as Bye
 from planrt.workers.wire.messages.sessions import Challenge as Challenge
 from planrt.workers.wire.messages.sessions import DatasetInfo as DatasetInfo
+from planrt.workers.wire.messages.sessions import Dials as Dials
 from planrt.workers.wire.messages.sessions import Done as Done
 from planrt.workers.wire.messages.sessions import Failure as Failure
 from planrt.workers.wire.messages.sessions import Hello as Hello
@@ -147,6 +152,7 @@ Body = (
     | Put | Post | Call | Made | Fetch | Fetched | Backward | Resume | Gradients | Describe | Search | Found
     | Remove | ListObjects | Listed | Clear | CountObjects | Counted
     | PutPointer | FetchedPointer | Move | HandOver | Claim | Lend | Lent
+    | Delegate | Ticket | ActFor
     | StorePlan | ReadPlan | FetchedPlan
     | StoreProtocol | FetchedProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun | RunStates
     | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | Needs | Corrections | FailGroup

@@ -21,6 +21,13 @@ Secret = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 """32 random bytes."""
 
 
+class Dials(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The proofs that a worker shows of itself when it dials another one for its clients."""
+
+    token: bool = False
+    certificate: bool = False
+
+
 class Versions(msgspec.Struct, frozen=True):
     """The versions that each side runs and the limits that it accepts; exchanged in the handshake."""
 
@@ -39,6 +46,10 @@ class Versions(msgspec.Struct, frozen=True):
     """Whether its sessions outlive their connections: see `Kept`."""
     tells_status: bool = False
     """Of a worker: whether it answers `AskStatus`."""
+    tickets: bool = False
+    """Of a worker: whether it gives this session tickets (`Delegate`), so that another worker can act in its name."""
+    dials: Dials | None = None
+    """Of a worker: what it shows to others that it dials; None where it takes no tickets (`ActFor`)."""
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
@@ -92,18 +103,22 @@ class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """Of a worker that acts for clients of its own: it may come in, and has no more rights than nobody."""
     resume: Resumption | None = None
     """The session that is to go on; the proof must be that of its user."""
+    ticket: Proof = ""
+    """The first message of the proof of a ticket: the session is in the name of the client that it was given to."""
 
 
-class Prove(Message, frozen=True, tag="prove"):
+class Prove(Message, frozen=True, tag="prove", omit_defaults=True):
     """Answers a Challenge. No tensors. Answered by Welcome."""
 
     proof: Proof
+    ticket: Proof = ""
 
 
-class Challenge(Message, frozen=True, tag="challenge"):
+class Challenge(Message, frozen=True, tag="challenge", omit_defaults=True):
     """The session opens when this is answered with a Prove. No tensors."""
 
     proof: Proof
+    ticket: Proof = ""
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
@@ -116,6 +131,8 @@ class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
     """The worker's own proof, where its client gave one."""
     kept: Kept | None = None
     """None where the session ends with its connection."""
+    ticket: Proof = ""
+    """The worker's proof that it knows the ticket, where one was shown."""
 
 
 class Ack(Message, frozen=True, tag="ack"):
@@ -173,7 +190,9 @@ class WorkerStatus(Message, frozen=True, tag="worker_status"):
     """Requests under way, which wait for other workers or parties."""
 
 
-def own_versions(limits: Limits | None = None, *, resumes: bool = False) -> Versions:
+def own_versions(
+    limits: Limits | None = None, *, resumes: bool = False, dials: Dials | None = None
+) -> Versions:
     """Returns the versions that this side runs, and the limits that it accepts."""
     accepted = limits or Limits()
     return Versions(
@@ -186,4 +205,5 @@ def own_versions(limits: Limits | None = None, *, resumes: bool = False) -> Vers
         halts=True,
         resumes=resumes,
         tells_status=True,
+        dials=dials,
     )
