@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import OptionError, PlanrtError, QuorumError
+from planrt.errors import OptionError, PlanrtError, QuorumError, RunFolderError
 from planrt.fl.asking import Asking
 from planrt.fl.attendance import WORKERS_OWN, below_quorum, looks, why_missing
 from planrt.fl.averaging import Aggregation, FederatedAveraging, check_aggregation
@@ -271,7 +271,8 @@ class RoundScheduler:
 
         Raises:
             UnknownDatasetError, TraceError: see `TrainConfig`. OptionError: the workers' data differ in
-                shape. QuorumError, WorkerLostError, RemoteError: as `run_round`.
+                shape. QuorumError, WorkerLostError, RemoteError: as `run_round`. RunFolderError: the folder has another
+                run, and is let go of.
         """
         infos = [dataset_of(worker, self.dataset_key) for worker in self.workers]
         specs = {str((info.data, info.target)) for info in infos}
@@ -283,7 +284,11 @@ class RoundScheduler:
         begins = self._written is not None and self._written.state is None
         if self._written is not None and begins:
             data = {worker.id: info for worker, info in zip(self.workers, infos, strict=True)}
-            await self._begin(self._written, plan.hash, data)
+            try:
+                await self._begin(self._written, plan.hash, data)
+            except RunFolderError:
+                self._written.record.folder.close()
+                raise
         self._asking.attendance.like = looks(infos[0])
         deadline = Deadline(self.round_timeout)
         present, missing = await self._asking.present("preparing", deadline)

@@ -443,9 +443,8 @@ def test_the_run_of_another_model_seed_data_set_or_rule_is_refused_by_name(worke
 
     def refused(words, job=None, chosen=None, **options):
         scheduler = RoundScheduler.resume(tmp_path, chosen or workers, job or config(), **options)
-        with pytest.raises(RunFolderError, match=words):
+        with pytest.raises(RunFolderError, match=words):  # and lets go of the folder
             asyncio.run(scheduler.prepare())
-        killed(scheduler)
 
     refused("of another run: its model, loss or shapes are not these", small())
     refused("its batch_size is 8, not 4", config(batch_size=4))
@@ -467,7 +466,7 @@ def test_two_coordinators_cannot_have_one_folder(workers, tmp_path):
     with pytest.raises(RunFolderError, match="has a run already, of 1 rounds: go on with it"):
         fresh(workers, tmp_path)
     first = RoundScheduler.resume(tmp_path, workers, config())
-    with pytest.raises(RunFolderError, match="in use"):
+    with pytest.raises(RunFolderError, match=r"in use .*: await close\(\) of the scheduler that has it here"):
         RoundScheduler.resume(tmp_path, workers, config())
     asyncio.run(go(first, 2))
 

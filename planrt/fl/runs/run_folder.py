@@ -219,9 +219,14 @@ def _hold(descriptor: int, folder: Path) -> None:
         raise RunFolderError(
             f"the run folder {folder} is in use by another coordinator"
             + (f" ({who})" if who.isprintable() and who else "")
+            + (": await close() of the scheduler that has it here" if who.startswith(_here()) else "")
         ) from None
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time_now()}".encode())
+    os.write(descriptor, f"{_here()}, since {time_now()}".encode())
+
+
+def _here() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _flock(descriptor: int) -> None:
