@@ -3,8 +3,8 @@
 While a command only starts, there is nothing to put in order, and the system ends it (`in_a_command`, `at_once`). From
 there on `in_order` has it clean up: the first signal raises KeyboardInterrupt or SystemExit where the command is (or
 cancels its task, under `run_until_stopped`), and a thread ends the process if it is still there `GRACE` seconds later.
-A second signal ends it at once. Before `planrt` is imported nothing here can hear of a signal: in the first moments of the
-interpreter itself (some 20 ms) Ctrl-C shows Python's own traceback.
+A second signal ends it at once. Before `planrt` is imported nothing here can hear of a signal: while the interpreter
+itself starts (some 20 ms), Ctrl-C shows Python's own traceback.
 """
 
 from __future__ import annotations

@@ -109,9 +109,13 @@ def test_on_both_transports_and_in_the_same_session(make_worker, tmp_path):
 
 @pytest.mark.parametrize(("every", "next_round"), [(1, 4), (2, 3), (3, 4), (0, 1)])
 def test_with_fewer_checkpoints_more_rounds_are_made_again(tmp_path, every, next_round):
+    async def three(first):
+        await go(first, 3, close=False)
+        await first.settled()  # a checkpoint is written while the run goes on
+
     with virtual() as workers:
         first = fresh(workers, tmp_path, checkpoint_every=every)
-        asyncio.run(go(first, 3, close=False))
+        asyncio.run(three(first))
         killed(first)
     with virtual() as workers:
         again = RoundScheduler.resume(tmp_path, workers, config())

@@ -350,6 +350,23 @@ def test_two_checkpoints_are_kept(workers, tmp_path):
     assert not list(tmp_path.glob(".*tmp"))
 
 
+def test_a_checkpoint_in_the_place_of_another_is_left_out(workers, tmp_path, caplog):
+    """Two that are whole, of the same model: only what they say of themselves tells them apart."""
+    whole = asyncio.run(go(fresh(workers)))
+    one, two = half_a_run(workers, tmp_path / "a")
+    two.write_bytes(one.read_bytes())
+    again = RoundScheduler.resume(tmp_path / "a", workers, config())
+    assert again.next_round == 2
+    assert any(record.getMessage() == "checkpoint_left_out" for record in caplog.records)
+    assert same(asyncio.run(go(again)), whole)
+    for foreign, own in zip(
+        half_a_run(workers, tmp_path / "b"), half_a_run(workers, tmp_path / "c"), strict=True
+    ):
+        own.write_bytes(foreign.read_bytes())
+    with pytest.raises(RunFolderError, match=r"no checkpoint .* can be used: .*000002.run is of another run"):
+        RoundScheduler.resume(tmp_path / "c", workers, config())
+
+
 @pytest.mark.parametrize("damage", ["torn", "one bit", "empty", "not one of ours", "longer"])
 def test_a_damaged_checkpoint_leaves_the_one_before(workers, tmp_path, damage, caplog):
     whole = asyncio.run(go(fresh(workers)))

@@ -47,6 +47,8 @@ class Journal:
         self.finished = False
         self.failed = ""
         """Why the last round failed, if it did."""
+        self.run = ""
+        """What no other run has: the digest of the first line."""
         self.head, self.size, self.broken = FIRST, 0, ""
         if self.path.is_file():
             self._read()
@@ -67,6 +69,7 @@ class Journal:
                 self.broken = str(error)
                 return
             self.head, self.size = link.hash, self.size + len(lines[link.number - 1])
+            self.run = self.run or link.hash
             self._take(link.values)
 
     def _take(self, values: dict[str, Any]) -> None:
@@ -154,6 +157,7 @@ class RunFolder:
         except OSError as error:
             raise no_room(path, error) from error
         self._head = head
+        self.journal.run = self.journal.run or head
 
     # ------------------------------------------------------------------------------------ checkpoints
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ class RunRecord:
         bad = []
         for number, path in self.folder.checkpoints():
             try:
-                self.restored = read_checkpoint(path)
+                self.restored = self._own(number, path)
             except RunFolderError as error:
                 if "newer planrt" in str(error):
                     raise
@@ -101,6 +102,14 @@ class RunRecord:
             return
         if bad:
             raise RunFolderError(f"no checkpoint of {self.path} can be used: {'; '.join(bad)}")
+
+    def _own(self, number: int, path: Path) -> Checkpoint:
+        checkpoint = read_checkpoint(path)
+        if checkpoint.facts.get("run") != self.folder.journal.run:
+            raise RunFolderError(f"{path} is of another run")
+        if checkpoint.facts.get("round") != number:
+            raise RunFolderError(f"{path} is of round {checkpoint.facts.get('round')}, not {number}")
+        return checkpoint
 
     def begin(self, identity: Mapping[str, Any], settings: Mapping[str, Any], *, fewer: bool = False) -> None:
         """Begins the run, or goes on with one that must be the same.
@@ -117,7 +126,8 @@ class RunRecord:
             check_identity(self.path, self.began.get("identity", {}), plain, fewer=fewer)
             self.folder.write_down("resumed", round=self.next_round, settings=dict(settings))
             return
-        self.folder.write_down("began", version=VERSION, identity=plain, settings=dict(settings))
+        drawn = secrets.token_hex(16)  # so that no two runs have the same first line
+        self.folder.write_down("began", version=VERSION, id=drawn, identity=plain, settings=dict(settings))
         self.folder.journal.began = {"identity": plain, "settings": dict(settings)}
 
     # ------------------------------------------------------------------------------------------ saving
@@ -148,7 +158,8 @@ class RunRecord:
         kept = {
             name: tensor.detach().clone() if small else tensor.detach() for name, tensor in tensors.items()
         }
-        whole = Checkpoint({**facts, "round": number, "random": random_state()}, kept) if checkpoint else None
+        own = {"run": self.folder.journal.run, "round": number, "random": random_state()}
+        whole = Checkpoint({**facts, **own}, kept) if checkpoint else None
         self._saving = asyncio.create_task(asyncio.to_thread(self._write, number, dict(line), whole))
         if checkpoint:
             self._saved = number

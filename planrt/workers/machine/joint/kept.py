@@ -77,6 +77,10 @@ class KeptRun:
                 f"{self.whose} has kept {self.name!r} of a run with other terms: open it with the same ones, or under "
                 "another name"
             )
+        if found.facts.get("epochs") != epoch:
+            raise JointError(
+                f"what {self.whose} has kept of {self.name!r} after {epoch} epochs is of another time: begin a new run"
+            )
         if found.facts.get("table") != self.table:
             raise JointError(
                 f"the table at {self.whose} is not the one that {self.name!r} began with: begin a new run"
