@@ -74,6 +74,13 @@ def bilinear_value(name: str, left: torch.Tensor, right: torch.Tensor, options: 
     return bilinear(lambda a, b: sums.function(a, b, **chosen), left, right, terms)
 
 
+def plain_value(name: str, left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Returns the product `name` of two tensors that all know: of fractions as float64."""
+    if left.is_floating_point() or right.is_floating_point():
+        left, right = left.double(), right.double()
+    return left * right if name == "mul" else _SUMS[name].function(left, right, **options)
+
+
 def bilinear_sum(
     name: str,
     first: tuple[torch.Tensor, torch.Tensor],

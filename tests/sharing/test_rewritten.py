@@ -1,5 +1,7 @@
 """Operations that are written with others, by their names in torch: values and gradients as on plain tensors."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -142,6 +144,63 @@ def test_modules(name, grad):
         found = found[0] if isinstance(found, tuple) else found
     assert found.requires_grad == grad
     assert (found.get() - expected).abs().max() <= 400 * UNIT
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_moves_its_statistics_as_on_plain_tensors(momentum):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3, momentum=momentum), nn.ReLU(), nn.Flatten())
+    session = InProcessSession(2, seeds=[bytes([1] * 16), bytes([2] * 16)], own_seed=bytes(16))
+    shared = share_module(session, copy.deepcopy(plain))
+    for step in range(3):
+        images = random(2, 4, 6, 6, seed=step) * 2
+        expected, found = plain(images), shared(share(session, images))
+        (expected**2).mean().backward()
+        (found**2).mean().backward()
+        assert (found.get() - expected).abs().max() <= 60 * UNIT
+    for one, other in zip(plain.parameters(), shared.parameters(), strict=True):  # sums of three gradients
+        assert (other.grad.get() - one.grad).abs().max() <= 120 * UNIT
+    for name, kept in plain[1].named_buffers():
+        there = getattr(shared[1], name)
+        assert (((there.get() if kept.is_floating_point() else there) - kept).abs() <= 10 * UNIT).all(), name
+    expected, found = plain.eval()(images), shared.eval()(share(session, images))
+    assert (found.get() - expected).abs().max() <= 60 * UNIT
+
+
+def test_batch_norm_tells_no_statistics_of_what_is_shared():
+    layer = nn.BatchNorm1d(3)
+    with pytest.raises(SharingError, match=r"batch_norm: .*share the module as well.*model.eval"):
+        layer(share(InProcessSession(2), random(4, 3)))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.squeeze_(), lambda x: x.unsqueeze_(0), lambda x: x.transpose_(0, 2)]
+)
+def test_shapes_that_change_in_place(change):
+    values = random(1, 3, 2)
+    x = share(InProcessSession(2), values)
+    before = x[0, 1]
+    expected = change(values.clone())
+    assert change(x) is x
+    x.mul_(2)
+    assert (x.get() - 2 * expected).abs().max() <= 2 * UNIT
+    assert (before.get() - 2 * values[0, 1]).abs().max() <= 2 * UNIT
+
+
+def test_masks_of_attention_modules():
+    torch.manual_seed(0)
+    module, x = nn.MultiheadAttention(8, 2), random(3, 2, 8)
+    padding = torch.tensor([[False, False, True], [False, True, True]])
+    causal = torch.ones(3, 3).triu(1).bool()
+    expected, weights = module(x, x, x, key_padding_mask=padding, attn_mask=causal)
+    session = InProcessSession(2)
+    hidden = share(session, x)
+    found, told = share_module(session, module)(
+        hidden, hidden, hidden, key_padding_mask=padding, attn_mask=causal
+    )
+    assert (found.get() - expected).abs().max() <= 60 * UNIT
+    assert (told.get() - weights).abs().max() <= 60 * UNIT
 
 
 def test_digits_of_whole_numbers_are_not_shared():

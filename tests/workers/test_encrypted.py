@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import planrt as sy
-from planrt.errors import LocalError, OptionError, PointerError, SharingError, ValueRangeError
+from planrt.errors import (
+    LocalError,
+    MixedLocationsError,
+    OptionError,
+    PointerError,
+    SharingError,
+    ValueRangeError,
+)
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
 from planrt.sharing.tensors.shared import SharedTensor
 
@@ -203,6 +210,62 @@ def test_sums_of_what_workers_hold(workers):
 def test_what_is_refused(workers, call, kind, message):
     with pytest.raises(kind, match=message):
         call(torch.tensor([1.5]), *workers)
+
+
+@sy.func2plan(args_shape=[(2, 3), (2, 3)])
+def product(x, y):
+    return x * y
+
+
+def test_a_pointer_and_a_tensor_in_shares_do_not_go_together(workers):
+    bob, alice, _, james = workers
+    x = torch.ones(2, 3)
+    pointer, shared = x.send(bob), x.fix_precision().share(bob, alice, crypto_provider=james)
+    calls = [
+        lambda: shared + pointer,
+        lambda: pointer + shared,
+        lambda: torch.cat([shared, pointer]),
+        lambda: F.mse_loss(pointer, shared),
+        lambda: nn.Linear(3, 1).send(bob)(shared),
+        lambda: nn.Linear(3, 1).fix_precision().share(bob, alice, crypto_provider=james)(pointer),
+    ]
+    for call in calls:
+        with pytest.raises(MixedLocationsError, match=r"shares.*pointer\.fix_precision\(\)\.share"):
+            call()
+    for call in (lambda: product(shared, pointer), lambda: product(pointer, shared)):
+        with pytest.raises(MixedLocationsError, match="worker 'bob'"):
+            call()
+    assert (shared * pointer.fix_precision().share(bob, alice, crypto_provider=james).get()).get().sum() == 6
+
+
+def test_plans_on_shares_that_do_not_go_together(workers):
+    bob, alice, bill, james = workers
+    x = torch.ones(2, 3)
+    shared = x.fix_precision().share(bob, alice, crypto_provider=james)
+    others = {
+        "different parties": x.fix_precision().share(bob, bill, crypto_provider=james),
+        "the providers james and bill": x.fix_precision().share(bob, alice, crypto_provider=bill),
+        "different precisions": x.fix_precision(precision_fractional=4).share(
+            bob, alice, crypto_provider=james
+        ),
+    }
+    for message, other in others.items():
+        with pytest.raises(LocalError, match=message):
+            product(shared, other)
+    assert torch.equal(product(shared, x).get(), x)  # what all know goes with shares
+    assert torch.equal(product(x, shared).get(), x)
+
+
+def test_a_module_and_its_input_of_which_one_is_in_shares(workers):
+    bob, alice, _, james = workers
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 1), torch.ones(2, 3)
+    expected = model(x)
+    assert (
+        model(x.fix_precision().share(bob, alice, crypto_provider=james)).get() - expected
+    ).abs().max() < 0.01
+    shared = model.fix_precision().share(bob, alice, crypto_provider=james)
+    assert (shared(x).get() - expected).abs().max() < 0.01
 
 
 def test_shares_that_do_not_go_together(workers):

@@ -16,8 +16,18 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing import curves, roots
 from planrt.sharing.additive import add_public
-from planrt.sharing.bilinear import bilinear_value
-from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, fractional, masked, reduced
+from planrt.sharing.bilinear import bilinear_value, plain_value
+from planrt.sharing.kernels.parts import (
+    Context,
+    Public,
+    Share,
+    Value,
+    aligned,
+    at,
+    fractional,
+    masked,
+    reduced,
+)
 from planrt.sharing.masked import mask
 from planrt.sharing.products import bit_times, product
 from planrt.sharing.quotients import divide
@@ -50,7 +60,7 @@ def local(function: Callable[..., Any]) -> Kernel:
 def linear(function: Callable[..., torch.Tensor]) -> One:
     """Returns the kernel of a function that moves, drops or adds up elements: each party does it to its part."""
 
-    def kernel(context: Context, value: Share, *args: Any, **kwargs: Any) -> Protocol[Share]:
+    def kernel(context: Context, value: Share, *args: Public, **kwargs: Public) -> Protocol[Share]:
         yield from ()
         return Share(function(value.part, *args, **kwargs), value.scale)
 
@@ -140,6 +150,9 @@ def any_product(
     if isinstance(left, Share) and isinstance(right, Share):
         x, y = yield from masked(context, left, right)
         return Share(product(context.party, function, x, y, **options), left.scale * right.scale)
+    if not isinstance(left, Share) and not isinstance(right, Share):
+        left, right = torch.as_tensor(left), torch.as_tensor(right)
+        return context.share_of(plain_value(function, left, right, **options))
     share, known = (left, right) if isinstance(left, Share) else (right, left)
     values = torch.as_tensor(known)
     if needs_fractions(values):

@@ -45,7 +45,8 @@ def _threshold_backward(
     context: Context, gradient: Share, result: Share, threshold: float
 ) -> Protocol[Share]:
     if threshold != 0:
-        raise SharingError("of thresholds, only relu's is differentiated on shares")
+        above = yield from greater(context, result, threshold)
+        return (yield from where(context, above, gradient, 0))
     positive = result.positive
     if positive is None:
         (opened,) = yield from masked(context, result)
@@ -69,6 +70,8 @@ def _tanh_backward(context: Context, gradient: Share, result: Share) -> Protocol
 
 
 def _softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
+    if not value.part.dim():
+        return context.share_of(torch.ones(()))
     (value,) = yield from fractional(context, value)
     return Share((yield from networks.softmax(context.party, value.part, dim, context.scale)), context.scale)
 
@@ -82,6 +85,8 @@ def _softmax_backward(
 
 
 def _log_softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
+    if not value.part.dim():
+        return context.share_of(torch.zeros(()))
     (value,) = yield from fractional(context, value)
     found = yield from networks.log_softmax(context.party, value.part, dim, context.scale)
     return Share(found, context.scale)
@@ -126,6 +131,8 @@ def _convolution(
     function = f"conv{len(stride)}d"
     if transposed:  # the gradient, by its value, of a convolution that makes values of this size
         function = "conv_input"
+        if any(more >= step for more, step in zip(output_padding, stride, strict=True)):
+            raise SharingError("transposed convolutions of shares have an output_padding below the stride")
         options["size"] = _transposed_size(value, weight, stride, padding, dilation, output_padding, groups)
     result = yield from any_product(context, function, value, weight, **options)
     if bias is None:
@@ -203,6 +210,10 @@ def _hardtanh_backward(
 
 
 def _softplus(context: Context, value: Share, beta: float = 1, threshold: float = 20) -> Protocol[Share]:
+    if threshold < 12:  # above it torch returns x, which elsewhere is the same within a unit
+        bent = yield from _softplus(context, value, beta)
+        above = yield from greater(context, value, threshold / beta)
+        return (yield from where(context, above, value, bent))
     if beta == 1:
         return (yield from curve_kernel("softplus")(context, value))
     found = yield from curve_kernel("softplus")(context, (yield from multiply(context, value, beta)))
@@ -213,6 +224,9 @@ def _softplus_backward(
     context: Context, gradient: Share, value: Share, beta: float, threshold: float
 ) -> Protocol[Share]:
     slope = yield from curve_kernel("sigmoid")(context, (yield from multiply(context, value, beta)))
+    if threshold < 12:
+        above = yield from greater(context, value, threshold / beta)
+        slope = yield from where(context, above, 1, slope)
     return (yield from multiply(context, gradient, slope))
 
 
@@ -273,6 +287,8 @@ def _inverse_root(context: Context, spread: Share, eps: float) -> Protocol[Share
 def _layer_norm(
     context: Context, value: Share, shape: Sequence[int], weight: Value | None, bias: Value | None, eps: float
 ) -> Protocol[tuple[Share, Share, Share]]:
+    if eps < 0:
+        raise SharingError(f"layer norm of shares adds eps to the variance, which is not below 0: not {eps}")
     dims = list(range(value.part.dim() - len(shape), value.part.dim()))
     found, mean, inverse = yield from normalised(context, value, dims, eps)
     return (yield from _stretched(context, found, weight, bias)), mean, inverse
@@ -335,11 +351,6 @@ def _batch_norm(
             Share(own_mean.part.reshape(-1), own_mean.scale),
             Share(own_inverse.part.reshape(-1), own_inverse.scale),
         )
-    if training:
-        raise SharingError(
-            "batch norm of shares is for evaluation, with the statistics that it has: call model.eval() first, or use "
-            "LayerNorm"
-        )
     centred = yield from subtract(context, value, _shaped(mean, line))
     inverse = yield from _statistic(context, spread, eps)
     found = yield from multiply(context, centred, _shaped(inverse, line))
@@ -347,7 +358,7 @@ def _batch_norm(
         found = yield from multiply(context, found, _shaped(weight, line))
     if bias is not None:
         found = yield from add(context, found, _shaped(bias, line))
-    nothing = context.share_of(torch.zeros(value.shape[1]))
+    nothing = context.share_of(torch.zeros(0))
     return found, nothing, nothing
 
 
@@ -368,7 +379,7 @@ def _batch_norm_backward(
 ) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
     line = (1, -1, *[1] * (value.part.dim() - 2))
     outer = [0, *range(2, value.part.dim())]
-    if mean is None or spread is None:
+    if training or mean is None or spread is None:
         return (
             yield from _own_norm_backward(
                 context,
@@ -380,8 +391,6 @@ def _batch_norm_backward(
                 wanted,
             )
         )
-    if training:
-        raise SharingError("batch norm of shares is for evaluation: call model.eval() first")
     inverse = _shaped((yield from _statistic(context, spread, eps)), line)
     to_value = to_weight = to_bias = None
     if wanted[0]:

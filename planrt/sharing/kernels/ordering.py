@@ -126,7 +126,9 @@ def where(context: Context, condition: Value, first: Value, second: Value) -> Pr
     if not isinstance(condition, Share):
         first, second = context.share_of(first), context.share_of(second)
         scale = yield from aligned(context, first, second)
-        return Share(torch.where(condition.bool(), at(first, scale), at(second, scale)), scale)
+        return Share(
+            torch.where(torch.as_tensor(condition).bool(), at(first, scale), at(second, scale)), scale
+        )
     bit = yield from bit_of(context, condition)
     if not isinstance(first, Share) and not isinstance(second, Share):
         difference = torch.as_tensor(first).double() - torch.as_tensor(second).double()
@@ -206,7 +208,9 @@ def _everywhere(answer: int) -> One:
 
 def _at_end(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """The dimensions `dims` as one, at the end."""
-    chosen = sorted(dim % max(value.dim(), 1) for dim in dims) if dims else list(range(value.dim()))
+    if not value.dim():
+        return value.reshape(1)
+    chosen = sorted(dim % value.dim() for dim in dims) if dims else list(range(value.dim()))
     rest = [dim for dim in range(value.dim()) if dim not in chosen]
     moved = value.permute([*rest, *chosen])
     return moved.reshape([*moved.shape[: len(rest)], math.prod(moved.shape[len(rest) :])])

@@ -23,6 +23,8 @@ from planrt.sharing.rounds import Party, Protocol
 
 Value: TypeAlias = Any
 """A `Share`, or what all parties know: a torch.Tensor or a number."""
+Public: TypeAlias = Any
+"""What all parties know: no `Share`. `table` refuses calls by these annotations."""
 
 
 class Step(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing.additive import refresh
 from planrt.sharing.kernels.arithmetic import Kernel, One, linear, needs_fractions
-from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, at_slice, fractional
+from planrt.sharing.kernels.parts import Context, Public, Share, Value, aligned, at, at_slice, fractional
 from planrt.sharing.randomness import Stream
 from planrt.sharing.rounds import Protocol
 
@@ -21,7 +21,7 @@ from planrt.sharing.rounds import Protocol
 def view(name: str) -> One:
     """Returns the kernel of a view, also of what was opened under a mask where `Masked` has it."""
 
-    def kernel(context: Context, value: Share, *arguments: Any, **_: Any) -> Protocol[Share]:
+    def kernel(context: Context, value: Share, *arguments: Public, **_: Public) -> Protocol[Share]:
         yield from ()
         return Share.view(value, name, *arguments)
 
@@ -184,6 +184,11 @@ def _index(context: Context, value: Value, indices: Sequence[torch.Tensor | None
     return Share(value.part[places], value.scale)
 
 
+def _index_select(context: Context, value: Share, dim: int, index: Public) -> Protocol[Share]:
+    yield from ()
+    return Share(value.part.index_select(dim, index), value.scale)
+
+
 def _index_put(
     context: Context,
     value: Value,
@@ -203,6 +208,10 @@ def _written(function: Callable[..., torch.Tensor], source_at: int = 2) -> One:
     """The kernel of what writes a second share into a first at public places; linear in both."""
 
     def kernel(context: Context, value: Value, *args: Any, **kwargs: Any) -> Protocol[Share]:
+        if any(isinstance(one, Share) for index, one in enumerate(args) if index != source_at):
+            raise SharingError(
+                "shares are written at public places only: take masks and torch.where for secret ones"
+            )
         value, source = context.share_of(value), context.share_of(args[source_at])
         scale = yield from aligned(context, value, source)
         given = [at(source, scale) if index == source_at else one for index, one in enumerate(args)]
@@ -234,9 +243,11 @@ def _index_copy(value: torch.Tensor, dim: int, index: torch.Tensor, source: torc
 
 
 def _index_fill(value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    if not value.dim():
+        return source.clone() if index.numel() else value.clone()
     size = list(value.shape)
-    size[dim] = len(index)
-    return value.index_copy(dim, index, source.expand(size))
+    size[dim] = index.numel()
+    return value.index_copy(dim, index.reshape(-1), source.expand(size))
 
 
 def _slice_scatter(
@@ -348,7 +359,7 @@ SHAPES: dict[str, Kernel] = {
     "index": _index,
     "index_put": _index_put,
     "_index_put_impl": _index_put,
-    "index_select": linear(lambda value, dim, index: value.index_select(dim, index)),
+    "index_select": _index_select,
     "index_add": _written(_index_add),
     "index_copy": _written(_index_copy),
     "index_fill": _written(_index_fill),

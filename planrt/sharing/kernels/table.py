@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
+
+import torch
 
 from planrt.errors import SharingError
 from planrt.sharing.kernels.arithmetic import ARITHMETIC, Kernel
@@ -16,6 +19,7 @@ from planrt.sharing.kernels.parts import Context, Share, aligned
 from planrt.sharing.kernels.pooling import POOLING
 from planrt.sharing.kernels.shapes import SHAPES, VIEWS
 from planrt.sharing.rounds import Protocol
+from planrt.types import leaves
 
 KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **POOLING, **LAYERS, **LOSSES}
 """ATen name, without "aten::" and the underscore of operations in place -> protocol."""
@@ -50,24 +54,56 @@ def signature(name: str) -> inspect.Signature:
     return inspect.signature(KERNELS[name])
 
 
-def check_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise SharingError unless there is a kernel `name` that takes so many and such named arguments."""
+def check_arguments(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], *, shares: type = Share
+) -> frozenset[int | str]:
+    """Returns which arguments (by place or name) are shares alone; what stands for a secret is of the class `shares`.
+
+    Raises:
+        SharingError: there is no kernel `name`, it does not take so many and such named arguments, or one is in shares
+            that all parties are to know.
+    """
     if name not in KERNELS:
         public, instead = _INSTEAD.get(name, (name, "open the operands with get(), or write it without"))
         raise SharingError(f"{public} has no protocol on shares: {instead}")
-    misfit = _misfit(name, len(args), tuple(kwargs))
+    misfit, known, secret = _form(name, len(args), tuple(kwargs))
     if misfit:
         raise SharingError(f"{name} has no protocol on shares with these arguments: {misfit}")
+    for place, parameter in known:
+        given = args[place] if isinstance(place, int) else kwargs[place]
+        if any(isinstance(one, shares) for one in leaves(given)):
+            which = (
+                "operands besides the first"
+                if parameter in ("args", "kwargs", "arguments", "_")
+                else parameter
+            )
+            raise SharingError(
+                f"{name} has no protocol on shares with {which} in shares: get() that, so that all parties know it"
+            )
+    return secret
 
 
 @lru_cache(maxsize=4096)
-def _misfit(name: str, count: int, names: tuple[str, ...]) -> str:
-    """Why a kernel does not take so many and such named arguments, if it does not: asked at every call."""
+def _form(
+    name: str, count: int, names: tuple[str, ...]
+) -> tuple[str, tuple[tuple[int | str, str], ...], frozenset[int | str]]:
+    """Of a call with so many and such named arguments: why a kernel does not take them, if it does not; those that all
+    parties know, with their parameters; and those that are shares alone. By the annotations; asked at every call.
+    """
+    places: list[int | str] = [*range(count), *names]
     try:
-        signature(name).bind(None, *[None] * count, **dict.fromkeys(names))
+        bound = signature(name).bind(None, *places[:count], **dict(zip(names, names, strict=True)))
     except TypeError as error:
-        return str(error)
-    return ""
+        return str(error), (), frozenset()
+    known, secret = [], []
+    for parameter, given in list(bound.arguments.items())[1:]:
+        told = str(signature(name).parameters[parameter].annotation)
+        found = list(given) if isinstance(given, tuple | dict) else [given]
+        if not re.search(r"\b(Value|Share|Any)\b", told):
+            known += [(one, parameter) for one in found]
+        elif told == "Share":
+            secret += found
+    return "", tuple(known), frozenset(secret)
 
 
 def call_kernel(
@@ -82,7 +118,14 @@ def call_kernel(
     Raises:
         SharingError: no such kernel, other arguments, or a result of another shape than what it is to replace.
     """
-    check_arguments(name, args, kwargs)
+    for place in check_arguments(name, args, kwargs):
+        given = args[place] if isinstance(place, int) else kwargs[place]
+        if not isinstance(given, torch.Tensor | int | float):
+            continue
+        if isinstance(place, int):
+            args = [*args[:place], context.share_of(given), *args[place + 1 :]]
+        else:
+            kwargs = {**kwargs, place: context.share_of(given)}
     made = yield from KERNELS[name](context, *args, **kwargs)
     if not in_place:
         return _apart(made, args)

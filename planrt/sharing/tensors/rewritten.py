@@ -10,7 +10,7 @@ large x that `elu` does not use it for. These are written here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -101,6 +101,18 @@ _HIDDEN = -1000.0
 """What scores are where a mask hides them: e**-1000 is zero on shares."""
 
 
+def hiding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keywords of `multi_head_attention_forward`, with masks that all know as finite numbers to add."""
+
+    def finite(mask: Any) -> Any:
+        if type(mask) is not torch.Tensor:
+            return mask
+        return mask * _HIDDEN if mask.dtype == torch.bool else mask.clamp(min=_HIDDEN)
+
+    masks = {name: finite(options[name]) for name in ("attn_mask", "key_padding_mask") if name in options}
+    return {**options, **masks}
+
+
 def _attention_backward(
     gradient: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, dropout_p: float,
     is_causal: bool, *, attn_mask: Any = None, scale: float | None = None,
@@ -109,6 +121,53 @@ def _attention_backward(
     to_weights = gradient @ value.transpose(-2, -1)
     to_scores = (to_weights - (to_weights * weights).sum(-1, keepdim=True)) * weights * factor
     return to_scores @ key, to_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ gradient
+
+
+def batch_norm(
+    scale: int, x: Any, weight: Any, bias: Any, mean: Any, spread: Any, training: bool, momentum: float, eps: float
+) -> Any:  # fmt: skip
+    """Batch norm by the statistics of the batch, which move those that the module keeps, by `momentum`.
+
+    Returns:
+        The result, the batch's mean and 1 / sqrt(variance + eps), as `native_batch_norm`.
+
+    Raises:
+        SharingError: all know the statistics that the module keeps: they would tell the batch's.
+    """
+    if not (getattr(mean, "in_shares", False) and getattr(spread, "in_shares", False)):
+        raise SharingError(
+            "batch norm moves its running statistics, which all parties know: share the module as well, "
+            "model.fix_precision().share(...), or call model.eval()"
+        )
+    dims, line = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    count = x.numel() // x.shape[1]
+    own = x.mean(dims, True)
+    apart = x - own
+    squares = (apart * apart).mean(dims, True)
+    inverse = (squares + max(eps, 1 / scale)).rsqrt()
+    result = apart * inverse
+    if weight is not None:
+        result = result * weight.reshape(line)
+    if bias is not None:
+        result = result + bias.reshape(line)
+    unbiased = momentum * count / max(count - 1, 1)
+    mean.mul_(1 - momentum).add_(own.reshape(-1) * momentum)
+    spread.mul_(1 - momentum).add_(squares.reshape(-1) * unbiased)
+    return result, own.reshape(-1), inverse.reshape(-1)
+
+
+def _soft_margin(x: Any, target: Any, reduction: int = 1) -> Any:
+    """log(1 + e**(-x y)), as softplus: which no large power leaves the range of."""
+    return _reduced(torch.nn.functional.softplus(-(x * target)), reduction)
+
+
+def _reduced(value: Any, reduction: int) -> Any:
+    return value.mean() if reduction == 1 else value.sum() if reduction else value
+
+
+def _soft_margin_backward(gradient: Any, x: Any, target: Any, reduction: int) -> Any:
+    slope = -target * (-(x * target)).sigmoid() * gradient
+    return slope * (1 / x.numel()) if reduction == 1 else slope
 
 
 def _shrink_backward(gradient: Any, x: Any, lambd: float) -> Any:
@@ -325,6 +384,10 @@ _SCALED = ("upsample_nearest1d", "upsample_nearest2d", "_upsample_nearest_exact1
 _PADDED = ("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 
 _OWN: dict[str, Rewriting] = {
+    "soft_margin_loss": _soft_margin,
+    "soft_margin_loss_backward": _soft_margin_backward,
+    "ldexp": lambda x, y: x * 2.0**y,
+    "threshold": lambda x, threshold, value: torch.where(x > threshold, x, value),
     "elu": _elu,
     "elu_backward": _elu_backward,
     "celu": lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1.0 / alpha),
@@ -377,7 +440,7 @@ _TORCHS = (
     "hardswish", "hardswish_backward", "glu", "glu_backward",
     "native_group_norm", "native_group_norm_backward", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "im2col", "col2im", "huber_loss", "huber_loss_backward", "smooth_l1_loss",
-    "smooth_l1_loss_backward", "soft_margin_loss", "soft_margin_loss_backward",
+    "smooth_l1_loss_backward",
     "linalg_cross",
 )  # fmt: skip
 """Of PyTorch's own."""

@@ -7,7 +7,6 @@ are, and who runs the protocols on them, is its session's affair (`sessions.Shar
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,11 @@ from planrt.deadlines import bounded
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.kernels.table import KERNELS, check_arguments
-from planrt.sharing.tensors.rewritten import rewriting
+from planrt.sharing.tensors.fixed import FixedPrecisionTensor
+from planrt.sharing.tensors.refusals import NO_MEMORY, check_made, check_whole, explained, named, public_name
+from planrt.sharing.tensors.rewritten import batch_norm, hiding, rewriting
 from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
+from planrt.sharing.tensors.twins import twin_of
 from planrt.types import leaves, map_leaves
 
 
@@ -38,7 +40,12 @@ def share(session: SharingSession, values: torch.Tensor) -> SharedTensor:
 
 
 def share_module(session: SharingSession, module: torch.nn.Module) -> torch.nn.Module:
-    """Puts the parameters and floating-point buffers of `module` into shares, in place, and returns it."""
+    """Puts the parameters and floating-point buffers of `module` into shares, in place, and returns it.
+
+    Raises:
+        SharingError: a module that makes its parameters at its first call has not been called yet.
+    """
+    check_made(module)
     for inner in module.modules():
         for name, parameter in inner._parameters.items():
             if parameter is not None:
@@ -162,7 +169,32 @@ class SharedTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SharingError("shares of all parties are not saved in one place: save what get() returns")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs torch's function, which comes down to operations of `__torch_dispatch__`. What fails there is told by
+        the name that the caller wrote.
+
+        Raises:
+            SharingError: shares have no protocol for it.
+        """
+        if not all(one in _PLAIN or issubclass(one, SharedTensor | FixedPrecisionTensor) for one in types):
+            return NotImplemented  # a pointer's: it says so
+        if func in NO_MEMORY:
+            raise SharingError(f"{public_name(func)} has no protocol on shares: {NO_MEMORY[func]}")
+        if func is torch.nn.functional.multi_head_attention_forward:
+            kwargs = hiding(kwargs or {})
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        except SharingError as error:
+            raise named(error, func) from error.__cause__
+        except Exception as error:
+            failed = explained(error, func, args, kwargs or {})
+            if failed is error:
+                raise
+            raise failed from error
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -174,7 +206,11 @@ class SharedTensor(torch.Tensor):
             SharingError: there is none for it, operands are of different sessions, or it would change in place what all
                 know.
         """
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            return cls._run(func, args, kwargs or {})
+
+    @classmethod
+    def _run(cls, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, SharedTensor)]
         first = operands[0]
@@ -186,6 +222,14 @@ class SharedTensor(torch.Tensor):
         kernel = name.removesuffix("_") if in_place else name
         if in_place and not isinstance(args[0], SharedTensor):
             raise SharingError(f"{name} would change what all know, in place: write it out of place")
+        if torch.Tag.inplace_view in func.tags:
+            shown = _out_of_place(func, kernel)(*args, **kwargs)
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)
+            args[0].handle = shown.handle
+            return args[0]
+        if kernel == "native_batch_norm" and args[5] and args[3] is not None and args[4] is not None:
+            return batch_norm(first.session.scale, *args)
         if kernel == "bernoulli":  # all parties draw the same, after torch.manual_seed the same again
             kwargs = {**kwargs, "seed": first.session.draw_seed()}
             kwargs.pop("generator", None)
@@ -210,10 +254,11 @@ class SharedTensor(torch.Tensor):
         ):
             return args[0].copy_(rewritten(*args, **kwargs))
         given, options = map_leaves(tuple(args), _secret), map_leaves(kwargs, _secret)
-        check_arguments(kernel, given, options)
-        twin = _twin(func, args, {key: one for key, one in kwargs.items() if key != "seed"})
+        check_arguments(kernel, given, options, shares=Secret)
+        twin = twin_of(func, args, {key: one for key, one in kwargs.items() if key != "seed"})
         if in_place and (twin.shape != args[0].shape or (0 in args[0].stride() and args[0].numel() > 1)):
             raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
+        check_whole(kernel, args, kwargs, twin, in_place=in_place)
         made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
         if not in_place:
             return _wrapped(first, made, twin)
@@ -234,7 +279,9 @@ class _Refreshed(torch.autograd.Function):
         return gradient
 
 
-_CPU, _META = torch.device("cpu"), torch.device("meta")
+_CPU = torch.device("cpu")
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Classes of tensors with no ways of their own."""
 _LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor")}
 """What & | ^ of results of comparisons are: PyTorch has those as bool, shares as 0 and 1."""
 _SAME = ("detach", "alias", "lift_fresh")
@@ -257,9 +304,19 @@ def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
 
 
 def _out_of_place(func: Any, kernel: str) -> Any:
-    """The operation that `func` is in place; `func` itself where there is none of these arguments."""
+    """The operation that `func` is in place.
+
+    Raises:
+        SharingError: there is none.
+    """
     packet = getattr(torch.ops.aten, kernel, None)
-    return getattr(packet, func._overloadname, func)
+    names = [] if packet is None else packet.overloads()
+    for name in (func._overloadname, "Tensor", "int"):
+        if name in names:
+            return getattr(packet, name)
+    raise SharingError(
+        f"{kernel}_ has no protocol on shares: open the operands with get(), or write it without"
+    )
 
 
 def _is_flag(one: Any) -> bool:
@@ -289,85 +346,6 @@ def _at_places(args: Sequence[Any]) -> tuple[Any, ...]:
         [place for one in arg for place in places(one)] if isinstance(arg, list | tuple) else arg
         for arg in args
     )
-
-
-_KEPT: OrderedDict[Any, Any] = OrderedDict()
-"""What operations on arguments of these looks give, as tensors without values."""
-_MOST = 4096
-
-
-def _twin(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The results as torch tells them from tensors without values: shapes, dtypes, strides."""
-    try:
-        key = (func, _frozen(args), _frozen(kwargs))
-        found = _KEPT.get(key, _KEPT)
-    except TypeError:  # an argument of another kind
-        return _new_twin(func, args, kwargs)
-    if found is _KEPT:
-        found = _KEPT[key] = _new_twin(func, args, kwargs)
-        if len(_KEPT) > _MOST:
-            _KEPT.popitem(last=False)
-    return found
-
-
-def _frozen(value: Any) -> Any:
-    """All that the looks of results depend on."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.storage_offset(), value.dtype
-    if isinstance(value, list | tuple):
-        return type(value), *map(_frozen, value)
-    if isinstance(value, dict):
-        return tuple((key, _frozen(one)) for key, one in value.items())
-    return type(value), value
-
-
-_COMPUTED = 1 << 22
-"""Elements up to which the looks of results are found by computing with zeros."""
-
-
-def _new_twin(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Results on tensors of zeros, without their values.
-
-    torch's own tensors without values would do, but the first use of these imports some 900 modules, which takes
-    seconds; they are for what is large, and for operations that integers do not have.
-    """
-    tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    device = _CPU if sum(one.numel() for one in tensors) <= _COMPUTED else _META
-    if device == _CPU:
-        state = torch.get_rng_state()
-        try:
-            return map_leaves(_twin_on(_CPU, func, args, kwargs), _without_values)
-        except (RuntimeError, NotImplementedError) as error:
-            if "not implemented" not in str(error):
-                raise
-        finally:
-            torch.set_rng_state(state)
-    return _twin_on(_META, func, args, kwargs)
-
-
-def _twin_on(device: torch.device, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    wants_flags = func._schema.name in ("aten::where", "aten::masked_fill", "aten::masked_fill_")
-    flags = args[0 if func._schema.name == "aten::where" else 1] if wants_flags else None
-
-    def twin(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            dtype = torch.bool if wants_flags and leaf.dtype == torch.int64 and leaf is flags else leaf.dtype
-            return _like(leaf, dtype, device)
-        return device if isinstance(leaf, torch.device) else leaf
-
-    return func(*map_leaves(tuple(args), twin), **map_leaves(kwargs, twin))
-
-
-def _like(leaf: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns zeros (on meta: nothing) that lie in memory as `leaf` does."""
-    offset = leaf.storage_offset()
-    reach = 1 + sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
-    whole = torch.zeros(int(offset + max(reach, 0)), dtype=dtype, device=device)
-    return whole.as_strided(leaf.shape, leaf.stride(), offset)
-
-
-def _without_values(leaf: Any) -> Any:
-    return _like(leaf, leaf.dtype, _META) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _shapes(twin: Any) -> Shapes:

@@ -241,7 +241,7 @@ def place_of(leaf: Any) -> str:
     if isinstance(leaf, PointerTensor):
         chain = "".join(f" -> {worker.id}" for worker in leaf._handle.via)
         return f"worker {leaf._handle.worker.id!r}{chain}"
-    return "this process"
+    return "shares" if getattr(leaf, "in_shares", False) else "this process"
 
 
 def refuse_mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
@@ -259,7 +259,9 @@ def refuse_mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             raise UnsupportedTensorError(f"{name}: sparse and quantised tensors cannot go to a worker")
     where = " and ".join(places) if len(places) > 1 else " and ".join(places * 2)
     advice = (
-        "send the local one with .send(worker), or get() the remote one"
+        "write pointer.fix_precision().share(...).get() with the same workers, or get() one of them"
+        if "shares" in places
+        else "send the local one with .send(worker), or get() the remote one"
         if "this process" in places
         else "move one of them with .move(worker)"
     )

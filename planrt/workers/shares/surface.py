@@ -17,6 +17,7 @@ from planrt.errors import LocalError, OptionError, PlanError, PointerError, Shar
 from planrt.plans import Plan
 from planrt.sharing.fixed_point import scale_of
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
+from planrt.sharing.tensors.refusals import check_made
 from planrt.sharing.tensors.sessions import SharingSession
 from planrt.sharing.tensors.shared import SharedTensor, share
 from planrt.types import as_whole
@@ -247,6 +248,7 @@ def _become(tensor: torch.Tensor, made: Any) -> torch.Tensor:
 def _each(module: nn.Module) -> list[torch.Tensor]:
     if isinstance(module, Plan):
         raise PlanError("a plan is not shared: call it on shares, plan(x.fix_precision().share(bob, alice))")
+    check_made(module)
     return [
         one
         for one in dict.fromkeys([*module.parameters(), *module.buffers()])
