@@ -157,8 +157,9 @@ def test_subclasses_are_of_their_base_kind():
     assert kinds.find(3) is None
 
 
-ASKED_FOR = {"kinds", "peers.py", "private.py", "protocols.py", "sharing"}
-"""Where a worker may ask for one kind by its class: what calls plans, passes on pointers, runs protocols, shares."""
+ASKED_FOR = {"kinds", "peers.py", "private.py", "protocols.py", "sharing", "siblings"}
+"""Where a worker may ask for one kind by its class: what calls plans, passes on pointers, runs protocols, shares, and
+writes objects down for another process."""
 
 
 def test_only_what_is_about_one_kind_asks_for_its_class():
