@@ -1,11 +1,13 @@
-"""Owners with different columns: who is in both tables, and an epoch on encrypted residuals, between processes."""
+"""Owners with different columns: who is in both tables, and an epoch of regression, between processes: on encrypted
+residuals, and on secret shares."""
 
 from __future__ import annotations
 
 import csv
 import math
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,16 @@ from benchmarks.measure import Goal, Row, Sample, in_turns, resident_bytes
 from benchmarks.workloads import Size
 from planrt.extras import needed
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
-from planrt.sharing.columns import packing
+from planrt.sharing.columns import descent, linear, packing, shared
+from planrt.sharing.columns.steps import Role, Send, Take, run_here
 from planrt.vertical import Party, intersection_size, logistic_regression
 from planrt.workers import WebsocketClientWorker
 
 PEOPLE, COLUMNS, BATCH = 569, 30, 64
 """The shape of scikit-learn's breast cancer data."""
+
+LATENCIES = (0, 10)
+"""Milliseconds that a parcel takes from one party to another one."""
 
 Workers = dict[str, WebsocketClientWorker]
 
@@ -88,19 +94,33 @@ def _epoch(size: Size) -> list[Row]:
         **dict(zip(names[half:], values.T[half:].tolist(), strict=True)),
         "label": label.tolist(),
     }
-    with _served({"bank": left, "clinic": right}, key_holder="carol") as (workers, _), logistic_regression(
-        Party(workers["bank"], "bank", "id", names[:half]),
-        Party(workers["clinic"], "clinic", "id", names[half:], label="label"),
-        key_holder=workers["carol"], epochs=1_000, batch_size=BATCH, lr=0.1, key_bits=bits,
-        allow_short_key=bits < 2048,
-    ) as run:  # fmt: skip
+    about: dict[str, Any] = {"epochs": 1_000, "batch_size": BATCH, "lr": 0.1}
+    with _served({"bank": left, "clinic": right}, key_holder="carol") as (workers, _), ExitStack() as stack:
+        bank = Party(workers["bank"], "bank", "id", names[:half])
+        clinic = Party(workers["clinic"], "clinic", "id", names[half:], label="label")
+        carol = workers["carol"]
+        keys: dict[str, Any] = {"key_holder": carol, "key_bits": bits, "allow_short_key": bits < 2048}
+        shares: dict[str, Any] = {"method": "shares", "crypto_provider": carol}
+        encrypted, on_shares, exact = (
+            stack.enter_context(logistic_regression(bank, clinic, **about, **more))
+            for more in (keys, shares, shares | {"exact": True})
+        )
         work = Arithmetic(people, half, bits)
         times = in_turns(
-            {"ours": partial(run.fit, 1), "phe": work.run, "plain": partial(_plain, values, label)},
+            {
+                "ours": partial(encrypted.fit, 1), "phe": work.run, "plain": partial(_plain, values, label),
+                "shares": partial(on_shares.fit, 1), "exact": partial(exact.fit, 1),
+            },
             repeats=min(size.repeats, 3),
             warmup=1,
-        )
+        )  # fmt: skip
+    traffic = {
+        "ours": _traffic(_encrypted_roles(values, label, bits)),
+        "shares": _traffic(_shared_roles(values, label, "second order")),
+        "exact": _traffic(_shared_roles(values, label, "exact")),
+    }
     what = f"an epoch of logistic regression, {people} x {COLUMNS}, {bits} bits"
+    on = f"an epoch of logistic regression, {people} x {COLUMNS}, on secret shares"
     fewer = work.values / work.ciphertexts
     return [
         Row(what, "s", times["ours"], times["phe"], "`phe` for as much arithmetic, one core", Goal(at_most=1.5)),
@@ -108,7 +128,86 @@ def _epoch(size: Size) -> list[Row]:
         Row(
             "values for each encryption and decryption", "", Sample((fewer,)), goal=Goal(at_least=5, absolute=True),
         ),
+        _beside(on, "shares", times, traffic, bits),
+        _beside(f"{on}, exact loss", "exact", times, traffic, bits),
     ]  # fmt: skip
+
+
+def _beside(
+    what: str, way: str, times: dict[str, Sample], traffic: dict[str, tuple[int, list[int]]], bits: int
+) -> Row:
+    """An epoch on shares beside one on encrypted values: here, and with latency between the parties, by the longest
+    chain of parcels that wait for each other."""
+    (hops, sent), (other_hops, other_sent) = traffic[way], traffic["ours"]
+    slower = ", ".join(
+        f"{times[way].median + hops * latency / 1000:.2f} s against "
+        f"{times['ours'].median + other_hops * latency / 1000:.2f} s at {latency} ms"
+        for latency in LATENCIES
+    )
+    return Row(
+        what, "s", times[way], times["ours"], f"on encrypted residuals, {bits} bits", None,
+        f"{hops} parcels one after another against {other_hops}: {slower}; an owner sends {max(sent[:2]) / 1e3:.0f} kB "
+        f"against {max(other_sent[:2]) / 1e3:.0f} kB, the third party {sent[2] / 1e3:.0f} kB against "
+        f"{other_sent[2] / 1e3:.0f} kB",
+        {"hops": hops, "sent": sent, "hops encrypted": other_hops, "sent encrypted": other_sent},
+    )  # fmt: skip
+
+
+def _halves(values: Any) -> tuple[Any, Any]:
+    return values[:, : COLUMNS // 2], values[:, COLUMNS // 2 :]
+
+
+def _encrypted_roles(values: Any, label: Any, bits: int) -> list[Role]:
+    names = ("bank", "clinic", "carol")
+    terms = linear.Terms("logistic", names, 1, len(values), BATCH, 0.1, 0.0, 0, bits)
+    left, right = _halves(values)
+    columns = [f"c{number}" for number in range(COLUMNS // 2)]
+    owners = [linear.Owner(terms, 0, left, columns, small_batches=True)]
+    owners.append(linear.Owner(terms, 1, right, columns, label, "label", small_batches=True))
+    holder = linear.KeyHolder(terms, [COLUMNS // 2] * 2)
+    run_here([*(one.take_key() for one in owners), holder.give_key()])
+    return [one.epoch(0) for one in (*owners, holder)]
+
+
+def _shared_roles(values: Any, label: Any, loss: descent.Loss) -> list[Role]:
+    half = COLUMNS // 2
+    terms = descent.Terms(
+        "logistic", ("bank", "clinic", "carol"), 1, len(values), BATCH, 0.1, 0.0, 0, loss_kind=loss,
+        columns=(half, half + 1),
+    )  # fmt: skip
+    left, right = _halves(values)
+    columns = [f"c{number}" for number in range(half)]
+    parties = [
+        shared.Owner(terms, 0, left, columns, small_batches=True),
+        shared.Owner(terms, 1, right, columns, label, "label", small_batches=True),
+        shared.Provider(terms),
+    ]
+    run_here([one.begin() for one in parties])
+    return [one.epoch(0) for one in parties]
+
+
+def _traffic(roles: Sequence[Role]) -> tuple[int, list[int]]:
+    """Runs the parties of an epoch here; returns how many parcels follow one another at most, each sent once the one
+    before has come, and the bytes that each party sends."""
+    clocks, sent = [0] * len(roles), [0] * len(roles)
+    under_way: dict[tuple[int, int], deque[int]] = defaultdict(deque)
+
+    def counted(me: int, role: Role) -> Role:
+        got: Any = None
+        while True:
+            try:
+                step = role.send(got)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            if isinstance(step, Send):
+                under_way[me, step.to].append(clocks[me] + 1)
+                sent[me] += sum(tensor.nbytes for tensor in step.tensors)
+            got = yield step
+            if isinstance(step, Take):
+                clocks[me] = max(clocks[me], under_way[step.source, me].popleft())
+
+    run_here([counted(number, role) for number, role in enumerate(roles)])
+    return max(clocks), sent
 
 
 class Arithmetic:

@@ -1,10 +1,11 @@
-"""Two owners with different columns about overlapping people train one model, on encrypted values.
+"""Two owners with different columns about overlapping people train one model: on encrypted values, or on shares.
 
 The bank has half of the columns, the clinic the other half and the labels; 70 % of the people are in both tables. Carol
 holds the key. Breast cancer (scikit-learn's) is told by logistic regression, Boston's house prices by linear. Beside
-them: the same training on the joined table, and each owner's columns alone.
+them: the same training on the joined table, and each owner's columns alone. With --shares also without a key: on secret
+shares, where carol hands out randomness; of the breast cancer data with the exact logistic loss, too.
 
-    python examples/vertical.py [--websocket] [--epochs 20] [--key-bits 2048] [--data DIR] [--plot FILE.png]
+    python examples/vertical.py [--websocket] [--shares] [--epochs 20] [--key-bits 2048] [--data DIR] [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import csv
 import math
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--epochs", type=whole_number(at_least=1), default=20, help="passes over all people (%(default)s)")
     add("--lr", type=positive_number, default=0.1, help="learning rate (%(default)s)")
     add("--key-bits", type=whole_number(at_least=1024), default=2048, help="of the key (%(default)s)")
+    add("--shares", action="store_true", help="trains on secret shares, too")
     add("--data", metavar="DIR", help="folder that holds boston_housing.npz")
     add("--plot", metavar="FILE", help="write a figure of the losses")
     options = parser.parse_args(argv)
@@ -110,14 +113,19 @@ def train(people: People, options: argparse.Namespace) -> dict[str, list[float]]
     rows = aligned(people)
     count = len(rows) - int(len(rows) * HELD_OUT)
     open_run = logistic_regression if people.model == "logistic" else linear_regression
-    with owners(people, websocket=options.websocket) as (bank, clinic, carol), open_run(
-        bank, clinic, key_holder=carol, normalise="casefold", epochs=options.epochs, batch_size=count,
-        lr=options.lr, holdout=HELD_OUT, seed=SEED, key_bits=options.key_bits,
-        allow_short_key=options.key_bits < 2048,
-    ) as joint:  # fmt: skip
-        together = joint.fit()
-        weights, evaluation = joint.weights(), joint.evaluate()
-        print(f"{people.name}: {joint!r}, {joint.people} to train on and {evaluation.people} held out")
+    with owners(people, websocket=options.websocket) as (bank, clinic, carol):
+        about: dict[str, Any] = {
+            "normalise": "casefold", "epochs": options.epochs, "batch_size": count, "lr": options.lr,
+            "holdout": HELD_OUT, "seed": SEED,
+        }  # fmt: skip
+        short = options.key_bits < 2048
+        with open_run(
+            bank, clinic, key_holder=carol, key_bits=options.key_bits, allow_short_key=short, **about
+        ) as joint:
+            together = joint.fit()
+            weights, evaluation = joint.weights(), joint.evaluate()
+            print(f"{people.name}: {joint!r}, {joint.people} to train on and {evaluation.people} held out")
+        shared = on_shares(people, open_run, (bank, clinic, carol), about) if options.shares else {}
     left, right = people.halves
     losses = {"together": together}
     figure = "accuracy" if people.model == "logistic" else "mean squared error"
@@ -125,19 +133,45 @@ def train(people: People, options: argparse.Namespace) -> dict[str, list[float]]
     print(f"  together: loss {together[-1]:.6f}, {figure} {value:.4f}")
     ways = {"joined table": left + right, "bank's columns alone": left, "clinic's columns alone": right}
     if people.model == "logistic":
-        _, _, exact = plain(people, left + right, rows, count, options, exact=True)
+        truth, _, exact = plain(people, left + right, rows, count, options, exact=True)
         print(f"  joined table, exact logistic loss: {figure} {exact:.4f}")
+        if shared:
+            off = np.abs(shared["exact"] - truth).max()
+            print(f"  Largest difference of a weight on shares, exact loss, to the joined table: {off:.1e}")
     for name, columns in ways.items():
         expected, losses[name], measure = plain(people, columns, rows, count, options)
         print(f"  {name}: loss {losses[name][-1]:.6f}, {figure} {measure:.4f}")
         if columns == left + right:
             mine = np.array([weight for owned in weights.values() for weight in owned.values()])
             for place, column in enumerate([*columns, "intercept"]):
-                print(f"    {column:<24} {mine[place]:+.6f}  joined {expected[place]:+.6f}")
+                third = f"  on shares {shared['shares'][place]:+.6f}" if shared else ""
+                print(f"    {column:<24} {mine[place]:+.6f}  joined {expected[place]:+.6f}{third}")
+            if shared:
+                off = np.abs(shared["shares"] - expected).max()
+                print(f"  Largest difference of a weight on shares to the joined table: {off:.1e}")
             print(
                 f"  Largest difference of a weight to the joined table: {np.abs(mine - expected).max():.1e}"
             )
     return losses
+
+
+def on_shares(
+    people: People, open_run: Any, parties: tuple[Party, Party, BaseWorker], about: dict[str, Any]
+) -> dict[str, Array]:
+    """The weights of the same run on secret shares, and of a logistic one with the exact loss."""
+    bank, clinic, carol = parties
+    found = {}
+    for name in ("shares", "exact") if people.model == "logistic" else ("shares",):
+        more = {"exact": True} if name == "exact" else {}
+        began = time.perf_counter()
+        with open_run(bank, clinic, method="shares", crypto_provider=carol, **more, **about) as joint:
+            joint.fit()
+            weights, evaluation = joint.weights(), joint.evaluate()
+        seconds = time.perf_counter() - began
+        what = "on shares, exact loss" if name == "exact" else "on shares"
+        print(f"  {what}: loss over those held out {evaluation.loss:.6f}, in {seconds:.1f} s")
+        found[name] = np.array([weight for owned in weights.values() for weight in owned.values()])
+    return found
 
 
 def aligned(people: People) -> list[int]:

@@ -2,8 +2,9 @@
 
 Each owner serves a `Table` from a worker. A `Party` names one for a run: its id columns, the columns that it gives, and
 at one of them the label. `intersection_size` says how many people are in two tables, `linear_regression` and
-`logistic_regression` train on encrypted values with a third worker that holds the key, `split_network` trains a network
-in parts. The client steers, and sees no row. docs/vertical.md says what each party learns.
+`logistic_regression` train on encrypted values with a third worker that holds the key, or on secret shares,
+`split_network` trains a network in parts. The client steers, and sees no row. docs/vertical.md says what each party
+learns.
 """
 
 from __future__ import annotations

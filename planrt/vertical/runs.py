@@ -162,6 +162,8 @@ class JointRun:
         if not self.people:
             return ""
         keep = self._opens[0].keep
+        if isinstance(self._opens[0].model, m.SharedTerms):
+            return "; begin a new one"
         if keep:
             return (
                 f"; each party has kept its part: open the run again with keep={keep!r}, resume=True to go on"
@@ -247,7 +249,7 @@ class Plan:
     resume: bool = False
 
     def workers(self) -> list[BaseWorker]:
-        """Returns the parties' workers: owners, then who holds the key.
+        """Returns the parties' workers: owners, then who holds the key or hands out randomness.
 
         Raises:
             OptionError: fewer than two owners, or one worker twice.
@@ -277,7 +279,7 @@ class Plan:
         return found[0]
 
     def opens(
-        self, model: Mapping[int, Any] | m.LinearTerms | None, *, label_owner: int = 0
+        self, model: Mapping[int, Any] | m.LinearTerms | m.SharedTerms | None, *, label_owner: int = 0
     ) -> list[m.OpenJoint]:
         """Returns what each party is told: `model` is the same for all, or number -> what that one is told.
 
@@ -497,7 +499,7 @@ def with_defaults(function: Callable[..., Any], given: Mapping[str, Any]) -> dic
     """
     bound = inspect.signature(function).bind_partial(**given)
     bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name not in ("parties", "key_holder")}
+    return {name: value for name, value in bound.arguments.items() if name != "parties"}
 
 
 def begun(made: R, instead: str) -> R:

@@ -226,11 +226,13 @@ def test_split_networks_learn_mnist(examples, mnist_folder):
     assert ended.number(r"whole network: ([\d.e+-]+)") == 0
 
 
-def test_owners_of_different_columns_train_as_on_the_joined_table(examples, tmp_path):
-    options = ("--epochs", "2", "--key-bits", "1024")
+def test_owners_of_different_columns_train_as_on_the_joined_table(examples, tmp_path, boston_folder):
+    options = ("--epochs", "2", "--key-bits", "1024", "--shares", "--data", str(boston_folder))
     plot = ("--plot", str(tmp_path / "losses.png"))
     for ended in examples.run_both_ways("vertical", *options, *plot):
-        assert ended.number(r"joined table: ([\d.e+-]+)") < 1e-5
+        off = [float(one) for one in re.findall(r"to the joined table: ([\d.e+-]+)", ended.out)]
+        assert len(off) == 5  # of both data sets, encrypted and on shares; and the exact loss
+        assert max(off) < 1e-5
         assert "399 people in common>, 320 to train on and 79 held out" in ended.out
         assert ended.number(r"together: loss [\d.]+, accuracy ([\d.]+)") > 0.8
     assert (tmp_path / "losses.png").stat().st_size > 1000

@@ -61,7 +61,8 @@ class Terms:
     lr: float
     l2: float
     seed: int
-    key_bits: int
+    key_bits: int = 0
+    """Of the key; 0 where there is none."""
     precision: int = packing.DEFAULT_PRECISION
 
     @property

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from planrt.sharing.kernels.table import call_kernel
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.requests import Known, Part, Request, Spec
-from planrt.sharing.rounds import Opening, Party
+from planrt.sharing.rounds import Opening, Party, Protocol
 from planrt.types import Ref, map_leaves
+
+T = TypeVar("T")
 
 Numbered: TypeAlias = tuple[int, Request]
 """A request with its number."""
@@ -120,9 +122,15 @@ def dry_run(
 
     `operands` are shares of zeros, and tensors that all know.
     """
+    return needs_of_protocol(
+        lambda one: run_program(Context(one, scale), program, operands), party=party, count=count
+    )
+
+
+def needs_of_protocol(make: Callable[[Party], Protocol[T]], *, party: int, count: int) -> tuple[Needs, T]:
+    """Runs the protocol that `make` gives, of zeros, as party `party` of `count`; returns its needs and its result."""
     noting = _Noting()
-    context = Context(Party(party, count, noting), scale)  # type: ignore[arg-type]  # it is one, as far as it is used
-    protocol = run_program(context, program, operands)
+    protocol = make(Party(party, count, noting))  # type: ignore[arg-type]  # it is one, as far as it is used
     taken: list[int] = []
     sent: list[int] = []
     answer: Opening | None = None

@@ -11,7 +11,7 @@ import torch
 
 from planrt.errors import AlignmentError, DataError, JointError
 from planrt.serde.checkpoints import Checkpoint
-from planrt.sharing.columns import ids, linear
+from planrt.sharing.columns import descent, ids, linear, shared
 from planrt.sharing.columns.steps import Role, Send, Turn, take_one
 from planrt.sharing.columns.table import Table
 from planrt.workers.machine.joint.networks import SplitOwner
@@ -95,8 +95,7 @@ class AlignedTable:
         seen = self.values[: self.train_rows]
         spread = seen.std(0)
         self.values = (self.values - seen.mean(0)) / np.where(spread > 0, spread, 1.0)
-        linear_model = isinstance(self.about.model, m.LinearTerms) and self.about.model.model == "linear"
-        if self.labels is not None and linear_model:
+        if self.labels is not None and is_linear(self.about.model):
             labels = self.labels[: self.train_rows]
             self.shift, self.scale = float(labels.mean()), float(labels.std()) or 1.0
             self.labels = (self.labels - self.shift) / self.scale
@@ -127,6 +126,31 @@ class AlignedTable:
         return held if len(held) else np.arange(self.train_rows)
 
 
+def is_linear(model: object) -> bool:
+    """Returns whether that is linear regression, whose label is standardised too."""
+    if isinstance(model, m.SharedTerms):
+        return model.loss == "squares"
+    return isinstance(model, m.LinearTerms) and model.model == "linear"
+
+
+def shared_terms(about: m.OpenJoint, model: m.SharedTerms, rows: int) -> descent.Terms:
+    """Returns the facts of a regression on shares that all parties know."""
+    columns = [count + (owner == about.label_owner) for owner, count in enumerate(about.columns)]
+    return descent.Terms(
+        "linear" if model.loss == "squares" else "logistic",
+        tuple(one.worker for one in about.parties),
+        about.label_owner,
+        rows,
+        model.batch_size,
+        model.lr,
+        model.l2,
+        about.seed,
+        precision=model.precision,
+        loss_kind=model.loss,
+        columns=tuple(columns),
+    )
+
+
 def linear_terms(about: m.OpenJoint, model: m.LinearTerms, rows: int) -> linear.Terms:
     """Returns the facts of a regression that all parties know."""
     return linear.Terms(
@@ -146,19 +170,29 @@ def linear_terms(about: m.OpenJoint, model: m.LinearTerms, rows: int) -> linear.
 class LinearOwner:
     """An owner's side of a regression, over its aligned table."""
 
-    def __init__(self, table: AlignedTable, model: m.LinearTerms) -> None:
+    def __init__(self, table: AlignedTable, model: m.LinearTerms | m.SharedTerms) -> None:
         self._table = table
-        about = table.about
-        self.about, self.terms = about, linear_terms(about, model, table.train_rows)
-        self.owner = linear.Owner(
-            self.terms,
-            about.number,
-            table.values,
-            list(about.features),
-            table.labels,
-            about.label,
-            model.allow_small_batches,
-        )
+        about, rows = table.about, table.train_rows
+        given = (
+            about.number, table.values, list(about.features), table.labels, about.label, model.allow_small_batches,
+        )  # fmt: skip
+        self.about = about
+        self.terms: linear.Terms
+        self.owner: linear.Owner | shared.Owner
+        if isinstance(model, m.SharedTerms):
+            on_shares = self.terms = shared_terms(about, model, rows)
+            self.owner = shared.Owner(on_shares, *given)
+        else:
+            self.terms = linear_terms(about, model, rows)
+            self.owner = linear.Owner(self.terms, *given)
+
+    def begin(self) -> Role:
+        """Takes the key from its holder, or a seed from the provider, and shares its columns."""
+        return self.owner.begin() if isinstance(self.owner, shared.Owner) else self.owner.take_key()
+
+    def release(self) -> Role:
+        """Has the weights of its columns in the clear, at this owner alone."""
+        return (yield from self.owner.release()) if isinstance(self.owner, shared.Owner) else {}
 
     def epoch(self, epoch: int) -> Role:
         """Trains for one epoch."""
@@ -167,7 +201,15 @@ class LinearOwner:
     @property
     def state(self) -> list[torch.Tensor]:
         """The weights of its columns, float64; of the owner of the labels the intercept last, then scale and shift of
-        the label."""
+        the label.
+
+        Raises:
+            JointError: they are still in shares.
+        """
+        if isinstance(self.owner, shared.Owner) and not self.owner.is_released:
+            raise JointError(
+                f"the weights of {self.owner.name} are in shares: the step 'release' comes first"
+            )
         found = [torch.from_numpy(self.owner.weights.copy())]
         if self.owner.labels is not None:
             found.append(torch.tensor([self._table.scale, self._table.shift], dtype=torch.float64))
@@ -193,6 +235,7 @@ class LinearOwner:
 
         To `evaluate`, they go to the owner of the labels, which gives the loss (and of a logistic model, accuracy).
         """
+        yield from self.release()
         about, names = self.about, self.terms.names
         receiver = about.label_owner
         if about.predictions_to != CLIENT and not evaluate:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from planrt.errors import JointError, PolicyError
-from planrt.sharing.columns import linear
+from planrt.sharing.columns import linear, shared
 from planrt.sharing.columns.intersection import MAX_IDS, align, intersect
 from planrt.sharing.columns.steps import Role, Send, take, take_one
 from planrt.workers.machine.joint.networks import SplitOwner
-from planrt.workers.machine.joint.owners import LinearOwner, linear_terms
+from planrt.workers.machine.joint.owners import LinearOwner, linear_terms, shared_terms
 from planrt.workers.machine.joint.run import Run
 from planrt.workers.wire import messages as m
 
@@ -31,7 +31,7 @@ def role_of(run: Run, body: m.WorkJoint, told: Told) -> Role:
     if body.step in ("align", "resume"):
         run.begin_anew()
     if body.step == "align":
-        return _align(run) if table is not None else _key(run, told)
+        return _align(run) if table is not None else _hold(run, told)
     if body.step == "resume":
         return _resume(run, body.epoch, told)
     if body.step == "epoch":
@@ -46,7 +46,9 @@ def role_of(run: Run, body: m.WorkJoint, told: Told) -> Role:
             return model.epoch(body.epoch)
     elif table is None:
         return _nothing()
-    elif model is not None:
+    elif body.step == "release" and isinstance(model, LinearOwner):
+        return model.release()
+    elif body.step != "release" and model is not None:
         rows = table.evaluated() if body.step == "evaluate" else table.rows_of(body.people)
         what = "figures" if body.step == "evaluate" else "predictions"
         check_least(run, len(set(rows.tolist())), what)
@@ -107,7 +109,7 @@ def _begin(run: Run) -> Role:
         yield from _agreed(run)
         if run.me == 0:
             yield Send(about.owners, "people", [torch.tensor([table.train_rows])])
-        yield from run.model.owner.take_key()
+        yield from run.model.begin()
     return {"size": run.size, "people": table.train_rows}
 
 
@@ -121,13 +123,17 @@ def _agreed(run: Run) -> Role:
     return {}
 
 
-def _key(run: Run, told: Told) -> Role:
-    """The key holder's part of that: it learns how many people there are, and makes the key."""
+def _hold(run: Run, told: Told) -> Role:
+    """The part in that of who has no table: it learns how many people there are, and makes the key, or seeds."""
     about, model = run.about, run.about.model
-    assert isinstance(model, m.LinearTerms)  # noqa: S101 - or there would be none
+    assert isinstance(model, m.LinearTerms | m.SharedTerms)  # noqa: S101 - or there would be none
     people = int((yield from take_one(0, "people", torch.int64, [1], run.names))[0])
     if not 2 <= people <= MAX_IDS:
         raise JointError(f"party {run.names[0]!r} says that {people} people are in all tables")
+    if isinstance(model, m.SharedTerms):
+        run.holder = shared.Provider(shared_terms(about, model, people))
+        yield from run.holder.begin()
+        return {}
     run.holder = linear.KeyHolder(linear_terms(about, model, people), list(about.columns), told)
     yield from run.holder.give_key()
     return {}
@@ -144,7 +150,7 @@ def _resume(run: Run, epoch: int, told: Told) -> Role:
         result: dict[str, Any] = {"size": size, "people": people}
         run.size = size
         if run.table is None:
-            yield from _key(run, told)
+            yield from _hold(run, told)
             same = run.holder is not None and run.holder.terms.rows == people
         else:
             run.table.align(found.tensors["rows"])

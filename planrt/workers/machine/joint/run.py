@@ -15,7 +15,7 @@ from planrt.errors import JointError
 from planrt.logs import get_logger
 from planrt.plans.ir.graph import Graph
 from planrt.serde.tensors import payload_bytes
-from planrt.sharing.columns import linear
+from planrt.sharing.columns import linear, shared
 from planrt.sharing.columns.steps import Role, Send, Turn
 from planrt.workers.machine.events import Alarm, PeerAnswered, TimePassed, ToPeer, Wait, Wake
 from planrt.workers.machine.failures import OpFailedError, cut
@@ -54,7 +54,7 @@ class Run:
     user: str
     """For whom it counts: the client's user, or its session."""
     table: AlignedTable | None
-    """None for who holds the key."""
+    """None for who holds the key, or hands out randomness."""
     plans: list[Graph] = field(default_factory=list)
     least: int = 0
     """Rows that all that leaves must be of, by the release rules of the table's owner."""
@@ -63,7 +63,7 @@ class Run:
     freed: Callable[[], None] = lambda: None
     """Called once, when it holds nothing any more."""
     model: Model | None = None
-    holder: linear.KeyHolder | None = None
+    holder: linear.KeyHolder | shared.Provider | None = None
     members: dict[str, int] = field(default_factory=dict)
     """Session of another party here -> its number."""
     boxes: dict[int, deque[tuple[str, list[torch.Tensor]]]] = field(default_factory=dict)

@@ -26,10 +26,11 @@ def check(about: m.OpenJoint) -> None:
     names = [one.worker for one in about.parties]
     if len(set(names)) < len(names):
         raise JointError(f"the parties of a joint run are different workers, not {', '.join(names)}")
-    holders = 1 if isinstance(about.model, m.LinearTerms) else 0
+    holders = 1 if isinstance(about.model, m.LinearTerms | m.SharedTerms) else 0
     if len(names) != about.owners + holders or about.number >= len(names):
         raise JointError(
-            f"{len(names)} parties are not {about.owners} owners of tables and {holders} holders of a key"
+            f"{len(names)} parties are not {about.owners} owners of tables and {holders} holders of a key "
+            "or providers"
         )
     is_owner = about.number < about.owners
     if is_owner != bool(about.dataset) or is_owner != bool(about.ids):
@@ -58,6 +59,10 @@ def check(about: m.OpenJoint) -> None:
             )
     if about.resume and not about.keep:
         raise JointError("a run that goes on names what it was kept under")
+    if about.keep and isinstance(about.model, m.SharedTerms):
+        raise JointError(
+            "a regression on shares is not kept: its shares, and what masked them, are for one run"
+        )
     if about.keep and about.model is None:
         raise JointError("only a run that trains a model is kept")
     normaliser(about.normalise)
@@ -104,6 +109,8 @@ def _lines(about: m.OpenJoint, plans: dict[str, Graph]) -> Iterator[str]:
     yield f"this worker: {about.parties[me].worker}, " + (
         f"with its table {about.dataset!r}"
         if about.dataset
+        else "which hands out correlated randomness"
+        if isinstance(about.model, m.SharedTerms)
         else "which makes the key and decrypts masked gradients"
     )
     if about.dataset:
@@ -130,6 +137,17 @@ def _model_lines(about: m.OpenJoint, plans: dict[str, Graph]) -> Iterator[str]:
             f"{model.allow_small_batches}"
         )
         yield "owners exchange encrypted values; the key holder sees uniformly masked gradients, and the loss"
+    elif isinstance(model, m.SharedTerms):
+        kind = "linear" if model.loss == "squares" else f"logistic ({model.loss})"
+        yield (
+            f"{kind} regression on secret shares: {model.epochs} epochs at most, batches of {model.batch_size}, "
+            f"learning rate {model.lr:g}, L2 {model.l2:g}, precision {model.precision}, small batches allowed: "
+            f"{model.allow_small_batches}"
+        )
+        yield (
+            "owners exchange shares of their columns and masked values, which tell nothing; the provider sees none of "
+            "them, and must not work together with an owner; each owner gets its own weights when they are asked for"
+        )
     elif isinstance(model, m.SplitTerms):
         yield (
             f"split network: {model.epochs} epochs at most, batches of {model.batch_size}, {model.optimizer} "

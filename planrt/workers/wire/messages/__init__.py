@@ -39,6 +39,7 @@ from planrt.workers.wire.messages.joint import LinearTerms as LinearTerms
 from planrt.workers.wire.messages.joint import OpenJoint as OpenJoint
 from planrt.workers.wire.messages.joint import Parcel as Parcel
 from planrt.workers.wire.messages.joint import ReadTable as ReadTable
+from planrt.workers.wire.messages.joint import SharedTerms as SharedTerms
 from planrt.workers.wire.messages.joint import SplitTerms as SplitTerms
 from planrt.workers.wire.messages.joint import TableColumns as TableColumns
 from planrt.workers.wire.messages.joint import WorkJoint as WorkJoint

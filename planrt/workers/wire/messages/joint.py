@@ -44,6 +44,19 @@ class LinearTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     allow_small_batches: bool = False
 
 
+class SharedTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shared"):
+    """Regression on secret shares (`planrt.sharing.columns.shared`); the last party is the crypto provider."""
+
+    loss: Literal["squares", "second order", "exact"]
+    batch_size: Annotated[int, Meta(ge=1)]
+    epochs: Annotated[int, Meta(ge=1, le=1_000_000)]
+    """Epochs at most."""
+    lr: Finite
+    l2: Finite
+    precision: Annotated[int, Meta(ge=8, le=20)]
+    allow_small_batches: bool = False
+
+
 class SplitTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="split"):
     """A network in parts: below, each owner's on its columns; above, one on what these give, with the labels."""
 
@@ -74,10 +87,10 @@ class OpenJoint(Message, frozen=True, tag="open_joint"):
     number: PartyNumber
     """This party's place."""
     parties: Annotated[list[PeerAddress], Meta(min_length=2, max_length=64)]
-    """Owners of tables first, then who holds a key, if anybody does."""
+    """Owners of tables first, then who holds a key or hands out randomness, if anybody does."""
     owners: Annotated[int, Meta(ge=2, le=64)]
     dataset: Annotated[str, Meta(max_length=200)]
-    """This party's table; "" for who holds the key."""
+    """This party's table; "" for who has none."""
     ids: Names
     """Its id columns, in the order in which they are compared with those of others."""
     normalise: Id
@@ -88,7 +101,7 @@ class OpenJoint(Message, frozen=True, tag="open_joint"):
     label_owner: PartyNumber
     columns: Annotated[list[Count], Meta(max_length=64)]
     """How many columns each owner gives."""
-    model: LinearTerms | SplitTerms | None
+    model: LinearTerms | SharedTerms | SplitTerms | None
     """What is trained; None to look who is in both tables, and nothing else."""
     standardise: bool
     """Whether each owner takes the mean from its columns and divides them by their standard deviation."""
@@ -122,7 +135,9 @@ class WorkJoint(Message, frozen=True, tag="work_joint"):
     plans. Answered by JointDone."""
 
     joint: Id
-    step: Literal["join", "align", "resume", "load", "epoch", "evaluate", "predict", "weights", "forget"]
+    step: Literal[
+        "join", "align", "resume", "load", "epoch", "evaluate", "predict", "release", "weights", "forget"
+    ]
     epoch: Count = 0
     """The next epoch: to be trained, or with "resume" to go on with."""
     people: Annotated[list[Annotated[list[Text], Meta(max_length=64)]], Meta(max_length=100_000)] = []
