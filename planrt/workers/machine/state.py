@@ -585,13 +585,13 @@ class WorkerState:
         """Does what a message asks for that is not answered; what it could not do shows at the session's next
         request."""
         try:
+            check_permitted(session, body)  # before anything is passed on to another process
             if self._siblings is not None:
                 self._siblings.check(session, body)
                 if (peer := self._siblings.computing(session, body)) is not None:
                     return [ToPeer(peer, body, tensors)]
                 if isinstance(body, m.Claim) and self._siblings.is_elsewhere(body):
                     return self._claim_elsewhere(self._siblings, connection, session, body)
-            check_permitted(session, body)
             self.access.check_publish(session.user, body)
             match body:
                 case m.Opening() | m.Corrections() | m.FailGroup():
