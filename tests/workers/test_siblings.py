@@ -12,7 +12,7 @@ from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.isolation import board as boards
 from planrt.workers.serving.isolation.board import Board
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.channel import Channel
+from planrt.workers.wire.channel import Channel, Shown
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.posted import PostedOp
 
@@ -138,6 +138,17 @@ def test_what_is_claimed_is_gone_there_once_it_has_arrived_and_comes_back_if_it_
     assert 5 not in ann.state.store.objects
     assert torch.equal(ben.ask(m.Fetch(5, False))[1][0], torch.ones(2))
     assert ben.state.store.objects[5].tags == ("#x",)
+
+
+def test_what_a_ticket_does_not_permit_is_not_passed_on(processes):
+    ann, ben = processes
+    ann.ask(m.Put([m.PutItem(5)], "token"), tensors=[torch.ones(2)])
+    ticket, _ = ben.ask(m.Delegate("alice", "put"))
+    ben.state.handle(Connected(7, Channel(user="ben", shown=Shown(ticket.id, "", ""))))
+    ben.ask(m.Hello("t" * 32, own_versions()), 7)
+    said = ben.state.handle(Received(7, m.Envelope(0, m.Claim([5], "token")), []))
+    assert not [one for one in said if isinstance(one, ToPeer)]
+    assert "which does not include Claim" in ben.ask(m.Put([m.PutItem(8)], ""), 7, [torch.ones(1)])[0].message
 
 
 def test_what_cannot_go_is_refused_and_stays(processes):
