@@ -152,7 +152,8 @@ class Messages:
                 return min(1.5, 1.5 if kind.le is None else kind.le)
             case msgspec.inspect.StrType():
                 if kind.pattern is not None:
-                    return rng.choice(self._hashes)
+                    digits = 32 if "{32}" in kind.pattern else 64  # a ticket's id, or a hash
+                    return rng.choice(self._hashes)[:digits]
                 if name in ("token", "proof") and not kind.min_length:
                     return ""  # wrong ones are slowed down
                 return rng.choice(_WORDS)[: kind.max_length or 200].ljust(kind.min_length or 0, "x")
