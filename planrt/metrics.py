@@ -76,6 +76,10 @@ class Counter:
         value = value if not self.label or value in self._known else OTHER
         self._counts[value] = self._counts.get(value, 0.0) + amount
 
+    def counts(self) -> dict[str, int]:
+        """Returns value of the label -> how often, of a counter that counts by ones."""
+        return {value: int(count) for value, count in list(self._counts.items())}
+
     def family(self) -> Family:
         """Returns the counts."""
         counts = list(self._counts.items())

@@ -18,6 +18,7 @@ header. Nothing is used before the digest has been compared.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import queue
 import struct
@@ -57,6 +58,16 @@ def write_checkpoint(disk: Disk, path: Path, checkpoint: Checkpoint) -> None:
         OSError: it could not be written.
     """
     disk.write_whole(path, _parts(checkpoint))
+
+
+def checkpoint_size(checkpoint: Checkpoint) -> int:
+    """Returns about how many bytes a checkpoint takes: those of its tensors."""
+    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    """Returns the bytes of the file that `write_checkpoint` writes."""
+    return b"".join(_parts(checkpoint))
 
 
 def _parts(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
@@ -129,34 +140,46 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(_PREFIX.size)
-            if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
-                raise RunFolderError(f"{path} is no checkpoint of planrt, or only its beginning")
-            _, version, header_size, payload_size = _PREFIX.unpack(prefix)
-            if version > VERSION:
-                raise RunFolderError(
-                    f"{path} is of a newer planrt (checkpoints of version {version}; this one reads {VERSION})"
-                )
-            if size != _PREFIX.size + header_size + payload_size + _DIGEST:
-                raise RunFolderError(f"{path} is torn: it has {size:,} bytes, and announces another size")
-            header = file.read(header_size)
-            payload = torch.empty(payload_size, dtype=torch.uint8)
-            file.readinto(memoryview(payload.numpy()))  # type: ignore[arg-type]
-            wanted = file.read(_DIGEST)
+            return _read(file, os.fstat(file.fileno()).st_size, str(path))
     except OSError as error:
         raise RunFolderError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def checkpoint_from(data: bytes, where: str) -> Checkpoint:
+    """Returns the checkpoint that a file with these bytes is; `where` names it.
+
+    Raises:
+        RunFolderError: as `read_checkpoint`.
+    """
+    return _read(io.BytesIO(data), len(data), where)
+
+
+def _read(file: io.BufferedIOBase, size: int, where: str) -> Checkpoint:
+    prefix = file.read(_PREFIX.size)
+    if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
+        raise RunFolderError(f"{where} is no checkpoint of planrt, or only its beginning")
+    _, version, header_size, payload_size = _PREFIX.unpack(prefix)
+    if version > VERSION:
+        raise RunFolderError(
+            f"{where} is of a newer planrt (checkpoints of version {version}; this one reads {VERSION})"
+        )
+    if size != _PREFIX.size + header_size + payload_size + _DIGEST:
+        raise RunFolderError(f"{where} is torn: it has {size:,} bytes, and announces another size")
+    header = file.read(header_size)
+    payload = torch.empty(payload_size, dtype=torch.uint8)
+    file.readinto(memoryview(payload.numpy()))  # type: ignore[arg-type]
+    wanted = file.read(_DIGEST)
     digest = hashlib.sha256(prefix)
     digest.update(header)
     digest.update(memoryview(payload.numpy()))  # type: ignore[arg-type]
     if digest.digest() != wanted:
-        raise RunFolderError(f"{path}: its SHA-256 is not that of its bytes: it was altered")
+        raise RunFolderError(f"{where}: its SHA-256 is not that of its bytes: it was altered")
     try:
         facts, names, described = msgpack.unpackb(header, strict_map_key=True)
-        layouts, needed = parse_layouts(described, address=str(path))
+        layouts, needed = parse_layouts(described, address=where)
         if not isinstance(facts, dict) or len(names) != len(layouts) or needed != payload_size:
             raise ValueError("not what a checkpoint has")
-        tensors = tensors_in(payload, layouts, address=str(path))
+        tensors = tensors_in(payload, layouts, address=where)
     except (ValueError, TypeError, WireError, msgpack.UnpackException) as error:
-        raise RunFolderError(f"{path} is no checkpoint of this version: {error}") from error
+        raise RunFolderError(f"{where} is no checkpoint of this version: {error}") from error
     return Checkpoint(facts, dict(zip(names, tensors, strict=True)))

@@ -193,6 +193,7 @@ class WebsocketServerWorker:
         self._guarded = bool(users) or policy is not None
         self._audit = None if audit is None else AuditFile(audit, id)
         approvals_of_owner = decisions_in(approvals)
+        self._joint_runs = None if joint_runs is None else JointFolder(joint_runs, id)
         self._state = WorkerState(
             id,
             device=device,
@@ -206,7 +207,7 @@ class WebsocketServerWorker:
             access=Access.of(access),
             audit=self._audit,
             quota=Quota(max_session_memory, max_session_objects),
-            joint_runs=None if joint_runs is None else JointFolder(joint_runs, id),
+            joint_runs=self._joint_runs,
             certificates=client_ca is not None,
             dials=self._dialling.dials,
         )
@@ -217,15 +218,6 @@ class WebsocketServerWorker:
         if self._isolates is not None and self._state.device.type != "cpu":
             raise OptionError(
                 "isolation is for workers that compute on the CPU: processes cannot share a GPU's memory"
-            )
-        if self._isolates is not None and joint_runs is not None:
-            raise OptionError(
-                "with isolation nothing that users' work does is written to files: leave out joint_runs (--joint-runs)"
-            )
-        if self._isolates is not None and metrics_port is not None:
-            raise OptionError(
-                "metrics count what the worker's own process does, and with isolation others do it: leave out "
-                "metrics_port (--metrics-port)"
             )
         self._approvals = approvals_of_owner
         self._isolation: Isolation | None = None
@@ -374,7 +366,14 @@ class WebsocketServerWorker:
 
         if self._isolates is not None:
             self._isolation = self._isolates.begin(
-                self._state, self._limits, self._dialling, self._threads, self._audit, self._approvals
+                self._state,
+                self._limits,
+                self._dialling,
+                self._threads,
+                self._audit,
+                self._approvals,
+                self._joint_runs,
+                counted=self._metrics.port is not None,
             )
             self._state.hand_on_sessions()
 

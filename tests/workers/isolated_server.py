@@ -99,7 +99,7 @@ def main(arguments):
                 change()
             except Exception as error:
                 said.append(f"{type(error).__name__}: {error}")
-        print(json.dumps([worker.address, said]), flush=True)
+        print(json.dumps([worker.address, said, worker.metrics_address]), flush=True)
 
     worker.start(ready=ready)
 

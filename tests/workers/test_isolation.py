@@ -34,9 +34,11 @@ from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.counts import Figures
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation import confining
 from planrt.workers.serving.isolation.answering import Answers
+from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.wire.proofs import Verifier
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
@@ -63,7 +65,7 @@ class Server:
         )  # fmt: skip
         line = self.process.stdout.readline()
         assert line, "it did not start"
-        self.uri, self.adding = json.loads(line)
+        self.uri, self.adding, self.metrics = json.loads(line)
 
     def connect(self, user="ann", **options):
         token = USERS[user] if user else ""
@@ -465,7 +467,6 @@ def test_over_tls(secure):
         ({"isolation": True, "process_memory": "4 GiB"}, "number of bytes"),
         ({"isolation": True, "readable": "/tmp"}, "list of files"),
         ({"isolation": True, "readable": ["/no/such/folder"]}, "is not there"),
-        ({"isolation": True, "metrics_port": 0}, "leave out metrics_port"),
         ({"kernel_timeout": 5.0}, "are for workers with isolation=True"),
     ],
 )
@@ -563,7 +564,7 @@ class Recorded:
 
 
 @pytest.fixture
-def of_user():
+def of_user(tmp_path):
     """``of_user(name)``: what answers the calls of a process for that user, and what is told then."""
     ours, theirs = socket.socketpair()
     state = WorkerState("bob")
@@ -572,11 +573,12 @@ def of_user():
         def start(user):
             told = Recorded()
             answers = Answers(
-                "bob", Limits(), Dialling(), told, told, state, lambda *about: None, lambda *about: None
-            )
+                "bob", Limits(), Dialling(), told, told, state, lambda *about: None, lambda *about: None,
+                joint_runs=JointFolder(tmp_path / "joint", "bob"),
+            )  # fmt: skip
             giver = Session("process 1", user)
             process = SimpleNamespace(
-                user=user, key="it", connections={}, dials=set(), gifts=ours, giver=giver
+                user=user, key="it", connections={}, dials=set(), gifts=ours, giver=giver, figures=Figures()
             )
             return (lambda *call: asyncio.run(answers.answer(process, list(call)))), told.told
 
@@ -621,7 +623,10 @@ def test_a_process_cannot_speak_for_another_user(of_user):
     [
         ("audit", 5), ("audit", ["line"]), ("submit", "x", b"", {"name": 5}, 1), ("submit", "x", "y", None, None),
         ("submit", "x", b"", None, "many"), ("status",), ("dial", "x", 1, 2), ("opened", "x", 3), ("closed", 99),
-        ("closed", None), ("stop",), ("nonsense", {}),
+        ("closed", None), ("stop",), ("nonsense", {}), ("figures", None), ("figures", {"sessions": -1}),
+        ("figures", {"sessions": 1 << 60}), ("figures", {"answers": {"ann has a rare disease": 1}}),
+        ("figures", {"names": 1}), ("joint", "epochs"), ("joint", "read", "x", -1), ("joint", "read", "x", 10**9),
+        ("joint", "write", "x", 1, "text"), ("joint", "write", "x", -1, b""), ("joint", "path", "x"),
     ],
 )  # fmt: skip
 def test_nonsense_from_a_process_does_nothing(of_user, call):
@@ -629,3 +634,24 @@ def test_nonsense_from_a_process_does_nothing(of_user, call):
     given = answer(*call)
     assert given is None or given[0] is False
     assert told == []
+
+
+def test_counts_of_a_process_do_not_go_down(of_user):
+    call, _ = of_user("ann")
+    assert call("figures", {"answers": {"done": 3}, "sessions": 2}) is None
+    assert call("figures", {"answers": {"done": 2}})[0] is False
+    assert call("figures", {})[0] is False
+    assert call("figures", {"answers": {"done": 3, "failure": 1}, "sessions": 0}) is None
+
+
+def test_what_a_process_keeps_of_joint_runs_is_its_users(of_user):
+    ann, _ = of_user("ann")
+    assert ann("joint", "write", "credit", 1, b"anything") == (True, ["said", None])
+    assert ann("joint", "epochs", "credit") == (True, ["said", [1]])
+    assert ann("joint", "read", "credit", 1) == (True, ["said", b"anything"])
+    for user in ("ben", None):
+        other, _ = of_user(user)
+        assert other("joint", "epochs", "credit") == (True, ["said", []])
+        assert other("joint", "read", "credit", 1)[1][0] == "failed"
+        assert other("joint", "forget", "credit") == (True, ["said", None])
+    assert ann("joint", "epochs", "credit") == (True, ["said", [1]])

@@ -273,9 +273,10 @@ class WorkerState:
         approvals: Decisions | None,
         board: Board,
         tickets: ShownElsewhere | None = None,
+        joint_runs: Keeps | None = None,
     ) -> None:
         """Makes this the state of a process that serves the sessions of one user, after another process has found out
-        who its clients are. `audit`, `approvals`, `board` and `tickets` are that one's."""
+        who its clients are. `audit`, `approvals`, `board`, `tickets` and `joint_runs` are that one's."""
         self._siblings = Neighbours(board, self._objects, self.access, self.device)
         self._kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
         self._handshakes = Handshakes(self.versions, Users(None))
@@ -284,6 +285,7 @@ class WorkerState:
         self._openings.gives_tickets = tickets is not None
         self._sessions = self._openings.sessions
         self._audit.to(audit)
+        self._joint.folder = joint_runs
         if self._gate is not None:
             self._gate.ask(approvals)
 

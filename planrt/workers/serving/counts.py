@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Final, Protocol, get_args
+
+import msgspec
 
 import planrt.errors as errors
 from planrt.errors import PlanrtError
-from planrt.metrics import Counter, Family, Health, counted, gauge
+from planrt.metrics import OTHER, Counter, Distribution, Family, Health, counted, gauge
 from planrt.workers.machine.store import Overview
 from planrt.workers.transport.pipes import Traffic
 from planrt.workers.wire import messages as m
@@ -22,6 +24,88 @@ _FAILURES: Final = frozenset(
     name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, PlanrtError)
 )
 _BAD: Final = ("WireError", "MessageTooLargeError", "HandshakeError")
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+
+
+class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The figures of one process of a worker, as it tells them to the worker's own one. Counts only go up."""
+
+    bytes_sent: _Count = 0
+    bytes_received: _Count = 0
+    messages_sent: _Count = 0
+    messages_received: _Count = 0
+    answers: dict[str, _Count] = {}
+    refusals: dict[str, _Count] = {}
+    failures: dict[str, _Count] = {}
+    bad_messages: dict[str, _Count] = {}
+    sessions: _Count = 0
+    objects: _Count = 0
+    bytes: _Count = 0
+    waiting: _Count = 0
+
+    @classmethod
+    def told(cls, said: object, before: Figures) -> Figures:
+        """Returns what a process says, which may have been taken over by a client; `before` is what it said last.
+
+        Raises:
+            ValueError: these are no figures, or they have a name that there is none of, or a count went down.
+        """
+        new = msgspec.convert(said, cls)
+        for name in cls.__struct_fields__[:-_PASSING]:
+            now, then = getattr(new, name), getattr(before, name)
+            known = _NAMES.get(name)
+            if known is not None and not known.issuperset(now):
+                raise ValueError(f"{name} with a name that there is none of")
+            if (now < then) if known is None else any(now.get(one, 0) < count for one, count in then.items()):
+                raise ValueError(f"{name} went down")
+        return new
+
+    def ended(self) -> Figures:
+        """Returns what is left of the figures of a process that has ended: its counts."""
+        return msgspec.structs.replace(self, sessions=0, objects=0, bytes=0, waiting=0)
+
+
+_PASSING: Final = 4
+"""How many of the fields, the last ones, are no counts."""
+_NAMES: Final = {
+    "answers": {str(one.__struct_config__.tag) for one in get_args(m.Body)},
+    "refusals": {*REFUSALS, OTHER},
+    "failures": {*_FAILURES, OTHER},
+    "bad_messages": {*_BAD, OTHER},
+}
+
+
+def added_up(all: Iterable[Figures]) -> Figures:
+    """Returns the sum of figures."""
+    everything = list(all)
+
+    def total(name: str) -> object:
+        values = [getattr(one, name) for one in everything]
+        if name not in _NAMES:
+            return sum(values)
+        found: Tally[str] = Tally()
+        for one in values:
+            found.update(one)
+        return dict(found)
+
+    return msgspec.convert({name: total(name) for name in Figures.__struct_fields__}, Figures)
+
+
+class Elsewhere(Protocol):
+    """Other processes that do a worker's work. May be asked from any thread."""
+
+    def figures(self) -> Figures:
+        """Returns the sum of what they have counted, those included that have ended, and of what they hold."""
+
+    def families(self) -> Iterable[Family]:
+        """Returns the figures that are about these processes themselves."""
+
+    def number(self) -> int:
+        """Returns how many there are."""
+
+    def computing(self) -> bool:
+        """Returns whether one of them computes."""
 
 
 class HostCounts:
@@ -69,14 +153,28 @@ class HostCounts:
         """The messages and bytes of all connections so far."""
         return _sum([self._closed, *self._open])
 
-    def families(self) -> Iterable[Family]:
-        """Returns the figures."""
+    def figures(self) -> Figures:
+        """Returns the counts as another process is told them."""
         traffic = self.traffic
+        return Figures(
+            traffic.bytes_sent,
+            traffic.bytes_received,
+            traffic.messages_sent,
+            traffic.messages_received,
+            {_tag(kind): count for kind, count in list(self._answers.items())},
+            self.refusals.counts(),
+            self.failures.counts(),
+            self.bad_messages.counts(),
+        )
+
+    def families(self, elsewhere: Figures | None = None) -> Iterable[Family]:
+        """Returns the figures, and in them those of other processes that do this one's work."""
+        all = self.figures() if elsewhere is None else added_up([self.figures(), elsewhere])
         yield counted("planrt_worker_connections", "Connections so far.", self.connections)
         yield gauge("planrt_worker_connections_open", "Connections that there are.", self.open)
         for what, sent, received in (
-            ("bytes", traffic.bytes_sent, traffic.bytes_received),
-            ("messages", traffic.messages_sent, traffic.messages_received),
+            ("bytes", all.bytes_sent, all.bytes_received),
+            ("messages", all.messages_sent, all.messages_received),
         ):
             yield Family(
                 f"planrt_worker_{what}",
@@ -90,11 +188,18 @@ class HostCounts:
             "counter",
             "Answers to clients, by the kind of message.",
             ("kind",),
-            {(_tag(kind),): float(count) for kind, count in list(self._answers.items())},
+            _samples(all.answers),
         )
-        yield self.refusals.family()
-        yield self.failures.family()
-        yield self.bad_messages.family()
+        for counter, counts in (
+            (self.refusals, all.refusals),
+            (self.failures, all.failures),
+            (self.bad_messages, all.bad_messages),
+        ):
+            yield Family(counter.name, "counter", counter.help, ("kind",), _samples(counts))
+
+
+def _samples(counts: Mapping[str, int]) -> dict[tuple[str, ...], float | Distribution]:
+    return {(kind,): float(count) for kind, count in counts.items()}
 
 
 def _tag(kind: type[m.Message]) -> str:
@@ -119,6 +224,7 @@ class WatchedWorker:
         overview: what it holds.
         counts: what its host counted.
         busy: whether it computes. trouble: why it does not serve, in a word; ``""`` while it does.
+        elsewhere: other processes that do its work.
     """
 
     def __init__(
@@ -129,38 +235,50 @@ class WatchedWorker:
         *,
         busy: Callable[[], bool],
         trouble: Callable[[], str],
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._id, self._overview, self._counts = id, overview, counts
-        self._busy, self._trouble = busy, trouble
+        self._busy, self._trouble, self._elsewhere = busy, trouble, elsewhere
         self.certificate_until: float | None = None
         """When the certificate that it serves with expires (seconds, as of `time.time`); None without one."""
 
     def metrics(self) -> Iterable[Family]:
         """See `planrt.metrics.Watched`."""
-        held = self._overview.held()
-        yield from (
-            one.of("worker", self._id) for one in self._families(held.sessions, held.objects, held.bytes)
-        )
+        yield from (one.of("worker", self._id) for one in self._families(*self._now()))
 
-    def _families(self, sessions: int, objects: int, nbytes: int) -> Iterable[Family]:
+    def _now(self) -> tuple[Figures, Figures | None]:
+        """What the worker holds now, in all of its processes; and what others than this one count and hold."""
+        held = self._overview.held()
+        own = Figures(
+            sessions=held.sessions, objects=held.objects, bytes=held.bytes, waiting=self._overview.waiting()
+        )
+        if self._elsewhere is None:
+            return own, None
+        others = self._elsewhere.figures()
+        return added_up([own, others]), others
+
+    def _computes(self) -> bool:
+        return self._busy() or (self._elsewhere is not None and self._elsewhere.computing())
+
+    def _families(self, holds: Figures, others: Figures | None) -> Iterable[Family]:
         yield gauge("planrt_worker_up", "Whether the worker serves.", not self._why_unwell())
         yield gauge("planrt_worker_start_time_seconds", "When it began, in Unix time.", self._overview.since)
-        yield gauge("planrt_worker_computing", "Whether it computes at the moment.", self._busy())
+        yield gauge("planrt_worker_computing", "Whether it computes at the moment.", self._computes())
+        yield gauge("planrt_worker_waiting_requests", "Requests that wait for others.", holds.waiting)
         yield gauge(
-            "planrt_worker_waiting_requests", "Requests that wait for others.", self._overview.waiting()
+            "planrt_worker_sessions", "Sessions, those included whose clients may come back.", holds.sessions
         )
-        yield gauge(
-            "planrt_worker_sessions", "Sessions, those included whose clients may come back.", sessions
-        )
-        yield gauge("planrt_worker_objects", "Objects that it holds.", objects)
-        yield gauge("planrt_worker_object_bytes", "Bytes of these objects.", nbytes)
+        yield gauge("planrt_worker_objects", "Objects that it holds.", holds.objects)
+        yield gauge("planrt_worker_object_bytes", "Bytes of these objects.", holds.bytes)
+        if self._elsewhere is not None:
+            yield from self._elsewhere.families()
         if self.certificate_until is not None:
             yield gauge(
                 "planrt_worker_certificate_expiry_time_seconds",
                 "When its certificate expires, in Unix time.",
                 self.certificate_until,
             )
-        yield from self._counts.families()
+        yield from self._counts.families(others)
 
     def _why_unwell(self) -> str:
         expired = self.certificate_until is not None and self.certificate_until < time.time()
@@ -168,8 +286,12 @@ class WatchedWorker:
 
     def health(self) -> Health:
         """See `planrt.metrics.Watched`."""
-        trouble, held = self._why_unwell(), self._overview.held()
-        until = {} if self.certificate_until is None else {"certificate_until": self.certificate_until}
+        trouble, (holds, _) = self._why_unwell(), self._now()
+        until: dict[str, object] = {}
+        if self.certificate_until is not None:
+            until["certificate_until"] = self.certificate_until
+        if self._elsewhere is not None:
+            until["processes"] = self._elsewhere.number()
         return Health(
             not trouble,
             trouble or "serving",
@@ -178,10 +300,10 @@ class WatchedWorker:
                 "worker": self._id,
                 "since": self._overview.since,
                 "seconds": round(time.time() - self._overview.since, 3),
-                "sessions": held.sessions,
-                "objects": held.objects,
-                "bytes": held.bytes,
-                "computing": self._busy(),
-                "waiting": self._overview.waiting(),
+                "sessions": holds.sessions,
+                "objects": holds.objects,
+                "bytes": holds.bytes,
+                "computing": self._computes(),
+                "waiting": holds.waiting,
             },
         )

@@ -52,6 +52,7 @@ from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.audit_file import AuditError
+from planrt.workers.serving.counts import Elsewhere as Counted
 from planrt.workers.serving.counts import HostCounts, WatchedWorker
 from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links, Reaching
@@ -154,7 +155,7 @@ class AuditLog(Protocol):
         """Writes them. Raises AuditError where that does not work."""
 
 
-class Elsewhere(Protocol):
+class Elsewhere(Counted, Protocol):
     """Other processes, which serve the sessions of a worker; see `planrt.workers.serving.isolation`."""
 
     async def hand_on(self, pipe: Pipe, asked: HandOn) -> None:
@@ -202,9 +203,17 @@ class WorkerHost:
         self._holds: dict[int, asyncio.Event] = {}
         """Connections that are held, or were released just before -> set when they go on."""
         self._alarms: set[asyncio.Task[None]] = set()
-        self._counts = HostCounts()
+        self.counts = HostCounts()
+        """Of what clients said, and were told."""
+        self._between = HostCounts()
+        """The same of other processes of the worker, which nobody is told."""
         self.watched = WatchedWorker(
-            state.id, state.overview, self._counts, busy=lambda: compute.busy, trouble=self._trouble
+            state.id,
+            state.overview,
+            self.counts,
+            busy=lambda: compute.busy,
+            trouble=self._trouble,
+            elsewhere=isolation,
         )
         """The worker as monitoring sees it."""
 
@@ -251,7 +260,8 @@ class WorkerHost:
     async def _serve(self, pipe: Pipe, number: int) -> None:
         self._pipes[number] = pipe
         self._ended[number] = asyncio.Event()
-        self._counts.opened(pipe.traffic)
+        counts = self._between if pipe.channel.sibling else self.counts
+        counts.opened(pipe.traffic)
         log.debug("connected", worker=self.state.id, client=pipe.address)
         if pipe.channel != Channel():
             await self._handle(Connected(number, pipe.channel))
@@ -268,7 +278,7 @@ class WorkerHost:
             await self._complain(pipe, WireError(f"the worker failed: {error}", address=pipe.address))
         finally:
             del self._pipes[number]
-            self._counts.closed(pipe.traffic)
+            counts.closed(pipe.traffic)
             self._holds.pop(number, None)
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
         try:
@@ -449,7 +459,9 @@ class WorkerHost:
 
     def _encode(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> Frame:
         """An answer as it is sent; where the client does not take it, or it has no byte form, that is the answer."""
-        self._counts.told(envelope.body)
+        pipe = self._pipes.get(connection)
+        counts = self._between if pipe is not None and pipe.channel.sibling else self.counts
+        counts.told(envelope.body)
         if isinstance(envelope.body, m.Failure):
             told = as_sent(envelope.body)
             log.info("refused", worker=self.state.id, kind=told.kind, why=told.message)
@@ -460,7 +472,7 @@ class WorkerHost:
             return encode(m.to_wire(envelope), tensors, max_header=client.header_limit)
         except Exception as error:  # a result that does not travel: it fails its own request, and no other
             failure = failure_of(error)
-        self._counts.told(failure)
+        counts.told(failure)
         try:
             return encode(
                 m.to_wire(m.Envelope(envelope.id, failure, envelope.seen)), max_header=client.header_limit
@@ -474,7 +486,7 @@ class WorkerHost:
 
     async def _complain(self, pipe: Pipe, error: TransportError) -> None:
         """Tells the client what was wrong with its bytes, as far as the connection still carries it."""
-        self._counts.bad_messages.add(type(error).__name__)
+        self.counts.bad_messages.add(type(error).__name__)
         await self._say(pipe, as_sent(m.Failure(type(error).__name__, str(error))))
 
     async def _say(self, pipe: Pipe, body: m.Body) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from planrt.errors import JointError, OptionError, RunFolderError
-from planrt.serde.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from planrt.serde.checkpoints import Checkpoint, checkpoint_from, write_checkpoint
 from planrt.serde.disk import Disk
 
 MOST_RUNS: Final = 100
@@ -59,14 +59,23 @@ class JointFolder:
         Raises:
             JointError: nothing was, or it is damaged.
         """
-        path = self._path(user, name, epoch)
-        if not path.is_file():
-            raise JointError(f"party {self._worker!r} has kept nothing of {name!r} after {epoch} epochs")
+        return kept_in(self.read_bytes(user, name, epoch), self._worker, name)
+
+    def read_bytes(self, user: str, name: str, epoch: int) -> bytes:
+        """Returns the bytes of the file that `read` reads.
+
+        Raises:
+            JointError: there is none, or it cannot be read.
+        """
         try:
-            return read_checkpoint(path)
-        except RunFolderError as error:
+            return self._path(user, name, epoch).read_bytes()
+        except FileNotFoundError:
             raise JointError(
-                f"what party {self._worker!r} has kept of {name!r} is damaged: {error}"
+                f"party {self._worker!r} has kept nothing of {name!r} after {epoch} epochs"
+            ) from None
+        except OSError as error:
+            raise JointError(
+                f"what party {self._worker!r} has kept of {name!r} cannot be read: {error.strerror or error}"
             ) from None
 
     def check_room(self, user: str, name: str) -> None:
@@ -90,9 +99,16 @@ class JointFolder:
         Raises:
             JointError: it could not be written.
         """
+        self._put(user, name, epoch, lambda path: write_checkpoint(self._disk, path, kept))
+
+    def write_bytes(self, user: str, name: str, epoch: int, data: bytes) -> None:
+        """Keeps a checkpoint that is bytes already; see `write`."""
+        self._put(user, name, epoch, lambda path: self._disk.write_whole(path, [data]))
+
+    def _put(self, user: str, name: str, epoch: int, write: Callable[[Path], None]) -> None:
         self.check_room(user, name)
         try:
-            write_checkpoint(self._disk, self._path(user, name, epoch), kept)
+            write(self._path(user, name, epoch))
             who, run = self._hashes(user, name)
             for a, b, other, path in self._files():
                 if (a, b) == (who, run) and other not in (epoch, epoch - 1):
@@ -131,6 +147,18 @@ class JointFolder:
     def _path(self, user: str, name: str, epoch: int) -> Path:
         who, run = self._hashes(user, name)
         return self.path / f"{who}-{run}-{epoch:07d}.run"
+
+
+def kept_in(data: bytes, worker: str, name: str) -> Checkpoint:
+    """Returns what a worker has kept of a run, from the bytes of its file.
+
+    Raises:
+        JointError: it is damaged.
+    """
+    try:
+        return checkpoint_from(data, "its file")
+    except RunFolderError as error:
+        raise JointError(f"what party {worker!r} has kept of {name!r} is damaged: {error}") from None
 
 
 def _size(path: Path) -> int:

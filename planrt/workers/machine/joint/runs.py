@@ -76,7 +76,8 @@ class JointOps:
         self._access = access
         self._audit = audit
         self._store = store
-        self._folder = folder
+        self.folder = folder
+        """Where parts of runs are kept; None for nowhere."""
         self._runs: dict[str, Run] = {}
         self._opening: dict[str, tuple[str, str]] = {}
         """Runs that are being opened: of which session, and for whom they count."""
@@ -160,25 +161,25 @@ class JointOps:
         if not body.keep:
             return None
         whose, user = f"party {body.parties[body.number].worker!r}", session.user or ""
-        if self._folder is None:
+        if self.folder is None:
             raise JointError(
                 f"{whose} keeps no joint runs: its owner starts it with --joint-runs FOLDER (joint_runs=)"
             )
-        kept = KeptRun(self._folder, user, body.keep, whose, terms.kept_hash(body), body.joint)
-        epochs = self._folder.epochs(user, body.keep)
+        kept = KeptRun(self.folder, user, body.keep, whose, terms.kept_hash(body), body.joint)
+        epochs = self.folder.epochs(user, body.keep)
         if not body.resume:
             if epochs and epochs[0]:
                 raise JointError(
                     f"{whose} has kept {body.keep!r} after {epochs[0]} epochs: go on with it (resume=True), or take "
                     "another name"
                 )
-            self._folder.check_room(user, body.keep)
+            self.folder.check_room(user, body.keep)
         elif not epochs:
             raise JointError(
                 f"{whose} has kept nothing under the name {body.keep!r}: begin without resume=True"
             )
         else:
-            kept.origin = str(self._folder.read(user, body.keep, epochs[0]).facts.get("origin", ""))
+            kept.origin = str(self.folder.read(user, body.keep, epochs[0]).facts.get("origin", ""))
         return kept
 
     def _admit(self, session: Session, body: m.OpenJoint, text: str) -> int:

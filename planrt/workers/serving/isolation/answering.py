@@ -16,17 +16,27 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError, OptionError, PlanrtError
+from planrt.errors import (
+    ApprovalError,
+    ConnectError,
+    IsolationError,
+    JointError,
+    LocalError,
+    OptionError,
+    PlanrtError,
+)
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.sessions import Session
 from planrt.workers.serving.audit_file import AuditError, AuditFile
+from planrt.workers.serving.counts import Figures
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation.board import Board
 from planrt.workers.serving.isolation.messages import give
 from planrt.workers.serving.isolation.watching import Slot
+from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.transport.passing import Passed
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.proofs import Verifier
@@ -37,6 +47,8 @@ _TICKETS: Final = 4096
 """Tickets that the sessions of one process may have."""
 _DIALS: Final = 16
 """Connections that one process may have under way to other workers."""
+_EPOCHS: Final = range(10_000_000)
+"""After which a joint run may be kept."""
 
 
 @dataclass(eq=False)
@@ -71,6 +83,8 @@ class Process:
     leaving: bool = False
     """Whether it ends because it was told to."""
     hearing: asyncio.Task[None] | None = None
+    figures: Figures = field(default_factory=Figures)
+    """What it has counted, and holds, as it said last."""
     giver: Session = field(init=False)
     """Who has given the tickets of all its sessions, for who is shown them."""
 
@@ -108,7 +122,9 @@ class Answers:
         *,
         others: Callable[[], Mapping[int, Process]] = dict,
         access: Access | None = None,
+        joint_runs: JointFolder | None = None,
     ) -> None:
+        self._joint_runs = joint_runs
         self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
         self.audit, self._approvals, self._tickets = audit, approvals, tickets
         self._opened, self._idle = opened, idle
@@ -175,6 +191,10 @@ class Answers:
                     return True, self._told(process, self.board.holder(_numbers(ids), token))
                 case ["computing", str(name)]:
                     return True, self._told(process, self.board.computing(name))
+                case ["joint", str(what), str(name), *about]:
+                    return await self._keep_joint(process, what, name, about)
+                case ["figures", said]:
+                    process.figures = Figures.told(said, process.figures)
                 case ["opened", int(), str(name)]:
                     self._opened(process, name)
                 case ["closed", int(number)]:
@@ -189,6 +209,29 @@ class Answers:
             log.error("process_said_nonsense", worker=self._worker_id, whose=process.key, error=str(error))
             return False, "no such call"
         return None
+
+    async def _keep_joint(self, process: Process, what: str, name: str, about: list[Any]) -> tuple[bool, Any]:
+        """What the owner's folder has of joint runs of that process's user, or is to have."""
+        folder, user = self._joint_runs, process.user or ""
+        if folder is None:
+            return False, "no joint runs are kept"
+        match what, about:
+            case "epochs", []:
+                work: Callable[[], Any] = lambda: list(folder.epochs(user, name))  # noqa: E731
+            case "read", [int(epoch)] if epoch in _EPOCHS:
+                work = lambda: folder.read_bytes(user, name, epoch)  # noqa: E731
+            case "write", [int(epoch), bytes(data)] if epoch in _EPOCHS:
+                work = lambda: folder.write_bytes(user, name, epoch, data)  # noqa: E731
+            case "room", []:
+                work = lambda: folder.check_room(user, name)  # noqa: E731
+            case "forget", []:
+                work = lambda: folder.forget(user, name)  # noqa: E731
+            case _:
+                return False, "no such call"
+        try:
+            return True, ["said", await asyncio.to_thread(work)]
+        except JointError as error:
+            return True, ["failed", str(error)]
 
     def _told(self, process: Process, number: int | None) -> str:
         """The address of another process, which this one may dial from now on."""

@@ -13,25 +13,31 @@ import itertools
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import msgspec
 
-from planrt.errors import ApprovalError, ConnectError, IsolationError, LocalError
+from planrt.errors import ConnectError
 from planrt.logs import get_logger
 from planrt.loop import new_event_loop
-from planrt.plans.policy.approvals import Asking, QueueFullError, Status
 from planrt.plans.running import progress
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import Event, Instruction, Received
 from planrt.workers.machine.state import WorkerState
-from planrt.workers.serving.audit_file import AuditError
+from planrt.workers.serving.counts import Figures
 from planrt.workers.serving.dialling import LINK_TIMEOUT, Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.isolation.asking import (
+    RelayedApprovals,
+    RelayedAudit,
+    RelayedBoard,
+    RelayedJointRuns,
+    RelayedTickets,
+)
 from planrt.workers.serving.isolation.confining import confine, ends_with_its_parent
 from planrt.workers.serving.isolation.messages import Calls, take
 from planrt.workers.serving.isolation.watching import Slot
@@ -39,7 +45,7 @@ from planrt.workers.transport.pipes import Pipe
 from planrt.workers.transport.taken import taken_up
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel, Shown
-from planrt.workers.wire.proofs import TicketProof, Verifier
+from planrt.workers.wire.proofs import TicketProof
 
 log = get_logger("planrt.worker")
 
@@ -63,6 +69,9 @@ class Work:
     memory: int | None
     """Bytes that one process may take beside what all share."""
     readable: tuple[Path, ...]
+    counted: bool = False
+    """Whether somebody watches what the worker counts."""
+    keeps_joint_runs: bool = False
 
 
 def run(
@@ -92,106 +101,6 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class RelayedAudit:
-    """The owner's log, as a process for clients' work has it; see `AuditFile`."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-        self._events: list[dict[str, Any]] = []
-
-    @property
-    def waiting(self) -> bool:
-        """True where there are events to write."""
-        return bool(self._events)
-
-    def record(self, event: Mapping[str, Any]) -> None:
-        """Takes an event, which `write` writes."""
-        self._events.append(dict(event))
-
-    def write(self) -> None:
-        """Has the events written that were taken.
-
-        Raises:
-            AuditError: they cannot be written, now; the worker's own process keeps them.
-        """
-        events, self._events = self._events, []
-        try:
-            self._calls.ask("audit", events)
-        except IsolationError as error:
-            raise AuditError(str(error)) from None
-
-
-class RelayedApprovals:
-    """The owner's decisions, as a process for clients' work asks for them; see `Approvals`."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    def status(self, plan: str) -> Status:
-        """See `Approvals.status`."""
-        return Status(*self._ask("status", plan))
-
-    def askings(self, plan: str) -> list[Asking]:
-        """Returns none: who asked in other sessions is not told here, so a session has to send the plan itself."""
-        return []
-
-    def submit(
-        self, plan: str, data: bytes, *, asking: Asking | None = None, most: int | None = None
-    ) -> Status:
-        """See `Approvals.submit`."""
-        said = None if asking is None else asdict(asking)
-        return Status(*self._ask("submit", plan, data, said, most))
-
-    def _ask(self, what: str, *about: Any) -> Any:
-        try:
-            kind, answer = self._calls.ask(what, *about)
-        except IsolationError as error:
-            raise ApprovalError(str(error)) from None
-        if kind == "full":
-            raise QueueFullError(answer)
-        if kind == "failed":
-            raise ApprovalError(answer)
-        return answer
-
-
-class RelayedBoard:
-    """Tells what is where, as the worker's own process knows it; see `Board` of the machine."""
-
-    def __init__(self, worker_id: str, calls: Calls) -> None:
-        self._worker_id, self._calls = worker_id, calls
-
-    def keeps(self, id: int, tags: Sequence[str], description: str, token: str) -> None:
-        """See `Board.keeps`."""
-        self._ask("keeps", id, list(tags), description, token)
-
-    def computes(self, names: Sequence[str]) -> None:
-        """See `Board.computes`."""
-        self._ask("computes", list(names))
-
-    def find(self, terms: Sequence[str]) -> Sequence[tuple[m.PeerAddress, list[int]]]:
-        """See `Board.find`."""
-        return [
-            (m.PeerAddress(self._worker_id, address), ids) for address, ids in self._ask("find", list(terms))
-        ]
-
-    def holder(self, ids: Sequence[int], token: str) -> m.PeerAddress | None:
-        """See `Board.holder`."""
-        return self._at(self._ask("holder", list(ids), token))
-
-    def computing(self, name: str) -> m.PeerAddress | None:
-        """See `Board.computing`."""
-        return self._at(self._ask("computing", name))
-
-    def _at(self, address: str) -> m.PeerAddress | None:
-        return m.PeerAddress(self._worker_id, address) if address else None
-
-    def _ask(self, what: str, *about: Any) -> Any:
-        try:
-            return self._calls.ask(what, *about)
-        except IsolationError as error:
-            raise LocalError(str(error)) from None
-
-
 class _Reaching:
     """How this process reaches other workers, and other processes of its own one."""
 
@@ -206,28 +115,6 @@ class _Reaching:
             return await self._dialling.connect(worker_id, peer, limits, ticket)
         pipe = await self._dial(worker_id, peer)
         return await Connection.open(pipe, worker_id, timeout=LINK_TIMEOUT, limits=limits)
-
-
-class RelayedTickets:
-    """The tickets that sessions here give, for the worker's own process, which is shown them."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    def given(self, id: str, verifier: Verifier, asked: m.Delegate) -> None:
-        """Has note taken of a ticket.
-
-        Raises:
-            LocalError: it cannot be.
-        """
-        try:
-            self._calls.ask("ticket", id, str(verifier), msgspec.to_builtins(asked))
-        except IsolationError as error:
-            raise LocalError(str(error)) from None
-
-    def over(self, id: str) -> None:
-        """Has a ticket forgotten."""
-        self._calls.tell("ticket_over", id)
 
 
 class _Host(WorkerHost):
@@ -266,6 +153,7 @@ class _Serving:
             RelayedApprovals(calls) if work.asks else None,
             RelayedBoard(state.id, calls),
             RelayedTickets(calls),
+            RelayedJointRuns(state.id, calls) if work.keeps_joint_runs else None,
         )
         work.dialling.opened_by = self._dial
         self._compute = ComputeThread(f"planrt-{state.id}", threads=work.threads)
@@ -273,6 +161,8 @@ class _Serving:
         self._host = _Host(state, self._compute, limits=work.limits, dialling=reaching, audit=audit)
         self._host.slot, self._host.calls = slot, calls
         self._owners = state.store.count("")
+        self._owned = state.overview.held() if work.counted else None
+        self._told = Figures()
         self._tasks: set[asyncio.Task[None]] = set()
         self._siblings: set[asyncio.Task[None]] = set()
         """Connections of other processes of the worker."""
@@ -333,6 +223,7 @@ class _Serving:
         except OSError as error:
             log.info("connection_lost", worker=self._work.state.id, client=address, error=str(error))
         finally:
+            await self._tell_figures()
             self._calls.tell("closed", number)
 
     async def _serve_sibling(self, number: int, user: str | None, file: int) -> None:
@@ -367,8 +258,26 @@ class _Serving:
         state, since = self._work.state, self._loop.time()
         while True:
             await asyncio.sleep(1.0)
+            await self._tell_figures()
             if self._tasks or state.has_sessions or state.store.count("") > self._owners:
                 since = self._loop.time()
             elif self._loop.time() - since >= self._lingers:
                 self._calls.tell("idle")
                 since = self._loop.time()
+
+    async def _tell_figures(self) -> None:
+        """Tells what this process counts and holds, beside what is the owner's, where somebody watches."""
+        if self._owned is None:
+            return
+        overview, owned = self._work.state.overview, self._owned
+        held = await asyncio.to_thread(overview.held)  # adding up can take a while
+        now = msgspec.structs.replace(
+            self._host.counts.figures(),
+            sessions=held.sessions,
+            objects=max(0, held.objects - owned.objects),
+            bytes=max(0, held.bytes - owned.bytes),
+            waiting=overview.waiting(),
+        )
+        if now != self._told:
+            self._told = now
+            self._calls.tell("figures", msgspec.to_builtins(now))

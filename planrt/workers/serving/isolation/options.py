@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from planrt.workers.serving.audit_file import AuditFile
     from planrt.workers.serving.dialling import Dialling
     from planrt.workers.serving.isolation.supervisor import Isolation
+    from planrt.workers.serving.joint_folder import JointFolder
 
 log = get_logger("planrt.worker")
 
@@ -101,8 +102,12 @@ class Isolating:
         threads: int | None,
         audit: AuditFile | None,
         approvals: Approvals | None,
+        joint_runs: JointFolder | None = None,
+        *,
+        counted: bool = False,
     ) -> Isolation:
-        """Makes the process that all others are copies of, after `check_process`.
+        """Makes the process that all others are copies of, after `check_process`. `counted`: somebody watches what
+        they count.
 
         Raises:
             IsolationError: no process can be made.
@@ -121,6 +126,8 @@ class Isolating:
             approvals is not None,
             self.memory,
             self.readable,
+            counted,
+            joint_runs is not None,
         )
         page = watching.new_page()
         return Isolation(
@@ -135,4 +142,5 @@ class Isolating:
             access=state.access,
             knows=state.knows,
             tickets=state,
+            joint_runs=joint_runs,
         )

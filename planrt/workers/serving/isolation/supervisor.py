@@ -13,23 +13,27 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple
 from typing import Any, Final, Protocol
 
 from planrt.errors import HandshakeError, IsolationError
 from planrt.logs import get_logger
+from planrt.metrics import Family, counted, gauge
 from planrt.plans.policy.approvals import Approvals
 from planrt.serde.frames import Limits, encode
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.events import HandOn
 from planrt.workers.machine.handshakes import REVOKED
 from planrt.workers.serving.audit_file import AuditFile
+from planrt.workers.serving.counts import Figures, added_up
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation.answering import Answers, Process, Tickets
 from planrt.workers.serving.isolation.messages import gift_sockets, give, hear, take
 from planrt.workers.serving.isolation.watching import SLOTS, Slot
+from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.transport.passing import Passed
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
@@ -68,6 +72,7 @@ class Isolation:
         audit, approvals, dialling: the owner's log, the owner's decisions, and how other workers are reached.
         access: which user may do what. knows: whether the token of that id is still a user's.
         tickets: takes note of tickets, which are proved to this process.
+        joint_runs: the owner's folder for joint runs.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Isolation:
         tickets: Tickets,
         access: Access | None = None,
         knows: Callable[[str], bool] = lambda token: True,
+        joint_runs: JointFolder | None = None,
     ) -> None:
         self._knows = knows
         self._worker_id, self._zygote, self._page = worker_id, zygote, page
@@ -91,9 +97,14 @@ class Isolation:
         self._processes: dict[int, Process] = {}
         self._answers = Answers(
             worker_id, limits, dialling, audit, approvals, tickets, self._opened, self._dismiss,
-            others=lambda: self._processes, access=access,
+            others=lambda: self._processes, access=access, joint_runs=joint_runs,
         )  # fmt: skip
         self._numbers = 0
+        self._lost = 0
+        self._ended = Figures()
+        """What processes have counted that have ended."""
+        self._counting = threading.Lock()
+        """Held while a process goes from those that there are to those that have ended."""
         self._by_key: dict[str, Process] = {}
         self._by_session: dict[str, Process] = {}
         self._free = list(range(SLOTS))
@@ -158,6 +169,27 @@ class Isolation:
             for one in self._processes.values()
             if one.made.done() and not one.made.cancelled()
         }
+
+    def figures(self) -> Figures:
+        """See `Elsewhere` of `planrt.workers.serving.counts`."""
+        with self._counting:
+            all = [self._ended, *(one.figures for one in list(self._processes.values()))]
+        return added_up(all)
+
+    def families(self) -> Iterable[Family]:
+        """See `Elsewhere`."""
+        yield gauge("planrt_worker_processes", "Processes for clients' work that there are.", self.number())
+        yield counted(
+            "planrt_worker_processes_lost", "Those that have crashed, or took too long.", self._lost
+        )
+
+    def number(self) -> int:
+        """See `Elsewhere`."""
+        return len(self._processes)
+
+    def computing(self) -> bool:
+        """See `Elsewhere`."""
+        return any(one.slot.read().since for one in list(self._processes.values()))
 
     def end_revoked(self) -> None:
         """Ends the processes with sessions whose token counts no longer: the owner has changed the users."""
@@ -314,8 +346,10 @@ class Isolation:
 
     def _over(self, process: Process, why: str | None) -> None:
         """A process is there no longer."""
-        if self._processes.pop(process.number, None) is None:
-            return
+        with self._counting:
+            if self._processes.pop(process.number, None) is None:
+                return
+            self._ended = added_up([self._ended, process.figures.ended()])
         if self._stopping and not self._processes:
             self._none_left.set()
         self._answers.board.over(process.number)
@@ -325,6 +359,7 @@ class Isolation:
         for name in process.names:
             self._by_session.pop(name, None)
         if why is not None and not self._stopping and not process.revoked:
+            self._lost += 1
             seen = process.slot.read()
             log.error("process_lost", worker=self._worker_id, whose=process.key, why=why)
             if self._audit is not None:

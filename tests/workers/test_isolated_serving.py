@@ -1,0 +1,182 @@
+"""With isolation a worker is watched, asked for its status, and keeps joint runs, as it is and does without."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from planrt.cli import main
+from planrt.errors import JointError, RemoteError, SessionLostError
+from planrt.vertical import Party, split_network
+from tests.watching import ask, health, samples
+from tests.workers.test_isolation import Server, fit, gone, hook, until  # noqa: F401
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux"),
+]
+
+USERS = {"ann": "the long token of ann", "ben": "the long token of ben"}
+
+
+def served(request, **options):
+    started = Server(isolation=True, **options)
+    request.addfinalizer(started.end)
+    return started
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.fixture(scope="module")
+def clinic(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("owner")
+    return served(request, id="clinic", users=USERS, metrics_port=0, folder=str(folder))
+
+
+class Told:
+    """What the worker tells whoever watches it."""
+
+    def __init__(self, server):
+        self._samples = samples(server.metrics)
+
+    def __call__(self, name, **labels):
+        return self._samples.get(
+            (f"planrt_worker_{name}", frozenset({"worker": "clinic", **labels}.items())), 0
+        )
+
+    def counts(self):
+        return {key: value for key, value in self._samples.items() if key[0].endswith("_total")}
+
+
+def test_the_figures_are_those_of_all_processes_and_stay_when_one_ends(clinic):
+    until(lambda: clinic.metrics)
+    before = Told(clinic)
+    with clinic.connect("ann") as ann, clinic.connect("ben") as ben:
+        kept = [torch.ones(1000).send(ann), torch.ones(500).send(ben)]
+        for worker in (ann, ben):
+            with pytest.raises(RemoteError):
+                torch.linalg.inv(torch.zeros(2, 2).send(worker)).get()
+            assert fit(worker, "rows").samples == 4
+        until(lambda: Told(clinic)("failures_total", kind="ExecutionError") == 2)
+        now = Told(clinic)
+        assert now("sessions") - before("sessions") == 2
+        assert now("connections_total") - before("connections_total") == 2
+        assert now("objects") - before("objects") >= 2
+        assert 6000 <= now("object_bytes") - before("object_bytes") < 12_000
+        assert now("answers_total", kind="fitted") == 2
+        assert now("bytes_total", direction="in") - before("bytes_total", direction="in") >= 6000
+        assert now("processes") == 2
+        assert now("processes_lost_total") == 0
+        assert now("up") == 1
+        found = health(clinic.metrics)
+        assert found[0] == 200
+        assert (found[1]["sessions"], found[1]["processes"]) == (2, 2)
+        with pytest.raises(SessionLostError):
+            fit(ann, "crash")
+        until(lambda: Told(clinic)("processes_lost_total") == 1)
+        after = Told(clinic)
+        assert all(after.counts()[key] >= value for key, value in now.counts().items() if "cpu" not in key[0])
+        assert after("sessions") == now("sessions") - 1
+        assert after("answers_total", kind="fitted") == 2
+        with clinic.connect("ann") as again:
+            assert fit(again, "rows").samples == 4
+            until(lambda: Told(clinic)("answers_total", kind="fitted") == 3)
+        assert kept[1].sum().get() == 500
+    until(lambda: Told(clinic)("sessions") == before("sessions"))
+    assert "ann" not in ask(clinic.metrics, "/metrics")[1]
+
+
+def test_what_processes_say_to_each_other_is_no_clients(clinic):
+    with clinic.connect("ann") as ann, clinic.connect("ben") as ben:
+        x = torch.ones(300_000).tag("#large").send(ann)
+        before = Told(clinic)
+        found = []
+        until(lambda: found.extend(ben.search("#large")) or found)
+        assert found[0].sum().get() == 300_000
+        until(lambda: Told(clinic)("answers_total", kind="found") > before("answers_total", kind="found"))
+        now = Told(clinic)
+        assert now("connections_total") == before("connections_total")
+        assert now("bytes_total", direction="out") - before("bytes_total", direction="out") < 1_000_000
+        assert now("answers_total", kind="lent") == 0
+        del x
+
+
+def test_its_status(clinic, tmp_path, capsys):
+    token = tmp_path / "token"
+    token.write_text(USERS["ann"])
+    token.chmod(0o600)
+    with clinic.connect("ann") as ann, clinic.connect("ben") as ben:
+        kept = [torch.ones(100).send(ann), torch.ones(100).send(ben)]
+        assert main(["status", f"clinic={clinic.uri}", "--token-file", str(token)]) == 0
+        told = capsys.readouterr().out
+        assert f"clinic at {clinic.uri}: serves since" in told
+        assert "for user ann: 2 sessions, 1 object, 400 bytes" in told
+        assert main(["status", f"clinic={clinic.uri}", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["user"], told["sessions"], told["objects"]) == ("", 1, 0)
+        until(lambda: health(clinic.metrics)[1]["sessions"] == 2)
+        assert main(["status", clinic.metrics]) == 0
+        assert "sessions: 2" in capsys.readouterr().out
+        del kept
+
+
+# ---------------------------------------------------------------------------------------------- joint runs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = tmp_path_factory.mktemp("kept")
+    return {id: str(made / id) for id in ("alice", "jim")}
+
+
+@pytest.fixture(scope="module")
+def parties(request, folders):
+    """``parties(name)``: the worker of that name, begun when it is not there."""
+    tables, started = {"alice": 0, "jim": 1}, {}
+
+    def start(id):
+        if id not in started or started[id].process.poll() is not None:
+            started[id] = served(request, id=id, users=USERS, table=tables[id], joint_runs=folders[id])
+        return started[id]
+
+    def party(id, user, *about, **more):
+        worker = start(id).connect(user)
+        request.addfinalizer(worker.close)
+        return Party(worker, "t", *about, **more)
+
+    start.party = party
+    return start
+
+
+def network(parties, user, **more):
+    torch.manual_seed(1)
+    left = parties.party("alice", user, "id", ["a", "b"])
+    right = parties.party("jim", user, "who", ["c", "d", "e"], label="y")
+    return split_network(
+        left, right, bottoms=[nn.Linear(2, 3), nn.Linear(3, 3)], top=nn.Linear(6, 1), loss_fn=nn.BCEWithLogitsLoss(),
+        optimizer="Adam", optimizer_args={"lr": 0.01}, normalise="casefold", epochs=3, batch_size=20, seed=5, **more,
+    )  # fmt: skip
+
+
+def test_a_joint_run_goes_on_after_a_process_and_a_worker_were_killed(parties, folders):
+    with network(parties, "ann") as whole:
+        losses = whole.fit()
+    with network(parties, "ann", keep="credit") as first:
+        assert first.fit(1) == losses[:1]
+    for one in parties("alice").processes():
+        os.kill(one, signal.SIGKILL)
+    until(lambda: gone(parties("alice").processes()))
+    with pytest.raises(JointError, match="has kept nothing under the name 'credit'"):
+        network(parties, "ben", keep="credit", resume=True)
+    with network(parties, "ann", keep="credit", resume=True) as second:
+        assert second.fit(1) == losses[:2]
+    parties("jim").process.kill()
+    parties("jim").process.wait(20)
+    with network(parties, "ann", keep="credit", resume=True) as third:
+        assert third.fit() == losses
+    assert all(len(os.listdir(folder)) == 2 for folder in folders.values())
+    assert all(os.stat(folder).st_mode & 0o777 == 0o700 for folder in folders.values())
