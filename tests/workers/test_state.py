@@ -16,6 +16,7 @@ from planrt.workers.machine.events import (
     Wait,
 )
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.wire import delivery
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 from tests.models import classification_data, seeded_classifier
@@ -218,3 +219,16 @@ def test_a_client_that_leaves_takes_its_waiting_requests_with_it(meeting):
     meeting.handle(Received(1, m.Envelope(2, m.Done()), [torch.ones(2)]))
     assert meeting.handle(Disconnected(1)) == []
     assert meeting.handle(PeerFailed("key", "late")) == []
+
+
+@pytest.mark.parametrize("id", [7, 0])
+def test_a_large_message_is_acknowledged_once(id):
+    """By its answer, where it has one; else by a message of its own, for its client keeps it until then."""
+    state = WorkerState("bob")
+    hello = m.Hello("s" * 32, own_versions(resumes=True))
+    state.handle(Received(1, m.Envelope(1, hello), []))
+    large = torch.zeros(delivery.LARGE // 4)
+    put = m.Put([m.PutItem(3)])
+    (reply,) = state.handle(Received(1, m.Envelope(id, put), [large]))
+    assert isinstance(reply.envelope.body, m.Done if id else m.Ack)
+    assert reply.envelope.seen == 1

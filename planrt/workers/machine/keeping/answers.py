@@ -115,7 +115,8 @@ class Keeping:
 
     def due(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Returns whether the client is to be told now that its messages were taken, the latest with `tensors`."""
-        if self.taken - self.told < MESSAGES and payload_bytes(tensors) < LARGE:
+        untold = self.taken - self.told  # an answer may just have said it
+        if untold == 0 or (untold < MESSAGES and payload_bytes(tensors) < LARGE):
             return False
         self.told = self.taken
         return True
