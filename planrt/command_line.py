@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from planrt.deadlines import MOST_SECONDS
 from planrt.errors import OptionError, PlanrtError
 from planrt.shown import shown
 from planrt.stopping import in_order, said, signalled
@@ -65,9 +66,20 @@ def positive_number(text: str) -> float:
     return value
 
 
-def seconds_or_none(text: str) -> float:
-    """Parses an option of argparse: a finite number of seconds, or 0."""
-    return 0.0 if text.strip() == "0" else positive_number(text)
+def seconds(*, at_most: float = MOST_SECONDS, or_none: bool = False) -> Callable[[str], float]:
+    """Makes an option type for argparse: a number of seconds above 0 and within a bound; `or_none` takes 0, too."""
+
+    def parse(text: str) -> float:
+        if or_none and text.strip() == "0":
+            return 0.0
+        value = positive_number(text)
+        if value > at_most:
+            raise argparse.ArgumentTypeError(
+                f"must be a number of seconds of at most {at_most:,.0f}, got {text}"
+            )
+        return value
+
+    return parse
 
 
 def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:

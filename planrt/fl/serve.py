@@ -24,9 +24,8 @@ from planrt.command_line import (
     Parser,
     leave,
     one_line,
-    positive_number,
     run_command,
-    seconds_or_none,
+    seconds,
     stopped_by,
     whole_number,
 )
@@ -250,7 +249,7 @@ def parser(prog: str) -> Parser:
     )
     add(
         "--keep-sessions",
-        type=seconds_or_none,
+        type=seconds(or_none=True),
         metavar="SECONDS",
         help="for how long a client that lost its connection may come back to its objects (120); 0 for not at all",
     )
@@ -263,7 +262,7 @@ def parser(prog: str) -> Parser:
     )
     add(
         "--kernel-timeout",
-        type=positive_number,
+        type=seconds(),
         metavar="SECONDS",
         help="with --isolation: seconds that one op may take before its process is ended (600)",
     )

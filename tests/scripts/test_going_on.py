@@ -181,7 +181,11 @@ def test_bad_input_is_one_line_each(commands, processes):
         ),
         ([*named(workers), "--min-workers", "0"], 2, "--min-workers: must be at least 1"),
         ([*named(workers), "--round-timeout", "-1"], 2, "--round-timeout: must be a number above 0"),
-        ([*named(workers), "--round-timeout", "1e12"], 2, "of at most 2,592,000"),
+        (
+            [*named(workers), "--round-timeout", "1e12"],
+            2,
+            "--round-timeout: must be a number of seconds of at most 2,592,000",
+        ),
         ([*named(workers), "--aggregation", "krum"], 2, "use mean, median, trimmed-mean:N"),
         ([*named(workers), "--aggregation", "krum:1"], 2, "--aggregation krum:1 needs at least 5 workers"),
         (
@@ -199,6 +203,29 @@ def test_bad_input_is_one_line_each(commands, processes):
     assert is_one_line_error(ended, 1), ended
     assert "is in use by another coordinator" in ended.err
     assert not (commands.folder / "runs").exists() or not list((commands.folder / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("[]", "it has no names and values"),
+        ("{", "there is no run to go on with"),
+        ('{"rounds": "many"}', "--rounds: must be a whole number, got 'many'"),
+        ('{"rounds": 1e999}', "--rounds: must be a whole number"),
+        ('{"rounds": -1}', "--rounds: must be at least 1"),
+        ('{"lr": [0.1, "x"]}', "--lr: must be a number"),
+        ('{"worker": "alice"}', "--worker: must look like alice=ws://HOST:PORT"),
+        ('{"round-timeout": 1e300}', "--round-timeout: must be a number of seconds of at most 2,592,000"),
+        ('{"verbose": "yes"}', "--verbose: ignored explicit argument"),
+        ('{"of-a-later-planrt": 5}', "unrecognized arguments: --of-a-later-planrt"),
+    ],
+)
+def test_options_of_a_run_folder_are_held_to_what_the_command_takes(tmp_path, capsys, written, told):
+    Path(tmp_path, "options.json").write_text(written)
+    assert main(["run", "--resume", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert told in error
 
 
 def test_status_of_what_is_no_run(tmp_path, capsys):

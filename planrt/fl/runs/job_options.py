@@ -6,12 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from planrt.command_line import Parser, one_line, positive_number, whole_number
+from planrt.command_line import Parser, one_line, positive_number, seconds, whole_number
 from planrt.errors import OptionError
 from planrt.fl.data import digits as data
 from planrt.fl.runs.identity import add_identity, named_address
 from planrt.fl.runs.run_folder import OPTIONS
+from planrt.fl.waiting import LONGEST_TIMEOUT
 from planrt.workers.serving.metrics_options import add_metrics
 
 FIXED = (
@@ -21,9 +23,9 @@ FIXED = (
 """Options that make a run what it is: one that goes on keeps them."""
 
 
-def parser(prog: str = "mnist_async") -> Parser:
+def parser(prog: str = "mnist_async", kind: type[Parser] = Parser) -> Parser:
     """Returns the parser of the command's options."""
-    parser = Parser(prog=prog, description="Train the MNIST network on federated workers.")
+    parser = kind(prog=prog, description="Train the MNIST network on federated workers.")
     count = whole_number(at_least=1)
     seed = whole_number(at_least=0)
     add = parser.add_argument
@@ -80,7 +82,7 @@ def parser(prog: str = "mnist_async") -> Parser:
     add("--min-workers", type=count, metavar="N", help="workers that must answer in a round (default: all)")
     add(
         "--round-timeout",
-        type=positive_number,
+        type=seconds(at_most=LONGEST_TIMEOUT),
         metavar="SECONDS",
         help="how long a round waits for its workers (default: an hour)",
     )
@@ -115,25 +117,52 @@ def resumed(options: argparse.Namespace, chosen: set[str]) -> argparse.Namespace
     folder = Path(options.resume)
     if "run_dir" in chosen:
         raise OptionError("--resume names the run folder: leave --run-dir out")
-    try:
-        kept = {
-            name.replace("-", "_"): value
-            for name, value in json.loads((folder / OPTIONS).read_text()).items()
-        }
-    except (OSError, ValueError, AttributeError) as error:
-        raise OptionError(
-            f"--resume: there is no run to go on with in {folder} ({one_line(error)})"
-        ) from None
+    kept = _kept(folder)
     for name in FIXED:
         if name in chosen and name in kept and getattr(options, name) != kept[name]:
             option = "--" + name.replace("_", "-")
             raise OptionError(
                 f"{option} {getattr(options, name)}: the run in {folder} has {option} {kept[name]}"
             )
-    if kept.get("worker"):
-        kept["worker"] = [named_address(text) for text in kept["worker"]]
-    taken = {name: value for name, value in kept.items() if name not in chosen and hasattr(options, name)}
+    taken = {name: value for name, value in kept.items() if name not in chosen}
     return argparse.Namespace(**{**vars(options), **taken, "run_dir": str(folder), "resume": str(folder)})
+
+
+class _KeptParser(Parser):
+    """Takes options of a run folder; one that is wrong is an OptionError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """Returns the options that the run in `folder` was started with, held to what they must be on a command line.
+
+    Raises:
+        OptionError: there are none, or no such ones.
+    """
+    try:
+        written = json.loads((folder / OPTIONS).read_text())
+        if not isinstance(written, dict):
+            raise ValueError("it has no names and values")
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"--resume: there is no run to go on with in {folder} ({one_line(error)})"
+        ) from None
+    arguments: list[str] = []
+    for name, value in written.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is True:
+                arguments.append(f"--{name}")
+            elif each is not None and each is not False:
+                arguments.append(f"--{name}={each}")
+    try:
+        taken = vars(parser(kind=_KeptParser).parse_args(arguments))
+    except OptionError as error:
+        raise OptionError(
+            f"--resume: {folder / OPTIONS} is not what a run has written there: {error}"
+        ) from None
+    return {name: taken[name] for name in (one.replace("-", "_") for one in written)}
 
 
 def by_option_name(options: argparse.Namespace) -> dict[str, object]:

@@ -20,7 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planrt.command_line import one_line, positive_number
+from planrt.command_line import one_line, seconds
 from planrt.errors import HandshakeError, OptionError
 from planrt.fl.runs.identity import Identity, add_identity, named_address
 from planrt.fl.runs.run_folder import NOW, OPTIONS, Journal, checkpoints_in, is_held
@@ -45,7 +45,7 @@ def register(commands: Any, command: Callable[..., Any]) -> None:
     add_identity(parser.add_argument)
     parser.add_argument(
         "--timeout",
-        type=positive_number,
+        type=seconds(),
         default=10.0,
         metavar="SECONDS",
         help="how long to wait for a worker's answer (%(default)s)",
