@@ -108,7 +108,16 @@ class Net:
             )
 
     def handle(self, name, event):
-        for one in self.states[name].handle(event):
+        delivered = (
+            self.random.random() < 0.5
+        )  # who hands in events may take what is posted at once, or all at the end
+
+        def deliver(one):
+            assert isinstance(one, ToPeer)
+            assert not one.key
+            self.tell(one.peer.worker, one.body, one.tensors, name)
+
+        for one in self.states[name].handle(event, deliver=deliver if delivered else None):
             match one:
                 case ToPeer(peer, body, tensors, key):
                     self.next_id += 1

@@ -55,7 +55,7 @@ def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):
             pass
 
     class State(WorkerState):
-        def handle(self, event, over=lambda: False):
+        def handle(self, event, over=lambda: False, deliver=None):
             return [Reply(number, m.Envelope(5, m.Done())) for number in (1, 2)]
 
     async def go():

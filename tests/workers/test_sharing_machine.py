@@ -7,9 +7,11 @@ from random import Random
 import pytest
 import torch
 
-from planrt.sharing.programs.calls import Call
+from planrt.sharing.programs.calls import Call, Program
 from planrt.types import Ref
+from planrt.workers.machine.events import PeerAnswered, Received, Reply, ToPeer
 from planrt.workers.machine.sharing import dealers
+from planrt.workers.machine.sharing.groups import Group
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PROGRAM, PostedOp
 from tests.workers.sharing_net import CLIENT, Net
@@ -46,6 +48,38 @@ def test_bits_do_not_depend_on_the_order_in_which_messages_arrive(count, monkeyp
     expected = (X * Y).relu() @ X
     assert (found[0] - expected).abs().max() < 1e-3
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_what_a_party_opens_leaves_before_it_computes_on(monkeypatch):
+    """Where the other's part is there already, nothing makes it wait: it would compute to the next opening first."""
+    net = started("a", "b", "dealer")
+    events = []
+    net.changed = lambda sender, to, body, tensors: (
+        None if to == "a" and isinstance(body, m.Opening) else (body, tensors)
+    )
+    net.post(PRODUCT, [1, 2], [3, 4], names=["a"])
+    net.run()  # it has opened the first and waits
+    combined = Group.combined
+    monkeypatch.setattr(Group, "combined", lambda *args: (events.append("on"), combined(*args))[1])
+    op = PostedOp(
+        PROGRAM, ("g", Program.of(2, PRODUCT).to_text(), (Ref(1), Ref(2))), {}, (Ref(3), Ref(4)), False
+    )
+    waiting, queue = [Received(net.connections[CLIENT, "b"], m.Envelope(0, m.Post([op.pack()])), [])], []
+    while waiting:
+        left = net.states["b"].handle(waiting.pop(), deliver=lambda one: events.append(one.body))
+        assert not [one for one in left if isinstance(one, ToPeer) and isinstance(one.body, m.Opening)]
+        queue += [one for one in left if isinstance(one, Reply)]
+        for one in left:
+            if isinstance(one, Reply):  # to the dealer, who asked what is needed
+                net.handle("dealer", PeerAnswered(net.keys.popitem()[1], one.envelope.body, []))
+                while link := net.queues["dealer", "b"]:
+                    envelope, tensors, _ = link.popleft()
+                    waiting.append(Received(net.connections["dealer", "b"], envelope, list(tensors)))
+    assert queue
+    openings = [
+        one if one == "on" else one.number for one in events if one == "on" or isinstance(one, m.Opening)
+    ]
+    assert openings[:3] == [0, "on", 1]
 
 
 def test_other_sessions_go_on_while_a_program_waits():

@@ -197,6 +197,8 @@ class WorkerState:
         """Whose requests run now: one may wake another."""
         self._besides: list[Instruction] = []
         """What comes of sessions that gave way while something else was handled."""
+        self._deliver: Callable[[ToPeer], None] | None = None
+        """Takes what requests post to other workers, while their event is handled."""
         self.overview = Overview(
             self.store,
             self.device,
@@ -346,11 +348,19 @@ class WorkerState:
 
     # ------------------------------------------------------------------------------------ the machine
 
-    def handle(self, event: Event, over: Callable[[], bool] = lambda: False) -> list[Instruction]:
+    def handle(
+        self,
+        event: Event,
+        over: Callable[[], bool] = lambda: False,
+        deliver: Callable[[ToPeer], None] | None = None,
+    ) -> list[Instruction]:
         """Takes one event and returns what to do about it, in this order; never raises for anything a client sent.
 
         Between ops that a client posted it asks whether the turn of this event is `over`: what is left then is an event
         of its own, which it returns (`Again`), so that the ops of one client never keep all others waiting.
+
+        What a request posts to another worker is given to `deliver` at once, where there is one, and not returned: it
+        leaves while the request computes on.
 
         What comes next is the caller's. It hands in the next event only when this has returned, and it carries out
         instructions in the order in which they were returned. After
@@ -366,6 +376,7 @@ class WorkerState:
           handed in once, after the last message. What other workers answer is handed in as before.
         * ``Probe``: hand in ``Probed`` once, before anything else of that connection.
         """
+        self._deliver = deliver
         instructions = self._handle(event, over)
         besides, self._besides = self._besides, []
         return [*instructions, *besides]
@@ -711,6 +722,9 @@ class WorkerState:
                 sent = None
                 if isinstance(step, Wake):
                     instructions += self._wake(self._waiting.get(step.key), TimePassed(step.key))
+                    continue
+                if self._deliver is not None and isinstance(step, ToPeer) and not step.key:
+                    self._deliver(step)
                     continue
                 instructions.append(step)
                 if isinstance(step, Wait):

@@ -8,6 +8,7 @@ not depend on how many there are, and equal those of websocket workers with one 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -197,6 +198,7 @@ class WorkerHost:
         self._guesses = Guesses()
         self._openings = Openings(self._limits.connections)
         self._links = Links(state.id, self._handle, self._limits, dialling)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self.device_lost = asyncio.Event()
         """Is set once the worker's device computes no more."""
@@ -319,13 +321,23 @@ class WorkerHost:
             raise HandshakeError(reason, address=pipe.address) from None
 
     def _work(self, event: Event) -> list[Instruction]:
+        """Handles an event, on the compute thread. What it posts to other workers leaves meanwhile, unless the owner's
+        log is to be written before."""
         end = time.monotonic() + TURN
+
+        deliver = None if self._audit is not None else self._deliver
         with deterministic_kernels(self.state.deterministic):
-            return self.state.handle(event, lambda: time.monotonic() >= end)
+            return self.state.handle(event, lambda: time.monotonic() >= end, deliver)
+
+    def _deliver(self, message: ToPeer) -> None:
+        assert self._loop is not None  # noqa: S101 - an event has been handed in on it
+        with contextlib.suppress(RuntimeError):  # it is gone: this process ends
+            self._loop.call_soon_threadsafe(self._links.send, message)
 
     async def _handle(self, event: Event) -> None:
         left = [event]
         lost: ConnectionError | None = None
+        self._loop = asyncio.get_running_loop()
         while left:  # to the end, though nobody may hear of it: a message is done whole
             event = left.pop()
             instructions = await self._compute.run(self._work, event)

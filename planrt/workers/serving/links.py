@@ -16,6 +16,7 @@ from planrt.errors import ConnectError, PlanrtError, RemoteError
 from planrt.logs import get_logger
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
+from planrt.workers.client.outbox import Response
 from planrt.workers.client.session import TicketRefusedError
 from planrt.workers.machine.events import Event, PeerAnswered, PeerFailed, PeerFor, ToPeer
 from planrt.workers.serving.dialling import Dialling
@@ -48,6 +49,16 @@ class _Link:
     def __init__(self) -> None:
         self.order = asyncio.Lock()
         self.connection: Connection | None = None
+        self.before = 0
+        """Messages that have not been handed over to the connection: others come after them."""
+
+    @property
+    def open(self) -> Connection | None:
+        """The connection, where a message may be handed over to it at once."""
+        ready = self.connection is not None and not self.before and not self.order.locked()
+        return (
+            self.connection if ready and self.connection is not None and not self.connection.closed else None
+        )
 
     def renewed(self, connection: Connection) -> None:
         """The other worker had lost the session, and this one's has begun."""
@@ -75,7 +86,18 @@ class Links:
 
     def send(self, instruction: ToPeer) -> None:
         """Sends to another worker, in the order of the calls, without waiting."""
-        task = asyncio.create_task(self._deliver(instruction))
+        link = self._links.get(instruction.peer)
+        if link is None:
+            link = self._links[instruction.peer] = _Link()
+        connection = link.open
+        if connection is not None and not instruction.key:
+            try:
+                connection.post(instruction.body, instruction.tensors)
+            except PlanrtError as error:
+                self._note(connection, instruction.peer, error)
+            return
+        link.before += 1
+        task = asyncio.create_task(self._deliver(instruction, link))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -113,24 +135,11 @@ class Links:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _deliver(self, instruction: ToPeer) -> None:
-        link = self._links.get(instruction.peer)
-        if link is None:
-            link = self._links[instruction.peer] = _Link()
+    async def _deliver(self, instruction: ToPeer, link: _Link) -> None:
         try:
-            async with link.order:
-                if link.connection is None:
-                    await self._connect(link, instruction.peer)
-                elif link.connection.closed:
-                    link.connection = await link.connection.reopen()
-                assert link.connection is not None  # noqa: S101 - just connected
-                if not instruction.key:
-                    link.connection.post(instruction.body, instruction.tensors)
-                    return
-                request = asyncio.ensure_future(
-                    link.connection.request(instruction.body, instruction.tensors)
-                )
-                await asyncio.sleep(0)  # the request takes its place in the queue
+            request = await self._hand_over(instruction, link)
+            if request is None:
+                return
             body, tensors = await request
         except TicketRefusedError as error:
             log.warning(
@@ -152,13 +161,36 @@ class Links:
             )
             await self._handle(PeerAnswered(instruction.key, failure, []))
         except (PlanrtError, OSError) as error:
-            in_order = link.connection is not None and link.connection.stopped
-            note = log.info if in_order else log.warning  # who waits for an answer is told either way
-            note("peer_failed", worker=self._worker_id, peer=instruction.peer.worker, error=str(error))
+            self._note(link.connection, instruction.peer, error)
             if instruction.key:
                 await self._handle(PeerFailed(instruction.key, str(error)))
         else:
             await self._handle(PeerAnswered(instruction.key, body, tensors))
+
+    async def _hand_over(self, instruction: ToPeer, link: _Link) -> asyncio.Future[Response] | None:
+        """Gives a message to the connection in its turn; returns what its answer is to be awaited by, if it has one."""
+        try:
+            async with link.order:
+                if link.connection is None:
+                    await self._connect(link, instruction.peer)
+                elif link.connection.closed:
+                    link.connection = await link.connection.reopen()
+                assert link.connection is not None  # noqa: S101 - just connected
+                if not instruction.key:
+                    link.connection.post(instruction.body, instruction.tensors)
+                    return None
+                request = asyncio.ensure_future(
+                    link.connection.request(instruction.body, instruction.tensors)
+                )
+                await asyncio.sleep(0)  # the request takes its place in the queue
+                return request
+        finally:
+            link.before -= 1
+
+    def _note(self, connection: Connection | None, peer: m.PeerAddress, error: Exception) -> None:
+        in_order = connection is not None and connection.stopped
+        note = log.info if in_order else log.warning  # who waits for an answer is told either way
+        note("peer_failed", worker=self._worker_id, peer=peer.worker, error=str(error))
 
     async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
         self._make_room()
