@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional, grad
 
 from planrt.errors import SharingError
-from planrt.sharing.ring import bilinear
+from planrt.sharing.ring import MOST_TERMS, bilinear
 
 Options: TypeAlias = tuple[tuple[str, Any], ...]
 
-_SMALL = 4096
+_SMALL = 1 << 16
 """Products with fewer multiplications are faster in int64 than cut into limbs."""
 
 
@@ -37,23 +37,19 @@ def _conv_weight(value: torch.Tensor, gradient: torch.Tensor, **options: Any) ->
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """A function that adds up products, and the dimensions of both factors that it adds up along: concatenated there,
-    two pairs of factors give the sum of both results.
-    """
+    """A function that adds up products."""
 
     function: Callable[..., torch.Tensor]
-    left: int
-    right: int
     terms: Callable[[torch.Size, torch.Size], int]
     """How many products an element of the result adds up at most."""
 
 
 _SUMS = {
-    "matmul": _Sum(torch.matmul, -1, -2, lambda left, right: left[-1]),
-    "conv1d": _Sum(functional.conv1d, 1, 1, lambda value, weight: math.prod(weight[1:])),
-    "conv2d": _Sum(functional.conv2d, 1, 1, lambda value, weight: math.prod(weight[1:])),
-    "conv_input": _Sum(_conv_input, 1, 0, lambda gradient, weight: weight[0] * math.prod(weight[2:])),
-    "conv_weight": _Sum(_conv_weight, 0, 0, lambda value, gradient: gradient[0] * math.prod(gradient[2:])),
+    "matmul": _Sum(torch.matmul, lambda left, right: left[-1]),
+    "conv1d": _Sum(functional.conv1d, lambda value, weight: math.prod(weight[1:])),
+    "conv2d": _Sum(functional.conv2d, lambda value, weight: math.prod(weight[1:])),
+    "conv_input": _Sum(_conv_input, lambda gradient, weight: weight[0] * math.prod(weight[2:])),
+    "conv_weight": _Sum(_conv_weight, lambda value, gradient: gradient[0] * math.prod(gradient[2:])),
 }
 """`matmul` is torch's, batches included; `conv_input` and `conv_weight` are the gradients of a convolution, with
 `size` the size of what is asked for.
@@ -62,16 +58,12 @@ _SUMS = {
 BILINEAR = ("mul", *_SUMS)
 """The names that `bilinear_value` knows. `mul` broadcasts."""
 
+_Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
 
 def bilinear_value(name: str, left: torch.Tensor, right: torch.Tensor, options: Options = ()) -> torch.Tensor:
     """Returns the product `name` of two int64 tensors, modulo 2**64."""
-    if name == "mul":
-        return left * right
-    chosen, sums = dict(options), _SUMS[name]
-    if name == "matmul" and (left.numel() * right.shape[-1] < _SMALL or left.dim() < 2 or right.dim() < 2):
-        return torch.matmul(left, right)
-    terms = sums.terms(left.shape, right.shape)
-    return bilinear(lambda a, b: sums.function(a, b, **chosen), left, right, terms)
+    return bilinear_sum(name, [(left, right)], options)
 
 
 def plain_value(name: str, left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -81,24 +73,41 @@ def plain_value(name: str, left: torch.Tensor, right: torch.Tensor, **options: A
     return left * right if name == "mul" else _SUMS[name].function(left, right, **options)
 
 
-def bilinear_sum(
-    name: str,
-    first: tuple[torch.Tensor, torch.Tensor],
-    second: tuple[torch.Tensor, torch.Tensor],
-    options: Options = (),
-) -> torch.Tensor:
-    """Returns the sum of two products of factors of the same shapes: as one product, where that is possible."""
-    sums = _SUMS.get(name)
-    chosen = dict(options)
-    if (
-        sums is None
-        or chosen.get("groups", 1) != 1
-        or min(first[0].dim(), first[1].dim()) < 2
-        or "size" in chosen
-    ):
-        return bilinear_value(name, *first, options).add_(bilinear_value(name, *second, options))
-    left = torch.cat([first[0], second[0]], sums.left)
-    return bilinear_value(name, left, torch.cat([first[1], second[1]], sums.right), options)
+def bilinear_sum(name: str, pairs: Sequence[_Pair], options: Options = ()) -> torch.Tensor:
+    """Returns the sum of the products `name` of pairs of int64 tensors of the same shapes, modulo 2**64."""
+    left, right = pairs[0]
+    if name == "matmul":
+        if left.dim() >= 2 and right.dim() >= 2 and left.numel() * right.shape[-1] >= _SMALL:
+            return _matrices(pairs)
+        return reduce(torch.Tensor.add_, [torch.matmul(*pair) for pair in pairs])
+    if name == "mul":
+        return reduce(torch.Tensor.add_, [one * other for one, other in pairs])
+    chosen, sums = dict(options), _SUMS[name]
+
+    def product(one: torch.Tensor, other: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+        made = sums.function(one, other, **chosen)
+        return made if total is None else total.add_(made)
+
+    return bilinear(product, pairs, sums.terms(left.shape, right.shape) * len(pairs))
+
+
+def _matrices(pairs: Sequence[_Pair]) -> torch.Tensor:
+    """Products of matrices, summed up in pieces that are short enough for `ring.bilinear` to be fast."""
+    length = pairs[0][0].shape[-1]
+    pieces = -(-length * len(pairs) // MOST_TERMS)
+    size = -(-length // pieces)
+    found = []
+    for start in range(0, length, size):
+        terms = min(size, length - start)
+        narrow = [(left.narrow(-1, start, terms), right.narrow(-2, start, terms)) for left, right in pairs]
+        found.append(bilinear(_matrix_product, narrow, terms * len(pairs)))
+    return reduce(torch.Tensor.add_, found)
+
+
+def _matrix_product(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
+    if total is None:
+        return torch.matmul(left, right)
+    return total.addmm_(left, right) if total.dim() == 2 else total.add_(torch.matmul(left, right))
 
 
 def bilinear_shape(

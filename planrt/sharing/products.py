@@ -26,8 +26,8 @@ def product(party: Party, function: str, left: Masked, right: Masked, **options:
     """
     chosen = tuple(sorted(options.items()))
     third: torch.Tensor = party.supply.take(Product(function, left.mask, right.mask, chosen)).fixed[0]
-    first, second = (left.opened, right.share(party)), (-left.part, right.opened)
-    return bilinear_sum(function, first, second, chosen).add_(third)
+    pairs = [(left.opened, right.share(party)), (-left.part, right.opened)]
+    return bilinear_sum(function, pairs, chosen).add_(third)
 
 
 def known_times_coin(party: Party, coin: Known, other: Known) -> torch.Tensor:

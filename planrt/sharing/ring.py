@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,9 +16,16 @@ Bits: TypeAlias = npt.NDArray[np.uint8]
 Words: TypeAlias = npt.NDArray[Any]
 """Unsigned integers of 16 or 64 bits."""
 
+Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""A function that is linear in its first two arguments, of float64; what it gives is added to the third one, in place,
+where there is one.
+"""
+
 _LIMB = 22
+MOST_TERMS = 2**9
+"""Sums of so many products of two sums of two 22-bit limbs are exact in float64: 2 * 22 + 9 bits."""
 _FEW = 2**11
-"""Sums of so many products of two 22-bit limbs are exact in float64: 2 * 21 + 11 bits."""
+"""Sums of so many products of two such limbs are: 2 * 21 + 11 bits."""
 
 
 def unsigned(values: torch.Tensor) -> Words:
@@ -42,38 +50,80 @@ def unpacked(bits: Bits, count: int) -> Bits:
 
 
 def bilinear(
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    left: torch.Tensor,
-    right: torch.Tensor,
-    terms: int,
+    product: Product, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], terms: int
 ) -> torch.Tensor:
-    """Returns `product(left, right)` modulo 2**64, computed in float64, where torch is ten times faster than in int64.
+    """Returns the sum of `product(left, right)` over all pairs, modulo 2**64, computed in float64, where torch is ten
+    times faster than in int64.
 
-    `product` is linear in both arguments and adds up at most `terms` products for an element. Both are cut into
-    balanced limbs (|limb| <= 2**21); the products of limbs that reach below bit 64 are exact, and so are sums of few.
+    All together add up at most `terms` products for an element. The factors are cut into balanced limbs
+    (|limb| <= 2**21); the products of limbs that reach below bit 64 are exact, and so are sums of few. Up to
+    `MOST_TERMS` it takes five products of limbs for each pair, with Karatsuba's sum for the second place (Karatsuba and
+    Ofman, "Multiplication of many-digital numbers by automatic computers", 1962): a0 b1 + a1 b0 is
+    (a0 + a1) (b0 + b1) - a0 b0 - a1 b1. With more it takes six, or ten of narrower limbs.
     """
-    width, most = (_LIMB, _FEW // terms) if 0 < terms <= _FEW else (_LIMB - 6, 1)
-    lefts, rights = _limbs(left, width), _limbs(right, width)
+    if terms <= MOST_TERMS:
+        return _by_five(product, [(_limbs(left, _LIMB), _limbs(right, _LIMB)) for left, right in pairs])
+    width, most = (_LIMB, _FEW // terms) if terms <= _FEW else (_LIMB - 6, 1)
+    found = [
+        _by_places(product, _limbs(left, width), _limbs(right, width), width, most) for left, right in pairs
+    ]
+    return reduce(torch.Tensor.add_, found)
+
+
+_Limbs: TypeAlias = list[torch.Tensor]
+
+
+def _by_five(product: Product, pairs: Sequence[tuple[_Limbs, _Limbs]]) -> torch.Tensor:
+    low: torch.Tensor | None = None
+    middle: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    for a, b in pairs:
+        low = product(a[0], b[0], low)
+        high = product(a[1], b[1], high)
+        middle = product(a[0] + a[1], b[0] + b[1], middle)
+    assert low is not None and middle is not None and high is not None  # noqa: S101, PT018 - there is a pair
+    middle.sub_(low).sub_(high)
+    for a, b in pairs:
+        high = product(a[0], b[2], high)
+        high = product(a[2], b[0], high)
+    total = high.to(torch.int64)
+    for place in (middle, low):
+        total = total.bitwise_left_shift_(_LIMB).add_(place.to(torch.int64))
+    return total
+
+
+def _by_places(product: Product, lefts: _Limbs, rights: _Limbs, width: int, most: int) -> torch.Tensor:
+    """One product for each pair of limbs; so many as `most` add up exactly."""
     total: torch.Tensor | None = None
     for place in range(len(lefts)):
-        for start in range(0, place + 1, most):  # so many products add up exactly
-            exact = product(lefts[start], rights[place - start])
-            for i in range(start + 1, min(start + most, place + 1)):
-                exact += product(lefts[i], rights[place - i])
+        for start in range(0, place + 1, most):
+            exact: torch.Tensor | None = None
+            for i in range(start, min(start + most, place + 1)):
+                exact = product(lefts[i], rights[place - i], exact)
+            assert exact is not None  # noqa: S101 - `most` is at least 1
             part = exact.to(torch.int64)
             total = part if total is None else total.add_(part.bitwise_left_shift_(width * place))
     assert total is not None  # noqa: S101 - there are at least three limbs
     return total
 
 
-def _limbs(values: torch.Tensor, width: int) -> list[torch.Tensor]:
+_BITS = int(np.float64(2.0**52).view(np.int64))
+"""The bits of 2**52: a whole number from 0 to 2**52 - 1, put in their place, makes 2**52 and that number."""
+
+
+def _limbs(values: torch.Tensor, width: int) -> _Limbs:
+    """Returns limbs of `width` bits, the lowest first, from -2**(width - 1) to 2**(width - 1) - 1, as float64. The last
+    one has the bits that are left.
+
+    Half of a limb's range is added at each place but the last, so that no limb borrows of the next one. The conversion
+    is by the bits of 2**52, as processors without AVX-512 have none of int64.
+    """
+    half, last = 1 << (width - 1), -(-64 // width) - 1
+    raised = values + sum(half << (width * place) for place in range(last))
     found = []
-    rest = values
-    for place in range(-(-64 // width)):
-        if width * (place + 1) >= 64:
-            found.append(rest.double())  # what is left has fewer bits than a limb, with its sign
-            break
-        low = (rest << (64 - width)).bitwise_right_shift_(64 - width)
-        found.append(low.double())
-        rest = low.neg_().add_(rest).bitwise_right_shift_(width)
-    return found
+    for place in range(last):
+        bits = raised if place == 0 else raised >> (width * place)
+        low = (bits & ((1 << width) - 1)).bitwise_or_(_BITS)
+        found.append(low.view(torch.float64).sub_(2.0**52 + half))
+    top = raised.bitwise_right_shift_(width * last).add_(_BITS + (1 << 51))
+    return [*found, top.view(torch.float64).sub_(2.0**52 + 2.0**51)]

@@ -7,6 +7,7 @@ from torch.nn import functional, grad
 from planrt.errors import OptionError, SharingError
 from planrt.sharing import ring
 from planrt.sharing.additive import add_public, reconstruct, share, subtract_from_public
+from planrt.sharing.bilinear import bilinear_sum, bilinear_value
 from planrt.sharing.comparisons import negative
 from planrt.sharing.masked import mask, open_together
 from planrt.sharing.products import bit_times_bit, multiply, product, square
@@ -15,17 +16,66 @@ from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.rounds import Transcript, new_parties, run_together, together
 
 
-@pytest.mark.parametrize("terms", [1, 3, 300, 2048, 2049])
+def in_limbs(*pairs):
+    return ring.bilinear(
+        lambda a, b, total: a @ b if total is None else total.add_(a @ b),
+        pairs,
+        len(pairs) * pairs[0][0].shape[-1],
+    )
+
+
+@pytest.mark.parametrize("terms", [1, 3, 300, 512, 513, 2048, 2049])
 def test_float_limbs_are_exact(terms, anything):
     left, right = anything(5, terms), anything(terms, 7)
-    assert torch.equal(ring.bilinear(torch.matmul, left, right, terms), left @ right)
+    assert torch.equal(in_limbs((left, right)), left @ right)
+    other = anything(5, terms), anything(terms, 7)
+    assert torch.equal(in_limbs((left, right), other), left @ right + other[0] @ other[1])
 
 
-def test_float_limbs_are_exact_at_their_worst():
-    for value in (-(2**21), 2**21 - 1, -(2**63), 2**63 - 1, -(2**43) - 2**21, -1):
-        left, right = torch.full((2, 2048), value), torch.full((2048, 2), -(2**63) + 2**21)
-        assert torch.equal(ring.bilinear(torch.matmul, left, right, 2048), left @ right)
-        assert torch.equal(ring.bilinear(torch.matmul, left, left.t(), 2048), left @ left.t())
+EDGES = (
+    -(2**21),
+    2**21 - 1,
+    -(2**63),
+    2**63 - 1,
+    -(2**43) - 2**21,
+    -(2**43) + 2**21,
+    2**43 - 2**21 - 1,
+    -1,
+    0,
+)
+
+
+@pytest.mark.parametrize("terms", [512, 2048])
+def test_float_limbs_are_exact_at_their_worst(terms):
+    for value in EDGES:
+        for other in EDGES:
+            left, right = torch.full((2, terms), value), torch.full((terms, 2), other)
+            assert torch.equal(in_limbs((left, right)), left @ right)
+            left[:, 1::2] = other
+            assert torch.equal(in_limbs((left, right)), left @ right)
+            half = left[:, : terms // 2], right[: terms // 2]
+            assert torch.equal(in_limbs(half, half), 2 * (half[0] @ half[1]))
+
+
+@pytest.mark.parametrize("width", [16, 22])
+def test_limbs_are_balanced_and_make_up_the_value(width, anything):
+    values = torch.cat([anything(1000), torch.tensor(EDGES)])
+    limbs = ring._limbs(values, width)
+    assert all(one.ge(-(2 ** (width - 1))).all() and one.lt(2 ** (width - 1)).all() for one in limbs)
+    assert torch.equal(sum(one.to(torch.int64) << (width * place) for place, one in enumerate(limbs)), values)
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 512, 513, 1568])
+@pytest.mark.parametrize(
+    "change", [lambda one: one, lambda one: one.mT.contiguous().mT, lambda one: one[:, :1].expand(one.shape)]
+)
+def test_long_products_of_matrices_are_summed_up_in_pieces(length, change, anything):
+    left, right = change(anything(40, length)), change(anything(length, 30))
+    assert torch.equal(bilinear_value("matmul", left, right), left @ right)
+    assert torch.equal(bilinear_sum("matmul", [(left, right), (left, right)]), 2 * (left @ right))
+    batch = anything(3, 20, length)
+    assert torch.equal(bilinear_value("matmul", batch, right), batch @ right)
+    assert torch.equal(bilinear_sum("matmul", [(left, batch.mT)] * 2), 2 * (left @ batch.mT))
 
 
 def test_packed_bits_come_back():
