@@ -35,7 +35,6 @@ from planrt.stopping import die_with, ending_at_once
 from planrt.workers.serving import users_file
 from planrt.workers.serving.isolation.options import WAITS_FOR_PARENT
 from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
-from planrt.workers.serving.secret_files import token_from
 from planrt.workers.transport.addresses import scheme_of
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
-        _notice_tokens(options.users)
         configure(verbose=options.verbose, json=options.json_logs)
         worker = WebsocketServerWorker(
             id=options.id,
@@ -112,7 +110,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             insecure=options.insecure,
             peers=options.peers if options.peers != ["none"] else [],
             peer_ca=options.peer_ca,
-            peer_token=token_from(options.peer_token_file) if options.peer_token_file else "",
+            peer_token=Path(options.peer_token_file) if options.peer_token_file else "",
             policy=policy,
             approvals=options.approvals,
             access=options.access,
@@ -137,6 +135,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             worker.add_dataset(*_from_file(path))
 
         def ready(port: int) -> None:
+            _notice_tokens(options.users)
             items = 0 if served.dataset is None else len(served.dataset)
             if status is not None:
                 report = {"port": port, "key": served.key, "description": served.description}

@@ -26,9 +26,11 @@ from planrt.stopping import signal_came
 from planrt.types import as_text, as_whole
 from planrt.workers.base import decisions_in, worker_id
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.events import UsersChanged
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
+from planrt.workers.serving.credentials import Credentials, Known
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import ComputeThread, WorkerHost
 from planrt.workers.serving.isolation.options import KERNEL_TIMEOUT, Isolating
@@ -38,11 +40,10 @@ from planrt.workers.serving.metrics_options import MetricsOptions
 from planrt.workers.serving.users_file import WatchedUsers
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
-from planrt.workers.transport.callers import Callers, check_open
-from planrt.workers.transport.tls import server_tls
+from planrt.workers.transport.callers import Callers
+from planrt.workers.transport.tls import ServerTls
 from planrt.workers.wire.messages import DatasetInfo
 from planrt.workers.wire.objects import check_travels
-from planrt.workers.wire.proofs import check_strength, is_verifier
 
 if TYPE_CHECKING:
     from planrt.workers.serving.isolation.supervisor import Isolation
@@ -81,7 +82,8 @@ class WebsocketServerWorker:
     worker that other machines reach needs a certificate, and users or a `client_ca`, unless it is to be `insecure`.
 
     For its clients the worker dials others: those of this machine, or those of `peers` (``["10.0.0.5:8777"]``). To them
-    it shows its own certificate, or proves `peer_token`; theirs are of an authority in the file `peer_ca`.
+    it shows its own certificate, or proves `peer_token` (a `Path`: the token in that file); theirs are of an authority
+    in the file `peer_ca`.
 
     `max_session_memory` (bytes) and `max_session_objects` bound what the sessions of one user may keep
     (`planrt.plans.policy.quotas` says what counts); a policy has such limits of its own, and the stricter counts.
@@ -99,7 +101,8 @@ class WebsocketServerWorker:
     nothing but compute: an op that crashes, or runs for more than `kernel_timeout` seconds, ends that process and the
     sessions in it, and no others. A process may take `process_memory` bytes beside what all share. Data sets that read
     files while they are served need these, or their folders, in `readable`. It is for Linux, for the CPU, and for
-    `start`; docs/isolation.md says what clients cannot do then.
+    `start`, which reads keys, users and tokens only once these processes can no longer have them, as long as they are
+    given as files; docs/isolation.md says what clients cannot do then.
 
     `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
     """
@@ -128,7 +131,7 @@ class WebsocketServerWorker:
         insecure: bool = False,
         peers: Sequence[str] | None = None,
         peer_ca: str | Path | None = None,
-        peer_token: str = "",
+        peer_token: str | Path = "",
         policy: Policy | None = None,
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
@@ -166,24 +169,27 @@ class WebsocketServerWorker:
         self.port = port
         self.address = uri or f"{scheme}://{host}:{port}"
         """Where it listens, or will; with the port that it got once it does."""
-        self._tls = server_tls(cert_path, key_path, client_ca, deny)
-        self._watched = WatchedUsers(users) if isinstance(users, str | Path) else None
-        if self._watched is not None:
-            users = self._watched.users
-        assert users is None or isinstance(users, Mapping)  # noqa: S101 - for the type checker
-        for user, token in (users or {}).items():
-            if not is_verifier(token):
-                check_strength(user, token)
-        if uri is None or host:  # some transports have no hosts
-            check_open(
-                host,
-                tls=addresses.transport_of(self.address).encrypted,
-                known=bool(users) or client_ca is not None,
-                insecure=insecure,
-            )
-        self._callers = Callers(host, origins=origins, hosts=hosts, tls=self._tls is not None)
-        if require_user and not users and client_ca is None:
-            raise OptionError("--require-user lets nobody in without users: add --users, or --tls-client-ca")
+        self._isolates = Isolating.checked(isolation, kernel_timeout, process_memory, readable)
+        self._credentials = Credentials(
+            users,
+            require_user,
+            cert_path,
+            key_path,
+            client_ca,
+            deny,
+            peer_token,
+            host if uri is None or host else None,  # some transports have no hosts
+            addresses.transport_of(self.address).encrypted,
+            insecure,
+        )
+        self._tls: ServerTls | None = None
+        self._watched: WatchedUsers | None = None
+        known = None
+        if self._isolates is None:
+            known = self._credentials.read()
+        else:
+            self._credentials.check()
+        self._callers = Callers(host, origins=origins, hosts=hosts, tls=cert_path is not None)
         self._dialling = Dialling(peers, ca=peer_ca, cert=cert_path, key=key_path, token=peer_token)
         self._metrics = MetricsOptions(metrics_port, metrics_host, metrics_insecure, hosts)
         self.metrics_address = ""
@@ -197,7 +203,7 @@ class WebsocketServerWorker:
         self._state = WorkerState(
             id,
             device=device,
-            users=users,
+            knows_users=bool(users) or require_user,
             require_user=require_user,
             policy=policy,
             approvals=approvals_of_owner,
@@ -214,7 +220,8 @@ class WebsocketServerWorker:
         for tensor in data:
             check_travels(tensor)
             self._state.add_tensor(pointer_id(tensor), tensor)
-        self._isolates = Isolating.checked(isolation, kernel_timeout, process_memory, readable)
+        if known is not None:
+            self._take(known)
         if self._isolates is not None and self._state.device.type != "cpu":
             raise OptionError(
                 "isolation is for workers that compute on the CPU: processes cannot share a GPU's memory"
@@ -225,6 +232,11 @@ class WebsocketServerWorker:
         """Whether this process is there for the worker."""
         self.computing = False
         """Whether a computation was still running when `serve` ended; it cannot be interrupted."""
+
+    def _take(self, known: Known) -> None:
+        """Knows what its owner has told it now."""
+        self._tls, self._watched, self._dialling.token = known.tls, known.watched, known.token
+        self._state.handle(UsersChanged(known.users))
 
     def add_dataset(self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = "") -> None:
         """Serves a map-style data set of (data, target) pairs under `key`, found by `tags` as well.
@@ -375,6 +387,11 @@ class WebsocketServerWorker:
                 self._joint_runs,
                 counted=self._metrics.port is not None,
             )
+            try:
+                self._take(self._credentials.read())  # which no copy of this process has from here on
+            except BaseException:
+                self._isolation.abandon()
+                raise
             self._state.hand_on_sessions()
 
         async def until_signal() -> None:

@@ -4,8 +4,11 @@ Its data sets do what a broken or taken-over kernel could do, in the process tha
 """
 
 import ctypes
+import errno
+import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -57,6 +60,49 @@ def _debug_the_parent():
         raise OSError(ctypes.get_errno(), "ptrace")
 
 
+def _ring(call, *arguments):
+    if ctypes.CDLL(None, use_errno=True).syscall(call, *arguments) < 0 and ctypes.get_errno() == errno.ENOSYS:
+        raise OSError(errno.ENOSYS, "as if there were none")
+
+
+def _there(start, end):
+    """The parts of a mapping that are in memory: a stack of a thread is 1 GiB, and most of it is not."""
+    page = resource.getpagesize()
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(start // page * 8)
+        bits = torch.frombuffer(bytearray(file.read((end - start) // page * 8)), dtype=torch.int64)
+    present = torch.cat([torch.tensor([0]), ((bits >> 62) & 3 != 0).long(), torch.tensor([0])])
+    (edges,) = torch.diff(present).nonzero(as_tuple=True)
+    return [(start + a * page, start + b * page) for a, b in edges.view(-1, 2).tolist()]
+
+
+def _found_here(folder):
+    """Which of the `needles` are in this process's memory: name -> first bytes, length and SHA-256, so that none of
+    them is there because it is looked for."""
+    needles = json.loads(Path(folder, "granted", "needles").read_text())
+    about = [
+        (name, bytes.fromhex(first), length, digest) for name, (first, length, digest) in needles.items()
+    ]
+    found, spans = set(), []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            start, end = (int(one, 16) for one in words[0].split("-"))
+            seen = words[1][:2] == "rw" and "[v" not in line
+        elif words[0] == "Rss:" and seen and int(words[1]):
+            spans += _there(start, end)
+    for start, end in spans:
+        for at in range(start, end, 1 << 24):
+            data = ctypes.string_at(at, min(end - at, (1 << 24) + 256))
+            for name, first, length, digest in about:
+                place = data.find(first)
+                while place >= 0:
+                    if hashlib.sha256(data[place : place + length]).hexdigest() == digest:
+                        found.add(name)
+                    place = data.find(first, place + 1)
+    return ",".join(sorted(found))
+
+
 def actions(folder):
     return {
         "crash": _crash,
@@ -74,6 +120,11 @@ def actions(folder):
         "signal": _said(lambda: os.kill(os.getppid(), signal.SIGKILL)),
         "debug": _said(_debug_the_parent),
         "memory_of_others": _said(lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes()),
+        "ring": _said(lambda: _ring(425, 8, ctypes.create_string_buffer(120))),
+        "ring_of_before": _said(lambda: _ring(426, -1, 0, 0, 0, 0)),
+        "memory_file": _said(lambda: os.memfd_create("x")),
+        "more_files": _said(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 16, 1 << 16))),
+        "secrets": _said(lambda: _found_here(folder)),
         "module": _said(lambda: __import__("wave").__name__),
     }
 
@@ -83,6 +134,8 @@ def main(arguments):
     folder, side = options.pop("folder", None), options.pop("table", None)
     if "policy" in options:
         options["policy"] = Policy(**options["policy"])
+    if "peer_token" in options:
+        options["peer_token"] = Path(options["peer_token"])
     worker = WebsocketServerWorker(options.pop("id", "bob"), threads=1, **options)
     for name, action in actions(folder).items() if folder else ():
         worker.add_dataset(Acting(action), name)

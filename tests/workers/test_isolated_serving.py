@@ -1,19 +1,26 @@
 """With isolation a worker is watched, asked for its status, and keeps joint runs, as it is and does without."""
 
+import hashlib
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import trustme
+from cryptography.hazmat.primitives import serialization
 from torch import nn
 
 from planrt.cli import main
-from planrt.errors import JointError, RemoteError, SessionLostError
+from planrt.errors import HandshakeError, JointError, OptionError, RemoteError, SessionLostError
 from planrt.vertical import Party, split_network
+from planrt.workers import WebsocketServerWorker
+from planrt.workers.serving import users_file
+from planrt.workers.wire.proofs import Checking, Verifier, new_token
 from tests.watching import ask, health, samples
-from tests.workers.test_isolation import Server, fit, gone, hook, until  # noqa: F401
+from tests.workers.test_isolation import Server, fit, gone, hook, of_user, until, works  # noqa: F401
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux"),
@@ -180,3 +187,95 @@ def test_a_joint_run_goes_on_after_a_process_and_a_worker_were_killed(parties, f
         assert third.fit() == losses
     assert all(len(os.listdir(folder)) == 2 for folder in folders.values())
     assert all(os.stat(folder).st_mode & 0o777 == 0o700 for folder in folders.values())
+
+
+# ------------------------------------------------------------------------------------------------- secrets
+
+
+def needle(secret):
+    secret = secret.encode() if isinstance(secret, str) else secret
+    return secret[:6].hex(), len(secret), hashlib.sha256(secret).hexdigest()
+
+
+def test_no_secret_of_the_owner_is_in_the_memory_of_a_users_process(request, tmp_path):
+    """Keys, what proves users and their names, and the worker's own token are read when the process is there of which
+    the others are copies."""
+    authority = trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    users, ca, cert, key, token = (tmp_path / name for name in ("users", "ca", "cert", "key", "token"))
+    ben, own = new_token(), new_token()
+    users.write_text(f"ann: {USERS['ann']}\n")
+    users.chmod(0o600)
+    users_file.add(users, "benedikta-of-the-north", ben)
+    token.write_text(own)
+    ca.write_bytes(authority.cert_pem.bytes())
+    cert.write_bytes(b"".join(one.bytes() for one in made.cert_chain_pems))
+    key.write_bytes(made.private_key_pem.bytes())
+    for path in (key, token):
+        path.chmod(0o600)
+    verifier = Verifier.parse(users_file.read(users).users["benedikta-of-the-north"])
+    private = serialization.load_pem_private_key(key.read_bytes(), None).private_numbers().private_value
+    secrets = {
+        "ann": USERS["ann"], "ben": ben, "own": own, "name": "benedikta-of-the-north",
+        "stored": verifier.stored_key, "server": verifier.server_key, "line": str(verifier),
+        "pem": key.read_text().splitlines()[1],
+        "big": private.to_bytes(32, "big"), "little": private.to_bytes(32, "little"),
+        "there": str(tmp_path),
+    }  # fmt: skip
+    granted = tmp_path / "granted"
+    granted.mkdir()
+    (granted / "needles").write_text(json.dumps({name: needle(one) for name, one in secrets.items()}))
+    server = served(
+        request, folder=str(tmp_path), users=str(users), cert_path=str(cert), key_path=str(key),
+        peer_token=str(token), readable=[str(granted), "/proc"], require_user=True,
+    )  # fmt: skip
+    with server.connect("ann", ca=ca) as worker:
+        assert works(worker)
+        with pytest.raises(RemoteError, match="went on: 'there'"):
+            fit(worker, "secrets")
+    with pytest.raises(HandshakeError):
+        server.connect(None, ca=ca)
+
+
+def test_a_process_proves_the_workers_token_once_for_each_connection_and_never_has_it(of_user):  # noqa: F811
+    call, _, process, dialling = of_user("ann", everything=True)
+    dialling.token = "the token of this worker at others"
+    assert call("prove", None)[0] is False
+    process.bindings.append(None)
+    process.bindings.append(b"a certificate")
+    answered, (number, first) = call("prove", b"a certificate")
+    assert answered
+    assert "the token" not in first
+    checking = Checking(first, lambda _: Verifier.of(dialling.token), b"a certificate")
+    answered, proof = call("prove_answer", number, checking.challenge)
+    assert call("prove_check", number, checking.verify(proof)) == (True, None)
+    assert call("prove", b"a certificate")[0] is False
+    answered, (number, first) = call("prove", None)
+    assert call("prove_answer", number, "r=x,s=y,i=1")[0] is False
+    assert call("prove_check", number, "v=AAAA")[0] is False
+    assert call("prove_check", number, "v=AAAA")[0] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"users": "no/such/file"}, "cannot be read"),
+        ({"users": {"ann": "x"}}, "easy to guess"),
+        ({"cert_path": "no/such/file", "key_path": "nor/such"}, "cannot be read"),
+        ({"peer_token": Path("no/such/file")}, "cannot be read"),
+        ({"users": {"ann": USERS["ann"], "ben": USERS["ann"]}}, "token of its own"),
+    ],
+)
+def test_what_is_read_late_is_refused_before_anything_is_served(options, says):
+    worker = WebsocketServerWorker("bob", isolation=True, **options)
+    with pytest.raises(OptionError, match=says):
+        worker._take(worker._credentials.read())
+    with pytest.raises(OptionError, match=says):
+        WebsocketServerWorker("bob", **options)
+
+
+def test_who_lets_nobody_in_or_everybody_is_refused_at_once():
+    with pytest.raises(OptionError, match="lets nobody in"):
+        WebsocketServerWorker("bob", isolation=True, require_user=True)
+    with pytest.raises(OptionError, match="other machines reach"):
+        WebsocketServerWorker("bob", "0.0.0.0", isolation=True)

@@ -280,6 +280,10 @@ def test_memory_beyond_the_limit_fails_its_op(server, ann, ben):
         "program",
         "debug",
         "memory_of_others",
+        "ring",
+        "ring_of_before",
+        "memory_file",
+        "more_files",
     ],
 )
 def test_a_process_does_nothing_but_compute(server, ann, action):
@@ -289,7 +293,7 @@ def test_a_process_does_nothing_but_compute(server, ann, action):
     ):
         assert any("Landlock:" in one for one in confining.missing())  # what the worker's log says of it
         return
-    with pytest.raises(RemoteError, match=r"refused with (PermissionError|OSError)"):
+    with pytest.raises(RemoteError, match=r"refused with (PermissionError|OSError|ValueError)"):
         fit(ann, action)
 
 
@@ -306,6 +310,24 @@ def test_what_the_owner_grants_is_read_and_modules_are_found(server, ann):
         fit(ann, "granted")
     with pytest.raises(RemoteError, match="went on: 'wave'"):
         fit(ann, "module")
+
+
+def test_files_that_are_open_do_not_grow(tmp_path):
+    program = """
+import sys
+from planrt.workers.serving.isolation.confining import confine
+with open(sys.argv[1], "w") as file:
+    confine(memory=None, readable=[])
+    file.write("more")
+"""
+    target = tmp_path / "file"
+    command = [sys.executable, "-c", program, str(target)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert "File too large" in ended.stderr
+    assert target.read_text() == ""
+    with open(tmp_path / "log", "w") as log:  # where the worker's log is a file it goes on
+        assert subprocess.run(command, stdout=log, cwd=ROOT, timeout=60).returncode == 0
+    assert target.read_text() == "more"
 
 
 def test_what_this_kernel_lacks_is_named():
@@ -570,17 +592,26 @@ def of_user(tmp_path):
     state = WorkerState("bob")
     with ours, theirs:
 
-        def start(user):
-            told = Recorded()
+        def start(user, everything=False):
+            told, dialling = Recorded(), Dialling()
             answers = Answers(
-                "bob", Limits(), Dialling(), told, told, state, lambda *about: None, lambda *about: None,
+                "bob", Limits(), dialling, told, told, state, lambda *about: None, lambda *about: None,
                 joint_runs=JointFolder(tmp_path / "joint", "bob"),
             )  # fmt: skip
             giver = Session("process 1", user)
             process = SimpleNamespace(
-                user=user, key="it", connections={}, dials=set(), gifts=ours, giver=giver, figures=Figures()
+                bindings=[],
+                proofs={},
+                user=user,
+                key="it",
+                connections={},
+                dials=set(),
+                gifts=ours,
+                giver=giver,
+                figures=Figures(),
             )
-            return (lambda *call: asyncio.run(answers.answer(process, list(call)))), told.told
+            call = lambda *call: asyncio.run(answers.answer(process, list(call)))  # noqa: E731
+            return (call, told.told, process, dialling) if everything else (call, told.told)
 
         yield start
 
@@ -627,6 +658,7 @@ def test_a_process_cannot_speak_for_another_user(of_user):
         ("figures", {"sessions": 1 << 60}), ("figures", {"answers": {"ann has a rare disease": 1}}),
         ("figures", {"names": 1}), ("joint", "epochs"), ("joint", "read", "x", -1), ("joint", "read", "x", 10**9),
         ("joint", "write", "x", 1, "text"), ("joint", "write", "x", -1, b""), ("joint", "path", "x"),
+        ("prove", None), ("prove", b"x"), ("prove_answer", 1, "x"), ("prove_check", 1, "x"),
     ],
 )  # fmt: skip
 def test_nonsense_from_a_process_does_nothing(of_user, call):

@@ -38,7 +38,7 @@ from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES
 from planrt.workers.wire.posted import MAX_OP_BYTES, Line
-from planrt.workers.wire.proofs import TicketProof
+from planrt.workers.wire.proofs import TicketProof, Token
 from planrt.workers.wire.sendable import sendable
 
 log = get_logger("planrt.client")
@@ -131,7 +131,7 @@ class Connection:
         timeout: float,
         limits: Limits,
         turns: asyncio.Semaphore | None = None,
-        token: str = "",
+        token: Token = "",
         for_others: bool = False,
         ticket: TicketProof | None = None,
         redialling: Redialling | None = None,

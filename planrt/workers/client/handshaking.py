@@ -9,13 +9,13 @@ from planrt.serde.frames import encode
 from planrt.workers.client.session import ClientSession
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.proofs import TicketProof
+from planrt.workers.wire.proofs import TicketProof, Token
 
 
 async def shake_hands(
     pipe: Pipe,
     session: ClientSession[Any],
-    token: str,
+    token: Token,
     *,
     for_others: bool,
     ticket: TicketProof | None = None,

@@ -11,7 +11,7 @@ from typing import Final
 from planrt.errors import PlanrtError, TransportError
 from planrt.workers.client.session import RefusedError
 from planrt.workers.transport.pipes import Pipe
-from planrt.workers.wire.proofs import TicketProof
+from planrt.workers.wire.proofs import TicketProof, Token
 
 _jitter = random.Random()  # noqa: S311 - of pauses; its own, so that whoever seeds Python's generator draws the same
 
@@ -34,7 +34,7 @@ class Redialling:
     """
 
     dial: Callable[[], Awaitable[Pipe]]
-    token: str = field(default="", repr=False)
+    token: Token = field(default="", repr=False)
     for_others: bool = False
     ticket: TicketProof | None = None
     seconds: float = RECONNECT_SECONDS

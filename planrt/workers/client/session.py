@@ -29,7 +29,7 @@ from planrt.serde.frames import Limits
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import Unacknowledged
 from planrt.workers.wire.messages import own_versions
-from planrt.workers.wire.proofs import ProofError, Proving, TicketProof
+from planrt.workers.wire.proofs import ProofError, Prover, Proving, TicketProof, Token, proving
 from planrt.workers.wire.refusals import RAISED, SESSION_ENDED, SESSION_IN_USE, TICKET_REFUSED
 
 T = TypeVar("T")
@@ -83,8 +83,8 @@ class ClientSession(Generic[T]):
         """``file:line`` of a posted op by its number; the connection knows."""
         self.place_of: Callable[[int | None, int | None], str] = lambda number, index: ""
         """Where an op of a plan came from, by the number of its call and its place there; the connection knows."""
-        self._proving: Proving | None = None
-        self._proving_ticket: Proving | None = None
+        self._proving: Prover | None = None
+        self._proving_ticket: Prover | None = None
         self._renewed: m.Welcome | None = None
         self._shaking_hands = 0
         """The number of the latest message of a handshake."""
@@ -96,7 +96,7 @@ class ClientSession(Generic[T]):
 
     def hello(
         self,
-        token: str = "",
+        token: Token = "",
         binding: bytes | None = None,
         *,
         for_others: bool = False,
@@ -106,7 +106,7 @@ class ClientSession(Generic[T]):
         know its user by; it is proved, bound to the channel where that has a `binding`, and stays here.
         `for_others` is of a worker that acts for its clients, and `ticket` of one that acts in the name of one of them.
         """
-        self._proving = Proving(token, binding) if token else None
+        self._proving = proving(token, binding) if token else None
         self._proving_ticket = Proving(ticket.secret, binding, id=ticket.id) if ticket else None
         shown = self._proving_ticket.first if self._proving_ticket else ""
         first = self._proving.first if self._proving else ""
@@ -150,9 +150,9 @@ class ClientSession(Generic[T]):
                 proofs = (self._proving, welcome.proof), (self._proving_ticket, welcome.ticket)
                 self._proving = self._proving_ticket = None
                 try:
-                    for proving, proof in proofs:
-                        if proving is not None:
-                            proving.check(proof)
+                    for one, proof in proofs:
+                        if one is not None:
+                            one.check(proof)
                 except ProofError as error:
                     raise self._unproved(error) from None
                 return self._welcomed(welcome)

@@ -136,7 +136,8 @@ class WorkerState:
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
     `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what the sessions of
     one user may keep; of it and of the policy's the stricter counts. `certificates` says whether its clients show some,
-    and `dials` what it shows itself where it dials other workers.
+    and `dials` what it shows itself where it dials other workers. `knows_users`: whether it has users, where they are
+    told later (`UsersChanged`).
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class WorkerState:
         joint_runs: Keeps | None = None,
         certificates: bool = False,
         dials: m.Dials | None = None,
+        knows_users: bool | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -204,7 +206,7 @@ class WorkerState:
             self.device,
             lambda: [one for one in (*list(self._sessions.values()), *self._kept.away()) if not one.sibling],
             self._under_way,
-            knows_users=bool(users) or require_user,
+            knows_users=bool(users) or require_user if knows_users is None else knows_users,
         )
 
     def _under_way(self) -> list[Session]:

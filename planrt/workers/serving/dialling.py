@@ -23,9 +23,9 @@ from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import DialOptions
 from planrt.workers.transport.callers import is_loopback
 from planrt.workers.transport.pipes import Pipe
-from planrt.workers.transport.tls import client_tls
+from planrt.workers.transport.tls import client_tls, is_for_clients
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.proofs import TicketProof
+from planrt.workers.wire.proofs import TicketProof, Token
 
 LINK_TIMEOUT = 10.0
 """Seconds for reaching another worker."""
@@ -38,7 +38,8 @@ class Dialling:
         peers: the addresses that it may dial, as ``HOST:PORT``, or ``HOST:*`` for all ports; None: of this machine.
         ca: the authorities of the others' certificates; the system's by default.
         cert, key: its own certificate and private key, shown to those that ask for one, if it is for clients too.
-        token: the token of the user that it is at the others.
+        token: the token of the user that it is at the others; as a `Path`, one that is in that file, and that whoever
+            makes this sets (`token`) before anything is dialled.
         everywhere: whether it dials whatever its clients say.
 
     Raises:
@@ -52,23 +53,26 @@ class Dialling:
         ca: str | Path | None = None,
         cert: str | Path | None = None,
         key: str | Path | None = None,
-        token: str = "",
+        token: str | Path = "",
         everywhere: bool = False,
     ) -> None:
         self._everywhere = everywhere
         self._peers = None if peers is None else frozenset(map(_place, _several(peers)))
         if ca is not None:
             client_tls(ca)
-        if cert is not None and not _for_clients(cert, key):
+        if cert is not None and not is_for_clients(cert):
             cert = key = None
-        self._ca, self._cert, self._key, self._token = ca, cert, key, token
+        self._ca, self._cert, self._key = ca, cert, key
+        self._shows_token = bool(token)
+        self.token: Token = "" if isinstance(token, Path) else token
+        """Proves who it is at the others."""
         self.opened_by: Callable[[str, m.PeerAddress], Awaitable[Pipe]] | None = None
         """Who opens connections in place of `open`, where this process may not: the worker's own process."""
 
     @property
     def dials(self) -> m.Dials:
         """The proofs that the worker shows of itself to others."""
-        return m.Dials(bool(self._token), self._cert is not None)
+        return m.Dials(self._shows_token, self._cert is not None)
 
     async def connect(
         self, worker_id: str, peer: m.PeerAddress, limits: Limits, ticket: TicketProof | None = None
@@ -80,12 +84,12 @@ class Dialling:
             ConnectError: its owner does not allow that, or nobody answers. HandshakeError: it is not let in there.
         """
         self._check(worker_id, peer)
-        shows = bool(self._token) or (
+        shows = self._shows_token or (
             self._cert is not None and addresses.transport_of(peer.address).encrypted
         )
         redialling = Redialling(
             lambda: self.open(worker_id, peer, limits),
-            token=self._token,
+            token=self.token,
             for_others=shows,
             ticket=ticket,
             seconds=0.0,  # at the next use: who waits now is told at once
@@ -95,7 +99,7 @@ class Dialling:
             peer.worker,
             timeout=LINK_TIMEOUT,
             limits=limits,
-            token=self._token,
+            token=self.token,
             for_others=shows,
             ticket=ticket,
             redialling=redialling,
@@ -134,15 +138,6 @@ class Dialling:
                 f"{shown} (peers=[...])",
                 address=peer.address,
             )
-
-
-def _for_clients(cert: str | Path | None, key: str | Path | None) -> bool:
-    """Whether a server's certificate is one for clients: those of public authorities are for servers alone."""
-    try:
-        client_tls(None, cert, key)
-    except OptionError:
-        return False
-    return True
 
 
 def _several(peers: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from planrt.errors import OptionError
 
@@ -156,6 +157,19 @@ def certificate_in(path: str | Path) -> bytes:
     if found is None:
         raise OptionError(f"{os.fspath(path)!r} holds no certificate in PEM")
     return ssl.PEM_cert_to_DER_cert(found[0])
+
+
+def is_for_clients(cert: str | Path) -> bool:
+    """Returns whether a certificate, a file in PEM, is one that clients show: those of public authorities are for
+    servers alone. Its key is not looked at; False for what is no certificate."""
+    try:
+        extensions = x509.load_der_x509_certificate(certificate_in(cert)).extensions
+        purposes = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return True
+    except (OSError, ValueError, OptionError):
+        return False
+    return ExtendedKeyUsageOID.CLIENT_AUTH in purposes
 
 
 def user_of(names: _Names) -> str | None:

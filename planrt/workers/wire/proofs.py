@@ -23,7 +23,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from planrt.errors import OptionError, PlanrtError
 
@@ -125,6 +125,34 @@ class TicketProof:
 
     id: str
     secret: str = field(repr=False)
+
+
+class Prover(Protocol):
+    """The client's side of one handshake; see `Proving`."""
+
+    first: str
+
+    def answer(self, challenge: str) -> str:
+        """See `Proving.answer`."""
+
+    def check(self, final: str) -> None:
+        """See `Proving.check`."""
+
+
+class HeldElsewhere(Protocol):
+    """A token that another process has, which proves it in this one's place."""
+
+    def proving(self, binding: bytes | None) -> Prover:
+        """Returns the client's side of one handshake over a channel with that binding."""
+
+
+Token = str | HeldElsewhere
+"""What a client proves."""
+
+
+def proving(token: Token, binding: bytes | None) -> Prover:
+    """Returns the client's side of one handshake over a channel with that binding."""
+    return Proving(token, binding) if isinstance(token, str) else token.proving(binding)
 
 
 class Proving:

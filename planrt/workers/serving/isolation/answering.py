@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import secrets
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -39,7 +40,7 @@ from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.transport.passing import Passed
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.proofs import Verifier
+from planrt.workers.wire.proofs import ProofError, Prover, Verifier, proving
 
 log = get_logger("planrt.worker")
 
@@ -47,6 +48,8 @@ _TICKETS: Final = 4096
 """Tickets that the sessions of one process may have."""
 _DIALS: Final = 16
 """Connections that one process may have under way to other workers."""
+_PROOFS: Final = 64
+"""Proofs of the worker's token that one process may have under way."""
 _EPOCHS: Final = range(10_000_000)
 """After which a joint run may be kept."""
 
@@ -85,6 +88,9 @@ class Process:
     hearing: asyncio.Task[None] | None = None
     figures: Figures = field(default_factory=Figures)
     """What it has counted, and holds, as it said last."""
+    bindings: deque[bytes | None] = field(default_factory=lambda: deque(maxlen=_PROOFS))
+    """Of the connections to other workers that it was given: on each of them the worker's token is proved once."""
+    proofs: dict[int, Prover] = field(default_factory=dict)
     giver: Session = field(init=False)
     """Who has given the tickets of all its sessions, for who is shown them."""
 
@@ -130,7 +136,7 @@ class Answers:
         self._opened, self._idle = opened, idle
         self._others, self._access = others, access or Access()
         self.board = Board()
-        self._joined = itertools.count(1)
+        self._joined, self._numbers = itertools.count(1), itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept: set[Passed] = set()
         """Encrypted connections that processes made to other workers."""
@@ -191,6 +197,14 @@ class Answers:
                     return True, self._told(process, self.board.holder(_numbers(ids), token))
                 case ["computing", str(name)]:
                     return True, self._told(process, self.board.computing(name))
+                case ["prove", bytes() | None as binding]:
+                    process.bindings.remove(binding)  # raises ValueError where there is none
+                    return True, self._prove(process, binding)
+                case ["prove_answer", int(number), str(challenge)]:
+                    return True, await asyncio.to_thread(process.proofs[number].answer, challenge)
+                case ["prove_check", int(number), str(final)]:
+                    process.proofs.pop(number).check(final)
+                    return True, None
                 case ["joint", str(what), str(name), *about]:
                     return await self._keep_joint(process, what, name, about)
                 case ["figures", said]:
@@ -203,12 +217,20 @@ class Answers:
                         ended.set_result(None)
                 case ["idle"] if not process.connections:
                     self._idle(process)
-        except LocalError as error:
+        except (LocalError, ProofError) as error:
             return False, str(error)
-        except (TypeError, ValueError, OptionError, msgspec.ValidationError) as error:
+        except (TypeError, ValueError, KeyError, OptionError, msgspec.ValidationError) as error:
             log.error("process_said_nonsense", worker=self._worker_id, whose=process.key, error=str(error))
             return False, "no such call"
         return None
+
+    def _prove(self, process: Process, binding: bytes | None) -> list[Any]:
+        """Begins a proof of the token that the worker has at others; returns its number, and the first message."""
+        if len(process.proofs) >= _PROOFS:
+            del process.proofs[next(iter(process.proofs))]  # of a connection that came to nothing
+        number = next(self._numbers)
+        process.proofs[number] = begun = proving(self._dialling.token, binding)
+        return [number, begun.first]
 
     async def _keep_joint(self, process: Process, what: str, name: str, about: list[Any]) -> tuple[bool, Any]:
         """What the owner's folder has of joint runs of that process's user, or is to have."""
@@ -328,6 +350,7 @@ class Answers:
         gift = ["dialled", key, why, "", None, b""]
         if passed is not None:
             gift = ["dialled", key, why, pipe.channel.host, pipe.channel.binding, passed.read]
+            process.bindings.append(pipe.channel.binding)
         with contextlib.suppress(OSError, IsolationError):
             give(process.gifts, gift, [] if passed is None else [passed.give.fileno()])
 

@@ -18,7 +18,7 @@ from planrt.workers.serving.audit_file import AuditError
 from planrt.workers.serving.isolation.messages import MAX_CALL, Calls
 from planrt.workers.serving.joint_folder import kept_in
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.proofs import Verifier
+from planrt.workers.wire.proofs import ProofError, Prover, Verifier
 
 MOST_KEPT: Final = MAX_CALL - (16 << 20)
 """Bytes of the tensors that are kept of a joint run after one epoch."""
@@ -144,6 +144,40 @@ class RelayedTickets:
     def over(self, id: str) -> None:
         """Has a ticket forgotten."""
         self._calls.tell("ticket_over", id)
+
+
+class RelayedToken:
+    """The token that the worker proves to others, which the worker's own process has; see `HeldElsewhere`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def proving(self, binding: bytes | None) -> Prover:
+        """See `HeldElsewhere.proving`."""
+        return _RelayedProving(self._calls, binding)
+
+
+class _RelayedProving:
+    """See `Proving`."""
+
+    def __init__(self, calls: Calls, binding: bytes | None) -> None:
+        self._calls = calls
+        number, self.first = calls.ask("prove", binding)
+        self._number = int(number)
+
+    def answer(self, challenge: str) -> str:
+        """See `Proving.answer`."""
+        return str(self._ask("prove_answer", challenge))
+
+    def check(self, final: str) -> None:
+        """See `Proving.check`."""
+        self._ask("prove_check", final)
+
+    def _ask(self, what: str, about: str) -> Any:
+        try:
+            return self._calls.ask(what, self._number, about)
+        except IsolationError as error:
+            raise ProofError(str(error)) from None
 
 
 class RelayedJointRuns:

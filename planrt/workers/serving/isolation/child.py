@@ -37,8 +37,9 @@ from planrt.workers.serving.isolation.asking import (
     RelayedBoard,
     RelayedJointRuns,
     RelayedTickets,
+    RelayedToken,
 )
-from planrt.workers.serving.isolation.confining import confine, ends_with_its_parent
+from planrt.workers.serving.isolation.confining import close_rings, confine, ends_with_its_parent
 from planrt.workers.serving.isolation.messages import Calls, take
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.transport.pipes import Pipe
@@ -84,6 +85,7 @@ def run(
     try:
         ends_with_its_parent(parent)
         ignore_signals()
+        close_rings()
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             loop = runner.get_loop()  # has its own sockets before there are no more
             confine(memory=work.memory, readable=work.readable)
@@ -156,6 +158,8 @@ class _Serving:
             RelayedJointRuns(state.id, calls) if work.keeps_joint_runs else None,
         )
         work.dialling.opened_by = self._dial
+        if work.dialling.dials.token:
+            work.dialling.token = RelayedToken(calls)
         self._compute = ComputeThread(f"planrt-{state.id}", threads=work.threads)
         reaching = _Reaching(work.dialling, self._dial)
         self._host = _Host(state, self._compute, limits=work.limits, dialling=reaching, audit=audit)

@@ -4,8 +4,10 @@ Three parts, each kept by the kernel from then on, with no way back for the proc
 
 * Landlock (`landlock(7)`): no files but those under the folders given, and these to be read only; no TCP, no signals to
   processes outside, no abstract sockets, as far as the kernel's version of it goes.
-* A seccomp filter (`seccomp(2)`): no sockets of its own, no programs, no processes, no debugging of others.
-* Resource limits (`setrlimit(2)`): memory, open files, no core dumps.
+* A seccomp filter (`seccomp(2)`): no sockets of its own, no programs, no processes, no debugging of others, and nothing
+  that goes past these (rings of `io_uring(7)`) or past the limit of memory (`memfd_create(2)`, System V's).
+* Resource limits (`setrlimit(2)`): memory, open files, sizes of files, no core dumps. And no capabilities
+  (`capabilities(7)`), with which a worker of root could lift them.
 
 Limits are there on every POSIX system, the rest on Linux: `missing` names what this kernel has not.
 """
@@ -16,6 +18,7 @@ import ctypes
 import os
 import platform
 import resource
+import stat
 import struct
 import sys
 import sysconfig
@@ -27,6 +30,8 @@ from planrt.errors import IsolationError
 
 OPEN_FILES: Final = 1024
 """Files and sockets that a process for clients' work may have open."""
+LOG_BYTES: Final = 1 << 30
+"""By how much the file may grow meanwhile that the worker's log goes to, where it is a file: no other one grows."""
 
 # prctl(2)
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -52,16 +57,29 @@ _X32 = 0x40000000
 
 _CALLS: Final[dict[str, tuple[int, int, int, tuple[int, ...]]]] = {
     # machine -> (AUDIT_ARCH, clone, clone3, refused): socket, connect, bind, listen, accept(4), execve(at), (v)fork,
-    # ptrace, process_vm_readv/writev, pidfd_getfd, io_uring_setup, bpf, perf_event_open, unshare, setns, mount
+    # ptrace, process_vm_readv/writev, pidfd_getfd, bpf, perf_event_open, unshare, setns, mount,
+    # memfd_create, memfd_secret, shmget, msgget, mq_open, add_key, request_key, keyctl, userfaultfd,
+    # open_by_handle_at
     "x86_64": (
         0xC000003E, 56, 435,
-        (41, 42, 49, 50, 43, 288, 59, 322, 57, 58, 101, 310, 311, 438, 425, 321, 298, 272, 308, 165),
+        (41, 42, 49, 50, 43, 288, 59, 322, 57, 58, 101, 310, 311, 438, 321, 298, 272, 308, 165,
+         319, 447, 29, 68, 240, 248, 249, 250, 323, 304),
     ),
     "aarch64": (
         0xC00000B7, 220, 435,
-        (198, 203, 200, 201, 202, 242, 221, 281, 117, 270, 271, 438, 425, 280, 241, 97, 268, 40),
+        (198, 203, 200, 201, 202, 242, 221, 281, 117, 270, 271, 438, 280, 241, 97, 268, 40,
+         279, 447, 194, 186, 180, 217, 218, 219, 282, 265),
     ),
 }  # fmt: skip
+
+
+_RINGS: Final = (425, 426, 427)
+"""io_uring_setup, io_uring_enter, io_uring_register, on every machine: what they do no filter sees."""
+
+# capset(2)
+_CAPABILITIES_VERSION = 0x20080522
+_READ_ANY_FILE = 1 << 2
+"""Stays, for modules that belong to others than root: which files it may read Landlock says."""
 
 
 def _libc() -> ctypes.CDLL:
@@ -109,6 +127,18 @@ def readable_by_default() -> list[Path]:
     return sorted(path for path in found if path.exists())
 
 
+def close_rings() -> None:
+    """Refuses rings of `io_uring(7)` for good, as if this kernel had none. Before there is an event loop: one that has
+    made a ring gives up where it cannot use it."""
+    if sys.platform != "linux":
+        return
+    _prctl(_SET_NO_NEW_PRIVS, 1)
+    steps = [_step(_LOAD, _NR)]
+    for call in _RINGS:
+        steps += [_step(_EQUAL, call, 0, 1), _step(_RETURN, _ERRNO | _ENOSYS)]
+    _load_filter([*steps, _step(_RETURN, _ALLOW)])
+
+
 def confine(*, memory: int | None, readable: Iterable[Path]) -> None:
     """Confines this process for good; it must have one thread. `memory`: bytes that it may take from now on.
 
@@ -118,6 +148,7 @@ def confine(*, memory: int | None, readable: Iterable[Path]) -> None:
     _set_limits(memory)
     if sys.platform != "linux":
         return
+    _drop_capabilities()
     _prctl(_SET_DUMPABLE, 0)  # others of the same user neither debug it nor read its memory
     _prctl(_SET_NO_NEW_PRIVS, 1)
     _close_files([*readable_by_default(), *readable])
@@ -133,6 +164,9 @@ def _prctl(option: int, value: int, argument: int = 0) -> None:
 def _set_limits(memory: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
+    logs = [os.fstat(number) for number in (1, 2)]
+    files = [one.st_size for one in logs if stat.S_ISREG(one.st_mode)]
+    _lower(resource.RLIMIT_FSIZE, max(files) + LOG_BYTES if files else 0)
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
         _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + memory)
@@ -142,6 +176,19 @@ def _lower(what: int, value: int) -> None:
     hard = resource.getrlimit(what)[1]
     least = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(what, (least, least))
+
+
+def _drop_capabilities() -> None:
+    """Root is like any other user then."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITIES_VERSION, 0))
+    has = ctypes.create_string_buffer(24)
+    if _libc().capget(header, has) != 0:
+        return  # a kernel without them
+    effective, permitted, _, _, _, _ = struct.unpack("6I", has)
+    stays = struct.pack("6I", effective & _READ_ANY_FILE, permitted & _READ_ANY_FILE, 0, 0, 0, 0)
+    if _libc().capset(header, stays) != 0:
+        code = ctypes.get_errno()
+        raise IsolationError(f"a process cannot be confined: capset: {os.strerror(code)}")
 
 
 def _close_files(readable: Iterable[Path]) -> None:
@@ -175,37 +222,40 @@ def _landlock(call: int, *arguments: int | bytes) -> int:
 
 def _close_calls() -> None:
     known = _CALLS.get(platform.machine())
-    if known is None:
-        return
-    code = b"".join(_filter(*known))
+    if known is not None:
+        _load_filter(_filter(*known))
+
+
+def _load_filter(steps: Iterable[bytes]) -> None:
+    code = b"".join(steps)
     holder = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(holder))
     place = ctypes.create_string_buffer(program, len(program))
     _prctl(_SET_SECCOMP, _FILTER_MODE, ctypes.addressof(place))
 
 
+def _step(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_so, if_not, value)
+
+
 def _filter(arch: int, clone: int, clone3: int, refused: tuple[int, ...]) -> list[bytes]:
     """The filter's instructions. New processes are refused and new threads are not: `clone3` has its flags in memory,
     where no filter looks, so it is said to be missing, and libraries take `clone`."""
-
-    def step(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
-        return struct.pack("HBBI", code, if_so, if_not, value)
-
     steps = [
-        step(_LOAD, _ARCH),
-        step(_EQUAL, arch, 1, 0),
-        step(_RETURN, _KILL),
-        step(_LOAD, _NR),
-        step(_AT_LEAST, _X32, 0, 1),
-        step(_RETURN, _ERRNO | _EPERM),
-        step(_EQUAL, clone3, 0, 1),
-        step(_RETURN, _ERRNO | _ENOSYS),
-        step(_EQUAL, clone, 0, 4),
-        step(_LOAD, _FIRST_ARGUMENT),
-        step(_ANY_BIT, _CLONE_THREAD, 1, 0),
-        step(_RETURN, _ERRNO | _EPERM),
-        step(_RETURN, _ALLOW),
+        _step(_LOAD, _ARCH),
+        _step(_EQUAL, arch, 1, 0),
+        _step(_RETURN, _KILL),
+        _step(_LOAD, _NR),
+        _step(_AT_LEAST, _X32, 0, 1),
+        _step(_RETURN, _ERRNO | _EPERM),
+        _step(_EQUAL, clone3, 0, 1),
+        _step(_RETURN, _ERRNO | _ENOSYS),
+        _step(_EQUAL, clone, 0, 4),
+        _step(_LOAD, _FIRST_ARGUMENT),
+        _step(_ANY_BIT, _CLONE_THREAD, 1, 0),
+        _step(_RETURN, _ERRNO | _EPERM),
+        _step(_RETURN, _ALLOW),
     ]
     for call in refused:
-        steps += [step(_EQUAL, call, 0, 1), step(_RETURN, _ERRNO | _EPERM)]
-    return [*steps, step(_RETURN, _ALLOW)]
+        steps += [_step(_EQUAL, call, 0, 1), _step(_RETURN, _ERRNO | _EPERM)]
+    return [*steps, _step(_RETURN, _ALLOW)]
