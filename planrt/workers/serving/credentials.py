@@ -20,7 +20,7 @@ from planrt.workers.wire.proofs import check_strength, is_verifier
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was read."""
+    """Holds what was read."""
 
     tls: ServerTls | None
     users: Mapping[str, str] = field(repr=False)
@@ -32,7 +32,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """The arguments of a worker that say where they are: see `WebsocketServerWorker`.
+    """Holds the arguments of a worker that say where they are: see `WebsocketServerWorker`.
 
     `listens` is the host that it listens on, None where its transport has none; `encrypted` whether that is TLS.
     """
