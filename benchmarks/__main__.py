@@ -57,7 +57,11 @@ GROUPS: dict[str, Callable[[Size], list[Row]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmarks; returns the exit code."""
     options = _parser().parse_args(arguments)
-    size = Size(repeats=1 if options.quick else options.repeats, quick=options.quick)
+    size = Size(
+        repeats=1 if options.quick else options.repeats,
+        quick=options.quick,
+        ids=300 if options.quick else options.ids,
+    )
     chosen = options.only or list(GROUPS)
     results: dict[str, list[Row]] = {}
     for name in chosen:
@@ -110,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one group of {', '.join(GROUPS)}",
     )
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each figure")
+    parser.add_argument(
+        "--ids", type=int, default=100_000, help="ids of either table, where it is found who is in both"
+    )
     parser.add_argument(
         "--json",
         type=Path,

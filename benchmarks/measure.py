@@ -183,6 +183,12 @@ def resident_bytes(pid: int | None = None) -> int:
     return int(psutil.Process(pid).memory_info().rss)
 
 
+def peak_resident_bytes(pid: int) -> int:
+    """The most that a process has had in memory since it began, pages of files included; Linux alone tells it."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return next(int(line[1]) * 1024 for line in lines if line and line[0] == "VmHWM:")
+
+
 class PeakMemory:
     """Samples `resident_bytes` in a thread while its `with` block runs; `bytes` is the highest seen."""
 

@@ -32,6 +32,8 @@ class Size:
 
     repeats: int
     quick: bool
+    ids: int = 100_000
+    """Of either table, where it is found who is in both."""
 
 
 def mnist_config(batches: int = BATCHES) -> TrainConfig:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from planrt.errors import OptionError
+import numpy as np
+import torch
+
+from planrt.errors import DataError, OptionError
 from planrt.loop import run
+from planrt.sharing.columns.ids import as_id
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
@@ -80,3 +85,33 @@ def table_columns(worker: BaseWorker, dataset: str) -> m.TableColumns:
         RemoteError: it is no table.
     """
     return run(async_table_columns(worker, dataset), instead="await async_table_columns(worker, dataset)")
+
+
+def people_of(people: Sequence[Any], id_columns: int) -> list[list[str]]:
+    """Returns people as messages have them: for each the values of the id columns, as tables have them.
+
+    Raises:
+        OptionError: somebody is named by another number of values, or by none.
+    """
+    if isinstance(people, str) or not isinstance(people, Iterable):
+        raise OptionError(f"people is a list of ids: write [{people!r}]")
+    found = []
+    if isinstance(people, torch.Tensor):
+        people = people.tolist()
+    for place, one in enumerate(people):
+        several = isinstance(one, list | tuple) or (isinstance(one, np.ndarray) and one.ndim == 1)
+        values = list(one) if several else [one]
+        if len(values) != id_columns:
+            raise OptionError(
+                f"each person is named by the values of {id_columns} id columns: person {place} has {len(values)}"
+            )
+        try:
+            named = [as_id(value) for value in values]
+        except DataError as error:
+            raise OptionError(f"person {place} is named by {error}") from None
+        if None in named:
+            raise OptionError(f"person {place} has no id")
+        found.append([str(value) for value in named])
+    if not found:
+        raise OptionError("there is nobody to predict for: name at least one person")
+    return found

@@ -25,7 +25,7 @@ from planrt.errors import (
     ValueRangeError,
 )
 from planrt.loop import on_loop, run
-from planrt.vertical.parties import Party
+from planrt.vertical.parties import Party, people_of
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
@@ -361,22 +361,6 @@ def number(name: str, value: Any, *, above: float | None = None) -> float:
             f"{name} must be a number {'above' if above is not None else 'of at least'} 0, got {value!r}"
         )
     return float(value)
-
-
-def people_of(people: Sequence[Any], id_columns: int) -> list[list[str]]:
-    """Returns people as messages have them: for each the values of the id columns.
-
-    Raises:
-        OptionError: somebody is named by another number of values.
-    """
-    if isinstance(people, str):
-        raise OptionError(f"people is a list of ids: write [{people!r}]")
-    found = [[str(one)] if isinstance(one, str | int) else [str(value) for value in one] for one in people]
-    if not found or any(len(one) != id_columns for one in found):
-        raise OptionError(
-            f"each person is named by the values of {id_columns} id columns, and there is at least one"
-        )
-    return found
 
 
 R = TypeVar("R", bound=JointRun)

@@ -1,12 +1,18 @@
 """Who is in both tables: what a user calls, on both transports, and what the parties send."""
 
+import contextlib
+import hashlib
+import secrets
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
 from planrt.errors import AlignmentError, DataError, JointError, OptionError, UnknownDatasetError
-from planrt.sharing.columns import curve
-from planrt.sharing.columns.ids import NORMALISATIONS, keys_of, order_of
+from planrt.plans.training import warm_up
+from planrt.sharing.columns import curve, ids, intersection
+from planrt.sharing.columns.ids import NORMALISATIONS, Keys, Places, key_of, keys_of, order_of
 from planrt.sharing.columns.intersection import align, intersect
 from planrt.sharing.columns.steps import Send, run_here
 from planrt.vertical import Party, Table, intersection_size, logistic_regression, table_columns
@@ -95,7 +101,7 @@ def test_what_is_sent_tells_nothing_of_who_is_in_one_table_only():
     kinds = {send.kind for _, send in sent[0]}
     assert kinds == {"count", "blinded ids", "ids blinded twice"}
     points = [
-        {point for _, send in parcels if send.kind != "count" for point in curve.as_bytes(send.tensors[0])}
+        {bytes(point) for _, send in parcels if send.kind != "count" for point in send.tensors[0].numpy()}
         for parcels in sent
     ]
     assert not points[0] & points[1], "secrets are fresh"
@@ -121,7 +127,7 @@ def test_points_are_those_of_rfc_7748():
     u = bytes.fromhex("e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c")
     given = torch.frombuffer(bytearray(u), dtype=torch.uint8)[None]
     wanted = "c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552"
-    assert curve.as_bytes(blinder.blind_again(given, whose="x"))[0].hex() == wanted
+    assert bytes(blinder.blind_again(given, whose="x")[0].numpy()).hex() == wanted
 
 
 def test_dishonest_parcels_are_refused():
@@ -181,9 +187,114 @@ def test_normalisations(name, same, different):
 
 def test_keys_of_several_columns_do_not_run_together():
     one = keys_of([("p", ["ab"]), ("q", ["c"])], "exact", whose="x")
-    assert one != keys_of([("p", ["a"]), ("q", ["bc"])], "exact", whose="x")
+    assert list(one) != list(keys_of([("p", ["a"]), ("q", ["bc"])], "exact", whose="x"))
+    assert list(one) == [key_of(["ab", "c"], "exact")]
     with pytest.raises(DataError, match="x: id column 'p' has 1 values of which 'strip' leaves nothing"):
         keys_of([("p", ["a", "  "])], "strip", whose="x")
     assert np.unique(
         [len(set(keys_of([("p", ["a", "b"])], name, whose="x"))) for name in NORMALISATIONS]
     ) == [2]
+
+
+def test_keys_in_one_block_are_a_sequence():
+    given = [b"a", b"", b"bc", b"def", b"a"]
+    keys = Keys(given)
+    assert list(keys) == given
+    assert (keys[-1], keys[-3], keys[1:4], len(keys)) == (b"a", b"bc", given[1:4], 5)
+    with pytest.raises(IndexError):
+        keys[5]
+    places = Places(keys, [3, 0, 2])
+    assert [places.find(key) for key in (b"a", b"bc", b"def", b"", b"x")] == [1, 2, 0, None, None]
+    assert [Places(keys, ()).find(b"a"), len(Places(keys, ()))] == [None, 0]
+
+
+def test_keys_whose_hashes_are_the_same_are_told_apart():
+    """A hash is a hint, never the answer: also where all hashes are one."""
+
+    class Alike(bytes):
+        def __hash__(self):
+            return 7
+
+    keys = [Alike(b"%d" % n) for n in range(50)]
+    places = Places(keys, range(50))
+    assert [places.find(key) for key in keys] == list(range(50))
+    assert places.find(Alike(b"x")) is None
+    assert ids._duplicates(keys) == 0
+    assert ids._duplicates([*keys, *keys[:3], keys[0]]) == 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_points_are_looked_up_with_their_zeros(count):
+    """Zeros at the end of a point are part of it, and whoever is not there is not found."""
+    generator = torch.Generator().manual_seed(count)
+    points = torch.randint(0, 256, (count, curve.WIDTH), dtype=torch.uint8, generator=generator)
+    points[::3, 20:] = 0
+    points[1::3, 0] = 0
+    known = curve.PointSet(points.split(7))
+    assert known.has(points.flip(0)).all()
+    assert not known.has_duplicates
+    assert not known.has(points ^ 1).any()
+    listed = sorted(bytes(one) for one in points.numpy())
+    assert [bytes(one) for one in known.sorted.numpy()] == listed
+    assert curve.PointSet([points, points[:1]]).has_duplicates == (count > 0)
+
+
+class _Masks:
+    """In place of points on the curve: 32 bytes of a hash, and secrets that are added to them bit by bit. It keeps no
+    secrets; everything else is as of the curve, in no time."""
+
+    def __init__(self):
+        self._secret = np.frombuffer(secrets.token_bytes(curve.WIDTH), np.uint8)
+
+    def blind(self, keys):
+        hashed = b"".join(hashlib.sha256(key).digest() for key in keys)
+        return self.blind_again(torch.frombuffer(bytearray(hashed), dtype=torch.uint8).view(-1, curve.WIDTH))
+
+    def blind_again(self, points, *, whose=""):
+        return torch.from_numpy(points.numpy() ^ self._secret)
+
+
+@contextlib.contextmanager
+def _memory_for_each(rows):
+    """A list that has how many bytes the block took at its peak, over `rows`."""
+    found = []
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        yield found
+        found.append((tracemalloc.get_traced_memory()[1] - before) / rows)
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_for_each_id_is_bounded(make_worker, monkeypatch):
+    """Both workers are here, and what they send each other is on its way here, too: a million ids a side are well
+    within 2 GB. The curve is left out; it takes time and no memory."""
+    monkeypatch.setattr(intersection, "Blinder", _Masks)
+    rows = 20_000
+    ids_ = [f"person {n:07}" for n in range(rows * 3 // 2)]
+    one = Party(make_worker("alice", {"t": Table({"id": ids_[:rows]}, "id")}), "t", "id")
+    two = Party(make_worker("bob", {"t": Table({"id": ids_[-rows:]}, "id")}), "t", "id")
+    few = Party(make_worker("carl", {"t": Table({"id": ids_[:100]}, "id")}), "t", "id")
+    warm_up()  # which servers do in a thread of their own
+    assert intersection_size(one, few) == 100  # what is loaded at first use
+    with _memory_for_each(2 * rows) as found:
+        assert intersection_size(one, two) == rows // 2
+    assert found[0] < 200
+
+
+def test_memory_for_each_id_is_bounded_where_it_is_told_who_it_is(monkeypatch):
+    monkeypatch.setattr(intersection, "Blinder", _Masks)
+    rows = 20_000
+    tables = [
+        keys_of([("id", range_of(rows, start))], "strip", whose="x") for start in (0, rows // 4, rows // 2)
+    ]
+    run_here([align(keys, me, 3, "abc", 7) for me, keys in enumerate(tables)])
+    with _memory_for_each(3 * rows) as found:
+        people = run_here([align(keys, me, 3, "abc", 7) for me, keys in enumerate(tables)])
+    assert {each["size"] for each in people} == {rows // 2}
+    assert found[0] < 200
+
+
+def range_of(rows, start):
+    return [f"person {n:07}" for n in range(start, start + rows)]

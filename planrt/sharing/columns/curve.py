@@ -76,10 +76,38 @@ class Blinder:
             ) from None
 
 
-def as_bytes(points: torch.Tensor) -> list[bytes]:
-    """Returns each point of [points, 32] as bytes."""
-    raw = points.numpy().tobytes()
-    return [raw[at : at + WIDTH] for at in range(0, len(raw), WIDTH)]
+class PointSet:
+    """Points that others are looked up in: sorted, 32 bytes each, and nothing besides."""
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._sorted = np.concatenate([np.zeros(0, f"S{WIDTH}"), *map(_rows, parts)])
+        self._sorted.sort()
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    @property
+    def has_duplicates(self) -> bool:
+        """Whether one is there twice."""
+        return bool((self._sorted[1:] == self._sorted[:-1]).any())
+
+    @property
+    def sorted(self) -> torch.Tensor:
+        """The points, smallest first: uint8 [points, 32]."""
+        return torch.from_numpy(self._sorted.view(np.uint8).reshape(-1, WIDTH))
+
+    def has(self, points: torch.Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Returns for each point of [points, 32] whether it is one of these."""
+        wanted = _rows(points)
+        if not len(self):
+            return np.zeros(len(wanted), np.bool_)
+        places = np.searchsorted(self._sorted, wanted).clip(max=len(self) - 1)
+        return np.asarray(self._sorted[places] == wanted)
+
+
+def _rows(points: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Points as NumPy's byte strings, without a copy. All are equally long, so that their trailing zeros count."""
+    return points.contiguous().numpy().view(f"S{WIDTH}").reshape(-1)
 
 
 def _points(rows: Sequence[bytes]) -> torch.Tensor:

@@ -15,14 +15,14 @@ more or less, learns the same. Owners see every run before it begins, and can de
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
 from planrt.errors import AlignmentError, JointError
-from planrt.sharing.columns.curve import WIDTH, Blinder, as_bytes
+from planrt.sharing.columns.curve import WIDTH, Blinder, PointSet
 from planrt.sharing.columns.ids import order_in_turns
 from planrt.sharing.columns.steps import Role, Send, Take, Tensors, Turn, take_one
 
@@ -48,50 +48,50 @@ def intersect(keys: Sequence[bytes], other: int, names: Sequence[str], *, size_o
     if not 0 <= count <= MAX_IDS:
         raise JointError(f"party {whose!r} says that it has {count} ids; there can be {MAX_IDS:,}")
     # Sorting by random numbers is a shuffle: of 64 bits, as good as never are two the same.
-    order = np.argsort(np.frombuffer(secrets.token_bytes(8 * len(keys)), np.uint64)).tolist()
-    for start in range(0, len(order), _PARCEL):
+    order = np.argsort(np.frombuffer(secrets.token_bytes(8 * len(keys)), np.uint64))
+    for parcel in _parts(len(keys), _PARCEL):
         made = []
-        for at in range(start, min(start + _PARCEL, len(order)), _TURN):
-            made.append(secret.blind([keys[i] for i in order[at : min(at + _TURN, start + _PARCEL)]]))
-            yield Turn("ids blinded", at, len(keys) + count)
+        for part in _parts(parcel.stop, _TURN, parcel.start):
+            made.append(secret.blind([keys[row] for row in order[part].tolist()]))
+            yield Turn("ids blinded", part.start, len(keys) + count)
         yield Send(other, "blinded ids", [torch.cat(made)])
-    both: set[bytes] = set()
-    for start in range(0, count, _PARCEL):
-        size = min(_PARCEL, count - start)
+    twice: list[torch.Tensor] = []
+    for parcel in _parts(count, _PARCEL):
+        size = parcel.stop - parcel.start
         points = yield from take_one(other, "blinded ids", torch.uint8, [size, WIDTH], names)
         again = []
-        for at in range(0, size, _TURN):
-            again.append(secret.blind_again(points[at : at + _TURN], whose=whose))
-            both.update(as_bytes(again[-1]))
-            yield Turn("ids blinded", len(keys) + start + at, len(keys) + count)
+        for part in _parts(size, _TURN):
+            again.append(secret.blind_again(points[part], whose=whose))
+            yield Turn("ids blinded", len(keys) + parcel.start + part.start, len(keys) + count)
+        twice.append(torch.cat(again))
         if not size_only:
-            yield Send(other, "ids blinded twice", [torch.cat(again)])
-    if len(both) < count:
+            yield Send(other, "ids blinded twice", [twice[-1]])
+    theirs = PointSet(twice)
+    del twice
+    if theirs.has_duplicates:
         raise JointError(f"party {whose!r} sent one id twice")
     if size_only:
-        ranked = bytearray(WIDTH * count)
-        for place, point in enumerate(sorted(both)):
-            ranked[place * WIDTH : (place + 1) * WIDTH] = point
-        sent = torch.frombuffer(ranked, dtype=torch.uint8) if both else torch.empty(0, dtype=torch.uint8)
-        yield Send(other, "ids blinded twice", [sent.reshape(-1, WIDTH)])
+        yield Send(other, "ids blinded twice", [theirs.sorted])
         points = yield from take_one(other, "ids blinded twice", torch.uint8, [len(keys), WIDTH], names)
         size = 0
-        for start in range(0, len(keys), _PARCEL):
-            size += len(both.intersection(as_bytes(points[start : start + _PARCEL])))
-            yield Turn("ids compared", start, len(keys))
+        for parcel in _parts(len(keys), _PARCEL):
+            size += int(theirs.has(points[parcel]).sum())
+            yield Turn("ids compared", parcel.start, len(keys))
         return {"size": size}
-    rows: list[int] = []
-    for start in range(0, len(keys), _PARCEL):
-        size = min(_PARCEL, len(keys) - start)
-        points = yield from take_one(other, "ids blinded twice", torch.uint8, [size, WIDTH], names)
-        rows += [order[start + place] for place, point in enumerate(as_bytes(points)) if point in both]
-        yield Turn("ids compared", start, len(keys))
-    if not rows:
+    found = np.zeros(len(keys), np.bool_)
+    for parcel in _parts(len(keys), _PARCEL):
+        points = yield from take_one(
+            other, "ids blinded twice", torch.uint8, [parcel.stop - parcel.start, WIDTH], names
+        )
+        found[order[parcel]] = theirs.has(points)
+        yield Turn("ids compared", parcel.start, len(keys))
+    rows = np.flatnonzero(found)
+    if not len(rows):
         raise AlignmentError(
             f"nobody is in both tables, that of {names[other]!r} and this one: look at which columns hold the ids and "
             "how they are normalised"
         )
-    return {"size": len(rows), "rows": torch.tensor(sorted(rows))}
+    return {"size": len(rows), "rows": torch.from_numpy(rows)}
 
 
 def align(keys: Sequence[bytes], me: int, owners: int, names: Sequence[str], seed: int) -> Role:
@@ -113,19 +113,24 @@ def align(keys: Sequence[bytes], me: int, owners: int, names: Sequence[str], see
     for other in range(1, owners):
         found = (yield from intersect(keys, other, names))["rows"]
         pairs.append((yield from _ordered(keys, found, seed)))
-    common = set(pairs[0].tolist()).intersection(*[pair.tolist() for pair in pairs[1:]])
-    if not common:
+    common = pairs[0]
+    for pair in pairs[1:]:
+        common = common[torch.isin(common, pair)]
+    if not len(common):
         raise AlignmentError("nobody is in all tables, though each two have people in common")
     for other, pair in enumerate(pairs, 1):
-        kept = torch.tensor([row in common for row in pair.tolist()])
-        yield Send(other, "who is in all tables", [kept])
-    rows = torch.tensor([row for row in pairs[0].tolist() if row in common])
-    return {"rows": rows, "size": len(rows)}
+        yield Send(other, "who is in all tables", [torch.isin(pair, common)])
+    return {"rows": common, "size": len(common)}
 
 
 def _ordered(
     keys: Sequence[bytes], rows: torch.Tensor, seed: int
 ) -> Generator[Send | Take | Turn, Tensors | None, torch.Tensor]:
-    places = rows.tolist()
-    order = yield from order_in_turns([keys[place] for place in places], seed)
-    return rows[torch.tensor(order)]
+    order = yield from order_in_turns(keys, rows.tolist(), seed)
+    return rows[torch.from_numpy(order)]
+
+
+def _parts(stop: int, size: int, start: int = 0) -> Iterator[slice]:
+    """The places from `start` to `stop`, so many at a time."""
+    for at in range(start, stop, size):
+        yield slice(at, min(at + size, stop))

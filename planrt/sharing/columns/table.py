@@ -66,7 +66,10 @@ class Table(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         pandas = needed("pandas", by="reading a table", extra="vertical")
         try:
             if file.suffix.lower() == ".csv":
-                frame = pandas.read_csv(file, dtype=dict.fromkeys(names, str))
+                # As it stands there: somebody may be called "NA" or "None", and only who has no letter is missing.
+                frame = pandas.read_csv(file, converters=dict.fromkeys(names, _text))
+                if not isinstance(frame.index, pandas.RangeIndex):  # what pandas makes of the values in front
+                    raise DataError(f"{file}: its rows have more values than the first line has names")
             else:
                 needed("pyarrow", by="reading a Parquet file", extra="vertical")
                 frame = pandas.read_parquet(file)
@@ -135,9 +138,16 @@ class Table(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return np.stack([self.columns[name] for name in names], 1)
 
 
+def _text(value: str) -> str | None:
+    return value or None
+
+
 def _arrays(columns: Any) -> dict[str, Any]:
     """The columns as arrays of one dimension and one length."""
     if hasattr(columns, "columns") and hasattr(columns, "to_dict"):  # a DataFrame, without importing pandas
+        levels = [name for name in columns.index.names if name is not None]
+        if levels and not set(levels) & set(columns.columns):
+            columns = columns.reset_index(levels)
         names = [str(name) for name in columns.columns]
         if len(set(names)) < len(names):
             raise DataError("a table has two columns of one name")
@@ -163,7 +173,12 @@ def _arrays(columns: Any) -> dict[str, Any]:
 
 
 def _ids(name: str, values: np.ndarray[Any, Any]) -> list[str]:
-    texts = [as_id(value) for value in values.tolist()]
+    if values.dtype.kind == "M":  # whose nanoseconds Python would have as numbers
+        values = values.astype("datetime64[us]")
+    try:
+        texts = [as_id(value) for value in values.tolist()]
+    except DataError as error:
+        raise DataError(f"id column {name!r} has {error}") from None
     missing = sum(text is None for text in texts)
     if missing:
         raise DataError(f"id column {name!r} has {missing} missing values: every row needs an id")
@@ -171,16 +186,20 @@ def _ids(name: str, values: np.ndarray[Any, Any]) -> list[str]:
 
 
 def _numbers(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Values as float64 where they are numbers, as strings otherwise."""
+    """Values as float64 where they are numbers, as strings otherwise: days and times, too."""
     if values.dtype.kind in "biuf":
         return values.astype(np.float64)
     try:
-        return np.array([np.nan if one is None else _number(one) for one in values.tolist()], np.float64)
+        if values.dtype.kind in "Mm":  # Python would have their nanoseconds as numbers
+            raise TypeError
+        return np.array([_number(one) for one in values.tolist()], np.float64)
     except (TypeError, ValueError):
         return np.array([str(one) for one in values.tolist()], dtype=np.str_)
 
 
 def _number(value: Any) -> float:
+    if value is None or (not isinstance(value, str) and str(value) == "<NA>"):  # as pandas has it
+        return float("nan")
     if isinstance(value, str):
         raise TypeError("text")
     return float(value)

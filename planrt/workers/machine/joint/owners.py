@@ -20,7 +20,7 @@ from planrt.workers.wire import messages as m
 
 Array = np.ndarray[Any, Any]
 _BYTES_OF_KEY: Final = 200
-"""What a key takes beside its letters, in the lists and tables that it is in."""
+"""What a row takes at most beside its key: the points that it is compared as, parcels of them, and its place."""
 
 
 class AlignedTable:
@@ -38,14 +38,14 @@ class AlignedTable:
         if missing:
             raise DataError(f"{self.name}: {missing[0]!r} is no id column; those are {', '.join(table.ids)}")
         self._ids = [(name, table.ids[name]) for name in about.ids]
-        self.keys: list[bytes] = []
+        self.keys = ids.Keys()
         """Of its rows, from `read_keys` on."""
         self.rows = torch.zeros(0, dtype=torch.int64)
         """Those about people in all tables, in the common order, from `align` on."""
         self._features = table.values(about.features, whose=self.name)
         self._label = table.values([about.label], whose=self.name)[:, 0] if about.label else None
-        self.places: dict[bytes, int] = {}
-        """Key -> place among the aligned rows."""
+        self.places = ids.Places(self.keys, ())
+        """Where a key is among the aligned rows."""
         self.values: Array = np.zeros((0, len(about.features)))
         self.labels: Array | None = None
         self.train_rows = 0
@@ -63,7 +63,7 @@ class AlignedTable:
     @property
     def nbytes(self) -> int:
         """About how many bytes it takes, the aligned rows included."""
-        keys = sum(map(len, self.keys)) + _BYTES_OF_KEY * len(self.keys)
+        keys = self.keys.nbytes + _BYTES_OF_KEY * len(self.keys)
         return int(2 * self._features.nbytes + (0 if self._label is None else 2 * self._label.nbytes)) + keys
 
     def digest(self) -> str:
@@ -81,11 +81,11 @@ class AlignedTable:
             AlignmentError: too few to train on.
         """
         self.rows = rows
-        places = rows.tolist()
-        self.places = {self.keys[row]: place for place, row in enumerate(places)}
-        self.train_rows = len(places) - int(len(places) * self.about.holdout)
+        self.places = ids.Places(self.keys, rows.tolist())
+        self.train_rows = len(rows) - int(len(rows) * self.about.holdout)
         if self.train_rows < 2:
-            raise AlignmentError(f"only {len(places)} people are in all tables: too few to train on")
+            raise AlignmentError(f"only {len(rows)} people are in all tables: too few to train on")
+        places = rows.numpy()
         self.values = self._features[places]
         self.labels = None if self._label is None else self._label[places]
         if self.about.standardise:
@@ -108,11 +108,9 @@ class AlignedTable:
         """
         if any(len(one) != len(self.about.ids) for one in people):
             raise AlignmentError(f"a person is named by {len(self.about.ids)} values, as in the id columns")
-        change = ids.normaliser(self.about.normalise)
         found = []
         for number, one in enumerate(people):
-            parts = [change(value).encode("utf-8", "surrogatepass") for value in one]
-            place = self.places.get(b"".join(len(part).to_bytes(4, "big") + part for part in parts))
+            place = self.places.find(ids.key_of(one, self.about.normalise))
             if place is None:
                 raise AlignmentError(
                     f"person {number} of those asked for is not among the people in all tables"

@@ -85,8 +85,6 @@ def _align(run: Run) -> Role:
     run.size = int(found["size"])
     check_least(run, run.size, "an intersection")
     if about.model is None:
-        if not about.size_only:
-            table.places = {table.keys[row]: place for place, row in enumerate(found["rows"].tolist())}
         yield from _agreed(run)
         return {"size": run.size}
     table.align(found["rows"])
