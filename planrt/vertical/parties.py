@@ -87,7 +87,7 @@ def table_columns(worker: BaseWorker, dataset: str) -> m.TableColumns:
     return run(async_table_columns(worker, dataset), instead="await async_table_columns(worker, dataset)")
 
 
-def people_of(people: Sequence[Any], id_columns: int) -> list[list[str]]:
+def people_of(people: Iterable[Any], id_columns: int) -> list[list[str]]:
     """Returns people as messages have them: for each the values of the id columns, as tables have them.
 
     Raises:

@@ -36,10 +36,7 @@ class Table(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
     reads_no_items = True
 
     def __init__(self, columns: Any, ids: str | Sequence[str], *, label: str | None = None) -> None:
-        names = [ids] if isinstance(ids, str) else list(ids)
-        found = _arrays(columns)
-        if not names or not all(isinstance(name, str) for name in names):
-            raise OptionError("a table needs one or more id columns, by name: Table(columns, ids='patient')")
+        names, found = _names(ids), _arrays(columns)
         for name in names:
             if name not in found:
                 raise DataError(f"there is no id column {name!r}; the table has {', '.join(found) or 'none'}")
@@ -60,21 +57,20 @@ class Table(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
             MissingPackageError: pandas (for Parquet also pyarrow) is not installed.
             DataError: the file cannot be read, or does not hold such a table.
         """
-        file, names = Path(path), [ids] if isinstance(ids, str) else list(ids)
+        file, names = Path(path), _names(ids)
         if file.suffix.lower() not in SUFFIXES:
             raise DataError(f"{file}: a table is a file that ends in {' or '.join(SUFFIXES)}")
         pandas = needed("pandas", by="reading a table", extra="vertical")
         try:
             if file.suffix.lower() == ".csv":
-                # As it stands there: somebody may be called "NA" or "None", and only who has no letter is missing.
-                frame = pandas.read_csv(file, converters=dict.fromkeys(names, _text))
-                if not isinstance(frame.index, pandas.RangeIndex):  # what pandas makes of the values in front
-                    raise DataError(f"{file}: its rows have more values than the first line has names")
+                frame = _read_csv(pandas, file, names)
             else:
                 needed("pyarrow", by="reading a Parquet file", extra="vertical")
                 frame = pandas.read_parquet(file)
         except OSError as error:
             raise DataError(f"{file}: {error.strerror or error}") from None
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
         except (ValueError, UnicodeError) as error:  # what pandas says of a file that is none
             raise DataError(f"{file} cannot be read as a table: {str(error).splitlines()[0]}") from None
         try:
@@ -138,8 +134,23 @@ class Table(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return np.stack([self.columns[name] for name in names], 1)
 
 
-def _text(value: str) -> str | None:
-    return value or None
+def _names(ids: str | Sequence[str]) -> list[str]:
+    names = [ids] if isinstance(ids, str) else list(ids) if isinstance(ids, Sequence) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise OptionError("a table needs one or more id columns, by name: Table(columns, ids='patient')")
+    return names
+
+
+def _read_csv(pandas: Any, file: Path, names: Sequence[str]) -> Any:
+    """A CSV file as a DataFrame, with ids as the texts that they are: somebody may be called "NA", or "None"."""
+    frame = pandas.read_csv(file, dtype=dict.fromkeys(names, str))
+    if not isinstance(frame.index, pandas.RangeIndex):  # what pandas makes of the values in front
+        raise DataError("its rows have more values than the first line has names")
+    known = [name for name in names if name in frame.columns]
+    if frame[known].isna().any(axis=None):
+        texts = pandas.read_csv(file, usecols=known, dtype=str, na_filter=False)
+        frame[known] = texts[known].mask(texts[known] == "")
+    return frame
 
 
 def _arrays(columns: Any) -> dict[str, Any]:
