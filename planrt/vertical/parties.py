@@ -29,7 +29,7 @@ class Party:
         label: the column to predict, at one party of a run.
 
     Raises:
-        OptionError: no worker, no id column, or names that are no strings.
+        OptionError: no worker, no id column, a column that is named twice, or names that are no strings.
     """
 
     worker: BaseWorker
@@ -40,9 +40,9 @@ class Party:
 
     def __post_init__(self) -> None:
         check_worker(self.worker)
-        if isinstance(self.columns, str):
+        if isinstance(self.columns, str) or not isinstance(self.columns, Iterable):
             raise OptionError(f"columns is a list of names: write columns=[{self.columns!r}]")
-        if not self.id_columns:
+        if not isinstance(self.ids, Iterable) or not self.id_columns:
             raise OptionError(
                 "a party names the column, or columns, that say who a row is about: ids='patient'"
             )
@@ -54,6 +54,11 @@ class Party:
         ):
             if not isinstance(name, str) or not name:
                 raise OptionError(f"data sets and columns are named by strings, not {name!r}")
+        if len(set(self.id_columns)) < len(self.id_columns):
+            raise OptionError(f"an id column is named twice: {', '.join(self.id_columns)}")
+        for name in self.id_columns:
+            if name in self.columns or name == self.label:
+                raise OptionError(f"{name!r} is an id column, and ids are never computed with")
         if self.label is not None and self.label in self.columns:
             raise OptionError(f"{self.label!r} is the label, and no column to predict it from")
         if len(set(self.columns)) < len(self.columns):

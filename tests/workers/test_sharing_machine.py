@@ -141,6 +141,11 @@ def test_strangers_open_nothing():
                  m.AskNeeds("g"), m.PutShare(9, "g", 1, [1], bytes(16))):  # fmt: skip
         told, _ = net.ask("a", body, sender="another")
         assert told.kind == "SharingError"
+    net.tell(
+        "a", m.FailGroup("g", "because"), [], sender="late"
+    )  # as a party that failed before it had joined
+    net.run()
+    assert isinstance(net.ask("a", m.CountObjects(), sender="late")[0], m.Counted)
     net.post(PRODUCT, [1, 2], [3, 4])
     assert (net.get(4) - (X * Y).relu()).abs().max() < 1e-3
 

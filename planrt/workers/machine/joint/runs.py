@@ -242,8 +242,8 @@ class JointOps:
         known = session.id in run.members
         try:
             if isinstance(body, m.FailJoint):
-                if not known:
-                    raise JointError(f"joint run {body.joint!r} is not this session's")
+                if not known:  # a party that failed before it could join tells all; a stranger ends nothing
+                    return [], []
                 return self._fail(run, body.reason, body.kind, tell=False)
             run.arrived(session.id, body, tensors)
             self._store.check_bytes(run.owner, run.waiting_bytes)

@@ -148,7 +148,7 @@ class PartyOps:
             if isinstance(body, m.FailGroup):
                 if known or session.id == group.owner:
                     return self.fail(group, body.reason, tell=session.id == group.owner)
-                raise SharingError(f"group {body.group!r} is not this session's")
+                return [], []  # a party that failed before it could join tells all; a stranger ends nothing
             if isinstance(body, m.Opening):
                 group.arrived(session.id, body, tensors)
             else:
