@@ -88,12 +88,12 @@ class PointSet:
 
     @property
     def has_duplicates(self) -> bool:
-        """Whether one is there twice."""
+        """True if one of them is there twice."""
         return bool((self._sorted[1:] == self._sorted[:-1]).any())
 
     @property
     def sorted(self) -> torch.Tensor:
-        """The points, smallest first: uint8 [points, 32]."""
+        """These points, smallest first: uint8 [points, 32]."""
         return torch.from_numpy(self._sorted.view(np.uint8).reshape(-1, WIDTH))
 
     def has(self, points: torch.Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:

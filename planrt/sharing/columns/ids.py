@@ -133,7 +133,7 @@ class Keys(Sequence[bytes]):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes they take."""
+        """The bytes that they take."""
         return len(self._data) + 8 * len(self._ends)
 
 
