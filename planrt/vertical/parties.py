@@ -56,9 +56,6 @@ class Party:
                 raise OptionError(f"data sets and columns are named by strings, not {name!r}")
         if len(set(self.id_columns)) < len(self.id_columns):
             raise OptionError(f"an id column is named twice: {', '.join(self.id_columns)}")
-        for name in self.id_columns:
-            if name in self.columns or name == self.label:
-                raise OptionError(f"{name!r} is an id column, and ids are never computed with")
         if self.label is not None and self.label in self.columns:
             raise OptionError(f"{self.label!r} is the label, and no column to predict it from")
         if len(set(self.columns)) < len(self.columns):
