@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from planrt.command_line import Parser, leave, run_command
-from planrt.commands import audit, certs, users
+from planrt.commands import audit, certs, sum_keys, users
 from planrt.errors import OptionError, PlanrtError
 from planrt.fl.runs import status
 from planrt.shown import shown
@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         _folder(one)
     users.register(commands, _command)
     certs.register(commands, _command)
+    sum_keys.register(commands, _command)
     audit.register(commands, _command)
     status.register(commands, _command)
     return parser

@@ -19,7 +19,8 @@
     │   ├── SharingError           secret shares that do not fit each other, or parties who do not (also a ValueError)
     │   │   ├── ValueRangeError        a value that shares cannot hold (also an OverflowError); names the range
     │   │   ├── RandomnessError        correlated randomness of the wrong shape, used up, or asked for twice
-    │   │   └── AggregationError       a secure aggregation that came to no sum; nothing was revealed
+    │   │   ├── AggregationError       a secure aggregation that came to no sum; nothing was revealed
+    │   │   └── SignatureError         a worker in a secure aggregation did not sign what is said to be its; names it
     │   ├── JointError             workers who compute together on their tables cannot begin or go on; names the party
     │   │   ├── AlignmentError         tables that have nobody in common, or parties who compare ids differently
     │   │   └── CiphertextError        ciphertexts of another key, or what their holder does not decrypt
@@ -37,6 +38,7 @@
     │   ├── UnknownObjectError     the worker holds no object under that id for this session
     │   ├── NotApprovedError       the worker's owner has not approved, or has denied, what was to run
     │   ├── PolicyRefusedError     what was to run breaks a rule of the worker's owner; names op, line and rule
+    │   ├── SignatureRefusedError  the worker adds up with nobody whose signature it misses; names that one
     │   ├── ReplyTooLargeError     the answer is over this client's limit; what was asked for stays there
     │   └── GetNotPermittedError   private data, or what is computed from it, was asked for by someone not allowed
     └── TransportError             the pipe: address and what was tried
@@ -206,6 +208,10 @@ class AggregationError(SharingError, RuntimeError):
     values were revealed."""
 
 
+class SignatureError(SharingError):
+    """What is said to be a worker's in a secure aggregation, its keys or its list of survivors, is not signed by it."""
+
+
 class JointError(LocalError, RuntimeError):
     """Workers who compute together on their tables cannot begin, or cannot go on; names the party."""
 
@@ -312,6 +318,10 @@ class PolicyRefusedError(RemoteError):
 
 class GetNotPermittedError(RemoteError):
     """Private data, or something computed from it, was asked for by a user who may not see it."""
+
+
+class SignatureRefusedError(RemoteError):
+    """The worker takes part in a secure aggregation only with workers that sign, and one did not; says which."""
 
 
 class ReplyTooLargeError(RemoteError):

@@ -7,6 +7,7 @@ are its messages. With workers alice, bob and charlie, in each round:
     JoinSum        -> all       SumKeys        <- each     fresh public keys
     ShareSecrets   -> all       SecretsShared  <- each     everybody's keys; shares, sealed for the others
     FitMasked      -> all       Masked         <- each     what a Fit says, and the shares; the trained model, masked
+    SignSurvivors  -> all       SurvivorsSigned <- each    who answered, where the workers sign their keys
     RevealShares   -> all       Revealed       <- each     who answered; shares of what uncovers the sum over these
 
 A worker may be lost between any two of these. The sum is that of those whose masked models came, bit for bit.
@@ -44,7 +45,7 @@ from planrt.workers.wire import messages as m
 A = TypeVar("A", bound=m.Message)
 
 STEP_SHARE: Final = 4
-"""Each of the short steps (keys, shares, and what uncovers the sum) may take the round's time-out over this. The last
+"""Each of the short steps (keys, shares, signatures, and what uncovers the sum) may take the round's time-out over this. The last
 one may take so long after the time-out: workers that were late have used it up."""
 
 MASKED: Final = "masked"
@@ -146,7 +147,7 @@ class SecureExchange:
         coordinator = self._coordinator = Coordinator(secrets.token_hex(16), ids, threshold=self.threshold)
 
         def joined(id: str, keys: m.SumKeys) -> None:
-            coordinator.joined(id, PublicKeys(keys.seal, keys.mask, keys.least))
+            coordinator.joined(id, PublicKeys(keys.seal, keys.mask, keys.least, keys.signature))
 
         def shared(id: str, answer: m.SecretsShared) -> None:
             coordinator.shared(id, answer.sealed)
@@ -155,7 +156,8 @@ class SecureExchange:
         await self._step(order, m.SumKeys, join, ids, missing, joined, strict=strict)
         group = coordinator.group()
         keys = {name: (one.seal, one.mask, one.least) for name, one in group.keys.items()}
-        told = m.ShareSecrets(coordinator.id, self.threshold, keys)
+        signatures = {name: one.signature for name, one in group.keys.items() if one.signature}
+        told = m.ShareSecrets(coordinator.id, self.threshold, keys, signatures)
         await self._step(order, m.SecretsShared, told, group.names, missing, shared, strict=strict)
         coordinator.sharers()
         return missing
@@ -200,13 +202,23 @@ class SecureExchange:
         """
         coordinator = self._now
         survivors = coordinator.survivors()
-        asked = m.RevealShares(coordinator.id, survivors)
+
+        def signed(id: str, answer: m.SurvivorsSigned) -> None:
+            coordinator.signed(id, answer.signature)
+
+        missing: dict[str, Missing] = {}
+        if coordinator.signs:
+            list_of_all = m.SignSurvivors(coordinator.id, survivors)
+            await self._step(
+                order, m.SurvivorsSigned, list_of_all, survivors, missing, signed, strict=False
+            )
+        asked = m.RevealShares(coordinator.id, survivors, coordinator.signatures())
 
         def revealed(id: str, answer: m.Revealed) -> None:
             coordinator.revealed(id, Revealed(answer.seeds, answer.keys))
 
         await self._step(
-            order, m.Revealed, asked, survivors, {}, revealed, strict=False,
+            order, m.Revealed, asked, coordinator.revealers(), missing, revealed, strict=False,
             enough=lambda: coordinator.enough,
         )  # fmt: skip
         sums = await asyncio.to_thread(self._uncovered, order) if order.large else self._uncovered(order)

@@ -116,6 +116,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             access=options.access,
             audit=options.audit,
             joint_runs=options.joint_runs,
+            sum_key=options.sum_key,
+            sum_peers=options.sum_peers,
             origins=options.allow_origin,
             hosts=options.allow_host,
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
@@ -212,6 +214,13 @@ def parser(prog: str) -> Parser:
         "--joint-runs",
         metavar="DIR",
         help="folder where the worker keeps its part of joint runs (vertical learning), to go on after a break",
+    )
+    add("--sum-key", metavar="FILE", help="key to sign with in secure aggregations (planrt sum-keys make NAME)")
+    add(
+        "--sum-peers",
+        metavar="FILE",
+        help="workers with their keys, a line `name: key` each: take part in secure aggregations with these alone, and "
+        "only where they sign",
     )
     add("--require-user", action="store_true", help="let nobody in who proves to be no user")
     add_tls(add)

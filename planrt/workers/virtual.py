@@ -36,6 +36,7 @@ from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import WorkerHost, virtual_compute
 from planrt.workers.serving.joint_folder import JointFolder
+from planrt.workers.serving.sum_keys import identity_of
 from planrt.workers.transport import addresses, memory
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire.objects import check_travels
@@ -68,6 +69,8 @@ class VirtualWorker(BaseWorker):
         access: which user may do what with which data; see `planrt.workers.machine.access`.
         audit: a file where the owner's log of what clients do is kept.
         joint_runs: a folder where it keeps its part of joint runs (docs/vertical.md), to go on after a break.
+        sum_key, sum_peers: the key by which it signs in secure aggregations, a file, and those of the workers that it
+            adds up with, a file or name -> 64 hex digits; see docs/secure_aggregation.md.
         device, limits: where it computes; the sizes of messages it takes.
         deterministic: whether only torch's deterministic kernels run. None: on everything but a CPU.
         is_client_worker: kept as an attribute; objects are freed with their pointers either way.
@@ -115,6 +118,8 @@ class VirtualWorker(BaseWorker):
         access: Access | Mapping[str, Any] | str | Path | None = None,
         audit: str | Path | None = None,
         joint_runs: str | Path | None = None,
+        sum_key: str | Path | None = None,
+        sum_peers: str | Path | Mapping[str, str] | None = None,
         device: str | torch.device = "cpu",
         deterministic: bool | None = None,
         limits: Limits | None = None,
@@ -123,7 +128,7 @@ class VirtualWorker(BaseWorker):
         made_with: dict[str, Any] = {
             "users": users, "token": token or None, "policy": policy, "approvals": approvals, "access": access,
             "audit": audit, "device": str(device), "limits": limits, "deterministic": deterministic,
-            "joint_runs": joint_runs,
+            "joint_runs": joint_runs, "sum_key": sum_key, "sum_peers": sum_peers,
         }  # fmt: skip
         if "_made_with" in self.__dict__:
             self._made_again(made_with, data, datasets or {})
@@ -141,6 +146,7 @@ class VirtualWorker(BaseWorker):
             access=Access.of(access),
             audit=log_file,
             joint_runs=None if joint_runs is None else JointFolder(joint_runs, id),
+            signs_sums=identity_of(id, sum_key, sum_peers),
         )
         for key, dataset in (datasets or {}).items():
             state.add_dataset(dataset, key)

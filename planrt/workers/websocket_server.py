@@ -37,6 +37,7 @@ from planrt.workers.serving.isolation.options import KERNEL_TIMEOUT, Isolating
 from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.serving.metrics_end import serving
 from planrt.workers.serving.metrics_options import MetricsOptions
+from planrt.workers.serving.sum_keys import identity_of
 from planrt.workers.serving.users_file import WatchedUsers
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
@@ -80,6 +81,10 @@ class WebsocketServerWorker:
     ``wss://``, and no longer at ``ws://``. With `client_ca`, a file of authorities, only who shows a certificate of one
     of them gets in, as the user that this names; `deny` is a file of the SHA-256 fingerprints of those that do not. A
     worker that other machines reach needs a certificate, and users or a `client_ca`, unless it is to be `insecure`.
+
+    `sum_key` is a file with the key by which it signs its part in secure aggregations, and `sum_peers` a file of the
+    workers that it adds up with and their keys, or name -> 64 hex digits; `planrt sum-keys` makes them. With peers it
+    takes part only where all sign (docs/secure_aggregation.md).
 
     For its clients the worker dials others: those of this machine, or those of `peers` (``["10.0.0.5:8777"]``). To them
     it shows its own certificate, or proves `peer_token` (a `Path`: the token in that file); theirs are of an authority
@@ -137,6 +142,8 @@ class WebsocketServerWorker:
         access: Access | Mapping[str, Any] | str | Path | None = None,
         audit: str | Path | None = None,
         joint_runs: str | Path | None = None,
+        sum_key: str | Path | None = None,
+        sum_peers: str | Path | Mapping[str, str] | None = None,
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         uri: str | None = None,
@@ -216,6 +223,7 @@ class WebsocketServerWorker:
             joint_runs=self._joint_runs,
             certificates=client_ca is not None,
             dials=self._dialling.dials,
+            signs_sums=identity_of(id, sum_key, sum_peers),
         )
         for tensor in data:
             check_travels(tensor)

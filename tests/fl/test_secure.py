@@ -695,7 +695,10 @@ BODY = m.Fit("a" * 64, "d", 1, 1, -1, True, "SGD", {}, False, 1)
     "body",
     [
         m.JoinSum("x"), m.SumKeys(bytes(32), bytes(32), 2), m.ShareSecrets("x", 2, {"a": (bytes(32), bytes(32), 2)}),
-        m.SecretsShared({"a": b"s"}), m.FitMasked("x", BODY, {"b": b"s"}, True, 32), m.Masked(),
+        m.SumKeys(bytes(32), bytes(32), 2, bytes(64)), m.SignSurvivors("x", ["a"]), m.SurvivorsSigned(bytes(64)),
+        m.ShareSecrets("x", 2, {"a": (bytes(32), bytes(32), 2)}, {"a": bytes(64)}),
+        m.RevealShares("x", ["a"], {"a": b"1"}), m.SecretsShared({"a": b"s"}),
+        m.FitMasked("x", BODY, {"b": b"s"}, True, 32), m.Masked(),
         m.RevealShares("x", ["a"]), m.Revealed({"a": b"1"}, {"b": b"2"}),
     ],
     ids=lambda body: type(body).__name__,

@@ -6,7 +6,9 @@
     sum.shared(name, sealed)         of each that answers, which are then the sharers(); then
     sum.sealed_for(name)             goes to each of them, with what to compute
     sum.masked(name, values)         of each that answers; then
-    sum.survivors()                  goes to each of them
+    sum.survivors()                  goes to each of them; where `sum.signs`,
+    sum.signed(name, signature)      of each that answers, which are then the revealers(); then
+    sum.signatures()                 goes with the survivors to each of these
     sum.revealed(name, revealed)     of `threshold` of them or more; then
     sum.total(context)               is the sum over the survivors
 
@@ -27,7 +29,7 @@ from planrt.sharing.secure_sum.masks import add_mask, pair_seed, subtracts
 from planrt.sharing.secure_sum.member import SEALED_BYTES, Revealed
 from planrt.sharing.secure_sum.shamir import Restorer
 
-_STEPS = ("join", "share", "mask", "reveal")
+_STEPS = ("join", "share", "mask", "sign", "reveal")
 
 
 class Coordinator:
@@ -51,6 +53,7 @@ class Coordinator:
         self._keys: dict[str, PublicKeys] = {}
         self._sealed: dict[str, Mapping[str, bytes]] = {}
         self._masked: set[str] = set()
+        self._signed: dict[str, bytes] = {}
         self._revealed: dict[str, Revealed] = {}
         self._group: Group | None = None
         self._sum: torch.Tensor | None = None
@@ -108,7 +111,29 @@ class Coordinator:
         if self._step == _STEPS.index("mask"):
             self._next("mask", self._masked)
             self._check_owners()
+            if not self.signs:
+                self._step += 1
         return sorted(self._masked)
+
+    @property
+    def signs(self) -> bool:
+        """True where members are to sign the list of survivors: all have signed their keys."""
+        return self.group().signed
+
+    def signed(self, name: str, signature: bytes) -> None:
+        """Takes a survivor's signature of the list of survivors."""
+        self._expect("sign", name, self._signed)
+        self._signed[name] = signature
+
+    def revealers(self) -> list[str]:
+        """Returns who is asked to reveal shares: the survivors, or those of them who signed."""
+        if self._step == _STEPS.index("sign"):
+            self._next("sign", self._signed)
+        return list(self._left)
+
+    def signatures(self) -> dict[str, bytes]:
+        """Returns the signatures of the list of survivors; none where keys are not signed."""
+        return dict(self._signed)
 
     def revealed(self, name: str, revealed: Revealed) -> None:
         """Takes what a worker reveals."""

@@ -58,6 +58,11 @@ class Group:
         return sorted(self.keys)
 
     @property
+    def signed(self) -> bool:
+        """True where every member has signed its keys; by whom, only they can tell."""
+        return all(one.signature for one in self.keys.values())
+
+    @property
     def places(self) -> dict[str, int]:
         """name -> the place of its shares."""
         return {name: place for place, name in enumerate(self.names, 1)}

@@ -27,11 +27,13 @@ _NONCE = bytes(12)
 @dataclass(frozen=True, slots=True)
 class PublicKeys:
     """The two keys that a worker advertises, 32 bytes each: others seal shares for it with `seal`, and make masks with
-    `mask`. Its owner wants at least `least` workers in a sum."""
+    `mask`. Its owner wants at least `least` workers in a sum. With a `signature` it says that they are its own; without
+    it they are the same keys."""
 
     seal: bytes
     mask: bytes
     least: int = 2
+    signature: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,18 @@
-"""One worker's side of a secure sum: four answers, each given once, in this order.
+"""One worker's side of a secure sum: four answers, each given once, in this order; five where keys are signed.
 
 member = Member("alice", least=2)
-member.join()                      -> PublicKeys
+member.join("7f3a...")             -> PublicKeys
 member.share(group)                -> other worker -> two shares of this one's secrets, sealed
 member.mask(values, sealed, ...)   -> values, masked
-member.reveal(survivors)           -> Revealed
+member.sign(survivors)             -> a signature of that list
+member.reveal(survivors, ...)      -> Revealed
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 
@@ -20,6 +22,7 @@ from planrt.sharing.secure_sum.group import Group
 from planrt.sharing.secure_sum.keys import TAG_BYTES, KeyPair, PublicKeys, agree, seal, unseal
 from planrt.sharing.secure_sum.masks import add_mask, pair_seed, subtracts
 from planrt.sharing.secure_sum.shamir import SHARE_BYTES, split
+from planrt.sharing.secure_sum.signing import Identity
 
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 """Two sealed shares take this many bytes."""
@@ -34,14 +37,19 @@ class Revealed:
 
 
 class Member:
-    """One worker in one aggregation, called `name`. Its owner wants at least `least` workers in the sum.
+    """One worker in one aggregation, called `name`. Its owner wants at least `least` workers in the sum. With an
+    `identity` it signs its keys and the list of survivors, and checks what the others signed if it has their keys.
 
-    Every method raises SharingError where it is called out of turn, a second time, or with what does not fit, and
-    PolicyError where there are fewer workers than its owner wants, or another member's.
+    Every method raises SharingError where it is called out of turn, a second time, or with what does not fit,
+    SignatureError where another member did not sign, and PolicyError where there are fewer workers than its owner
+    wants, or another member's.
     """
 
-    def __init__(self, name: str, *, least: int = 2) -> None:
+    def __init__(self, name: str, *, least: int = 2, identity: Identity | None = None) -> None:
         self.name = name
+        self._identity = identity
+        self._alive: frozenset[str] | None = None
+        """The survivors that it has signed."""
         self._seal = KeyPair.fresh()
         self._mask = KeyPair.fresh()
         self._least = least
@@ -67,10 +75,12 @@ class Member:
             f"{self._next}: each is done once, in order"
         )
 
-    def join(self) -> PublicKeys:
-        """Returns this worker's keys for this aggregation."""
+    def join(self, sum: str = "") -> PublicKeys:
+        """Returns this worker's keys for this aggregation, which is called `sum`."""
         self._turn("join", "share")
-        return self._keys
+        if self._identity is None:
+            return self._keys
+        return replace(self._keys, signature=self._identity.sign_keys(sum, self._keys))
 
     @property
     def _keys(self) -> PublicKeys:
@@ -82,6 +92,8 @@ class Member:
         if group.keys.get(self.name) != self._keys:
             raise SharingError(f"the group does not have the keys that worker {self.name!r} advertised")
         self._check_enough(group, group.names, "the group")
+        if self._identity is not None:
+            self._identity.check_keys(group)
         self._group, self._digest = group, group.digest()
         places = group.places
         seeds = split(self._seed, group.threshold, list(places.values()))
@@ -112,7 +124,7 @@ class Member:
         digest of what all were asked, or masks do not cancel.
         """
         self.check_sealed(sealed)
-        self._turn("mask", "reveal")
+        self._turn("mask", "reveal" if self._identity is None else "sign")
         group = self._grouped()
         self._sealed = dict(sealed)
         add_mask(values, self._seed)
@@ -123,16 +135,33 @@ class Member:
         self._seed, self._mask = b"", KeyPair(b"", self._mask.public)  # used up
         return values
 
-    def reveal(self, survivors: Collection[str]) -> Revealed:
+    def sign(self, survivors: Collection[str]) -> bytes:
+        """Returns this worker's signature of the list of those who are in the sum: it signs one list, and reveals what
+        belongs to that one."""
+        if self._identity is None:
+            raise SharingError(f"worker {self.name!r} has no key to sign with")
+        self._turn("sign", "reveal")
+        group, alive = self._grouped(), self._checked(survivors)
+        self._alive = alive
+        return self._identity.sign_survivors(group, alive)
+
+    def reveal(
+        self, survivors: Collection[str], signatures: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Revealed:
         """Returns this worker's shares: of the seeds of `survivors`, who have answered with masked values, and of the
-        mask keys of those who sent shares and no values."""
+        mask keys of those who sent shares and no values. `signatures` are those of this list."""
+        unsigned = self._identity is None or (self._next == "sign" and not self._identity.checks)
+        if unsigned and self._next == "sign":  # the others do not sign
+            self._next = "reveal"
         self._turn("reveal", "be done")
-        group = self._grouped()
+        group, alive = self._grouped(), self._checked(survivors)
+        if self._identity is not None and not unsigned:
+            if alive != self._alive:
+                raise SharingError(
+                    f"worker {self.name!r} reveals shares for the survivors that it signed, and these are others"
+                )
+            self._identity.check_survivors(group, alive, signatures)
         masked = {self.name, *self._sealed}
-        alive = set(survivors)
-        if self.name not in alive or not alive <= masked or len(alive) < len(survivors):
-            raise SharingError(f"worker {self.name!r} cannot reveal shares for these survivors")
-        self._check_enough(group, alive, "the sum")
         opened = {
             name: unseal(self._agreed[name], one, self._digest, name, self.name)
             for name, one in self._sealed.items()
@@ -143,6 +172,13 @@ class Member:
             {name: opened[name][:SHARE_BYTES] for name in sorted(alive)},
             {name: opened[name][SHARE_BYTES:] for name in sorted(masked - alive)},
         )
+
+    def _checked(self, survivors: Collection[str]) -> frozenset[str]:
+        alive = frozenset(survivors)
+        if self.name not in alive or not alive <= {self.name, *self._sealed} or len(alive) < len(survivors):
+            raise SharingError(f"worker {self.name!r} cannot reveal shares for these survivors")
+        self._check_enough(self._grouped(), alive, "the sum")
+        return alive
 
     def _check_enough(self, group: Group, names: Collection[str], what: str) -> None:
         if wanting := group.wanting_more(len(names)):

@@ -15,6 +15,7 @@ from planrt.sharing.secure_sum import encoding
 from planrt.sharing.secure_sum.group import Group
 from planrt.sharing.secure_sum.keys import PublicKeys
 from planrt.sharing.secure_sum.member import Member
+from planrt.sharing.secure_sum.signing import Identity
 from planrt.workers.machine.admission import failed_on_data
 from planrt.workers.machine.events import Answer
 from planrt.workers.machine.failures import OpFailedError
@@ -27,11 +28,13 @@ MOST_SUMS: Final = 64
 
 
 class SecureSums:
-    """The aggregations that the worker `worker_id` takes part in, under the rules of its `gate`."""
+    """The aggregations that the worker `worker_id` takes part in, under the rules of its `gate`; with an `identity` it
+    signs its part in them."""
 
-    def __init__(self, worker_id: str, gate: Gate | None) -> None:
+    def __init__(self, worker_id: str, gate: Gate | None, identity: Identity | None = None) -> None:
         self._worker_id = worker_id
         self._gate = gate
+        self._identity = identity
 
     def join(self, session: Session, body: m.JoinSum) -> Answer:
         """Begins one, with fresh keys."""
@@ -39,22 +42,30 @@ class SecureSums:
             raise SharingError(
                 f"worker {self._worker_id!r} takes part in a secure aggregation of that name already"
             )
-        member = session.sums[body.sum] = Member(self._worker_id, least=self._least or 2)
+        member = session.sums[body.sum] = Member(
+            self._worker_id, least=self._least or 2, identity=self._identity
+        )
         while len(session.sums) > MOST_SUMS:
             del session.sums[next(iter(session.sums))]
-        keys = member.join()
-        return m.SumKeys(keys.seal, keys.mask, keys.least), ()
+        keys = member.join(body.sum)
+        return m.SumKeys(keys.seal, keys.mask, keys.least, keys.signature), ()
 
     def share(self, session: Session, body: m.ShareSecrets) -> Answer:
         """Seals shares of this worker's secrets for the others."""
-        keys = {name: PublicKeys(*given) for name, given in body.keys.items()}
+        keys = {
+            name: PublicKeys(*given, body.signatures.get(name, b"")) for name, given in body.keys.items()
+        }
         group = Group(body.sum, body.threshold, keys)
         return m.SecretsShared(self._member(session, body.sum).share(group)), ()
+
+    def sign(self, session: Session, body: m.SignSurvivors) -> Answer:
+        """Signs the list of those whose values are in the sum; one list for each aggregation."""
+        return m.SurvivorsSigned(self._member(session, body.sum).sign(body.survivors)), ()
 
     def reveal(self, session: Session, body: m.RevealShares) -> Answer:
         """Gives away the shares that uncover the sum over `body.survivors`. Then it is over."""
         member = self._member(session, body.sum)
-        revealed = member.reveal(body.survivors)
+        revealed = member.reveal(body.survivors, body.signatures)
         del session.sums[body.sum]
         return m.Revealed(dict(revealed.seeds), dict(revealed.keys)), ()
 

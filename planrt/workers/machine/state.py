@@ -49,6 +49,7 @@ from planrt.plans.policy.approvals import Approvals, Decisions, Status
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
+from planrt.sharing.secure_sum.signing import Identity
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.audit import Audit, Auditor
 from planrt.workers.machine.backward import BackwardPasses
@@ -137,7 +138,7 @@ class WorkerState:
     `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what the sessions of
     one user may keep; of it and of the policy's the stricter counts. `certificates` says whether its clients show some,
     and `dials` what it shows itself where it dials other workers. `knows_users`: whether it has users, where they are
-    told later (`UsersChanged`).
+    told later (`UsersChanged`). `signs_sums` is who it is in secure aggregations.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class WorkerState:
         certificates: bool = False,
         dials: m.Dials | None = None,
         knows_users: bool | None = None,
+        signs_sums: Identity | None = None,
     ) -> None:
         if not 1 <= len(id) <= 200:
             raise OptionError(f"a worker id has 1 to 200 characters, not {len(id)}")
@@ -182,7 +184,7 @@ class WorkerState:
         self._dealers = DealerOps()
         self._eager = EagerOps(self._objects, self._passes, peers, self._parties, self.device)
         self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
-        self._sums = SecureSums(id, self._gate)
+        self._sums = SecureSums(id, self._gate, signs_sums)
         self._training = TrainingOps(id, self.device, self._gate, self._objects, self.access, self._sums)
         self._joint = JointOps(self._training, self._gate, self.access, self._audit, self.store, joint_runs)
         self._quota = (quota or Quota()).with_policy(policy)
@@ -873,6 +875,8 @@ class WorkerState:
                 return self._sums.share(session, body)
             case m.FitMasked():
                 return self._training.fit_masked(session, body, tensors)
+            case m.SignSurvivors():
+                return self._sums.sign(session, body)
             case m.RevealShares():
                 return self._sums.reveal(session, body)
             case _:

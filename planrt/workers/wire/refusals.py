@@ -71,8 +71,10 @@ class ReplyTooLarge(Refusal):
 RAISED: Final[dict[str, type[RemoteError]]] = {
     **{one.kind: one.raised for one in Refusal.__subclasses__()},
     "PolicyError": errors.PolicyRefusedError,
+    "SignatureError": errors.SignatureRefusedError,
 }
-"""Kind -> what the client raises. A `PolicyError` is no refusal of the machine's: `plan.check` raises it here, too."""
+"""Kind -> what the client raises. A `PolicyError` is no refusal of the machine's: `plan.check` raises it here, too.
+Nor is a `SignatureError`, which the protocol of secure sums raises."""
 
 
 def kind_of(error: BaseException) -> str:

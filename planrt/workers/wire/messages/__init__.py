@@ -94,7 +94,9 @@ from planrt.workers.wire.messages.secure_sums import SealedShares as SealedShare
 from planrt.workers.wire.messages.secure_sums import SecretsShared as SecretsShared
 from planrt.workers.wire.messages.secure_sums import Shares as Shares
 from planrt.workers.wire.messages.secure_sums import ShareSecrets as ShareSecrets
+from planrt.workers.wire.messages.secure_sums import SignSurvivors as SignSurvivors
 from planrt.workers.wire.messages.secure_sums import SumKeys as SumKeys
+from planrt.workers.wire.messages.secure_sums import SurvivorsSigned as SurvivorsSigned
 from planrt.workers.wire.messages.sessions import PROTOCOL_VERSION as PROTOCOL_VERSION
 from planrt.workers.wire.messages.sessions import Ack as Ack
 from planrt.workers.wire.messages.sessions import AskStatus as AskStatus
@@ -149,7 +151,8 @@ Body = (
     Hello | Prove | Challenge | Welcome | Ack | Bye | Done | Failure | AskStatus | WorkerStatus
     | PutPlan | AskApproval | Approval | RunPlan | Values | Fit | Fitted | Evaluate | Evaluated
     | ReadOptimizer | OptimizerState | PutOptimizer
-    | JoinSum | SumKeys | ShareSecrets | SecretsShared | FitMasked | Masked | RevealShares | Revealed
+    | JoinSum | SumKeys | ShareSecrets | SecretsShared | FitMasked | Masked
+    | SignSurvivors | SurvivorsSigned | RevealShares | Revealed
     | Put | Post | Call | Made | Fetch | Fetched | Backward | Resume | Gradients | Describe | Search | Found
     | Remove | ListObjects | Listed | Clear | CountObjects | Counted
     | PutPointer | FetchedPointer | Move | HandOver | Claim | Lend | Lent
