@@ -209,7 +209,7 @@ class AggregationError(SharingError, RuntimeError):
 
 
 class SignatureError(SharingError):
-    """What is said to be a worker's in a secure aggregation, its keys or its list of survivors, is not signed by it."""
+    """A worker in a secure aggregation has not signed what is said to be its own: its keys, or its list of survivors."""
 
 
 class JointError(LocalError, RuntimeError):

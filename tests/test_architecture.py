@@ -140,6 +140,7 @@ def test_rooms_import_from_lower_rooms_only(path):
 LATE = {
     "cli": "commands that look at a list need no torch",
     "fl.data.digits": "found before torch loads", "fl.mnist_async": "its options are read before torch loads",
+    "workers.serving.sum_keys": "workers that sign nothing load no signatures",
     "fl.runs.discovery": "options are read before torch loads", "fl.serve": "its options are read before torch loads",
     "fl.runs.status": "a run folder is read without torch",
     "plans.plan": "exports, analysis and files are heavy, and few plans need them",

@@ -45,8 +45,8 @@ from planrt.workers.wire import messages as m
 A = TypeVar("A", bound=m.Message)
 
 STEP_SHARE: Final = 4
-"""Each of the short steps (keys, shares, signatures, and what uncovers the sum) may take the round's time-out over this. The last
-one may take so long after the time-out: workers that were late have used it up."""
+"""Each of the short steps (keys, shares, signatures, and what uncovers the sum) may take the round's time-out over
+this. The last ones may take so long after the time-out: workers that were late have used it up."""
 
 MASKED: Final = "masked"
 """The name under which the `FitResult` of such a round has its one entry."""

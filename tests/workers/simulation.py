@@ -80,6 +80,7 @@ class SimulatedPipe:
         self.other = None
         self.cut = False  # this end knows it
         self.severed = False  # nothing goes through any more
+        self._gone = asyncio.Event()
         self._arrives = 0.0
         self._under_way = []
 
@@ -120,9 +121,13 @@ class SimulatedPipe:
         await asyncio.sleep(seconds)
         return False
 
+    async def gone(self):
+        await self._gone.wait()
+
     def notice(self):
         """This end finds out; what it has in its buffers can be read still, or is lost as well."""
         self.cut = True
+        self._gone.set()
         if self._network.draw.random() < 0.5:
             while not self._incoming.empty():
                 self._incoming.get_nowait()

@@ -331,21 +331,6 @@ def test_the_local_worker_deals_for_workers_elsewhere(processes):
     assert ((x * x).relu().get() - random(40) ** 2).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("whom", ["bob", "james"])
-def test_a_process_that_is_killed_while_it_computes(whom):
-    with planrt.local_workers("bob", "alice", "james", threads=1) as (bob, alice, james):
-        session = sharing_session([bob, alice], james, timeout=30)
-        x = share(session, random(200, 300))
-        x.get()
-        (pid,) = _pids(bob if whom == "bob" else james)
-        for _ in range(20):
-            x = (x @ share(session, random(300, 300))).relu() * 0.01
-        session.flush()
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(SharingError, match=whom):
-            x.get()
-
-
 def test_a_process_that_stands_still_is_named_after_the_time_out():
     with planrt.local_workers("bob", "alice", "james", threads=1) as (bob, alice, james):
         session = sharing_session([bob, alice], james, timeout=1)

@@ -41,6 +41,13 @@ class Disconnected:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A connection has ended that is held (`Hold`): its `Disconnected` follows when it goes on."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
 class PeerAnswered:
     """Another worker answered what was asked under `key`."""
 
@@ -92,6 +99,7 @@ Event: TypeAlias = (
     | Connected
     | Received
     | Disconnected
+    | Cut
     | PeerAnswered
     | PeerFailed
     | Probed

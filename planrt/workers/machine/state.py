@@ -60,6 +60,7 @@ from planrt.workers.machine.events import (
     Answer,
     Close,
     Connected,
+    Cut,
     Disconnected,
     Event,
     Expired,
@@ -375,7 +376,8 @@ class WorkerState:
         * ``PeerAnswered``, ``PeerFailed``: as after ``Received``; a key that nothing waits for any more is no error.
         * ``Again`` in what is returned: hand in its event before anything else of the same connection.
         * ``Hold`` in what is returned: hand in nothing else of that connection, until a ``Release`` for it has been
-          returned for another event; then what was left, and go on. ``Disconnected`` may be handed in meanwhile.
+          returned for another event; then what was left, and go on. Where the connection ends meanwhile, hand in
+          ``Cut``: what it is held for ends, if it does not go on after a cut. ``Disconnected`` comes last, as always.
         * ``Disconnected``, or a ``Close`` that was carried out: nothing more for that connection. ``Disconnected`` is
           handed in once, after the last message. What other workers answer is handed in as before.
         * ``Probe``: hand in ``Probed`` once, before anything else of that connection.
@@ -398,6 +400,9 @@ class WorkerState:
                 return self._wake(self._waiting.get(key), PeerError(reason, key))
             case Disconnected(connection):
                 return self._disconnected(connection)
+            case Cut(connection):
+                session = self._sessions.get(connection)
+                return [] if session is None else self._end_computations(session)
             case Probed(connection, alive):
                 return self._openings.probed(connection, alive=alive)
             case Expired(name, absence):
@@ -428,12 +433,7 @@ class WorkerState:
         if session is None:
             return []
         session.connection = None
-        # Computations on shares and joint runs do not go on after a cut: the others hear so at once.
-        alone = [
-            *self._dealers.end(session),
-            *self._heard(*self._parties.gone(session)),
-            *self._heard(*self._joint.gone(session)),
-        ]
+        alone = self._end_computations(session)
         if self._siblings is not None:
             alone += self._siblings.gone(session)
             self._tell_computations()
@@ -443,6 +443,14 @@ class WorkerState:
             *alone,
             *(() if keep is None else (keep,)),
             *(one for other in ended for one in self._end(other)),
+        ]
+
+    def _end_computations(self, session: Session) -> list[Instruction]:
+        """Computations on shares and joint runs do not go on after a cut: the others hear so at once."""
+        return [
+            *self._dealers.end(session),
+            *self._heard(*self._parties.gone(session)),
+            *self._heard(*self._joint.gone(session)),
         ]
 
     def _end(self, session: Session) -> list[Instruction]:

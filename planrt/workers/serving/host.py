@@ -29,6 +29,7 @@ from planrt.workers.machine.events import (
     Alarm,
     Close,
     Connected,
+    Cut,
     Disconnected,
     Distrust,
     Event,
@@ -204,6 +205,8 @@ class WorkerHost:
         """Is set once the worker's device computes no more."""
         self._holds: dict[int, asyncio.Event] = {}
         """Connections that are held, or were released just before -> set when they go on."""
+        self._gone: set[int] = set()
+        """Connections that have ended, and whose `Disconnected` is to come."""
         self._alarms: set[asyncio.Task[None]] = set()
         self.counts = HostCounts()
         """Of what clients said, and were told."""
@@ -267,6 +270,7 @@ class WorkerHost:
         log.debug("connected", worker=self.state.id, client=pipe.address)
         if pipe.channel != Channel():
             await self._handle(Connected(number, pipe.channel))
+        watching = asyncio.create_task(self._watch(number, pipe))
         try:
             with self._openings.place(pipe.channel.host):
                 await self._take_messages(number, pipe)
@@ -279,6 +283,10 @@ class WorkerHost:
             log.exception("serving_failed", worker=self.state.id, client=pipe.address)
             await self._complain(pipe, WireError(f"the worker failed: {error}", address=pipe.address))
         finally:
+            if number in self._gone:
+                await asyncio.wait([watching])  # others may be told of its end still
+                self._gone.discard(number)
+            watching.cancel()
             del self._pipes[number]
             counts.closed(pipe.traffic)
             self._holds.pop(number, None)
@@ -288,6 +296,13 @@ class WorkerHost:
         finally:
             self._ended.pop(number).set()
         await pipe.close()
+
+    async def _watch(self, number: int, pipe: Pipe) -> None:
+        """Notices the end of a connection from which nothing is read, since it is held."""
+        await pipe.gone()
+        self._gone.add(number)
+        if number in self._holds:
+            await self._handle(Cut(number))
 
     async def _take_messages(self, number: int, pipe: Pipe) -> None:
         """Handles what arrives, one message after the other, until the pipe ends."""
@@ -366,7 +381,10 @@ class WorkerHost:
                     case Alarm(seconds, key):
                         self._set_alarm(seconds, key)
                     case Hold(connection, rest_of_it):
-                        await self._holds.setdefault(connection, asyncio.Event()).wait()
+                        released = self._holds.setdefault(connection, asyncio.Event())
+                        if connection in self._gone and not released.is_set():
+                            await self._handle(Cut(connection))
+                        await released.wait()
                         del self._holds[connection]
                         if rest_of_it is not None:
                             left.append(rest_of_it)

@@ -84,6 +84,9 @@ class Pipe(Protocol):
     async def answers(self, seconds: float) -> bool:
         """Asks the other side for a sign of life, and returns whether one came within `seconds`."""
 
+    async def gone(self) -> None:
+        """Returns once this end knows that the connection has ended, also while nobody receives."""
+
     async def close(self) -> None:
         """Closes this end; the other end's `receive` then returns None. Closing twice is fine."""
 
@@ -108,6 +111,7 @@ class MemoryPipe:
         self._limits = limits
         self._incoming: asyncio.Queue[tuple[Frame, asyncio.Future[None]] | None] = asyncio.Queue()
         self._other: MemoryPipe | None = None
+        self._gone = asyncio.Event()
 
     async def send(self, frame: Frame, *, message: bool = True) -> None:
         """See `Pipe.send`."""
@@ -143,6 +147,10 @@ class MemoryPipe:
         """See `Pipe.answers`."""
         return self._other is not None
 
+    async def gone(self) -> None:
+        """See `Pipe.gone`."""
+        await self._gone.wait()
+
     async def close(self) -> None:
         """See `Pipe.close`."""
         other, self._other = self._other, None
@@ -150,6 +158,7 @@ class MemoryPipe:
             return
         other._other = None
         for end in (self, other):
+            end._gone.set()
             while not end._incoming.empty():
                 item = end._incoming.get_nowait()
                 if item is not None and not item[1].done():

@@ -114,6 +114,10 @@ class WebsocketPipe:
         """See `Pipe.answers`. While data waits to be read, what comes behind it is not seen."""
         return await self._connection.stream.answers(seconds)
 
+    async def gone(self) -> None:
+        """See `Pipe.gone`. What keeps a side that does not read up to date is that it gives signs of life, unasked."""
+        await self._connection.stream.gone.wait()
+
     async def let_go(self) -> Passed:
         """Lets another process go on with the connection, between two messages; see `passing`."""
         return await let_go(self._connection.stream)

@@ -61,6 +61,8 @@ class FrameStream(asyncio.BufferedProtocol):
         self._masks = connection.protocol.side is Side.CLIENT  # section 5.1: clients do, servers do not
         self._open = False
         self._lost: Exception | None = None
+        self.gone = asyncio.Event()
+        """Set once the connection has ended."""
         self._gave_up = False
         self._eof = False  # whether websockets knows that nothing more arrives
         # reading: buffer[start:end] has arrived and belongs to no payload yet
@@ -244,6 +246,7 @@ class FrameStream(asyncio.BufferedProtocol):
         if exc is not None:
             exc.__traceback__ = None  # it shows the transport, and so this connection
         self._lost = self._lost or exc or ConnectionResetError("the connection has ended")
+        self.gone.set()
         if self._timer is not None:
             self._timer.cancel()
         for waiter in (self._receiver, self._drained):
