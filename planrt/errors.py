@@ -209,7 +209,7 @@ class AggregationError(SharingError, RuntimeError):
 
 
 class SignatureError(SharingError):
-    """A worker in a secure aggregation has not signed what is said to be its own: its keys, or its list of survivors."""
+    """A worker in a secure aggregation has not signed what is said to be its: its keys, or its list of survivors."""
 
 
 class JointError(LocalError, RuntimeError):

@@ -209,9 +209,7 @@ class SecureExchange:
         missing: dict[str, Missing] = {}
         if coordinator.signs:
             list_of_all = m.SignSurvivors(coordinator.id, survivors)
-            await self._step(
-                order, m.SurvivorsSigned, list_of_all, survivors, missing, signed, strict=False
-            )
+            await self._step(order, m.SurvivorsSigned, list_of_all, survivors, missing, signed, strict=False)
         asked = m.RevealShares(coordinator.id, survivors, coordinator.signatures())
 
         def revealed(id: str, answer: m.Revealed) -> None:

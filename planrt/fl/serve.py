@@ -215,7 +215,11 @@ def parser(prog: str) -> Parser:
         metavar="DIR",
         help="folder where the worker keeps its part of joint runs (vertical learning), to go on after a break",
     )
-    add("--sum-key", metavar="FILE", help="key to sign with in secure aggregations (planrt sum-keys make NAME)")
+    add(
+        "--sum-key",
+        metavar="FILE",
+        help="key to sign with in secure aggregations (planrt sum-keys make NAME)",
+    )
     add(
         "--sum-peers",
         metavar="FILE",

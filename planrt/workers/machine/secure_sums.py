@@ -52,9 +52,7 @@ class SecureSums:
 
     def share(self, session: Session, body: m.ShareSecrets) -> Answer:
         """Seals shares of this worker's secrets for the others."""
-        keys = {
-            name: PublicKeys(*given, body.signatures.get(name, b"")) for name, given in body.keys.items()
-        }
+        keys = {name: PublicKeys(*given, body.signatures.get(name, b"")) for name, given in body.keys.items()}
         group = Group(body.sum, body.threshold, keys)
         return m.SecretsShared(self._member(session, body.sum).share(group)), ()
 
