@@ -177,6 +177,11 @@ class WebsocketServerWorker:
         self.address = uri or f"{scheme}://{host}:{port}"
         """Where it listens, or will; with the port that it got once it does."""
         self._isolates = Isolating.checked(isolation, kernel_timeout, process_memory, readable)
+        if self._isolates is not None and sum_key is not None:
+            raise OptionError(
+                "with isolation the processes for clients' work would have the key to sign with: leave out sum_key "
+                "(--sum-key), or isolation"
+            )
         self._credentials = Credentials(
             users,
             require_user,

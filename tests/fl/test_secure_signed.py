@@ -396,6 +396,8 @@ def test_what_is_no_key(tmp_path, keys):
         WebsocketServerWorker("alice", sum_peers={"bob": public["bob"]})
     with pytest.raises(OptionError, match=r"sum_peers\['bob'\]: a key has 64 hex digits"):
         WebsocketServerWorker("alice", sum_key=folder / "alice.pem", sum_peers={"bob": "ab"})
+    with pytest.raises(OptionError, match="with isolation the processes .* have the key to sign with"):
+        WebsocketServerWorker("alice", sum_key=folder / "alice.pem", isolation=True)
     with pytest.raises(OptionError, match="key of 'alice' among those of its peers is not the public part"):
         WebsocketServerWorker("alice", sum_key=folder / "alice.pem", sum_peers={"alice": public["bob"]})
 
