@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 
 import planrt
+import planrt.vertical
 
 
 def on_loop_coroutines():
@@ -55,3 +56,30 @@ def test_help_of_a_round_names_its_arguments():
     text = inspect.getdoc(RoundScheduler.run_round)
     assert text
     assert list(inspect.signature(RoundScheduler.run_round).parameters)[:2] == ["self", "round_number"]
+
+
+def awaited_forms():
+    """Every ``async_name`` of planrt.vertical beside a ``name``: (the blocking one, the one to be awaited)."""
+    found = {}
+    for module_info in pkgutil.walk_packages(planrt.vertical.__path__, "planrt.vertical."):
+        module = importlib.import_module(module_info.name)
+        classes = [value for value in vars(module).values() if inspect.isclass(value)]
+        for holder in (module, *(one for one in classes if one.__module__ == module.__name__)):
+            for name, value in vars(holder).items():
+                blocking = vars(holder).get(name.removeprefix("async_"))
+                if name.startswith("async_") and inspect.isfunction(value) and inspect.isfunction(blocking):
+                    found[f"{holder.__name__}.{name}"] = (blocking, value)
+    return found
+
+
+AWAITED = awaited_forms()
+
+
+def test_there_are_some_awaited_forms():
+    assert {"planrt.vertical.linear.async_linear_regression", "TrainedRun.async_fit"} <= AWAITED.keys()
+
+
+@pytest.mark.parametrize("name", AWAITED)
+def test_the_form_to_be_awaited_takes_the_same_arguments(name):
+    blocking, awaited = AWAITED[name]
+    assert inspect.signature(awaited).parameters == inspect.signature(blocking).parameters

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from planrt.loop import on_loop, run
+from planrt.vertical.opening import DEFAULT_TIMEOUT, Plan
 from planrt.vertical.parties import Party
-from planrt.vertical.runs import DEFAULT_TIMEOUT, JointRun, Plan
+from planrt.vertical.runs import JointRun
 
 
 @on_loop

@@ -10,17 +10,17 @@ import torch
 from planrt.errors import OptionError
 from planrt.loop import on_loop, run
 from planrt.sharing.columns import descent, packing, paillier
-from planrt.vertical.parties import Party, check_worker
-from planrt.vertical.runs import (
+from planrt.vertical.opening import (
     CLIENT,
     DEFAULT_TIMEOUT,
     Plan,
-    TrainedRun,
-    begun,
+    awaited_form_of,
     number,
     whole,
     with_defaults,
 )
+from planrt.vertical.parties import Party, check_worker
+from planrt.vertical.runs import TrainedRun, begun
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
@@ -209,7 +209,8 @@ def linear_regression(
         lr, l2: learning rate, and L2 penalty of the weights.
         normalise: see `intersection_size`.
         standardise: each owner takes the mean from its columns and divides them by their standard deviation, over the
-            people who are trained on; also from the label.
+            people who are trained on; also from the label. A column that is the same for all becomes 0. See
+            `Party.as_is`.
         holdout: the share of common people who are kept for `evaluate`, by a hash of their ids.
         seed: of the order of rows in batches, and who is held out.
         key_bits: of Paillier's key; 2048 without a word.
@@ -220,7 +221,7 @@ def linear_regression(
         purpose: what it is for, for the owners to read.
         keep: a name that each party keeps its own part under, in a folder of its own, after every epoch.
         resume: goes on from what was kept under that name, with the same options: weights have the same bits as
-            without the break.
+            without the break. `lr` may be another one from then on, and `epochs` more.
         allow_short_key: takes keys below 2048 bits, for tests.
         allow_small_batches: takes batches whose gradients tell about single people; on shares, tables with fewer than
             twice as many people as a party has columns.
@@ -275,12 +276,14 @@ def logistic_regression(
     return begun(made, "await async_logistic_regression(...)")
 
 
+@awaited_form_of(linear_regression)
 async def async_linear_regression(*parties: Party, **options: Any) -> Regression:
     """Does what `linear_regression` does, with its options, to be awaited on any loop."""
     given = with_defaults(linear_regression, options) | {"exact": False}
     return await _regression("linear", parties, given)._opened()
 
 
+@awaited_form_of(logistic_regression)
 async def async_logistic_regression(*parties: Party, **options: Any) -> Regression:
     """Does what `logistic_regression` does, with its options, to be awaited on any loop."""
     return await _regression("logistic", parties, with_defaults(logistic_regression, options))._opened()

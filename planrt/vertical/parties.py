@@ -15,6 +15,9 @@ from planrt.sharing.columns.ids import as_id
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
+MOST_PEOPLE = 100_000
+"""People that predictions are asked for at a time."""
+
 
 @dataclass(frozen=True)
 class Party:
@@ -27,9 +30,11 @@ class Party:
             they may have other names in each table.
         columns: those that it gives to the model.
         label: the column to predict, at one party of a run.
+        as_is: those of `columns` that `standardise` leaves as they are: numbers of classes for an `nn.Embedding`, say.
 
     Raises:
-        OptionError: no worker, no id column, a column that is named twice, or names that are no strings.
+        OptionError: no worker, no id column, a column that is named twice, names that are no strings, or `as_is` of
+            columns that it does not give.
     """
 
     worker: BaseWorker
@@ -37,11 +42,13 @@ class Party:
     ids: str | Sequence[str]
     columns: Sequence[str] = ()
     label: str | None = None
+    as_is: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_worker(self.worker)
-        if isinstance(self.columns, str) or not isinstance(self.columns, Iterable):
-            raise OptionError(f"columns is a list of names: write columns=[{self.columns!r}]")
+        for option, given in (("columns", self.columns), ("as_is", self.as_is)):
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise OptionError(f"{option} is a list of names: write {option}=[{given!r}]")
         if not isinstance(self.ids, Iterable) or not self.id_columns:
             raise OptionError(
                 "a party names the column, or columns, that say who a row is about: ids='patient'"
@@ -60,6 +67,9 @@ class Party:
             raise OptionError(f"{self.label!r} is the label, and no column to predict it from")
         if len(set(self.columns)) < len(self.columns):
             raise OptionError(f"a column is named twice: {', '.join(self.columns)}")
+        others = [name for name in self.as_is if name not in self.columns]
+        if others:
+            raise OptionError(f"as_is names columns of columns=, and {others[0]!r} is none of them")
 
     @property
     def id_columns(self) -> list[str]:
@@ -116,4 +126,6 @@ def people_of(people: Iterable[Any], id_columns: int) -> list[list[str]]:
         found.append([str(value) for value in named])
     if not found:
         raise OptionError("there is nobody to predict for: name at least one person")
+    if len(found) > MOST_PEOPLE:
+        raise OptionError(f"predict takes up to {MOST_PEOPLE:,} people at a time, not {len(found):,}")
     return found

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import math
-import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -25,13 +23,13 @@ from planrt.errors import (
     ValueRangeError,
 )
 from planrt.loop import on_loop, run
-from planrt.vertical.parties import Party, people_of
+from planrt.vertical.opening import number, whole
+from planrt.vertical.parties import people_of
 from planrt.workers.base import BaseWorker
 from planrt.workers.wire import messages as m
 
-DEFAULT_TIMEOUT = 600.0
-"""Seconds that a party waits for another one."""
-CLIENT = "client"
+_GRACE = 2.0
+"""Seconds that parties have to say why a run has failed, once one of them has said so."""
 _FAILED = "JointFailedError"
 _KINDS: Mapping[str, type[PlanrtError]] = {
     one.__name__: one
@@ -67,6 +65,8 @@ class JointRun:
         self.people = 0
         self._workers, self._opens = list(workers), list(opens)
         self._ended = False
+        self._why = ""
+        """Why it has ended, where nobody was told."""
 
     @property
     def is_open(self) -> bool:
@@ -131,19 +131,34 @@ class JointRun:
         bodies: Sequence[m.Body],
         tensors: Sequence[Sequence[torch.Tensor]] | None = None,
     ) -> list[tuple[Any, list[torch.Tensor]]]:
-        """Asks all parties at once; returns their answers, or raises what the first one says that knows why."""
+        """Asks all parties at once; returns their answers, or raises what the first one says that knows why.
+
+        Once a party has failed the others hear of it from one another; who does not answer then is waited for no more.
+        A run that is interrupted meanwhile has ended: its parties are in the middle of a step.
+        """
         given = tensors or [()] * len(self._workers)
-        asked: list[Coroutine[Any, Any, Any]] = [
-            worker.ask(kind, body, sent)
+        asked: list[asyncio.Task[Any]] = [
+            asyncio.ensure_future(worker.ask(kind, body, sent))
             for worker, body, sent in zip(self._workers, bodies, given, strict=True)
         ]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        failed = [(number, one) for number, one in enumerate(answers) if isinstance(one, BaseException)]
-        if failed:
-            number, error = min(failed, key=lambda one: _follows(one[1]))
+        try:
+            _, late = await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
+            if late:
+                await asyncio.wait(late, timeout=_GRACE)
+        except BaseException:
+            self._why = "it was interrupted in a step"
             self._end()
-            raise self._told(error, number) from error
-        return answers  # type: ignore[return-value]
+            raise
+        finally:
+            for one in asked:
+                one.cancel()
+        errors = {place: one.exception() for place, one in enumerate(asked) if one.done()}
+        failed = [(place, error) for place, error in errors.items() if error is not None]
+        if failed:
+            place, error = min(failed, key=lambda one: _follows(one[1]))
+            self._end()
+            raise self._told(error, place) from error
+        return [one.result() for one in asked]
 
     def _told(self, error: BaseException, number: int) -> BaseException:
         """An error of one party's, as what it is, with the party in its words."""
@@ -172,7 +187,8 @@ class JointRun:
 
     def _check_open(self) -> None:
         if self._ended:
-            raise JointError(f"joint run {self.id!r} has ended{self._advice() or ': begin a new one'}")
+            why = f": {self._why}" if self._why else ""
+            raise JointError(f"joint run {self.id!r} has ended{why}{self._advice() or '; begin a new one'}")
 
     def _end(self) -> None:
         if not self._ended:
@@ -228,139 +244,6 @@ def _follows(error: BaseException) -> int:
     told = error.kind == _FAILED
     vague = (error.cause if told else error.kind) == JointError.__name__
     return vague * 2 + told
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The options of a run, before it is opened."""
-
-    owners: Sequence[Party]
-    holder: BaseWorker | None = None
-    normalise: str = "strip"
-    size_only: bool = False
-    standardise: bool = False
-    holdout: float = 0.0
-    seed: int = 0
-    predictions_to: str = CLIENT
-    weights_to_client: bool = True
-    timeout: float = DEFAULT_TIMEOUT
-    purpose: str = ""
-    keep: str = ""
-    resume: bool = False
-
-    def workers(self) -> list[BaseWorker]:
-        """Returns the parties' workers: owners, then who holds the key or hands out randomness.
-
-        Raises:
-            OptionError: fewer than two owners, or one worker twice.
-        """
-        if len(self.owners) < 2 or not all(isinstance(one, Party) for one in self.owners):
-            raise OptionError("a joint run takes two or more planrt.vertical.Party(...)")
-        found = [one.worker for one in self.owners] + ([] if self.holder is None else [self.holder])
-        names = [one.id for one in found]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise OptionError(
-                f"worker {twice[0]!r} is given twice: the parties of a joint run are all different"
-            )
-        if len({len(one.id_columns) for one in self.owners}) > 1:
-            raise OptionError("all parties name equally many id columns: they are compared in their order")
-        return found
-
-    def label_owner(self) -> int:
-        """Returns the number of the party with the label.
-
-        Raises:
-            OptionError: there is none, or more than one.
-        """
-        found = [number for number, one in enumerate(self.owners) if one.label is not None]
-        if len(found) != 1:
-            raise OptionError(f"one party names the label, not {len(found)}: Party(..., label='paid')")
-        return found[0]
-
-    def opens(
-        self, model: Mapping[int, Any] | m.LinearTerms | m.SharedTerms | None, *, label_owner: int = 0
-    ) -> list[m.OpenJoint]:
-        """Returns what each party is told: `model` is the same for all, or number -> what that one is told.
-
-        Raises:
-            OptionError: a value out of range; names it.
-        """
-        workers, joint, token = self.workers(), secrets.token_hex(8), secrets.token_hex(16)
-        for name, value, least, most in (
-            ("holdout", self.holdout, 0.0, 0.999), ("timeout", self.timeout, 1e-3, 86_400.0),
-        ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-                raise OptionError(f"{name} must be a number from {least:g} to {most:g}, got {value!r}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise OptionError(f"seed must be a whole number from 0 and below 2**63, got {self.seed!r}")
-        if not isinstance(self.keep, str) or len(self.keep) > 200:
-            raise OptionError(f"keep is a name of up to 200 characters, got {self.keep!r}")
-        if self.resume and not self.keep:
-            raise OptionError("resume=True goes on from what was kept under a name: give keep='that name'")
-        parties = [m.PeerAddress(one.id, one.link_address) for one in workers]
-        trains = model is not None
-        opens = []
-        for number in range(len(workers)):
-            owner = self.owners[number] if number < len(self.owners) else None
-            opens.append(
-                m.OpenJoint(
-                    joint=joint,
-                    token=token,
-                    number=number,
-                    parties=parties,
-                    owners=len(self.owners),
-                    dataset="" if owner is None else owner.dataset,
-                    ids=[] if owner is None else owner.id_columns,
-                    normalise=self.normalise,
-                    size_only=self.size_only,
-                    features=list(owner.columns) if owner is not None and trains else [],
-                    label=owner.label or "" if owner is not None and trains else "",
-                    label_owner=label_owner,
-                    columns=[len(one.columns) if trains else 0 for one in self.owners],
-                    model=model[number] if isinstance(model, Mapping) else model,
-                    standardise=self.standardise,
-                    holdout=float(self.holdout),
-                    seed=self.seed,
-                    predictions_to=self.predictions_to,
-                    weights_to_client=self.weights_to_client,
-                    timeout=float(self.timeout),
-                    purpose=self.purpose,
-                    keep=self.keep,
-                    resume=bool(self.resume),
-                )
-            )
-        return opens
-
-
-def whole(name: str, value: Any, *, least: int = 1, most: int = 2**31) -> int:
-    """Returns a whole number within bounds.
-
-    Raises:
-        OptionError: it is none; names it.
-    """
-    if type(value) is not int or not least <= value <= most:
-        raise OptionError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-    return value
-
-
-def number(name: str, value: Any, *, above: float | None = None) -> float:
-    """Returns a finite number of at least 0, or above `above`.
-
-    Raises:
-        OptionError: it is none; names it.
-    """
-    fits = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value <= 1e9
-    )
-    if not fits or value < 0 or (above is not None and value <= above):
-        raise OptionError(
-            f"{name} must be a number {'above' if above is not None else 'of at least'} 0, got {value!r}"
-        )
-    return float(value)
 
 
 R = TypeVar("R", bound=JointRun)
@@ -473,17 +356,6 @@ def _waited(losses: Sequence[float], tolerance: float) -> int:
         since = 0 if loss < best - tolerance else since + 1
         best = min(best, loss)
     return since
-
-
-def with_defaults(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of a function: its defaults, and those that are given.
-
-    Raises:
-        TypeError: it takes no such option, or one is missing.
-    """
-    bound = inspect.signature(function).bind_partial(**given)
-    bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name != "parties"}
 
 
 def begun(made: R, instead: str) -> R:

@@ -12,7 +12,8 @@ from torch import nn
 
 from planrt.errors import AlignmentError, DataError, OptionError, UnknownDatasetError
 from planrt.vertical import Party, Table, intersection_size, logistic_regression, split_network
-from planrt.vertical.runs import JointRun, Plan, begun
+from planrt.vertical.opening import Plan
+from planrt.vertical.runs import JointRun, begun
 from tests.vertical.tables import SHORT, parties, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")

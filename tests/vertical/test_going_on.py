@@ -8,15 +8,17 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from planrt.errors import JointError, OptionError
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
+from planrt.sharing.columns.regression import Terms
 from planrt.vertical import Party, Table, linear_regression, logistic_regression, split_network
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-from tests.vertical.tables import SHORT, halves, some, whole
+from tests.vertical.tables import SHORT, halves, joined, some, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 
@@ -98,6 +100,32 @@ def test_a_regression_goes_on_with_the_same_bits(site, model):
         assert run.weights() == weights
         with pytest.raises(OptionError, match="0 are left"):
             run.fit(1)
+
+
+def test_the_learning_rate_is_lowered_from_epoch_to_epoch(site):
+    """As by hand in plain PyTorch: batches of 20 and 12, and more epochs than the run was opened for at first."""
+    rates = [0.4, 0.2, 0.1]
+    for epoch, lr in enumerate(rates):
+        about = {"epochs": epoch + 1, "lr": lr, "holdout": 0.2, "standardise": False, "resume": epoch > 0}
+        with regression(site, **about) as run:
+            assert len(run.fit()) == epoch + 1
+            found = run.weights()
+    values, labels = joined(whole(), seed=5, holdout=0.2)
+    data, target = torch.from_numpy(values), torch.from_numpy(labels)
+    net = nn.Linear(5, 1, dtype=torch.float64)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    terms = Terms("logistic", ("a", "b", "c"), 1, 32, 20, 0.1, 0.0, 5)
+    for epoch, lr in enumerate(rates):
+        optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+        for rows in terms.batches(epoch):
+            optimizer.zero_grad()
+            score, sign = net(data[rows])[:, 0], 2 * target[rows] - 1
+            (np.log(2) - sign * score / 2 + score**2 / 8).mean().backward()
+            optimizer.step()
+    flat = [weight for owned in found.values() for weight in owned.values()]
+    expected = torch.cat([net.weight[0], net.bias]).detach().numpy()
+    np.testing.assert_allclose(flat, expected, atol=2e-6)
 
 
 def test_an_early_stop_is_where_it_would_have_been(site):
@@ -213,7 +241,7 @@ def test_what_cannot_go_on_is_refused_by_name(site):
         with pytest.raises(JointError, match="has ended|known here|has kept"):
             regression(site)
     refused("has kept 'credit' after 2 epochs: go on with it")
-    refused("other terms", resume=True, lr=0.2)
+    refused("other terms", resume=True, l2=0.2)
     refused("other terms", resume=True, holdout=0.5)
     refused("has kept nothing under the name 'debit'", resume=True, keep="debit")
     whose = site.folder / "bob"

@@ -23,7 +23,8 @@ from planrt.vertical import (
     logistic_regression,
     split_network,
 )
-from planrt.vertical.runs import JointRun, Plan
+from planrt.vertical.opening import Plan
+from planrt.vertical.runs import JointRun
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.wire import messages as m
 from tests.vertical.tables import SHORT, halves, parties, some, whole

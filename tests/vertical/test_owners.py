@@ -201,7 +201,8 @@ def test_strangers_and_parties_that_were_told_different_things(make_worker):
 def test_parties_that_normalise_differently_are_refused(make_worker):
     alice, bob = parties(make_worker, whole())
     from planrt.errors import AlignmentError
-    from planrt.vertical.runs import JointRun, Plan, begun
+    from planrt.vertical.opening import Plan
+    from planrt.vertical.runs import JointRun, begun
 
     plan = Plan([alice, bob], size_only=True)
     one, two = plan.opens(None)
@@ -224,7 +225,7 @@ def test_a_worker_looks_at_what_it_is_told(make_worker, change):
     import msgspec
 
     from planrt.loop import run as wait
-    from planrt.vertical.runs import Plan
+    from planrt.vertical.opening import Plan
 
     alice, bob = parties(make_worker, whole())
     terms = m.LinearTerms("linear", 20, 1, 0.1, 0.0, 2048, 17)
@@ -237,7 +238,8 @@ def test_a_worker_looks_at_what_it_is_told(make_worker, change):
 def test_a_party_that_says_nothing_is_not_awaited_for_ever(make_worker):
     alice, bob = parties(make_worker, whole())
     from planrt.loop import run as wait
-    from planrt.vertical.runs import JointRun, Plan
+    from planrt.vertical.opening import Plan
+    from planrt.vertical.runs import JointRun
 
     plan = Plan([alice, bob], size_only=True, timeout=0.2)
     joint = JointRun(plan.workers(), plan.opens(None))

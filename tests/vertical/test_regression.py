@@ -172,6 +172,13 @@ def test_wrong_arguments_are_told_before_anything_is_sent(make_worker):
     wrong("between workers", key_holder="carol")
     wrong("twice as many", batch_size=7, normalise="casefold")
     wrong("predictions go to", predictions_to="zed")
+    with logistic_regression(
+        alice, bob, key_holder=carol, normalise="casefold", batch_size=20, **SHORT
+    ) as run:
+        for people in ([], "person 20", [None], [("person 20", "x")], ["person 20"] * 100_001):
+            with pytest.raises(OptionError, match="people|person|nobody"):
+                run.predict(people)
+        assert len(run.predict(np.array(["person 20", "person 21"]))) == 2
     with pytest.raises(OptionError, match=r"columns=\['a'\]"):
         Party(alice.worker, "t", "id", "a")
     with pytest.raises(OptionError, match="label, and no column"):
@@ -186,7 +193,7 @@ def test_what_the_key_holder_decrypts():
     told = []
 
     def holder():
-        made = linear.KeyHolder(terms, [2, 2], lambda whose, count: told.append((whose, count)))
+        made = linear.KeyHolder(terms, [2, 2], lambda *facts: told.append(facts))
         yield from made.give_key()
         return (yield from made.epoch(0))
 
@@ -198,22 +205,23 @@ def test_what_the_key_holder_decrypts():
         yield from mine.take_key()
         if number:
             yield from linear.take(2, "loss")
-        yield Send(2, "masked gradient", [send(mine.key)])
+        yield Send(2, "masked gradient", send(mine.key))
         yield from linear.take(2, "decrypted")
 
     cases = [
-        (lambda key: key.to_rows([key.encrypt(5)]), "no mask"),
-        (lambda key: key.to_rows([key.encrypt(-5)]), "no mask"),
-        (lambda key: key.to_rows([key.encrypt(key.n // 3)] * 2), "something else"),
-        (lambda key: torch.zeros(1, key.width, dtype=torch.uint8), "another key"),
-        (lambda key: torch.zeros(1, 512, dtype=torch.uint8), "another key"),
-        (lambda key: torch.full((1, key.width), 255, dtype=torch.uint8), "another key"),
-        (lambda key: torch.zeros(3), "something else"),
+        (lambda key: key.packed([key.encrypt(5)]), "no mask"),
+        (lambda key: key.packed([key.encrypt(-5)]), "no mask"),
+        (lambda key: key.packed([key.encrypt(key.n // 3)] * 2), "something else"),
+        (lambda key: [torch.zeros(1, key.width, dtype=torch.uint8), key.fingerprint], "another key"),
+        (lambda key: [torch.zeros(1, 512, dtype=torch.uint8), key.fingerprint], "another key"),
+        (lambda key: [torch.full((1, key.width), 255, dtype=torch.uint8), key.fingerprint], "another key"),
+        (lambda key: [key.to_rows([key.encrypt(5)]), key.fingerprint.flip(0)], "another key than .*carol"),
+        (lambda key: [torch.zeros(3)], "something else"),
     ]
     for send, match in cases:
         with pytest.raises(CiphertextError, match=f"alice.*{match}"):
             run_here([owner(0, send), owner(1, send), holder()])
-    assert told[0] == ("alice", 1)
+    assert told == [("alice", 1, True)] * len(cases)
 
 
 def test_packing_needs_a_fifth_of_the_operations():

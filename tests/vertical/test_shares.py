@@ -1,7 +1,6 @@
 """Regressions on secret shares: what a user calls, on both transports, against plain PyTorch on the joined table."""
 
 import asyncio
-import contextlib
 import os
 import threading
 from dataclasses import replace
@@ -25,7 +24,7 @@ from planrt.plans.policy.rules import Policy
 from planrt.sharing.columns import descent, shared
 from planrt.sharing.columns.steps import Send, run_here, take
 from planrt.vertical import Party, Table, async_logistic_regression, linear_regression, logistic_regression
-from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers import VirtualWorker
 from planrt.workers.machine.joint.terms import check
 from planrt.workers.wire import messages as m
 from tests.vertical.tables import SHORT, halves, joined, parties, some, trained, whole
@@ -468,25 +467,6 @@ def test_an_owner_or_a_provider_that_does_not_want_it(policy, match):
         ) as run:
             run.fit(1)
         open_to_all.close()
-
-
-@pytest.fixture
-def make_owned(transport):
-    """``make_owned("bob", datasets, policy=...)`` -> (a worker of the test's transport, what ends it)."""
-    with contextlib.ExitStack() as stack:
-
-        def make(id, datasets=None, **options):
-            running = contextlib.ExitStack()
-            stack.enter_context(running)
-            if transport == "memory":
-                return running.enter_context(VirtualWorker(id, datasets=datasets, **options)), running.close
-            server = WebsocketServerWorker(id, threads=1, **options)
-            for key, dataset in (datasets or {}).items():
-                server.add_dataset(dataset, key)
-            uri = running.enter_context(server.running())
-            return stack.enter_context(WebsocketClientWorker(id, uri=uri, auto_add=False)), running.close
-
-        yield make
 
 
 def test_an_owner_reads_what_is_shared_and_may_deny_it(make_owned, tmp_path, capsys):

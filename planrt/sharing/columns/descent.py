@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from planrt.errors import OptionError
-from planrt.sharing.columns import linear
+from planrt.sharing.columns import regression
 from planrt.sharing.comparisons import below
 from planrt.sharing.curves import curve
 from planrt.sharing.masked import mask
@@ -72,7 +72,7 @@ MODELS: Final[dict[Loss, Scale]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Terms(linear.Terms):
+class Terms(regression.Terms):
     """The facts of a run that all parties know; the last of them is the crypto provider."""
 
     loss_kind: Loss = "squares"

@@ -15,6 +15,20 @@ homomorphic encryption" (2017), with values packed (`packing`). For each batch, 
 approximation of the loss at 0, ``log 2 - s u / 2 + u**2 / 8`` with ``s = 2 y - 1``, so ``d = u / 4 - s / 2``.
 Weights change as by `torch.optim.SGD` with `weight_decay` on all but the intercept, which is the label owner's.
 
+**Ciphertexts of another key.** Every message with ciphertexts has the fingerprint of its sender's key
+(`paillier.PublicKey`), and who takes it compares: parties whose keys differ by mistake are named before anything is
+computed. A fingerprint does not show what a ciphertext was made with. But whatever is a ciphertext of the key stands
+for some value, and one that was made with another key stands for a value that is uniform modulo n, as far as anybody
+can tell. A gradient leaves the `packing.SPARE_BITS` top bits of a plaintext empty, so once the mask is off each owner
+looks whether they are: of such a ciphertext they are with a chance of 2**-36 at most. Each inner product must also be
+within the product of two lengths (Cauchy and Schwarz): that of the owner's column, and that of residuals in range. This
+costs no ciphertext, and what it looks at are the values that are used; a known value in a slot of its own would tell
+only how it was encrypted itself.
+
+*What a malicious party can still do*: encrypt wrong values in range, under the right key; the key holder can answer
+with a wrong gradient in range. Both spoil the model. Whether a run ends tells whoever sends residuals at the edge of
+the range something of the length of a column over that batch, once.
+
 **What a party learns.** The owner of the labels and each other owner: its own gradient of each batch (so something
 about the residuals, if it has many columns for few rows: `check_batch` wants twice as many rows as columns), and its
 weights. The key holder: the loss of each batch. All: how many people there are, and who (each about its own rows).
@@ -26,80 +40,23 @@ import math
 import secrets
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from planrt.errors import CiphertextError, DataError, JointError, OptionError
-from planrt.seeding import derive_seed
+from planrt.errors import CiphertextError, JointError, OptionError
 from planrt.sharing.columns import packing
 from planrt.sharing.columns.paillier import PrivateKey, PublicKey
+from planrt.sharing.columns.regression import Array, Columns, Terms
 from planrt.sharing.columns.steps import Role, Send, Take, Tensors, Turn, take, take_one
 
-Model = Literal["linear", "logistic"]
 _LOSS_BITS: Final = 24
 """Fractional bits of what the key holder is told of the loss."""
 _AT_ONCE: Final = 4
 """Encryptions between two turns."""
 
 _Steps = Generator[Send | Take | Turn, Tensors | None, Any]
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The facts of a run that all parties know."""
-
-    model: Model
-    names: tuple[str, ...]
-    """Of the parties: owners first, the key holder last."""
-    label_owner: int
-    rows: int
-    """People to train on."""
-    batch_size: int
-    lr: float
-    l2: float
-    seed: int
-    key_bits: int = 0
-    """Of the key; 0 where there is none."""
-    precision: int = packing.DEFAULT_PRECISION
-
-    @property
-    def owners(self) -> int:
-        """The number of owners; the key holder has that number."""
-        return len(self.names) - 1
-
-    @property
-    def layout(self) -> packing.Layout:
-        """The packing that all parties use."""
-        return packing.layout_for(self.key_bits, min(self.batch_size, self.rows), self.precision)
-
-    @property
-    def slope(self) -> float:
-        """Residuals are slope * prediction - offset * label."""
-        return 1.0 if self.model == "linear" else 0.25
-
-    @property
-    def offset(self) -> float:
-        """See `slope`."""
-        return 1.0 if self.model == "linear" else 0.5
-
-    @property
-    def factor(self) -> float:
-        """A gradient of the loss is factor * the mean of residual times value."""
-        return 2.0 if self.model == "linear" else 1.0
-
-    def loss(self, squares: float, rows: int) -> float:
-        """Returns the loss from the sum of squared residuals."""
-        mean = squares / rows
-        return mean if self.model == "linear" else math.log(2) - 0.5 + 2 * mean
-
-    def batches(self, epoch: int) -> list[Array]:
-        """Returns the rows of each batch of an epoch: a permutation that all parties know."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", epoch))
-        order = torch.randperm(self.rows, generator=generator).numpy()
-        return [order[at : at + self.batch_size] for at in range(0, self.rows, self.batch_size)]
 
 
 @dataclass(slots=True)
@@ -115,59 +72,37 @@ class Counts:
 
 
 @dataclass(slots=True)
-class Owner:
-    """One owner's side of a run, which lasts over its epochs.
-
-    Args:
-        terms: what all know.
-        number: its place among the parties.
-        values: its columns, float64 [rows, columns], rows in the common order.
-        columns: their names.
-        labels: of the owner of the labels [rows]; None of others.
-        insecure: batches may have fewer rows than twice the columns.
+class Owner(Columns):
+    """One owner's side of a run, which lasts over its epochs; `Columns` has its arguments.
 
     Raises:
-        DataError: labels of a logistic model that are not 0 or 1; OptionError: batches too small for the columns.
+        DataError: labels of a logistic model that are not 0 or 1. ValueRangeError: a column that no batch can hold.
+            OptionError: batches too small for the columns.
     """
 
-    terms: Terms
-    number: int
-    values: Array
-    columns: Sequence[str]
-    labels: Array | None = None
-    label: str = ""
-    small_batches: bool = False
     counts: Counts = field(default_factory=Counts)
-    weights: Array = field(init=False)
-    """Of its columns; the last one of the owner of the labels is the intercept."""
     key: PublicKey | None = None
     _whole: Array = field(init=False)
+    """Its columns as whole numbers, of the rows that are trained on."""
 
     def __post_init__(self) -> None:
-        if self.labels is not None:
-            check_labels(self.terms.model, self.labels, whose=self.name, column=self.label)
-            self.values = np.concatenate([self.values, np.ones((len(self.values), 1))], 1)
-            self.columns = [*self.columns, "intercept"]
-        check_batch(self.terms, len(self.columns), whose=self.name, small_batches=self.small_batches)
-        self._whole = packing.fixed(self.values, self.terms.layout.value_bits)
-        self.weights = np.zeros(len(self.columns))
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.terms.names[self.number]
+        terms = self.terms
+        self.with_intercept()
+        check_batch(terms, len(self.columns), whose=self.name, small_batches=self.small_batches)
+        packing.check_values(self.values[: terms.rows], self.columns, terms.layout, whose=self.name)
+        self._whole = packing.fixed(self.values[: terms.rows], terms.layout.value_bits)
 
     def take_key(self) -> Role:
-        """Takes the public key from its holder."""
+        """Takes the public key from its holder.
+
+        Raises:
+            CiphertextError: it is shorter than was agreed on; names the holder.
+        """
         holder, bits = self.terms.owners, self.terms.key_bits
         raw = yield from take_one(holder, "public key", torch.uint8, [bits // 8], self.terms.names)
-        self.key = PublicKey(int.from_bytes(raw.numpy().tobytes(), "big"), bits)
+        modulus = int.from_bytes(raw.numpy().tobytes(), "big")
+        self.key = PublicKey(modulus, bits, whose=self.terms.names[holder])
         return {}
-
-    def scores(self, rows: Array) -> Array:
-        """Returns this owner's part of the predictions for some of its rows, before any link function."""
-        found: Array = self.values[rows] @ self.weights
-        return found
 
     def epoch(self, epoch: int) -> Role:
         """Trains for one epoch; all owners and the key holder run it at the same time."""
@@ -190,7 +125,7 @@ class Owner:
         if self.labels is None:
             ciphers = yield from self._encrypted(plain, None)
             self.counts.values_encrypted += len(rows)
-            yield Send(terms.label_owner, "encrypted predictions", [key.to_rows(ciphers)])
+            yield Send(terms.label_owner, "encrypted predictions", key.packed(ciphers))
             whole = yield from self._take_ciphers(terms.label_owner, "encrypted residuals", len(plain))
             mask = yield from take_one(terms.label_owner, "mask of the loss", torch.int64, [1], terms.names)
             loss_mask = int(mask[0])
@@ -235,12 +170,7 @@ class Owner:
     def _take_ciphers(self, source: int, kind: str, count: int) -> _Steps:
         assert self.key is not None  # noqa: S101 - the caller has looked
         tensors = yield from take(source, kind)
-        whose = self.terms.names[source]
-        if len(tensors) != 1 or len(tensors[0].shape) != 2 or len(tensors[0]) != count:
-            raise CiphertextError(
-                f"party {whose!r} sent another number of ciphertexts than the {count} of its {kind}"
-            )
-        return self.key.from_rows(tensors[0], whose=whose)
+        return self.key.taken(tensors, count, kind, whose=self.terms.names[source], by=self.name)
 
     def _residuals(self, plain: Sequence[int], rows: int) -> _Steps:
         """The label owner's: everybody's parts added up, and the mask of its part of the loss."""
@@ -255,12 +185,12 @@ class Owner:
             )
         whole = yield from self._encrypted(plain, total)
         self.counts.values_encrypted += rows
-        sent = key.to_rows(whole)
+        sent = key.packed(whole)
         rest = 0
         for other in others:
             mask = secrets.randbits(64) - 2**63
             rest -= mask
-            yield Send(other, "encrypted residuals", [sent])
+            yield Send(other, "encrypted residuals", sent)
             yield Send(other, "mask of the loss", [torch.tensor([mask])])
         return whole, rest
 
@@ -277,7 +207,7 @@ class Owner:
             yield Turn()
         self.counts.encrypted += len(sent)
         self.counts.values_encrypted += factors.shape[1]
-        yield Send(terms.owners, "masked gradient", [key.to_rows(sent)])
+        yield Send(terms.owners, "masked gradient", key.packed(sent))
         opened = yield from take_one(
             terms.owners, "decrypted", torch.uint8, [len(sent), terms.key_bits // 8], terms.names
         )
@@ -285,22 +215,37 @@ class Owner:
         sums: list[int] = []
         for place, mask in enumerate(masks):
             value = int.from_bytes(raw[place * width : (place + 1) * width], "big")
-            count = min(layout.columns, factors.shape[1] - len(sums))
-            sums += packing.unpacked(packing.centred(value - mask, int(key.n)), count, layout)
+            product = packing.centred(value - mask, int(key.n))
+            part = factors[:, len(sums) : len(sums) + layout.columns]
+            found = packing.unpacked(product, part.shape[1], layout)
+            if not packing.is_product(product, found, part, terms.owners, layout):
+                raise CiphertextError(self._no_gradient())
+            sums += found
         return sums
+
+    def _no_gradient(self) -> str:
+        """What is said of a decrypted value that no residuals in range and no column of this owner's give."""
+        names, me, label_owner = self.terms.names, self.number, self.terms.label_owner
+        senders = range(self.terms.owners) if me == label_owner else [label_owner]
+        sent = " or ".join(repr(names[one]) for one in senders if one != me)
+        return (
+            f"what party {names[-1]!r} decrypted for {self.name!r} is no gradient: party {sent} sent ciphertexts of "
+            f"another key or of values that are out of range, or {names[-1]!r} has decrypted something else"
+        )
 
 
 @dataclass(slots=True)
 class KeyHolder:
     """The side of the party that has the private key: it decrypts masked gradients of a fixed shape, and nothing else.
 
-    `told` is called for each decryption: with the party's name and the number of ciphertexts.
+    `told` is called for each decryption, before it is answered: with the party's name, the number of ciphertexts, and
+    whether it is refused.
     """
 
     terms: Terms
     columns: Sequence[int]
     """How many columns each owner has, as was agreed; the label owner's without its intercept and label."""
-    told: Callable[[str, int], None] = lambda name, count: None
+    told: Callable[[str, int, bool], None] = lambda name, count, refused: None
     counts: Counts = field(default_factory=Counts)
     losses: list[float] = field(default_factory=list)
     """Of each epoch, before each batch's step; what an early stop looks at."""
@@ -341,32 +286,35 @@ class KeyHolder:
         columns = self.columns[owner] + (2 if owner == terms.label_owner else 0)
         whose, count = terms.names[owner], layout.groups(columns)
         tensors = yield from take(owner, "masked gradient")
-        if len(tensors) != 1 or tensors[0].dim() != 2 or len(tensors[0]) != count:
-            raise CiphertextError(
-                f"party {whose!r} asks for something else to be decrypted than the {count} ciphertexts of its masked "
-                "gradient: refused"
-            )
-        ciphers = key.public.from_rows(tensors[0], whose=whose)
-        self.told(whose, count)
-        opened = []
-        for cipher in ciphers:
-            value = key.decrypt(cipher)
-            if packing.looks_unmasked(value, int(key.public.n), layout):
-                raise CiphertextError(
-                    f"party {whose!r} asks for a value to be decrypted that has no mask: refused, and told to nobody"
-                )
-            opened.append(value.to_bytes(terms.key_bits // 8, "big"))
-            yield Turn()
+        try:
+            opened = yield from self._opened(key, tensors, count, whose)
+        except CiphertextError:
+            self.told(whose, count, True)
+            raise
+        self.told(whose, count, False)
         self.counts.decrypted += count
         self.counts.values_decrypted += columns
         raw = np.frombuffer(b"".join(opened), np.uint8).reshape(count, -1).copy()
         yield Send(owner, "decrypted", [torch.from_numpy(raw)])
 
+    def _opened(self, key: PrivateKey, tensors: Tensors, count: int, whose: str) -> _Steps:
+        """Decrypted values as bytes.
 
-def check_labels(model: Model, labels: Array, *, whose: str, column: str) -> None:
-    """Raises DataError if a logistic model's labels are not all 0 or 1; names party and column."""
-    if model == "logistic" and not np.isin(labels, (0.0, 1.0)).all():
-        raise DataError(f"{whose}: label column {column!r} has values that are neither 0 nor 1")
+        Raises:
+            CiphertextError: they are something else than a masked gradient.
+        """
+        terms, public = self.terms, key.public
+        ciphers = public.taken(tensors, count, "masked gradient", whose=whose, by=terms.names[terms.owners])
+        opened = []
+        for cipher in ciphers:
+            value = key.decrypt(cipher)
+            if packing.looks_unmasked(value, int(public.n), terms.layout):
+                raise CiphertextError(
+                    f"party {whose!r} asks for a value to be decrypted that has no mask: refused, and told to nobody"
+                )
+            opened.append(value.to_bytes(terms.key_bits // 8, "big"))
+            yield Turn()
+        return opened
 
 
 def check_batch(terms: Terms, columns: int, *, whose: str, small_batches: bool) -> None:

@@ -31,7 +31,7 @@ COLUMN_RMS: Final = 4.0
 RESIDUAL_RMS: Final = 8.0
 SPARE_BITS: Final = 38
 """Bits at the top of a plaintext that no unmasked result reaches: the chance that a masked one looks like an unmasked
-one is 2**-37."""
+one is 2**-36 at most."""
 DEFAULT_PRECISION: Final = 17
 
 
@@ -87,16 +87,27 @@ def layout_for(key_bits: int, batch_size: int, precision: int = DEFAULT_PRECISIO
     return Layout(slot, best[2], best[3], value_bits, residual_bits, batch_size)
 
 
+def check_values(values: np.ndarray[Any, Any], names: Sequence[str], layout: Layout, *, whose: str) -> None:
+    """Raises ValueRangeError if a value is so large that no batch with it is in range; names party and column."""
+    for name, size in zip(names, np.abs(values).max(0).tolist(), strict=True):
+        if not size <= COLUMN_RMS * math.sqrt(layout.batch_size):  # nor if it is no number
+            raise ValueRangeError(_out_of_range(whose, name))
+
+
 def check_columns(values: np.ndarray[Any, Any], names: Sequence[str], layout: Layout, *, whose: str) -> None:
     """Raises ValueRangeError if a batch of a column is out of the range that its slots hold; names party and column."""
     most = COLUMN_RMS * math.sqrt(layout.batch_size)
     norms = np.sqrt((values**2).sum(0))
     for name, norm in zip(names, norms.tolist(), strict=True):
-        if norm > most:
-            raise ValueRangeError(
-                f"{whose}: column {name!r} is out of the range of encrypted values, whose root mean square over a "
-                f"batch is at most {COLUMN_RMS:g}: standardise it, or clip what is far out"
-            )
+        if not norm <= most:
+            raise ValueRangeError(_out_of_range(whose, name))
+
+
+def _out_of_range(whose: str, column: str) -> str:
+    return (
+        f"{whose}: column {column!r} is out of the range of encrypted values, whose root mean square over a batch is "
+        f"at most {COLUMN_RMS:g}: standardise it, or clip what is far out"
+    )
 
 
 def check_residuals(values: np.ndarray[Any, Any], owners: int, layout: Layout, *, whose: str) -> None:
@@ -164,4 +175,20 @@ def centred(value: int, modulus: int) -> int:
 
 def looks_unmasked(value: int, modulus: int, layout: Layout) -> bool:
     """Returns whether a decrypted value is what a product is without a mask: far smaller than the modulus."""
-    return abs(centred(value, modulus)).bit_length() <= layout.slot * layout.places
+    return _fits(centred(value, modulus), layout)
+
+
+def is_product(
+    value: int, sums: Sequence[int], columns: np.ndarray[Any, Any], owners: int, layout: Layout
+) -> bool:
+    """Returns whether `value`, without a mask and with the inner products `sums`, can be the product of residuals in
+    range (of so many owners) and these columns (whole numbers, [rows, columns])."""
+    rounding = owners * math.sqrt(len(columns)) / 2
+    most = math.ldexp(RESIDUAL_RMS * math.sqrt(layout.batch_size), layout.residual_bits) + rounding
+    lengths = np.sqrt((columns.astype(np.float64) ** 2).sum(0)).tolist()
+    in_range = (abs(one) <= most * length * (1 + 2**-40) for one, length in zip(sums, lengths, strict=True))
+    return _fits(value, layout) and all(in_range)
+
+
+def _fits(value: int, layout: Layout) -> bool:
+    return abs(value).bit_length() <= layout.slot * layout.places

@@ -6,6 +6,7 @@ does `gmpy2`, without which everything is several times slower. A ciphertext of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ SAFE_BITS: Final = 2048
 """The shortest key that is taken without being asked for: about 112 bits of security (NIST SP 800-57)."""
 LEAST_BITS: Final = 1024
 MOST_BITS: Final = 8192
+_FINGERPRINT: Final = 16
+"""Bytes of a key's fingerprint."""
 _WINDOW: Final = 5
 """Bits of an exponent that `PublicKey.product` takes at a time."""
 
@@ -46,15 +49,21 @@ def _phe() -> Any:
 class PublicKey:
     """The modulus that everybody encrypts under; Paillier's with the generator n + 1."""
 
-    def __init__(self, modulus: int, bits: int) -> None:
+    def __init__(self, modulus: int, bits: int, *, whose: str = "") -> None:
         if modulus.bit_length() != bits or modulus % 2 == 0:
+            sent = f"party {whose!r} gives a public key that" if whose else "the public key"
             raise CiphertextError(
-                f"the public key has {modulus.bit_length()} bits where {bits} were agreed on"
+                f"{sent} has {modulus.bit_length()} bits, where {bits} were agreed on"
+                if modulus % 2
+                else f"{sent} is none: it is an even number"
             )
         self._key = _phe().PaillierPublicKey(modulus)
         self._number = _big()
         self.n, self.square = self._number(modulus), self._number(modulus) ** 2
         self.bits, self.width = bits, bits // 4
+        digest = hashlib.sha256(modulus.to_bytes(bits // 8, "big")).digest()[:_FINGERPRINT]
+        self.fingerprint = torch.from_numpy(np.frombuffer(digest, np.uint8).copy())
+        """The first bytes of a SHA-256 of the modulus, uint8 [16]: it tells keys apart."""
 
     def encrypt(self, value: int) -> Any:
         """Returns a fresh ciphertext of ``value % n``."""
@@ -118,6 +127,30 @@ class PublicKey:
         if not all(0 < one < self.square for one in found) or _gcd(found, self.n) != 1:
             raise CiphertextError(f"party {whose!r} sent a ciphertext of another key, or none")
         return found
+
+    def packed(self, ciphers: Sequence[Any]) -> list[torch.Tensor]:
+        """Returns ciphertexts as a message has them: rows (`to_rows`), and the key's fingerprint."""
+        return [self.to_rows(ciphers), self.fingerprint]
+
+    def taken(
+        self, tensors: Sequence[torch.Tensor], count: int, what: str, *, whose: str, by: str
+    ) -> list[Any]:
+        """Returns the ciphertexts of a message that `packed` has made, which party `by` got from party `whose`.
+
+        Raises:
+            CiphertextError: they are another number, something else, or of another key; names both parties.
+        """
+        if len(tensors) != 2 or tensors[0].dim() != 2 or len(tensors[0]) != count:
+            raise CiphertextError(
+                f"party {whose!r} sent {by!r} something else than the {count} ciphertexts of its {what}: refused"
+            )
+        rows, fingerprint = tensors
+        if fingerprint.dtype != torch.uint8 or not torch.equal(fingerprint, self.fingerprint):
+            raise CiphertextError(
+                f"party {whose!r} sent its {what} under another key than the one that {by!r} has: all parties of a run "
+                "have the key that its holder gave them when it began"
+            )
+        return self.from_rows(rows, whose=whose)
 
 
 class PrivateKey:

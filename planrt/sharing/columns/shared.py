@@ -14,7 +14,7 @@ together learn nothing more than each alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -33,7 +33,7 @@ from planrt.sharing.columns.descent import (
     numbers_for,
     step,
 )
-from planrt.sharing.columns.linear import Array, check_labels
+from planrt.sharing.columns.regression import Columns
 from planrt.sharing.columns.steps import Role, Send, Turn, take, take_one
 from planrt.sharing.correlated import Dealer, Stock, Supply
 from planrt.sharing.masked import open_together
@@ -48,17 +48,8 @@ _AT_ONCE: Final = 1 << 21
 
 
 @dataclass(slots=True)
-class Owner:
-    """One owner's side of a run, which lasts over its epochs.
-
-    Args:
-        terms: what all know.
-        number: its place among the parties.
-        values: its columns, float64 [rows, columns]; rows to train on first, in the common order.
-        columns: their names.
-        labels: of the owner of the labels [rows]; None of others.
-        label: their column's name.
-        small_batches: there may be fewer rows than twice the columns.
+class Owner(Columns):
+    """One owner's side of a run, which lasts over its epochs; `Columns` has its arguments.
 
     Raises:
         DataError: labels of a logistic model that are not 0 or 1. ValueRangeError: a column or label beyond the range;
@@ -66,14 +57,6 @@ class Owner:
     """
 
     terms: Terms
-    number: int
-    values: Array
-    columns: Sequence[str]
-    labels: Array | None = None
-    label: str = ""
-    small_batches: bool = False
-    weights: Array = field(init=False)
-    """Of its columns, as they were released; the last one of the owner of the labels is the intercept."""
     _released: int = 0
     _epochs: int = 0
     _party: Party = field(init=False)
@@ -86,10 +69,8 @@ class Owner:
     def __post_init__(self) -> None:
         terms = self.terms
         limits = [numbers_for(terms, rows) for rows in set(terms.sizes)]
+        self.with_intercept()
         if self.labels is not None:
-            check_labels(terms.model, self.labels, whose=self.name, column=self.label)
-            self.values = np.concatenate([self.values, np.ones((len(self.values), 1))], 1)
-            self.columns = [*self.columns, "intercept"]
             largest = min(one.residuals for one in limits) / 2**terms.precision
             if not float(np.abs(self.labels[: terms.rows]).max()) < largest:
                 raise ValueRangeError(
@@ -107,13 +88,7 @@ class Owner:
                 f"{self.name}: {terms.rows} people are fewer than twice as many as its {len(self.columns)} columns, so "
                 "that its weights tell about single people: take fewer columns, or allow_small_batches=True"
             )
-        self.weights = np.zeros(len(self.columns))
         self._needed = Needed(terms)
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.terms.names[self.number]
 
     @property
     def _others(self) -> list[int]:
@@ -154,12 +129,6 @@ class Owner:
     def _take_seed(self, source: int) -> Any:
         raw = yield from take_one(source, "seed of shares", torch.uint8, [SEED_BYTES], self.terms.names)
         return raw.numpy().tobytes()
-
-    def scores(self, rows: Array) -> Array:
-        """Returns this owner's part of the predictions for some of its rows, before any link function: by the weights
-        that were released."""
-        found: Array = self.values[rows] @ self.weights
-        return found
 
     def epoch(self, epoch: int) -> Role:
         """Trains for one epoch; all owners and the provider run it at the same time.

@@ -147,9 +147,9 @@ class Auditor:
             facts["op"] = facts["op"] or op
             self._record("refused" if facts["outcome"] == "refused" else "failed", session, **facts)
 
-    def joint(self, session: Session, step: str, **facts: Any) -> None:
+    def joint(self, session: Session, step: str, *, outcome: str = "done", **facts: Any) -> None:
         """Records a step of a joint run with other workers; `facts` say on which data, and with whom."""
-        self._record("joint", session, request=step, outcome="done", **facts)
+        self._record("joint", session, request=step, outcome=outcome, **facts)
 
     # What leaves
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from planrt.errors import DataError, JointError
+from planrt.errors import DataError, ExecutionError, JointError
 from planrt.plans import optimizer_states
 from planrt.plans.ir.graph import Graph
 from planrt.plans.optimizer_options import check_optimizer
@@ -30,6 +30,7 @@ from planrt.workers.machine.joint.kept import named, taken
 from planrt.workers.wire import messages as m
 
 Array = np.ndarray[Any, Any]
+_LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 class Part:
@@ -53,11 +54,23 @@ class Part:
     def __call__(
         self, data: torch.Tensor, target: torch.Tensor, *, training: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (loss, prediction) of a batch; of a part below only the second means anything."""
+        """Returns (loss, prediction) of a batch; of a part below only the second means anything.
+
+        Raises:
+            JointError: it cannot be trained on a single row.
+        """
         plan = self._training if training else self._evaluation
         check_inputs(plan, [data, target])
         values = self.state if training else [one.detach().clone() for one in self.state]
-        loss, prediction = drive(program(plan, torch.device("cpu")).run([data, target], values))
+        try:
+            loss, prediction = drive(program(plan, torch.device("cpu")).run([data, target], values))
+        except ExecutionError as error:
+            if not training or len(data) > 1:
+                raise
+            raise JointError(
+                "a batch has 1 row, which this part of the network is not trained on (batch norm wants 2): take a "
+                "batch_size that leaves no such batch"
+            ) from error
         return loss, prediction
 
     def begin(self) -> None:
@@ -110,16 +123,35 @@ class SplitOwner:
     _target: torch.Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
+        for column, values in zip(self.about.features, self.values.T, strict=True):
+            self._check_range(column, values)
         self._data = torch.from_numpy(self.values).float()
         self._target = None
         if self.labels is not None:
-            whole = self.labels == np.rint(self.labels)
-            if self.terms.classes and not (whole & (self.labels >= 0)).all():
-                raise DataError(
-                    f"{self.name}: label column {self.about.label!r} has values that are no classes (0, 1, 2, ...)"
-                )
+            self._check_range(self.about.label, self.labels)
+            if self.terms.classes:
+                self._check_classes(self.labels)
             target = torch.from_numpy(self.labels)
             self._target = target.long() if self.terms.classes else target.float()[:, None]
+
+    def _check_range(self, column: str, values: Array) -> None:
+        if float(np.abs(values).max()) > _LARGEST:
+            raise DataError(
+                f"{self.name}: column {column!r} has values that float32 does not hold: divide them, or take "
+                "standardise=True"
+            )
+
+    def _check_classes(self, labels: Array) -> None:
+        if not ((labels == np.rint(labels)) & (labels >= 0)).all():
+            raise DataError(
+                f"{self.name}: label column {self.about.label!r} has values that are no classes (0, 1, 2, ...)"
+            )
+        most = self.terms.class_count
+        if most and float(labels.max()) >= most:
+            raise DataError(
+                f"{self.name}: label column {self.about.label!r} has classes beyond the {most} of the network, which "
+                f"are 0 to {most - 1}"
+            )
 
     @property
     def name(self) -> str:
@@ -273,6 +305,11 @@ class SplitOwner:
             elif width:
                 shape = [len(rows), width]
                 parts[owner] = yield from take_one(owner, "outputs", torch.float32, shape, self.names)
+                if not torch.isfinite(parts[owner]).all():
+                    raise JointError(
+                        f"party {self.names[owner]!r} gives outputs that are no finite numbers: take a smaller "
+                        "learning rate"
+                    )
         return parts
 
     def predict(self, rows: Array) -> Role:

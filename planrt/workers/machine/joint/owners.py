@@ -11,7 +11,7 @@ import torch
 
 from planrt.errors import AlignmentError, DataError, JointError
 from planrt.serde.checkpoints import Checkpoint
-from planrt.sharing.columns import descent, ids, linear, shared
+from planrt.sharing.columns import descent, ids, linear, regression, shared
 from planrt.sharing.columns.steps import Role, Send, Turn, take_one
 from planrt.sharing.columns.table import Table
 from planrt.workers.machine.joint.networks import SplitOwner
@@ -19,6 +19,8 @@ from planrt.workers.machine.joint.terms import CLIENT
 from planrt.workers.wire import messages as m
 
 Array = np.ndarray[Any, Any]
+_LARGEST: Final = 1e100
+_EPSILON: Final = float(np.finfo(np.float64).eps)
 _BYTES_OF_KEY: Final = 200
 """What a row takes at most beside its key: the points that it is compared as, parcels of them, and its place."""
 
@@ -92,12 +94,14 @@ class AlignedTable:
             self._standardise()
 
     def _standardise(self) -> None:
-        seen = self.values[: self.train_rows]
-        spread = seen.std(0)
-        self.values = (self.values - seen.mean(0)) / np.where(spread > 0, spread, 1.0)
+        named = [name for name in self.about.features if name not in self.about.as_is]
+        for place in map(self.about.features.index, named):
+            mean, spread = _spread(
+                self.values[: self.train_rows, place], self.about.features[place], self.name
+            )
+            self.values[:, place] = (self.values[:, place] - mean) / spread
         if self.labels is not None and is_linear(self.about.model):
-            labels = self.labels[: self.train_rows]
-            self.shift, self.scale = float(labels.mean()), float(labels.std()) or 1.0
+            self.shift, self.scale = _spread(self.labels[: self.train_rows], self.about.label, self.name)
             self.labels = (self.labels - self.shift) / self.scale
 
     def rows_of(self, people: Sequence[Sequence[str]]) -> Array:
@@ -124,6 +128,21 @@ class AlignedTable:
         return held if len(held) else np.arange(self.train_rows)
 
 
+def _spread(values: Array, column: str, whose: str) -> tuple[float, float]:
+    """Mean and standard deviation; of a column that is the same for all 1, so that it becomes 0 and not noise.
+
+    Raises:
+        DataError: its values are too large to be squared; names party and column.
+    """
+    if float(np.abs(values).max()) > _LARGEST:
+        raise DataError(
+            f"{whose}: column {column!r} has values above {_LARGEST:g}, too large to be standardised: divide them first"
+        )
+    mean, spread = float(values.mean()), float(values.std())
+    noise = _EPSILON * len(values) * abs(mean)  # what rounding leaves of a constant
+    return mean, spread if spread > noise else 1.0
+
+
 def is_linear(model: object) -> bool:
     """Returns whether that is linear regression, whose label is standardised too."""
     if isinstance(model, m.SharedTerms):
@@ -131,38 +150,25 @@ def is_linear(model: object) -> bool:
     return isinstance(model, m.LinearTerms) and model.model == "linear"
 
 
+def linear_terms(about: m.OpenJoint, model: m.LinearTerms, rows: int) -> regression.Terms:
+    """Returns the facts of a regression on encrypted values that all parties know."""
+    return regression.Terms(model.model, *_known(about, model, rows), model.key_bits, model.precision)
+
+
 def shared_terms(about: m.OpenJoint, model: m.SharedTerms, rows: int) -> descent.Terms:
-    """Returns the facts of a regression on shares that all parties know."""
+    """Returns those of a regression on shares."""
     columns = [count + (owner == about.label_owner) for owner, count in enumerate(about.columns)]
+    kind: regression.Model = "linear" if model.loss == "squares" else "logistic"
     return descent.Terms(
-        "linear" if model.loss == "squares" else "logistic",
-        tuple(one.worker for one in about.parties),
-        about.label_owner,
-        rows,
-        model.batch_size,
-        model.lr,
-        model.l2,
-        about.seed,
-        precision=model.precision,
-        loss_kind=model.loss,
-        columns=tuple(columns),
-    )
+        kind, *_known(about, model, rows), precision=model.precision, loss_kind=model.loss, columns=tuple(columns),
+    )  # fmt: skip
 
 
-def linear_terms(about: m.OpenJoint, model: m.LinearTerms, rows: int) -> linear.Terms:
-    """Returns the facts of a regression that all parties know."""
-    return linear.Terms(
-        model.model,
-        tuple(one.worker for one in about.parties),
-        about.label_owner,
-        rows,
-        model.batch_size,
-        model.lr,
-        model.l2,
-        about.seed,
-        model.key_bits,
-        model.precision,
-    )
+def _known(
+    about: m.OpenJoint, model: m.LinearTerms | m.SharedTerms, rows: int
+) -> tuple[tuple[str, ...], int, int, int, float, float, int]:
+    names = tuple(one.worker for one in about.parties)
+    return names, about.label_owner, rows, model.batch_size, model.lr, model.l2, about.seed
 
 
 class LinearOwner:
@@ -175,7 +181,7 @@ class LinearOwner:
             about.number, table.values, list(about.features), table.labels, about.label, model.allow_small_batches,
         )  # fmt: skip
         self.about = about
-        self.terms: linear.Terms
+        self.terms: regression.Terms
         self.owner: linear.Owner | shared.Owner
         if isinstance(model, m.SharedTerms):
             on_shares = self.terms = shared_terms(about, model, rows)

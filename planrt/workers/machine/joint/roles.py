@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ import torch
 from planrt.errors import JointError, PolicyError
 from planrt.sharing.columns import linear, shared
 from planrt.sharing.columns.intersection import MAX_IDS, align, intersect
-from planrt.sharing.columns.steps import Role, Send, take, take_one
+from planrt.sharing.columns.steps import Role, Send, take_one
 from planrt.workers.machine.joint.networks import SplitOwner
 from planrt.workers.machine.joint.owners import LinearOwner, linear_terms, shared_terms
 from planrt.workers.machine.joint.run import Run
 from planrt.workers.wire import messages as m
 
-Told = Callable[[str, int], None]
-"""Called for each decryption, with the party's name and the number of ciphertexts."""
+Told = Callable[[str, int, bool], None]
+"""Called for each decryption, with the party's name, the number of ciphertexts, and whether it is refused."""
 
 
 def role_of(run: Run, body: m.WorkJoint, told: Told) -> Role:
@@ -85,7 +85,7 @@ def _align(run: Run) -> Role:
     run.size = int(found["size"])
     check_least(run, run.size, "an intersection")
     if about.model is None:
-        yield from _agreed(run)
+        yield from _agreed(run, run.size)
         return {"size": run.size}
     table.align(found["rows"])
     return (yield from _begin(run))
@@ -101,31 +101,47 @@ def _begin(run: Run) -> Role:
     check_least(run, (table.train_rows - 1) % size + 1, "a batch")
     if isinstance(model, m.SplitTerms):
         run.model = SplitOwner(about, model, table.values, table.labels, table.train_rows)
-        yield from _agreed(run)
+        yield from _agreed(run, table.train_rows)
     else:
         run.model = LinearOwner(table, model)
-        yield from _agreed(run)
-        if run.me == 0:
-            yield Send(about.owners, "people", [torch.tensor([table.train_rows])])
+        yield from _agreed(run, table.train_rows)
+        yield Send(about.owners, "people", [torch.tensor([table.train_rows])])
         yield from run.model.begin()
     return {"size": run.size, "people": table.train_rows}
 
 
-def _agreed(run: Run) -> Role:
-    """Waits until each owner has seen how many people there are: until then no client is told anything of them."""
+def _agreed(run: Run, people: int) -> Role:
+    """Waits until each owner has seen how many people there are: until then no client is told anything of them.
+
+    Raises:
+        JointError: another owner has another number of them.
+    """
     others = [number for number in range(run.about.owners) if number != run.me]
     for other in others:
-        yield Send(other, "agrees", [])
-    for other in others:
-        yield from take(other, "agrees")
+        yield Send(other, "agrees", [torch.tensor([people])])
+    yield from _told_of(run, others, "agrees", people)
     return {}
+
+
+def _told_of(run: Run, owners: Iterable[int], kind: str, people: int | None) -> Role:
+    """Hears from owners how many people there are, which is `people` or what the first one says; returns it."""
+    for owner in owners:
+        said = int((yield from take_one(owner, kind, torch.int64, [1], run.names))[0])
+        if people is None:
+            people = said
+        if said != people:
+            raise JointError(
+                f"{run.name_of(owner)} says that there are {said} people, where others have {people}: parties train on "
+                "the same people"
+            )
+    return {"people": people}
 
 
 def _hold(run: Run, told: Told) -> Role:
     """The part in that of who has no table: it learns how many people there are, and makes the key, or seeds."""
     about, model = run.about, run.about.model
     assert isinstance(model, m.LinearTerms | m.SharedTerms)  # noqa: S101 - or there would be none
-    people = int((yield from take_one(0, "people", torch.int64, [1], run.names))[0])
+    people = (yield from _told_of(run, range(about.owners), "people", None))["people"]
     if not 2 <= people <= MAX_IDS:
         raise JointError(f"party {run.names[0]!r} says that {people} people are in all tables")
     if isinstance(model, m.SharedTerms):

@@ -60,6 +60,8 @@ class Run:
     """Rows that all that leaves must be of, by the release rules of the table's owner."""
     kept: KeptRun | None = None
     """How its part is kept, if it is."""
+    text: str = ""
+    """What it does in words, as its owner's decision is filed."""
     freed: Callable[[], None] = lambda: None
     """Called once, when it holds nothing any more."""
     model: Model | None = None

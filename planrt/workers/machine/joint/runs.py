@@ -119,7 +119,8 @@ class JointOps:
         )
         plans = {hash: self._training.plan(hash) for hash in hashes if hash}
         kept = self._kept(session, body)
-        least = self._admit(session, body, terms.described(body, plans))
+        text = terms.described(body, plans)
+        least = self._admit(session, body, text)
         self._opening[body.joint] = (session.id, user)
         try:
             aligned = None if table is None else AlignedTable(table, body)
@@ -134,7 +135,15 @@ class JointOps:
         finally:
             self._opening.pop(body.joint, None)
         self._runs[body.joint] = Run(
-            body, session.id, user, aligned, [plans[hash] for hash in hashes if hash], least, kept, freed
+            body,
+            session.id,
+            user,
+            aligned,
+            [plans[hash] for hash in hashes if hash],
+            least,
+            kept,
+            text,
+            freed,
         )
         data = [body.dataset] if body.dataset else []
         self._audit.joint(session, "open", data=data, to=self._others(self._runs[body.joint]))
@@ -345,6 +354,8 @@ class JointOps:
             for other in run.others:
                 yield from ask(other, m.JoinJoint(run.about.joint, run.about.token, run.me, shared))
             return m.JointDone(self._epochs_kept(run)), ()
+        if body.step != "forget":
+            self._admit(session, run.about, run.text)  # who has allowed it may have denied it since
         if body.step == "forget":
             if run.kept is not None:
                 run.kept.folder.forget(run.kept.user, run.kept.name)
@@ -357,8 +368,9 @@ class JointOps:
         if body.step == "weights":
             return self._weights(session, run)
 
-        def told(whose: str, count: int) -> None:
-            self._audit.joint(session, "decrypt", to=whose, rows=count)
+        def told(whose: str, count: int, refused: bool) -> None:
+            outcome = "refused" if refused else "done"
+            self._audit.joint(session, "decrypt", outcome=outcome, to=whose, rows=count)
 
         result = yield from run.drive(role_of(run, body, told))
         if body.step == "epoch":
@@ -382,11 +394,11 @@ class JointOps:
         Errors of planrt name parties and columns. Those of torch, in ops on a table or anywhere else, can have a value
         in their text ("Target 7 is out of bounds").
         """
-        if isinstance(error, PlanrtError) and not isinstance(error, ExecutionError):
-            return error
-        if self._gate is not None:
-            failed_on_data(self._gate, session, error, joint=run.about.joint)
-        return OpFailedError(failure_on_data(error))
+        can_be_told = isinstance(error, PlanrtError) and not isinstance(error, ExecutionError)
+        computed = error.__cause__ if isinstance(error.__cause__, ExecutionError) else error
+        if self._gate is not None and (computed is not error or not can_be_told):
+            failed_on_data(self._gate, session, computed, joint=run.about.joint)
+        return error if can_be_told else OpFailedError(failure_on_data(error))
 
     def _load(self, run: Run, tensors: Sequence[torch.Tensor]) -> None:
         if not isinstance(run.model, SplitOwner):

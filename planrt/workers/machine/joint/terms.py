@@ -57,6 +57,8 @@ def check(about: m.OpenJoint) -> None:
             raise OptionError(
                 "the predictions of a split network are made by the owner of the labels: they go there"
             )
+    if is_owner and not set(about.as_is) <= set(about.features):
+        raise JointError(f"{names[about.number]!r} leaves columns as they are that it does not give")
     if about.resume and not about.keep:
         raise JointError("a run that goes on names what it was kept under")
     if about.keep and isinstance(about.model, m.SharedTerms):
@@ -72,7 +74,7 @@ def shared_hash(about: m.OpenJoint, origin: str) -> str:
     """Returns a hash of what all parties must have been told alike; of a run that goes on, they must also have kept it
     from the same one, `origin`."""
     facts = {**msgspec.to_builtins(about), "origin": origin}
-    for own in ("token", "number", "dataset", "features", "label", "purpose"):
+    for own in ("token", "number", "dataset", "features", "label", "purpose", "as_is"):
         del facts[own]
     facts["ids"] = 0  # how many there are is compared with the keys
     model = facts["model"]
@@ -84,11 +86,14 @@ def shared_hash(about: m.OpenJoint, origin: str) -> str:
 
 def kept_hash(about: m.OpenJoint) -> str:
     """Returns a hash of all that makes a run what it is for this party: one that goes on has the same. Workers may have
-    other addresses by then."""
+    other addresses by then, and it may go on with another learning rate and for more epochs."""
     facts = msgspec.to_builtins(about)
     for other in ("joint", "token", "timeout", "purpose", "resume"):
         del facts[other]
     facts["parties"] = [one.worker for one in about.parties]
+    if (model := facts["model"]) is not None:
+        model.pop("epochs")
+        model.get("optimizer_args", model).pop("lr", None)
     return _hash(facts)
 
 
@@ -120,7 +125,8 @@ def _lines(about: m.OpenJoint, plans: dict[str, Graph]) -> Iterator[str]:
         yield f"{' and '.join(others)} learn how many rows the table has, and {learn} in it too"
     if about.model is not None:
         yield from _model_lines(about, plans)
-    yield f"seed {about.seed}, people held out {about.holdout:g}, standardised here: {about.standardise}"
+    but = f", but not {', '.join(about.as_is)}" if about.standardise and about.as_is else ""
+    yield f"seed {about.seed}, people held out {about.holdout:g}, standardised here: {about.standardise}{but}"
 
 
 def _model_lines(about: m.OpenJoint, plans: dict[str, Graph]) -> Iterator[str]:

@@ -76,6 +76,8 @@ class SplitTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
     optimizer_args: Options
     noise: Finite
     """Standard deviation of the Gaussian noise that owners add to what leaves them."""
+    class_count: Count = 0
+    """How many classes there are, where that is known; else 0."""
 
 
 class OpenJoint(Message, frozen=True, tag="open_joint"):
@@ -118,6 +120,8 @@ class OpenJoint(Message, frozen=True, tag="open_joint"):
     """The name that each party keeps its own part of the run under, after every epoch; "" for not at all."""
     resume: bool = False
     """Whether it goes on from what was kept under that name."""
+    as_is: Names = []
+    """Those of this party's columns that are not standardised."""
 
 
 class JoinJoint(Message, frozen=True, tag="join_joint"):
