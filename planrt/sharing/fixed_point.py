@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from planrt.errors import OptionError, ValueRangeError
+from planrt.errors import OptionError, SharingError, ValueRangeError
 from planrt.types import as_whole
 
 LIMIT = 2**62
@@ -38,7 +38,9 @@ def encode(values: torch.Tensor, scale: int = DEFAULT_SCALE) -> torch.Tensor:
 
     Raises:
         ValueRangeError: a value is not finite, or its size times `scale` reaches 2**62.
+        SharingError: a tensor that is sparse, quantised or nested, or has no values.
     """
+    _check_dense(values)
     if values.is_complex():
         raise ValueRangeError(
             "complex numbers have no fixed-point form: share real and imaginary parts apart"
@@ -57,6 +59,22 @@ def decode(
 ) -> torch.Tensor:
     """Returns the inverse of `encode`, as `dtype`."""
     return (values.double() / scale).to(dtype)
+
+
+def _check_dense(values: torch.Tensor) -> None:
+    plain = values.layout is torch.strided and not values.is_quantized
+    if plain and not values.is_nested and not values.is_meta:
+        return
+    kind, instead = (
+        ("a quantised tensor has", "dequantize()")
+        if values.is_quantized
+        else ("a nested tensor has", "to_padded_tensor()")
+        if values.is_nested
+        else ("a meta tensor, without values, has", "to_empty()")
+        if values.is_meta
+        else (f"a tensor of layout {str(values.layout).removeprefix('torch.')} has", "to_dense()")
+    )
+    raise SharingError(f"{kind} no fixed-point form: convert it first, with {instead}")
 
 
 def _check(bad: bool, values: torch.Tensor, scale: int) -> None:

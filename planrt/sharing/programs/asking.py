@@ -61,13 +61,16 @@ def from_data(data: Any) -> list[Numbered]:
         if not isinstance(one, list) or len(one) < 2 or type(one[0]) is not int or one[0] < 0:
             raise _malformed("a request begins with its number and its name")
         found.append((one[0], _request(one[1], one[2:], one[0])))
-    total = sum(size_of((*request.free, *request.fixed)) for _, request in found)
-    if total > MAX_BYTES:
+    _check_size(sum(size_of((*request.free, *request.fixed)) for _, request in found))
+    return found
+
+
+def _check_size(nbytes: int) -> None:
+    if nbytes > MAX_BYTES:
         raise RandomnessError(
-            f"the dealer is asked for {total:,} bytes of correlated randomness at once, over the limit of "
+            f"the dealer is asked for {nbytes:,} bytes of correlated randomness at once, over the limit of "
             f"{MAX_BYTES:,}: compute with fewer elements at a time"
         )
-    return found
 
 
 def _malformed(why: str) -> RandomnessError:
@@ -105,7 +108,7 @@ def _known(data: Any, before: int) -> Known:
     _check(type(number) is int and 0 <= number < before, "a known value was made before what is asked of it")
     _check(isinstance(source, list) and bool(source) and source[0] in ("Mask", "Coin"), "a source")
     made = _request(source[0], source[1:], before)
-    _check(size_of(made.free) <= MAX_BYTES, "a mask that is too large")
+    _check_size(size_of(made.free))
     steps = decode(changes)
     _check(isinstance(steps, tuple) and len(steps) <= 64, "changes")
     for step in steps:

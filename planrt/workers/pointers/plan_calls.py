@@ -37,10 +37,9 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
             or alive(tensor).worker is not handle.worker
             or tensor._handle.via != handle.via
         ):
-            here = not isinstance(tensor, PointerTensor)
             raise MixedLocationsError(
                 f"plan {plan.name!r} is on worker {handle.worker.id!r}, its argument {name} in {place_of(tensor)}: "
-                + ("send it there with .send(worker)" if here else "move it there with .move(worker)")
+                + _advice(tensor, inputs)
             )
         operands.append(tensor)
     check_inputs(graph, operands)
@@ -54,6 +53,19 @@ def call_plan(plan: PointerPlan, args: Sequence[Any], kwargs: Mapping[str, Any],
     if any(one._spec.requires_grad for one in operands):
         handle.place.gradients.histories.rewrite()  # a plan may write to its operands
     return map_leaves(graph.outputs, lambda leaf: next(values) if isinstance(leaf, Ref) else leaf)
+
+
+def _advice(tensor: object, inputs: Sequence[Any]) -> str:
+    if isinstance(tensor, PointerTensor):
+        return "move it there with .move(worker)"
+    if not getattr(tensor, "in_shares", False):
+        return "send it there with .send(worker)"
+    if any(isinstance(one, PointerTensor) for one in inputs):
+        return (
+            "write pointer.fix_precision().share(...).get() of its other arguments with the same workers, or get() the "
+            "one in shares"
+        )
+    return "a plan that is sent runs on pointers; on shares call the plan that is here, which goes to their parties"
 
 
 def copy_plan(plan: PointerPlan) -> PointerPlan:

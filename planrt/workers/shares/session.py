@@ -170,13 +170,17 @@ class WorkersSession(BatchedSession):
 
     async def _open(self, handle: Value) -> tuple[torch.Tensor, int]:
         answers = await self._of_all(m.FetchedShare, [m.Fetch(handle.place, False)] * len(self._places))
-        scales = {body.scale for body, _ in answers}
-        parts = [tensors[0] for _, tensors in answers if len(tensors) == 1]
-        if len(scales) != 1 or len(parts) != len(self._places):
+        held = [
+            (body.scale, None if len(tensors) != 1 else (list(tensors[0].shape), tensors[0].dtype))
+            for body, tensors in answers
+        ]
+        if any(one != held[0] for one in held) or held[0][1] is None:
+            whose = ", ".join(f"{self._name(number)} {one}" for number, one in enumerate(held))
             raise SharingError(
-                "the parties hold parts of different secrets under one name: nothing was opened"
+                f"the parties hold parts of different secrets under one name, by scale and shape: {whose}: nothing was "
+                "opened"
             )
-        return reconstruct(parts), scales.pop()
+        return reconstruct([tensors[0] for _, tensors in answers]), held[0][0]
 
     def _forget(self, place: Any) -> None:
         for one in self._places:
@@ -289,10 +293,23 @@ class WorkersSession(BatchedSession):
             for number, answer in enumerate(answers)
             if isinstance(answer, BaseException)
         ]
+        if failed and not self.broken and kind is not m.GroupTraffic:
+            await self._look_whether_broken()
         if failed:  # who says more than that the group has failed knows why
             told, cause = min(failed, key=lambda one: _follows(one[1]))
             raise told from (cause if cause is not told else None)
         return answers  # type: ignore[return-value]
+
+    async def _look_whether_broken(self) -> None:
+        """Finds out whether the parties cannot go on after what has failed: who says why does not say that."""
+
+        async def ask(place: RemoteWorkplace) -> object:
+            return await place.ask(m.GroupTraffic, m.ReadTraffic(self.group))
+
+        asking = [ask(place) for place in self._places]
+        for answer in await asyncio.gather(*asking, return_exceptions=True):
+            ended = isinstance(answer, RemoteError) and answer.kind in (_GROUP_FAILED, "SharingError")
+            self.broken = self.broken or ended or isinstance(answer, TransportError)
 
     def _failed(self, error: BaseException, whose: str) -> BaseException:
         """What is raised for an error of one party's: as what it is, with the party in its words."""

@@ -21,6 +21,7 @@ from planrt.sharing.tensors.refusals import check_made
 from planrt.sharing.tensors.sessions import SharingSession
 from planrt.sharing.tensors.shared import SharedTensor, share
 from planrt.types import as_whole
+from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.tensor import PointerTensor
 from planrt.workers.shares.session import DEFAULT_TIMEOUT, sharing_session
 
@@ -130,7 +131,16 @@ def fix_precision(
         return FixedPrecisionPointer(self, base, digits)
     if isinstance(self, SharedTensor):
         raise SharingError("the tensor is shared already: fix_precision() comes before share()")
+    _refuse_several(self)
     return FixedPrecisionTensor.of(self, base, digits)
+
+
+def _refuse_several(tensor: torch.Tensor) -> None:
+    if isinstance(tensor, MultiPointerTensor):
+        raise PointerError(
+            "a pointer to several workers is several tensors: share each one, "
+            "pointer.child['bob'].fix_precision().share(...)"
+        )
 
 
 def fix_precision_in_place(self: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -191,6 +201,7 @@ def share_tensor(
         )
         found = made.get()
         return SharedPointer(SharedTensor(found.session, found.handle, found.shape, torch.int64))
+    _refuse_several(self)
     session = _session(self, workers, crypto_provider, timeout)
     plain = self.plain if isinstance(self, FixedPrecisionTensor) else self
     if requires_grad and not plain.is_floating_point():

@@ -119,8 +119,14 @@ class PartyOps:
             yield Wait(group.dealing_key)
 
     def traffic(self, session: Session, body: m.ReadTraffic) -> Answer:
-        """Answers how much this party has sent and received."""
-        return self._own(session, body.group).traffic, ()
+        """Answers how much this party has sent and received.
+
+        Raises:
+            GroupFailedError: the group has ended.
+        """
+        group = self._own(session, body.group)
+        group.check()
+        return group.traffic, ()
 
     def _proved(self, id: str, token: str) -> Group:
         group = self._groups.get(id)
