@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from planrt.errors import LocalError, WireError
@@ -19,6 +21,9 @@ from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
 
 ALIGNMENT = 64
 """Tensors start at multiples of this many bytes (a cache line, and what vectorised kernels like)."""
+
+_WHOLE = (torch.int64, torch.uint8, torch.int16)
+"""Dtypes that need no gradient and are never conjugated."""
 
 MAX_DIMS = 64
 MAX_ELEMENTS = 1 << 48
@@ -48,6 +53,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
         LocalError: a sparse, quantised or otherwise layout-less tensor, or a dtype that does not travel.
     """
     check_dense(tensor)
+    if _is_plain(tensor):  # as most are of what parties open to each other
+        return memoryview(tensor.numpy().reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if plain._is_zerotensor():  # autograd's zeros have no memory before somebody copies them
         plain = plain.clone()
@@ -55,6 +62,12 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of size 1 can be anything
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor is its values, one after the other; False for many of which it is."""
+    whole = type(tensor) is torch.Tensor and tensor.dtype in _WHOLE and tensor.is_cpu and tensor.numel() > 0
+    return whole and tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def check_dense(tensor: torch.Tensor) -> None:
@@ -97,13 +110,13 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
     layouts: list[Layout] = []
     position = 0
     for entry in described:
-        match entry:
-            case [str(name), list(sizes)] if name in DTYPES and len(sizes) <= MAX_DIMS:
-                dtype = DTYPES[name]
-            case _:
-                raise WireError(f"malformed header: bad tensor entry {entry!r:.80}", address=address)
-        if not all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in sizes):
-            raise WireError(f"malformed header: bad tensor shape {sizes!r:.80}", address=address)
+        fits = type(entry) is list and len(entry) == 2 and type(entry[0]) is str and type(entry[1]) is list
+        if not fits or entry[0] not in DTYPES or len(entry[1]) > MAX_DIMS:
+            raise WireError(f"malformed header: bad tensor entry {entry!r:.80}", address=address)
+        dtype, sizes = DTYPES[entry[0]], entry[1]
+        for size in sizes:
+            if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
+                raise WireError(f"malformed header: bad tensor shape {sizes!r:.80}", address=address)
         elements = math.prod(sizes)
         if elements > MAX_ELEMENTS:
             raise WireError(f"malformed header: tensor of {elements:.3g} elements", address=address)
@@ -141,6 +154,7 @@ def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str
     return tensors
 
 
+@lru_cache(maxsize=4096)
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor in row-major order, as torch counts them."""
     strides: list[int] = []

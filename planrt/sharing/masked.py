@@ -33,7 +33,7 @@ class Masked:
 
     def share(self, party: Party) -> torch.Tensor:
         """Returns this party's part of x."""
-        return party.public(self.opened) - self.part
+        return self.opened - self.part if party.first else -self.part
 
     def plus(self, value: torch.Tensor | int) -> Masked:
         """Returns x plus something that all know, of a shape that broadcasts to x's."""

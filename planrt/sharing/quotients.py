@@ -9,7 +9,6 @@ section 4.1), for two parties.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from planrt.errors import OptionError, SharingError
@@ -35,7 +34,7 @@ def shifted(opened: torch.Tensor, divisor: int) -> tuple[torch.Tensor, torch.Ten
     """
     steps = LIMIT // divisor
     raised = opened + steps * divisor
-    return ring.from_unsigned(ring.unsigned(raised) // np.uint64(divisor)), raised < 0, steps
+    return ring.floor_divided(raised, divisor, signed=False), raised < 0, steps
 
 
 def divide(party: Party, value: Masked, divisor: int) -> torch.Tensor:

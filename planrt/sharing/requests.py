@@ -56,10 +56,6 @@ class Known:
         return replace(self, shape=shape, changes=(*self.changes, (name, *arguments)))
 
 
-def _below(values: torch.Tensor, divisor: int) -> torch.Tensor:
-    return ring.from_unsigned(ring.unsigned(values) // np.uint64(divisor))
-
-
 def pair_differences(values: torch.Tensor) -> torch.Tensor:
     """Returns the differences value[i] - value[j] along the first dimension, for all pairs i < j, row by row."""
     first, second = pairs(len(values))
@@ -81,8 +77,8 @@ CHANGES: dict[str, Callable[..., torch.Tensor]] = {
     "narrow": lambda value, dim, start, length: value.narrow(dim, start, length),
     "pairs": lambda value: pair_differences(value),
     "times": lambda value, factor: value * factor,
-    "divide": lambda value, divisor: torch.div(value, divisor, rounding_mode="floor"),
-    "divide_unsigned": _below,
+    "divide": lambda value, divisor: ring.floor_divided(value, divisor, signed=True),
+    "divide_unsigned": lambda value, divisor: ring.floor_divided(value, divisor, signed=False),
 }
 """What can be done to a known value. Views are what a party does to its own part alike; the divisions are not linear,
 so parts of their results are asked for with `Given`.

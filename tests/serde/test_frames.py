@@ -29,6 +29,25 @@ def sample(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return (torch.rand(shape, dtype=torch.float64) * 3 - 1).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int16])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda one: one.t(),
+        lambda one: one[:, :1].expand(3, 4),
+        lambda one: one[::2, 1::2],
+        lambda one: one[1],
+        lambda one: one[2, 3],
+        torch._neg_view,
+        lambda one: torch._efficientzerotensor((3, 4), dtype=one.dtype),
+    ],
+)
+def test_views_of_whole_numbers_survive(dtype, view):
+    tensor = view(torch.arange(12).reshape(3, 4).to(dtype))
+    (received,) = receive(to_bytes({}, [tensor])).tensors
+    assert (received.dtype, received.tolist()) == (tensor.dtype, tensor.clone().tolist())
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3, 4)])
 def test_every_dtype_and_shape_survives(dtype, shape):

@@ -78,6 +78,18 @@ def test_long_products_of_matrices_are_summed_up_in_pieces(length, change, anyth
     assert torch.equal(bilinear_sum("matmul", [(left, batch.mT)] * 2), 2 * (left @ batch.mT))
 
 
+@pytest.mark.parametrize("divisor", [1, 2, 3, 10, 1000, 2**16, 2**16 + 1, 2**40, 2**61, 2**62 - 1])
+def test_divisions_round_down(divisor, anything):
+    values = torch.cat(
+        [anything(100), torch.tensor([-(2**63), 2**63 - 1, -1, 0, 1, divisor, -divisor, divisor - 1])]
+    )
+    for signed in (True, False):
+        found = ring.floor_divided(values, divisor, signed=signed).tolist()
+        for one, quotient in zip(values.tolist(), found, strict=True):
+            whole = one if signed else one % 2**64
+            assert (whole // divisor - quotient) % 2**64 == 0
+
+
 def test_packed_bits_come_back():
     flags = torch.randint(0, 2, (3, 77)).numpy().astype("uint8")
     assert (ring.unpacked(ring.packed(flags), 77) == flags).all()

@@ -178,9 +178,11 @@ def _program(waiting: Sequence[_Waiting], wanted: set[int]) -> tuple[Program, li
     kept: list[_Waiting] = []
     for call in reversed(waiting):
         target = call.args[0] if call.in_place else None
-        changed = None if target is None else origins.get(target, target)
-        changes = isinstance(changed, _Operand) or changed in {origins.get(one, one) for one in needed}
-        if (target is not None and changes) or needed.intersection(call.makes):
+        changes = False
+        if target is not None:
+            changed = origins.get(target, target)
+            changes = isinstance(changed, _Operand) or any(origins.get(one, one) == changed for one in needed)
+        if changes or needed.intersection(call.makes):
             kept.append(call)
             needed.update(one for one in call.reads if isinstance(one, _Result))
     kept.reverse()
