@@ -5,9 +5,10 @@ import asyncio
 import msgpack
 import pytest
 
+from planrt.errors import ConnectError
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
-from planrt.workers.machine.events import PeerFailed, Received, Reply
+from planrt.workers.machine.events import PeerFailed, Received, Reply, ToPeer
 from planrt.workers.machine.failures import as_sent
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.host import ComputeThread, WorkerHost
@@ -69,6 +70,29 @@ def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):
         with pytest.raises(ConnectionResetError):
             await host._handle(Received(1, m.Envelope(5, m.CountObjects()), []))
         assert (await reading).message.id == 5
+
+    asyncio.run(go())
+
+
+def test_a_worker_that_has_stopped_dials_nobody():
+    """What a computation posts may come to the loop when the worker has stopped meanwhile."""
+    dialled = []
+
+    class Dialling:
+        async def connect(self, *args):
+            dialled.append(args)
+            raise ConnectError("nobody is there", address="memory://alice")
+
+    async def go():
+        host = WorkerHost(WorkerState("bob"), ComputeThread("test"), dialling=Dialling())
+        message = ToPeer(m.PeerAddress("alice", "memory://alice"), m.FailGroup("g", "it is over"))
+        host._links.send(message)
+        await asyncio.sleep(0.01)
+        assert len(dialled) == 1
+        host.stop()
+        host._links.send(message)
+        await asyncio.sleep(0.01)
+        assert len(dialled) == 1
 
     asyncio.run(go())
 

@@ -83,9 +83,12 @@ class Links:
         self._secrets: dict[PeerFor, str] = {}
         """What proves the tickets that it was given."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def send(self, instruction: ToPeer) -> None:
-        """Sends to another worker, in the order of the calls, without waiting."""
+        """Sends to another worker, in the order of the calls, without waiting; nothing any more once it is closed."""
+        if self._closed:
+            return
         link = self._links.get(instruction.peer)
         if link is None:
             link = self._links[instruction.peer] = _Link()
@@ -123,6 +126,7 @@ class Links:
 
     def close(self) -> None:
         """Closes every link."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         for link in self._links.values():
