@@ -70,8 +70,7 @@ def _intersection(size: Size) -> list[Row]:
         ),
         Row(
             f"{what}: a worker's peak", "MB", Sample((peaks[higher] / 1e6,)), goal=Goal(at_most=2000, absolute=True),
-            note=f"resident memory of a worker's process; {before[higher] / 1e6:.0f} MB with its table read, then "
-            f"{(peaks[higher] - before[higher]) / count:.0f} bytes more for each id",
+            note=f"resident memory of a worker's process, {before[higher] / 1e6:.0f} MB of it with its table read",
             details={"peaks": peaks, "with their tables read": before},
         ),
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from planrt.errors import (
     JointError,
     OptionError,
     PlanrtError,
+    PolicyRefusedError,
     RemoteError,
     TransportError,
     ValueRangeError,
@@ -134,8 +135,10 @@ class JointRun:
         """Asks all parties at once; returns their answers, or raises what the first one says that knows why.
 
         Once a party has failed the others hear of it from one another; who does not answer then is waited for no more.
-        A run that is interrupted meanwhile has ended: its parties are in the middle of a step.
+        That ends the run, but for predictions and figures that all parties know to be refused. A run that is
+        interrupted meanwhile has ended, too: its parties are in the middle of a step.
         """
+        asks = any(isinstance(one, m.WorkJoint) and one.step in ("predict", "evaluate") for one in bodies)
         given = tensors or [()] * len(self._workers)
         asked: list[asyncio.Task[Any]] = [
             asyncio.ensure_future(worker.ask(kind, body, sent))
@@ -156,8 +159,11 @@ class JointRun:
         failed = [(place, error) for place, error in errors.items() if error is not None]
         if failed:
             place, error = min(failed, key=lambda one: _follows(one[1]))
-            self._end()
-            raise self._told(error, place) from error
+            told = self._told(error, place)
+            refused = asks and isinstance(told, AlignmentError | PolicyRefusedError)
+            if not refused or len(errors) < len(asked):
+                self._end()
+            raise told from error
         return [one.result() for one in asked]
 
     def _told(self, error: BaseException, number: int) -> BaseException:
@@ -344,7 +350,8 @@ class TrainedRun(JointRun):
         ``#predictions`` and with the id of the run, for those alone whom that owner's access file names.
 
         Raises:
-            AlignmentError: somebody is not in all tables. JointError: as `fit`.
+            AlignmentError: somebody is not in all tables. PolicyRefusedError: of fewer people than an owner's rules ask
+                for. The run goes on after either. JointError: as `fit`.
         """
         return run(self.async_predict(people), instead="await run.async_predict(people)")
 

@@ -41,10 +41,13 @@ def parties(make_worker, table):
     return Party(alice, "t", "id", ["a", "b"]), Party(bob, "t", "who", ["c", "d", "e"], label="y")
 
 
-def joined(table, *, seed=0, holdout=0.0, normalise="casefold"):
-    """What an owner of both tables has: columns [people, 5] and labels, in the order of joint runs."""
+def joined(table, *, seed=0, holdout=0.0, normalise="casefold", several=False):
+    """What an owner of both tables has: columns [people, 5] and labels, in the order of joint runs; where ids are of
+    `several` columns, each is a tuple."""
     common = range(10, len(table["id"]) - 10)
-    keys = keys_of([("id", [table["id"][row] for row in common])], normalise, whose="everybody")
+    ids = [table["id"][row] if several else (table["id"][row],) for row in common]
+    columns = [(f"id {place}", list(map(str, column))) for place, column in enumerate(zip(*ids, strict=True))]
+    keys = keys_of(columns, normalise, whose="everybody")
     rows = [common[place] for place in order_of(keys, seed)]
     rows = rows[: len(rows) - int(len(rows) * holdout)]
     values = np.stack([[table[name][row] for row in rows] for name in "abcde"], 1)

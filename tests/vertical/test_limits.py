@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from planrt.errors import JointError, NotApprovedError, OptionError, PolicyRefusedError, RemoteError
+from planrt.errors import (
+    AlignmentError,
+    JointError,
+    NotApprovedError,
+    OptionError,
+    PolicyRefusedError,
+    RemoteError,
+)
 from planrt.loop import run as wait
 from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.rules import Policy, ReleaseRule
@@ -91,12 +98,41 @@ def test_release_rules_hold_for_all_that_a_run_tells(guarded):
         assert len(run.predict(table["id"][12:32])) == 20
         with pytest.raises(PolicyRefusedError, match="predictions of fewer than 20 people"):
             run.predict([table["id"][20]] * 1000)
-    with (
-        approved(lambda: logistic_regression(alice, bob, batch_size=36, holdout=0.1, **about)) as run,
-        pytest.raises(PolicyRefusedError, match="figures of fewer than 20 people"),
-    ):
-        run.evaluate()
+        assert len(run.predict(table["id"][12:32])) == 20, "what was refused has ended nothing"
+    with approved(lambda: logistic_regression(alice, bob, batch_size=36, holdout=0.1, **about)) as run:
+        with pytest.raises(PolicyRefusedError, match="figures of fewer than 20 people"):
+            run.evaluate()
+        assert len(run.fit()) == 1
     assert approved(lambda: intersection_size(alice, bob, normalise="casefold")) == 40
+
+
+def test_predictions_are_for_one_person_at_all_parties(make_worker):
+    """Or a client would put one party's part for somebody together with another one's for somebody else, and have
+    weights that stay where they are. Whom the parties do not know costs nothing."""
+    table = whole()
+    alice, bob = parties(make_worker, table)
+    with linear_regression(
+        alice, bob, key_holder=make_worker("carol"), normalise="casefold", batch_size=20, epochs=2,
+        weights_to_client=False, **SHORT,
+    ) as run:  # fmt: skip
+        run.fit(1)
+        known, other, unknown = table["id"][20], table["id"][21], table["id"][3]
+        first = run.predict([known, other])
+        with pytest.raises(AlignmentError, match="person 1 of those asked for is not among"):
+            run.predict([known, unknown])
+
+        def told(*people):
+            bodies = [m.WorkJoint(run.id, "predict", people=[[one]]) for one in people]
+            return wait(run._each(m.JointDone, bodies), instead="-")
+
+        with pytest.raises(AlignmentError, match="person 0 of those"):
+            told(known, unknown, known)
+        assert torch.equal(run.predict([known, other]), first)
+        run.fit(1)
+        with pytest.raises(JointError, match="were told different people"):
+            told(known, other, known)
+    with pytest.raises(JointError, match="has ended"):
+        run.predict([known])
 
 
 def test_noise_is_not_averaged_away(make_worker):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from planrt.errors import JointError, PolicyError
+from planrt.errors import AlignmentError, JointError, PlanrtError, PolicyError
 from planrt.sharing.columns import linear, shared
 from planrt.sharing.columns.intersection import MAX_IDS, align, intersect
 from planrt.sharing.columns.steps import Role, Send, take_one
 from planrt.workers.machine.joint.networks import SplitOwner
-from planrt.workers.machine.joint.owners import LinearOwner, linear_terms, shared_terms
-from planrt.workers.machine.joint.run import Run
+from planrt.workers.machine.joint.owners import AlignedTable, LinearOwner, Model, linear_terms, shared_terms
+from planrt.workers.machine.joint.run import Run, StepRefusedError
 from planrt.workers.wire import messages as m
 
 Told = Callable[[str, int, bool], None]
@@ -24,8 +25,7 @@ def role_of(run: Run, body: m.WorkJoint, told: Told) -> Role:
     """Returns this party's part of a step.
 
     Raises:
-        JointError: another step comes next. PolicyError: what it tells is of fewer rows than the owner's rules ask for.
-        AlignmentError: predictions for somebody who is not in all tables.
+        JointError: another step comes next.
     """
     table, model = run.table, run.model
     if body.step in ("align", "resume"):
@@ -49,13 +49,39 @@ def role_of(run: Run, body: m.WorkJoint, told: Told) -> Role:
     elif body.step == "release" and isinstance(model, LinearOwner):
         return model.release()
     elif body.step != "release" and model is not None:
-        rows = table.evaluated() if body.step == "evaluate" else table.rows_of(body.people)
-        what = "figures" if body.step == "evaluate" else "predictions"
-        check_least(run, len(set(rows.tolist())), what)
-        if isinstance(model, SplitOwner):
-            return model.predict(rows)
-        return model.predict(rows, evaluate=body.step == "evaluate")
+        return _predict(run, table, model, None if body.step == "evaluate" else body.people)
     raise JointError("nothing is aligned yet: the step 'align' comes first")
+
+
+def _predict(run: Run, table: AlignedTable, model: Model, people: Sequence[Sequence[str]] | None) -> Role:
+    """An owner's part of predictions; of an evaluation, where no people are named.
+
+    The owners first tell each other for which rows: who was told other people than the rest would give its part of a
+    prediction for somebody to that of somebody else. Where one does not want to, none does, and the run goes on.
+    """
+    refusal: PlanrtError | None = None
+    rows = np.zeros(0, dtype=np.int64)
+    try:
+        found = table.evaluated() if people is None else table.rows_of(people)
+        check_least(run, len(set(found.tolist())), "figures" if people is None else "predictions")
+        rows = found
+    except (AlignmentError, PolicyError) as error:
+        refusal = error
+    mine = torch.from_numpy(rows)
+    others = [number for number in range(run.about.owners) if number != run.me]
+    for other in others:
+        yield Send(other, "rows", [mine])
+    for other in others:
+        theirs = yield from take_one(other, "rows", torch.int64, [None], run.names)
+        if not len(theirs) and refusal is None:
+            refusal = JointError(f"{run.name_of(other)} does not predict for these people")
+        elif len(mine) and len(theirs) and not torch.equal(mine, theirs):
+            raise JointError(f"{run.name_of(run.me)} and {run.name_of(other)} were told different people")
+    if refusal is not None:
+        raise StepRefusedError(refusal)
+    if isinstance(model, SplitOwner):
+        return (yield from model.predict(rows))
+    return (yield from model.predict(rows, evaluate=people is None))
 
 
 def _nothing() -> Role:

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from planrt.errors import JointError
+from planrt.errors import JointError, PlanrtError
 from planrt.logs import get_logger
 from planrt.plans.ir.graph import Graph
 from planrt.serde.tensors import payload_bytes
@@ -42,6 +42,14 @@ class JointFailedError(OpFailedError):
 
     def __init__(self, reason: str, kind: str) -> None:
         super().__init__(m.Failure(type(self).__name__, reason, cause=kind))
+
+
+class StepRefusedError(Exception):
+    """A step that no party does, as all of them know: the run goes on. `error` is what the client is told."""
+
+    def __init__(self, error: PlanrtError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(slots=True, eq=False)

@@ -30,7 +30,7 @@ from planrt.workers.machine.joint.kept import Keeps, KeptRun
 from planrt.workers.machine.joint.networks import SplitOwner
 from planrt.workers.machine.joint.owners import AlignedTable
 from planrt.workers.machine.joint.roles import keep, role_of
-from planrt.workers.machine.joint.run import JointFailedError, Run, turn
+from planrt.workers.machine.joint.run import JointFailedError, Run, StepRefusedError, turn
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.sessions import Session, ask
 from planrt.workers.machine.store import ObjectStore, new_id
@@ -335,6 +335,8 @@ class JointOps:
         run.busy = True
         try:
             return (yield from self._step(session, run, body, tensors))
+        except StepRefusedError as refused:
+            raise refused.error from None
         except Exception as failed:  # whatever it raises ends the run, never the worker
             error = self._untold(session, run, failed)
             told = failure_of(error)
