@@ -6,6 +6,12 @@ them: the same training on the joined table, and each owner's columns alone. Wit
 shares, where carol hands out randomness; of the breast cancer data with the exact logistic loss, too.
 
     python examples/vertical.py [--websocket] [--shares] [--epochs 20] [--key-bits 2048] [--data DIR] [--plot FILE.png]
+
+With --keep DIR each party keeps its part of the encrypted runs after every epoch, in a folder of its own below that.
+What was interrupted goes on with the same options and --resume, and has the weights that it would have had.
+
+    python examples/vertical.py --keep kept --epochs 20
+    python examples/vertical.py --keep kept --epochs 20 --resume
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from _workers import options_of
 
 import planrt as sy
 from planrt.command_line import positive_number, run_command, whole_number
+from planrt.errors import OptionError
 from planrt.extras import needed
 from planrt.fl.data import boston
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
@@ -73,12 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--shares", action="store_true", help="trains on secret shares, too")
     add("--data", metavar="DIR", help="folder that holds boston_housing.npz")
     add("--plot", metavar="FILE", help="write a figure of the losses")
+    add("--keep", metavar="DIR", help="each party keeps its part of a run in a folder below this one")
+    add(
+        "--resume",
+        action="store_true",
+        help="goes on from what the parties have kept in the folder of --keep",
+    )
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains on both data sets and shows what came of it."""
+    if options.resume and options.keep is None:
+        raise OptionError("--resume goes on from what was kept: give its folder with --keep DIR")
     if options.key_bits < 2048:
         print(f"Notice: a key of {options.key_bits} bits keeps no secrets")
         warnings.filterwarnings("ignore", "a key of")
@@ -113,15 +128,18 @@ def train(people: People, options: argparse.Namespace) -> dict[str, list[float]]
     rows = aligned(people)
     count = len(rows) - int(len(rows) * HELD_OUT)
     open_run = logistic_regression if people.model == "logistic" else linear_regression
-    with owners(people, websocket=options.websocket) as (bank, clinic, carol):
+    keep = Path(options.keep, people.name) if options.keep else None
+    resume = options.resume and keep is not None and any(keep.glob("*/*.run"))
+    with owners(people, websocket=options.websocket, keep=keep) as (bank, clinic, carol):
         about: dict[str, Any] = {
             "normalise": "casefold", "epochs": options.epochs, "batch_size": count, "lr": options.lr,
             "holdout": HELD_OUT, "seed": SEED,
         }  # fmt: skip
-        short = options.key_bits < 2048
-        with open_run(
-            bank, clinic, key_holder=carol, key_bits=options.key_bits, allow_short_key=short, **about
-        ) as joint:
+        keys: dict[str, Any] = {"key_bits": options.key_bits, "allow_short_key": options.key_bits < 2048}
+        kept = {} if keep is None else {"keep": people.name, "resume": resume}
+        with open_run(bank, clinic, key_holder=carol, **keys, **kept, **about) as joint:
+            if joint.resumed:
+                print(f"{people.name}: goes on after epoch {len(joint.losses)}")
             together = joint.fit()
             weights, evaluation = joint.weights(), joint.evaluate()
             print(f"{people.name}: {joint!r}, {joint.people} to train on and {evaluation.people} held out")
@@ -224,8 +242,11 @@ def plain(
 
 
 @contextlib.contextmanager
-def owners(people: People, *, websocket: bool) -> Iterator[tuple[Party, Party, BaseWorker]]:
-    """The bank, the clinic and carol: each table is a file of its owner's, served by a worker."""
+def owners(
+    people: People, *, websocket: bool, keep: Path | None = None
+) -> Iterator[tuple[Party, Party, BaseWorker]]:
+    """The bank, the clinic and carol: each table is a file of its owner's, served by a worker. Each keeps its part of
+    runs in a folder below `keep`."""
     left, right = people.halves
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         files = [Path(folder, "bank.csv"), Path(folder, "clinic.csv")]
@@ -240,13 +261,14 @@ def owners(people: People, *, websocket: bool) -> Iterator[tuple[Party, Party, B
         }
         write(files[1], {**clinic, "label": people.label}, people.parts[1])
         ids, keys = ("bank", "clinic", "carol"), ("customer", "patient")
+        folders = {id: keep / id if keep else None for id in ids}
         workers: list[BaseWorker] = []
         if websocket:
             served = [
                 ("--dataset", str(file), "--id-column", key) for file, key in zip(files, keys, strict=True)
             ]
             children = [
-                ChildOptions(id, 0, (*given, "--threads", "1"))
+                ChildOptions(id, 0, (*given, "--threads", "1", *joint_runs(folders[id])))
                 for id, given in zip(ids, [*served, ("--empty",)], strict=True)
             ]
             ready = stack.enter_context(WorkerProcesses(children)).wait_ready()
@@ -255,13 +277,19 @@ def owners(people: People, *, websocket: bool) -> Iterator[tuple[Party, Party, B
         else:
             for id, file, key in zip(ids, files, keys, strict=False):
                 tables = {file.stem: Table.from_file(file, key)}
-                workers.append(stack.enter_context(sy.VirtualWorker(id=id, datasets=tables)))
-            workers.append(stack.enter_context(sy.VirtualWorker(id="carol")))
+                worker = sy.VirtualWorker(id=id, datasets=tables, joint_runs=folders[id])
+                workers.append(stack.enter_context(worker))
+            workers.append(stack.enter_context(sy.VirtualWorker(id="carol", joint_runs=folders["carol"])))
         yield (
             Party(workers[0], "bank", "customer", left),
             Party(workers[1], "clinic", "patient", right, label="label"),
             workers[2],
         )
+
+
+def joint_runs(folder: Path | None) -> tuple[str, ...]:
+    """The option of a worker that keeps its part of runs."""
+    return () if folder is None else ("--joint-runs", str(folder))
 
 
 def write(path: Path, columns: dict[str, Any], rows: range) -> None:

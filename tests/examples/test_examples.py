@@ -238,6 +238,20 @@ def test_owners_of_different_columns_train_as_on_the_joined_table(examples, tmp_
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
+def test_owners_of_different_columns_go_on_after_a_break(examples, tmp_path):
+    """The bank was gone before it had kept the second epoch; processes go on where virtual workers were."""
+    kept = tmp_path / "kept"
+    options = ("--epochs", "2", "--key-bits", "1024", "--keep", str(kept))
+    first = examples.run("vertical", *options)
+    for path in (kept / "breast cancer" / "bank").glob("*-0000002.run"):
+        path.unlink()
+    again = examples.run("vertical", *options, "--resume", "--websocket")
+    assert "breast cancer: goes on after epoch 1\n" in again.out
+    weights = [re.findall(r"[+-]\d\.\d{6}  joined", ended.out) for ended in (first, again)]
+    assert len(weights[0]) >= 31
+    assert weights[0] == weights[1]
+
+
 # ------------------------------------------------------------------------------------------------- encrypted
 
 
