@@ -160,8 +160,7 @@ class JointRun:
         if failed:
             place, error = min(failed, key=lambda one: _follows(one[1]))
             told = self._told(error, place)
-            refused = asks and isinstance(told, AlignmentError | PolicyRefusedError)
-            if not refused or len(errors) < len(asked):
+            if not (asks and len(errors) == len(asked) and _refused(told, [one for _, one in failed])):
                 self._end()
             raise told from error
         return [one.result() for one in asked]
@@ -240,6 +239,12 @@ class JointRun:
         names = ", ".join(worker.id for worker in self._workers)
         state = "ended" if self._ended else f"{self.size:,} people in common"
         return f"<{type(self).__name__} of {names}: {state}>"
+
+
+def _refused(told: BaseException, errors: Sequence[BaseException]) -> bool:
+    """Whether that is a step that the parties agreed not to do: none of them has heard that the run has failed."""
+    ended = any(not isinstance(one, RemoteError) or one.kind == _FAILED for one in errors)
+    return isinstance(told, AlignmentError | PolicyRefusedError) and not ended
 
 
 def _follows(error: BaseException) -> int:
