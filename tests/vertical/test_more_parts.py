@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from planrt.errors import JointError
+from planrt.errors import AlignmentError, JointError
 from planrt.seeding import derive_seed
 from planrt.vertical import Party, Table, split_network
 from tests.vertical.tables import joined, parties, some, whole
@@ -185,3 +185,37 @@ def test_a_batch_of_one_person_and_batch_norm(make_worker):
         split_network(
             *owners, bottoms=bottoms, top=top, loss_fn=nn.MSELoss(), batch_size=13, epochs=1
         ).fit()  # fmt: skip
+
+
+def test_people_who_came_later_are_predicted_for_in_a_new_run(make_worker):
+    """By the modules that were trained before; they have no label yet, and nothing looks at what stands there."""
+    table = whole()
+    bottoms, top = parts(3)
+    about = {
+        "bottoms": bottoms,
+        "top": top,
+        "loss_fn": nn.BCEWithLogitsLoss(),
+        "standardise": False,
+        "epochs": 2,
+    }
+    with split_network(*owners_of(make_worker, table, 3), **about) as run:
+        run.fit()
+        run.get()
+        with pytest.raises(AlignmentError, match="person 1 of those asked for .* is in a new run"):
+            run.predict(["person 30", "person 200"])
+    later = {name: list(values) for name, values in whole(70).items()}
+    later["id"] = [f"person {200 + place}" for place in range(70)]
+    later["y"] = [0.0] * 70
+    owners = []
+    for place, names in enumerate(COLUMNS[3]):
+        label = ["y"] if place == 1 else []
+        worker = make_worker(
+            f"later{place}", {"t": Table(some(later, ["id", *names, *label], range(70)), "id")}
+        )
+        owners.append(Party(worker, "t", "id", names, *label))
+    with split_network(*owners, **about) as run:
+        found = run.predict(["person 200", "person 241"])
+    net = Whole(bottoms, top, [1, 2, 2]).eval()
+    rows = torch.tensor([[later[name][row] for name in "abcde"] for row in (0, 41)]).float()
+    with torch.no_grad():
+        assert torch.equal(found, net(rows))

@@ -117,7 +117,8 @@ class AlignedTable:
             place = self.places.find(ids.key_of(one, self.about.normalise))
             if place is None:
                 raise AlignmentError(
-                    f"person {number} of those asked for is not among the people in all tables"
+                    f"person {number} of those asked for is not among the people in all tables, as they were when the "
+                    "run began: who came later is in a new run"
                 )
             found.append(place)
         return np.array(found, dtype=np.int64)
