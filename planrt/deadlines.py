@@ -21,6 +21,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 MOST_SECONDS: Final = 315_360_000
+"""Ten years: seconds that a wait may take, at most."""
+
+LONGEST_ROUND: Final = 30 * 24 * 3600.0
+"""Seconds that a round may wait for its workers, at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ LAYERS = {
     "lazy": 0, "moved": 0,
     "errors": 0, "version": 0, "tracebacks": 0, "shown": 0, "allocator": 0, "stopping": 0,
     "cards": 1, "exceptions": 1, "extras": 1,
-    "types": 1, "seeding": 1, "logs": 1, "metrics": 1, "loop": 1, "command_line": 1, "chained": 1,
+    "types": 1, "seeding": 1, "logs": 1, "metrics": 1, "loop": 1, "chained": 1,
     "serde": 2, "deadlines": 2,
-    "plans": 3, "sharing": 3, "workers": 4, "protocols": 5, "fl": 5, "vertical": 5, "commands": 5,
+    "command_line": 3, "plans": 3, "sharing": 3, "workers": 4, "protocols": 5, "fl": 5, "vertical": 5, "commands": 5,
     "torch_hook": 6, "sandbox": 7, "grid": 6,
     "cli": 6, "placing": 7, "__main__": 7, "compat_names": 7, "compat": 8,
 }  # fmt: skip

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from planrt.deadlines import LONGEST_ROUND
 from planrt.errors import OptionError, PlanrtError, QuorumError, RunFolderError
 from planrt.fl.asking import Asking
 from planrt.fl.attendance import WORKERS_OWN, below_quorum, looks, why_missing
@@ -41,7 +42,7 @@ from planrt.fl.round_result import RoundResult, WorkerRound
 from planrt.fl.runs.run_metrics import RunMetrics
 from planrt.fl.runs.run_record import RunRecord
 from planrt.fl.secure import SecureAggregation, SecureExchange, secure_options
-from planrt.fl.waiting import LONGEST_TIMEOUT, ROUND_TIMEOUT, Deadline, Lease, Leases
+from planrt.fl.waiting import ROUND_TIMEOUT, Deadline, Lease, Leases
 from planrt.logs import get_logger
 from planrt.loop import on_loop
 from planrt.plans.model_state import ModelState
@@ -155,7 +156,7 @@ class RoundScheduler:
             raise OptionError(
                 f"min_workers={self.min_workers} is more than the workers that there are: {len(ids)}"
             )
-        self.round_timeout = seconds("round_timeout", round_timeout, at_most=LONGEST_TIMEOUT)
+        self.round_timeout = seconds("round_timeout", round_timeout, at_most=LONGEST_ROUND)
         self.hold = whole("hold", hold, at_least=0)
         self.max_update_norm: float | None = None
         self.weighted = weighted

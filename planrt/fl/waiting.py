@@ -22,9 +22,6 @@ place."""
 ROUND_TIMEOUT: Final = 3600.0
 """Seconds that a round waits for its workers, unless it is told otherwise."""
 
-LONGEST_TIMEOUT: Final = 30 * 24 * 3600.0
-"""Seconds: what a time-out may be at most."""
-
 
 class Deadline:
     """A point in time, `seconds` from now; never, if that is None."""

@@ -286,3 +286,111 @@ def test_what_was_handed_on_counts_for_who_has_it(make_worker):
         with full():
             y.move(bob).get()
         assert y.sum().get().item() == 20 * KIB
+
+
+def test_what_kernels_save_in_a_graph_counts_until_it_is_freed(hospital):
+    """Of a cross entropy its pointer shows one number, and its graph keeps the logarithms of all probabilities."""
+    worker = hospital(small())()
+    x = torch.zeros(128, 40, requires_grad=True).send(worker)  # 20 KiB
+    target = torch.zeros(128, dtype=torch.int64).send(worker)
+    kept = []
+    with full():
+        for _ in range(10):
+            kept.append(torch.nn.functional.cross_entropy(x, target))
+            worker.objects_count()
+        kept[-1].get()
+    kept = kept[:1]
+    for _ in range(20):  # freed with its pointer, or by a backward pass
+        loss = torch.nn.functional.cross_entropy(x, target)
+        loss.backward()
+    assert x.grad.get().shape == (128, 40)
+    assert len(kept) == 1
+
+
+def test_nodes_of_a_graph_count(hospital):
+    worker = hospital(small())()
+    x = torch.zeros(1, requires_grad=True).send(worker)
+    y = x
+    with full():
+        for _ in range(200):
+            y = y + 1  # no value is kept by that, and no pointer but the last
+        y.get()
+    y = x
+    for _ in range(50):
+        y = y + 1
+    assert y.get().item() == 50
+
+
+def test_graphs_of_gradients_count(hospital):
+    worker = hospital(small())()
+    x = torch.ones(20 * KIB // 4, requires_grad=True).send(worker)
+    kept = []
+    with full():
+        for _ in range(30):
+            kept.append(torch.autograd.grad((x * x * x).sum(), x, create_graph=True)[0].sum())
+        kept[-1].get()
+    kept.clear()
+    assert torch.autograd.grad((x * x).sum(), x)[0].sum().get().item() == 10 * KIB
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("way", ["backward", "retained", "set"])
+def test_gradients_with_graphs_keep_nothing_that_nobody_can_ask_for(hospital, way):
+    """PyTorch lets such a tensor and its gradient keep each other for ever; a worker frees both with the pointer."""
+    connect = hospital(small())
+    for session in range(3):
+        worker = connect(OWNER)
+        for _ in range(6):
+            x = torch.full((KIB,), 2.0, requires_grad=True).send(
+                worker
+            )  # 4 KiB, and some five times that behind it
+            match way:
+                case "backward":
+                    (x * x * x).sum().backward(create_graph=True)
+                case "retained":
+                    y = x * 1
+                    y.retain_grad()
+                    (y * y * y).sum().backward(create_graph=True)
+                    assert y.grad[0].get().item() == 12.0
+                    del y
+                case _:
+                    x.grad = 3 * x * x
+            assert x.grad[0].get().item() == 12.0
+            if session < 2:
+                assert torch.autograd.grad(x.grad.sum(), x)[0][0].get().item() == 12.0  # of second order
+            del x
+        worker.objects_count()
+        worker.close()
+
+
+@pytest.mark.parametrize("op", ["dropout", "max_pool1d", "layer_norm", "gelu", "in_place", "chunks"])
+def test_whatever_op_makes_the_graph_it_is_held_to_the_quota(hospital, op):
+    """A loop that keeps one number each time, and whatever its graph keeps."""
+    worker = hospital(small())()
+    x = torch.rand(1, 64, 40, requires_grad=True).send(worker)  # 10 KiB
+    kept = []
+
+    def step():
+        match op:
+            case "dropout":
+                return torch.nn.functional.dropout(x, 0.5, training=True).sum()
+            case "max_pool1d":
+                return torch.nn.functional.max_pool1d(x, 2).sum()
+            case "layer_norm":
+                return torch.nn.functional.layer_norm(x, (40,)).sum()
+            case "gelu":
+                return torch.nn.functional.gelu(x * 2).sum()
+            case "in_place":
+                return (x * 1).mul_(x).exp_().sum()
+            case _:
+                return sum(part.exp().sum() for part in x.chunk(4, 1))
+
+    with full():
+        for _ in range(120):
+            kept.append(step())
+        worker.objects_count()
+        kept[-1].get()
+    kept.clear()
+    loss = step()
+    loss.backward()
+    assert x.grad.get().shape == (1, 64, 40)

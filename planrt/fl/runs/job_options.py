@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from planrt.command_line import Parser, one_line, positive_number, seconds, whole_number
+from planrt.deadlines import LONGEST_ROUND
 from planrt.errors import OptionError
 from planrt.fl.data import digits as data
 from planrt.fl.runs.identity import add_identity, named_address
 from planrt.fl.runs.run_folder import OPTIONS
-from planrt.fl.waiting import LONGEST_TIMEOUT
 from planrt.workers.serving.metrics_options import add_metrics
 
 FIXED = (
@@ -82,7 +82,7 @@ def parser(prog: str = "mnist_async", kind: type[Parser] = Parser) -> Parser:
     add("--min-workers", type=count, metavar="N", help="workers that must answer in a round (default: all)")
     add(
         "--round-timeout",
-        type=seconds(at_most=LONGEST_TIMEOUT),
+        type=seconds(at_most=LONGEST_ROUND),
         metavar="SECONDS",
         help="how long a round waits for its workers (default: an hour)",
     )

@@ -1,9 +1,9 @@
 """What the sessions of one user may keep on a worker: so many bytes and objects, all of them together. No I/O.
 
 Counted are the tensors of objects with their gradients, the state of plans and protocols, what optimizers keep, what
-waits to be sent to another worker, and, of all that ops made, what an autograd graph keeps when its pointer is gone.
-What kernels save for themselves in a graph (a mask of dropout) and the graph's own nodes cannot be told, and are not
-counted. Memory that several objects show counts once. An object counts 1 KiB besides, and its texts.
+waits to be sent to another worker, and what an autograd graph keeps: of all that ops made, though its pointer is gone,
+what kernels saved for themselves (`graph_memory.py`), and 1 KiB for each node. Memory that several objects show counts
+once. An object counts 1 KiB besides, and its texts.
 
 Clients that are nobody's are one user for each address that they come from. What was published stays when its session
 ends, and counts on for who published it.
@@ -11,6 +11,8 @@ ends, and counts on for who published it.
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from planrt.errors import OptionError, PolicyError
 from planrt.plans.analysis.report import count_bytes
+from planrt.plans.policy.graph_memory import NODE_BYTES, NewNodes
 from planrt.plans.policy.rules import Policy
 
 OBJECT_BYTES: Final = 1024
@@ -77,6 +80,8 @@ class Account:
         self._memory = 0
         self._storages: dict[StorageWeakRef, int] = {}
         self._added = 0
+        self._gone: deque[None] = deque()
+        """Nodes of graphs that have gone since they were counted last: any thread may add to it."""
 
     def check(self, tensors: Iterable[torch.Tensor] = (), *, objects: int = 0, beside: int = 0) -> None:
         """Raises unless so many objects more, with these tensors and bytes `beside`, may be kept.
@@ -122,7 +127,28 @@ class Account:
 
     @property
     def _total(self) -> int:
+        while self._gone:
+            self._gone.popleft()
+            self._beside -= NODE_BYTES
         return self._memory + self._beside
+
+    def take_graph(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts what is new in the graphs behind `tensors`, for as long as it is there.
+
+        Raises:
+            PolicyError: that is more than may be kept. It is counted nevertheless: it is there until whoever asks lets
+                go of it.
+        """
+        if self._quota.memory is None:
+            return
+        new = NewNodes(tensors)
+        if not len(new):
+            return
+        try:
+            self.check(new.saved, beside=len(new) * NODE_BYTES)
+        finally:
+            self.take(new.saved, beside=len(new) * NODE_BYTES)
+            new.mark(functools.partial(self._gone.append, None))
 
     def take(self, tensors: Iterable[torch.Tensor] = (), *, objects: int = 0, beside: int = 0) -> None:
         """Counts what is kept from now on: tensors for as long as anything keeps their memory."""

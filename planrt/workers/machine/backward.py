@@ -23,13 +23,14 @@ Why a gradient that is missed is for nobody, and not for everybody:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from planrt.errors import LocalError
+from planrt.errors import LocalError, PolicyError
 from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.failures import OpFailedError, failure_of, failure_of_op
 from planrt.workers.machine.kinds.tensor import grad_of, spec_of, tensor_of
@@ -104,6 +105,7 @@ class BackwardPasses:
             self._check_room(session, [tensor_of(stored) for stored in roots])
         written = self._written_by([tensor_of(stored) for stored in roots], session)
         before = self.gradients_before(written)
+        reached = leaf_tensors([tensor_of(stored) for stored in roots]) if body.create_graph else []
         with torch.enable_grad():
             try:
                 torch.autograd.backward(
@@ -118,6 +120,8 @@ class BackwardPasses:
                 raise OpFailedError(failure_of_op(error, op, None, private=label is not None)) from error
             finally:  # a pass that fails may have left gradients before
                 self.account(before, label)
+                for tensor in (*reached, *(self._retaining if reached else ())):
+                    self._store.may_keep_itself(tensor)
                 self._keep(session)
         return m.Gradients(list(self._gradients(session))), ()
 
@@ -136,7 +140,10 @@ class BackwardPasses:
             for one in stored:
                 if one.account is not None and isinstance(one.value, torch.Tensor):
                     grad = grad_of(one.value)
-                    one.account.take([] if grad is None else [grad])
+                    if grad is not None:
+                        one.account.take([grad])
+                        with contextlib.suppress(PolicyError):  # it counts, so whatever comes next is refused
+                            one.account.take_graph([grad])
 
     def retain(self, tensor: torch.Tensor) -> None:
         """`retain_grad` was called on an inner tensor."""

@@ -158,6 +158,10 @@ class EagerOps:
         finally:  # an op that fails may have written before, and whether it fails can depend on private values
             self._label_written(session, resolved, admitted, foreseen)
         result = self._label_result(session, resolved, result)
+        if self._store.limits(session.id):
+            # An op that writes in place may return nothing, and has a node of its own all the same.
+            there = leaves([_plain(result.value), *resolved.values])
+            self._store.keep_graphs(session.id, [one for one in there if isinstance(one, torch.Tensor)])
         if resolved.operation.traits.calls_plan and self._audit.on:
             new = result.hidden_failure if admitted.hidden_failure is None else None
             outcome = {"outcome": "done"} if new is None else {"outcome": "failed", "kind": new.kind}
@@ -292,6 +296,7 @@ class EagerOps:
             result.label = self._store.memory.of_gradient(result.value)
         elif traits.sets_gradient and len(operands) > 1:
             self._store.memory.account(tensor_of(operands[1]), result.label)
+            self._store.may_keep_itself(tensor_of(operands[0]))
         elif traits.gains_gradient:
             session.leaves[_ids(resolved.op.args[0])[0]] = None
             if traits.retains_gradient:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from planrt.errors import DuplicateIdError, LocalError
 from planrt.plans.policy.quotas import OBJECT_BYTES, Account
@@ -29,6 +30,8 @@ from planrt.workers.wire.refusals import UnknownObject
 MAX_OBJECTS = 1_000_000
 """Objects that a worker keeps for all its sessions."""
 
+_OBJECTS_LOOKED_AT: Final = 50
+"""For each object that is removed, where tensors may keep themselves."""
 _REST: Final = 50
 """Adding up is left out for so many times as long as it took the last time."""
 
@@ -54,6 +57,10 @@ class ObjectStore:
     _of_session: dict[str, dict[int, None]] = field(default_factory=dict)
     _accounts: dict[str, Account] = field(default_factory=dict)
     """Sessions whose user has a quota."""
+    _cyclic: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that may keep themselves: their gradients have graphs."""
+    _removed: int = 0
+    """Objects that were removed since it was looked for such ones last."""
 
     def add(self, id: int, stored: StoredObject) -> None:
         """Takes `stored` under `id`.
@@ -132,7 +139,26 @@ class ObjectStore:
         self._of_session[stored.owner].pop(id)
         if stored.account is not None:
             stored.account.give_back(objects=1, beside=stored.charged)
+        self._removed += 1
+        if self._cyclic and self._removed > len(self.objects) // _OBJECTS_LOOKED_AT:
+            self._break_cycles()
         return stored
+
+    def may_keep_itself(self, tensor: torch.Tensor) -> None:
+        """Takes note of a tensor whose gradient may have a graph. Such a graph mostly keeps the tensor, which keeps the
+        gradient, so nobody would ever free them: that is done when no object holds the tensor any more."""
+        grad = grad_of(tensor)
+        if grad is not None and grad.grad_fn is not None:
+            self._cyclic[tensor] = None
+
+    def _break_cycles(self) -> None:
+        """Takes their gradients from tensors that no object holds: nobody can ask for these any more."""
+        self._removed = 0
+        held = {id(tensor) for stored in self.objects.values() for tensor in self.tensors_of(stored)}
+        for tensor in list(self._cyclic):
+            if id(tensor) not in held:
+                del self._cyclic[tensor]
+                tensor.grad = None
 
     def discard(self, session: str, id: int) -> None:
         """Forgets the session's object `id`, published or not, if it is still there."""
@@ -181,6 +207,15 @@ class ObjectStore:
             tensors = list(tensors)
             account.check(tensors)
             account.take(tensors)
+
+    def keep_graphs(self, session: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts what is new in the autograd graphs behind `tensors`.
+
+        Raises:
+            PolicyError: the user of the session may keep no more. It counts until it is freed.
+        """
+        if (account := self._accounts.get(session)) is not None:
+            account.take_graph(tensors)
 
     def check_bytes(self, session: str, nbytes: int) -> None:
         """Raises unless the session may keep so many bytes more: as `check_room`."""
@@ -256,6 +291,8 @@ class ObjectStore:
                 gone.append(self.remove(id))
         self._of_session.pop(session, None)
         self._accounts.pop(session, None)
+        if self._cyclic:
+            self._break_cycles()
         return gone
 
     def clear(self, session: str) -> list[StoredObject]:
