@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from planrt.fl import FederatedDataLoader, FederatedDataset, Optims, TrainConfig, federated_avg
     from planrt.fl.local import local_workers
     from planrt.grid import PrivateGridNetwork
-    from planrt.placing import get, move, send
+    from planrt.placing import fix_precision, float_precision, get, move, send, share
     from planrt.plans import Plan, func2plan, load_plan, method2plan
     from planrt.protocols import PointerProtocol, Protocol, Step
     from planrt.sandbox import create_sandbox
@@ -65,6 +65,9 @@ _HOMES = {
     "send": "planrt.placing",
     "get": "planrt.placing",
     "move": "planrt.placing",
+    "fix_precision": "planrt.placing",
+    "float_precision": "planrt.placing",
+    "share": "planrt.placing",
     "TrainConfig": "planrt.fl",
     "federated_avg": "planrt.fl",
 }
@@ -114,8 +117,11 @@ __all__ = [
     "send",
     "get",
     "move",
+    "share",
     "TrainConfig",
     "federated_avg",
+    "fix_precision",
+    "float_precision",
 ]
 
 

@@ -41,6 +41,22 @@ def modules() -> None:
     reveal_type(planrt.get(net))  # reveals: torch.nn.modules.linear.Linear
 
 
+def shares() -> None:
+    fixed = planrt.fix_precision(torch.ones(3))
+    reveal_type(fixed)  # reveals: planrt.sharing.tensors.fixed.FixedPrecisionTensor
+    x = planrt.share(fixed, bob, alice, crypto_provider=planrt.local_worker)
+    reveal_type(x)  # reveals: planrt.sharing.tensors.shared.SharedTensor
+    reveal_type(planrt.get(x * x))  # reveals: torch._tensor.Tensor
+    there = planrt.share(planrt.fix_precision(planrt.send(torch.ones(3), bob)), bob, alice)
+    reveal_type(there)  # reveals: planrt.workers.shares.surface.SharedPointer
+    reveal_type(planrt.get(there))  # reveals: planrt.sharing.tensors.shared.SharedTensor
+    assert torch.equal(planrt.get(planrt.get(there) + x), torch.full((3,), 2.0))
+    net = planrt.share(planrt.fix_precision(nn.Linear(3, 2)), bob, alice, requires_grad=True)
+    reveal_type(net)  # reveals: torch.nn.modules.linear.Linear
+    net(x).sum().backward()
+    reveal_type(planrt.float_precision(planrt.get(net)))  # reveals: torch.nn.modules.linear.Linear
+
+
 @planrt.func2plan(args_shape=[(-1, 3), (3, 2)])
 def scores(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.softmax(x @ w, dim=1)
@@ -133,6 +149,7 @@ def jobs() -> tuple[FitResult, EvaluationResult]:
 if __name__ == "__main__":
     pointers()
     modules()
+    shares()
     plans()
     asyncio.run(rounds())
     jobs()

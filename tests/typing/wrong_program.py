@@ -24,6 +24,9 @@ bob.run("scale", torch.ones(1))  # error: call-overload
 planrt.send(torch.ones(1), "bob")  # error: call-overload
 planrt.send(3, bob)  # error: call-overload
 planrt.get(3)  # error: call-overload
+planrt.share(torch.ones(1), "bob", bob)  # error: call-overload
+planrt.share(bob, bob)  # error: call-overload
+planrt.fix_precision(torch.ones(1), precision_fractional="3")  # error: call-overload
 planrt.func2plan(args_shape=3)  # error: call-overload
 TrainConfig(torch.nn.Linear(1, 1), batch_sise=3)  # error: call-arg
 RoundScheduler([bob], TrainConfig(), dataset_key=3, seed=0)  # error: arg-type
