@@ -14,7 +14,6 @@ from typing import Any, Final, TypeVar, cast
 
 from planrt.errors import OptionError
 from planrt.shown import shown
-from planrt.types import plain
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +46,8 @@ def seconds_of(value: object, name: str = "timeout") -> float | None:
     """
     if value is None:
         return None
+    from planrt.types import plain  # commands read their options before torch loads
+
     number = plain(value)
     known = isinstance(number, int | float) and not isinstance(number, bool)
     if not (known and 0 < number <= MOST_SECONDS):  # which NaN is not

@@ -140,6 +140,7 @@ def test_rooms_import_from_lower_rooms_only(path):
 LATE = {
     "cli": "commands that look at a list need no torch",
     "fl.data.digits": "found before torch loads", "fl.mnist_async": "its options are read before torch loads",
+    "deadlines": "commands read their options before torch loads",
     "workers.serving.sum_keys": "workers that sign nothing load no signatures",
     "fl.runs.discovery": "options are read before torch loads", "fl.serve": "its options are read before torch loads",
     "fl.runs.status": "a run folder is read without torch",
@@ -252,6 +253,10 @@ def _modules_after(statement: str) -> set[str]:
 
 def test_importing_planrt_is_light():
     assert "torch" not in _modules_after("import planrt")
+
+
+def test_commands_read_their_options_before_torch_loads():
+    assert "torch" not in _modules_after("import planrt.cli, planrt.fl.serve")
 
 
 def test_the_public_names_need_nothing_heavy_beyond_torch():
