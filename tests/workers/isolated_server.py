@@ -23,7 +23,7 @@ from tests.vertical.tables import halves, whole
 
 
 class Acting:
-    """A data set whose items do something first, in any process but the one that made it."""
+    """A data set whose items do something first, in any process for clients' work."""
 
     def __init__(self, action):
         self._action = action
@@ -33,7 +33,7 @@ class Acting:
         return 4
 
     def __getitem__(self, index):
-        if os.getpid() != self._owner:
+        if self._owner not in (os.getpid(), os.getppid()):  # neither there nor in the one that is tried out
             self._action()
         return torch.zeros(3), torch.zeros(())
 
@@ -103,8 +103,38 @@ def _found_here(folder):
     return ",".join(sorted(found))
 
 
+class Opened:
+    """A data set that has its file open."""
+
+    def __init__(self, path):
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - for as long as it is served
+
+    def place(self):
+        self._file.read(1)
+        return self._file.tell()
+
+    def write(self):
+        self._file.write(b"x")
+
+
+class Reading:
+    """A data set whose items are read from a file while it is served."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor([len(Path(self._path).read_text())] * 3), torch.zeros(())
+
+
 def actions(folder):
+    opened = Opened(Path(folder, "secret")) if Path(folder, "secret").exists() else None
     return {
+        "place": _said(lambda: opened.place()),
+        "write_to_what_is_open": _said(lambda: opened.write()),
         "crash": _crash,
         "endless": lambda: time.sleep(3600),
         "read": _said(lambda: Path(folder, "secret").read_text()),
@@ -131,7 +161,7 @@ def actions(folder):
 
 def main(arguments):
     options = json.loads(arguments)
-    folder, side = options.pop("folder", None), options.pop("table", None)
+    folder, side, reads = (options.pop(name, None) for name in ("folder", "table", "reads"))
     if "policy" in options:
         options["policy"] = Policy(**options["policy"])
     if "peer_token" in options:
@@ -142,6 +172,8 @@ def main(arguments):
     data = torch.arange(12.0).reshape(4, 3)
     rows = BaseDataset(data, data.sum(1))
     worker.add_dataset(rows, "rows")
+    if reads is not None:
+        worker.add_dataset(Reading(reads), "reads")
     if side is not None:
         worker.add_dataset(halves(whole())[side], "t")
 

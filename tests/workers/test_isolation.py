@@ -22,6 +22,7 @@ from torch import nn
 import planrt
 from planrt.cli import main
 from planrt.errors import (
+    IsolationError,
     NotApprovedError,
     OptionError,
     RemoteError,
@@ -38,8 +39,10 @@ from planrt.workers.serving.counts import Figures
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation import confining
 from planrt.workers.serving.isolation.answering import Answers
+from planrt.workers.serving.isolation.trial import try_out
 from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.wire.proofs import Verifier
+from tests.workers.isolated_server import Reading
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
 
@@ -284,6 +287,7 @@ def test_memory_beyond_the_limit_fails_its_op(server, ann, ben):
         "ring_of_before",
         "memory_file",
         "more_files",
+        "write_to_what_is_open",
     ],
 )
 def test_a_process_does_nothing_but_compute(server, ann, action):
@@ -310,6 +314,29 @@ def test_what_the_owner_grants_is_read_and_modules_are_found(server, ann):
         fit(ann, "granted")
     with pytest.raises(RemoteError, match="went on: 'wave'"):
         fit(ann, "module")
+
+
+def test_each_process_has_a_place_of_its_own_in_a_file_that_is_open(ann, ben):
+    for worker in (ann, ben, ann):
+        with pytest.raises(RemoteError, match=r"went on: [12]\b" if worker is ann else r"went on: 1\b"):
+            fit(worker, "place")
+
+
+def test_a_data_set_that_reads_files_which_are_not_granted_is_refused_before_it_is_served(folder):
+    def server(**more):
+        worker = WebsocketServerWorker("bob", isolation=True, **more)
+        worker.add_dataset(Reading(folder / "secret"), "images")
+        return worker
+
+    state = server()._state
+    if confining.landlock_version():
+        with pytest.raises(
+            OptionError, match=r"'images': item 0 cannot be read: PermissionError.*--readable"
+        ):
+            try_out(state, None, [])
+    try_out(state, None, [folder / "secret"])
+    with pytest.raises(IsolationError, match="confined here: .*no/such"):
+        try_out(state, None, [Path("no/such")])
 
 
 def test_files_that_are_open_do_not_grow(tmp_path):

@@ -227,6 +227,10 @@ class WorkerState:
         """See `TrainingOps.remove_dataset`."""
         self._training.remove_dataset(key)
 
+    def read_items(self) -> None:
+        """See `TrainingOps.read_items`."""
+        self._training.read_items()
+
     def add_tensor(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
         about one of these, nobody may read it.

@@ -107,6 +107,15 @@ class TrainingOps:
         self._datasets[key] = _Dataset(source, info)
         return info
 
+    def read_items(self) -> None:
+        """Reads an item of each data set again.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        for key, dataset in self._datasets.items():
+            sample_specs(dataset.source, key=key)
+
     def remove_dataset(self, key: str) -> None:
         """Serves the data set `key` no longer.
 

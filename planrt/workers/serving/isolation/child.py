@@ -39,7 +39,12 @@ from planrt.workers.serving.isolation.asking import (
     RelayedTickets,
     RelayedToken,
 )
-from planrt.workers.serving.isolation.confining import close_rings, confine, ends_with_its_parent
+from planrt.workers.serving.isolation.confining import (
+    close_rings,
+    confine,
+    ends_with_its_parent,
+    reopen_files,
+)
 from planrt.workers.serving.isolation.messages import Calls, take
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.transport.pipes import Pipe
@@ -86,6 +91,7 @@ def run(
         ends_with_its_parent(parent)
         ignore_signals()
         close_rings()
+        reopen_files()
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             loop = runner.get_loop()  # has its own sockets before there are no more
             confine(memory=work.memory, readable=work.readable)

@@ -178,6 +178,28 @@ def _lower(what: int, value: int) -> None:
     resource.setrlimit(what, (least, least))
 
 
+def reopen_files() -> None:
+    """Gives this process places of its own in the files that were open before it was there, which it would share with
+    all others of the worker; they are for reading only. Standard streams stay as they are."""
+    if sys.platform != "linux":
+        return
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        try:
+            if number < 3 or not stat.S_ISREG(os.fstat(number).st_mode):
+                continue
+        except OSError:  # of the list itself
+            continue
+        try:
+            fresh = os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # where it cannot be opened again, whoever reads from it is told
+            os.close(number)
+            continue
+        os.lseek(fresh, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
+        os.dup2(fresh, number, inheritable=False)
+        os.close(fresh)
+
+
 def _drop_capabilities() -> None:
     """Root is like any other user then."""
     header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITIES_VERSION, 0))

@@ -110,11 +110,12 @@ class Isolating:
         they count.
 
         Raises:
-            IsolationError: no process can be made.
+            IsolationError: no process can be made, or confined. OptionError: a data set cannot be read in one.
         """
-        from planrt.workers.serving.isolation import child, confining, watching, zygote
+        from planrt.workers.serving.isolation import child, confining, trial, watching, zygote
         from planrt.workers.serving.isolation.supervisor import Isolation
 
+        trial.try_out(state, self.memory, self.readable)
         for what in confining.missing():
             log.warning("isolation_lacks", what=what)
         work = child.Work(

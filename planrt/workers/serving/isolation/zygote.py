@@ -37,7 +37,7 @@ def start(work: child.Work, page: mmap.mmap) -> socket.socket:
     ours, theirs = gift_sockets()
     parent = os.getpid()
     try:
-        process = _fork()
+        process = fork()
     except OSError as error:
         raise IsolationError(f"no process for clients' work can be made: {error.strerror}") from None
     if process:
@@ -48,7 +48,8 @@ def start(work: child.Work, page: mmap.mmap) -> socket.socket:
     return _serve(work, page, theirs, parent)
 
 
-def _fork() -> int:
+def fork() -> int:
+    """Copies this process; returns 0 in the copy, and the copy's number here."""
     with warnings.catch_warnings():
         # Python warns of threads, those of libraries included: these wait for work that this process never gives them.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -99,7 +100,7 @@ def _make(
     (_, number, slot, lingers), files = taken
     zygote = os.getpid()
     try:
-        process = _fork()
+        process = fork()
     except OSError:
         for file in files:
             os.close(file)
