@@ -9,4 +9,4 @@ from planrt.command_line import leave
 from planrt.fl.serve import main
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(alone=True))

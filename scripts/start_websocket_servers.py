@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from planrt.command_line import Parser, leave, run_command, stopped_by, whole_number
 from planrt.fl.data import digits as data
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
-from planrt.fl.serve import add_tls, holdings
+from planrt.fl.serve import add_isolation, add_tls, holdings
 from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
 
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--users", metavar="FILE", help="the workers' users, as `planrt users add` writes them")
     add("--require-user", action="store_true", help="let nobody in who proves to be no user")
     add_tls(add)
+    add_isolation(add)
     add_metrics(add, which=" for alice, and at the next three for the others")
     options = parser.parse_args(arguments)
     return run_command(parser.prog, lambda: start(options), verbose=options.verbose)
@@ -59,6 +60,9 @@ def start(options: argparse.Namespace) -> None:
         for worker in workers.wait_ready().values():
             print(holdings(worker.id, worker.key, worker.description, worker.images, worker.digits))
             print(f"  at {worker.uri}" + (f", metrics at {worker.metrics}/metrics" if worker.metrics else ""))
+            about = worker.isolation
+        if about:
+            print(about)
         print(f"All four workers serve; {stopped_by()} stops them", flush=True)
         workers.wait()
     except KeyboardInterrupt:
@@ -73,7 +77,8 @@ def start(options: argparse.Namespace) -> None:
 def _who(options: argparse.Namespace) -> list[str]:
     """What the workers are told of who may connect."""
     named = (
-        "users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny", "peer_ca", "peer_token_file", "metrics_host"
+        "users", "tls_cert", "tls_key", "tls_client_ca", "tls_deny", "peer_ca", "peer_token_file", "metrics_host",
+        "isolation",
     )  # fmt: skip
     given = [(name, getattr(options, name)) for name in named if getattr(options, name) is not None]
     flags = [

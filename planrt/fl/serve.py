@@ -33,7 +33,7 @@ from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
 from planrt.stopping import die_with, ending_at_once
 from planrt.workers.serving import users_file
-from planrt.workers.serving.isolation.options import WAITS_FOR_PARENT
+from planrt.workers.serving.isolation.options import WAITS_FOR_PARENT, can_isolate
 from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
 from planrt.workers.transport.addresses import scheme_of
 
@@ -73,17 +73,20 @@ def main(
     if options.parent is not None:
         die_with(options.parent)
     status = _supervised_status() if options.supervised else None
-    return run_command(f"worker {options.id}", lambda: serve(options, status), verbose=options.verbose)
+    return run_command(
+        f"worker {options.id}", lambda: serve(options, status, alone=alone), verbose=options.verbose
+    )
 
 
-def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
-    """Loads the data and serves it until stopped.
+def serve(options: argparse.Namespace, status: TextIO | None = None, *, alone: bool = False) -> None:
+    """Loads the data and serves it until stopped. `alone`: as for `main`.
 
     With `status`, whoever started this process gets one JSON line there, ``{"port": ...}`` or
     ``{"error": "..."}``, instead of the text meant for people.
     """
     try:
         MetricsOptions.of(options)  # refuses what cannot be
+        isolated, about_isolation = _is_isolated(options, alone=alone)
         # What is imported and loaded now may take long, and holds nothing yet that could be lost.
         with ending_at_once():
             served = _served(options) if not options.empty else _nothing(options)
@@ -122,8 +125,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             hosts=options.allow_host,
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
             max_session_objects=options.max_session_objects,
-            isolation=options.isolation == "on",
-            **_isolation(options),
+            isolation=isolated,
+            **_isolation(options, isolated=isolated),
             limits=None if options.keep_sessions is None else Limits(session_seconds=options.keep_sessions),
             metrics_port=options.metrics_port,
             metrics_host=options.metrics_host,
@@ -142,6 +145,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
             if status is not None:
                 report = {"port": port, "key": served.key, "description": served.description}
                 report |= {"secure": options.tls_cert is not None, "metrics": worker.metrics_address}
+                report["isolation"] = about_isolation
                 _send(status, report | {"images": items, "digits": served.digits})
                 return
             if served.notice:
@@ -152,6 +156,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None) -> None:
                 print(holdings(options.id, served.key, served.description, items, served.digits))
             if policy is not None:
                 print(_about(policy, options.approvals))
+            if about_isolation:
+                print(about_isolation)
             if worker.metrics_address:
                 print(f"Metrics at {worker.metrics_address}/metrics")
             address = f"{scheme_of(worker.address)}://{options.host}:{port}"
@@ -266,12 +272,7 @@ def parser(prog: str) -> Parser:
         help="for how long a client that lost its connection may come back to its objects (120); 0 for not at all",
     )
     add_metrics(add)
-    add(
-        "--isolation",
-        choices=("on", "off"),
-        default="off",
-        help="run the work of each user in a process of its own, which can do nothing but compute (%(default)s)",
-    )
+    add_isolation(add)
     add(
         "--kernel-timeout",
         type=seconds(),
@@ -298,6 +299,17 @@ def parser(prog: str) -> Parser:
     # A data set that `planrt.fl.local` put into a file.
     add("--saved", action="append", default=[], help=argparse.SUPPRESS)
     return parser
+
+
+def add_isolation(add: Callable[..., Any]) -> None:
+    """Adds the option whether there is isolation: `add` is a parser's `add_argument`."""
+    add(
+        "--isolation",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run the work of each user in a process of its own, which can do nothing but compute (auto: on with users "
+        "or a policy, off without)",
+    )
 
 
 def add_tls(add: Callable[..., Any]) -> None:
@@ -420,7 +432,36 @@ def _notice_tokens(path: str | None) -> None:
         )
 
 
-def _isolation(options: argparse.Namespace) -> dict[str, Any]:
+def _is_isolated(options: argparse.Namespace, *, alone: bool) -> tuple[bool, str]:
+    """Whether the work of each user is to run in a process of its own, and a line that says so, where that was not
+    said by the owner."""
+    who = [
+        what
+        for what, given in (
+            ("users", options.users is not None or options.tls_client_ca is not None),
+            ("a policy", options.policy is not None),
+        )
+        if given
+    ]
+    if options.isolation != "auto":
+        return options.isolation == "on", ""
+    if not who:
+        return False, ""
+    whats = " and ".join(who)
+    if not alone:
+        why = "this process is there for other things as well"
+    elif not options.device.startswith("cpu"):
+        why = f"it is for the CPU, and this worker computes on {options.device}"
+    elif options.sum_key is not None:
+        why = "its processes would have the key to sign with (--sum-key)"
+    elif not can_isolate():
+        why = "this system has no way to confine a process"
+    else:
+        return True, f"Isolation: on, with {whats}; each user's work runs in a process of its own"
+    return False, f"Isolation: off, though the worker has {whats}: {why}"
+
+
+def _isolation(options: argparse.Namespace, *, isolated: bool) -> dict[str, Any]:
     """What is said of isolation beside that it is on."""
     said: dict[str, Any] = {}
     if options.kernel_timeout is not None:
@@ -429,7 +470,7 @@ def _isolation(options: argparse.Namespace) -> dict[str, Any]:
         said["process_memory"] = _bytes_of("--process-memory", options.process_memory)
     if options.readable:
         said["readable"] = options.readable
-    if said and options.isolation != "on":
+    if said and not isolated:
         names = ", ".join("--" + name.replace("_", "-") for name in said)
         raise OptionError(f"{names}: add --isolation on, which they are for")
     return said

@@ -106,8 +106,9 @@ class WebsocketServerWorker:
     nothing but compute: an op that crashes, or runs for more than `kernel_timeout` seconds, ends that process and the
     sessions in it, and no others. A process may take `process_memory` bytes beside what all share. Data sets that read
     files while they are served need these, or their folders, in `readable`. It is for Linux, for the CPU, and for
-    `start`, which reads keys, users and tokens only once these processes can no longer have them, as long as they are
-    given as files; docs/isolation.md says what clients cannot do then.
+    `start`. It is off unless it is asked for, since a process can be copied only before it has threads (`planrt serve`
+    has it by default, with users or a policy). `start` reads keys, users and tokens only once these processes can no
+    longer have them, as long as they are given as files; docs/isolation.md says what clients cannot do then.
 
     `log_msgs` and `verbose` are taken as the tutorials give them, without effect: planrt logs to the logger "planrt".
     """

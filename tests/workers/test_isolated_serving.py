@@ -1,26 +1,30 @@
 """With isolation a worker is watched, asked for its status, and keeps joint runs, as it is and does without."""
 
+import asyncio
 import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import trustme
 from cryptography.hazmat.primitives import serialization
 from torch import nn
 
 from planrt.cli import main
 from planrt.errors import HandshakeError, JointError, OptionError, RemoteError, SessionLostError
+from planrt.fl import RoundScheduler, TrainConfig, serve
 from planrt.vertical import Party, split_network
-from planrt.workers import WebsocketServerWorker
+from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.serving import users_file
 from planrt.workers.wire.proofs import Checking, Verifier, new_token
 from tests.watching import ask, health, samples
-from tests.workers.test_isolation import Server, fit, gone, hook, of_user, until, works  # noqa: F401
+from tests.workers.test_isolation import Net, Server, children, fit, gone, hook, of_user, until, works  # noqa: F401
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux"),
@@ -189,6 +193,25 @@ def test_a_joint_run_goes_on_after_a_process_and_a_worker_were_killed(parties, f
     assert all(os.stat(folder).st_mode & 0o777 == 0o700 for folder in folders.values())
 
 
+def test_a_secure_round_of_isolated_workers(clinic, parties):
+    """Whose server sees the sum alone: of these workers as of others."""
+    servers = [clinic, parties("alice"), parties("jim")]
+    torch.manual_seed(0)
+    example = torch.zeros(2, 3), torch.zeros(2)
+    config = TrainConfig(Net(), F.mse_loss, batch_size=2, example=example, optimizer_args={"lr": 0.01})
+    workers = [one.connect("ann") for one in servers]
+    states = []
+    for secure in (False, True):
+        made = RoundScheduler(workers, config, dataset_key="rows", seed=7, secure_aggregation=secure)
+        asyncio.run(made.prepare())
+        states.append(asyncio.run(made.run_round(1, config.state)).state)
+    for name, plain in states[0].items():
+        assert torch.allclose(plain, states[1][name], atol=1e-6)
+        assert not torch.equal(plain, config.state[name])
+    for one in workers:
+        one.close()
+
+
 # ------------------------------------------------------------------------------------------------- secrets
 
 
@@ -279,3 +302,71 @@ def test_who_lets_nobody_in_or_everybody_is_refused_at_once():
         WebsocketServerWorker("bob", isolation=True, require_user=True)
     with pytest.raises(OptionError, match="other machines reach"):
         WebsocketServerWorker("bob", "0.0.0.0", isolation=True)
+
+
+# --------------------------------------------------------------------------------------- whether there is any
+
+
+def said(*options, alone=True):
+    return serve._is_isolated(serve.parser("x").parse_args(["--id", "bob", *options]), alone=alone)
+
+
+@pytest.mark.parametrize("who", [("--users", "u"), ("--policy", "p"), ("--tls-client-ca", "c")])
+def test_with_users_or_a_policy_there_is_isolation_unless_the_owner_says_otherwise(who, monkeypatch):
+    assert said() == (False, "")
+    on, line = said(*who)
+    assert on
+    assert line.startswith("Isolation: on, with ")
+    assert said(*who, "--isolation", "off") == (False, "")
+    assert said("--isolation", "on") == said(*who, "--isolation", "on") == (True, "")
+    for options, more, why in (
+        ((), {"alone": False}, "there for other things"),
+        (("--sum-key", "k"), {}, "the key to sign with"),
+        (("--device", "cuda"), {}, "it is for the CPU, and this worker computes on cuda"),
+    ):
+        on, line = said(*who, *options, **more)
+        assert not on
+        assert line.startswith("Isolation: off, though the worker has ")
+        assert why in line
+    monkeypatch.setattr(serve, "can_isolate", lambda: False)
+    assert said(*who)[0] is False
+    assert "no way to confine" in said(*who)[1]
+
+
+def test_on_a_gpu_it_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("planrt.workers.machine.state.prepared", lambda *about: (torch.device("cuda"), True))
+    with pytest.raises(OptionError, match="isolation is for workers that compute on the CPU"):
+        WebsocketServerWorker("bob", isolation=True, device="cuda")
+
+
+def test_the_command_isolates_its_users_by_default_and_says_so(tmp_path):
+    users = tmp_path / "users"
+    for name, token in USERS.items():
+        users_file.add(users, name, token)
+    command = [
+        sys.executable,
+        "-m",
+        "planrt.fl.serve",
+        "--id",
+        "bob",
+        "--empty",
+        "--port",
+        "0",
+        "--users",
+        str(users),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        try:
+            lines = []
+            while not lines or "serves at" not in lines[-1]:
+                lines.append(worker.stdout.readline())
+                assert lines[-1], lines
+            assert "Isolation: on, with users; each user's work runs in a process of its own\n" in lines
+            uri = lines[-1].split(" serves at ")[1].partition(";")[0]
+            (zygote,) = children(worker.pid)
+            for name, token in USERS.items():
+                with WebsocketClientWorker("bob", uri=uri, token=token, auto_add=False) as client:
+                    assert (torch.ones(2).send(client) * 2).get().tolist() == [2, 2], name
+            assert len(children(zygote)) == 2
+        finally:
+            worker.terminate()

@@ -54,6 +54,8 @@ class ReadyWorker:
     """Whether it is reached over TLS."""
     metrics: str = ""
     """Where it serves its metrics, if it does."""
+    isolation: str = ""
+    """A line about its isolation, where it has users or a policy and its owner said nothing of that."""
 
     @property
     def uri(self) -> str:

@@ -33,6 +33,17 @@ LEAST_MEMORY: Final = 64 << 20
 """Bytes without which a process does not begin."""
 
 
+def can_isolate() -> bool:
+    """Returns whether this system has what isolation needs at least."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # a kernel before 5.3, or one that keeps it from this process
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Isolating:
     """The owner's options: seconds for one op (inf: any), bytes for one process (None: any), files to be read."""
@@ -78,7 +89,7 @@ class Isolating:
         for path in paths:
             if not path.exists():
                 raise OptionError(f"{path} is to be readable, and is not there")
-        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        if not can_isolate():
             raise OptionError(
                 "isolation is for Linux: this system has no way to confine a process as planrt does"
             )
@@ -91,7 +102,8 @@ class Isolating:
         if others or threading.current_thread() is not threading.main_thread():
             raise OptionError(
                 "isolation copies this process, which works from its only thread; these run as well: "
-                f"{', '.join(others)}. Start the worker before anything else of planrt, or with planrt serve"
+                f"{', '.join(others)}. Start the worker before anything else of planrt, or with planrt serve, or write "
+                "--isolation off"
             )
 
     def begin(

@@ -50,7 +50,10 @@ def try_out(state: WorkerState, memory: int | None, readable: Iterable[Path]) ->
             "its owner grants; write --readable with them, or their folder (readable=), or --isolation off"
         )
     if said != "well":
-        raise IsolationError(f"no process for clients' work can be confined here: {said or 'it crashed'}")
+        raise IsolationError(
+            f"no process for clients' work can be confined here: {said or 'it crashed'}; --isolation off "
+            "lets the worker's own process do it"
+        )
 
 
 def _all_of(reading: int) -> str:
