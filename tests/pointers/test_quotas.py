@@ -8,6 +8,7 @@ import torch
 from planrt.errors import GonePointerError, OptionError, PolicyRefusedError, RemoteError
 from planrt.fl import TrainConfig
 from planrt.plans import Plan
+from planrt.plans.policy import quotas
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
@@ -319,6 +320,21 @@ def test_nodes_of_a_graph_count(hospital):
     for _ in range(50):
         y = y + 1
     assert y.get().item() == 50
+
+
+def test_so_many_nodes_that_to_free_them_would_end_the_worker_are_refused(hospital, monkeypatch):
+    monkeypatch.setattr(quotas, "MOST_NODES", 20)
+    worker = hospital(small(memory=1 << 40))()
+    x = torch.zeros(1, requires_grad=True).send(worker)
+    y = x
+    for _ in range(30):
+        y = y + 1
+    with pytest.raises(PolicyRefusedError, match="more than the 20 nodes of autograd graphs"):
+        y.get()
+    y = x
+    for _ in range(15):  # what was dropped counts no longer
+        y = y + 1
+    assert y.get().item() == 15
 
 
 def test_graphs_of_gradients_count(hospital):

@@ -27,6 +27,9 @@ from planrt.plans.policy.rules import Policy
 
 OBJECT_BYTES: Final = 1024
 """Bytes that an object takes besides its values."""
+MOST_NODES: Final = 1_000_000
+"""Nodes of autograd graphs that a user may keep, whatever the memory: torch frees a chain of those that Python has
+looked at by a call for each, 170 to 330 bytes deep, on a stack of 1 GiB."""
 _RECOUNT_EVERY: Final = 1_000
 
 
@@ -80,6 +83,7 @@ class Account:
         self._memory = 0
         self._storages: dict[StorageWeakRef, int] = {}
         self._added = 0
+        self._nodes = 0
         self._gone: deque[None] = deque()
         """Nodes of graphs that have gone since they were counted last: any thread may add to it."""
 
@@ -127,10 +131,13 @@ class Account:
 
     @property
     def _total(self) -> int:
+        return self._memory + self._beside + self._count_nodes() * NODE_BYTES
+
+    def _count_nodes(self) -> int:
         while self._gone:
             self._gone.popleft()
-            self._beside -= NODE_BYTES
-        return self._memory + self._beside
+            self._nodes -= 1
+        return self._nodes
 
     def take_graph(self, tensors: Iterable[torch.Tensor]) -> None:
         """Counts what is new in the graphs behind `tensors`, for as long as it is there.
@@ -145,9 +152,16 @@ class Account:
         if not len(new):
             return
         try:
+            if self._count_nodes() + len(new) > MOST_NODES:
+                raise PolicyError(
+                    f"this would be more than the {MOST_NODES:,} nodes of autograd graphs that a user may keep: "
+                    "[max_session_memory] drop some pointers, or detach what needs no gradient",
+                    rule="max_session_memory",
+                )
             self.check(new.saved, beside=len(new) * NODE_BYTES)
         finally:
-            self.take(new.saved, beside=len(new) * NODE_BYTES)
+            self.take(new.saved)
+            self._nodes += len(new)
             new.mark(functools.partial(self._gone.append, None))
 
     def take(self, tensors: Iterable[torch.Tensor] = (), *, objects: int = 0, beside: int = 0) -> None:
