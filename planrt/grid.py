@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from planrt.deadlines import bounded
 from planrt.errors import OptionError
-from planrt.loop import run
+from planrt.loop import all_answers, run
 from planrt.workers.base import BaseWorker
 from planrt.workers.pointers.tensor import PointerTensor
 
@@ -50,7 +49,8 @@ class PrivateGridNetwork:
             Worker id -> pointers, for the workers that have some, in the workers' order.
 
         Raises:
-            OptionError: a term is no text. RemoteError, WorkerLostError: one of the workers could not answer.
+            OptionError: a term is no text. RemoteError, WorkerLostError: one of the workers could not answer; what
+                others say who could not either is in its notes.
         """
         return run(self.async_search(*query), instead="await grid.async_search(...)")
 
@@ -58,7 +58,7 @@ class PrivateGridNetwork:
     async def async_search(self, *query: str, timeout: float | None = None) -> dict[str, list[PointerTensor]]:
         """`search`, to be awaited on any loop."""
         terms = _terms(query)
-        answers = await asyncio.gather(*(worker.async_search(terms) for worker in self.workers))
+        answers = await all_answers([worker.async_search(terms) for worker in self.workers])
         if not terms:
             answers = [[one for one in found if one.tags] for found in answers]
         return {worker.id: found for worker, found in zip(self.workers, answers, strict=True) if found}

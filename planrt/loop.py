@@ -10,8 +10,8 @@ import asyncio
 import atexit
 import functools
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -135,6 +135,26 @@ def unheard(error: BaseException) -> None:
     keep = error.__dict__.pop(_KEEP, None)
     if keep is not None:
         keep(error)
+
+
+async def all_answers(asked: Sequence[Awaitable[T]]) -> list[T]:
+    """Awaits all of `asked` at once; returns what they give, in their order.
+
+    Once all have ended, the error of the first one that failed is raised, with a note for each other thing that went
+    wrong: so whoever catches it by its kind does, and reads which others failed.
+    """
+    done = await asyncio.gather(*asked, return_exceptions=True)
+    errors = [one for one in done if isinstance(one, BaseException)]
+    if not errors:
+        return cast("list[T]", done)
+    first, *others = errors
+    for error in others:
+        unheard(error)
+    for text in dict.fromkeys(
+        f"{type(error).__name__}: {error}" for error in others if str(error) != str(first)
+    ):
+        first.add_note(f"And {text}")
+    raise first
 
 
 class _Telling:

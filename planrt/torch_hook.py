@@ -26,6 +26,7 @@ from planrt.workers import modules
 from planrt.workers.base import BaseWorker
 from planrt.workers.client.objects import allowed_users
 from planrt.workers.optimizers import before_step
+from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.ops import refuse_hooks
 from planrt.workers.pointers.tensor import (
@@ -150,19 +151,14 @@ def send(
         preinitialize_grad=preinitialize_grad,
         user=user,
     )
+    allowed = _check_send(self, workers, private, allowed_users, inplace)
     if inplace:
-        if len(workers) != 1:
-            raise LocalError("inplace=True is for one worker: a tensor becomes one pointer")
-        return send_(self, *workers, private=private, allowed_users=allowed_users)  # type: ignore[return-value]
-    allowed = _allowed(private, allowed_users)
-    _check_workers(workers)
-    refuse_hooks(self, "this tensor")
-    pointers = []
-    for worker in workers:
-        (handle,) = worker.workplace.objects.put([self], allowed=allowed)
-        handle.owned = garbage_collection and garbage_collect_data
-        pointers.append(_pointer_to(self, handle))
-    return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
+        (handle,) = workers[0].workplace.objects.put([self], allowed=allowed, confirm=True)
+        become_pointer(self, handle, contiguous(self))
+        return self  # type: ignore[return-value]
+    owned = garbage_collection and garbage_collect_data
+    handles = [worker.workplace.objects.put([self], allowed=allowed)[0] for worker in workers]
+    return _pointers_to(self, handles, owned)
 
 
 @bounded
@@ -171,17 +167,32 @@ async def async_send(
     *workers: BaseWorker,
     private: bool = False,
     allowed_users: Sequence[str] | None = None,
+    garbage_collection: bool = True,
+    inplace: bool = False,
+    garbage_collect_data: bool = True,
+    no_wrap: bool = False,
+    requires_grad: bool = False,
+    local_autograd: bool = False,
+    preinitialize_grad: bool = False,
+    user: object = None,
     timeout: float | None = None,
 ) -> PointerTensor | MultiPointerTensor:
     """`send`, to be awaited on any loop."""
-    allowed = _allowed(private, allowed_users)
-    _check_workers(workers)
-    refuse_hooks(self, "this tensor")
-    pointers = [
-        _pointer_to(self, (await worker.workplace.objects.put_async([self], allowed=allowed))[0])
-        for worker in workers
-    ]
-    return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
+    refuse_options(
+        "send",
+        requires_grad=requires_grad,
+        local_autograd=local_autograd,
+        preinitialize_grad=preinitialize_grad,
+        user=user,
+    )
+    allowed = _check_send(self, workers, private, allowed_users, inplace)
+    if inplace:
+        (handle,) = await workers[0].workplace.objects.put_async([self], allowed=allowed, confirm=True)
+        become_pointer(self, handle, contiguous(self))
+        return self  # type: ignore[return-value]
+    owned = garbage_collection and garbage_collect_data
+    handles = [(await worker.workplace.objects.put_async([self], allowed=allowed))[0] for worker in workers]
+    return _pointers_to(self, handles, owned)
 
 
 @bounded
@@ -197,6 +208,32 @@ def send_(
     (handle,) = worker.workplace.objects.put([self], allowed=allowed, confirm=True)
     become_pointer(self, handle, contiguous(self))
     return self
+
+
+def _check_send(
+    tensor: torch.Tensor,
+    workers: Sequence[Any],
+    private: bool,
+    users: Sequence[str] | None,
+    inplace: bool,
+) -> list[str] | None:
+    """Who may read what is sent, None for everyone; raises what `send` refuses."""
+    if inplace and len(workers) != 1:
+        raise LocalError("inplace=True is for one worker: a tensor becomes one pointer")
+    allowed = _allowed(private, users)
+    _check_workers(workers)
+    refuse_hooks(tensor, "this tensor")
+    return allowed
+
+
+def _pointers_to(
+    tensor: torch.Tensor, handles: Sequence[Handle], owned: bool
+) -> PointerTensor | MultiPointerTensor:
+    pointers = []
+    for handle in handles:
+        handle.owned = owned
+        pointers.append(_pointer_to(tensor, handle))
+    return pointers[0] if len(pointers) == 1 else MultiPointerTensor.of(pointers)
 
 
 def tag(self: torch.Tensor, *tags: str) -> torch.Tensor:

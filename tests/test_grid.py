@@ -60,6 +60,20 @@ def test_a_worker_that_is_gone_is_an_error(workers):
         PrivateGridNetwork(*workers).search("#boston")
 
 
+def test_all_workers_that_are_gone_are_named(workers):
+    for gone in workers[1:]:
+        gone.close()
+    for search in (
+        lambda grid: grid.search("#boston"),
+        lambda grid: asyncio.run(grid.async_search("#boston")),
+    ):
+        with pytest.raises(WorkerLostError, match="alice") as caught:
+            search(PrivateGridNetwork(*workers))
+        (note,) = caught.value.__notes__
+        assert note.startswith("And WorkerLostError: ")
+        assert "carol" in note
+
+
 def test_it_says_whom_it_is_made_of(workers):
     grid = PrivateGridNetwork(*workers)
     assert grid.workers == workers

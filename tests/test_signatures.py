@@ -5,18 +5,21 @@ import inspect
 import pkgutil
 
 import pytest
+import torch
 
 import planrt
-import planrt.vertical
+
+
+def modules():
+    """Every module of planrt."""
+    names = (found.name for found in pkgutil.walk_packages(planrt.__path__, "planrt."))
+    return [importlib.import_module(name) for name in names if not name.endswith("__main__")]
 
 
 def on_loop_coroutines():
     """Every coroutine function that `on_loop` or `bounded` wraps, by the name under which it is found."""
     found = {}
-    for module_info in pkgutil.walk_packages(planrt.__path__, "planrt."):
-        if module_info.name.endswith("__main__"):
-            continue
-        module = importlib.import_module(module_info.name)
+    for module in modules():
         classes = [value for value in vars(module).values() if inspect.isclass(value)]
         for holder in (module, *(one for one in classes if one.__module__ == module.__name__)):
             for name, value in vars(holder).items():
@@ -59,24 +62,36 @@ def test_help_of_a_round_names_its_arguments():
 
 
 def awaited_forms():
-    """Every ``async_name`` of planrt.vertical beside a ``name``: (the blocking one, the one to be awaited)."""
-    found = {}
-    for module_info in pkgutil.walk_packages(planrt.vertical.__path__, "planrt.vertical."):
-        module = importlib.import_module(module_info.name)
+    """Every ``async_name`` beside a ``name``, in planrt and where it adds methods to torch's classes, inherited ones
+    too: (the blocking one, the one to be awaited)."""
+    planrt.TorchHook(torch)
+    holders = [torch.Tensor, torch.nn.Module, torch.optim.Optimizer]
+    for module in modules():
         classes = [value for value in vars(module).values() if inspect.isclass(value)]
-        for holder in (module, *(one for one in classes if one.__module__ == module.__name__)):
-            for name, value in vars(holder).items():
-                blocking = vars(holder).get(name.removeprefix("async_"))
-                if name.startswith("async_") and inspect.isfunction(value) and inspect.isfunction(blocking):
-                    found[f"{holder.__name__}.{name}"] = (blocking, value)
-    return found
+        holders += [module, *(one for one in classes if one.__module__ == module.__name__)]
+    return {
+        f"{holder.__name__}.{name}": (blocking, getattr(holder, name))
+        for holder in holders
+        for name in dir(holder)
+        if name.startswith("async_")
+        and inspect.isroutine(blocking := getattr(holder, name.removeprefix("async_"), None))
+    }
 
 
 AWAITED = awaited_forms()
 
 
 def test_there_are_some_awaited_forms():
-    assert {"planrt.vertical.linear.async_linear_regression", "TrainedRun.async_fit"} <= AWAITED.keys()
+    assert {
+        "planrt.vertical.linear.async_linear_regression",
+        "TrainedRun.async_fit",
+        "Tensor.async_send",
+        "Module.async_move",
+        "Plan.async_send",
+        "PointerTensor.async_move",
+        "MultiPointerTensor.async_get",
+        "VirtualWorker.async_search",
+    } <= AWAITED.keys()
 
 
 @pytest.mark.parametrize("name", AWAITED)

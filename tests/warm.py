@@ -183,13 +183,14 @@ def become(asked: dict[str, Any], launcher: str) -> None:
         case ["-c", code, *_]:
             sys.path.insert(0, "")
             sys.argv = ["-c", *words[2:]]
-            main |= {"__file__": None, "__spec__": None}
+            main["__spec__"] = None
             exec(compile(code, "<string>", "exec"), main)
         case [path, *_]:
             sys.path.insert(0, str(Path(path).resolve().parent))
             sys.argv = words
-            main |= {"__file__": path, "__spec__": None}
-            exec(compile(Path(path).read_bytes(), path, "exec"), main)
+            file = os.path.abspath(path)
+            main |= {"__file__": file, "__spec__": None}
+            exec(compile(Path(file).read_bytes(), file, "exec"), main)
 
 
 def load() -> None:

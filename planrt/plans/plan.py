@@ -378,20 +378,26 @@ class Plan(torch.nn.Module, Generic[P, R]):
         Raises:
             PlanError: not built yet. WorkerLostError: a worker's connection has ended.
         """
+        self._check_can_go_to(workers)
+        return self._sent([worker.workplace.plans.send(self, **options) for worker in workers], workers)
+
+    @bounded
+    async def async_send(self, *workers: Any, timeout: float | None = None, **options: Any) -> Any:
+        """`send`, to be awaited on any loop."""
+        self._check_can_go_to(workers)
+        pointers = [await worker.workplace.plans.send_async(self, **options) for worker in workers]
+        return self._sent(pointers, workers)
+
+    def _check_can_go_to(self, workers: Sequence[Any]) -> None:
         self.record  # noqa: B018 - raises if there is none
         if not workers:
             raise LocalError("send to whom? write plan.send(worker)")
         for worker in workers:
             if not hasattr(worker, "workplace"):
                 raise LocalError(f"send takes workers, not {type(worker).__name__}")
-        pointers = [worker.workplace.plans.send(self, **options) for worker in workers]
-        self._sent_to.update({worker.id: one for worker, one in zip(workers, pointers, strict=True)})
-        return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 
-    async def async_send(self, *workers: Any, **options: Any) -> Any:
-        """`send`, to be awaited on any loop."""
-        self.record  # noqa: B018 - raises if there is none
-        pointers = [await worker.workplace.plans.send_async(self, **options) for worker in workers]
+    def _sent(self, pointers: Sequence[Any], workers: Sequence[Any]) -> Any:
+        """What `send` returns, noted."""
         self._sent_to.update({worker.id: one for worker, one in zip(workers, pointers, strict=True)})
         return pointers[0] if len(pointers) == 1 else type(pointers[0]).several(pointers)
 
@@ -403,6 +409,10 @@ class Plan(torch.nn.Module, Generic[P, R]):
     def get(self) -> Any:
         """Not for plans that are here: see `PointerPlan.get`."""
         raise PlanError(f"plan {self.name!r} is here already: get() is for what send() returned")
+
+    async def async_get(self) -> Any:
+        """`get`, which refuses."""
+        return self.get()
 
     def __getstate__(self) -> dict[str, Any]:
         return {

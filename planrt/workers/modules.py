@@ -83,7 +83,10 @@ def send_module(module: nn.Module, worker: BaseWorker, *, timeout: float | None 
     return module
 
 
-async def send_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
+@bounded
+async def send_module_async(
+    module: nn.Module, worker: BaseWorker, *, timeout: float | None = None
+) -> nn.Module:
     """`send_module`, to be awaited on any loop."""
     check_worker(worker, "send")
     if (place := location_of(module)) is not None:
@@ -177,8 +180,11 @@ def _become_local(
                 part._buffers[name] = results[id(buffer)]
 
 
-async def get_module_async(module: nn.Module) -> nn.Module:
+@bounded
+async def get_module_async(module: nn.Module, *, timeout: float | None = None) -> nn.Module:
     """`get_module`, to be awaited on any loop."""
+    if surface.is_shared(module):
+        return await surface.get_shared_module_async(module)
     pointers = _remote(module)
     states = states_of(pointers)
     values = await fetch_all_async([*pointers, *(one.pointer for one in states)])
@@ -186,7 +192,10 @@ async def get_module_async(module: nn.Module) -> nn.Module:
     return _placed(module, location_of(module))
 
 
-async def move_module_async(module: nn.Module, worker: BaseWorker) -> nn.Module:
+@bounded
+async def move_module_async(
+    module: nn.Module, worker: BaseWorker, *, timeout: float | None = None
+) -> nn.Module:
     """`move_module`, to be awaited on any loop."""
     pointers = _remote(module)
     for pointer in [*(one.pointer for one in states_of(pointers)), *pointers]:

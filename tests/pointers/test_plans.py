@@ -14,6 +14,7 @@ from planrt.errors import (
     GonePointerError,
     LocalError,
     MixedLocationsError,
+    OptionError,
     PlanArgumentError,
     PlanError,
     PointerError,
@@ -339,7 +340,13 @@ def test_garbage_goes_with_the_pointer(bob, net):
 
 
 async def _awaited(bob, net):
-    there = await net.async_send(bob)
+    with pytest.raises(LocalError, match="send to whom"):
+        await net.async_send()
+    with pytest.raises(LocalError, match="send takes workers, not str"):
+        await net.async_send("bob")
+    with pytest.raises(OptionError, match="timeout is a number"):
+        await net.async_send(bob, timeout=0)
+    there = await net.async_send(bob, timeout=60)
     result = there(await torch.ones(2, 2).async_send(bob))
     return await result.async_get(), await there.async_get()
 

@@ -17,6 +17,7 @@ from planrt.errors import (
     GonePointerError,
     LocalError,
     MixedLocationsError,
+    OptionError,
     PointerError,
     RemoteError,
     RemoteOpError,
@@ -523,6 +524,29 @@ def test_await_forms_from_any_loop(bob, alice):
 
     found, (x, y) = asyncio.run(go())
     assert (found, x.tolist(), y.tolist()) == ([], [1, 2], [4, 6])
+
+
+def test_await_forms_take_what_their_twins_take(bob, alice):
+    async def go():
+        x = torch.ones(2)
+        kept = await x.async_send(bob, garbage_collection=False)
+        both = await torch.tensor([1.0, 2.0]).async_send(bob, alice)
+        total = await both.async_get(sum_results=True)
+        inplace = torch.full((2,), 3.0)
+        assert await inplace.async_send(bob, inplace=True, timeout=60) is inplace
+        await inplace.async_move(alice, False, timeout=60)
+        with pytest.raises(OptionError, match="move takes no requires_grad="):
+            await inplace.async_move(bob, True)
+        with pytest.raises(OptionError, match="send takes no user="):
+            await x.async_send(bob, user="me")
+        with pytest.raises(LocalError, match="inplace=True is for one worker"):
+            await x.async_send(bob, alice, inplace=True)
+        assert kept.garbage_collection is False
+        return total, inplace.get_()
+
+    total, inplace = asyncio.run(go())
+    assert (total.tolist(), inplace.tolist()) == ([2, 4], [3, 3])
+    assert (bob.objects_count(), alice.objects_count()) == (1, 0)  # what was sent to be kept
 
 
 def test_await_forms_of_training(bob, alice):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from planrt.deadlines import bounded
 from planrt.errors import DataError, OptionError
 from planrt.fl.data.federated import FederatedDataset
-from planrt.loop import refuse_to_block, run
+from planrt.loop import all_answers, refuse_to_block, run
 from planrt.workers.base import BaseWorker
 from planrt.workers.datasets import BaseDataset
 from planrt.workers.machine.batches import as_batches
@@ -82,8 +82,8 @@ async def _send(
 ) -> FederatedDataset:
     """Sends all parts at the same time."""
     pairs = zip(parts, workers, strict=True)
-    sending = (part.async_send(worker, private=private, allowed_users=users) for part, worker in pairs)
-    return FederatedDataset(await asyncio.gather(*sending))
+    sending = [part.async_send(worker, private=private, allowed_users=users) for part, worker in pairs]
+    return FederatedDataset(await all_answers(sending))
 
 
 def _split(dataset: Any, workers: Any) -> list[BaseDataset]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from planrt.loop import refuse_to_block, run, unheard
+from planrt.loop import all_answers, refuse_to_block, run
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.tensor import PointerTensor
 
@@ -24,12 +23,7 @@ def fetch_all(pointers: Sequence[PointerTensor]) -> list[Any]:
 async def fetch_all_async(pointers: Sequence[PointerTensor]) -> list[Any]:
     """`fetch_all`, to be awaited on any loop."""
     fetches = [alive(pointer).place.objects.fetch_async(pointer, delete=False) for pointer in pointers]
-    done = await asyncio.gather(*fetches, return_exceptions=True)
-    errors = [one for one in done if isinstance(one, BaseException)]
-    for one in errors[1:]:
-        unheard(one)
-    if errors:
-        raise errors[0]
+    done = await all_answers(fetches)
     _remove_all(pointers, done)
     return done
 

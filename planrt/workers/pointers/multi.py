@@ -76,12 +76,13 @@ class MultiPointerTensor(torch.Tensor):
     def get(self, sum_results: bool = False, *, timeout: float | None = None) -> Any:
         """Returns the values, as a list in the order of the workers; with `sum_results`, their sum."""
         values = fetch_all(list(self.child.values()))
-        return torch.stack([value.detach() for value in values]).sum(0) if sum_results else values
+        return _sum(values) if sum_results else values
 
     @bounded
-    async def async_get(self, *, timeout: float | None = None) -> list[Any]:
+    async def async_get(self, sum_results: bool = False, *, timeout: float | None = None) -> Any:
         """`get`, to be awaited on any loop."""
-        return await fetch_all_async(list(self.child.values()))
+        values = await fetch_all_async(list(self.child.values()))
+        return _sum(values) if sum_results else values
 
     @bounded
     def sum_results(self, *, timeout: float | None = None) -> torch.Tensor:
@@ -118,6 +119,10 @@ class MultiPointerTensor(torch.Tensor):
     def location(self) -> list[Any]:
         """The workers."""
         return [pointer.location for pointer in self.child.values()]
+
+
+def _sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([value.detach() for value in values]).sum(0)
 
 
 def _show(multi: MultiPointerTensor) -> str:

@@ -204,8 +204,11 @@ class PointerTensor(PointsToObject, torch.Tensor):
         return await alive(self).place.moves.remote_get_async(self)
 
     @bounded
-    async def async_move(self, worker: BaseWorker, *, timeout: float | None = None) -> PointerTensor:
+    async def async_move(
+        self, worker: BaseWorker, requires_grad: bool = False, *, timeout: float | None = None
+    ) -> PointerTensor:
         """`move`, to be awaited on any loop."""
+        refuse_options("move", requires_grad=requires_grad)
         return await alive(self).place.moves.move_async(self, worker)
 
     @bounded

@@ -337,6 +337,14 @@ def get_shared_module(module: nn.Module) -> nn.Module:
     return module
 
 
+async def get_shared_module_async(module: nn.Module) -> nn.Module:
+    """`get_shared_module`, to be awaited on any loop."""
+    tensors = [one for one in _each(module) if isinstance(one, SharedTensor)]
+    values = [await one.async_get() for one in tensors]
+    _put_all(module, tensors, values, [True] * len(values))
+    return module
+
+
 def float_module_precision(self: nn.Module) -> nn.Module:
     """Turns parameters at a fixed precision into ordinary ones, in place.
 
