@@ -17,12 +17,18 @@ from planrt.sharing.ring import MOST_TERMS, bilinear
 
 Options: TypeAlias = tuple[tuple[str, Any], ...]
 
+FAST_INTEGERS = "AVX512" in torch.backends.cpu.get_cpu_capability()
+"""Whether torch's own products of int64 are faster than five of float64 limbs: processors with AVX-512 multiply eight
+int64 at once, those without multiply them one by one.
+"""
 _SMALL = 1 << 16
-"""Products with fewer multiplications are faster in int64 than cut into limbs."""
+"""Products with fewer multiplications are faster in int64 than cut into limbs, on any processor."""
 
 
 def _conv_input(gradient: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
     size = options.pop("size")
+    if gradient.dtype == torch.int64:
+        return _int_conv_input(gradient, weight, size[2:], **options)
     chosen: Any = grad.conv1d_input if weight.dim() == 3 else grad.conv2d_input
     result: torch.Tensor = chosen(size, weight, gradient, **options)
     return result
@@ -30,9 +36,64 @@ def _conv_input(gradient: torch.Tensor, weight: torch.Tensor, **options: Any) ->
 
 def _conv_weight(value: torch.Tensor, gradient: torch.Tensor, **options: Any) -> torch.Tensor:
     size = options.pop("size")
+    if value.dtype == torch.int64:
+        return _int_conv_weight(value, gradient, size[2:], **options)
     chosen: Any = grad.conv1d_weight if value.dim() == 3 else grad.conv2d_weight
     result: torch.Tensor = chosen(value, size, gradient, **options)
     return result
+
+
+def _int_conv_input(
+    gradient: torch.Tensor,
+    weight: torch.Tensor,
+    size: Sequence[int],
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """torch's own gradient takes no integers: it is a transposed convolution, whose rim is what the stride left out."""
+    steps, pads, gaps = (_each(one, len(size)) for one in (stride, padding, dilation))
+    rim = [
+        wanted - ((have - 1) * step - 2 * pad + gap * (length - 1) + 1)
+        for wanted, have, length, step, pad, gap in zip(
+            size, gradient.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True
+        )
+    ]
+    chosen: Any = functional.conv_transpose1d if weight.dim() == 3 else functional.conv_transpose2d
+    made: torch.Tensor = chosen(
+        gradient, weight, stride=steps, padding=pads, output_padding=rim, groups=groups, dilation=gaps
+    )
+    return made
+
+
+def _int_conv_weight(
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    size: Sequence[int],
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """torch's own gradient takes no integers: it is the convolution of the value with the gradient as the weight, rows
+    and channels changed places, stride and dilation too.
+    """
+    steps, pads, gaps = (_each(one, len(size)) for one in (stride, padding, dilation))
+    rows, channels, places = len(value), value.shape[1] // groups, value.shape[2:]
+    value = value.reshape(rows, groups, channels, *places).movedim(2, 0)
+    value = value.transpose(1, 2).reshape(channels, groups * rows, *places)
+    chosen: Any = functional.conv1d if gradient.dim() == 3 else functional.conv2d
+    made: torch.Tensor = chosen(
+        value, gradient.transpose(0, 1), stride=gaps, padding=pads, dilation=steps, groups=groups
+    )
+    for dim, length in enumerate(size, 2):
+        made = made.narrow(dim, 0, length)
+    return made.transpose(0, 1)
+
+
+def _each(option: Any, dims: int) -> list[int]:
+    return [option] * dims if isinstance(option, int) else [*option] * (dims // len(option))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +137,15 @@ def plain_value(name: str, left: torch.Tensor, right: torch.Tensor, **options: A
 def bilinear_sum(name: str, pairs: Sequence[_Pair], options: Options = ()) -> torch.Tensor:
     """Returns the sum of the products `name` of pairs of int64 tensors of the same shapes, modulo 2**64."""
     left, right = pairs[0]
+    if name == "mul":
+        return reduce(torch.Tensor.add_, [one * other for one, other in pairs])
+    chosen, sums = dict(options), _SUMS[name]
+    if FAST_INTEGERS:
+        return reduce(torch.Tensor.add_, [sums.function(one, other, **chosen) for one, other in pairs])
     if name == "matmul":
         if left.dim() >= 2 and right.dim() >= 2 and left.numel() * right.shape[-1] >= _SMALL:
             return _matrices(pairs)
         return reduce(torch.Tensor.add_, [torch.matmul(*pair) for pair in pairs])
-    if name == "mul":
-        return reduce(torch.Tensor.add_, [one * other for one, other in pairs])
-    chosen, sums = dict(options), _SUMS[name]
 
     def product(one: torch.Tensor, other: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
         made = sums.function(one, other, **chosen)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional, grad
 
 from planrt.errors import OptionError, SharingError
-from planrt.sharing import ring
+from planrt.sharing import bilinear, ring
 from planrt.sharing.additive import add_public, reconstruct, share, subtract_from_public
 from planrt.sharing.bilinear import bilinear_sum, bilinear_value
 from planrt.sharing.comparisons import negative
@@ -65,6 +65,13 @@ def test_limbs_are_balanced_and_make_up_the_value(width, anything):
     assert torch.equal(sum(one.to(torch.int64) << (width * place) for place, one in enumerate(limbs)), values)
 
 
+@pytest.fixture(params=["in limbs", "in int64"])
+def both_ways(request, monkeypatch):
+    """Products as processors without AVX-512 and with it compute them."""
+    monkeypatch.setattr(bilinear, "FAST_INTEGERS", request.param == "in int64")
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("length", [255, 256, 257, 512, 513, 1568])
 @pytest.mark.parametrize(
     "change", [lambda one: one, lambda one: one.mT.contiguous().mT, lambda one: one[:, :1].expand(one.shape)]
@@ -141,6 +148,7 @@ def plain(name, x, y, options):
     return functional.conv2d(x, y, **options)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("case", CASES)
 def test_products(run, case, anything, parties):
     name, left, right, options = CASES[case]
@@ -157,6 +165,33 @@ def test_squares(run, anything):
     assert torch.equal(run(square, x), x * x)
 
 
+CONVOLUTIONS = {
+    "1d": ((4, 2, 11), (6, 2, 3), {}),
+    "1d, all options": ((3, 4, 12), (6, 2, 3), {"stride": 3, "padding": 2, "dilation": 2, "groups": 2}),
+    "2d, one option for both": ((3, 2, 9, 8), (5, 2, 3, 2), {"stride": 2, "padding": (1,), "dilation": 1}),
+    "2d, what the stride leaves out": ((2, 3, 10, 11), (4, 3, 3, 2), {"stride": (3, 2), "padding": (0, 1)}),
+    "2d, all options": (
+        (2, 6, 9, 12), (3, 2, 2, 3), {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1), "groups": 3}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_gradients_of_convolutions_do_not_depend_on_the_processor(case, anything, monkeypatch):
+    shape, size, options = CONVOLUTIONS[case]
+    x, weight = anything(*shape), anything(*size)
+    chosen, found = tuple(options.items()), []
+    g = anything(*plain("conv1d" if x.dim() == 3 else "conv2d", x, weight, options).shape)
+    for fast in (True, False):
+        monkeypatch.setattr(bilinear, "FAST_INTEGERS", fast)
+        to_x = bilinear_value("conv_input", g, weight, (*chosen, ("size", shape)))
+        to_weight = bilinear_value("conv_weight", x, g, (*chosen, ("size", size)))
+        found.append((to_x, to_weight))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_gradients_of_convolutions(run, anything):
     x, weight = anything(2, 3, 9, 8), anything(4, 3, 3, 3)
     g = anything(2, 4, 5, 4)
