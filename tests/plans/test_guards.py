@@ -22,6 +22,16 @@ LEAST, MINUS_ONE = torch.full((4,), -(2**63)), torch.full((4,), -1)
 
 HOSTILE = {
     "norms from behind the weight": ("torch._weight_norm", (torch.ones(6), torch.tensor(1.0)), {}),
+    "bags whose offsets go down": (
+        "nn.functional.embedding_bag",
+        (torch.tensor([1, 5, 4, 5, 9]), torch.ones(10, 5), torch.tensor([0, 0, 1, 0])),
+        {"mode": "sum"},
+    ),
+    "bags without offsets": (
+        "nn.functional.embedding_bag",
+        (torch.tensor([4, 1, 1]), torch.ones(5, 5), torch.zeros(0, dtype=torch.int64)),
+        {},
+    ),
     "norms of nothing": ("torch._weight_norm", (torch.zeros(0), torch.zeros(1, 3)), {}),
     "norms along a dimension that is not there": (
         "torch._weight_norm",

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import hashlib
+import weakref
+
 import pytest
 import torch
 
+import planrt
 from planrt.errors import GonePointerError, OptionError, PolicyRefusedError, RemoteError
-from planrt.fl import TrainConfig
+from planrt.fl import RoundScheduler, TrainConfig
 from planrt.plans import Plan
 from planrt.plans.policy import quotas
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine import sent_plans
+from planrt.workers.machine.kinds import plan as plan_kind
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.machine.training import MAX_OPTIMIZERS
 from tests.pointers.conftest import OWNER
@@ -410,3 +418,113 @@ def test_whatever_op_makes_the_graph_it_is_held_to_the_quota(hospital, op):
     loss = step()
     loss.backward()
     assert x.grad.get().shape == (1, 64, 40)
+
+
+def long_plan(ops, name):
+    """A plan of some 34 bytes an op as a file, 1 KiB an op in memory."""
+
+    def long(x):
+        for n in range(ops):
+            x = x + n
+        return x
+
+    plan = planrt.func2plan()(long).build(torch.ones(1))
+    plan.name = name
+    return plan
+
+
+class Long(torch.nn.Module):
+    """A model whose plan is as long, and of another hash for each width."""
+
+    def __init__(self, width, ops=100):
+        super().__init__()
+        self.inner, self.ops = torch.nn.Linear(width, 1), ops
+
+    def forward(self, x):
+        for n in range(self.ops):
+            x = x + n
+        return self.inner(x)
+
+
+def train(worker, model):
+    config = TrainConfig(model=model, loss_fn=loss_fn, batch_size=8)
+    return one_round(worker, config)
+
+
+def one_round(worker, config):
+    async def main():
+        scheduler = RoundScheduler([worker], config, dataset_key="k", seed=1)
+        await scheduler.prepare()
+        return await scheduler.run_round(1, config.state)
+
+    return asyncio.run(main())
+
+
+def test_plans_that_rounds_send_count_and_give_way(hospital):
+    data = BaseDataset(torch.ones(8, 4), torch.ones(8, 1))
+    connect = hospital(small(400 * KIB), datasets={"k": data})
+    worker = connect(OWNER)
+    for ops in range(40, 60):  # of some 100 KiB each, which would be 2 MiB together
+        assert train(worker, Long(4, ops)).loss >= 0
+    x = torch.ones(85 * KIB).send(worker)  # 340 of 400 KiB: plans go, tensors do not
+    assert x.sum().get().item() == 85 * KIB
+    with full():  # where nothing else gives way there is no room for another one
+        train(worker, Long(4, 61))
+    assert train(connect(), Long(4, 61)).loss >= 0  # another user has its own
+    del x
+    worker.objects_count()  # so that it is gone there
+    assert train(worker, Long(4, 62)).loss >= 0
+
+
+def test_what_the_ops_of_a_plan_take_counts_however_it_comes(hospital):
+    data = BaseDataset(torch.ones(8, 4), torch.ones(8, 1))
+    worker = hospital(small(400 * KIB), datasets={"k": data})()
+    with full():
+        train(worker, Long(4, 1000))
+    kept = []
+    with full():
+        for n in range(8):
+            kept.append(long_plan(100 + n, f"p{n}").send(worker))
+            worker.objects_count()
+    kept = kept[:1]
+    with full():
+        copies = [kept[0].copy() for _ in range(8)]
+        copies[-1](torch.ones(1).send(worker)).get()
+    del copies
+    assert kept[0](torch.ones(1).send(worker)).get().item() == 1 + sum(range(100))
+
+
+def test_plans_are_bounded_by_bytes_without_a_quota(make_worker, monkeypatch):
+    worker = make_worker("bob", {"k": BaseDataset(torch.ones(8, 4), torch.ones(8, 1))})
+    config = TrainConfig(model=Long(4, 50), loss_fn=loss_fn, batch_size=8)
+    other = TrainConfig(model=Long(4, 51), loss_fn=loss_fn, batch_size=8)
+
+    def requests(config):
+        return one_round(worker, config).workers["bob"].requests
+
+    assert requests(config) == 1  # prepare() has sent the plan
+    size = len(config.plans.training.to_bytes())
+    monkeypatch.setattr(sent_plans, "MAX_PLAN_BYTES", size * 3 // 2)
+    assert requests(other) == 1
+    assert requests(config) == 3  # it had gone: refused, plan, request
+    monkeypatch.setattr(sent_plans, "MAX_PLAN_BYTES", 1000)
+    with pytest.raises(RemoteError, match="a plan of .* bytes is over the limit of 1,000"):
+        requests(TrainConfig(model=Long(4, 52), loss_fn=loss_fn, batch_size=8))
+    with pytest.raises(RemoteError, match="a plan of .* bytes is over the limit of 1,000"):
+        long_plan(100, "p").send(worker)(torch.ones(1).send(worker)).get()
+
+
+def test_no_cache_keeps_a_plan_that_is_gone(make_worker):
+    """Caches of what plans do would count for nobody."""
+    worker = make_worker("bob")
+    plan = long_plan(60, "p")
+    graph = weakref.ref(plan.record.graphs[0])
+    there = plan.send(worker)
+    x = torch.ones(1, requires_grad=True).send(worker)
+    assert there(x).get().item() == 1 + sum(range(60))
+    hash = hashlib.sha256(plan.record.to_bytes()).hexdigest()
+    del plan, there
+    worker.objects_count()  # the plan's object is gone there
+    gc.collect()
+    assert hash not in plan_kind._records
+    assert graph() is None

@@ -1,9 +1,10 @@
 """What the sessions of one user may keep on a worker: so many bytes and objects, all of them together. No I/O.
 
 Counted are the tensors of objects with their gradients, the state of plans and protocols, what optimizers keep, what
-waits to be sent to another worker, and what an autograd graph keeps: of all that ops made, though its pointer is gone,
-what kernels saved for themselves (`graph_memory.py`), and 1 KiB for each node. Memory that several objects show counts
-once. An object counts 1 KiB besides, and its texts.
+waits to be sent to another worker or until an answer has arrived, and what an autograd graph keeps: of all that ops
+made, though its pointer is gone, what kernels saved for themselves (`graph_memory.py`), and 1 KiB for each node. Memory
+that several objects show counts once. An object counts 1 KiB besides, and its texts; a plan, as an object or as rounds
+send it, 32 times what it takes as a file.
 
 Clients that are nobody's are one user for each address that they come from. What was published stays when its session
 ends, and counts on for who published it.
@@ -27,6 +28,8 @@ from planrt.plans.policy.rules import Policy
 
 OBJECT_BYTES: Final = 1024
 """Bytes that an object takes besides its values."""
+PLAN_BYTES: Final = 32
+"""Bytes of memory that a plan takes for each byte of it as a file: 13 are its ops, and 12 what they are compiled to."""
 MOST_NODES: Final = 1_000_000
 """Nodes of autograd graphs that a user may keep, whatever the memory: torch frees a chain of those that Python has
 looked at by a call for each, 170 to 330 bytes deep, on a stack of 1 GiB."""

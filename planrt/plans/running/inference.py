@@ -178,7 +178,7 @@ def argument_key(value: Any, operand_type: type, floats: bool) -> Any:
         )
     if kind is dict:
         return ("dict", *[(word, argument_key(item, operand_type, floats)) for word, item in value.items()])
-    return (kind, value)
+    return (kind, getattr(value, "cache_key", value))  # what is large is not kept for a key's sake
 
 
 def _infer(

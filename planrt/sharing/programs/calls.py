@@ -21,6 +21,7 @@ from planrt.types import Ref, leaves
 
 MAX_CALLS = 10_000
 """Calls of one program."""
+_CACHED_LENGTH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +97,21 @@ class Program:
         return base64.b85encode(pack([self.operands, calls])).decode()
 
 
-@lru_cache(maxsize=256)
 def program_of(text: str) -> Program:
     """Returns the program that `Program.to_text` was called on. Every part is checked.
 
     Raises:
         PlanFormatError, SharingError: anything else.
     """
+    return _short_program(text) if len(text) <= _CACHED_LENGTH else _program(text)
+
+
+@lru_cache(maxsize=256)
+def _short_program(text: str) -> Program:
+    return _program(text)
+
+
+def _program(text: str) -> Program:
     try:
         fields = unpack(base64.b85decode(text))
     except (ValueError, binascii.Error) as error:

@@ -46,7 +46,8 @@ from planrt.workers.machine.audit import Auditor
 from planrt.workers.wire.refusals import NotApproved
 
 _REPORTS: Final = 1_000
-"""Reports that are kept: a plan is checked once for inputs of one size."""
+_REPORTED_OPS: Final = 200_000
+"""Reports that are kept, and ops in these: a plan is checked once for inputs of one size."""
 _PROGRAMS: Final = 10_000
 """Plans with constants whose own hash is known by the one that decisions are filed under."""
 
@@ -88,6 +89,7 @@ class Gate:
         self._approvals: Decisions | None = approvals
         self._audit = audit or Auditor()
         self._reports: OrderedDict[object, Report] = OrderedDict()
+        self._reported_ops = 0
         self._programs: OrderedDict[str, str] = OrderedDict()
 
     def ask(self, approvals: Decisions | None) -> None:
@@ -306,8 +308,10 @@ class Gate:
         found = self._reports.get(key)
         if found is None:
             found = self._reports[key] = check_rules(graph, self.policy, inputs, tags, gradients=gradients)
-            while len(self._reports) > _REPORTS:
-                self._reports.popitem(last=False)
+            self._reported_ops += len(graph.ops)
+            while len(self._reports) > _REPORTS or self._reported_ops > _REPORTED_OPS:
+                _, oldest = self._reports.popitem(last=False)
+                self._reported_ops -= len(oldest.graph.ops)
         return found
 
     def least_rows(self, tags: Iterable[str]) -> int:

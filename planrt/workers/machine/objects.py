@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from planrt.errors import LocalError
+from planrt.plans.policy.quotas import PLAN_BYTES
 from planrt.plans.running import interpreter
 from planrt.serde.tensors import payload_bytes
 from planrt.workers.machine.access import Access
@@ -91,6 +92,7 @@ class KeptObjects:
         """Stores a plan that a client or another worker sends."""
         if not tensors or tensors[0].dtype != torch.uint8:
             raise LocalError("a plan travels as its record, a uint8 tensor, and its state")
+        self.store.check_bytes(session.id, tensors[0].nbytes * PLAN_BYTES)  # before its ops take so much
         record = plan_objects.record_of(tensors[0])
         bare = body.bare and len(tensors) == 1
         if self.gate is not None:
@@ -265,7 +267,8 @@ class KeptObjects:
             return  # which the op itself says
         if self.gate is not None:
             self.gate.admit_copy(plan.state)
-        self.store.check_bytes(session.id, payload_bytes(plan.state))
+        beside = self.store.kinds.of(plan).bytes_beside(plan)
+        self.store.check_bytes(session.id, payload_bytes(plan.state) + beside)
 
     def hand_over(self, session: Session, body: m.HandOver) -> Answer:
         """Lets the bearer of a token become the owner."""

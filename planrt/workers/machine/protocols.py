@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 
 from planrt.errors import LocalError
+from planrt.plans.policy.quotas import PLAN_BYTES
 from planrt.workers.machine.events import Answer, PeerAnswered, Steps, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, cut
 from planrt.workers.machine.kinds.base import StoredObject
@@ -46,6 +47,8 @@ class ProtocolOps:
 
     def store(self, session: Session, body: m.StoreProtocol, tensors: Sequence[torch.Tensor]) -> Answer:
         """Stores a protocol that a client sends."""
+        if tensors:
+            self._store.check_bytes(session.id, tensors[0].nbytes * PLAN_BYTES)  # before its ops take so much
         protocol = new_protocol_object(tensors, self._device)
         label = None if body.allowed is None else frozenset(body.allowed)
         self._store.add(

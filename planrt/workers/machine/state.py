@@ -720,7 +720,11 @@ class WorkerState:
         self.store.open_account(session.id, account)
 
     def _make_room(self, whose: str) -> bool:
-        """Ends a session that was closed, where the others of the same user need what it holds."""
+        """Lets a plan of a user's rounds go, which its client can send again, or ends a session that was closed, where
+        the others of the same user need the room."""
+        account = self._accounts.get(whose)
+        if account is not None and self._training.give_way(account):
+            return True
         session = self._kept.to_give_way(whose, self._at_work)
         if session is not None:
             self._besides += self._end(session)

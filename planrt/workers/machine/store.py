@@ -188,6 +188,10 @@ class ObjectStore:
         """Whatever belongs to `session` counts for that account from now on."""
         self._accounts[session] = account
 
+    def account_of(self, session: str) -> Account | None:
+        """Returns what counts for the user of a session; None where nothing bounds that."""
+        return self._accounts.get(session)
+
     def check_room(self, session: str, tensors: Iterable[torch.Tensor], *, objects: int = 0) -> None:
         """Raises unless the session may keep these tensors, and so many objects more.
 
@@ -241,11 +245,18 @@ class ObjectStore:
 
     def _charge(self, stored: StoredObject, account: Account | None) -> None:
         if account is not None:
-            tensors, beside = self._kept_by(stored), _bytes_beside(stored)
+            tensors, beside = self._kept_by(stored), self._bytes_beside(stored)
             account.check(tensors, objects=1, beside=beside)
             account.take(tensors, objects=1, beside=beside)
             stored.charged = beside
         stored.account = account
+
+    def _bytes_beside(self, stored: StoredObject) -> int:
+        """What an object takes besides its tensors: itself, its texts, and what its kind says."""
+        failures = [one for one in (stored.failure, stored.hidden_failure) if one is not None]
+        said = sum(len(one.message) + len(one.traceback) + len(one.cause) for one in failures)
+        own = self.kinds.of(stored.value).bytes_beside(stored.value)
+        return OBJECT_BYTES + own + said + _bytes_of(stored.tags, stored.description)
 
     def _kept_by(self, stored: StoredObject) -> list[torch.Tensor]:
         tensors = list(self.kinds.of(stored.value).kept(stored.value))
@@ -348,13 +359,6 @@ class ObjectStore:
         )
         self.add(id, copy)
         return id, StoredObject(own, session, label, tags=stored.tags, description=stored.description)
-
-
-def _bytes_beside(stored: StoredObject) -> int:
-    """What an object takes besides its tensors: itself and its texts."""
-    failures = [one for one in (stored.failure, stored.hidden_failure) if one is not None]
-    said = sum(len(one.message) + len(one.traceback) + len(one.cause) for one in failures)
-    return OBJECT_BYTES + said + _bytes_of(stored.tags, stored.description)
 
 
 def _bytes_of(tags: Sequence[str], description: str) -> int:

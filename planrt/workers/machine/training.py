@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from planrt.plans.ir.constants import Constant
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import alone
 from planrt.plans.optimizer_options import work_of
+from planrt.plans.policy.quotas import PLAN_BYTES, Account
 from planrt.plans.running import interpreter
 from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
@@ -32,6 +32,7 @@ from planrt.serde.tensors import payload_bytes
 from planrt.sharing.columns.table import Table
 from planrt.sharing.secure_sum import encoding
 from planrt.types import Ref, TensorSpec, as_text, leaves
+from planrt.workers.machine import sent_plans
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.admission import failed_on_data
 from planrt.workers.machine.batches import (
@@ -47,13 +48,11 @@ from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.secure_sums import SecureSums
+from planrt.workers.machine.sent_plans import SentPlans, check_size
 from planrt.workers.machine.sessions import KeptOptimizer, Session
 from planrt.workers.wire import masked_fits
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.refusals import GetNotPermitted, UnknownDataset, UnknownPlan
-
-MAX_PLANS = 256
-"""Plans a worker keeps; the least recently used goes first, and its client sends it again when needed."""
+from planrt.workers.wire.refusals import GetNotPermitted, UnknownDataset
 
 MAX_OPTIMIZERS = 1_000
 """Optimizers whose state a session keeps."""
@@ -87,7 +86,7 @@ class TrainingOps:
         self._gate = gate
         self._objects = objects
         self._datasets: dict[str, _Dataset] = {}
-        self._plans: OrderedDict[str, Graph] = OrderedDict()
+        self._plans = SentPlans()
 
     def add_dataset(
         self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
@@ -138,27 +137,36 @@ class TrainingOps:
         return {key: info for key, info in self.datasets.items() if self._access.sees(user, key)}
 
     def put_plan(self, session: Session, body: m.PutPlan, tensors: list[torch.Tensor]) -> Answer:
-        """Keeps a plan that a client sends."""
+        """Keeps a plan that a client sends.
+
+        Raises:
+            PlanError: it is too long, or another one than its hash says. PolicyError: its user may keep no more.
+        """
         if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
             raise PlanError("a plan travels as one uint8 tensor: its canonical bytes, or a record of it")
+        check_size(tensors[0])
+        account = self._objects.store.account_of(session.id)
         data = tensors[0].numpy().tobytes()
+        if account is not None:
+            account.check(beside=len(data) * PLAN_BYTES)  # before its ops take so much
         plan = _decoded(data)
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         if self._gate is not None:
             session.asks_for(self._gate.arrived([plan], data, None, session.user, body.purpose))
             session.purposes[plan.hash] = body.purpose
-            while len(session.purposes) > MAX_PLANS:
+            while len(session.purposes) > sent_plans.MAX_PLANS:
                 del session.purposes[next(iter(session.purposes))]
-        self._plans[plan.hash] = plan
-        self._plans.move_to_end(plan.hash)
-        while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
+        self._plans.add(plan, len(data), account)
         return m.Done(), ()
+
+    def give_way(self, account: Account) -> bool:
+        """Lets a plan go that a user's rounds have sent, the one used longest ago; returns whether there was one."""
+        return self._plans.give_way(account)
 
     def run_plan(self, session: Session, body: m.RunPlan, tensors: list[torch.Tensor]) -> Answer:
         """Runs a plan once, on tensors that came with the message."""
-        plan, constants = self._plan(body.plan), _NONE
+        plan, constants = self._plans.find(body.plan), _NONE
         inputs, state = tensors[: len(plan.inputs)], tensors[len(plan.inputs) :]
         deadline = math.inf
         if self._gate is not None:
@@ -177,7 +185,7 @@ class TrainingOps:
     def fit(self, session: Session, body: m.Fit, tensors: list[torch.Tensor]) -> Answer:
         """Trains a model on a data set: one worker's part of a round, or what a client left here."""
         self._sums.check_plain()
-        plan = self._plan(body.plan)
+        plan = self._plans.find(body.plan)
         result = self._trained(session, plan, body, self._state(session, body, tensors))
         answer = m.Fitted(result.loss, result.samples, result.batches, list(result.changed))
         if not body.objects:
@@ -189,7 +197,7 @@ class TrainingOps:
     def fit_masked(self, session: Session, body: m.FitMasked, tensors: list[torch.Tensor]) -> Answer:
         """Trains as `fit` does, for a secure aggregation: the result is masked before it leaves."""
         member = self._sums.begin(session, body)
-        plan = self._plan(body.fit.plan)
+        plan = self._plans.find(body.fit.plan)
         context = masked_fits.context(body, tensors)
         constant = [
             encoding.constant(value)
@@ -269,12 +277,12 @@ class TrainingOps:
                 "would uncover them"
             )
         values, tensors = optimizer_states.packed(kept.state)
-        self._told(session, "read_optimizer", self._plan(body.plan), _NONE, body.dataset, None, tensors)
+        self._told(session, "read_optimizer", self._plans.find(body.plan), _NONE, body.dataset, None, tensors)
         return m.OptimizerState([m.OptimizerValue(*one) for one in values]), tensors
 
     def put_optimizer(self, session: Session, body: m.PutOptimizer, tensors: list[torch.Tensor]) -> Answer:
         """Keeps what an optimizer kept in an earlier session."""
-        plan = self._plan(body.plan)
+        plan = self._plans.find(body.plan)
         self._dataset(session, body.dataset)
         values = [(one.parameter, one.name, one.value) for one in body.values]
         state = optimizer_states.unpacked(
@@ -327,7 +335,7 @@ class TrainingOps:
 
     def evaluate(self, session: Session, body: m.Evaluate, tensors: list[torch.Tensor]) -> Answer:
         """Evaluates a model on a data set."""
-        plan, constants = self._plan(body.plan), _NONE
+        plan, constants = self._plans.find(body.plan), _NONE
         source, deadline = self._dataset(session, body.dataset), math.inf
         state = self._state(session, body, tensors)
         if self._gate is not None:
@@ -419,14 +427,7 @@ class TrainingOps:
         Raises:
             UnknownPlan: it is not here.
         """
-        return self._plan(hash)
-
-    def _plan(self, hash: str) -> Graph:
-        try:
-            self._plans.move_to_end(hash)
-            return self._plans[hash]
-        except KeyError:
-            raise UnknownPlan(f"no plan with the hash {hash}: send it first") from None
+        return self._plans.find(hash)
 
     def _batch_specs(self, key: str, rows: int) -> list[TensorSpec]:
         info = self._datasets[key].info

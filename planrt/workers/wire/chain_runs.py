@@ -23,7 +23,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -484,14 +483,16 @@ class ChainRun:
         return [Send(place, m.Post([], ids)) for place, ids in drops.items()]
 
 
-@lru_cache(maxsize=1_000)
 def _writes(graph: Graph) -> bool:
     """Whether a plan may change its inputs or its state in place."""
-    return any(
-        isinstance(operand, Ref)
-        for op in graph.ops
-        for operand in ops.written_operands(op.name, op.args, op.kwargs)
-    )
+    known: dict[str, bool] = graph.__dict__  # goes with the plan, as a cache of plans would not
+    if "_writes" not in known:
+        known["_writes"] = any(
+            isinstance(operand, Ref)
+            for op in graph.ops
+            for operand in ops.written_operands(op.name, op.args, op.kwargs)
+        )
+    return known["_writes"]
 
 
 def _unexpected(worker: str, body: object) -> PlanFormatError:

@@ -37,6 +37,11 @@ class PlanTwin:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash(self.graph.hash))
 
+    @property
+    def cache_key(self) -> str:
+        """What stands for it in the keys of caches, which must not keep plans that are gone."""
+        return self.graph.hash
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PlanTwin) and self.graph.hash == other.graph.hash
 

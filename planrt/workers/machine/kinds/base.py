@@ -85,6 +85,10 @@ class ObjectKind(ABC, Generic[V]):
         """Returns the tensors whose memory counts for the quota of its user."""
         return self.tensors(value)
 
+    def bytes_beside(self, value: V) -> int:
+        """Returns the bytes that it takes besides these, about."""
+        return 0
+
     def gains_gradient(self, value: V) -> bool:
         """Returns whether a backward pass may leave a gradient at it: whether it is a leaf."""
         return False

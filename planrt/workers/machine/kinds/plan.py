@@ -11,8 +11,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 
@@ -21,6 +20,7 @@ from planrt.plans.ir import ops
 from planrt.plans.ir.constants import Constant, constants_of
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import PlanRecord
+from planrt.plans.policy.quotas import PLAN_BYTES
 from planrt.plans.running import interpreter
 from planrt.plans.running.inference import Spec
 from planrt.types import Ref
@@ -28,9 +28,13 @@ from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.kinds.base import ObjectKind, StoredObject
 from planrt.workers.machine.kinds.tensor import shared_copy
 from planrt.workers.machine.labels import Label, MemoryLabels
+from planrt.workers.machine.sent_plans import check_size
 from planrt.workers.machine.sessions import Session, allowed_list, ask
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.plan_call import PlanTwin, meta_state, output_values
+from planrt.workers.wire.plan_call import meta_state, output_values
+
+_MOST_FORMS: Final = 64
+"""Forms of a plan's inputs for which it is known what a call writes to."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -100,6 +104,10 @@ class PlanKind(ObjectKind[PlanObject]):
     def tensors(self, value: PlanObject) -> Sequence[torch.Tensor]:
         """Returns the tensors of its state."""
         return value.state
+
+    def bytes_beside(self, value: PlanObject) -> int:
+        """Returns what its ops take."""
+        return len(value.record.to_bytes()) * PLAN_BYTES
 
     def can_be_found(self, value: PlanObject) -> bool:
         """Returns True."""
@@ -195,9 +203,7 @@ def called_graph(args: tuple[Any, ...]) -> Graph:
     return args[0].record.graph(training=args[1] is True)
 
 
-@lru_cache(maxsize=1_000)
-def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[int]:
-    graph = twin.graph
+def _find_written(graph: Graph, specs: tuple[Spec, ...]) -> frozenset[int]:
     everything = frozenset(range(1 + len(specs)))
     count = len(graph.inputs)
 
@@ -216,8 +222,7 @@ def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[i
     tensors = [*inputs, *state]
     before = [tensor._version for tensor in tensors]
     try:
-        with torch.set_grad_enabled(grad):
-            interpreter.execute(graph, inputs, state, device="meta")
+        interpreter.execute(graph, inputs, state, device="meta")
     except Exception:  # it cannot be told without values
         return everything
     for index, (tensor, version) in enumerate(zip(tensors, before, strict=True)):
@@ -228,7 +233,15 @@ def _written(twin: PlanTwin, specs: tuple[Spec, ...], grad: bool) -> frozenset[i
 
 def written(graph: Graph, inputs: Sequence[torch.Tensor]) -> frozenset[int]:
     """Returns which operands of a call may be written to: 0 for the plan's state, 1 and up for its inputs."""
-    return _written(PlanTwin(graph), tuple([Spec.of(one) for one in inputs]), torch.is_grad_enabled())
+    known: dict[object, frozenset[int]] = graph.__dict__.setdefault("_written", {})  # goes with the plan
+    specs = tuple([Spec.of(one) for one in inputs])
+    key = (specs, torch.is_grad_enabled())
+    found = known.get(key)
+    if found is None:
+        if len(known) >= _MOST_FORMS:
+            known.clear()
+        found = known[key] = _find_written(graph, specs)
+    return found
 
 
 _records: weakref.WeakValueDictionary[str, PlanRecord] = weakref.WeakValueDictionary()
@@ -239,8 +252,9 @@ def record_of(data: torch.Tensor) -> PlanRecord:
     """Returns the record that arrived as bytes.
 
     Raises:
-        PlanFormatError, OpNotAllowedError: as `PlanRecord.from_bytes`.
+        PlanFormatError, OpNotAllowedError: as `PlanRecord.from_bytes`. PlanError: it is too long.
     """
+    check_size(data)
     raw = data.numpy().tobytes()
     key = hashlib.sha256(raw).hexdigest()
     record = _records.get(key)

@@ -16,6 +16,7 @@ import torch
 from planrt.errors import LocalError
 from planrt.plans.ir.chain import Chain
 from planrt.plans.ir.graph import refs_in
+from planrt.plans.policy.quotas import PLAN_BYTES
 from planrt.plans.running import interpreter
 from planrt.serde.values import encode
 from planrt.types import Ref, map_leaves
@@ -23,6 +24,7 @@ from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.kinds.base import Freed, ObjectKind, StoredObject
 from planrt.workers.machine.kinds.plan import PlanObject, new_plan_object
 from planrt.workers.machine.labels import Label, MemoryLabels
+from planrt.workers.machine.sent_plans import check_size
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import AtPlace, ChainRun, Given, Output, Reaches, StepState
@@ -105,6 +107,10 @@ class ProtocolKind(ObjectKind[ProtocolObject]):
         """Returns the tensors of the state of its plans."""
         return value.state
 
+    def bytes_beside(self, value: ProtocolObject) -> int:
+        """Returns what the ops of its plans take."""
+        return len(value.chain.to_bytes()) * PLAN_BYTES
+
     def can_be_found(self, value: ProtocolObject) -> bool:
         """Returns True."""
         return True
@@ -139,6 +145,7 @@ def new_protocol_object(tensors: Sequence[torch.Tensor], device: torch.device) -
     """
     if not tensors or tensors[0].dtype != torch.uint8:
         raise LocalError("a protocol travels as its chain, a uint8 tensor, and the state of its plans")
+    check_size(tensors[0])
     chain = Chain.from_bytes(tensors[0].numpy().tobytes())
     rest = list(tensors[1:])
     wanted = sum(len(plan.record.state) for plan in chain.plans)
