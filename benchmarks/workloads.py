@@ -14,7 +14,7 @@ from planrt.fl.config import TrainConfig
 from planrt.fl.runs.children import ChildOptions
 from planrt.fl.runs.networks import seeded_net
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.machine.batches import Batch
+from planrt.workers.machine.rounds.batches import Batch
 
 SEED = 1
 LR = 0.1

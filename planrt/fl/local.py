@@ -27,7 +27,7 @@ from planrt.fl.runs.children import READY_TIMEOUT, ChildOptions, WorkerProcesses
 from planrt.loop import refuse_to_block
 from planrt.types import plain
 from planrt.workers.base import check_device
-from planrt.workers.machine.batches import as_batches, sample_specs
+from planrt.workers.machine.rounds.batches import as_batches, sample_specs
 from planrt.workers.websocket_client import WebsocketClientWorker
 
 

@@ -18,7 +18,7 @@ from planrt.loop import on_loop
 from planrt.types import TensorSpec
 from planrt.workers.client import objects
 from planrt.workers.client.registry import KnowsWorkers
-from planrt.workers.machine.batches import Batch, describe, first_line, listed
+from planrt.workers.machine.rounds.batches import Batch, describe, first_line, listed
 from planrt.workers.pointers.fetching import fetch_all, fetch_all_async
 from planrt.workers.pointers.handle import Handle
 from planrt.workers.pointers.tensor import PointerTensor, make_pointer

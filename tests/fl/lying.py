@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from planrt.workers.machine.training import TrainingOps
+from planrt.workers.machine.rounds.training import TrainingOps
 
 
 def lie(monkeypatch, **liars):

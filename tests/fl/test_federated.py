@@ -24,7 +24,7 @@ from planrt.fl.data.digits import normalize
 from planrt.fl.data.federated import FederatedDataLoader, FederatedDataset, _turns
 from planrt.fl.data.splitting import federate
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.machine.batches import as_batches
+from planrt.workers.machine.rounds.batches import as_batches
 from planrt.workers.pointers.tensor import PointerTensor
 from tests.processes import write_small_mnist
 

@@ -14,7 +14,7 @@ import planrt
 from planrt.fl import ModelEvaluator, RoundScheduler, TrainConfig
 from planrt.fl.utils import evaluate_model_on_worker, fit_model_on_worker
 from planrt.seeding import derive_seed
-from planrt.workers.machine.batches import as_batches, iterate
+from planrt.workers.machine.rounds.batches import as_batches, iterate
 from tests.fl.models import MODELS, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::planrt.errors.PlanWarning")  # plain attributes, on purpose

@@ -273,7 +273,7 @@ def test_a_worker_that_dies_mid_round_is_named_and_the_others_go_on():
 
 
 def test_a_plan_that_the_worker_has_dropped_is_sent_again(workers, monkeypatch):
-    monkeypatch.setattr("planrt.workers.machine.sent_plans.MAX_PLANS", 1)
+    monkeypatch.setattr("planrt.workers.machine.rounds.sent_plans.MAX_PLANS", 1)
     first, second = config(), config(batch_size=4)
     second = TrainConfig(nn.Linear(6, 3), F.cross_entropy, batch_size=4, max_nr_batches=1)
     run(workers, first, 1)

@@ -27,7 +27,7 @@ from planrt.fl.exchange import PlainExchange
 from planrt.loop import run as run_on_loop
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine.secure_sums import MOST_SUMS
+from planrt.workers.machine.rounds.secure_sums import MOST_SUMS
 from planrt.workers.wire import messages as m
 from tests.fl.models import MODELS, make
 from tests.fl.served import IDS, worker_processes

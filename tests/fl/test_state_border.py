@@ -19,7 +19,7 @@ from planrt.fl.utils import fit_model_on_worker
 from planrt.plans.training import trace_model
 from planrt.seeding import derive_seed
 from planrt.workers import VirtualWorker
-from planrt.workers.machine.batches import as_batches, iterate
+from planrt.workers.machine.rounds.batches import as_batches, iterate
 
 pytestmark = pytest.mark.filterwarnings("ignore::planrt.errors.PlanWarning")  # plain attributes, on purpose
 

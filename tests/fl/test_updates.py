@@ -14,7 +14,7 @@ from planrt.errors import QuorumError, UpdateRefusedError
 from planrt.fl import RoundScheduler, TrainConfig, federated_avg
 from planrt.fl.updates import check_update, most_samples, update_norm
 from planrt.workers import BaseDataset
-from planrt.workers.machine.batches import as_batches, iterate
+from planrt.workers.machine.rounds.batches import as_batches, iterate
 from planrt.workers.results import FitResult
 from tests.fl.lying import flipped, lie, saying, with_first
 from tests.models import classification_data, seeded_classifier

@@ -18,10 +18,10 @@ from planrt.plans.policy import quotas
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine import sent_plans
 from planrt.workers.machine.kinds import plan as plan_kind
+from planrt.workers.machine.rounds import sent_plans
+from planrt.workers.machine.rounds.training import MAX_OPTIMIZERS
 from planrt.workers.machine.store import ObjectStore
-from planrt.workers.machine.training import MAX_OPTIMIZERS
 from tests.pointers.conftest import OWNER
 
 KIB = 1024
@@ -226,7 +226,7 @@ def test_what_optimizers_keep_counts(hospital):
 
 def test_the_number_of_optimizers_is_bounded(make_worker, monkeypatch):
     assert MAX_OPTIMIZERS == 1_000
-    monkeypatch.setattr("planrt.workers.machine.training.MAX_OPTIMIZERS", 1)
+    monkeypatch.setattr("planrt.workers.machine.rounds.training.MAX_OPTIMIZERS", 1)
     worker = make_worker("bob", {"k": BaseDataset(torch.ones(8, 2), torch.ones(8, 1))})
     configs = []
     assert fit_with(worker, "Adam", 2, configs, keep_optimizer_state=True).loss >= 0

@@ -21,7 +21,7 @@ from planrt.plans.optimizer_options import OPTIMIZERS, work_of
 from planrt.plans.policy.passes import cost_of
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset
-from planrt.workers.machine.batches import as_batches, iterate, number_of_batches
+from planrt.workers.machine.rounds.batches import as_batches, iterate, number_of_batches
 
 # Inside out: what a pass takes
 

@@ -96,7 +96,7 @@ def test_a_failing_op_is_named(bob):
 def test_fit_gives_the_numbers_of_a_plain_loop(bob):
     """The worker's batches and arithmetic, done by hand with the same derived seed."""
     from planrt.seeding import derive_seed
-    from planrt.workers.machine.batches import as_batches, iterate
+    from planrt.workers.machine.rounds.batches import as_batches, iterate
 
     job = config(max_nr_batches=5, optimizer="SGD", optimizer_args={"lr": 0.1, "momentum": 0.9})
     job.send(bob)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from planrt.errors import DataError, LocalError, OptionError
 from planrt.types import FREE, TensorSpec
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.machine.batches import as_batches, iterate, sample_specs
+from planrt.workers.machine.rounds.batches import as_batches, iterate, sample_specs
 
 
 def numbered(count: int) -> BaseDataset:
@@ -272,7 +272,7 @@ def test_an_empty_data_set_has_specs_where_they_are_known():
 
 
 def test_the_short_batch_can_be_left_out():
-    from planrt.workers.machine.batches import smallest_batch
+    from planrt.workers.machine.rounds.batches import smallest_batch
 
     batches = iterate(numbered(7), batch_size=3, shuffle=True, seed=0, epochs=2, drop_last=True)
     assert [len(data) for data, _ in batches] == [3, 3, 3, 3]

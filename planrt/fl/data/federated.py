@@ -11,7 +11,7 @@ import torch
 from planrt.errors import DataError, LocalError, OptionError
 from planrt.workers.base import BaseWorker
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.machine.batches import Batch
+from planrt.workers.machine.rounds.batches import Batch
 
 WorkerReads: TypeAlias = list[tuple[str, torch.Tensor]]
 """What is read at one time: worker id and indices, each worker once."""

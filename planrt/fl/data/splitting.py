@@ -16,7 +16,7 @@ from planrt.fl.data.federated import FederatedDataset
 from planrt.loop import all_answers, refuse_to_block, run
 from planrt.workers.base import BaseWorker
 from planrt.workers.datasets import BaseDataset
-from planrt.workers.machine.batches import as_batches
+from planrt.workers.machine.rounds.batches import as_batches
 
 ITEMS_AT_A_TIME = 1024
 """How many items are read and put into one batch at a time, where a data set has to be read item by item."""

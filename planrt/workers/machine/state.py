@@ -96,13 +96,13 @@ from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
-from planrt.workers.machine.secure_sums import SecureSums
+from planrt.workers.machine.rounds.secure_sums import SecureSums
+from planrt.workers.machine.rounds.training import TrainingOps
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.dealers import DealerOps
 from planrt.workers.machine.sharing.parties import PartyOps
 from planrt.workers.machine.siblings.neighbours import Board, Neighbours
 from planrt.workers.machine.store import ObjectStore, Overview
-from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions

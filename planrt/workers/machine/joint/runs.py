@@ -32,9 +32,9 @@ from planrt.workers.machine.joint.owners import AlignedTable
 from planrt.workers.machine.joint.roles import keep, role_of
 from planrt.workers.machine.joint.run import JointFailedError, Run, StepRefusedError, turn
 from planrt.workers.machine.kinds.base import StoredObject
+from planrt.workers.machine.rounds.training import TrainingOps
 from planrt.workers.machine.sessions import Session, ask
 from planrt.workers.machine.store import ObjectStore, new_id
-from planrt.workers.machine.training import TrainingOps
 from planrt.workers.wire import messages as m
 
 MAX_RUNS: Final = 100

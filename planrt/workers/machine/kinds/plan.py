@@ -28,7 +28,7 @@ from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.kinds.base import ObjectKind, StoredObject
 from planrt.workers.machine.kinds.tensor import shared_copy
 from planrt.workers.machine.labels import Label, MemoryLabels
-from planrt.workers.machine.sent_plans import check_size
+from planrt.workers.machine.rounds.sent_plans import check_size
 from planrt.workers.machine.sessions import Session, allowed_list, ask
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.plan_call import meta_state, output_values

@@ -24,7 +24,7 @@ from planrt.workers.machine.events import Answer, Steps
 from planrt.workers.machine.kinds.base import Freed, ObjectKind, StoredObject
 from planrt.workers.machine.kinds.plan import PlanObject, new_plan_object
 from planrt.workers.machine.labels import Label, MemoryLabels
-from planrt.workers.machine.sent_plans import check_size
+from planrt.workers.machine.rounds.sent_plans import check_size
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import AtPlace, ChainRun, Given, Output, Reaches, StepState

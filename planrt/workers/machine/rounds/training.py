@@ -32,10 +32,14 @@ from planrt.serde.tensors import payload_bytes
 from planrt.sharing.columns.table import Table
 from planrt.sharing.secure_sum import encoding
 from planrt.types import Ref, TensorSpec, as_text, leaves
-from planrt.workers.machine import sent_plans
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.admission import failed_on_data
-from planrt.workers.machine.batches import (
+from planrt.workers.machine.events import Answer
+from planrt.workers.machine.failures import OpFailedError, failure_on_data
+from planrt.workers.machine.gate import Gate
+from planrt.workers.machine.objects import KeptObjects
+from planrt.workers.machine.rounds import sent_plans
+from planrt.workers.machine.rounds.batches import (
     BatchSource,
     as_batches,
     iterate,
@@ -43,12 +47,8 @@ from planrt.workers.machine.batches import (
     sample_specs,
     smallest_batch,
 )
-from planrt.workers.machine.events import Answer
-from planrt.workers.machine.failures import OpFailedError, failure_on_data
-from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.objects import KeptObjects
-from planrt.workers.machine.secure_sums import SecureSums
-from planrt.workers.machine.sent_plans import SentPlans, check_size
+from planrt.workers.machine.rounds.secure_sums import SecureSums
+from planrt.workers.machine.rounds.sent_plans import SentPlans, check_size
 from planrt.workers.machine.sessions import KeptOptimizer, Session
 from planrt.workers.wire import masked_fits
 from planrt.workers.wire import messages as m
