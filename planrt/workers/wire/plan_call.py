@@ -39,7 +39,7 @@ class PlanTwin:
 
     @property
     def cache_key(self) -> str:
-        """What stands for it in the keys of caches, which must not keep plans that are gone."""
+        """Its hash stands for it in the keys of caches, which must not keep plans that are gone."""
         return self.graph.hash
 
     def __eq__(self, other: object) -> bool:
