@@ -21,11 +21,13 @@ from planrt.loop import on_loop, run
 from planrt.plans.ir.chain import Chain, ChainStep
 from planrt.plans.ir.graph import refs_in
 from planrt.plans.plan import Plan
+from planrt.protocols.acting import ActingPlaces
 from planrt.protocols.places import bound, resolve, seed_of_run
 from planrt.protocols.progress import OnProgress, Progress
 from planrt.protocols.shapes import check_inputs
 from planrt.workers.base import BaseWorker
 from planrt.workers.client.objects import allowed_users as allowed_list
+from planrt.workers.client.tickets import is_over
 from planrt.workers.pointers import kinds
 from planrt.workers.pointers.handle import Handle, ObjectPointer, alive, handle_at
 from planrt.workers.pointers.plan import PointerPlan
@@ -187,6 +189,8 @@ class PointerProtocol(ObjectPointer):
             handles += (
                 [alive(value)] if isinstance(value, PointerTensor) else await place.objects.put_async([value])
             )
+        acting = ActingPlaces(chain, workers, worker)
+        await acting.let()
         results = {}
         for ref in refs_in(chain.outputs):
             maker = chain.maker(ref.index)
@@ -214,6 +218,8 @@ class PointerProtocol(ObjectPointer):
                 watching.result()  # raises what ended it
             raise
         except RemoteError as error:
+            if is_over(error):
+                acting.forget()
             for handle in results.values():  # nothing was made
                 handle.alive = False
             if (failed := _step(chain, error.step)) is not None:

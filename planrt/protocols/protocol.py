@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 
 from planrt.deadlines import bounded
-from planrt.errors import LocalError, ProtocolError
+from planrt.errors import LocalError, ProtocolError, RemoteError
 from planrt.loop import on_loop, run
 from planrt.plans.ir.chain import Chain, ChainPlan
 from planrt.plans.ir.graph import refs_in
 from planrt.plans.plan import Plan
+from planrt.protocols.acting import ActingPlaces
 from planrt.protocols.driver import Driver
 from planrt.protocols.places import bound, placed_at, resolve, seed_of_run
 from planrt.protocols.pointer import PointerProtocol, send_protocol
@@ -23,6 +24,7 @@ from planrt.protocols.shapes import check_inputs
 from planrt.protocols.steps import HELD, Description, Step, build_description, is_line
 from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
+from planrt.workers.client.tickets import is_over
 from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.plan import PointerPlan
 from planrt.workers.pointers.tensor import make_pointer
@@ -301,7 +303,14 @@ class Protocol:
             on_step=progress.on_step,
             on_transfer=progress.on_transfer,
         )
-        await Driver(a_run, workers, progress.tell).to_the_end()
+        acting = ActingPlaces(chain, workers)
+        await acting.let()
+        try:
+            await Driver(a_run, workers, progress.tell).to_the_end()
+        except RemoteError as error:
+            if is_over(error):
+                acting.forget()
+            raise
         handles: dict[tuple[str, int], Handle] = {}
         values = []
         for one in a_run.outputs:

@@ -27,6 +27,7 @@ from planrt.loop import on_loop, run
 from planrt.vertical.opening import number, whole
 from planrt.vertical.parties import people_of
 from planrt.workers.base import BaseWorker
+from planrt.workers.client.tickets import among, forget_all, is_over, let_all
 from planrt.workers.wire import messages as m
 
 _GRACE = 2.0
@@ -81,10 +82,10 @@ class JointRun:
         return self
 
     async def _begin(self) -> None:
-        """Opens the run at all parties and has them find who is in all tables."""
+        """Opens the run at all parties, which act for this client at each other where it has a name there, and has them
+        find who is in all tables."""
         try:
-            await self._each(m.Done, self._opens)
-            joined = await self._step("join")
+            joined = await self._join()
             if self.resumed:
                 answers = await self._step("resume", epoch=self._common_epoch(joined))
             else:
@@ -93,6 +94,22 @@ class JointRun:
         except BaseException:
             self._end()
             raise
+
+    async def _join(self) -> list[tuple[m.JointDone, list[torch.Tensor]]]:
+        """Opens the run and has its parties make themselves known to each other; once more where tickets were over."""
+        acting = among([one.workplace for one in self._workers])
+        await let_all(acting, "joint")
+        try:
+            await self._each(m.Done, self._opens)
+            return await self._step("join")
+        except RemoteError as error:
+            if not is_over(error):
+                raise
+        forget_all(acting, "joint")
+        await let_all(acting, "joint")
+        self._ended = False
+        await self._each(m.Done, self._opens)
+        return await self._step("join")
 
     def _began(self, answers: Sequence[tuple[m.JointDone, list[torch.Tensor]]]) -> None:
         """Takes note of what the parties told when the run began, or went on."""

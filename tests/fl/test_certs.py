@@ -13,9 +13,12 @@ import planrt
 from planrt.errors import GetNotPermittedError, HandshakeError, OptionError, RemoteError
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.loop import run
+from planrt.sharing.tensors.shared import share
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.shares.session import sharing_session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
+from planrt.workers.wire.objects import new_id
 from tests.fl.test_who_may_connect import planrt_says
 
 NAMES = ("--worker", "alice", "--worker", "bob=localhost,127.0.0.1", "--user", "ann", "--user", "ben")
@@ -153,6 +156,30 @@ def test_workers_know_each_other_by_their_certificates(federation):
     assert (chained + 1).get().get().tolist() == [2]
 
 
+def test_workers_that_are_known_by_certificates_compute_together_for_their_clients(federation, folder):
+    """carl takes anybody, and has a certificate: alice and bob, who take nobody without one, let him in for ann
+    alone."""
+    pem = {f"{what}_path": path for what, path in pair(folder, "bob").items()}
+    with (
+        WebsocketServerWorker("carl", threads=1, peer_ca=folder / "ca.pem", **pem).running() as carl_at,
+        WebsocketClientWorker("carl", uri=carl_at, ca=folder / "ca.pem", auto_add=False) as carl,
+    ):
+        alice, bob = federation("alice", "ann"), federation("bob", "ann")
+        x = share(sharing_session([alice, bob], carl), torch.tensor([1.0, 2.0]))
+        assert torch.allclose((x * x).get(), torch.tensor([1.0, 4.0]), atol=1e-3)
+        inc = planrt.func2plan(lambda x: x + 1, args_shape=[(-1,)])
+        there = planrt.Protocol([("alice", inc), ("bob", inc)]).deploy(alice, bob).send(carl)
+        assert there.run(torch.ones(2)).get().get().tolist() == [3, 3]
+        with WebsocketClientWorker("carl", uri=carl_at, ca=folder / "ca.pem", auto_add=False) as another:
+            theirs = planrt.Protocol([("bob", inc)]).send(another)
+            address = m.PeerAddress("bob", bob.link_address)
+            another.workplace.post(m.DeployProtocol(theirs.id_at_location, {"bob": address}))
+            y = torch.ones(2).send(another)
+            body = m.RunProtocol(theirs.id_at_location, 1, [y.id_at_location], [new_id()], False, 0)
+            with pytest.raises(RemoteError, match="takes users only.* acts for nobody"):
+                run(another.workplace.ask(m.Message, body), instead="await")
+
+
 def test_a_worker_has_no_rights_of_its_own_at_another(federation):
     """What alice's certificate would open to alice, none of her clients reads through her."""
     bob, alice = federation("bob", "ann"), federation("alice", "ben")
@@ -192,10 +219,18 @@ def test_a_worker_proves_a_token_to_others_and_is_nobody_there():
         WebsocketClientWorker("carl", uri=carl_at) as carl,
     ):
         bob.workplace.connection.session.versions = own_versions()  # as of a worker that gives no tickets
+        for worker in (alice, carl):  # whether it has a token there or not
+            with pytest.raises(RemoteError, match="users only"):
+                torch.tensor([1.0]).send(worker).move(bob)
+    with (  # where others than users get in, too, that one is nobody
+        WebsocketServerWorker("bob", threads=1, users=TOKENS).running() as bob_at,
+        WebsocketServerWorker("alice", threads=1, peer_token=TOKENS["relay"]).running() as alice_at,
+        WebsocketClientWorker("bob", uri=bob_at, token=TOKENS["ann"]) as bob,
+        WebsocketClientWorker("alice", uri=alice_at) as alice,
+    ):
+        bob.workplace.connection.session.versions = own_versions()
         moved = torch.tensor([1.0]).send(alice).move(bob)
         assert (moved + 1).get().tolist() == [2]
-        with pytest.raises(RemoteError, match="users only"):
-            torch.tensor([1.0]).send(carl).move(bob)
         torch.tensor([5.0, -1.0]).tag("#relays").send(bob, allowed_users=["relay"])
         chained = bob.search("#relays")[0].send(alice)
         with pytest.raises(GetNotPermittedError):

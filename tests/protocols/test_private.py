@@ -107,9 +107,24 @@ def test_a_worker_hands_private_inputs_on_for_those_who_may_read_them(inc, conne
         theirs.run(anyone.search("#x")[0])
 
 
-def test_beyond_the_first_step_a_worker_is_nobody(inc, connect, count):
-    """The worker shows no token at the others: what it got there with a label does not go further."""
+def test_from_step_to_step_values_go_on_for_those_who_may_read_them(inc, connect):
+    """The worker acts for its client at the others, with what that one may read there."""
     clinic, bob, james = connect("clinic", "ann"), connect("bob", "ann"), connect("james", "ann")
+    pointer = two(inc).deploy(clinic, bob).send(james)
+    x = torch.tensor([1.0]).send(james, allowed_users=["ann"])
+    result = pointer.run(x).get().tag("#result")
+    (theirs,) = connect("bob", "ben").search("#result")
+    with pytest.raises(GetNotPermittedError, match="ann may get it"):
+        theirs.get()
+    assert result.get().tolist() == [3]
+    y = torch.tensor([1.0]).send(clinic, allowed_users=["ben"])
+    with pytest.raises(GetNotPermittedError, match="step 'second' on worker 'bob'.*ben may move it"):
+        two(inc).deploy(clinic, bob).run(y)
+
+
+def test_where_its_client_is_nobody_a_worker_is_nobody_too(inc, connect, count):
+    """What it got there with a label does not go further."""
+    clinic, bob, james = connect("clinic"), connect("bob", "ann"), connect("james", "ann")
     protocol = two(inc).deploy(clinic, bob)
     pointer = protocol.send(james)
     x = torch.tensor([1.0]).send(james, allowed_users=["ann"])
@@ -120,6 +135,24 @@ def test_beyond_the_first_step_a_worker_is_nobody(inc, connect, count):
         pointer.run(x)
     assert caught.value.step == "second"
     assert count(james) == held
+
+
+def test_values_that_go_through_here_keep_their_labels(inc):
+    """From a server to a virtual worker, which it does not reach."""
+    with (
+        WebsocketServerWorker("clinic", threads=1, users=USERS).running() as uri,
+        WebsocketClientWorker("clinic", uri=uri, token=USERS["ann"], auto_add=False) as clinic,
+        VirtualWorker("bob", users=USERS) as owner,
+        owner.connect_as(USERS["ann"]) as bob,
+        owner.connect_as(USERS["ben"]) as bens,
+    ):
+        x = torch.tensor([1.0]).send(clinic, allowed_users=["ann"])
+        result = two(inc).deploy(clinic, bob).run(x).tag("#result")
+        assert result.location is bob
+        (theirs,) = bens.search("#result")
+        with pytest.raises(GetNotPermittedError, match="ann may get it"):
+            theirs.get()
+        assert result.get().tolist() == [3]
 
 
 def test_private_protocols_keep_their_state(connect):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from planrt.errors import RemoteError
 from planrt.workers.wire import messages as m
@@ -46,16 +46,16 @@ class ActingWorkers:
             if error.kind == "PolicyError" and self._place.connection.drops_wait:
                 await self._place.ask(m.Counted, m.CountObjects(), drops=True)
             elif error.kind == TICKET_REFUSED:
-                self._given.get(other, set()).discard(permits)
+                self.forget(other, permits)
                 await self.give(other, permits)
             else:
                 raise
         return await ask()
 
-    async def give(self, other: RemoteWorkplace, permits: m.For) -> None:
+    async def give(self, other: RemoteWorkplace, permits: m.For, *, confirm: bool = False) -> None:
         """Gives the `other` worker a ticket, if it takes one, there is one to be had, and it has none yet."""
         dials = other.connection.session.versions.dials
-        if dials is None or other is self._place or not self._place.connection.session.versions.tickets:
+        if dials is None or not self._place.connection.session.versions.tickets:
             return
         async with self._one_by_one:
             given = self._given.setdefault(other, set())
@@ -70,5 +70,45 @@ class ActingWorkers:
             )
             ticket, _ = await self._place.ask(m.Ticket, asked)
             address = m.PeerAddress(here.id, here.link_address)
-            other.post(m.ActFor(address, permits, ticket.id, ticket.secret))
+            acting = m.ActFor(address, permits, ticket.id, ticket.secret)
+            if confirm:
+                await other.ask(m.Done, acting)
+            else:
+                other.post(acting)
             given.add(permits)
+
+    def forget(self, other: RemoteWorkplace, permits: m.For) -> None:
+        """Notes that the ticket is over which the `other` worker has."""
+        self._given.get(other, set()).discard(permits)
+
+
+Acts: TypeAlias = tuple["RemoteWorkplace", "RemoteWorkplace"]
+"""(whose worker acts, at whose): sessions of this client's."""
+
+
+async def let_all(acting: Sequence[Acts], permits: m.For, *, confirm: bool = False) -> None:
+    """Gives all of them tickets, that have none yet; with `confirm` they have them when this returns, and not only when
+    what is asked of them later is done.
+
+    Raises:
+        RemoteError: a worker could not do it. WorkerLostError: a connection ended first.
+    """
+    giving = [there.acting.give(who, permits, confirm=confirm) for who, there in acting]
+    await asyncio.gather(*giving)
+
+
+def forget_all(acting: Sequence[Acts], permits: m.For) -> None:
+    """Notes that these tickets are over: others are got when they are needed next."""
+    for who, there in acting:
+        there.acting.forget(who, permits)
+
+
+def among(places: Sequence[RemoteWorkplace]) -> list[Acts]:
+    """Returns each of several with each other one."""
+    return [(who, there) for who in places for there in places if who is not there]
+
+
+def is_over(error: BaseException) -> bool:
+    """Returns whether something failed since a ticket was over, before anything was done with it."""
+    kinds = (error.kind, error.cause) if isinstance(error, RemoteError) else ()
+    return TICKET_REFUSED in kinds

@@ -232,7 +232,8 @@ class HandOn:
 
 @dataclass(frozen=True, slots=True)
 class Introduce:
-    """Reach `peer` with its ticket, whose secret this is, when something is sent there."""
+    """Reach `peer` with its ticket, whose secret this is: now, since a ticket is good for seconds only, and what it is
+    for may come later."""
 
     peer: PeerFor
     secret: str = field(repr=False)
@@ -271,5 +272,7 @@ class Wake:
 
 
 Answer: TypeAlias = tuple[m.Body, Sequence[torch.Tensor]]
-Steps: TypeAlias = Generator[ToPeer | Wait | Alarm | Wake, PeerAnswered | TimePassed | None, Answer]
+Steps: TypeAlias = Generator[
+    ToPeer | Wait | Alarm | Wake | Introduce | Part, PeerAnswered | TimePassed | None, Answer
+]
 """A request being handled: yields what it needs of peers (a `Wait` gives it what they answered)."""

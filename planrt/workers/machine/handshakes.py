@@ -25,7 +25,10 @@ _CLEAR: Final = (
     "this one now: the worker's owner should give you another"
 )
 _WHO: Final = "this worker takes users only: show a token (token=...) or a certificate (cert=..., key=...)"
-
+_NOBODY: Final = (
+    "this worker takes users only, and the one that dials it acts for nobody here: its client has to be a user of this "
+    "worker, and connected to it, so that it can give a ticket"
+)
 
 REVOKED: Final = (
     "the token of this session counts no longer: its user was taken off this worker's list, or has another"
@@ -238,6 +241,8 @@ class Handshakes:
     def _session(self, connection: int, hello: m.Hello, user: str | None) -> Session:
         if user is None and self._require_user:
             raise RefusedError(_WHO)
+        if hello.for_others and (self._require_user or self._certificates):
+            raise RefusedError(_NOBODY)  # or its clients, who may not come in themselves, would be in with it
         if hello.for_others:
             user = None  # whoever it acts for is to have no more here than it would have by itself
         # The number makes the session's name unique here, whatever id a client claims: objects belong to that name.

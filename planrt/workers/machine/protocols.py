@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -59,8 +59,14 @@ class ProtocolOps:
 
     def deploy(self, session: Session, body: m.DeployProtocol) -> list[ToPeer]:
         """Puts workers at the places of a protocol."""
-        freed = self._protocol(session, body.id).deploy(body.places)
-        return [ToPeer(peer, m.Post([], ids)) for peer, ids in freed]
+        return self._put_at(session, self._protocol(session, body.id), body.places)
+
+    def _put_at(
+        self, session: Session, protocol: ProtocolObject, places: Mapping[str, m.PeerAddress]
+    ) -> list[ToPeer]:
+        """Puts workers at places, as they are reached in the client's name by now; returns what is freed by that."""
+        reached = {place: session.reached(peer, "compute") for place, peer in places.items()}
+        return [ToPeer(peer, m.Post([], ids)) for peer, ids in protocol.deploy(reached)]
 
     def read_run(self, session: Session, body: m.ReadRun) -> Answer:
         """Answers where the steps of a run stand."""
@@ -80,6 +86,8 @@ class ProtocolOps:
         protocol = self._protocol(session, body.id)
         for id in body.results:
             self._store.check_free(id)
+        if protocol.places:
+            yield from self._put_at(session, protocol, protocol.places)
         places, plans = dict(protocol.places), protocol.deployed
         label = self._store.label_of(self._store.find(session.id, body.id))
         if not session.may_read(label):

@@ -9,15 +9,18 @@ from typing import Any, Final
 
 import torch
 
+from planrt.errors import LocalError
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.secure_sum.member import Member
-from planrt.workers.machine.events import PeerFor, ToPeer, Wait
+from planrt.workers.machine.events import Introduce, Part, PeerFor, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.refusals import ReplyTooLarge
 
+MOST_LINKS: Final = 64
+"""Other workers at which a worker acts in the name of one session."""
 _MAX_ASKED: Final = 10_000
 
 
@@ -131,6 +134,20 @@ class Session:
         whose = self if self.by is None else self.by.client
         plain = m.PeerAddress(peer.worker, peer.address)
         return whose.links.get((plain, permits), plain)
+
+    def act_for(self, body: m.ActFor) -> list[Introduce | Part]:
+        """Takes the ticket for acting in this session's name at another worker; an earlier one ends.
+
+        Raises:
+            LocalError: it acts at so many already that no other one is taken.
+        """
+        before = self.links.get((body.peer, body.permits))
+        peers = {peer for peer, _ in self.links}
+        if body.peer not in peers and len(peers) >= MOST_LINKS:
+            raise LocalError(f"a session acts at {MOST_LINKS} other workers at the most")
+        peer = self.links[body.peer, body.permits] = PeerFor(body.peer.worker, body.peer.address, body.ticket)
+        parted = [] if before is None or before == peer else [Part([before])]
+        return [*parted, Introduce(peer, body.secret)]
 
     def asks_for(self, filed: Sequence[str]) -> None:
         """Takes note of plans that this session sent or asked for."""

@@ -25,7 +25,7 @@ and carries out, in order, the instructions it returns::
     HandOn(connection, ...)                    another process serves it from now on
     Probe(connection, held_by)                 find out whether the connection `held_by` still gives signs of life
     Keep(session, absence, seconds)            hand in Expired then
-    Introduce(peer, secret)                    reach this one with a ticket
+    Introduce(peer, secret)                    reach this one with a ticket, from now on
     Part(peers)                                end what was opened with these tickets
 
 A request is handled by a generator. It yields `ToPeer` and `Wait` where it needs another worker and returns
@@ -66,11 +66,9 @@ from planrt.workers.machine.events import (
     Expired,
     Hold,
     Instruction,
-    Introduce,
     Part,
     PeerAnswered,
     PeerFailed,
-    PeerFor,
     Probed,
     Received,
     Release,
@@ -89,8 +87,8 @@ from planrt.workers.machine.joint.kept import Keeps
 from planrt.workers.machine.joint.runs import JointOps
 from planrt.workers.machine.keeping.openings import Openings
 from planrt.workers.machine.keeping.sessions import KeptSessions
-from planrt.workers.machine.keeping.tickets import MOST_LINKS, check_permitted
 from planrt.workers.machine.keeping.tickets import Elsewhere as ShownElsewhere
+from planrt.workers.machine.keeping.tickets import check_permitted
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
 from planrt.workers.machine.objects import KeptObjects
@@ -574,16 +572,10 @@ class WorkerState:
         """Takes the ticket for acting in the name of a session's client at another worker."""
         try:
             check_permitted(session, body)
-            if (body.peer, body.permits) not in session.links and len(session.links) >= MOST_LINKS:
-                raise LocalError(f"a session acts at {MOST_LINKS} other workers at the most")
+            return [*session.act_for(body)]
         except LocalError as error:
             session.failure = session.failure or failure_of(error)
             return []
-        before = session.links.get((body.peer, body.permits))
-        peer = PeerFor(body.peer.worker, body.peer.address, body.ticket)
-        session.links[body.peer, body.permits] = peer
-        parted = [] if before is None else [Part([before])]
-        return [*parted, Introduce(peer, body.secret)]
 
     def _post(
         self, connection: int, session: Session, body: m.Post, over: Callable[[], bool]
@@ -817,6 +809,9 @@ class WorkerState:
                 return self._hand_over(session, body)
             case m.Delegate():
                 return self._handshakes.give_ticket(session, body), ()
+            case m.ActFor():
+                yield from session.act_for(body)
+                return m.Done(), ()
             case m.Claim():
                 if self._siblings is not None and self._siblings.is_elsewhere(body):
                     return (yield from self._siblings.claim(session, body))

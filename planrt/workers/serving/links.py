@@ -9,8 +9,8 @@ with private data there. All clients without a ticket share one connection.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from planrt.errors import ConnectError, PlanrtError, RemoteError
 from planrt.logs import get_logger
@@ -82,6 +82,8 @@ class Links:
         self._links: dict[m.PeerAddress, _Link] = {}
         self._secrets: dict[PeerFor, str] = {}
         """What proves the tickets that it was given."""
+        self._begun: dict[PeerFor, asyncio.Task[None]] = {}
+        """What opens the sessions of tickets that came just now."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -100,20 +102,31 @@ class Links:
                 self._note(connection, instruction.peer, error)
             return
         link.before += 1
-        task = asyncio.create_task(self._deliver(instruction, link))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._soon(self._deliver(instruction, link))
 
     def introduce(self, peer: PeerFor, secret: str) -> None:
-        """Takes what proves the ticket for `peer`."""
+        """Takes what proves the ticket for `peer`, and opens its session there."""
         self._secrets[peer] = secret
+        if self._closed:
+            return
+        link = self._links.setdefault(peer, _Link())
+        self._begun[peer] = task = self._soon(self._begin(peer, link))
+        task.add_done_callback(lambda _: self._begun.pop(peer, None))
+
+    async def _begin(self, peer: PeerFor, link: _Link) -> None:
+        try:
+            async with link.order:
+                if link.connection is None and peer in self._secrets:
+                    await self._connect(link, peer)
+        except (PlanrtError, OSError) as error:  # the first to send something there tries again, and is told
+            log.info("not_introduced", worker=self._worker_id, peer=peer.worker, error=str(error))
 
     def part(self, peers: Sequence[PeerFor]) -> None:
         """Ends the sessions that these tickets opened, after what was sent there before."""
         for peer in peers:
-            task = asyncio.create_task(self._part(peer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if peer in self._begun:  # so that whoever gives ticket after ticket has one connection under way
+                self._begun[peer].cancel()
+            self._soon(self._part(peer))
 
     async def _part(self, peer: PeerFor) -> None:
         link = self._links.get(peer)
@@ -135,9 +148,13 @@ class Links:
         self._links.clear()
 
     def _close_soon(self, connection: Connection) -> None:
-        task = asyncio.create_task(connection.close(forget=True))
+        self._soon(connection.close(forget=True))
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _deliver(self, instruction: ToPeer, link: _Link) -> None:
         try:

@@ -36,6 +36,7 @@ from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.tensors.batches import BatchedSession, Value
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import Ref
+from planrt.workers.client.tickets import among, forget_all, is_over, let_all
 from planrt.workers.client.workplace import ReachedWorker, RemoteWorkplace
 from planrt.workers.pointers.handle import alive
 from planrt.workers.pointers.tensor import PointerTensor
@@ -85,6 +86,21 @@ class WorkersSession(BatchedSession):
         weakref.finalize(self, _end, [*self._places, self._dealing], self.group)
 
     async def _make(self) -> None:
+        """Makes the group, whose parties and dealer act for this client at each other where it has a name there."""
+        everybody = [*self._places, self._dealing]
+        acting = [(who, there) for who, there in among(everybody) if there is not self._dealing]
+        await let_all(acting, "share")
+        try:
+            await self._make_group()
+        except RemoteError as error:
+            if not is_over(error):
+                raise
+            forget_all(acting, "share")
+            await let_all(acting, "share")
+            self.group, self.broken = secrets.token_hex(8), False
+            await self._make_group()
+
+    async def _make_group(self) -> None:
         token = secrets.token_hex(16)
         parties, dealer = [_address(one) for one in self._workers], _address(self._dealer)
         await self._of_all(
@@ -145,9 +161,8 @@ class WorkersSession(BatchedSession):
         fractions = spec.dtype.is_floating_point  # whole numbers are shared exactly
         scale, dtype = (self.scale, spec.dtype) if fractions else (1, torch.int64)
         body = m.ShareOut(handle.id, self.group, scale, parties, [id] * len(parties), token)
-        place: Any = handle.place
         try:
-            run(place.ask(m.Done, body), instead="a thread of its own")
+            run(self._shared_out(handle.place, body), instead="a thread of its own")
         except PlanrtError as error:
             raise self._failed(error, f"worker {handle.worker.id!r}") from error
         for number in range(len(parties)):
@@ -155,6 +170,19 @@ class WorkersSession(BatchedSession):
         return SharedTensor(
             self, Value(self, place=id), spec.shape, dtype, requires_grad=spec.requires_grad and spec.leaf
         )
+
+    async def _shared_out(self, place: Any, body: m.ShareOut) -> None:
+        """Has a worker share what it holds, in this client's name; nothing was shared where its tickets are over."""
+        acting = [(place, there) for there in self._places if there is not place]
+        await let_all(acting, "share")
+        try:
+            await place.ask(m.Done, body)
+        except RemoteError as error:
+            if not is_over(error):
+                raise
+            forget_all(acting, "share")
+            await let_all(acting, "share")
+            await place.ask(m.Done, body)
 
     def open(self, handle: Value) -> tuple[torch.Tensor, int]:
         """Returns the secret and its scale: fetches the parts of all parties; see `SharingSession.open`."""

@@ -380,7 +380,7 @@ class ChainRun:
             self._owned.pop((moving.source, moving.id), None)
         tensor = tensors[0].requires_grad_(body.requires_grad)
         if not self._ending:
-            self._put(moving.value, moving.target, tensor, None, sends)
+            self._put(moving.value, moving.target, tensor, body.allowed, sends)
 
     def _drop(self, place: str, id: int, sends: list[Send]) -> None:
         if self._owned.pop((place, id), 0) is None:

@@ -21,6 +21,7 @@ from planrt.workers.machine.events import Alarm, PeerAnswered, TimePassed, ToPee
 from planrt.workers.machine.failures import OpFailedError, cut
 from planrt.workers.machine.joint.kept import KeptRun
 from planrt.workers.machine.joint.owners import AlignedTable, Model
+from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 
 MOST_WAITING: Final = 1 << 31
@@ -57,10 +58,10 @@ class Run:
     """One joint run at one of its parties."""
 
     about: m.OpenJoint
-    owner: str
+    client: Session
     """The client's session here."""
-    user: str
-    """For whom it counts: the client's user, or its session."""
+    parties: list[m.PeerAddress]
+    """The parties as they are reached in that client's name."""
     table: AlignedTable | None
     """None for who holds the key, or hands out randomness."""
     plans: list[Graph] = field(default_factory=list)
@@ -92,6 +93,16 @@ class Run:
     told: float = field(default_factory=time.monotonic)
 
     @property
+    def owner(self) -> str:
+        """The name of the client's session here."""
+        return self.client.id
+
+    @property
+    def user(self) -> str:
+        """For whom it counts: the client's user, or its session."""
+        return self.client.user or self.client.id
+
+    @property
     def key(self) -> str:
         """The key that its steps wait under."""
         return f"joint:{self.about.joint}"
@@ -109,7 +120,7 @@ class Run:
     @property
     def others(self) -> list[m.PeerAddress]:
         """The other parties."""
-        return [one for number, one in enumerate(self.about.parties) if number != self.me]
+        return [one for number, one in enumerate(self.parties) if number != self.me]
 
     def name_of(self, number: int) -> str:
         """Returns a party as messages call it."""
@@ -168,7 +179,7 @@ class Run:
                 number = self.sent.get(step.to, 0)
                 self.sent[step.to] = number + 1
                 yield ToPeer(
-                    self.about.parties[step.to], m.Parcel(self.about.joint, number, step.kind), step.tensors
+                    self.parties[step.to], m.Parcel(self.about.joint, number, step.kind), step.tensors
                 )
             elif isinstance(step, Turn):
                 self._tell(step)

@@ -31,6 +31,7 @@ from planrt.workers.machine.joint.networks import SplitOwner
 from planrt.workers.machine.joint.owners import AlignedTable
 from planrt.workers.machine.joint.roles import keep, role_of
 from planrt.workers.machine.joint.run import JointFailedError, Run, StepRefusedError, turn
+from planrt.workers.machine.keeping.tickets import check_speaks
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.rounds.training import TrainingOps
 from planrt.workers.machine.sessions import Session, ask
@@ -136,8 +137,8 @@ class JointOps:
             self._opening.pop(body.joint, None)
         self._runs[body.joint] = Run(
             body,
-            session.id,
-            user,
+            session,
+            [session.reached(one, "joint") for one in body.parties],
             aligned,
             [plans[hash] for hash in hashes if hash],
             least,
@@ -210,6 +211,7 @@ class JointOps:
 
         Raises:
             AlignmentError: that party was told something else by the client. JointFailedError: the run has failed.
+            PolicyError: whoever asks does not act for that client.
         """
         run, ended = self._runs.get(body.joint), self._ended.get(body.joint)
         token = run.about.token if run is not None else "" if ended is None else ended.token
@@ -227,6 +229,7 @@ class JointOps:
             raise JointError(
                 f"party {body.number} of joint run {body.joint!r} is here already, or there is none"
             )
+        check_speaks(session, run.client, f"joint run {body.joint!r}", run.about.parties[body.number].worker)
         if body.terms != self._shared(run):
             raise AlignmentError(
                 f"{run.name_of(run.me)} and {run.name_of(body.number)} were told different things of the run: they "

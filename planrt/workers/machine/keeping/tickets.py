@@ -12,6 +12,11 @@ What comes over that connection is bob's to treat as the client's: its user, its
 the user's name and the worker's. It is a session of its own, so that it has nothing but what it puts there and what the
 client handed over: it searches, trains, evaluates and asks for nothing (`check_permitted`).
 
+The parties of computations on shares and of joint runs draw a secret for each, too, which says which computation is
+meant. Where its client is a user here they take part in it with tickets of that client's session, each as the worker
+that its ticket names (`check_speaks`): a ticket is of no use in the computations of others, nor in another party's
+place.
+
 A ticket opens one session, within `SECONDS`, and ends with the client's. It is for one worker: where that one has a
 user of this worker, or shows its certificate here, it must be this that it proves.
 """
@@ -36,17 +41,25 @@ SECONDS: Final = 30.0
 MOST: Final = 256
 """Tickets that one session may have at a time, those that opened a session included."""
 
-MOST_LINKS: Final = 64
-"""Tickets that a worker takes from one session, to act in its name elsewhere."""
-
-_PUT: Final = (m.Put, m.StorePlan, m.Remove)
+_ANY: Final = (m.Ack, m.Bye)
+_PUT: Final = (*_ANY, m.Put, m.StorePlan, m.Remove)
 _PERMITTED: Final[dict[str, tuple[type[m.Message], ...]]] = {
     "put": _PUT,
     "compute": (
         *_PUT, m.Post, m.Call, m.Backward, m.Resume, m.Claim, m.HandOver, m.Fetch, m.Move, m.PutPointer,
     ),
+    "share": (
+        *_ANY, m.GiveSeed, m.JoinGroup, m.Opening, m.AskNeeds, m.Corrections, m.FailGroup, m.PutShare, m.Remove,
+    ),
+    "joint": (*_ANY, m.JoinJoint, m.Parcel, m.FailJoint),
 }  # fmt: skip
-"""What a session may ask for that a ticket opened, besides ending."""
+"""What a session may ask for that a ticket opened."""
+_IN_WORDS: Final = {
+    "put": "put objects here",
+    "compute": "compute here with what it was given",
+    "share": "take part in computations on shares here",
+    "joint": "take part in joint runs here",
+}
 
 
 class TicketRefusedError(LocalError):
@@ -203,14 +216,34 @@ class Tickets:
 def check_permitted(session: Session, body: m.Body) -> None:
     """Raises PolicyError where a session that a ticket opened asks for what that does not permit."""
     by = session.by
-    if by is None or isinstance(body, (m.Ack, m.Bye, *_PERMITTED[by.permits])):
+    if by is None or isinstance(body, _PERMITTED[by.permits]):
         return
-    allowed = "put objects here" if by.permits == "put" else "compute here with what it was given"
     raise PolicyError(
-        f"worker {by.worker!r} acts for user {session.user!r} here, and may {allowed}, which does not include "
-        f"{type(body).__name__}: the user can do that in a session of its own",
+        f"worker {by.worker!r} acts for user {session.user!r} here, and may {_IN_WORDS[by.permits]}, which does not "
+        f"include {type(body).__name__}: the user can do that in a session of its own",
         rule="ticket",
     )
+
+
+def check_speaks(session: Session, client: Session, what: str, worker: str = "") -> None:
+    """Raises PolicyError unless a session may take part in `what`, a computation that `client` has begun: as that
+    `worker`, or as whichever.
+
+    Where that client has a name here, others take part in it, with a ticket that was given in that very session. Those
+    of nobody's are nobody, too.
+    """
+    by = session.by
+    if client.user is None or (by is not None and by.client is client and by.worker == (worker or by.worker)):
+        return
+    whose = f"{what} is of user {client.user!r}"
+    if by is None:
+        shown = "nobody" if session.user is None else f"user {session.user!r}"
+        why = f"{whose}: a worker takes part in it in that user's name, with a ticket, and not as {shown}"
+    elif by.client is not client:
+        why = f"{whose}, and worker {by.worker!r} acts here for another session: each has tickets of its own"
+    else:
+        why = f"worker {by.worker!r} acts for user {session.user!r} here, and is not {worker!r} in {what}"
+    raise PolicyError(why, rule="ticket")
 
 
 def _same(one: str, other: str) -> bool:

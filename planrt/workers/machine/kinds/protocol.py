@@ -49,7 +49,7 @@ class ProtocolObject:
     chain: Chain
     plans: list[PlanObject]
     places: dict[str, m.PeerAddress] = field(default_factory=dict)
-    """Place -> worker; empty before it is deployed."""
+    """Place -> worker, as it is reached in the client's name; empty before it is deployed."""
     deployed: dict[AtPlace, int] = field(default_factory=dict)
     """Ids of the plans that were stored at their places."""
     gone: bool = False
@@ -194,7 +194,7 @@ def new_run(
 
     return ChainRun(
         chain,
-        dict(protocol.places),
+        {place: m.PeerAddress(one.worker, one.address) for place, one in protocol.places.items()},
         given,
         protocol.deployed,
         grad=body.grad,

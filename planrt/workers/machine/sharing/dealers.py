@@ -31,6 +31,8 @@ class _Dealt:
 
     about: m.MakeDealer
     owner: str
+    parties: list[m.PeerAddress]
+    """As they are reached in the client's name."""
     dealer: Dealer
     ended: bool = False
 
@@ -50,9 +52,10 @@ class DealerOps:
         if body.group in self._groups:
             raise SharingError(f"group {body.group!r} has this dealer already")
         seeds = [new_seed() for _ in body.parties]
-        group = self._groups[body.group] = _Dealt(body, session.id, Dealer(seeds))
+        parties = [session.reached(one, "share") for one in body.parties]
+        group = self._groups[body.group] = _Dealt(body, session.id, parties, Dealer(seeds))
         try:
-            for party, seed in zip(body.parties, seeds, strict=True):
+            for party, seed in zip(parties, seeds, strict=True):
                 yield from ask(party, m.GiveSeed(body.group, body.token, seed))
         except BaseException:
             self._groups.pop(body.group, None)
@@ -65,7 +68,7 @@ class DealerOps:
         group = self._groups.get(body.group)
         if group is None or group.owner != session.id:
             raise SharingError(f"group {body.group!r} has no dealer here")
-        last = group.about.parties[-1]
+        last = group.parties[-1]
         try:
             while not group.ended:
                 answer = yield from ask(last, m.AskNeeds(body.group))
@@ -100,7 +103,7 @@ class DealerOps:
     def _fail(self, group: _Dealt, reason: str) -> Steps:
         if not group.ended:
             group.ended = True
-            for party in group.about.parties:
+            for party in group.parties:
                 yield ToPeer(party, m.FailGroup(group.about.group, reason))
         return m.Done(), ()
 
@@ -117,5 +120,5 @@ class DealerOps:
             group = self._groups.pop(id)
             group.ended = True
             ended = m.FailGroup(id, "its client's session at the dealer is over")
-            sends += [ToPeer(party, ended) for party in group.about.parties]
+            sends += [ToPeer(party, ended) for party in group.parties]
         return sends

@@ -23,6 +23,7 @@ from planrt.sharing.programs.needs import Numbered
 from planrt.sharing.programs.running import shown_parts
 from planrt.sharing.requests import Request
 from planrt.sharing.rounds import Party, combined
+from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.shared_programs import KeptPrograms
 
@@ -41,8 +42,10 @@ class Group:
 
     about: m.MakeGroup
     """What its client said."""
-    owner: str
+    client: Session
     """The client's session here."""
+    parties: list[m.PeerAddress]
+    """The parties as they are reached in that client's name."""
     context: Context | None = None
     """This party with its correlated randomness, from when the dealer has given it a seed."""
     members: dict[str, int] = field(default_factory=dict)
@@ -69,6 +72,11 @@ class Group:
     """Requests that it was told of, and has not answered."""
 
     @property
+    def owner(self) -> str:
+        """The name of the client's session here."""
+        return self.client.id
+
+    @property
     def key(self) -> str:
         """The key that its runs wait under."""
         return f"sharing:{self.about.group}"
@@ -81,7 +89,12 @@ class Group:
     @property
     def others(self) -> list[m.PeerAddress]:
         """The other parties, in their order."""
-        return [one for number, one in enumerate(self.about.parties) if number != self.about.number]
+        return [one for number, one in enumerate(self.parties) if number != self.about.number]
+
+    @property
+    def me(self) -> m.PeerAddress:
+        """This party, as the client says."""
+        return self.about.parties[self.about.number]
 
     @property
     def is_last(self) -> bool:

@@ -25,6 +25,7 @@ from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.types import Ref
 from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait, Wake
 from planrt.workers.machine.failures import cut, failure_of, failure_of_op
+from planrt.workers.machine.keeping.tickets import check_speaks
 from planrt.workers.machine.kinds.base import StoredObject
 from planrt.workers.machine.kinds.share import SharedPart
 from planrt.workers.machine.kinds.tensor import tensor_of
@@ -82,12 +83,14 @@ class PartyOps:
             raise SharingError(f"group {body.group!r} is known here already")
         if len(self._groups) >= MAX_GROUPS:
             raise SharingError(f"the worker is a party of {MAX_GROUPS:,} groups, its limit")
-        self._groups[body.group] = Group(body, session.id)
+        reached = [session.reached(one, "share") for one in body.parties]
+        self._groups[body.group] = Group(body, session, reached)
         return m.Done(), ()
 
     def take_seed(self, session: Session, body: m.GiveSeed) -> Steps:
         """Takes the dealer's seed, and makes itself known to the other parties."""
         group = self._proved(body.group, body.token)
+        check_speaks(session, group.client, _named(group), group.about.dealer.worker)
         if len(body.seed) != SEED_BYTES:
             raise SharingError(f"a seed has {SEED_BYTES} bytes, not {len(body.seed)}")
         group.begin(body.seed)
@@ -104,6 +107,7 @@ class PartyOps:
             raise SharingError(
                 f"party {body.number} of group {body.group!r} is here already, or there is none"
             )
+        check_speaks(session, group.client, _named(group), group.about.parties[body.number].worker)
         group.members[session.id] = body.number
         return m.Done(), ()
 
@@ -209,6 +213,8 @@ class PartyOps:
         group = self._groups.get(body.group)
         if group is None or not (group.owner == session.id or body.handover):
             raise SharingError(f"this session has no sharing group {body.group!r} here")
+        if group.owner != session.id:
+            check_speaks(session, group.client, _named(group))
         if len(tensors) != (not body.seed) or (body.seed and len(body.seed) != SEED_BYTES):
             raise SharingError("a part is one tensor, or the seed that it comes of")
         if body.seed and (entries := math.prod(body.shape)) > MAX_DRAWN:
@@ -251,16 +257,35 @@ class PartyOps:
         for part in drawn:
             last = last - part
         allowed = allowed_list(label)
-        parts = list(zip(body.parties, body.targets, [*seeds, b""], strict=True))
-        for number, (party, target, seed) in enumerate(parts):
+        here = self._number_here(session, body)
+        reached = [session.reached(one, "share") for one in body.parties]
+        for number, (party, target, seed) in enumerate(
+            zip(reached, body.targets, [*seeds, b""], strict=True)
+        ):
             given = m.PutShare(target, body.group, body.scale, shape, seed, allowed, body.token)
+            sent = [] if seed else [last]
             try:
-                yield from ask(party, given, [] if seed else [last])
+                if number == here:
+                    self.put(session, given, sent)
+                else:
+                    yield from ask(party, given, sent)
             except Exception:  # what the others have taken is of no use to anybody
-                for other, there, _ in parts[:number]:
-                    yield ToPeer(other, m.Remove([there]))
+                for other in range(number):
+                    gone = m.Remove([body.targets[other]])
+                    yield from (
+                        self._objects.remove(session, gone)
+                        if other == here
+                        else [ToPeer(reached[other], gone)]
+                    )
                 raise
         return m.Done(), ()
+
+    def _number_here(self, session: Session, body: m.ShareOut) -> int | None:
+        """Which part stays here: that of this party, where the group is this session's own."""
+        group = self._groups.get(body.group)
+        if group is None or group.owner != session.id or group.me not in body.parties:
+            return None
+        return body.parties.index(group.me)
 
     # --------------------------------------------------------------------------------- programs
 
@@ -397,6 +422,10 @@ class PartyOps:
             self._store.add(id, kept)
         except LocalError as error:  # the id is in use, or the worker is full
             session.failure = session.failure or failure_of(error)
+
+
+def _named(group: Group) -> str:
+    return f"group {group.about.group!r}"
 
 
 def _ids(op: PostedOp) -> list[int | None]:

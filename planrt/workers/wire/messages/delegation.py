@@ -11,8 +11,9 @@ from planrt.workers.wire.messages.fields import Id, Message, PeerAddress
 from planrt.workers.wire.messages.sessions import Secret
 
 TicketId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
-For = Literal["put", "compute"]
-"""What a ticket permits: to put objects there; or to compute, too, with what the client has handed over there."""
+For = Literal["put", "compute", "share", "joint"]
+"""What a ticket permits: to put objects there; to compute, too, with what the client has handed over there; to be a
+party or the dealer of the client's computations on shares; to be a party of its joint runs."""
 
 
 class Delegate(Message, frozen=True, tag="delegate", omit_defaults=True):
@@ -41,7 +42,8 @@ class Ticket(Message, frozen=True, tag="ticket"):
 
 
 class ActFor(Message, frozen=True, tag="act_for"):
-    """Gives a worker the ticket for acting at `peer` in the name of this session's client. Posted. No tensors."""
+    """Gives a worker the ticket for acting at `peer` in the name of this session's client. Posted, or answered by Done.
+    No tensors."""
 
     peer: PeerAddress
     permits: For

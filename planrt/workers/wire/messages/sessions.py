@@ -13,7 +13,7 @@ from planrt.serde.frames import HEADER_BYTES, MESSAGE_BYTES, Limits
 from planrt.version import VERSION
 from planrt.workers.wire.messages.fields import Count, CountOrAll, Hash, Id, Message, Text, Token
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Proof = Annotated[str, Meta(max_length=1000)]
 """A message of SCRAM; see `planrt.workers.wire.proofs`."""
