@@ -206,7 +206,7 @@ def test_masks_of_attention_modules():
 def test_digits_of_whole_numbers_are_not_shared():
     session = InProcessSession(2)
     whole, flags = share(session, torch.tensor([5, 6])), share(session, torch.tensor([0.5, 1.5])) > 1
-    for function in (lambda: whole & whole, lambda: whole | flags, lambda: ~flags):
+    for function in (lambda: whole & whole, lambda: whole | flags, lambda: ~whole):
         with pytest.raises(SharingError, match="logical_"):
             function()
     flags += 5

@@ -290,7 +290,6 @@ def test_shares_that_do_not_go_together(workers):
         (lambda: x[x > 0], "public places only"),
         (lambda: float(x[0]), "reading a value"),
         (lambda: 1 if (x > 0)[0] else 0, "reading a value"),
-        (lambda: ~(x > 0), "logical_not"),
         (lambda: x.sort(), "no order"),
         (lambda: x // 2, "nothing is rounded"),
     ):

@@ -76,6 +76,13 @@ def _softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[S
     return Share((yield from networks.softmax(context.party, value.part, dim, context.scale)), context.scale)
 
 
+def _safe_softmax(
+    context: Context, value: Share, dim: int, dtype: torch.dtype | None = None
+) -> Protocol[Share]:
+    """What attention calls where it drops some: of rows that are not all hidden, which shares cannot tell."""
+    return (yield from _softmax(context, value, dim, False))
+
+
 def _softmax_backward(
     context: Context, gradient: Share, result: Share, dim: int, dtype: torch.dtype
 ) -> Protocol[Share]:
@@ -479,6 +486,7 @@ LAYERS: dict[str, Kernel] = {
     "log_sigmoid_forward": _log_sigmoid,
     "log_sigmoid_backward": _log_sigmoid_backward,
     "_softmax": _softmax,
+    "_safe_softmax": _safe_softmax,
     "_softmax_backward_data": _softmax_backward,
     "_log_softmax": _log_softmax,
     "_log_softmax_backward_data": _log_softmax_backward,

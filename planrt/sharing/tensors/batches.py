@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from planrt.errors import SharingError
 from planrt.sharing.kernels.table import VIEWS
 from planrt.sharing.programs.calls import Call, Program
 from planrt.sharing.tensors.sessions import Secret, SharingSession
@@ -63,6 +64,15 @@ class Value:
         self.session = session
         self.place = place
         self.number = number
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Value:
+        return self  # one handle for one secret: what there are two of would be forgotten when the first one goes
+
+    def __copy__(self) -> Value:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SharingError("shares of all parties are not saved in one place: save what get() returns")
 
     def __del__(self) -> None:
         if self.place is not None:

@@ -53,7 +53,9 @@ def explained(error: Exception, func: Any, args: Sequence[Any], kwargs: Mapping[
     like these, for then it is the call that is wrong; else a SharingError.
     """
     text = str(error)
-    if not any(one in text for one in _INSIDE) and _fails_too(func, args, kwargs):
+    if not any(one in text for one in _INSIDE) and (
+        any(one in text for one in _OF_AUTOGRAD) or _fails_too(func, args, kwargs)
+    ):
         return error
     return SharingError(
         f"{public_name(func)} has no protocol on shares with these arguments, it asks for values: get() the tensor "
@@ -63,6 +65,14 @@ def explained(error: Exception, func: Any, args: Sequence[Any], kwargs: Mapping[
 
 _INSIDE = ("INTERNAL ASSERT", "data is not allocated", "doesn't have storage", "data pointer")
 """What torch says where it looks for values of tensors that have none."""
+
+
+_OF_AUTOGRAD = (
+    "modified by an inplace operation",
+    "backward through the graph a second time",
+    "a leaf Variable",
+)
+"""What it says of what was done to tensors before the call, which the call's arguments do not show."""
 
 
 def _fails_too(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -379,6 +379,25 @@ def _lstm_layer_backward(
     return *found, to_hidden.reshape(hidden.shape), to_cell.reshape(cell.shape)
 
 
+def prims(name: str, args: Sequence[Any]) -> Any:
+    """Runs one of the operations that PyTorch's references come down to.
+
+    Raises:
+        SharingError: another one than those of arithmetic.
+    """
+    if name in ("add", "sub", "mul", "div"):
+        return getattr(torch.ops.aten, name).Tensor(*args)
+    if name == "neg":
+        return torch.ops.aten.neg.default(*args)
+    if name == "convert_element_type":
+        return args[0].to(args[1])
+    if name == "broadcast_in_dim":
+        shape, dims = args[1:]
+        line = [args[0].shape[dims.index(at)] if at in dims else 1 for at in range(len(shape))]
+        return args[0].reshape(line).expand(list(shape))
+    raise SharingError(f"{name} has no protocol on shares: open the operands with get(), or write it without")
+
+
 _SCALED = ("upsample_nearest1d", "upsample_nearest2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
            "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d")  # fmt: skip
 _PADDED = ("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
@@ -396,6 +415,8 @@ _OWN: dict[str, Rewriting] = {
     "_prelu_kernel": lambda x, weight: x.relu() + (x - x.relu()) * weight,
     "_prelu_kernel_backward": _prelu_backward,
     "norm": _norm,
+    "vdot": lambda x, y: x.dot(y),
+    "dist": lambda x, y, p=2: torch.linalg.vector_norm(x - y, p),
     "var_mean": _var_mean,
     "aminmax": lambda x, *, dim=None, keepdim=False: (
         x.amin(() if dim is None else dim, keepdim), x.amax(() if dim is None else dim, keepdim),

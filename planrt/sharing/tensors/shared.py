@@ -7,7 +7,7 @@ are, and who runs the protocols on them, is its session's affair (`sessions.Shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.kernels.table import KERNELS, check_arguments
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
 from planrt.sharing.tensors.refusals import NO_MEMORY, check_made, check_whole, explained, named, public_name
-from planrt.sharing.tensors.rewritten import batch_norm, hiding, rewriting
+from planrt.sharing.tensors.rewritten import batch_norm, hiding, prims, rewriting
 from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
 from planrt.sharing.tensors.twins import twin_of
 from planrt.types import leaves, map_leaves
@@ -69,6 +69,8 @@ class SharedTensor(torch.Tensor):
     """What the session knows the parts by."""
     flags: bool = False
     """Whether it is the result of a comparison, which has 0 and 1 only."""
+    set_aside: bool = False
+    """Whether it is a parameter that trained before it was shared, and is to do so again."""
 
     @staticmethod
     def __new__(
@@ -163,6 +165,7 @@ class SharedTensor(torch.Tensor):
         """Returns a copy in shares of the same parties."""
         copied = self.session.run("clone", (Secret(self.handle),), {}, self.shape, in_place=False)
         found = SharedTensor(self.session, copied, self.shape, self.dtype, requires_grad=self.requires_grad)
+        found.flags, found.set_aside = self.flags, self.set_aside
         memo[id(self)] = found
         return found
 
@@ -183,6 +186,13 @@ class SharedTensor(torch.Tensor):
             return NotImplemented  # a pointer's: it says so
         if func in NO_MEMORY:
             raise SharingError(f"{public_name(func)} has no protocol on shares: {NO_MEMORY[func]}")
+        if torch._C._is_tracing():
+            raise SharingError(
+                "torch.jit.trace needs values, which shares have not: write planrt.func2plan, and build it on plain "
+                "tensors"
+            )
+        if func == _SET_DATA:
+            return _put_data(*args)
         if func is torch.nn.functional.multi_head_attention_forward:
             kwargs = hiding(kwargs or {})
         try:
@@ -216,6 +226,12 @@ class SharedTensor(torch.Tensor):
         first = operands[0]
         if any(one.session is not first.session for one in operands):
             raise SharingError(_mixed(name, operands))
+        if name.startswith("prims::"):  # torch calls them where a gradient is nothing
+            return prims(name.removeprefix("prims::"), args)
+        if name in ("is_same_size", "_has_same_storage_numel"):
+            return args[0].shape == args[1].shape
+        if "out" in kwargs:
+            return _written_to(func, name, args, kwargs)
         if name in _SAME:  # what was opened of it stays known
             return _wrapped(first, first.handle, first)
         in_place = name.endswith("_") and not name.endswith("__")
@@ -233,7 +249,13 @@ class SharedTensor(torch.Tensor):
         if kernel == "bernoulli":  # all parties draw the same, after torch.manual_seed the same again
             kwargs = {**kwargs, "seed": first.session.draw_seed()}
             kwargs.pop("generator", None)
+        if kernel == "_to_copy" and kwargs.get("dtype") == torch.bool:
+            return first.clone() if first.flags else first != 0
+        if kernel == "_to_copy" and first.flags and not kwargs.get("dtype", torch.int64).is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.int64}  # 0 and 1 are so in all
         if "index" in kernel:
+            if kernel in _PUTS and (filled := _where_masked(args)) is not None:
+                return args[0].copy_(filled) if in_place else filled
             args = _at_places(args)
             if any(
                 isinstance(one, SharedTensor) for arg in args if isinstance(arg, list | tuple) for one in arg
@@ -260,9 +282,13 @@ class SharedTensor(torch.Tensor):
             raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
         check_whole(kernel, args, kwargs, twin, in_place=in_place)
         made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
+        flags = kernel in _OF_FLAGS and all(_is_flag(one) for one in args)
         if not in_place:
-            return _wrapped(first, made, twin)
-        args[0].flags = False
+            found = _wrapped(first, made, twin)
+            if flags:
+                found.flags = True
+            return found
+        args[0].flags = flags
         return args[0]
 
 
@@ -282,9 +308,68 @@ class _Refreshed(torch.autograd.Function):
 _CPU = torch.device("cpu")
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes of tensors with no ways of their own."""
-_LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor")}
-"""What & | ^ of results of comparisons are: PyTorch has those as bool, shares as 0 and 1."""
+_LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor", "not")}
+"""What & | ^ ~ of results of comparisons are: PyTorch has those as bool, shares as 0 and 1."""
+_OF_FLAGS = frozenset(["mul", *_LOGICAL.values()])
+"""What gives 0 and 1 where all operands have these only."""
 _SAME = ("detach", "alias", "lift_fresh")
+_PUTS = ("index_put", "_index_put_impl")
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _put_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """``tensor.data = data``: torch moves what it keeps of a tensor, and the secret has to go along.
+
+    Raises:
+        SharingError: one of them is in shares, the other one is not.
+    """
+    if not isinstance(tensor, SharedTensor) or not isinstance(data, SharedTensor):
+        raise SharingError(
+            "x.data = y takes a tensor in shares for one in shares: write x.data.copy_(y), or share y before"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(tensor, data)
+    tensor.session, tensor.handle, tensor.flags = data.session, data.handle, data.flags
+
+
+def _written_to(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An operation whose result goes to ``out=``, as the operation and a copy.
+
+    Raises:
+        SharingError: that is a plain tensor, which would show the result, or of another shape.
+    """
+    out = kwargs["out"]
+    if not isinstance(out, SharedTensor):
+        raise SharingError(f"{name}: out= would change what all know, in place: leave out= out")
+    made = _without_out(func)(*args, **{key: one for key, one in kwargs.items() if key != "out"})
+    if made.shape != out.shape or made.dtype != out.dtype:
+        raise SharingError(
+            f"{name}: out= has shape {list(out.shape)} and {out.dtype}, the result {list(made.shape)} and {made.dtype}"
+        )
+    return out.copy_(made)
+
+
+def _without_out(func: Any) -> Any:
+    """The overload that takes what `func` takes, but for ``out=``."""
+    packet, taken = func.overloadpacket, _takes(func)
+    others = (getattr(packet, name) for name in packet.overloads())
+    return next(one for one in others if one is not func and _takes(one) == taken)
+
+
+def _takes(func: Any) -> list[tuple[str, str]]:
+    return [(one.name, str(one.type)) for one in func._schema.arguments if not one.is_out]
+
+
+def _where_masked(args: Sequence[Any]) -> torch.Tensor | None:
+    """What ``x[mask] = value`` makes of x, by a secret mask and one value for all places; None of other places."""
+    target, places, value = args[:3]
+    mask, adds = places[0], len(args) > 3 and args[3]
+    if len(places) != 1 or adds or value.numel() != 1 or not getattr(mask, "flags", False):
+        return None
+    if mask.shape != target.shape[: mask.dim()]:
+        return None
+    wide = mask.reshape((*mask.shape, *[1] * (target.dim() - mask.dim())))
+    return torch.where(wide, value.reshape(()), target)
 
 
 def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:

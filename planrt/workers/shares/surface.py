@@ -307,7 +307,8 @@ def share_module_parameters(
     requires_grad: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Shares the parameters and floating-point buffers, in place; they train with `requires_grad`.
+    """Shares the parameters and floating-point buffers, in place; they train with `requires_grad`, except for those
+    that are frozen: that do not require gradients before. `get` gives what did as such again.
 
     Raises:
         SharingError: as `share_tensor`; nothing has changed then.
@@ -316,11 +317,10 @@ def share_module_parameters(
     made = [
         share_tensor(one.detach(), *workers, crypto_provider=crypto_provider, **options) for one in tensors
     ]
-    trains = [
-        requires_grad and (isinstance(one, nn.Parameter) or getattr(one, "_is_param", False))
-        for one in tensors
-    ]
-    _put_all(self, tensors, made, trains)
+    trains = [one.requires_grad for one in tensors]
+    _put_all(self, tensors, made, [requires_grad and one for one in trains])
+    for tensor, one in zip(tensors, trains, strict=True):
+        tensor.set_aside = one and not requires_grad  # type: ignore[attr-defined]
     return self
 
 
@@ -333,7 +333,7 @@ def get_shared_module(module: nn.Module) -> nn.Module:
     """Opens the parameters and buffers that are in shares, in place."""
     tensors = [one for one in _each(module) if isinstance(one, SharedTensor)]
     values = [one.get() for one in tensors]
-    _put_all(module, tensors, values, [True] * len(values))
+    _put_all(module, tensors, values, [one.requires_grad or one.set_aside for one in tensors])
     return module
 
 
@@ -355,7 +355,7 @@ def float_module_precision(self: nn.Module) -> nn.Module:
         raise SharingError("the module is in shares: model.get().float_precision()")
     tensors = [one for one in _each(self) if isinstance(one, FixedPrecisionTensor)]
     values = [one.detach().plain for one in tensors]  # type: ignore[attr-defined]
-    _put_all(self, tensors, values, [True] * len(values))
+    _put_all(self, tensors, values, [one.requires_grad for one in tensors])
     return self
 
 
