@@ -509,6 +509,44 @@ def test_a_group_ends_with_the_session_of_its_client_and_what_acted_in_it(severa
     assert ended
 
 
+def test_who_names_the_ticket_of_another_user_has_nothing_of_what_it_opened(several):
+    """Not even with the right id: what one client's ticket opened is not another one's way to go."""
+    ann, ben = several("ann"), several("ben")
+    ann[0].workplace.connection.history = history = []
+    kept = torch.ones(2).send(ann[0], allowed_users=["ann"]).move(ann[1])
+    chained = kept.send(ann[0])
+    assert (chained + 1).get().get().tolist() == [2, 2]
+    for one in [one for one in history if isinstance(one, m.ActFor)]:
+        ben[0].workplace.post(m.ActFor(one.peer, one.permits, one.ticket, "0" * 64))
+        ben[1].workplace.acting._given.setdefault(ben[0].workplace, set()).add(one.permits)
+    body = m.Move(
+        torch.ones(1).send(ben[0]).id_at_location,
+        m.PeerAddress("bob", ben[1].link_address),
+        new_id(),
+        "a token",
+        keep=True,
+    )
+    with pytest.raises(RemoteError, match="no ticket of this worker's|was used|is somebody else"):
+        ask(ben[0], m.Done, body)
+    assert (chained + 1).get().get().tolist() == [2, 2]
+
+
+def test_tickets_without_end_open_one_connection_each_at_the_most(several):
+    """One client gives ticket after ticket; the worker acts for others as before, and at bob has a few connections."""
+    ann, ben = several("ann"), several("ben")
+    peer = m.PeerAddress("bob", ben[1].link_address)
+    for number in range(500):
+        ben[0].workplace.post(m.ActFor(peer, "put", f"{number:032x}", "0" * 64))
+    assert size(ann[0], ann[1]) == 40
+    assert torch.ones(2).send(ann[0]).move(ann[1]).get().tolist() == [1, 1]
+    for number in range(100):
+        address = m.PeerAddress("bob", f"ws://127.0.0.1:{number + 1}")
+        ben[0].workplace.post(m.ActFor(address, "share", f"{number:032x}", "0" * 64))
+    with pytest.raises(RemoteError, match="64 other workers at the most"):
+        ben[0].objects_count()
+    assert ann[0].objects_count() >= 0
+
+
 # ------------------------------------------------------------------------------------- processes of their own
 
 

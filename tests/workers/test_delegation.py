@@ -511,7 +511,7 @@ def test_secrets_of_tickets_are_shown_nowhere(place, caplog):
     texts = [
         repr(given), str(given), repr(m.ActFor(peer, "put", given.id, secret)),
         repr(m.Envelope(1, m.ActFor(peer, "put", given.id, secret))), repr(m.Envelope(1, given)),
-        repr(TicketProof(given.id, secret)), repr(Introduce(PeerFor("bob", "ws://x", given.id), secret)),
+        repr(TicketProof(given.id, secret)), repr(Introduce(PeerFor("bob", "ws://x", given.id, "1:x"), secret)),
     ]  # fmt: skip
     assert not any(secret in text for text in texts)
     alice.workplace.connection.history = history = []

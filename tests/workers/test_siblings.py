@@ -170,19 +170,36 @@ def test_what_cannot_go_is_refused_and_stays(processes):
     assert torch.equal(ann.ask(m.Fetch(5, False))[1][0], torch.ones(2))
 
 
-def test_parties_are_heard_wherever_their_connection_comes_in(processes):
-    ann, ben = processes
-    parties = [m.PeerAddress("bob", "x"), m.PeerAddress("carl", "y")]
-    made = m.MakeGroup("g", "token", 0, parties, m.PeerAddress("dealer", "z"), 1, 5.0)
-    assert ann.ask(made)[0] == m.Done()
-    assert "known here already" in ben.ask(made)[0].message
-    (dial,) = (one for one in ben.ask(m.JoinGroup("g", "token", 1)) if isinstance(one, ToPeer))
+PARTIES = [m.PeerAddress("bob", "x"), m.PeerAddress("carl", "y")]
+
+
+def test_parties_are_heard_wherever_their_connection_comes_in():
+    """Where the client is nobody, each connection of nobody's has a process of its own."""
+    board = Board()
+    one, other = Process(board, 1), Process(board, 2)
+    one.connect(1, None)
+    other.connect(1, None)
+    one.connect(-1, None, sibling=True)
+    made = m.MakeGroup("g", "token", 0, PARTIES, m.PeerAddress("dealer", "z"), 1, 5.0)
+    assert one.ask(made)[0] == m.Done()
+    assert "known here already" in other.ask(made)[0].message
+    (dial,) = (said for said in other.ask(m.JoinGroup("g", "token", 1)) if isinstance(said, ToPeer))
     assert (dial.peer.address, dial.body) == ("1", m.JoinGroup("g", "token", 1))
-    assert ann.ask(dial.body, -1)[0] == m.Done()
-    (reply,) = ben.state.handle(PeerAnswered(dial.key, m.Done(), []))
+    assert one.ask(dial.body, -1)[0] == m.Done()
+    (reply,) = other.state.handle(PeerAnswered(dial.key, m.Done(), []))
     assert reply.envelope.body == m.Done()
-    ended = [one for one in ben.state.handle(Disconnected(1)) if isinstance(one, ToPeer)]
-    assert [type(one.body) for one in ended] == [m.FailGroup]
+    ended = [said for said in other.state.handle(Disconnected(1)) if isinstance(said, ToPeer)]
+    assert [type(said.body) for said in ended] == [m.FailGroup]
+
+
+def test_another_process_takes_no_part_in_what_a_user_computes(processes):
+    """Its parties act for that user, and so their connections come in where the user's own do."""
+    ann, ben = processes
+    assert ann.ask(m.MakeGroup("g", "token", 0, PARTIES, m.PeerAddress("dealer", "z"), 1, 5.0))[0] == m.Done()
+    (dial,) = (one for one in ben.ask(m.JoinGroup("g", "token", 1)) if isinstance(one, ToPeer))
+    part = m.PutShare(7, "g", 1, [2], b"0" * 16, handover="t")
+    for body in (dial.body, m.GiveSeed("g", "token", b"0" * 16), part):
+        assert "group 'g' is of user 'ann'" in ann.ask(body, -1)[0].message
 
 
 # ------------------------------------------------------------------------------------------------ the board

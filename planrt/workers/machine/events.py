@@ -115,6 +115,8 @@ class PeerFor(m.PeerAddress, frozen=True, array_like=True):
     travel."""
 
     ticket: str
+    session: str
+    """The session of that client: another one that names the same ticket has to prove it, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,9 @@ class Session:
         peers = {peer for peer, _ in self.links}
         if body.peer not in peers and len(peers) >= MOST_LINKS:
             raise LocalError(f"a session acts at {MOST_LINKS} other workers at the most")
-        peer = self.links[body.peer, body.permits] = PeerFor(body.peer.worker, body.peer.address, body.ticket)
+        peer = self.links[body.peer, body.permits] = PeerFor(
+            body.peer.worker, body.peer.address, body.ticket, self.id
+        )
         parted = [] if before is None or before == peer else [Part([before])]
         return [*parted, Introduce(peer, body.secret)]
 
