@@ -94,6 +94,11 @@ class Frame:
         self._pieces = pieces
         self.nbytes = sum(len(piece) for piece in pieces)
 
+    @property
+    def pieces(self) -> Sequence[bytes | memoryview]:
+        """The frame's bytes in order, as they lie in memory."""
+        return self._pieces
+
     def fragments(self, size: int = FRAGMENT_BYTES) -> Iterator[bytes | memoryview]:
         """Yields the frame's bytes in order, in fragments of at most `size` bytes.
 

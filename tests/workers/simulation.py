@@ -115,6 +115,9 @@ class SimulatedPipe:
         self.traffic.messages_received += 1
         return parts.finish()
 
+    def can_send(self, nbytes):
+        return False
+
     async def answers(self, seconds):
         if not self.severed:
             return True

@@ -233,6 +233,27 @@ class Connection:
         self._outbox.add(QueuedMessage(checked, tensors, None, None))
         self._wake_soon()
 
+    def post_own(self, body: m.Body, tensors: Sequence[torch.Tensor]) -> None:
+        """`post`, on the loop, of a message whose fields no user gave: they are what they are said to be. It leaves
+        before this returns, where nothing waits to be sent.
+
+        Raises:
+            WorkerLostError: the connection has ended. LocalError: it is over a limit of the worker's.
+        """
+        idle = self._sender is None and not self._woken and not self._waits() and not self.latency
+        if not idle or self._away is not None or self._ended is not None or self._unarrived.full:
+            self.post(body, tensors)
+            return
+        frame = self._encoded(self.session.posted(body), tensors)
+        if frame.nbytes > self.session.versions.message_limit or not self._pipe.can_send(frame.nbytes):
+            self.post(body, tensors)
+            return
+        if self.history is not None:
+            self.history.append(body)
+        if self._keeps:
+            self._unarrived.add(Sent(frame))
+        self._pipe.send_now(frame)
+
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:
         session = self.session
         checked = sendable(

@@ -97,7 +97,7 @@ class Links:
         connection = link.open
         if connection is not None and not instruction.key:
             try:
-                connection.post(instruction.body, instruction.tensors)
+                connection.post_own(instruction.body, instruction.tensors)
             except PlanrtError as error:
                 self._note(connection, instruction.peer, error)
             return

@@ -74,6 +74,16 @@ class Pipe(Protocol):
             ConnectionError: the connection has ended.
         """
 
+    def can_send(self, nbytes: int) -> bool:
+        """Returns whether a frame of so many bytes can go at once (`send_now`): nothing is being sent, and the other
+        side reads.
+        """
+
+    def send_now(self, frame: Frame) -> None:
+        """Sends a frame of a size that `can_send` has just been asked about, without waiting for anything: its bytes
+        are copied, so that the tensors in it may change.
+        """
+
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """Waits for the next message and returns it, or None when the other side has closed.
 
@@ -121,6 +131,14 @@ class MemoryPipe:
         self._other._incoming.put_nowait((frame, taken))
         await taken
         self.traffic.sent(frame, message=message)
+
+    def can_send(self, nbytes: int) -> bool:
+        """See `Pipe.can_send`. Never: a frame is copied when it is received."""
+        return False
+
+    def send_now(self, frame: Frame) -> None:
+        """See `Pipe.send_now`."""
+        raise NotImplementedError("frames within a process wait to be received: use send")
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""

@@ -65,6 +65,10 @@ class TakenPipe(WebsocketPipe):
         finally:
             self._sending(-1)
 
+    def can_send(self, nbytes: int) -> bool:
+        """See `Pipe.can_send`."""
+        return nbytes <= _AT_ONCE and super().can_send(nbytes)
+
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""
         first, self._first = self._first, None

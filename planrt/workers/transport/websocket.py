@@ -103,6 +103,15 @@ class WebsocketPipe:
         await self._connection.stream.send(frame)
         self.traffic.sent(frame, message=message)
 
+    def can_send(self, nbytes: int) -> bool:
+        """See `Pipe.can_send`."""
+        return self._connection.stream.can_send(nbytes)
+
+    def send_now(self, frame: Frame) -> None:
+        """See `Pipe.send_now`."""
+        self._connection.stream.send_now(frame)
+        self.traffic.sent(frame, message=True)
+
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""
         received = await self._connection.stream.receive(assembler(allocate, self._limits, self.address))
