@@ -32,6 +32,22 @@ HOSTILE = {
         (torch.tensor([4, 1, 1]), torch.ones(5, 5), torch.zeros(0, dtype=torch.int64)),
         {},
     ),
+    "fewer values than keys": (
+        "nn.functional.scaled_dot_product_attention",
+        (torch.ones(4, 3, 8), torch.ones(4, 6, 8), torch.ones(4, 4, 8)),
+        {},
+    ),
+    "longer keys than queries": (
+        "nn.functional.scaled_dot_product_attention",
+        (torch.ones(4, 3, 4), torch.ones(4, 6, 8), torch.ones(4, 6, 8)),
+        {},
+    ),
+    "groups without heads": (
+        "nn.functional.scaled_dot_product_attention",
+        (torch.ones(4, 3, 8), torch.ones(0, 6, 8), torch.ones(4, 6, 8)),
+        {"enable_gqa": True},
+    ),
+    "distances between no rows": ("nn.functional.pdist", (torch.zeros(0, 1),), {}),
     "norms of nothing": ("torch._weight_norm", (torch.zeros(0), torch.zeros(1, 3)), {}),
     "norms along a dimension that is not there": (
         "torch._weight_norm",

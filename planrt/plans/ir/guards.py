@@ -61,6 +61,46 @@ def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> None:
         )
 
 
+@_checked
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """The kernel takes it that there are as many values as keys, and divides by the number of heads.
+
+    Without: it reads past the shorter one, or the process is aborted.
+    """
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        return  # which torch says
+    if key.shape[-2] != value.shape[-2] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"scaled_dot_product_attention of keys {list(key.shape)} takes as many values, and queries as long: got "
+            f"values {list(value.shape)} and queries {list(query.shape)}"
+        )
+    if enable_gqa:
+        if min(query.dim(), key.dim(), value.dim()) < 3:
+            raise ValueError("scaled_dot_product_attention of groups takes heads, along dimension -3")
+        heads = [one.shape[-3] for one in (query, key, value)]
+        if 0 in heads[1:] or any(heads[0] % one for one in heads[1:]):
+            raise ValueError(
+                f"scaled_dot_product_attention of {heads[0]} heads in groups takes a divisor of it of keys and of "
+                f"values, not {heads[1]} and {heads[2]}"
+            )
+
+
+@_checked
+def _distances(input: torch.Tensor, p: float = 2.0) -> None:
+    """Without: the backward pass of the distances between no rows ends the process."""
+    if input.dim() == 2 and not input.shape[0] and input.shape[1]:
+        raise ValueError("pdist takes rows, and there are none")
+
+
 def _grid_sampler(*spatial: int) -> Callable[[Function], Function]:
     """The kernels know modes by their numbers, and leave the output as it was allocated for any other.
 
@@ -338,6 +378,9 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
         for home, words in (("torch", "div divide"), ("Tensor", "div div_ divide divide_"))
         for word in words.split()
     },
+    "nn.functional.scaled_dot_product_attention": _attention,
+    "torch.pdist": _distances,
+    "nn.functional.pdist": _distances,
     "torch.lstm": _recurrent(_LSTM),
     "torch.gru": _recurrent(3),
     "torch.rnn_tanh": _recurrent(1),
