@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+REAL = sys.executable
+"""The Python that runs the tests."""
 
 LAUNCHER = """#!{real} -IS
 import json, os, signal, socket, sys
@@ -37,6 +39,11 @@ import json, os, signal, socket, sys
 words = sys.argv[1:]
 if not words or (words[0][0] == "-" and words[0] not in ("-m", "-c")) or "GLIBC_TUNABLES" in os.environ:
     os.execv({real!r}, [{real!r}, *words])
+if "--parent" in words:  # as planrt.stopping.die_with has it; a copy's parent is another one
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(words[words.index("--parent") + 1]):
+        os._exit(1)
 passed = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 signal.pthread_sigmask(signal.SIG_BLOCK, passed)
 warm = socket.socket(socket.AF_UNIX)
@@ -163,7 +170,10 @@ class Copies:
 
 def become(asked: dict[str, Any], launcher: str) -> None:
     """Runs what a launcher was given, as Python would: in the module ``__main__``."""
+    import planrt.stopping
+
     words: list[str] = asked["words"]
+    planrt.stopping.die_with = lambda parent: None  # the launcher does so, and takes the copy along
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
@@ -202,6 +212,7 @@ def load() -> None:
     import planrt.fl.rounds
     import planrt.protocols
     import planrt.sandbox
+    import planrt.stopping
     import planrt.torch_hook
     import planrt.vertical
     import planrt.workers.websocket_server  # noqa: F401

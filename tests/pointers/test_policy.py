@@ -153,15 +153,15 @@ def test_sizes_and_memory_have_limits(hospital):
 
 
 def test_a_run_that_takes_too_long_is_ended_between_ops(hospital):
-    @planrt.func2plan(args_shape=[(300, 300)])
+    @planrt.func2plan(args_shape=[(-1,)])  # recorded with a few numbers, and called with millions
     def slow(x):
-        for _ in range(2000):
-            x = x @ x
+        for _ in range(400):
+            x = x.sin()
         return x
 
     worker = hospital(Policy(approval="open", max_seconds=0.5))()
     with pytest.raises(RemoteError, match="the time that the plan may take is over") as raised:
-        slow.send(worker)(torch.ones(300, 300).send(worker)).get()
+        slow.send(worker)(torch.ones(4_000_000).send(worker)).get()
     assert raised.value.index > 0
     assert doubled.send(worker)(torch.ones(1, 3).send(worker)).get() is not None  # the worker goes on
 

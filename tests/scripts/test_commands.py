@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import termios
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from planrt.fl.data.digits import find
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.runs.networks import Net, seeded_net
 from planrt.workers import WebsocketClientWorker
+from tests import warm
 from tests.processes import MNIST_FILES, PATIENCE, eventually, marked, write_small_mnist
 from tests.watching import health
 
@@ -53,9 +53,11 @@ class Ended:
 
 @dataclass
 class Commands:
-    """Runs commands in a folder of their own, in an environment that marks them and all their children."""
+    """Runs commands in a folder of their own, in an environment that marks them and all their children, by
+    `python`."""
 
     folder: Path
+    python: str
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
@@ -63,7 +65,7 @@ class Commands:
         if "PLANRT_DATA" not in environment:
             env.pop("PLANRT_DATA", None)
         return subprocess.Popen(
-            [sys.executable, *command],
+            [self.python, *command],
             cwd=self.folder,
             env=env,
             stdout=subprocess.PIPE,
@@ -83,10 +85,16 @@ class Commands:
 
 
 @pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
+def python(warm_python: str) -> str:
+    """What runs the commands of a file's tests; those that try a real start say so."""
+    return warm_python
+
+
+@pytest.fixture
+def commands(tmp_path: Path, python: str) -> Iterator[Commands]:
     folder = tmp_path / "cwd"
     folder.mkdir()
-    commands = Commands(folder)
+    commands = Commands(folder, python)
     yield commands
     for pid in marked(commands.token):  # only after a test that failed half-way
         os.kill(pid, signal.SIGKILL)
@@ -98,7 +106,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def workers(small: str) -> Iterator[dict[str, str]]:
+def workers(small: str, warm_workers: None) -> Iterator[dict[str, str]]:
     """Four workers that stay up for this file's tests: id -> address."""
     with WorkerProcesses(mnist_children(find("mnist", small), threads=1)) as processes:
         yield {worker.id: worker.uri for worker in processes.wait_ready().values()}
@@ -251,6 +259,7 @@ def test_serving_says_what_and_where_and_stops_cleanly(commands, small, number):
 
 
 def test_serving_in_the_background_ignores_ctrl_c_and_says_what_stops_it(commands):
+    commands.python = warm.REAL  # it says its own number, not a launcher's
     process = commands.start([*BACKGROUND, *SERVE, "--id", "bob", "--empty", "--port", "0"])
     line = lines_until(process, " serves at ")[-1]
     assert line.endswith(f"; kill {process.pid} stops it")
@@ -294,18 +303,23 @@ def test_logs_are_lines_for_people_or_json_on_stderr(commands, form):
     process = commands.start([*SERVE, "--id", "bob", "--port", "0", "--empty", "--verbose", *form])
     uri = lines_until(process, "Ctrl-C")[-1].split(" at ")[1].partition(";")[0]
     WebsocketClientWorker("bob", uri=uri).close()
+    logged = []
+    while sum("connected" in line for line in logged) < 2:  # it has heard of the end too
+        logged.append(process.stderr.readline())
+        assert logged[-1], logged
     process.terminate()
     ended = commands.finish(process)
-    lines = [line for line in ended.err.splitlines() if "connected" in line]
-    assert (ended.code, len(lines)) == (0, 2), ended
+    logged += ended.err.splitlines()
+    lines = [line for line in logged if "connected" in line]
+    assert (ended.code, len(lines)) == (0, 2), logged
     if form:
-        entries = [json.loads(line) for line in ended.err.splitlines()]
+        entries = [json.loads(line) for line in logged]
         connected = next(entry for entry in entries if entry["event"] == "connected")
         assert (connected["level"], connected["worker"]) == ("debug", "bob")
         assert {"timestamp", "client"} <= connected.keys()
     else:
         assert "worker=bob" in lines[0]
-        assert "\x1b" not in ended.err  # no colours where there is no terminal
+        assert "\x1b" not in "".join(logged)  # no colours where there is no terminal
 
 
 # ------------------------------------------------------------------------------- training, workers named
@@ -397,7 +411,7 @@ def test_the_seed_decides_the_run_and_two_workers_are_enough(commands, workers):
 def test_a_progress_bar_shows_on_a_terminal_only(commands, workers):
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    command = [sys.executable, *TRAIN, *named(workers, "bob", "testing"), "--rounds", "2", *QUICK]
+    command = [commands.python, *TRAIN, *named(workers, "bob", "testing"), "--rounds", "2", *QUICK]
     with subprocess.Popen(
         command, cwd=commands.folder, stdout=subprocess.PIPE, stderr=terminal, text=True
     ) as run:
@@ -447,7 +461,7 @@ def test_an_unknown_dataset_key_is_one_line(commands, workers, small):
     own = ["--id", "bob", "--port", "0", "--dataset", "own:make", "--key", "numbers"]
     process = commands.start([*SERVE, *own])
     uri = lines_until(process, "Ctrl-C")[-1].split(" at ")[1].partition(";")[0]
-    trainer = Commands(commands.folder)
+    trainer = Commands(commands.folder, commands.python)
     ended = trainer.run([*TRAIN, *named({**workers, "bob": uri}), *QUICK])
     assert is_one_line_error(ended, 1), ended
     assert "worker 'bob' has no data set 'mnist' (it has: 'numbers')" in ended.err
@@ -455,6 +469,7 @@ def test_an_unknown_dataset_key_is_one_line(commands, workers, small):
     commands.finish(process)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_worker_that_dies_mid_run_is_named(commands, small):
     with WorkerProcesses(mnist_children(find("mnist", small), threads=1)) as processes:
         addresses = {worker.id: worker.uri for worker in processes.wait_ready().values()}
@@ -484,6 +499,8 @@ def usual_ports_are_free() -> None:
 )
 @pytest.mark.usefixtures("usual_ports_are_free")
 def test_started_workers_end_with_the_run_however_it_ends(commands, small, number, code):
+    if number == signal.SIGKILL:
+        commands.python = warm.REAL  # the system takes the workers along, with nothing in between
     process = commands.start([*TRAIN, "--data", small, *QUICK, "--rounds", "100000"])
     lines_until(process, "Training round 2/")
     assert len(marked(commands.token)) == 5
@@ -518,6 +535,7 @@ def test_without_mnist_the_digits_are_trained_on_with_a_notice(commands):
 
 @pytest.mark.usefixtures("usual_ports_are_free")
 def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands, mnist_folder):
+    commands.python = warm.REAL  # as users start them
     servers = commands.start(START, PLANRT_DATA=str(mnist_folder))
     text = "\n".join(lines_until(servers, "Ctrl-C"))
     for worker_id, items in (
@@ -530,7 +548,7 @@ def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands,
         assert f"{items} items" in text
     assert "0:  5,923 images" in text
 
-    trainer = Commands(commands.folder)
+    trainer = Commands(commands.folder, commands.python)
     ended = trainer.run([*TRAIN, "--rounds", "3", "--run-dir", "run"])
     assert (ended.code, ended.err) == (0, "")
     assert "starting" not in ended.out  # it used the four
@@ -547,6 +565,7 @@ def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands,
 
 @pytest.mark.usefixtures("usual_ports_are_free")
 def test_the_script_in_the_background_ignores_ctrl_c_and_says_what_stops_it(commands, small):
+    commands.python = warm.REAL  # it says its own number, not a launcher's
     servers = commands.start([*BACKGROUND, *START, "--data", small, "--metrics-port", "0"])
     lines = lines_until(servers, "All four")
     assert lines[-1] == f"All four workers serve; kill {servers.pid} stops them"
@@ -595,7 +614,7 @@ def test_a_run_says_which_workers_are_missing_when_only_some_run(commands, small
     lines_until(process, "Ctrl-C")
     # A program that is no worker counts as missing too.
     with socket.create_server(("127.0.0.1", 8779)):
-        ended = Commands(commands.folder).run([*TRAIN, *QUICK])
+        ended = Commands(commands.folder, commands.python).run([*TRAIN, *QUICK])
     assert is_one_line_error(ended, 1), ended
     for missing in ("alice at ws://127.0.0.1:8777", "charlie at ws://127.0.0.1:8779", "testing at"):
         assert missing in ended.err

@@ -26,9 +26,10 @@ from tests.scripts.test_commands import (
     is_one_line_error,
     lines_until,
     named,
+    python,
 )
 
-__all__ = ["commands"]  # the fixture
+__all__ = ["commands", "python"]  # the fixtures
 
 ROUNDS = ["--rounds", "60", *QUICK]
 """More than a run makes between a line that a test reads and the signal that it sends."""
@@ -238,7 +239,7 @@ def test_status_of_what_is_no_run(tmp_path, capsys):
     assert "it has no journal" in capsys.readouterr().err
 
 
-def test_a_disk_without_room_for_the_model_is_told_before_anything_is_trained(processes, tmp_path):
+def test_a_disk_without_room_for_the_model_is_told_before_anything_is_trained(processes, tmp_path, python):
     """Files may have 1,000 KiB here: less than the model, let alone its checkpoints."""
     _, workers = processes
     run = [sys.executable, "-m", "planrt.fl.mnist_async", *named(workers), *ROUNDS, "--run-dir", "run"]

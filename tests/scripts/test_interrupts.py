@@ -23,6 +23,13 @@ from tests.scripts.test_commands import QUICK, SERVE, START, TRAIN, Commands, co
 
 __all__ = ["commands"]  # the fixture
 
+
+@pytest.fixture
+def python() -> str:
+    """Real starts: what is interrupted is the import of torch, or stopped by signals that no launcher passes on."""
+    return sys.executable
+
+
 LIMIT = 30.0
 """Seconds after which a process hangs."""
 
@@ -119,7 +126,8 @@ def stopped_run(commands, small, *more):
     return process
 
 
-def test_while_its_workers_are_stopped_and_then_it_goes_on(commands, small):
+def test_while_its_workers_are_stopped_and_then_it_goes_on(commands, small, warm_python):
+    commands.python = warm_python  # the workers, which are stopped, are started here
     with WorkerProcesses(mnist_children(find("mnist", small), threads=1)) as processes:
         workers = {worker.id: worker.uri for worker in processes.wait_ready().values()}
         process = commands.start([*TRAIN, *named(workers), *QUICK, "--rounds", "4000", "--run-dir", "run"])
