@@ -32,6 +32,15 @@ HOSTILE = {
         (torch.tensor([4, 1, 1]), torch.ones(5, 5), torch.zeros(0, dtype=torch.int64)),
         {},
     ),
+    **{
+        f"places that are {what}, {padding}": (
+            "nn.functional.grid_sample",
+            (torch.ones(2, 3, 5, 20), torch.full((2, 13, 10, 2), float(what))),
+            {"padding_mode": padding, "align_corners": False},
+        )
+        for what in ("inf", "-inf", "nan", "1e30")
+        for padding in ("border", "reflection")
+    },
     "fewer values than keys": (
         "nn.functional.scaled_dot_product_attention",
         (torch.ones(4, 3, 8), torch.ones(4, 6, 8), torch.ones(4, 4, 8)),

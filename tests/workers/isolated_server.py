@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 
 from planrt.plans.policy.rules import Policy
+from planrt.plans.running import progress
 from planrt.workers import BaseDataset, WebsocketServerWorker
+from planrt.workers.serving.isolation.watching import SLOTS, Slot
 from tests.vertical.tables import halves, whole
 
 
@@ -63,6 +66,16 @@ def _debug_the_parent():
 def _ring(call, *arguments):
     if ctypes.CDLL(None, use_errno=True).syscall(call, *arguments) < 0 and ctypes.get_errno() == errno.ENOSYS:
         raise OSError(errno.ENOSYS, "as if there were none")
+
+
+def _write_all_slots():
+    """Says of every process but this one that it has computed since the machine began."""
+    own = progress.watcher.__self__
+    for index in range(SLOTS):
+        slot = Slot(own._page, index)
+        if slot.memory != own.memory:
+            struct.pack_into("<d", own._page, slot._at, 1e-3)
+    return "wrote"
 
 
 def _there(start, end):
@@ -117,6 +130,24 @@ class Opened:
         self._file.write(b"x")
 
 
+class Mapped:
+    """Tensors in memory that is shared: of a file, and of none."""
+
+    def __init__(self, path):
+        file = torch.from_file(path, shared=True, size=4)
+        self._tensors = {"file": file, "memory": torch.ones(4).share_memory_()}
+
+    def change(self, which):
+        tensor = self._tensors[which]
+        before = tensor.tolist()
+        start = tensor.data_ptr() // resource.getpagesize() * resource.getpagesize()
+        ctypes.CDLL(None).mprotect(
+            ctypes.c_void_p(start), resource.getpagesize(), 3
+        )  # as if it had been taken away
+        tensor.fill_(7.0)
+        return before
+
+
 class Reading:
     """A data set whose items are read from a file while it is served."""
 
@@ -132,7 +163,11 @@ class Reading:
 
 def actions(folder):
     opened = Opened(Path(folder, "secret")) if Path(folder, "secret").exists() else None
+    mapped = Mapped(str(Path(folder, "mapped"))) if Path(folder, "mapped").exists() else None
     return {
+        "mapped_file": _said(lambda: mapped.change("file")),
+        "mapped_memory": _said(lambda: mapped.change("memory")),
+        "slots": _said(_write_all_slots),
         "place": _said(lambda: opened.place()),
         "write_to_what_is_open": _said(lambda: opened.write()),
         "crash": _crash,

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -117,6 +118,7 @@ def folder(tmp_path_factory):
     (made / "granted").mkdir()
     for name in ("secret", "granted/file"):
         (made / name).write_text("of the owner")
+    (made / "mapped").write_bytes(struct.pack("4f", 1, 1, 1, 1))
     return made
 
 
@@ -320,6 +322,52 @@ def test_each_process_has_a_place_of_its_own_in_a_file_that_is_open(ann, ben):
     for worker in (ann, ben, ann):
         with pytest.raises(RemoteError, match=r"went on: [12]\b" if worker is ann else r"went on: 1\b"):
             fit(worker, "place")
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_what_is_mapped_to_be_shared_is_not_written_to(folder, ann, ben, kind):
+    for worker in (ann, ben):  # each finds what the owner put there
+        with pytest.raises(RemoteError, match=r"went on: \[1\.0, 1\.0, 1\.0, 1\.0\]"):
+            fit(worker, f"mapped_{kind}")
+    with pytest.raises(RemoteError, match=r"went on: \[7\.0, 7\.0, 7\.0, 7\.0\]"):  # its own copy
+        fit(ann, f"mapped_{kind}")
+    assert (folder / "mapped").read_bytes() == struct.pack("4f", 1, 1, 1, 1)
+
+
+def test_a_process_cannot_write_what_others_are_at(server, ann, ben):
+    """Or it could have their processes ended, as if they took too long."""
+    before = works(ben) and server.processes()
+    with pytest.raises(RemoteError, match="went on: 'wrote'"):
+        fit(ann, "slots")
+    time.sleep(1.0)  # the worker has looked meanwhile
+    assert works(ben)
+    assert set(before) <= set(server.processes())
+
+
+def test_shared_memory_that_has_no_name_becomes_a_copy():
+    program = """
+import mmap
+from planrt.workers.serving.isolation import mappings
+mappings._opened = lambda one: -1  # as where map_files may not be read
+page = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+page[:3] = b"abc"
+import ctypes, os
+start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+child = os.fork()
+if not child:
+    mappings.make_private((start + mmap.PAGESIZE, start + 2 * mmap.PAGESIZE))
+    assert page[:3] == b"abc"
+    page[:3] = b"xyz"
+    page[mmap.PAGESIZE : mmap.PAGESIZE + 3] = b"def"
+    assert [end - start for start, end, _ in mappings.shared_mappings()] == [mmap.PAGESIZE]
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(page[:3], page[mmap.PAGESIZE : mmap.PAGESIZE + 3])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert ended.stdout.strip() == "b'abc' b'def'", ended.stderr
 
 
 def test_a_data_set_that_reads_files_which_are_not_granted_is_refused_before_it_is_served(folder):

@@ -21,6 +21,8 @@ import torch
 
 Function = Callable[..., Any]
 
+_FARTHEST: Final = 1e9
+"""How far from the image, in halves of it, `grid_sample` is asked for an entry."""
 MAX_LOOP: Final = 10_000
 """How often an integer argument may make a kernel go round, for each entry."""
 
@@ -101,6 +103,33 @@ def _distances(input: torch.Tensor, p: float = 2.0) -> None:
         raise ValueError("pdist takes rows, and there are none")
 
 
+def _check_places(grid: torch.Tensor, padded_with_entries: bool) -> None:
+    """Where places outside are moved inside, the vectorized backward pass takes it that this works, and writes there.
+
+    Without: of places that are no numbers, infinite or very large, it writes to memory that is not its own.
+    """
+    if padded_with_entries and not grid.is_meta and grid.numel():
+        least, most = torch.aminmax(grid.detach())
+        if not (float(least) >= -_FARTHEST and float(most) <= _FARTHEST):  # nan is neither
+            raise ValueError(
+                f"grid_sample with padding takes a grid of numbers from {-_FARTHEST:g} to {_FARTHEST:g}, and these "
+                f"reach from {float(least):g} to {float(most):g}"
+            )
+
+
+@_checked
+def _grid_sample(
+    input: torch.Tensor,
+    grid: torch.Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> None:
+    """See `_check_places`."""
+    if grid.is_floating_point():
+        _check_places(grid, padding_mode != "zeros")
+
+
 def _grid_sampler(*spatial: int) -> Callable[[Function], Function]:
     """The kernels know modes by their numbers, and leave the output as it was allocated for any other.
 
@@ -128,6 +157,7 @@ def _grid_sampler(*spatial: int) -> Callable[[Function], Function]:
             raise ValueError(
                 f"grid_sampler takes no input {list(input.shape)} with a grid {list(grid.shape)}"
             )
+        _check_places(grid, padding_mode != 0)
 
     return check
 
@@ -370,6 +400,7 @@ _POLYNOMIALS = """
 
 GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
     "torch._weight_norm": _weight_norm,
+    "nn.functional.grid_sample": _grid_sample,
     "torch.grid_sampler": _grid_sampler(2, 3),
     "torch.grid_sampler_2d": _grid_sampler(2),
     "torch.grid_sampler_3d": _grid_sampler(3),

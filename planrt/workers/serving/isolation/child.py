@@ -45,6 +45,7 @@ from planrt.workers.serving.isolation.confining import (
     ends_with_its_parent,
     reopen_files,
 )
+from planrt.workers.serving.isolation.mappings import make_private
 from planrt.workers.serving.isolation.messages import Calls, take
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.transport.pipes import Pipe
@@ -92,6 +93,7 @@ def run(
         ignore_signals()
         close_rings()
         reopen_files()
+        make_private(slot.memory)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             loop = runner.get_loop()  # has its own sockets before there are no more
             confine(memory=work.memory, readable=work.readable)

@@ -15,6 +15,7 @@ from planrt.errors import DataError, IsolationError, OptionError
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.isolation.child import ignore_signals
 from planrt.workers.serving.isolation.confining import close_rings, confine, reopen_files
+from planrt.workers.serving.isolation.mappings import make_private
 from planrt.workers.serving.isolation.zygote import fork
 
 SECONDS: Final = 120.0
@@ -84,6 +85,7 @@ def _try(state: WorkerState, memory: int | None, readable: Iterable[Path], writi
         ignore_signals()
         close_rings()
         reopen_files()
+        make_private()
         confine(memory=memory, readable=readable)
         thread = threading.Thread(target=read, daemon=True)
         thread.start()

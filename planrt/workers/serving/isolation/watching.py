@@ -1,11 +1,13 @@
-"""What the processes for clients' work are at, where the worker's own process sees it: a page of memory that all share.
+"""What the processes for clients' work are at, where the worker's own process sees it: memory that each shares with it.
 
-Each process has a slot. It writes there what it begins, with a time: half a microsecond an op, and no message, so that
+Each process has a slot, a page of its own (`mappings.py` takes the others' from it). It writes there what it
+begins, with a time: half a microsecond an op, and no message, so that
 it can be read of a process that has crashed or will never answer.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import struct
 import time
@@ -18,7 +20,7 @@ _SLOT = struct.Struct("<dII80s")
 _BEGAN = struct.Struct("<d")
 _NAME = struct.Struct("<80s")
 _COUNT = struct.Struct("<I")
-_SIZE: Final = 128
+_SIZE: Final = mmap.PAGESIZE
 _OBJECTS_AT: Final = _BEGAN.size
 _SENT_AT: Final = _OBJECTS_AT + _COUNT.size
 _NAME_AT: Final = _SENT_AT + _COUNT.size
@@ -42,6 +44,12 @@ class Slot:
         self._page = page
         self._at = index * _SIZE
         self._objects = self._sent = 0
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Returns where it is in memory: its first byte, and the one after its last."""
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._page)) + self._at
+        return start, start + _SIZE
 
     def clear(self) -> None:
         """Makes it the slot of a new process."""
@@ -71,5 +79,5 @@ class Slot:
 
 
 def new_page() -> mmap.mmap:
-    """Returns the page that processes made from now on share."""
+    """Returns the pages of the slots of processes that are made from now on."""
     return mmap.mmap(-1, SLOTS * _SIZE)
