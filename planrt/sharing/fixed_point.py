@@ -57,7 +57,9 @@ def encode(values: torch.Tensor, scale: int = DEFAULT_SCALE) -> torch.Tensor:
 def decode(
     values: torch.Tensor, scale: int = DEFAULT_SCALE, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Returns the inverse of `encode`, as `dtype`."""
+    """Returns the inverse of `encode`, as `dtype`; whole numbers exactly, also beyond what float64 holds."""
+    if scale == 1:
+        return values.to(dtype)
     return (values.double() / scale).to(dtype)
 
 

@@ -264,3 +264,51 @@ def _spectral(x, module):
 
 def test_spectral_norm(alike):
     alike(_spectral)
+
+
+# ------------------------------------------------------------------------------------------- whole numbers
+
+
+def _tokens_and_classes(x, _):
+    """Whole numbers are shared without a precision, and meet fractions of any."""
+    weight, rows, classes = x(X, True), x(torch.tensor([[0, 5], [3, 3]])), x(CLASSES[:4])
+    logits = F.embedding(rows, weight).flatten(0, 1)
+    loss = F.cross_entropy(logits, classes)
+    loss.backward()
+    right = (logits.argmax(1) == classes).float().mean()
+    chosen = torch.where(classes == 2, logits[:, 0], -logits[:, 0])
+    more = classes * 2 + 1
+    more[0] = 100
+    return loss, weight.grad, right, chosen, more * logits[:, 1], (more[1:] * 1.5).sum()
+
+
+def test_whole_numbers_meet_fractions_of_any_precision(alike, parties):
+    alike(_tokens_and_classes, within=1e-2)
+    bob, alice, james = parties
+    fine, coarse = (
+        X.fix_precision(precision_fractional=digits).share(bob, alice, crypto_provider=james)
+        for digits in (4, 2)
+    )
+    whole = torch.arange(4).share(bob, alice, crypto_provider=james)
+    with pytest.raises(SharingError, match="different precisions"):
+        fine + coarse
+    for one in (fine, coarse):
+        assert ((one * whole).get() - X * torch.arange(4)).abs().max() < 0.05
+        with pytest.raises(SharingError, match="different precisions"):
+            whole.add_(one)  # fractions do not fit into whole numbers
+    others = torch.arange(4).share(bob, james, crypto_provider=alice)
+    with pytest.raises(SharingError, match="different parties"):
+        fine * others
+
+
+def test_whole_numbers_are_exact_beyond_what_floating_point_holds(parties):
+    bob, alice, james = parties
+    values = torch.tensor([2**61, -(2**61) + 1, 2**53 + 1, -3])
+    one = values.share(bob, alice, crypto_provider=james)
+    assert torch.equal(one.get(), values)
+    assert torch.equal((one + one - one).get(), values)
+    assert torch.equal(one.abs().get(), values.abs())
+    assert torch.equal(
+        torch.where(one > 0, values, values - 1).get(), torch.where(values > 0, values, values - 1)
+    )
+    assert [one.max().get().item(), one.min().get().item()] == [2**61, -(2**61) + 1]

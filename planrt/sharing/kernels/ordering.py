@@ -131,7 +131,9 @@ def where(context: Context, condition: Value, first: Value, second: Value) -> Pr
         )
     bit = yield from bit_of(context, condition)
     if not isinstance(first, Share) and not isinstance(second, Share):
-        difference = torch.as_tensor(first).double() - torch.as_tensor(second).double()
+        one, other = torch.as_tensor(first), torch.as_tensor(second)
+        whole = not one.is_floating_point() and not other.is_floating_point()
+        difference = one.long() - other.long() if whole else one.double() - other.double()
         chosen = yield from multiply(context, of_bit(context, bit), difference)
         return (yield from add(context, chosen, second))
     first, second = context.share_of(first), context.share_of(second)

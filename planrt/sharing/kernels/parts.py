@@ -281,7 +281,10 @@ class Context:
             return value
         values = torch.as_tensor(value)
         scale = self.scale if values.is_floating_point() else 1
-        return Share(self.party.public(self.public(values, scale)), scale, known=values.double())
+        exact = values.double()
+        if not values.is_floating_point() and not torch.equal(exact.long(), values.long()):
+            return Share(self.party.public(self.public(values, scale)), scale)  # beyond what float64 holds
+        return Share(self.party.public(self.public(values, scale)), scale, known=exact)
 
 
 def each_once(shares: Iterable[Share]) -> list[Share]:

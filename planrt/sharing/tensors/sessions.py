@@ -60,6 +60,12 @@ class SharingSession(ABC):
             SharingError: the kernel does not take these arguments, or a party cannot go on.
         """
 
+    def copied_from(self, handle: Handle) -> Handle | None:
+        """Returns whole numbers that the same parties hold in another session, at another scale, as a secret of this
+        one; None where that has other parties.
+        """
+        return None
+
     def call_plan(
         self, record: Any, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor], *, training: bool
     ) -> Any:

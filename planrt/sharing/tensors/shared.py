@@ -225,7 +225,12 @@ class SharedTensor(torch.Tensor):
         operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, SharedTensor)]
         first = operands[0]
         if any(one.session is not first.session for one in operands):
-            raise SharingError(_mixed(name, operands))
+            home = _home(args, operands, in_place=name.endswith("_") and not name.endswith("__"))
+
+            def at_home(leaf: Any) -> Any:
+                return _brought(leaf, home, name, operands) if isinstance(leaf, SharedTensor) else leaf
+
+            return cls._run(func, map_leaves(tuple(args), at_home), map_leaves(kwargs, at_home))
         if name.startswith("prims::"):  # torch calls them where a gradient is nothing
             return prims(name.removeprefix("prims::"), args)
         if name in ("is_same_size", "_has_same_storage_numel"):
@@ -372,12 +377,40 @@ def _where_masked(args: Sequence[Any]) -> torch.Tensor | None:
     return torch.where(wide, value.reshape(()), target)
 
 
+def _home(args: Sequence[Any], operands: Sequence[SharedTensor], *, in_place: bool) -> SharingSession:
+    """The session that an operation runs in: that of what it changes, of its fractions, or the finest."""
+    if in_place and isinstance(args[0], SharedTensor):
+        return args[0].session
+    fractions = [one.session for one in operands if one.is_floating_point()]
+    return fractions[0] if fractions else max((one.session for one in operands), key=lambda one: one.scale)
+
+
+def _brought(
+    tensor: SharedTensor, home: SharingSession, name: str, operands: Sequence[SharedTensor]
+) -> SharedTensor:
+    """`tensor` in the session `home`: whole numbers are the same at all scales.
+
+    Raises:
+        SharingError: it has fractions, or is held by other parties.
+    """
+    if tensor.session is home:
+        return tensor
+    handle = None if tensor.is_floating_point() else home.copied_from(tensor.handle)
+    if handle is None:
+        raise SharingError(_mixed(name, operands))
+    made = SharedTensor(
+        home, handle, tensor.shape, tensor.dtype, strides=tensor.stride(), offset=int(tensor.storage_offset())
+    )
+    made.flags = tensor.flags
+    return made
+
+
 def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
     first, other = operands[0], next(one for one in operands if one.session is not operands[0].session)
     parties = [list(one.session.parties) for one in (first, other)]
     if parties[0] != parties[1]:
         return f"{name}: its operands are shared by different parties, {parties[0]} and {parties[1]}: get() one first"
-    if first.session.scale != other.session.scale:
+    if first.session.scale != other.session.scale and first.session.provider == other.session.provider:
         return (
             f"{name}: its operands have different precisions, scales {first.session.scale} and {other.session.scale}: "
             "write fix_precision() of both alike"

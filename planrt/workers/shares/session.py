@@ -34,6 +34,7 @@ from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.preflight import Preflight
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.tensors.batches import BatchedSession, Value
+from planrt.sharing.tensors.sessions import Secret
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import Ref
 from planrt.workers.client.tickets import among, forget_all, is_over, let_all
@@ -213,6 +214,22 @@ class WorkersSession(BatchedSession):
     def _forget(self, place: Any) -> None:
         for one in self._places:
             one.connection.drop(place)
+
+    def copied_from(self, handle: Value) -> Value | None:
+        """Returns whole numbers of another session of the same parties here; see `SharingSession.copied_from`."""
+        other = handle.session
+        if not isinstance(other, WorkersSession) or other._company != self._company:
+            return None
+        other.flush()
+        with self._lock:
+            self.flush()
+            made: Value = self.run("clone", (Secret(handle),), {}, torch.Size(()), in_place=False)
+            self.flush()  # alone: a program that only copies may take what is another session's
+        return made
+
+    @property
+    def _company(self) -> list[int]:
+        return [id(one) for one in (*self._places, self._dealing)]
 
     # ----------------------------------------------------------------------------------------- programs
 

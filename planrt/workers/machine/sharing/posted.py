@@ -10,6 +10,7 @@ import torch
 
 from planrt.errors import SharingError
 from planrt.plans.ir.graph import Graph
+from planrt.sharing.kernels import Share
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.lowering import Looks
 from planrt.sharing.programs.running import Failed
@@ -71,15 +72,18 @@ class PostedPrograms:
             for name in dict.fromkeys(call.name for call in program.calls):
                 self._objects.gate.admit_kernel(name)
         operands += [self._store.find(session.id, one.index) for one in refs]
-        values = [self._operand(session, group, one) for one in operands]
+        copies = all(call.name == "clone" for call in program.calls)
+        values = [self._operand(session, group, one, copies=copies) for one in operands]
         return PostedProgram(program, values, list(operands))
 
-    def _operand(self, session: Session, group: Group, stored: StoredObject) -> Any:
+    def _operand(self, session: Session, group: Group, stored: StoredObject, *, copies: bool = False) -> Any:
         try:
             self._objects.check_failure(session, stored)
         except OpFailedError as error:
             return Failed(error)
         if isinstance(stored.value, SharedPart):
+            if stored.value.group is not group and copies:
+                return _taken_over(stored.value, group)
             if stored.value.group is not group:
                 raise SharingError("its operands are shared in different groups, by different parties")
             return stored.value.share
@@ -162,6 +166,21 @@ def _tensor(looks: Looks | None, value: Any) -> Looks | torch.Tensor:
             f"an argument in shares has the shape {list(value.shape)}, not {list(looks.shape)}"
         )
     return looks
+
+
+def _taken_over(part: SharedPart, group: Group) -> Share:
+    """A part of whole numbers that another group of the same parties holds, for a copy in this one. What was opened of
+    it there is not taken along: that group's randomness belongs to its masks.
+
+    Raises:
+        SharingError: other parties, another dealer or client, or fractions, whose scale is that of their group.
+    """
+    one, other = part.group.about, group.about
+    part.group.check()
+    same = one.parties == other.parties and one.dealer == other.dealer and part.group.owner == group.owner
+    if not same or part.share.scale != 1:
+        raise SharingError("its operands are shared in different groups, by different parties")
+    return Share(part.share.part, 1)
 
 
 def _about(group: Group) -> str:
