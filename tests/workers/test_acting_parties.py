@@ -10,6 +10,7 @@ import torch
 from planrt import Protocol, Step, func2plan
 from planrt.errors import (
     GetNotPermittedError,
+    NotApprovedError,
     PlanrtError,
     PolicyRefusedError,
     RemoteError,
@@ -245,6 +246,49 @@ def test_what_a_protocol_puts_elsewhere_counts_for_its_client(several):
     other = Protocol(steps()).deploy(*theirs[:2]).send(theirs[2])
     assert other.run(torch.ones(2)).get().get().tolist() == [4, 4]
     assert kept
+
+
+def test_an_owner_is_asked_for_what_a_protocol_runs_by_its_client(several):
+    """bob's owner sees whose plan it is, and his decision is about that user."""
+    _, bob, carl = several("ann", policy=Policy(approval="list"))
+    there = Protocol([Step("bob", plan(lambda x: x * 2), name="only")]).deploy(bob).send(carl)
+    with pytest.raises(NotApprovedError):
+        there.run(torch.ones(2))
+    refused = [
+        one for one in several.logs()["bob"] if one["event"] == "refused" or one.get("outcome") == "refused"
+    ]
+    assert {(one["user"], one.get("by")) for one in refused} == {("ann", "carl")}
+
+
+@pytest.mark.parametrize("gone", ["ann", "alice"])
+def test_who_is_taken_out_takes_part_no_longer(gone, tmp_path, monkeypatch):
+    """The client at bob, or the worker that acts for it there."""
+    monkeypatch.setattr("planrt.workers.websocket_server.USERS_SECONDS", 0.02)
+    path = tmp_path / "users"
+    for name in ("ann", "alice"):
+        users_file.add(path, name, USERS[name])
+    with (
+        WebsocketServerWorker("bob", threads=1, users=path, require_user=True).running() as bob_at,
+        WebsocketServerWorker(
+            "alice", threads=1, users=USERS, peer_token=USERS["alice"]
+        ).running() as alice_at,
+        WebsocketServerWorker("carl", threads=1).running() as carl_at,
+        WebsocketClientWorker("bob", uri=bob_at, token=USERS["ann"], auto_add=False) as bob,
+        WebsocketClientWorker("alice", uri=alice_at, token=USERS["ann"], auto_add=False) as alice,
+        WebsocketClientWorker("carl", uri=carl_at, auto_add=False) as carl,
+    ):
+        x = shared(X, alice, bob, carl)
+        assert torch.allclose((x * x).get(), X * X, atol=1e-3)
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if gone not in line))
+
+        def over():
+            try:
+                (x * x).get()
+            except SharingError:
+                return True
+            return False
+
+        assert eventually(over)
 
 
 @pytest.mark.parametrize("proves", ["a token", "nothing"])
@@ -589,9 +633,11 @@ def test_workers_of_the_command_act_for_their_clients(served):
         there = Protocol(steps()).deploy(alice, bob).send(carl)
         result = there.run(torch.ones(2).send(carl, allowed_users=["ann"])).get()
         assert result.get().tolist() == [4, 4]
+        itself = Protocol(steps()).deploy(alice, bob).send(alice)  # which has a place, too
+        assert itself.run(torch.ones(2).send(alice, allowed_users=["ann"])).get().get().tolist() == [4, 4]
         parts = sharing_session([alice, bob], carl).share_from(X.send(carl, allowed_users=["ann"]))
         assert torch.allclose((parts + x).get(), 2 * X, atol=1e-3)
-    for name, by in (("alice", {"bob", "carl"}), ("bob", {"alice", "carl"})):
+    for name, by in (("alice", {"alice", "bob", "carl"}), ("bob", {"alice", "carl"})):
         opened = [one for one in log(name) if one["event"] == "opened" and "by" in one]
         assert {(one["user"], one["by"]) for one in opened} == {("ann", other) for other in by}
         assert all(one["proved"] == one["by"] for one in opened)

@@ -167,9 +167,20 @@ def test_shares_between_isolated_workers_whose_dealer_is_isolated_too(ann, nobod
     assert torch.allclose(z.get().get().float_precision(), torch.tensor([4.0, 5.0]), atol=1e-2)
 
 
-def test_a_joint_run_between_isolated_workers(ann, nobody, carl):
+@pytest.fixture
+def second(request, nobody):
+    """The second party: one that knows no users, or one where ann is a user, too, so that others act for her there."""
+    if request.param == "nobody":
+        yield nobody
+        return
+    with served(request, id="dan", users=USERS, table=1).connect("ann") as worker:
+        yield worker
+
+
+@pytest.mark.parametrize("second", ["nobody", "ann"], indirect=True)
+def test_a_joint_run_between_isolated_workers(ann, second, carl):
     left = Party(ann, "t", "id", ["a", "b"])
-    right = Party(nobody, "t", "who", ["c", "d", "e"], label="y")
+    right = Party(second, "t", "who", ["c", "d", "e"], label="y")
     about = {"epochs": 1, "batch_size": 20, "lr": 0.1, "seed": 5}
     with logistic_regression(
         left, right, key_holder=carl, normalise="casefold", standardise=False, **about, **SHORT
