@@ -11,17 +11,22 @@ import pytest
 import torch
 
 import planrt
-from planrt.errors import GonePointerError, OptionError, PolicyRefusedError, RemoteError
+from planrt.errors import GonePointerError, OptionError, PolicyError, PolicyRefusedError, RemoteError
 from planrt.fl import RoundScheduler, TrainConfig
 from planrt.plans import Plan
 from planrt.plans.policy import quotas
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine import state
+from planrt.workers.machine.events import PeerAnswered, Received
+from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.kinds import plan as plan_kind
 from planrt.workers.machine.rounds import sent_plans
 from planrt.workers.machine.rounds.training import MAX_OPTIMIZERS
+from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.store import ObjectStore
+from planrt.workers.wire import messages as m
 from tests.pointers.conftest import OWNER
 
 KIB = 1024
@@ -528,3 +533,53 @@ def test_no_cache_keeps_a_plan_that_is_gone(make_worker):
     gc.collect()
     assert hash not in plan_kind._records
     assert graph() is None
+
+
+def answer(nbytes):
+    return m.Fetched(False, False), [torch.zeros(nbytes // 4)]
+
+
+def test_answers_that_have_not_arrived_count():
+    """A client that never says that they have keeps them at the worker, and what they copy of its objects."""
+    account = Account(Quota(memory=100 * KIB))
+    kept = Keeping("ann")
+    for number in (1, 2, 3):
+        kept.answered(number, *answer(30 * KIB), account)
+    with pytest.raises(PolicyError, match="max_session_memory"):
+        account.check(beside=20 * KIB)
+    assert len(kept.answers) == 3
+    kept.before_writing()  # the copies take as much once more for as long as both are there
+    assert kept.broken
+    assert not kept.answers
+    account.check([torch.zeros(90 * KIB // 4)])  # all of it is free again
+    other = Keeping("ann")
+    other.answered(1, *answer(60 * KIB), account)
+    other.answered(2, *answer(60 * KIB), account)
+    assert other.broken  # it goes on over this connection, and ends with it
+
+
+def test_what_is_known_of_graphs_keeps_no_session_that_is_over():
+    first, second = Session("1"), Session("2")
+    second.share_graphs(first)
+    first.graphs.unseen_writes = True
+    first.leave_graphs()
+    assert first.graphs.members == [first]
+    assert second.graphs.members == [second]
+    assert second.graphs.unseen_writes
+
+
+def test_so_many_requests_of_a_session_wait_for_other_workers(monkeypatch):
+    monkeypatch.setattr(state, "MOST_WAITING", 3)
+    worker = state.WorkerState("bob")
+    worker.handle(Received(1, m.Envelope(1, m.Hello("ann", worker.versions)), []))
+    elsewhere = m.PeerAddress("alice", "ws://localhost:1")
+
+    def ask(number):
+        wanted = m.PutPointer(number, elsewhere, 7, "token")
+        return worker.handle(Received(1, m.Envelope(number, wanted), []))
+
+    keys = [ask(number)[0].key for number in (2, 3, 4)]
+    (refused,) = ask(5)
+    assert "3 requests of this session wait for other workers" in refused.envelope.body.message
+    worker.handle(PeerAnswered(keys[0], m.Done(), []))
+    assert len(ask(6)) == 2  # to the other worker, and Wait

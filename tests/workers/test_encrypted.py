@@ -18,6 +18,7 @@ from planrt.errors import (
 )
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
 from planrt.sharing.tensors.shared import SharedTensor
+from planrt.workers.machine.sharing import groups
 
 sy.TorchHook(torch)
 
@@ -49,6 +50,17 @@ def test_a_calculator(workers):
     values, ids = x.max(dim=0)
     assert values.get().tolist() == [4, 3]
     assert ids.get().tolist() == [1, 0]
+
+
+def test_a_session_has_so_many_groups(make_worker, monkeypatch):
+    monkeypatch.setattr(groups, "MAX_OF_SESSION", 1)
+    bob, alice, bill, carl, james, jane = map(make_worker, ("bob", "alice", "bill", "carl", "james", "jane"))
+    x = torch.tensor([1]).share(bob, alice, crypto_provider=james)
+    with pytest.raises(SharingError, match="the worker is a party of 1 groups of this session"):
+        torch.tensor([2]).share(bob, bill, crypto_provider=jane).get()
+    with pytest.raises(SharingError, match="the worker deals for 1 groups of this session"):
+        torch.tensor([2]).share(bill, carl, crypto_provider=james).get()
+    assert (x + x).get().tolist() == [2]
 
 
 def test_precision_without_shares():

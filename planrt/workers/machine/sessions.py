@@ -36,7 +36,8 @@ class Graphs:
 
     members: list[Session] = field(default_factory=list)
     """The sessions whose graphs these are; each has this very record as its `graphs`. `Session.share_graphs` joins two
-    records; nothing parts them again, since a graph may keep what was handed over."""
+    records; one leaves when it is
+    over, and nothing else parts them, since a graph may keep what was handed over."""
     unseen_writes: bool = False
     """Whether there may be tensors that share memory without sharing a version counter. An op that makes such tensors
     sets it, before it runs; it is never taken back."""
@@ -117,6 +118,8 @@ class Session:
     latest tickets say."""
     sums: dict[str, Member] = field(default_factory=dict)
     """Name -> this worker's side of a secure aggregation that its client has begun; see `SecureSums`."""
+    waiting: int = 0
+    """How many of its requests wait for other workers; `WorkerState` keeps it."""
     sibling: bool = False
     """Whether another process of the same worker speaks here (`planrt.workers.machine.siblings`)."""
     graphs: Graphs = field(init=False)
@@ -168,6 +171,11 @@ class Session:
         mine.label = join(mine.label, theirs.label)
         for member in theirs.members:
             member.graphs = mine
+
+    def leave_graphs(self) -> None:
+        """Is over: what is known of graphs stays with those who have had objects from it, and keeps it no longer."""
+        self.graphs.members.remove(self)
+        self.graphs = Graphs([self])
 
     def may_read(self, label: Label) -> bool:
         """Returns whether this session's user may read what has that label."""

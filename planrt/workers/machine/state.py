@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import torch
@@ -106,6 +106,9 @@ from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import Verifier
 from planrt.workers.wire.refusals import TICKET_REFUSED
+
+MOST_WAITING: Final = 10_000
+"""Requests of one session that may wait for other workers at a time."""
 
 
 @dataclass(slots=True)
@@ -458,6 +461,7 @@ class WorkerState:
     def _end(self, session: Session) -> list[Instruction]:
         """A session is over."""
         self._kept.ended(session)
+        session.leave_graphs()
         self._audit.ended(session)
         self._handshakes.tickets.ended(session)
         instructions: list[Instruction] = self._end_those_for(session)
@@ -512,6 +516,8 @@ class WorkerState:
         return self._advance(request, sent)
 
     def _forget_keys(self, request: _Request) -> None:
+        if request.keys:
+            request.session.waiting -= 1
         for key in request.keys:
             del self._waiting[key]
         request.keys = ()
@@ -741,6 +747,7 @@ class WorkerState:
                 instructions.append(step)
                 if isinstance(step, Wait):
                     request.keys = (step.key, *step.others)
+                    request.session.waiting += 1
                     self._waiting.update(dict.fromkeys(request.keys, request))
                     return instructions
         except StopIteration as stop:
@@ -753,7 +760,11 @@ class WorkerState:
         if not request.id:
             return [*instructions, Release(request.connection)] if request.holds else instructions
         session, kept = request.session, request.session.kept
-        envelope = m.Envelope(request.id, body) if kept is None else kept.answered(request.id, body, tensors)
+        envelope = (
+            m.Envelope(request.id, body)
+            if kept is None
+            else kept.answered(request.id, body, tensors, self.store.account_of(session.id))
+        )
         if session.connection is not None:
             instructions.append(Reply(session.connection, envelope, tensors))
             if session.over:
@@ -764,6 +775,10 @@ class WorkerState:
 
     def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
         check_permitted(session, body)
+        if session.waiting >= MOST_WAITING:
+            raise LocalError(
+                f"{session.waiting:,} requests of this session wait for other workers, as many as may: await some first"
+            )
         if isinstance(body, m.Resume):  # which nothing keeps from being heard
             return self._passes.resume(session)
         self._objects.raise_unseen(session)

@@ -28,6 +28,11 @@ class _Room:
     def __init__(self) -> None:
         self._count = self._size = 0
 
+    @property
+    def size(self) -> int:
+        """The characters of what is kept."""
+        return self._size
+
     def take(self, text: str) -> bool:
         """Returns whether `text` is kept."""
         if self._count >= MOST or self._size + len(text) > MOST_BYTES:
@@ -60,6 +65,11 @@ class KeptPrograms:
     def __init__(self) -> None:
         self._room = _Room()
         self._kept: dict[str, Program] = {}
+
+    @property
+    def size(self) -> int:
+        """The characters of the programs that it keeps."""
+        return self._room.size
 
     def read(self, text: str, told: str) -> Program:
         """Returns the program with that text, or where this is empty, the one that the hash `told` stands for.

@@ -258,7 +258,8 @@ class JointOps:
                     return [], []
                 return self._fail(run, body.reason, body.kind, tell=False)
             run.arrived(session.id, body, tensors)
-            self._store.check_bytes(run.owner, run.waiting_bytes)
+            theirs = sum(one.waiting_bytes for one in self._runs.values() if one.owner == run.owner)
+            self._store.check_bytes(run.owner, theirs)
             waiting = sum(one.waiting_bytes for one in self._runs.values())
             if waiting > MOST_WAITING_HERE:
                 raise JointError(

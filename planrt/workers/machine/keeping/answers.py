@@ -15,6 +15,8 @@ from typing import Final
 
 import torch
 
+from planrt.errors import PolicyError
+from planrt.plans.policy.quotas import Account
 from planrt.serde.tensors import payload_bytes
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import LARGE, MESSAGES, Unacknowledged
@@ -30,13 +32,24 @@ READS: Final = (
 """Messages that write to no object."""
 
 
+def _has_room(account: Account, tensors: Sequence[torch.Tensor] = (), *, beside: int = 0) -> bool:
+    try:
+        account.check(tensors, beside=beside)
+    except PolicyError:
+        return False
+    return True
+
+
 class Answer:
     """An answer that may have to be sent again."""
 
-    __slots__ = ("envelope", "nbytes", "own", "tensors")
+    __slots__ = ("account", "envelope", "nbytes", "own", "tensors")
 
-    def __init__(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, envelope: m.Envelope, tensors: Sequence[torch.Tensor], account: Account | None = None
+    ) -> None:
         self.envelope = envelope
+        self.account = account
         self.tensors = tensors
         self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # some do not travel
         self.own = not tensors
@@ -88,24 +101,36 @@ class Keeping:
             self.before_writing()
 
     def before_writing(self) -> None:
-        """Gives answers that were not acknowledged memory of their own: the session may write to its objects now."""
+        """Gives answers that were not acknowledged memory of their own: the session may write to its objects now. Where
+        its user may not keep so much, the session ends with its connection."""
         for answer in self.answers:
             if not answer.own:
+                if answer.account is not None and not _has_room(answer.account, beside=answer.nbytes):
+                    return self.give_up()
                 answer.tensors = [tensor.detach().clone() for tensor in answer.tensors]
                 answer.own = True
+                if answer.account is not None:
+                    answer.account.take(answer.tensors)
+        return None
 
-    def answered(self, id: int, body: m.Body, tensors: Sequence[torch.Tensor]) -> m.Envelope:
-        """Keeps an answer that is about to be sent; returns it as it is sent."""
+    def answered(
+        self, id: int, body: m.Body, tensors: Sequence[torch.Tensor], account: Account | None = None
+    ) -> m.Envelope:
+        """Keeps an answer that is about to be sent; returns it as it is sent. It counts for `account` until it has
+        arrived; where that has no room for it, the session ends with its connection."""
         self.told = self.taken
         envelope = m.Envelope(id, body, self.taken)
         if self.broken:
             return envelope
-        if self.answers and (
-            len(self.answers) >= MOST_ANSWERS or sum(one.nbytes for one in self.answers) > MOST_BYTES
-        ):
+        if (
+            self.answers
+            and (len(self.answers) >= MOST_ANSWERS or sum(one.nbytes for one in self.answers) > MOST_BYTES)
+        ) or (account is not None and tensors and not _has_room(account, tensors)):
             self.give_up()
         else:
-            self.answers.add(Answer(envelope, tensors))
+            if account is not None and tensors:
+                account.take(tensors)
+            self.answers.add(Answer(envelope, tensors, account))
         return envelope
 
     def give_up(self) -> None:

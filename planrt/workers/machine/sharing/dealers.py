@@ -19,6 +19,7 @@ from planrt.sharing.randomness import new_seed
 from planrt.workers.machine.events import Alarm, Steps, ToPeer, Wait
 from planrt.workers.machine.kinds.protocol import PeerError
 from planrt.workers.machine.sessions import Session, ask
+from planrt.workers.machine.sharing.groups import check_number
 from planrt.workers.wire import messages as m
 
 _AT_ONCE = 1 << 21
@@ -51,6 +52,7 @@ class DealerOps:
         """
         if body.group in self._groups:
             raise SharingError(f"group {body.group!r} has this dealer already")
+        check_number(self._groups.values(), session, "deals for")
         seeds = [new_seed() for _ in body.parties]
         parties = [session.reached(one, "share") for one in body.parties]
         group = self._groups[body.group] = _Dealt(body, session.id, parties, Dealer(seeds))

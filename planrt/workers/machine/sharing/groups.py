@@ -8,14 +8,16 @@ arrives is no part of the protocol, and ends the group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import torch
 from msgspec.structs import replace
 
 from planrt.errors import RandomnessError, SharingError
+from planrt.plans.policy.quotas import PLAN_BYTES
 from planrt.sharing.correlated import Stock, Supply
 from planrt.sharing.kernels import Context
 from planrt.sharing.programs.asking import size_of
@@ -27,9 +29,26 @@ from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.shared_programs import KeptPrograms
 
+MAX_GROUPS = 1_000
+"""Groups that a worker is a party of, and as many that it deals for."""
+MAX_OF_SESSION = 100
+"""Of these, groups of one client's session."""
 MOST_REQUESTS = 256
 MOST_BYTES = 1 << 23
 """Of these the dealer is told at once: it makes the next ones while what it has made is used."""
+
+
+class _Owned(Protocol):
+    @property
+    def owner(self) -> str: ...
+
+
+def check_number(groups: Collection[_Owned], session: Session, what: str) -> None:
+    """Raises SharingError if the worker has so many `groups`, or the session, that another one is not taken."""
+    if len(groups) >= MAX_GROUPS:
+        raise SharingError(f"the worker {what} {MAX_GROUPS:,} groups, its limit")
+    if sum(one.owner == session.id for one in groups) >= MAX_OF_SESSION:
+        raise SharingError(f"the worker {what} {MAX_OF_SESSION} groups of this session, its limit: end some")
 
 
 class GroupFailedError(SharingError):
@@ -158,6 +177,12 @@ class Group:
         self._parts.setdefault(number, deque()).append(parts)
         received = self.traffic.received + sum(part.nbytes for part in parts)
         self.traffic = replace(self.traffic, received=received)
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes of what others have opened and this party has not taken yet, and of its client's programs."""
+        parts = sum(one.nbytes for came in self._parts.values() for parts in came for one in parts)
+        return parts + self.programs.size * PLAN_BYTES
 
     @property
     def missing(self) -> list[int]:

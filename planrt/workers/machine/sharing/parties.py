@@ -32,16 +32,14 @@ from planrt.workers.machine.kinds.tensor import tensor_of
 from planrt.workers.machine.labels import Label, join
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
-from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.machine.sharing.groups import Group, check_number
 from planrt.workers.machine.sharing.posted import PostedProgram, PostedPrograms
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
 
-MAX_GROUPS = 1_000
 MAX_DRAWN = 1 << 27
 """Entries of a part that comes of a seed (8 bytes each): a few bytes of a client's must not become any memory."""
-"""Groups that a worker is a party of."""
 
 _EARLY = 0.01
 """Seconds that a timer may be early."""
@@ -81,8 +79,7 @@ class PartyOps:
             raise SharingError(f"there is no party {body.number} among {len(names)}")
         if body.group in self._groups:
             raise SharingError(f"group {body.group!r} is known here already")
-        if len(self._groups) >= MAX_GROUPS:
-            raise SharingError(f"the worker is a party of {MAX_GROUPS:,} groups, its limit")
+        check_number(self._groups.values(), session, "is a party of")
         reached = [session.reached(one, "share") for one in body.parties]
         self._groups[body.group] = Group(body, session, reached)
         return m.Done(), ()
@@ -161,6 +158,7 @@ class PartyOps:
                 return [], []  # a party that failed before it could join tells all; a stranger ends nothing
             if isinstance(body, m.Opening):
                 group.arrived(session.id, body, tensors)
+                self._check_held(group)
             else:
                 group.dealt(session.id, body, tensors)
         except PlanrtError as error:
@@ -299,6 +297,7 @@ class PartyOps:
         try:
             group = self._group_of(session, op)
             given = self._programs.find(session, group, op, operands)
+            self._check_held(group)
             if len(_ids(op)) != given.program.values - given.program.operands:
                 raise SharingError(f"the program has {given.program.values - given.program.operands} results")
             values = yield from self._run(group, given)
@@ -311,6 +310,12 @@ class PartyOps:
                 yield from sends
                 for key in keys:
                     yield Wake(key)
+
+    def _check_held(self, group: Group) -> None:
+        """Raises PolicyError if the groups of a session hold more than its user may keep."""
+        if self._store.limits(group.owner):
+            held = sum(one.held_bytes for one in self._groups.values() if one.owner == group.owner)
+            self._store.check_bytes(group.owner, held)
 
     def _group_of(self, session: Session, op: PostedOp) -> Group:
         group = self._own(session, op.args[0] if op.args and isinstance(op.args[0], str) else "")
