@@ -54,12 +54,14 @@ def test_a_calculator(workers):
 
 def test_a_session_has_so_many_groups(make_worker, monkeypatch):
     monkeypatch.setattr(groups, "MAX_OF_SESSION", 1)
-    bob, alice, bill, carl, james, jane = map(make_worker, ("bob", "alice", "bill", "carl", "james", "jane"))
+    bob, alice, bill, carl, dave, james, jane = map(
+        make_worker, ("bob", "alice", "bill", "carl", "dave", "james", "jane")
+    )
     x = torch.tensor([1]).share(bob, alice, crypto_provider=james)
     with pytest.raises(SharingError, match="the worker is a party of 1 groups of this session"):
         torch.tensor([2]).share(bob, bill, crypto_provider=jane).get()
     with pytest.raises(SharingError, match="the worker deals for 1 groups of this session"):
-        torch.tensor([2]).share(bill, carl, crypto_provider=james).get()
+        torch.tensor([2]).share(carl, dave, crypto_provider=james).get()
     assert (x + x).get().tolist() == [2]
 
 
