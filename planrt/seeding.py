@@ -28,7 +28,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Seeds torch's generators (the CPU's and `device`'s) for the block and puts them back after it.
 
     The generators belong to the process: whoever else draws from them meanwhile changes what is drawn.
-    Workers compute one at a time per process (`planrt.workers.serving.host.ComputeThread`) for this reason.
+    Workers compute one at a time per process (`planrt.workers.serving.compute.ComputeThread`) for this reason.
     """
     device = torch.device(device)
     devices = [] if device.type == "cpu" else [device]

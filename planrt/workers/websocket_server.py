@@ -30,9 +30,10 @@ from planrt.workers.machine.events import UsersChanged
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
+from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.credentials import Credentials, Known
 from planrt.workers.serving.dialling import Dialling
-from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.host import WorkerHost
 from planrt.workers.serving.isolation.options import KERNEL_TIMEOUT, Isolating
 from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.serving.metrics_end import serving

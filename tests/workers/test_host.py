@@ -11,7 +11,8 @@ from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import PeerFailed, Received, Reply, ToPeer
 from planrt.workers.machine.failures import as_sent
 from planrt.workers.machine.state import WorkerState
-from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.compute import ComputeThread
+from planrt.workers.serving.host import WorkerHost
 from planrt.workers.transport.pipes import Traffic, memory_pipes
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel

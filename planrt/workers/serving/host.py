@@ -12,8 +12,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -54,6 +53,7 @@ from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.audit_file import AuditError
+from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.counts import Elsewhere as Counted
 from planrt.workers.serving.counts import HostCounts, WatchedWorker
 from planrt.workers.serving.guesses import Guesses
@@ -74,99 +74,9 @@ PROBE_SECONDS = 3.0
 TURN = 0.05
 """Seconds that the ops of one message may run while others wait; an op that runs is not interrupted."""
 
-STACK = 1 << 30
-"""Bytes of stack of a compute thread: address space, of which what is used takes memory. torch 2.14 frees a chain of
-autograd nodes that Python has looked at by a call for each, 140 bytes deep: in 8 MiB one of 60,000 ends the process."""
-
-_LIMITED_STACK = 64 << 20
-"""Where the process may have so much address space only, as that of one user may."""
-
-
-def _stack() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows has none, nor such limits
-        return _LIMITED_STACK
-    unlimited = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
-    return STACK if unlimited else _LIMITED_STACK
-
-
-_computing = threading.Lock()
-"""Held while a worker computes. torch's random generators and its number of threads belong to the process (MKL
-knows one number only), so the workers of a process compute one at a time, or they would change each other's bits."""
-
-
 _all_serving: set[asyncio.Task[Any]] = set()
 """Connections being served, of all hosts. Workers of a process refer to each other in circles: without this, Python
 would collect such a circle with its connections under way, and end their coroutines where they stand."""
-
-
-class ComputeThread:
-    """One thread for torch work, with `threads` torch threads (None: as many as torch takes by itself)."""
-
-    def __init__(self, name: str, *, threads: int | None = None) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        before = threading.stack_size(_stack())
-        try:
-            self._executor.submit(int)  # the thread is made now
-        finally:
-            threading.stack_size(before)
-        self._threads = threads
-        self._threads_elsewhere = torch.get_num_threads()
-        self.busy = False
-        """Whether the thread is at work."""
-
-    async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Runs ``function(*args)`` on the thread, after everything asked for before.
-
-        Raises:
-            asyncio.CancelledError: the thread takes nothing more: it was closed, or this process ends.
-        """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-
-        def over(running: Future[T]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and who waits with it
-                loop.call_soon_threadsafe(_settle, answer, running)
-
-        try:
-            running = self._executor.submit(self._compute, function, *args)
-        except RuntimeError:  # Python closes every executor at its end, before it lets go of our loop
-            raise asyncio.CancelledError from None
-        running.add_done_callback(over)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            running.cancel()
-            raise
-
-    def _compute(self, function: Callable[..., T], *args: object) -> T:
-        with _computing:
-            self.busy = True
-            try:
-                if self._threads is not None:
-                    torch.set_num_threads(self._threads)
-                return function(*args)
-            finally:
-                if self._threads is not None:
-                    torch.set_num_threads(self._threads_elsewhere)
-                self.busy = False
-
-    def close(self) -> None:
-        """Lets the thread go once what runs is done; what waits is dropped."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _settle(answer: asyncio.Future[T], running: Future[T]) -> None:
-    """As asyncio's own way from one kind of future to the other, which takes three times as long."""
-    if answer.done():
-        return
-    if running.cancelled():
-        answer.cancel()
-    elif (error := running.exception()) is not None:
-        answer.set_exception(error)
-    else:
-        answer.set_result(running.result())
 
 
 class AuditLog(Protocol):

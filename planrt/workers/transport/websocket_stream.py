@@ -138,12 +138,24 @@ class FrameStream(asyncio.BufferedProtocol):
         header = header_bytes(BINARY, frame.nbytes, final=True, key=key)
         copy = np.empty(len(header) + frame.nbytes, np.uint8).data
         copy[: len(header)] = header
-        position = 0
+        start = position = len(header)
         for piece in frame.pieces:
-            start = len(header) + position
-            mask(piece, key, copy[start : start + len(piece)], position=position)
+            if len(piece) < _OWN_WRITE:
+                copy[position : position + len(piece)] = piece
+            else:
+                self._mask(copy, start, position, len(header), key)
+                start = position + len(piece)
+                mask(piece, key, copy[position:start], position=position - len(header))
             position += len(piece)
+        self._mask(copy, start, position, len(header), key)
         self._transport.write(copy)
+
+    @staticmethod
+    def _mask(copy: memoryview, start: int, end: int, payload: int, key: bytes) -> None:
+        """Masks what lies there, of a payload that begins at `payload`."""
+        if start < end:
+            part = copy[start:end]
+            mask(part, key, part, position=start - payload)
 
     async def receive(self, assembler: FrameAssembler[Envelope]) -> Received[Envelope] | None:
         """Waits for the next message, which `assembler` puts together; returns None when the other side has closed the

@@ -28,9 +28,10 @@ from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import Event, Instruction, Received
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.counts import Figures
 from planrt.workers.serving.dialling import LINK_TIMEOUT, Dialling
-from planrt.workers.serving.host import ComputeThread, WorkerHost
+from planrt.workers.serving.host import WorkerHost
 from planrt.workers.serving.isolation.asking import (
     RelayedApprovals,
     RelayedAudit,
