@@ -1,9 +1,13 @@
 """The loop around a worker, where something ends early."""
 
 import asyncio
+import gc
+import threading
+import weakref
 
 import msgpack
 import pytest
+import torch
 
 from planrt.errors import ConnectError
 from planrt.serde.frames import Limits
@@ -42,6 +46,87 @@ def test_a_worker_whose_compute_thread_is_gone_ends_quietly(ends, caplog):
 
     assert asyncio.run(go())
     assert (unhandled, caplog.records) == ([], [])
+
+
+def test_jobs_run_in_order_however_long_the_thread_had_nothing_to_do(monkeypatch):
+    monkeypatch.setattr("planrt.workers.serving.compute._LIFE", 0.01)
+    ran = []
+
+    async def go():
+        compute = ComputeThread("test")
+        for pause in (0, 0, 0.001, 0.003, 0, 0.02, 0):
+            await asyncio.sleep(pause)
+            answers = [compute.run(ran.append, (len(ran), number)) for number in range(3)]
+            await asyncio.gather(*answers)
+        compute.close()
+
+    asyncio.run(go())
+    assert ran == [(start, number) for start in range(0, 21, 3) for number in range(3)]
+
+
+def test_what_waits_for_the_compute_thread_is_dropped_when_nobody_wants_it():
+    began, go_on, ran = threading.Event(), threading.Event(), []
+
+    def first():
+        began.set()
+        assert go_on.wait(10)
+        return "first"
+
+    async def go():
+        compute = ComputeThread("test")
+        answer = asyncio.create_task(compute.run(first))
+        await asyncio.to_thread(began.wait, 10)
+        given_up = asyncio.create_task(compute.run(ran.append, "given up"))
+        kept = asyncio.create_task(compute.run(ran.append, "kept"))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        go_on.set()
+        assert (await answer, await kept) == ("first", None)
+        go_on.clear()
+        began.clear()
+        answer = asyncio.create_task(compute.run(first))
+        await asyncio.to_thread(began.wait, 10)
+        dropped = asyncio.create_task(compute.run(ran.append, "dropped"))
+        await asyncio.sleep(0)
+        compute.close()
+        go_on.set()
+        assert await answer == "first"  # what runs is done
+        await asyncio.wait([dropped], timeout=5)
+        assert dropped.cancelled()
+        with pytest.raises(asyncio.CancelledError):
+            await compute.run(ran.append, "too late")
+
+    asyncio.run(go())
+    assert ran == ["kept"]
+
+
+def test_what_a_job_raises_keeps_nothing():
+    async def go():
+        compute = ComputeThread("test")
+        value = torch.zeros(3)
+        there = weakref.ref(value)
+
+        def fails(given):
+            raise ValueError("no")
+
+        failed = False
+        try:
+            await compute.run(fails, value)
+        except ValueError:  # not pytest's way, which keeps the traceback
+            failed = True
+        assert failed
+        del value
+        async with asyncio.timeout(10):
+            while there() is not None:  # the thread may be about to let go of it
+                await asyncio.sleep(0.001)
+        compute.close()
+
+    gc.disable()
+    try:
+        asyncio.run(go())
+    finally:
+        gc.enable()
 
 
 def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):

@@ -123,6 +123,39 @@ def test_messages_of_every_size_both_ways_at_once(run):
             ]
 
 
+def test_what_leaves_at_once_is_as_it_was_then_and_in_its_order(run):
+    sizes = [size for size in SIZES if size < 400_000]
+
+    async def main():
+        async with pair() as (client, server):
+            assert not server.can_send(100)  # its frames are no copies
+            sent, waited = [], 0
+            reading = asyncio.ensure_future(receive(server, len(sizes)))
+            for number, size in enumerate(sizes):
+                tensors = [torch.randint(256, (one,), dtype=torch.uint8) for one in (size, 7, size, 20_000)]
+                frame = put(number, *tensors)
+                sent.append([one.tolist() for one in tensors])
+                if client.can_send(frame.nbytes):
+                    client.send_now(frame)
+                    for one in tensors:
+                        one.zero_()
+                else:
+                    waited += 1
+                    await client.send(frame)
+            assert waited < len(sizes)
+            assert not client.can_send(FRAGMENT_BYTES + 1)
+            assert [[one.tolist() for one in got.tensors] for got in await reading] == sent
+            assert client.traffic == server.traffic
+            await server.close()
+            await asyncio.wait_for(client.gone(), 10)
+            assert not client.can_send(100)
+
+    async def receive(pipe, count):
+        return [await pipe.receive() for _ in range(count)]
+
+    run(main())
+
+
 def test_a_sent_tensor_may_change_though_the_other_side_has_not_read_it(run):
     tensor = torch.arange(6_000_000, dtype=torch.int32)
 
