@@ -87,7 +87,10 @@ class ComputeThread:
             self._awake = True
         if wake:
             self._wake()
-        return await answer
+        try:
+            return await answer
+        finally:
+            del answer, args  # or an error's traceback would show the error, and all of it stay
 
     def _wake(self) -> None:
         try:
