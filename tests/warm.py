@@ -52,6 +52,8 @@ asked = json.dumps({{"words": words, "environment": dict(os.environ), "folder": 
 socket.send_fds(warm, [len(asked).to_bytes(4, "big")], [0, 1, 2])
 warm.sendall(asked)
 process = int(warm.recv(100))
+with open(f"{address}.{{os.getpid()}}", "w") as file:  # for `send_signal`
+    file.write(str(process))
 null = os.open(os.devnull, os.O_RDWR)
 for file in (0, 1, 2):  # who reads these waits for the end of the copy's only
     os.dup2(null, file)
@@ -64,6 +66,18 @@ if os.WIFSIGNALED(status):
     os.kill(os.getpid(), os.WTERMSIG(status))
 os._exit(os.waitstatus_to_exitcode(status))
 """
+
+
+def send_signal(process: int, number: int) -> None:
+    """Sends a signal that no launcher can pass on, one that stops or kills, to a process of any Python.
+
+    To a launcher of ``sys.executable`` and its copy, that is.
+    """
+    os.kill(process, number)
+    with contextlib.suppress(FileNotFoundError):
+        copy = int(Path(sys.executable).with_name(f"warm.{process}").read_text())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(copy, number)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 
@@ -15,7 +14,10 @@ from planrt.fl.data.digits import DataSource, find
 from planrt.fl.runs import children
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses, mnist_children
 from planrt.workers import WebsocketClientWorker
+from tests import warm
 from tests.processes import alive, eventually, write_small_mnist
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_a_child_that_cannot_react_is_killed_after_the_grace(source, monkeypatch
     monkeypatch.setattr(children, "STOP_GRACE", 0.2)
     with WorkerProcesses([bob(source)]) as workers:
         workers.wait_ready()
-        os.kill(workers.pids["bob"], signal.SIGSTOP)
+        warm.send_signal(workers.pids["bob"], signal.SIGSTOP)
     assert not alive(workers.pids["bob"])
 
 
@@ -109,7 +111,7 @@ with WorkerProcesses([ChildOptions("bob", 0, options)]) as workers:
 @pytest.mark.parametrize("when", ["starting", "ready"])
 def test_a_child_does_not_outlive_its_parent(source, number, when):
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(source.folder), when],
+        [warm.REAL, "-c", PARENT, str(source.folder), when],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,10 @@ import planrt as sy
 from planrt.errors import BlockingCallError, ConnectError, DataError, OptionError
 from planrt.fl import TrainConfig
 from planrt.loop import background_loop
+from tests import warm
 from tests.processes import alive, eventually
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 hook = sy.TorchHook(torch)
 
@@ -99,6 +101,7 @@ def test_too_slow_workers_are_an_error_and_end():
 
 PROGRAM = """
 import os, signal, sys, time, torch, planrt
+
 hook = planrt.TorchHook(torch)
 starting = planrt.local_workers("bob", threads=1)
 with starting as (bob,):
@@ -113,7 +116,7 @@ with starting as (bob,):
 
 def test_an_interrupt_leaves_the_workers_and_the_end_of_the_program_takes_them_along():
     parent = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [warm.REAL, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     with parent:
         child = int(parent.stdout.readline().split()[1])

@@ -12,6 +12,9 @@ from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.runs.networks import seeded_net
 from planrt.workers import VirtualWorker, WebsocketClientWorker
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
+
 TRAINERS = ["alice", "bob", "charlie"]
 
 

@@ -20,6 +20,10 @@ from tests.fl.served import IDS, child, worker_processes
 from tests.models import classification_data, seeded_classifier
 from tests.processes import eventually
 from tests.proxy import CuttingProxy
+from tests.warm import send_signal
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 SHORT = 4.0
 """Seconds: a time-out that one worker is to exceed, and the others are not, even on a busy machine."""
@@ -249,7 +253,7 @@ def test_a_late_worker_costs_one_time_out_and_takes_part_again_when_it_is_free(p
     state = scheduler.config.state
     hang = folder / "hang-alice"
     try:
-        hang.touch() if how != "stopped" else os.kill(running.pids["alice"], signal.SIGSTOP)
+        hang.touch() if how != "stopped" else send_signal(running.pids["alice"], signal.SIGSTOP)
         scheduler.round_timeout = SHORT
         result = run(scheduler, 1, state)
         assert result.missing["alice"].kind == "late"
@@ -264,7 +268,7 @@ def test_a_late_worker_costs_one_time_out_and_takes_part_again_when_it_is_free(p
             assert same(result.state, expected(state, ["bob", "charlie"], number))
     finally:
         hang.unlink(missing_ok=True)
-        os.kill(running.pids["alice"], signal.SIGCONT)
+        send_signal(running.pids["alice"], signal.SIGCONT)
     rounds_until_all_take_part(scheduler, result.state, 3)
 
 

@@ -29,9 +29,13 @@ from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.rounds.secure_sums import MOST_SUMS
 from planrt.workers.wire import messages as m
+from tests import warm
 from tests.fl.models import MODELS, make
 from tests.fl.served import IDS, worker_processes
 from tests.models import classification_data, seeded_classifier
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 BOUND = 2.0**-33
 """What the default scale may add to the average, beyond one rounding to the entry's dtype."""
@@ -442,7 +446,7 @@ def test_a_stopped_worker_costs_its_part_of_the_time_out(processes):
     job = config()
     plain = run(scheduler_of(workers, job, secure=False), 1, job.state, keep_worker_states=True)
     scheduler = scheduler_of(workers, job, min_workers=2)
-    os.kill(running.pids["charlie"], signal.SIGSTOP)
+    warm.send_signal(running.pids["charlie"], signal.SIGSTOP)
     try:
         scheduler.round_timeout = 12.0
         result = run(scheduler, 1, job.state)
@@ -452,7 +456,7 @@ def test_a_stopped_worker_costs_its_part_of_the_time_out(processes):
         scheduler.round_timeout = 300.0
         assert run(scheduler, 1, job.state).missing["charlie"].kind == "busy"
     finally:
-        os.kill(running.pids["charlie"], signal.SIGCONT)
+        warm.send_signal(running.pids["charlie"], signal.SIGCONT)
     while run(scheduler, 1, job.state).missing:  # until its late answer has come, and was dropped
         pass
 

@@ -11,6 +11,8 @@ from planrt.fl import serve
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.workers import WebsocketClientWorker
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 @pytest.mark.parametrize(
     ("options", "message"),

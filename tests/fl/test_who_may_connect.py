@@ -23,6 +23,9 @@ from planrt.workers.serving import users_file
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
+
 OLD = "a token of the old kind"
 
 

@@ -18,6 +18,7 @@ from planrt.cli import main
 from planrt.fl.data.digits import find
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
 from planrt.fl.runs.run_folder import RunFolder
+from tests import warm
 from tests.processes import eventually, write_small_mnist
 from tests.scripts.test_commands import (
     QUICK,
@@ -28,6 +29,9 @@ from tests.scripts.test_commands import (
     named,
     python,
 )
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 __all__ = ["commands", "python"]  # the fixtures
 
@@ -112,13 +116,13 @@ def test_masked_rounds_that_are_cut_in_the_middle_end_with_the_same_file(command
     for command, number in [(begun, signal.SIGKILL), ([*TRAIN, "--resume", "run"], signal.SIGINT)]:
         process = commands.start(command)
         lines_until(process, "Training round")
-        os.kill(running.pids["charlie"], signal.SIGSTOP)
+        warm.send_signal(running.pids["charlie"], signal.SIGSTOP)
         try:
             assert eventually(lambda: "waits for charlie since " in status(folder, capsys))
             process.send_signal(number)
             ended = commands.finish(process)
         finally:
-            os.kill(running.pids["charlie"], signal.SIGCONT)
+            warm.send_signal(running.pids["charlie"], signal.SIGCONT)
         assert ended.code == (130 if number == signal.SIGINT else -number)
         assert not (folder / "model.safetensors").exists()
     ended = commands.run([*TRAIN, "--resume", "run"])
@@ -129,7 +133,7 @@ def test_masked_rounds_that_are_cut_in_the_middle_end_with_the_same_file(command
 
 def test_a_frozen_worker_costs_a_time_out_and_is_named_in_output_and_report(commands, processes):
     running, workers = processes
-    os.kill(running.pids["charlie"], signal.SIGSTOP)
+    warm.send_signal(running.pids["charlie"], signal.SIGSTOP)
     try:
         process = commands.start(
             [*TRAIN, *named(workers), "--rounds", "3", *QUICK, "--run-dir", "run", "--round-timeout", "15",
@@ -137,7 +141,7 @@ def test_a_frozen_worker_costs_a_time_out_and_is_named_in_output_and_report(comm
         )  # fmt: skip
         ended = commands.finish(process)
     finally:
-        os.kill(running.pids["charlie"], signal.SIGCONT)
+        warm.send_signal(running.pids["charlie"], signal.SIGCONT)
     # A stopped process takes connections and answers nothing: it is left out at the start.
     assert ended.code == 0, ended
     assert "Notice: the run goes on without charlie" in ended.out
@@ -150,7 +154,7 @@ def test_a_worker_that_freezes_while_it_runs_is_left_out(commands, processes):
     options = ["--rounds", "400", *QUICK, "--run-dir", "run", "--round-timeout", "6", "--min-workers", "2"]
     process = commands.start([*TRAIN, *named(workers), *options])
     lines_until(process, "Training round 2/400")
-    os.kill(running.pids["charlie"], signal.SIGSTOP)
+    warm.send_signal(running.pids["charlie"], signal.SIGSTOP)
     try:
         line = lines_until(process, "without charlie")[-1]
         assert "(late: no answer within 6 s)" in line
@@ -158,7 +162,7 @@ def test_a_worker_that_freezes_while_it_runs_is_left_out(commands, processes):
         process.send_signal(signal.SIGINT)
         assert commands.finish(process).code == 130
     finally:
-        os.kill(running.pids["charlie"], signal.SIGCONT)
+        warm.send_signal(running.pids["charlie"], signal.SIGCONT)
     report = json.loads((commands.folder / "run" / "report.json").read_text())
     late = [entry for entry in report["rounds"] if "missing" in entry]
     assert late[0]["missing"]["charlie"]["kind"] == "late"

@@ -34,6 +34,9 @@ from planrt.workers.wire.proofs import TicketProof
 from tests.processes import eventually
 from tests.proxy import CuttingProxy
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
+
 USERS = {name: f"the long token of {name}, no. 1" for name in ("ann", "ben", "alice", "mallory")}
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 
 import pytest
@@ -16,9 +15,13 @@ from planrt.errors import GonePointerError, PlanrtError, SessionLostError, Worke
 from planrt.fl import RoundScheduler, TrainConfig, federated_avg
 from planrt.fl.runs.children import WorkerProcesses
 from planrt.workers import VirtualWorker, WebsocketClientWorker
+from tests import warm
 from tests.fl.served import child
 from tests.models import classification_data
 from tests.proxy import CuttingProxy
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 MEGABIT = 125_000
 """Bytes a second."""
@@ -48,7 +51,7 @@ class Process:
         self.port = self.processes.wait_ready()["alice"].port
 
     def signal(self, number):
-        os.kill(self.processes.pids["alice"], number)
+        warm.send_signal(self.processes.pids["alice"], number)
 
     def kill(self):
         self.signal(signal.SIGKILL)

@@ -33,6 +33,9 @@ from planrt.workers.machine.sharing import dealers
 from planrt.workers.shares import session as sessions
 from planrt.workers.shares.session import sharing_session
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
+
 planrt.TorchHook(torch)
 NAMES = ["bob", "alice", "charlie", "dan"]
 

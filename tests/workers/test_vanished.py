@@ -22,6 +22,8 @@ from planrt.workers.shares.session import sharing_session
 from tests.processes import eventually
 from tests.workers.test_sharing_workers import _pids
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 planrt.TorchHook(torch)
 A_DAY = 86_400.0
 NAMES = ("bob", "alice", "james")
@@ -105,6 +107,7 @@ CLIENT = """
 import sys, torch, planrt
 from planrt.sharing.tensors.shared import share
 from planrt.workers.shares.session import sharing_session
+
 planrt.TorchHook(torch)
 workers = [planrt.WebsocketClientWorker(name, uri=uri) for name, uri in (one.split("=") for one in sys.argv[1:])]
 *parties, dealer = workers
