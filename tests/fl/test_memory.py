@@ -1,4 +1,4 @@
-"""Memory stays flat over 200 rounds of every public loop: live models and tensors are counted, on all sides."""
+"""Memory stays flat over 100 rounds of every public loop: live models and tensors are counted, on all sides."""
 
 import asyncio
 import copy
@@ -19,7 +19,7 @@ from planrt.fl import (
 from planrt.torch_hook import TorchHook
 from planrt.workers import BaseDataset
 
-ROUNDS, SETTLED = 200, 20
+ROUNDS, SETTLED = 100, 20
 
 
 class Net(nn.Module):

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -243,10 +242,10 @@ def test_status_of_what_is_no_run(tmp_path, capsys):
     assert "it has no journal" in capsys.readouterr().err
 
 
-def test_a_disk_without_room_for_the_model_is_told_before_anything_is_trained(processes, tmp_path, python):
+def test_a_disk_without_room_for_the_model_is_told_before_anything_is_trained(processes, tmp_path):
     """Files may have 1,000 KiB here: less than the model, let alone its checkpoints."""
     _, workers = processes
-    run = [sys.executable, "-m", "planrt.fl.mnist_async", *named(workers), *ROUNDS, "--run-dir", "run"]
+    run = [warm.REAL, "-m", "planrt.fl.mnist_async", *named(workers), *ROUNDS, "--run-dir", "run"]
     ended = subprocess.run(
         ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *run],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
