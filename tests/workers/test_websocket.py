@@ -145,7 +145,8 @@ def test_what_leaves_at_once_is_as_it_was_then_and_in_its_order(run):
             assert waited < len(sizes)
             assert not client.can_send(FRAGMENT_BYTES + 1)
             assert [[one.tolist() for one in got.tensors] for got in await reading] == sent
-            assert client.traffic == server.traffic
+            up, down = client.traffic, server.traffic
+            assert (up.messages_sent, up.bytes_sent) == (down.messages_received, down.bytes_received)
             await server.close()
             await asyncio.wait_for(client.gone(), 10)
             assert not client.can_send(100)
