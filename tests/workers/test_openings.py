@@ -1,5 +1,7 @@
 """Connections that have no session: they get little time, no room for tensors, and so many places for each address."""
 
+import contextlib
+
 import pytest
 import torch
 from websockets.exceptions import ConnectionClosed
@@ -76,7 +78,8 @@ def test_a_challenge_is_given_once():
         with connect(uri) as endless:
             for number in range(1, 20):
                 hello = m.Hello("s" * 32, own_versions(), proof=Proving(token).first)
-                endless.send(message(hello, number=number))
+                with contextlib.suppress(ConnectionClosed):  # from the second one on that may come first
+                    endless.send(message(hello, number=number))
             said = said_until_closed(endless)
         assert said.count(b"challenge") == 1
         assert b"being asked for a proof" in said
