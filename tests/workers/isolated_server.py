@@ -176,6 +176,7 @@ def actions(folder):
         "granted": _said(lambda: Path(folder, "granted", "file").read_text()),
         "write": _said(lambda: Path(folder, "new").write_text("x")),
         "overwrite": _said(lambda: Path(folder, "granted", "file").write_text("x")),
+        "truncate": _said(lambda: os.truncate(Path(folder, "granted", "file"), 0)),
         "list": _said(lambda: os.listdir("/")),
         "tcp": _said(lambda: socket.create_connection(("127.0.0.1", 9), 1)),
         "udp": _said(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),

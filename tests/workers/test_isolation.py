@@ -278,6 +278,7 @@ def test_memory_beyond_the_limit_fails_its_op(server, ann, ben):
         "write",
         "overwrite",
         "list",
+        "truncate",
         "tcp",
         "udp",
         "unix",
@@ -403,6 +404,48 @@ with open(sys.argv[1], "w") as file:
     with open(tmp_path / "log", "w") as log:  # where the worker's log is a file it goes on
         assert subprocess.run(command, stdout=log, cwd=ROOT, timeout=60).returncode == 0
     assert target.read_text() == "more"
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "says"),
+    [
+        (7, "x86_64", []),
+        (5, "x86_64", ["Landlock has version 5, not 6: signals"]),
+        (0, "aarch64", ["no Landlock: files"]),
+        (4, "riscv64", ["Landlock has version 4", "no system call filter for riscv64: only TCP is closed"]),
+        (
+            3,
+            "riscv64",
+            ["Landlock has version 3", "no system call filter for riscv64: sockets of every kind"],
+        ),
+    ],
+)
+def test_each_part_that_a_kernel_lacks_is_said_once(monkeypatch, version, machine, says):
+    monkeypatch.setattr(confining, "landlock_version", lambda: version)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    lacks = confining.missing()
+    assert len(lacks) == len(says)
+    assert all(lack.startswith(said) for lack, said in zip(lacks, says, strict=True))
+
+
+def test_a_failure_on_data_is_in_the_owners_log_before_its_client_hears_of_it(folder):
+    """So that a process which its client then crashes takes nothing along that the owner is to know."""
+    path = folder / "failures.jsonl"
+    server = Server(
+        folder=str(folder), users=USERS, isolation=True, audit=str(path),
+        policy={"approval": "open", "max_failures": 2},
+    )  # fmt: skip
+    try:
+        with server.connect("ann") as ann:
+            with pytest.raises(RemoteError):
+                fit(ann, "read")
+            for process in server.processes():  # at once
+                os.kill(process, signal.SIGKILL)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert any(line.get("outcome") == "failed" or line["event"] == "failed" for line in lines), lines
+        assert main(["audit", str(path), "--check"]) == 0
+    finally:
+        server.end()
 
 
 def test_what_this_kernel_lacks_is_named():

@@ -59,16 +59,16 @@ _CALLS: Final[dict[str, tuple[int, int, int, tuple[int, ...]]]] = {
     # machine -> (AUDIT_ARCH, clone, clone3, refused): socket, connect, bind, listen, accept(4), execve(at), (v)fork,
     # ptrace, process_vm_readv/writev, pidfd_getfd, bpf, perf_event_open, unshare, setns, mount,
     # memfd_create, memfd_secret, shmget, msgget, mq_open, add_key, request_key, keyctl, userfaultfd,
-    # open_by_handle_at
+    # open_by_handle_at, truncate (which Landlock before version 3 does not refuse)
     "x86_64": (
         0xC000003E, 56, 435,
         (41, 42, 49, 50, 43, 288, 59, 322, 57, 58, 101, 310, 311, 438, 321, 298, 272, 308, 165,
-         319, 447, 29, 68, 240, 248, 249, 250, 323, 304),
+         319, 447, 29, 68, 240, 248, 249, 250, 323, 304, 76),
     ),
     "aarch64": (
         0xC00000B7, 220, 435,
         (198, 203, 200, 201, 202, 242, 221, 281, 117, 270, 271, 438, 280, 241, 97, 268, 40,
-         279, 447, 194, 186, 180, 217, 218, 219, 282, 265),
+         279, 447, 194, 186, 180, 217, 218, 219, 282, 265, 45),
     ),
 }  # fmt: skip
 
@@ -102,9 +102,8 @@ def missing() -> list[str]:
     elif version < 6:
         lacks.append(f"Landlock has version {version}, not 6: signals to processes of this user are open")
     if platform.machine() not in _CALLS:
-        lacks.append(
-            f"no system call filter for {platform.machine()}: only TCP is closed, by Landlock of version 4"
-        )
+        tcp = "only TCP is closed, by Landlock" if version >= 4 else "sockets of every kind are open"
+        lacks.append(f"no system call filter for {platform.machine()}: {tcp}, and it can start programs")
     return lacks
 
 
