@@ -30,6 +30,9 @@ TOP = 40
 FINE = 2**24
 """The scale of m and of what is computed from it."""
 
+TALL = 56
+"""The same for means of squares, which are held finer: values below 2**14 at a scale of 2**42."""
+
 MOST = 2**18
 """The finest scale for which these functions have room."""
 
@@ -72,35 +75,35 @@ def _coefficients(name: str) -> tuple[int, ...]:
 
 
 @cache
-def _powers(power: Decimal, factor: Decimal) -> tuple[int, ...]:
-    """factor * 2**(e * power) as integers, for e from 1 to `TOP`, and 0 for e = 0: nothing for what is not positive."""
+def _powers(power: Decimal, factor: Decimal, top: int = TOP) -> tuple[int, ...]:
+    """factor * 2**(e * power) as integers, for e from 1 to `top`, and 0 for e = 0: nothing for what is not positive."""
     with localcontext(EXACT):
-        found = (factor * Decimal(2) ** (power * e) for e in range(1, TOP + 1))
+        found = (factor * Decimal(2) ** (power * e) for e in range(1, top + 1))
         return (0, *(int(one.to_integral_value()) for one in found))
 
 
-def normalised(party: Party, value: torch.Tensor) -> Protocol[tuple[torch.Tensor, Bit]]:
-    """Returns m = X / 2**e at the scale `FINE`, and the bits [X < 2**j] for j below `TOP`, for 0 < X < 2**40.
+def normalised(party: Party, value: torch.Tensor, top: int = TOP) -> Protocol[tuple[torch.Tensor, Bit]]:
+    """Returns m = X / 2**e at the scale `FINE`, and the bits [X < 2**j] for j below `top`, for 0 < X < 2**top.
 
-    1. Open X under a mask; compare it with 2**0 .. 2**(TOP - 1) (4 rounds).
-    2. X * 2**(TOP - e) is a sum of bits times X; scale it down to `FINE` (1 round).
+    1. Open X under a mask; compare it with 2**0 .. 2**(top - 1) (4 rounds).
+    2. X * 2**(top - e) is a sum of bits times X; scale it down to `FINE` (1 round).
     """
     (masked,) = yield from mask(party, value)
-    bits = yield from below(party, masked, [2**j for j in range(TOP)])
+    bits = yield from below(party, masked, [2**j for j in range(top)])
     stretched = value
-    for j in range(1, TOP):  # the factor is 1 for e = TOP, and doubles with every bit [X < 2**j] that is set
+    for j in range(1, top):  # the factor is 1 for e = top, and doubles with every bit [X < 2**j] that is set
         bit = bits.narrow(0, j, 1).reshape(value.shape)
-        stretched = stretched + 2 ** (TOP - 1 - j) * bit_times(party, bit, masked)
-    return (yield from truncate(party, stretched, 2**TOP // FINE)), bits
+        stretched = stretched + 2 ** (top - 1 - j) * bit_times(party, bit, masked)
+    return (yield from truncate(party, stretched, 2**top // FINE)), bits
 
 
 def by_exponent(party: Party, bits: Bit, table: tuple[int, ...]) -> torch.Tensor:
     """Returns table[e], for the bits that `normalised` found."""
-    flags = bits.share(party)
+    flags, top = bits.share(party), len(table) - 1
     total = torch.zeros_like(flags[0])
-    for j in range(TOP):  # e <= j where [X < 2**j]
+    for j in range(top):  # e <= j where [X < 2**j]
         total = total.add_(flags[j], alpha=table[j] - table[j + 1])
-    return add_public(party, total, table[TOP])
+    return add_public(party, total, table[top])
 
 
 def polynomial(party: Party, m: torch.Tensor, name: str, scale: int = FINE) -> Protocol[torch.Tensor]:
@@ -133,11 +136,13 @@ def check_scale(scale: int) -> None:
         raise OptionError(f"reciprocals and roots take a scale of at most 2**18, not {scale}")
 
 
-def _scaled(party: Party, y: torch.Tensor, bits: Bit, power: str, factor: Decimal) -> Protocol[torch.Tensor]:
+def _scaled(
+    party: Party, y: torch.Tensor, bits: Bit, power: str, factor: Decimal, top: int = TOP
+) -> Protocol[torch.Tensor]:
     """y * factor * 2**(e * power), for y at the scale `FINE`, below 2, in two rounds."""
-    table = _powers(Decimal(power), factor)
-    guard = max(0, min(24, 35 - max(table[1], table[TOP]).bit_length()))
-    table = _powers(Decimal(power), EXACT.multiply(factor, Decimal(2**guard)))
+    table = _powers(Decimal(power), factor, top)
+    guard = max(0, min(24, 35 - max(table[1], table[top]).bit_length()))
+    table = _powers(Decimal(power), EXACT.multiply(factor, Decimal(2**guard)), top)
     factors = yield from mask(party, y, by_exponent(party, bits, table))
     return (yield from truncate(party, product(party, "mul", *factors), FINE * 2**guard))
 
@@ -168,7 +173,8 @@ def reciprocal(
 def quotient(
     party: Party, left: torch.Tensor, right: torch.Tensor, scale: int, *, positive: bool = False
 ) -> Protocol[torch.Tensor]:
-    """Returns x / y, for |x| < 2**36 / scale, 1 / scale <= |y| < 2**40 / scale and |x / y| < 2**31 / scale.
+    """Returns x / y, for |x| < 2**36 / scale, 1 / scale <= |y| < 2**40 / scale and |x / y| < 2**31 / scale. Both may be
+    held at another scale, which these bounds of x and of y are then about.
 
     It is off by 3 units, 3e-6 of x / y, and 1 / (64 * |y|) units. `positive` says that y is known to be.
 
@@ -192,18 +198,26 @@ def quotient(
     return (yield from truncate(party, product(party, "mul", *factors), FINE * EXTRA))
 
 
-def sqrt(
-    party: Party, value: torch.Tensor, scale: int, to_scale: int | None = None
-) -> Protocol[torch.Tensor]:
+def sqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor]:
     """Returns the square root of x for 1 / scale <= x < 2**40 / scale, off by 2 units and 3e-6 of it, and
-    0 for x <= 0, in 14 rounds. `to_scale` is that of the result, if it is another.
+    0 for x <= 0, in 14 rounds.
     """
-    to_scale = scale if to_scale is None else to_scale
-    check_scale(to_scale)
-    m, bits = yield from normalised(party, value)
+    check_scale(scale)
+    return (yield from _sqrt(party, value, scale, scale, TOP))
+
+
+def fine_sqrt(party: Party, value: torch.Tensor, scale: int, to_scale: int) -> Protocol[torch.Tensor]:
+    """`sqrt` of what is held at another `scale`, up to 2**42, for x < 2**56 / scale; the result is at `to_scale`, of
+    which it has up to 2**27.
+    """
+    return (yield from _sqrt(party, value, scale, to_scale, TALL))
+
+
+def _sqrt(party: Party, value: torch.Tensor, scale: int, to_scale: int, top: int) -> Protocol[torch.Tensor]:
+    m, bits = yield from normalised(party, value, top)
     y = yield from polynomial(party, m, "sqrt")
     factor = EXACT.divide(Decimal(to_scale), EXACT.sqrt(Decimal(scale)))
-    return (yield from _scaled(party, y, bits, "0.5", factor))
+    return (yield from _scaled(party, y, bits, "0.5", factor, top))
 
 
 def rsqrt(party: Party, value: torch.Tensor, scale: int) -> Protocol[torch.Tensor]:

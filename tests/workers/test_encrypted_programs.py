@@ -312,3 +312,40 @@ def test_whole_numbers_are_exact_beyond_what_floating_point_holds(parties):
         torch.where(one > 0, values, values - 1).get(), torch.where(values > 0, values, values - 1)
     )
     assert [one.max().get().item(), one.min().get().item()] == [2**61, -(2**61) + 1]
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+
+OPTIMIZERS = {
+    "Adam": lambda p: optim.Adam(p, lr=0.01),
+    "Adam, the largest means": lambda p: optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01, betas=(0.8, 0.97), weight_decay=0.05),
+    "NAdam": lambda p: optim.NAdam(p, lr=0.01),
+    "Adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=0.01),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.003, momentum=0.5),
+    "Rprop": lambda p: optim.Rprop(p, lr=0.01),
+}
+SLOPES = torch.tensor([20.0, -1.0, 0.05, -0.006, 0.001, -0.0005, 0.0])
+"""Gradients of all sizes: adaptive optimizers take steps of one size for them."""
+
+
+def _steps(make):
+    def program(x, _):
+        weight = x(torch.zeros(7), True)
+        optimizer = make([weight])
+        for number in range(3):
+            optimizer.zero_grad()
+            (weight * SLOPES * (1 + number % 2)).sum().backward()
+            optimizer.step()
+            for state in optimizer.state[weight].values():
+                if isinstance(state, SharedTensor):
+                    state * 2 + state.sum()  # whoever looks at the means changes nothing of them
+        return weight
+
+    return program
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_small_gradients_move_weights_as_they_do_in_the_clear(name, alike):
+    alike(_steps(OPTIMIZERS[name]), within=2e-3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
@@ -81,11 +82,18 @@ def add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Pro
         left, right = right, left
     if isinstance(right, Share):
         scale = yield from aligned(context, left, right)
-        return Share(at(left, scale) + at(right, scale), scale)
-    if left.scale > context.scale**2:
+        return as_fine_as(Share(at(left, scale) + at(right, scale), scale), left, right)
+    if left.scale > context.scale**2 and not left.fine:
         yield from reduced(context, left)
     scale = max(left.scale, context.scale) if needs_fractions(right) else left.scale
-    return Share(add_public(context.party, at(left, scale), context.public(right, scale)), scale)
+    found = Share(add_public(context.party, at(left, scale), context.public(right, scale)), scale)
+    return as_fine_as(found, left)
+
+
+def as_fine_as(found: Share, *shares: Share) -> Share:
+    """Returns `found`, which is kept fine on purpose where one of `shares` is, at its scale."""
+    found.fine = any(one.fine and one.scale == found.scale for one in shares)
+    return found
 
 
 def subtract(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
@@ -192,10 +200,20 @@ def divided(
         values = torch.as_tensor(right.known if isinstance(right, Share) else right).double()
         if bool((values == 0).any()):
             raise SharingError("shares know no infinity: the divisor has a zero")
+        if values.dim() == 0 and isinstance(left, Share) and left.fine:
+            return (yield from multiply(context, left, 1 / float(values)))
         return (yield from multiply(context, left, 1 / values))
     if not isinstance(left, Share):
         inverse = yield from root_kernel(roots.reciprocal)(context, right)
         return (yield from multiply(context, inverse, left))
+    if right.fine and right.scale == _scale_of_means(context):  # by a root of means of squares
+        if left.scale != right.scale:
+            (left,) = yield from fractional(context, left)
+        # Where a mean of squares is nothing, one of gradients may be a few units: a sixteenth of the session's unit
+        # more in the divisor keeps their quotient small, and is nothing beside a divisor that is right.
+        above = add_public(context.party, right.part, torch.tensor(right.scale // (16 * context.scale)))
+        x, y = torch.broadcast_tensors(at(left, right.scale), above)  # type: ignore[no-untyped-call]
+        return Share((yield from roots.quotient(context.party, x, y, context.scale)), context.scale)
     left, right = yield from fractional(context, left, right)
     x, y = torch.broadcast_tensors(left.part, right.part)  # type: ignore[no-untyped-call]
     return Share((yield from roots.quotient(context.party, x, y, context.scale)), context.scale)
@@ -321,10 +339,15 @@ def _addcmul(
 
 def _scale_of_squares(context: Context) -> int:
     """What means of squares are kept at, for the optimizers that take their roots: gradients are small, their squares
-    smaller. At a scale of 2**16 that is 2**26; it holds squares of gradients up to 128.
+    smaller, and the first one counts for a thousandth of that. At a scale of 2**16 that is 2**42; it holds means up
+    to 2**14, of gradients up to 128.
     """
-    more = math.gcd(context.scale, 2**10)
-    return context.scale * (more if more >= 2**8 else context.scale)
+    return context.scale**2 << max(0, 43 - (context.scale**2).bit_length())
+
+
+def _scale_of_means(context: Context) -> int:
+    """What means of gradients, and the roots that they are divided by, are kept at: 2**26 at a scale of 2**16."""
+    return context.scale << max(0, 27 - context.scale.bit_length())
 
 
 def _fine(part: torch.Tensor, scale: int) -> Share:
@@ -333,20 +356,36 @@ def _fine(part: torch.Tensor, scale: int) -> Share:
     return made
 
 
+_DENOMINATOR = 2**8
+
+
 def _finely_multiplied(context: Context, value: Share, factor: float, scale: int) -> Protocol[Share]:
-    """Multiplies by a public number of 14 bits, to a scale that divides `value`'s, in one round."""
-    power = max(0, min(COARSEST, 14 - math.frexp(factor)[1]))
-    whole = value.part * round(factor * 2**power)
-    (opened,) = yield from mask(context.party, whole)
-    return _fine(divide(context.party, opened, 2**power * value.scale // scale), scale)
+    """Multiplies by a public number, to another scale, in one round at most.
+
+    The number is a fraction of small integers, so that little room is needed: 0.001 is 1 / 1000, others are off by 2e-5
+    of their size at most. What is next to 1, as 0.999, takes its difference to 1 away.
+    """
+    if 0.5 < factor < 1 and scale == value.scale:
+        less = yield from _finely_multiplied(context, value, 1 - factor, scale)
+        return _fine(value.part - less.part, scale)
+    size = abs(factor)
+    near = Fraction(size).limit_denominator(_DENOMINATOR)
+    if size < 1 and size:
+        near = 1 / Fraction(1 / size).limit_denominator(_DENOMINATOR)
+    whole = near * scale / value.scale * (-1 if factor < 0 else 1)
+    part = value.part * whole.numerator
+    if whole.denominator == 1:
+        return _fine(part, scale)
+    (opened,) = yield from mask(context.party, part)
+    return _fine(divide(context.party, opened, whole.denominator), scale)
 
 
 def _sqrt(context: Context, value: Share) -> Protocol[Share]:
-    if not value.fine:
+    if not value.fine or value.scale != _scale_of_squares(context):
         return (yield from root_kernel(roots.sqrt)(context, value))
-    return Share(
-        (yield from roots.sqrt(context.party, value.part, value.scale, context.scale)), context.scale
-    )
+    roots.check_scale(context.scale)
+    scale = _scale_of_means(context)
+    return _fine((yield from roots.fine_sqrt(context.party, value.part, value.scale, scale)), scale)
 
 
 def _addcdiv(
@@ -356,8 +395,13 @@ def _addcdiv(
 
 
 def _lerp(context: Context, value: Share, end: Value, weight: Value) -> Protocol[Share]:
-    step = yield from multiply(context, (yield from subtract(context, end, value)), weight)
-    return (yield from add(context, value, step))
+    difference = yield from subtract(context, end, value)
+    scale = _scale_of_means(context)
+    if not isinstance(weight, int | float) or context.scale == 1 or scale % value.scale:
+        step = yield from multiply(context, difference, weight)
+        return (yield from add(context, value, step))
+    step = yield from _finely_multiplied(context, difference, weight, scale)
+    return _fine(at(value, scale) + step.part, scale)
 
 
 def variance(

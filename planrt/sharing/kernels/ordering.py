@@ -16,7 +16,16 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing import selection
 from planrt.sharing.comparisons import equal_to, negative, zero
-from planrt.sharing.kernels.arithmetic import Kernel, One, add, multiply, needs_fractions, subtract, total
+from planrt.sharing.kernels.arithmetic import (
+    Kernel,
+    One,
+    add,
+    as_fine_as,
+    multiply,
+    needs_fractions,
+    subtract,
+    total,
+)
 from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, fractional, masked
 from planrt.sharing.kernels.shapes import scatter_add_public, scatter_public
 from planrt.sharing.masked import Bit, mask
@@ -152,13 +161,15 @@ def _masked_fill(context: Context, value: Share, condition: Value, known: Value)
 def _maximum(context: Context, left: Value, right: Value) -> Protocol[Share]:
     left, right = context.share_of(left), context.share_of(right)
     scale = yield from aligned(context, left, right)
-    return Share((yield from selection.maximum(context.party, at(left, scale), at(right, scale))), scale)
+    found = yield from selection.maximum(context.party, at(left, scale), at(right, scale))
+    return as_fine_as(Share(found, scale), left, right)
 
 
 def _minimum(context: Context, left: Value, right: Value) -> Protocol[Share]:
     left, right = context.share_of(left), context.share_of(right)
     scale = yield from aligned(context, left, right)
-    return Share((yield from selection.minimum(context.party, at(left, scale), at(right, scale))), scale)
+    found = yield from selection.minimum(context.party, at(left, scale), at(right, scale))
+    return as_fine_as(Share(found, scale), left, right)
 
 
 def clamp(context: Context, value: Value, min: Value = None, max: Value = None) -> Protocol[Share]:
@@ -176,6 +187,8 @@ def clamp(context: Context, value: Value, min: Value = None, max: Value = None) 
 
 
 def _bound(number: float, scale: int) -> int | None:
+    if math.isnan(number):
+        raise SharingError("shares are clamped to numbers: a bound is not one")
     return None if math.isinf(number) else round(number * scale)
 
 

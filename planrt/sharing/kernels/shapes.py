@@ -134,7 +134,9 @@ def _copy(context: Context, value: Share, source: Value, non_blocking: bool = Fa
     yield from ()
     source = context.share_of(source)
     if source.shape == value.shape:
-        return Share(source.part, source.scale, source.masked, bit=source.bit, known=source.known)
+        found = Share(source.part, source.scale, source.masked, bit=source.bit, known=source.known)
+        found.fine = source.fine
+        return found
     return Share(source.part.expand(value.shape), source.scale)
 
 

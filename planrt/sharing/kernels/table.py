@@ -19,7 +19,7 @@ from planrt.sharing.kernels.parts import Context, Share, aligned
 from planrt.sharing.kernels.pooling import POOLING
 from planrt.sharing.kernels.shapes import SHAPES, VIEWS
 from planrt.sharing.rounds import Protocol
-from planrt.types import leaves
+from planrt.types import leaves, map_leaves
 
 KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **POOLING, **LAYERS, **LOSSES}
 """ATen name, without "aten::" and the underscore of operations in place -> protocol."""
@@ -126,15 +126,34 @@ def call_kernel(
             args = [*args[:place], context.share_of(given), *args[place + 1 :]]
         else:
             kwargs = {**kwargs, place: context.share_of(given)}
+    changed = args[0] if args else None
+    if name not in VIEWS and any(isinstance(one, Share) and one.fine for one in leaves((args, kwargs))):
+        args, kwargs = _kept_fine(args, kwargs)
     made = yield from KERNELS[name](context, *args, **kwargs)
     if not in_place:
         return _apart(made, args)
-    changed = args[0]
     if not isinstance(changed, Share) or not isinstance(made, Share) or made.shape != changed.shape:
         raise SharingError(f"{name}: the result does not fit in place")
     yield from aligned(context, changed, made)
     changed.become(made)
     return changed
+
+
+def _kept_fine(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments with others for those shares that are kept fine: an operation that brings its operands back to the
+    session's scale must not do that to an optimizer's means.
+    """
+    twins: dict[int, Share] = {}
+
+    def twin(leaf: Any) -> Any:
+        if not isinstance(leaf, Share) or not leaf.fine:
+            return leaf
+        if id(leaf) not in twins:
+            made = twins[id(leaf)] = Share(leaf.part, leaf.scale, leaf.masked, bit=leaf.bit, known=leaf.known)
+            made.fine = True
+        return twins[id(leaf)]
+
+    return map_leaves(tuple(args), twin), map_leaves(kwargs, twin)
 
 
 def _apart(made: Any, args: Sequence[Any]) -> Any:

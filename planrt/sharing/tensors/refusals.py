@@ -107,6 +107,20 @@ def check_made(module: torch.nn.Module) -> None:
         )
 
 
+MOST_ENTRIES = 1 << 27
+"""Entries of a result in shares (8 bytes each at a party, and several times that while it is computed)."""
+
+
+def check_size(kernel: str, result: Any) -> None:
+    """Raises SharingError where a result is larger than parties have memory for: they would end, not say so."""
+    for one in leaves(result):
+        if isinstance(one, torch.Tensor) and one.numel() > MOST_ENTRIES:
+            raise SharingError(
+                f"{kernel}: the result has {one.numel():,} entries, of shape {list(one.shape)}; in shares it has "
+                f"{MOST_ENTRIES:,} at most: compute with fewer at a time"
+            )
+
+
 def check_whole(
     kernel: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, *, in_place: bool
 ) -> None:

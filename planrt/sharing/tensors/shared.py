@@ -17,7 +17,15 @@ from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.kernels.table import KERNELS, check_arguments
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
-from planrt.sharing.tensors.refusals import NO_MEMORY, check_made, check_whole, explained, named, public_name
+from planrt.sharing.tensors.refusals import (
+    NO_MEMORY,
+    check_made,
+    check_size,
+    check_whole,
+    explained,
+    named,
+    public_name,
+)
 from planrt.sharing.tensors.rewritten import batch_norm, hiding, prims, rewriting
 from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
 from planrt.sharing.tensors.twins import twin_of
@@ -285,6 +293,7 @@ class SharedTensor(torch.Tensor):
         twin = twin_of(func, args, {key: one for key, one in kwargs.items() if key != "seed"})
         if in_place and (twin.shape != args[0].shape or (0 in args[0].stride() and args[0].numel() > 1)):
             raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
+        check_size(kernel, twin)
         check_whole(kernel, args, kwargs, twin, in_place=in_place)
         made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
         flags = kernel in _OF_FLAGS and all(_is_flag(one) for one in args)
