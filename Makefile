@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ROUNDS ?=
-# Two processes, each with whole files: tests of one file may share ports.
-PARALLEL ?= -n 2 --dist loadfile
+# Two processes, each with whole files: tests of one file may share ports. In the order of tests/conftest.py.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test check bench lint clean
 

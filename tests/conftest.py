@@ -19,6 +19,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = (
+    "examples/test_examples", "scripts/test_commands", "plans/test_training", "fl/test_mnist_accuracy",
+    "workers/test_isolated_serving", "workers/test_allocator", "scripts/test_interrupts", "scripts/test_going_on",
+    "test_benchmarks", "plans/test_torch_modules", "plans/test_export", "docs/test_snippets", "test_fuzz", "test_soak",
+    "deploy/test_compose", "plans/test_kernels", "test_architecture", "workers/test_isolation",
+    "workers/test_websocket", "workers/test_isolated_users", "sharing/test_every_function", "fl/test_models", "fl/test_quorum", "fl/test_resume",
+)  # fmt: skip
+"""The files that take longest, in CPU time or in waiting, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files that take longest, so that no process has a long one left when the others are done."""
+    tests = Path(__file__).parent
+    place = {tests / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
 def pytest_collection_finish() -> None:
     """What torch and the tests' modules consist of stays: the collections of garbage that tests ask for look at what
     came later alone, and take a twentieth of the time."""
