@@ -20,11 +20,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 LONGEST = (
-    "examples/test_examples", "scripts/test_commands", "plans/test_training", "fl/test_mnist_accuracy",
-    "workers/test_isolated_serving", "workers/test_allocator", "scripts/test_interrupts", "scripts/test_going_on",
-    "test_benchmarks", "plans/test_torch_modules", "plans/test_export", "docs/test_snippets", "test_fuzz", "test_soak",
-    "deploy/test_compose", "plans/test_kernels", "test_architecture", "workers/test_isolation",
-    "workers/test_websocket", "workers/test_isolated_users", "sharing/test_every_function", "fl/test_models", "fl/test_quorum", "fl/test_resume",
+    "examples/test_examples", "scripts/test_commands", "plans/test_training",
+    "fl/test_mnist_accuracy", "workers/test_isolated_serving", "workers/test_allocator",
+    "scripts/test_interrupts", "scripts/test_going_on", "test_benchmarks",
+    "plans/test_torch_modules", "plans/test_export", "docs/test_snippets",
+    "test_fuzz", "test_soak", "deploy/test_compose",
+    "plans/test_kernels", "test_architecture", "workers/test_isolation",
+    "workers/test_websocket", "workers/test_isolated_users", "sharing/test_every_function",
+    "fl/test_models", "fl/test_quorum", "fl/test_resume",
 )  # fmt: skip
 """The files that take longest, in CPU time or in waiting, the longest first."""
 
