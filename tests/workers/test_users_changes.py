@@ -1,6 +1,7 @@
 """The file of a worker's users is read while the worker runs: who is taken out loses the sessions that are open."""
 
 import logging
+import threading
 import time
 
 import pytest
@@ -99,6 +100,29 @@ def test_who_has_another_token_has_to_show_it(connect, users):
     until(lambda: gone(ann))
     assert not gets_in(connect, "ann")
     until(lambda: gets_in(connect, "ann", other))
+
+
+def test_a_file_that_is_emptied_before_it_is_written_ends_nobody(users):
+    """As many editors do it. A look that falls between the two sees a file without anybody."""
+    watched, whole = users_file.WatchedUsers(users), users.read_text()
+    emptied = threading.Event()
+
+    def edit():
+        users.write_text("")
+        emptied.set()
+        time.sleep(0.02)
+        users.write_text(whole + "# a word of the owner\n")
+
+    editor = threading.Thread(target=edit)
+    editor.start()
+    assert emptied.wait(10)
+    found = [watched.changed()]
+    editor.join()
+    found += [watched.changed(), watched.changed()]
+    assert found == [None, None, None]
+    assert sorted(watched.users) == ["ann", "ben"]
+    users.write_text("")  # for good
+    assert watched.changed() == {}
 
 
 def broken(path):

@@ -6,6 +6,7 @@ itself is in no file. Lines ``name: token``, as they were written before, are re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ def read(path: str | Path) -> UsersFile:
     return UsersFile(path, tuple(lines), users)
 
 
+_SETTLES = 0.1
+"""Seconds for which a changed file has to stay as it is."""
+
+
 class WatchedUsers:
     """A file of users that its owner may change while a worker runs. A broken one counts as no change.
 
@@ -76,13 +81,17 @@ class WatchedUsers:
 
     def changed(self) -> dict[str, str] | None:
         """Returns the users that there are now, if the file has others than before; None if not. It is read when its
-        time, size or place on the disk is another.
+        time, size or place on the disk is another, and has been for a tenth of a second: many editors empty a file
+        before they write it, and users who are not there for a moment would lose their sessions. Takes that tenth.
 
         Raises:
             OptionError: it has changed, and cannot be used: the users before count on. Told once for each change.
         """
         now = _look(self._path)
         if now == self._seen:
+            return None
+        time.sleep(_SETTLES)
+        if _look(self._path) != now:
             return None
         self._seen = now
         users = read(self._path).users
