@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from planrt.errors import RandomnessError
-from planrt.sharing.randomness import Stream
+from planrt.sharing.randomness import Stream, Streams
 from planrt.sharing.requests import CHANGES, Known, Part, Request, Spec
 
 _LATELY = 1 << 24
@@ -70,7 +70,7 @@ class Supply:
     """One party's correlated randomness: each number once, in order. The last party is given `corrections`."""
 
     def __init__(self, seed: bytes, corrections: Corrections | None = None) -> None:
-        self._seed = seed
+        self._streams = Streams(seed)
         self._corrections = corrections
         self._next = 0
         self._ready: deque[tuple[Request, Material]] = deque()
@@ -104,7 +104,7 @@ class Supply:
 
     def _expanded(self, request: Request) -> Material:
         number, self._next = self._next, self._next + 1
-        stream = Stream(self._seed, number)
+        stream = self._streams.stream(number)
         free = [spec.draw(stream) for spec in request.free]
         specs = request.fixed
         if not specs:
@@ -183,7 +183,7 @@ class Dealer:
     """Knows the seeds of all parties, in their order, and computes what the last party needs. Each number once."""
 
     def __init__(self, seeds: Sequence[bytes]) -> None:
-        self._seeds = list(seeds)
+        self._streams = [Streams(seed) for seed in seeds]
         self._begun = -1
         self._lately: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
         """Masks and coins that were looked at lately: most are asked about several times in a row."""
@@ -198,7 +198,7 @@ class Dealer:
         if number <= self._begun:
             raise RandomnessError(f"correlated randomness number {number} was handed out before")
         self._begun = number
-        streams = [Stream(seed, number) for seed in self._seeds]
+        streams = [one.stream(number) for one in self._streams]
         free = [
             _combined(parts)
             for parts in zip(*(self._drawn(request.free, one) for one in streams), strict=True)
@@ -220,7 +220,7 @@ class Dealer:
         value = self._lately.get(key)
         if value is None:
             (spec,) = known.source.free
-            total = _combined([spec.draw(Stream(seed, known.number)) for seed in self._seeds])
+            total = _combined([spec.draw(one.stream(known.number)) for one in self._streams])
             value = known.source.value(total)
             self._lately[key] = value
             self._lately_bytes += value.nbytes

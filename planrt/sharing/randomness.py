@@ -25,22 +25,59 @@ def new_seed() -> bytes:
     return secrets.token_bytes(SEED_BYTES)
 
 
+_BLOCK = 16
+"""Bytes of a block of AES."""
+
+
+class Streams:
+    """All streams of one key. They share a cipher, which is set to the place of whoever draws: to make one takes as long
+    as to draw 100 kB, and a party needs a stream for each request.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != SEED_BYTES:
+            raise ValueError(f"a key has {SEED_BYTES} bytes, not {len(key)}")
+        self._key = key
+        self._cipher: CipherContext | None = None
+        """None until something is drawn: of many keys nothing is."""
+        self._last: Stream | None = None
+        """Whose place the cipher is at."""
+
+    def stream(self, number: int = 0) -> Stream:
+        """Returns the stream with that number (below 2**64), from its beginning."""
+        return Stream(self, number)
+
+    def draw(self, stream: Stream, place: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fills `out` with the bytes of `stream` from `place` on."""
+        cipher = self._cipher
+        if cipher is None:
+            cipher = self._cipher = Cipher(algorithms.AES(self._key), modes.CTR(bytes(_BLOCK))).encryptor()
+        if self._last is not stream:
+            self._last = stream
+            block, begun = divmod(place, _BLOCK)
+            cipher.reset_nonce((stream.number << 64 | block).to_bytes(_BLOCK, "big"))
+            if begun:
+                cipher.update(bytes(begun))
+        cipher.update_into(_nothing(len(out)), out.data)
+
+
 class Stream:
     """The stream of random bytes of one key and number (below 2**64). Who has both can repeat it."""
 
-    def __init__(self, key: bytes, number: int = 0) -> None:
-        if len(key) != SEED_BYTES:
-            raise ValueError(f"a key has {SEED_BYTES} bytes, not {len(key)}")
-        self._key, self._counter = key, number.to_bytes(8, "big") + bytes(8)
-        self._cipher: CipherContext | None = None
-        """None until something is drawn: of many streams nothing is."""
+    __slots__ = ("_drawn", "_of", "number")
+
+    def __init__(self, key: bytes | Streams, number: int = 0) -> None:
+        if not 0 <= number < 1 << 64:
+            raise ValueError(f"streams have numbers from 0 to 2**64 - 1, not {number}")
+        self._of = key if isinstance(key, Streams) else Streams(key)
+        self.number = number
+        self._drawn = 0
 
     def octets(self, count: int) -> npt.NDArray[np.uint8]:
         """Returns `count` random bytes, as uint8 of shape (count,)."""
         out = np.empty(count, np.uint8)
-        if self._cipher is None:
-            self._cipher = Cipher(algorithms.AES(self._key), modes.CTR(self._counter)).encryptor()
-        self._cipher.update_into(_nothing(count), out.data)
+        self._of.draw(self, self._drawn, out)
+        self._drawn += count
         return out
 
     def ring(self, shape: Sequence[int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from planrt.sharing.additive import reconstruct, refresh, share
 from planrt.sharing.comparisons import less_than_zero
 from planrt.sharing.correlated import Dealer, Stock, Supply
 from planrt.sharing.products import multiply
-from planrt.sharing.randomness import Stream, new_seed
+from planrt.sharing.randomness import Stream, Streams, new_seed
 from planrt.sharing.requests import Coin, Given, Known, Mask, Product, Zero
 from planrt.sharing.rounds import Party, new_parties, run_together
 
@@ -30,6 +30,24 @@ def test_a_stream_goes_on_and_never_repeats():
     assert np.array_equal(whole, pieces)
     assert not np.array_equal(whole, Stream(KEY, 8).octets(100_000))
     assert not np.array_equal(whole, one.octets(100_000))
+
+
+def test_streams_of_one_key_are_each_as_if_alone():
+    """They share a cipher; whoever draws goes on where it was, in the middle of a block too."""
+    of_key = Streams(KEY)
+    numbers = [0, 7, 2**64 - 1, 7]
+    together = [of_key.stream(number) for number in numbers]
+    drawn = [[one.octets(count) for one in together] for count in (5, 16, 1, 0, 100, 11)]
+    for place, number in enumerate(numbers):
+        assert np.array_equal(np.concatenate([row[place] for row in drawn]), Stream(KEY, number).octets(133))
+
+
+def test_numbers_and_keys_of_streams():
+    for number in (-1, 2**64):
+        with pytest.raises(ValueError, match="numbers from 0"):
+            Stream(KEY, number)
+    with pytest.raises(ValueError, match="16 bytes"):
+        Streams(bytes(15))
 
 
 def test_seeds_differ():
