@@ -23,7 +23,7 @@ import torch
 
 from planrt.errors import RandomnessError
 from planrt.sharing.randomness import Stream, Streams
-from planrt.sharing.requests import CHANGES, Known, Part, Request, Spec
+from planrt.sharing.requests import ALL, CHANGES, Base, Known, Part, Request, Spec
 
 _LATELY = 1 << 24
 """Bytes of masks that a dealer keeps."""
@@ -112,7 +112,8 @@ class Supply:
         if self._corrections is None:
             return Material(number, free, [spec.draw(stream) for spec in specs])
         sent = self._corrections(number, request)
-        check_correction(number, request, sent)
+        if not isinstance(self._corrections, Stock):  # which has checked them
+            check_correction(number, request, sent)
         return Material(number, free, [_from_tensor(*pair) for pair in zip(specs, sent, strict=True)])
 
 
@@ -143,11 +144,11 @@ class Stock:
     """Corrections that were made ahead of time, as plain tensors: each is taken out once."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Request, Sequence[torch.Tensor]]] = {}
+        self._kept: dict[int, tuple[Request, Base, Sequence[torch.Tensor]]] = {}
         self._begun = -1
 
-    def put(self, number: int, request: Request, tensors: Sequence[torch.Tensor]) -> None:
-        """Keep the correction of a request to come.
+    def put(self, number: int, request: Request, tensors: Sequence[torch.Tensor], base: Base = ALL) -> None:
+        """Keep the correction of a request to come; `base` tells what the numbers in it mean.
 
         Raises:
             RandomnessError: it has been used or is here, or the tensors do not fit the request.
@@ -155,7 +156,7 @@ class Stock:
         if number in self._kept or number <= self._begun:
             raise RandomnessError(f"correlated randomness number {number} was handed out before")
         check_correction(number, request, tensors)
-        self._kept[number] = request, tensors
+        self._kept[number] = request, base, tensors
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -172,10 +173,10 @@ class Stock:
             raise RandomnessError(
                 f"the dealer's correlated randomness is used up (number {number} is asked for)"
             )
-        made_for, tensors = self._kept.pop(number)
+        made_for, base, tensors = self._kept.pop(number)
         self._begun = number
-        if made_for != request:
-            raise _other(number, made_for, request)
+        if not base.means(made_for, request):
+            raise _other(number, base.request(made_for), request)
         return tensors
 
 
@@ -189,8 +190,8 @@ class Dealer:
         """Masks and coins that were looked at lately: most are asked about several times in a row."""
         self._lately_bytes = 0
 
-    def correction(self, number: int, request: Request) -> list[torch.Tensor]:
-        """Returns the correction of request `number`, for the last party.
+    def correction(self, number: int, request: Request, base: Base = ALL) -> list[torch.Tensor]:
+        """Returns the correction of request `number`, for the last party; `base` tells what the numbers in it mean.
 
         Raises:
             RandomnessError: it was asked for before: a second answer for another request would tell the masks.
@@ -204,7 +205,7 @@ class Dealer:
             for parts in zip(*(self._drawn(request.free, one) for one in streams), strict=True)
         ]
         fixed = [self._drawn(request.fixed, one) for one in streams[:-1]]
-        targets = request.targets(free, self._look)
+        targets = request.targets(free, lambda known: self._look(known, base.number(known.number)))
         return [
             _to_tensor(_difference(target, parts)) for target, *parts in zip(targets, *fixed, strict=True)
         ]
@@ -215,12 +216,12 @@ class Dealer:
             if request.fixed:
                 stock.put(number, request, self.correction(number, request))
 
-    def _drawn_value(self, known: Known) -> torch.Tensor:
-        key = known.number, type(known.source), known.source.shape
+    def _drawn_value(self, known: Known, number: int) -> torch.Tensor:
+        key = number, type(known.source), known.source.shape
         value = self._lately.get(key)
         if value is None:
             (spec,) = known.source.free
-            total = _combined([spec.draw(one.stream(known.number)) for one in self._streams])
+            total = _combined([spec.draw(one.stream(number)) for one in self._streams])
             value = known.source.value(total)
             self._lately[key] = value
             self._lately_bytes += value.nbytes
@@ -232,8 +233,8 @@ class Dealer:
     def _drawn(specs: Sequence[Spec], stream: Stream) -> list[Part]:
         return [spec.draw(stream) for spec in specs]
 
-    def _look(self, known: Known) -> torch.Tensor:
-        value = self._drawn_value(known)
+    def _look(self, known: Known, number: int) -> torch.Tensor:
+        value = self._drawn_value(known, number)
         for name, *arguments in known.changes:
             value = CHANGES[name](value, *arguments)
         return value

@@ -30,8 +30,8 @@ _BLOCK = 16
 
 
 class Streams:
-    """All streams of one key. They share a cipher, which is set to the place of whoever draws: to make one takes as long
-    as to draw 100 kB, and a party needs a stream for each request.
+    """All streams of one key. They share a cipher, which is set to the place of whoever draws: to make one takes as
+    long as to draw 100 kB, and a party needs a stream for each request.
     """
 
     def __init__(self, key: bytes) -> None:

@@ -7,8 +7,9 @@ parts of values that the dealer computes from masks: a product of two, the compa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -35,6 +36,14 @@ class Spec:
         if self.kind == "ring":
             return stream.ring(self.shape)
         return stream.bits(self.shape) if self.kind == "bits" else stream.words(self.shape)
+
+
+_BYTES = {"ring": 8, "words": 2, "bits": 1}
+
+
+def size_of(specs: Iterable[Spec]) -> int:
+    """Returns how many bytes parts of these forms take."""
+    return sum(_BYTES[spec.kind] * math.prod(spec.shape) for spec in specs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,3 +229,54 @@ class Zero:
     def targets(self, free: Sequence[Part], look: Callable[[Known], torch.Tensor]) -> list[Part]:
         """Returns zero."""
         return [torch.zeros(self.shape, dtype=torch.int64)]
+
+
+@cache
+def fields_of(kind: type[Any]) -> tuple[tuple[str, bool], ...]:
+    """Returns the fields of a kind of request, each with whether it is a known value."""
+    return tuple((field.name, field.type == Known.__name__) for field in fields(kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What numbers mean that are counted from where a run of a program begins, and so the same in each run."""
+
+    start: int = 0
+    """The number of the first request of the run."""
+    masks: Sequence[int] = ()
+    """The numbers of masks that were made before: -1 - their place here stands for them."""
+
+    def number(self, told: int) -> int:
+        """Returns the number that `told` stands for."""
+        return self.start + told if told >= 0 else self.masks[-1 - told]
+
+    def request(self, told: Request) -> Request:
+        """Returns a request whose known values have such numbers with the numbers that these stand for."""
+        moved = {}
+        for name, is_known in fields_of(type(told)):
+            if is_known:
+                known = getattr(told, name)
+                moved[name] = Known(self.number(known.number), known.source, known.shape, known.changes)
+        return replace(told, **moved) if moved else told  # type: ignore[type-var]
+
+    def means(self, told: Request, request: Request) -> bool:
+        """Returns whether `request(told)` is equal to `request`; faster."""
+        if type(told) is not type(request):
+            return False
+        for name, is_known in fields_of(type(told)):
+            one, other = getattr(told, name), getattr(request, name)
+            if not is_known:
+                if one != other:
+                    return False
+            elif (
+                self.number(one.number) != other.number
+                or one.shape != other.shape
+                or one.changes != other.changes
+                or one.source != other.source
+            ):
+                return False
+        return True
+
+
+ALL = Base()
+"""Numbers that stand for themselves."""

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from planrt.errors import PlanFormatError, RandomnessError, SharingError
-from planrt.sharing.correlated import Supply
+from planrt.serde.values import pack, unpack
+from planrt.sharing.correlated import Dealer, Stock, Supply
 from planrt.sharing.kernels.arithmetic import Share
 from planrt.sharing.programs import asking, calls, needs
 from planrt.sharing.programs.calls import Call, Program, program_of
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import new_seed
+from planrt.sharing.requests import Base, Given, Known, Mask, Zero
 from planrt.sharing.rounds import run_together
 from planrt.sharing.tensors import in_process
 from planrt.sharing.tensors.in_process import InProcessSession
@@ -126,10 +128,19 @@ def test_what_a_run_takes_is_what_was_foreseen(count, monkeypatch):
                 number for number, _ in wanted
             ]
             assert asking.from_data(asking.as_data(wanted)) == wanted
+            base = Base(start, needs.masks_of(operands))
+            data = telling.data([(piece, base) for piece in foreseen.pieces])
+            sent.append(data)
+            heard = told.read(unpack(pack(data)))
+            assert [
+                (b.number(n), b.request(one)) for piece, b in heard for n, one in piece.requests
+            ] == wanted
+            assert all(b.means(one, b.request(one)) for piece, b in heard for _, one in piece.requests)
         return (yield from make(context, program, operands))
 
     monkeypatch.setattr(in_process, "run_program", watched)
     needs._KEPT.clear()
+    telling, told, sent = asking.Telling(), asking.Told(), []
     session = InProcessSession(count, at_once=10_000)
     train(session, steps=5)
     for foreseen, wanted, record, start in programs:
@@ -138,6 +149,63 @@ def test_what_a_run_takes_is_what_was_foreseen(count, monkeypatch):
     assert sum(sum(foreseen.sent) for foreseen, *_ in programs) * (count - 1) == session.transcript.sent[0]
     assert sum(len(foreseen.sent) for foreseen, *_ in programs) == session.transcript.rounds
     assert len(needs._KEPT) < len(programs)  # steps that are alike are foreseen once
+    assert type(sent[0][0][2]) is list
+    assert all(type(piece) is int for _, _, piece in sent[-1])  # and told once
+
+
+ZERO = [[0, "Zero", ["t", 3]]]
+GIVEN = [[0, "Given", [-2, ["Mask", ["t", 3]], ["t", 3], ["t"]]]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        7, [7], [[0, []]], [[0, [], 0]], [[0, [], -1]], [[0, [], "x"]], [["0", [], ZERO]], [[-1, [], ZERO]],
+        [[True, [], ZERO]], [[5, 1, ZERO]], [[5, [5], ZERO]], [[5, [-1], ZERO]], [[5, [1.0], ZERO]], [[5, [1], GIVEN]],
+        [[5, [0, 1], GIVEN], [6, [1], 0]], [[5, [], ZERO], [9, [], 1]],
+        [[0, [], [[0, "Zero", ["t", 1 << 26]]]], [1, [], 0], [2, [], 0]],
+    ],
+)  # fmt: skip
+def test_what_is_asked_by_a_place_is_checked(data):
+    with pytest.raises(RandomnessError):
+        asking.Told().read(data)
+
+
+def test_pieces_are_kept_up_to_a_bound_that_both_know(monkeypatch):
+    monkeypatch.setattr(asking, "MOST_PIECES", 2)
+    telling, told = asking.Telling(), asking.Told()
+    pieces = [needs.Piece(((0, Zero((size,))),), 8 * size) for size in range(1, 5)]
+    for turn in range(2):
+        data = [telling.data([(piece, Base(turn))]) for piece in pieces]
+        assert [type(one[0][2]) is int for one in data] == [turn > 0, turn > 0, False, False]
+        for one, piece in zip(data, pieces, strict=True):
+            ((heard, base),) = told.read(unpack(pack(one)))
+            assert (heard.requests, base.start) == (piece.requests, turn)
+    monkeypatch.setattr(asking, "MOST_PACKED", 8)
+    telling = asking.Telling()
+    assert telling.data([(pieces[0], Base())]) == telling.data([(pieces[0], Base())])
+
+
+def test_a_correction_is_for_the_request_that_its_base_makes_of_it():
+    """What was asked for by numbers from where a run begins is taken under the numbers that these stand for."""
+    mask = Mask((3,))
+    told = Given(Known(-1, mask, (3,)))
+    seeds = [new_seed(), new_seed()]
+    for right in (True, False):
+        dealer, stock = Dealer(seeds), Stock()
+        supply = Supply(seeds[1], stock)
+        masks = [supply.take(mask).number for _ in range(2)]
+        base = Base(2, [masks[1]])
+        made = dealer.correction(2, told, base)
+        assert torch.equal(made[0], Dealer(seeds).correction(2, base.request(told))[0])
+        stock.put(2, told, made, base)
+        wanted = Given(Known(masks[right], mask, (3,)))
+        assert base.means(told, wanted) is (base.request(told) == wanted) is right
+        if right:
+            assert torch.equal(supply.take(wanted).fixed[0], made[0])
+        else:
+            with pytest.raises(RandomnessError, match="another operation"):
+                supply.take(wanted)
 
 
 def test_programs_as_text():

@@ -187,7 +187,8 @@ def test_who_takes_too_long_is_named(missing):
 
 
 def test_garbage_from_the_last_party_ends_the_group_and_not_the_dealer():
-    for garbage in ([7], [[0, "Mask"]], [[5, "Zero", ["t", 1 << 38]]], [[0, "Given", "x"]]):
+    for garbage in ([7], [[9, [], [[0, "Mask"]]]], [[9, [], [[5, "Zero", ["t", 1 << 38]]]]], [[9, [], 1000]],
+                    [[9, [], [[0, "Given", "x"]]]], [[0, [], [[0, "Zero", ["t", 3]]]]]):  # fmt: skip
         net = started("a", "b", "dealer")
         asked = m.Needs(garbage)
         dealer = net.states["dealer"]

@@ -1,30 +1,39 @@
-"""Requests for correlated randomness as data: what the last party sends to the dealer, checked field by field."""
+"""Requests for correlated randomness as data: what the last party sends to the dealer, checked field by field.
+
+A training loop asks for the same in each step, other numbers apart. So a `Piece` is sent once, with numbers that are
+counted from where a run begins; from then on, its place among those that were sent stands for it. Both sides know by
+one rule which are kept, so that nobody has to ask.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from functools import cache
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 from planrt.errors import RandomnessError
-from planrt.serde.values import decode, encode
+from planrt.serde.values import decode, encode, pack
 from planrt.sharing.bilinear import BILINEAR
 from planrt.sharing.gates import Conjunction, Tables
-from planrt.sharing.programs.needs import Numbered
-from planrt.sharing.requests import CHANGES, Coin, Given, Known, Mask, Product, Request, Spec, Zero
+from planrt.sharing.programs.needs import Numbered, Piece
+from planrt.sharing.requests import (
+    CHANGES,
+    Base,
+    Coin,
+    Given,
+    Known,
+    Mask,
+    Product,
+    Request,
+    Zero,
+    fields_of,
+    size_of,
+)
 
 MAX_BYTES: Final = 1 << 30
 """Bytes of correlated randomness that the dealer makes for one message."""
 _LONGEST: Final = 1 << 40
-
-_BYTES = {"ring": 8, "words": 2, "bits": 1}
-
-
-def size_of(specs: Iterable[Spec]) -> int:
-    """Returns how many bytes parts of these forms take."""
-    return sum(_BYTES[spec.kind] * math.prod(spec.shape) for spec in specs)
 
 
 def as_data(requests: Sequence[Numbered]) -> Any:
@@ -32,13 +41,8 @@ def as_data(requests: Sequence[Numbered]) -> Any:
     return [[number, type(request).__name__, *_fields(request)] for number, request in requests]
 
 
-@cache
-def _names(kind: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
-
-
 def _fields(made: Request) -> list[Any]:
-    return [_data(getattr(made, name)) for name in _names(type(made))]
+    return [_data(getattr(made, name)) for name, _ in fields_of(type(made))]
 
 
 def _data(value: Any) -> Any:
@@ -61,8 +65,111 @@ def from_data(data: Any) -> list[Numbered]:
         if not isinstance(one, list) or len(one) < 2 or type(one[0]) is not int or one[0] < 0:
             raise _malformed("a request begins with its number and its name")
         found.append((one[0], _request(one[1], one[2:], one[0])))
-    _check_size(sum(size_of((*request.free, *request.fixed)) for _, request in found))
+    _check_size(_size_of_all(found))
     return found
+
+
+def _size_of_all(requests: Sequence[Numbered]) -> int:
+    return sum(size_of((*request.free, *request.fixed)) for _, request in requests)
+
+
+Asked: TypeAlias = tuple[Piece, Base]
+"""What is asked for, and what the numbers in it mean."""
+
+MOST_PIECES: Final = 1_000
+MOST_PACKED: Final = 1 << 22
+"""Pieces of one group that are kept, and bytes of these as they are sent."""
+
+
+class _Room:
+    """How much room is left for pieces of one group."""
+
+    def __init__(self) -> None:
+        self.count = self._size = 0
+
+    def take(self, data: Any) -> bool:
+        """Returns whether a piece that was sent as `data` is kept."""
+        size = len(pack(data))
+        if self.count >= MOST_PIECES or self._size + size > MOST_PACKED:
+            return False
+        self.count += 1
+        self._size += size
+        return True
+
+
+class Telling:
+    """The last party's side of one group: it tells the dealer each piece once."""
+
+    def __init__(self) -> None:
+        self._room = _Room()
+        self._sent: dict[Piece, int] = {}
+
+    def data(self, asked: Sequence[Asked]) -> list[Any]:
+        """Returns what is sent for `asked`, of which the dealer is to hear next."""
+        return [[base.start, list(base.masks), self._told(piece)] for piece, base in asked]
+
+    def _told(self, piece: Piece) -> Any:
+        place = self._sent.get(piece)
+        if place is not None:
+            return place
+        data = as_data(piece.requests)
+        if self._room.take(data):
+            self._sent[piece] = self._room.count - 1
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    piece: Piece
+    size: int
+    """Bytes of what is drawn and made for it."""
+    masks: int
+    """How many masks from before there are at least."""
+
+
+class Told:
+    """The dealer's side of one group: the pieces that the last party has told it."""
+
+    def __init__(self) -> None:
+        self._room = _Room()
+        self._kept: list[_Kept] = []
+
+    def read(self, data: Any) -> list[Asked]:
+        """Returns what `Telling.data` was called on.
+
+        Raises:
+            RandomnessError, PlanFormatError: anything else, a piece that is not here, or more than is made at once.
+        """
+        _check(isinstance(data, list), "no list")
+        found: list[Asked] = []
+        size = 0
+        for one in data:
+            _check(isinstance(one, list) and len(one) == 3, "what a run asks for has three fields")
+            start, masks, told = one
+            _check(type(start) is int and 0 <= start <= _LONGEST, "a run begins with a number")
+            fits = isinstance(masks, list) and all(type(mask) is int and 0 <= mask < start for mask in masks)
+            _check(fits, "masks were made before the run")
+            kept = self._piece(told)
+            _check(kept.masks <= len(masks), "a mask from before has no number")
+            size += kept.size
+            _check_size(size)
+            found.append((kept.piece, Base(start, tuple(masks))))
+        return found
+
+    def _piece(self, told: Any) -> _Kept:
+        if type(told) is int:
+            _check(0 <= told < len(self._kept), f"nothing was told before under the number {told}")
+            return self._kept[told]
+        requests = from_data(told)
+        known = [
+            getattr(one, name) for _, one in requests for name, is_known in fields_of(type(one)) if is_known
+        ]
+        least = min((one.number for one in known), default=0)
+        made = sum(size_of(request.fixed) for _, request in requests)
+        kept = _Kept(Piece(tuple(requests), made), _size_of_all(requests), max(0, -least))
+        if self._room.take(told):
+            self._kept.append(kept)
+        return kept
 
 
 def _check_size(nbytes: int) -> None:
@@ -105,7 +212,10 @@ def _flag(data: Any) -> bool:
 def _known(data: Any, before: int) -> Known:
     _check(isinstance(data, list) and len(data) == 4, "a known value")
     number, source, shape, changes = data
-    _check(type(number) is int and 0 <= number < before, "a known value was made before what is asked of it")
+    _check(
+        type(number) is int and -_LONGEST < number < before,
+        "a known value was made before what is asked of it",
+    )
     _check(isinstance(source, list) and bool(source) and source[0] in ("Mask", "Coin"), "a source")
     made = _request(source[0], source[1:], before)
     _check_size(size_of(made.free))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from planrt.sharing.kernels.parts import Context, Share, digest
 from planrt.sharing.kernels.table import call_kernel
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.running import Failed, run_program
-from planrt.sharing.requests import Known, Part, Request, Spec
+from planrt.sharing.requests import Base, Known, Part, Request, Spec, size_of
 from planrt.sharing.rounds import Opening, Party, Protocol
 from planrt.types import Ref, map_leaves
 
@@ -30,8 +30,23 @@ T = TypeVar("T")
 Numbered: TypeAlias = tuple[int, Request]
 """A request with its number."""
 
+MOST_REQUESTS = 256
+MOST_BYTES = 1 << 23
+"""Of these the dealer is told at once: it makes the next ones while what it has made is used."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Requests that the dealer is told of at once. Their numbers, and those of the masks in them, need a `Base`: they
+    are the same in each step of a training loop.
+    """
+
+    requests: tuple[Numbered, ...]
+    size: int
+    """Bytes of the corrections that it takes."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """The needs of one run of a program."""
 
@@ -42,32 +57,32 @@ class Needs:
     sent: tuple[int, ...]
     """Bytes of each opening, as one party sends them to each other one."""
 
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What the dealer is told of it, in order: the requests that it has something to send for."""
+        found: list[Piece] = []
+        told: list[Numbered] = []
+        size = 0
+        for number, request in enumerate(self.requests):
+            if not request.fixed:
+                continue
+            if len(told) == MOST_REQUESTS or size >= MOST_BYTES:
+                found.append(Piece(tuple(told), size))
+                told, size = [], 0
+            told.append((number, request))
+            size += size_of(request.fixed)
+        return tuple([*found, Piece(tuple(told), size)] if told else found)
+
     def numbered(self, start: int, masks: Sequence[int]) -> list[Numbered]:
         """Returns the requests that the dealer has something to send for, if the first one has the number `start` and
         the masks from before have the numbers `masks`.
         """
-
-        def moved(known: Known) -> Known:
-            number = known.number
-            number = start + number if number >= 0 else masks[-1 - number]
-            return Known(number, known.source, known.shape, known.changes)
-
+        base = Base(start, masks)
         return [
-            (number, _with_masks(request, moved))
-            for number, request in enumerate(self.requests, start)
-            if request.fixed
+            (base.number(number), base.request(request))
+            for piece in self.pieces
+            for number, request in piece.requests
         ]
-
-
-@cache
-def _names_of_known(kind: type[Any]) -> tuple[str, ...]:
-    """The fields of a kind of request that are known values."""
-    return tuple(field.name for field in fields(kind) if field.type == Known.__name__)
-
-
-def _with_masks(request: Request, moved: Callable[[Known], Known]) -> Request:
-    changed = {name: moved(getattr(request, name)) for name in _names_of_known(type(request))}
-    return replace(request, **changed) if changed else request  # type: ignore[type-var]
 
 
 def masks_of(operands: Sequence[Any]) -> list[int]:

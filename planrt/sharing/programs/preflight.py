@@ -13,11 +13,11 @@ import torch
 
 from planrt.errors import SharingError, ValueRangeError
 from planrt.sharing.kernels.parts import Share
-from planrt.sharing.programs.asking import size_of
 from planrt.sharing.programs.lowering import Looks, Lowered, lower
 from planrt.sharing.programs.needs import dry_run, widest_scales
 from planrt.sharing.programs.ranges import Interval, Overflow, Ranges, interval_of, shape_of
 from planrt.sharing.programs.running import Failed
+from planrt.sharing.requests import size_of
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import leaves
 

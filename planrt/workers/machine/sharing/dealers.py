@@ -7,14 +7,13 @@ there is something, makes it, and asks again. What it hands out is a function of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from planrt.errors import LocalError, SharingError
 from planrt.sharing.correlated import Dealer
-from planrt.sharing.programs import asking
-from planrt.sharing.programs.needs import Numbered
+from planrt.sharing.programs.asking import Asked, Told
 from planrt.sharing.randomness import new_seed
 from planrt.workers.machine.events import Alarm, Steps, ToPeer, Wait
 from planrt.workers.machine.kinds.protocol import PeerError
@@ -35,6 +34,7 @@ class _Dealt:
     parties: list[m.PeerAddress]
     """As they are reached in the client's name."""
     dealer: Dealer
+    told: Told = field(default_factory=Told)
     ended: bool = False
 
 
@@ -76,7 +76,7 @@ class DealerOps:
                 answer = yield from ask(last, m.AskNeeds(body.group))
                 if not isinstance(answer, m.Needs):
                     raise LocalError(f"worker {last.worker!r} answered with {type(answer).__name__}")
-                yield from self._make(group, last, asking.from_data(answer.requests))
+                yield from self._make(group, last, group.told.read(answer.requests))
         except PeerError as error:
             yield from self._fail(group, f"the dealer cannot reach party {last.worker!r}: {error}")
         except Exception as error:  # whatever was wrong with what it asked for ends this group alone
@@ -86,16 +86,21 @@ class DealerOps:
             self._groups.pop(body.group, None)
         return m.Done(), ()
 
-    def _make(self, group: _Dealt, last: m.PeerAddress, requests: Sequence[Numbered]) -> Steps:
+    def _make(self, group: _Dealt, last: m.PeerAddress, asked: Sequence[Asked]) -> Steps:
+        requests = [(number, request, base) for piece, base in asked for number, request in piece.requests]
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
-        for place, (number, request) in enumerate(requests):
+        size = 0
+        for place, (told, request, base) in enumerate(requests, 1):
+            number = base.number(told)
+            made = group.dealer.correction(number, request, base)
             numbers.append(number)
-            tensors += group.dealer.correction(number, request)
-            full = sum(tensor.nbytes for tensor in tensors) >= _AT_ONCE
-            if full or place == len(requests) - 1:
+            tensors += made
+            size += sum(tensor.nbytes for tensor in made)
+            full = size >= _AT_ONCE
+            if full or place == len(requests):
                 yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
-                numbers, tensors = [], []
+                numbers, tensors, size = [], [], 0
                 if full:  # others of this worker's clients take their turn, and what is made leaves meanwhile
                     key = f"turn:{group.about.group}"
                     yield Alarm(0.0, key)

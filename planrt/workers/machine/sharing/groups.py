@@ -7,11 +7,12 @@ arrives is no part of the protocol, and ends the group.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from msgspec.structs import replace
@@ -20,10 +21,10 @@ from planrt.errors import RandomnessError, SharingError
 from planrt.plans.policy.quotas import PLAN_BYTES
 from planrt.sharing.correlated import Stock, Supply
 from planrt.sharing.kernels import Context
-from planrt.sharing.programs.asking import size_of
-from planrt.sharing.programs.needs import Numbered
+from planrt.sharing.programs.asking import Asked, Telling
+from planrt.sharing.programs.needs import MOST_BYTES, MOST_REQUESTS, Needs
 from planrt.sharing.programs.running import shown_parts
-from planrt.sharing.requests import Request
+from planrt.sharing.requests import ALL, Base, Request
 from planrt.sharing.rounds import Party, combined
 from planrt.workers.machine.sessions import Session
 from planrt.workers.wire import messages as m
@@ -33,9 +34,6 @@ MAX_GROUPS = 1_000
 """Groups that a worker is a party of, and as many that it deals for."""
 MAX_OF_SESSION = 100
 """Of these, groups of one client's session."""
-MOST_REQUESTS = 256
-MOST_BYTES = 1 << 23
-"""Of these the dealer is told at once: it makes the next ones while what it has made is used."""
 
 
 class _Owned(Protocol):
@@ -85,10 +83,11 @@ class Group:
     _parts: dict[int, deque[list[torch.Tensor]]] = field(default_factory=dict)
     """Party -> what it has opened that this one has not taken yet, oldest first."""
     _stock: Stock | None = None
-    _asked: deque[Numbered] = field(default_factory=deque)
-    """Requests that the dealer has not been told of."""
-    _outstanding: deque[tuple[int, Request]] = field(default_factory=deque)
-    """Requests that it was told of, and has not answered."""
+    _telling: Telling = field(default_factory=Telling)
+    _asked: deque[Asked] = field(default_factory=deque)
+    """What the dealer has not been told of."""
+    _outstanding: deque[tuple[int, Request, Base]] = field(default_factory=deque)
+    """Requests that it was told of, and has not answered, with their numbers."""
 
     @property
     def owner(self) -> str:
@@ -210,20 +209,22 @@ class Group:
 
     # What the dealer makes, of whom the last party asks it
 
-    def want(self, requests: Sequence[Numbered]) -> None:
+    def want(self, needs: Needs, base: Base) -> None:
         """Notes what the dealer is to be asked for."""
-        self._asked.extend(requests)
+        self._asked.extend((piece, base) for piece in needs.pieces)
 
-    def wanted(self) -> list[Numbered]:
-        """Takes out what the dealer is told of next; nothing if it knows of all."""
-        told: list[Numbered] = []
-        size = 0
-        while self._asked and len(told) < MOST_REQUESTS and size < MOST_BYTES:
-            number, request = self._asked.popleft()
-            told.append((number, request))
-            size += size_of(request.fixed)
-        self._outstanding.extend(told)
-        return told
+    def wanted(self) -> list[Any]:
+        """Takes out what the dealer is told of next, as it is sent; nothing if it knows of all."""
+        told: list[Asked] = []
+        count = size = 0
+        while self._asked:
+            piece, base = self._asked[0]
+            count, size = count + len(piece.requests), size + piece.size
+            if told and (count > MOST_REQUESTS or size > MOST_BYTES):
+                break
+            told.append(self._asked.popleft())
+            self._outstanding.extend((base.number(number), one, base) for number, one in piece.requests)
+        return self._telling.data(told)
 
     def dealt(self, session: str, body: m.Corrections, tensors: Sequence[torch.Tensor]) -> None:
         """Takes corrections.
@@ -237,12 +238,12 @@ class Group:
             )
         rest = iter(tensors)
         for number in body.numbers:
-            wanted, request = self._outstanding.popleft() if self._outstanding else (-1, None)
+            wanted, request, base = self._outstanding.popleft() if self._outstanding else (-1, None, ALL)
             if number != wanted or request is None:
                 raise RandomnessError(
                     f"the dealer sent correlated randomness {number}, which was not asked for"
                 )
-            self._stock.put(number, request, list(islice(rest, len(request.fixed))))
+            self._stock.put(number, request, list(islice(rest, len(request.fixed))), base)
         if next(rest, None) is not None:
             raise RandomnessError("the dealer sent more than was asked for")
         dealt = self.traffic.dealt + sum(one.nbytes for one in tensors)
@@ -250,5 +251,14 @@ class Group:
 
     def is_over(self, dealt: int) -> bool:
         """Returns whether the opening under way is over, and all corrections below the number `dealt` are here."""
-        waiting = self._outstanding or self._asked
-        return not (waiting and waiting[0][0] < dealt) and not self.missing
+        return not self.missing and not (dealt and self._first_to_come < dealt)
+
+    @property
+    def _first_to_come(self) -> float:
+        """The number of the first correction that is not here."""
+        if self._outstanding:
+            return self._outstanding[0][0]
+        if self._asked:
+            piece, base = self._asked[0]
+            return base.number(piece.requests[0][0])
+        return math.inf

@@ -18,10 +18,10 @@ import torch
 from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels import Share
-from planrt.sharing.programs.asking import as_data
 from planrt.sharing.programs.needs import masks_of, needs_of
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
+from planrt.sharing.requests import Base
 from planrt.types import Ref
 from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait, Wake
 from planrt.workers.machine.failures import cut, failure_of, failure_of_op
@@ -116,7 +116,7 @@ class PartyOps:
         while True:
             group.check()
             if wanted := group.wanted():
-                return m.Needs(as_data(wanted)), ()
+                return m.Needs(wanted), ()
             yield Wait(group.dealing_key)
 
     def traffic(self, session: Session, body: m.ReadTraffic) -> Answer:
@@ -334,7 +334,7 @@ class PartyOps:
                 program, given, party=group.about.number, count=context.party.count, scale=context.scale
             )
             taken = needs.taken
-            group.want(needs.numbered(start, masks_of(given)))
+            group.want(needs, Base(start, masks_of(given)))
             yield Wake(group.dealing_key)
         protocol = run_program(context, program, given)
         answer: list[torch.Tensor] | None = None

@@ -73,7 +73,7 @@ class AskNeeds(Message, frozen=True, tag="ask_needs"):
 
 
 class Needs(Message, frozen=True, tag="needs"):
-    """The requests of a party, as `planrt.sharing.programs.asking` writes them. No tensors."""
+    """The requests of a party, as `planrt.sharing.programs.asking.Telling` writes them. No tensors."""
 
     requests: list[Any]
 
