@@ -239,7 +239,7 @@ def fields_of(kind: type[Any]) -> tuple[tuple[str, bool], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What numbers mean that are counted from where a run of a program begins, and so the same in each run."""
+    """The meaning of numbers that are counted from where a run of a program begins: these are the same in each run."""
 
     start: int = 0
     """The number of the first request of the run."""

@@ -182,10 +182,10 @@ def any_product(
 
 def _power_for(values: torch.Tensor) -> int:
     """The scale, as a power of two, at which the largest of public fractions has 24 bits; less if one needs less."""
-    largest = float(values.abs().max())
+    least, largest = (float(one) for one in values.abs().aminmax())
     if not math.isfinite(largest):
         return 1  # encoding says what is wrong
-    if values.numel() == 1 and (exact := largest.as_integer_ratio()[1]) <= 2**12:
+    if least == largest and (exact := largest.as_integer_ratio()[1]) <= 2**12:
         return exact.bit_length() - 1
     return max(12, min(COARSEST, FINER - math.frexp(largest)[1]))
 

@@ -59,7 +59,7 @@ class Needs:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """What the dealer is told of it, in order: the requests that it has something to send for."""
+        """The requests that the dealer has something to send for, in order, as it is told of them."""
         found: list[Piece] = []
         told: list[Numbered] = []
         size = 0

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from planrt.errors import RandomnessError, SharingError
-from planrt.sharing.kernels.parts import Context, Share
+from planrt.sharing.kernels.parts import Context, Share, masked
 from planrt.sharing.kernels.table import VIEWS, call_kernel
+from planrt.sharing.programs.ahead import factors, only_copies
 from planrt.sharing.programs.calls import Call, Program
 from planrt.sharing.rounds import Opening, Protocol
 from planrt.types import Ref, map_leaves
@@ -38,7 +39,8 @@ def run_program(context: Context, program: Program, operands: Sequence[Any]) -> 
     2. Open what these yield at once; give each its own; go on until all have returned.
 
     A kernel brings a share to the session's scale and opens it under a mask once, and keeps that with the share. So two
-    calls with a common operand run one after the other, unless both has been done before.
+    calls with a common operand run one after the other, unless both has been done before. For factors of products that
+    are there at the beginning it is done then (`ahead`).
     """
     return (yield from _Run(context, program, operands).steps())
 
@@ -46,22 +48,43 @@ def run_program(context: Context, program: Program, operands: Sequence[Any]) -> 
 class _Run:
     def __init__(self, context: Context, program: Program, operands: Sequence[Any]) -> None:
         self._context = context
-        self._calls = program.calls
         self._values: list[Any] = [*operands, *[None] * (program.values - program.operands)]
         self._users: list[list[int]] = [[] for _ in range(program.values)]
         """Value -> calls that use it and have not ended, in order; who makes it comes first."""
-        self._writes = _written(program, operands)
-        self._reads = [
+        writes = _written(program, operands)
+        reads = [
             tuple(dict.fromkeys((*reads, *written))) if written else reads
-            for reads, written in zip(program.reads, self._writes, strict=True)
+            for reads, written in zip(program.reads, writes, strict=True)
         ]
-        self._makes = program.makes
-        for number in range(len(program.calls)):
+        first = self._opened_first(program, writes)
+        self._calls: list[Call | None] = [*[None] * len(first), *program.calls]
+        """None stands for the opening of an operand that a call will need."""
+        self._reads = [*[(operand,) for operand in first], *reads]
+        self._writes = [*[()] * len(first), *writes]
+        self._makes = [*[()] * len(first), *program.makes]
+        for number in range(len(self._calls)):
             for value in (*self._makes[number], *self._reads[number]):
                 self._users[value].append(number)
         self._running: dict[int, Protocol[Any]] = {}
         self._waiting: dict[int, Opening] = {}
-        self._begun = [False] * len(program.calls)
+        self._begun = [False] * len(self._calls)
+
+    def _opened_first(self, program: Program, writes: list[tuple[int, ...]]) -> list[int]:
+        """The operands that are opened under masks at once, as a product will need them as they are now, while those
+        that come before it open others. What the first products take they open themselves.
+        """
+        found: dict[int, int] = {}
+        opens = False
+        for operand, other, user, late in factors(program):
+            of_call = [self._values[one] for one in (operand, other) if one is not None]
+            if any(not isinstance(one, Share) or one.known is not None for one in of_call):
+                continue
+            if self._settled(operand):
+                continue
+            opens = opens or not late
+            if late and not any(operand in written for written in writes[:user]):
+                found.setdefault(id(self._values[operand].origin), operand)
+        return list(found.values()) if opens else []
 
     def steps(self) -> Protocol[list[Any]]:
         self._begin(list(range(len(self._calls))))
@@ -106,7 +129,7 @@ class _Run:
             users = self._users[value]
             if users[0] == number:
                 continue
-            if value in self._writes[number] or not self._settled(value):
+            if value in self._writes[number] or not (self._settled(value) or self._copied(value, number)):
                 return False
             for user in users:
                 if user == number:
@@ -122,8 +145,18 @@ class _Run:
             return share.scale <= self._context.scale and share.masked is not None
         return share is not None
 
+    def _copied(self, value: int, number: int) -> bool:
+        """Whether a call does nothing with a value that is there but copy it."""
+        call = self._calls[number]
+        return self._values[value] is not None and call is not None and only_copies(call)
+
     def _start(self, number: int) -> None:
         call = self._calls[number]
+        if call is None:
+            (operand,) = self._reads[number]
+            self._running[number] = masked(self._context, self._values[operand])
+            self._advance(number, None)
+            return
         failed: list[Failed] = []
 
         def value_of(leaf: Any) -> Any:
@@ -155,7 +188,7 @@ class _Run:
     def _finish(self, number: int, made: Any) -> None:
         call = self._calls[number]
         try:
-            if not call.in_place:
+            if call is not None and not call.in_place:
                 self._keep(call, call.results, made)
         except SharingError as error:
             self._fail(number, error)
@@ -177,7 +210,7 @@ class _Run:
         call = self._calls[number]
         for value in self._makes[number]:
             self._values[value] = Failed(error)
-        if call.in_place:
+        if call is not None and call.in_place:
             self._values[call.args[0].index] = Failed(error)
         self._end(number)
 
