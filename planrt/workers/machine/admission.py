@@ -76,7 +76,7 @@ def admit(
             tags[place] = source
     constants = args[0].constants() if gate.policy.approval != "open" else ()
     on = sorted({one for names in tags.values() for one in names})
-    session.asks_for([gate.asked(graph, constants, session.user, on)])
+    session.asks_for([gate.approving.asked(graph, constants, session.user, on)])
     gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
     released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
     if released:
@@ -122,8 +122,8 @@ def admit_shared(
         one if isinstance(one, torch.Tensor) else torch.empty(one.shape, dtype=one.dtype, device="meta")
         for one in state
     ]
-    constants = gate.constants(graph, filled)
-    gate.asked(graph, constants, session.user, [about])
+    constants = gate.approving.constants(graph, filled)
+    gate.approving.asked(graph, constants, session.user, [about])
     specs = [one if isinstance(one, TensorSpec) else TensorSpec.of(one) for one in given[:count]]
     gate.admit(graph, specs, constants=constants)
 

@@ -11,7 +11,6 @@ runs none of them.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import OrderedDict
@@ -22,19 +21,14 @@ from typing import Any, Final
 
 import torch
 
-from planrt.errors import ApprovalError, OptionError, PolicyError
+from planrt.errors import OptionError, PolicyError
 from planrt.plans.analysis.findings import bytes_of
 from planrt.plans.analysis.report import Report, Unforeseen, count_bytes, count_flops
 from planrt.plans.ir import ops
-from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
+from planrt.plans.ir.constants import Constant
 from planrt.plans.ir.graph import Graph, Op
-from planrt.plans.ir.record import with_names
 from planrt.plans.policy.approvals import (
     Approvals,
-    Asking,
-    Decisions,
-    QueueFullError,
-    Status,
 )
 from planrt.plans.policy.passes import check_pass
 from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
@@ -42,19 +36,13 @@ from planrt.plans.policy.single_ops import check_op
 from planrt.plans.policy.verify import check_rules
 from planrt.plans.training import check_classes
 from planrt.types import Ref, TensorSpec, leaves
+from planrt.workers.machine.approving import Approving
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.wire.refusals import NotApproved
 
 _REPORTS: Final = 1_000
 _REPORTED_OPS: Final = 200_000
 """Reports that are kept, and ops in these: a plan is checked once for inputs of one size."""
-_PROGRAMS: Final = 10_000
-"""Plans with constants whose own hash is known by the one that decisions are filed under."""
-
-
-_UNREADABLE: Final = (
-    "the record of the owner's decisions cannot be read or written: the owner must look there"
-)
 
 
 @cache
@@ -86,148 +74,10 @@ class Gate:
                 'a policy with approval = "ask" needs a folder where plans wait for the owner: approvals=...'
             )
         self.policy = policy
-        self._approvals: Decisions | None = approvals
-        self._audit = audit or Auditor()
+        self.approving = Approving(policy, approvals, audit or Auditor())
+        """The owner's decisions about plans."""
         self._reports: OrderedDict[object, Report] = OrderedDict()
         self._reported_ops = 0
-        self._programs: OrderedDict[str, str] = OrderedDict()
-
-    def ask(self, approvals: Decisions | None) -> None:
-        """Asks these about plans from now on."""
-        self._approvals = approvals
-
-    # ------------------------------------------------------------------------------------ approval
-
-    def arrived(
-        self,
-        graphs: Iterable[Graph],
-        data: bytes,
-        state: Sequence[torch.Tensor] | None,
-        user: str | None,
-        purpose: str = "",
-    ) -> list[str]:
-        """Puts a plan that a client sent before the owner, if it has to be, with who asks and what they say it is for.
-
-        `data` is the file of it. `state` is None where its values are to come when it runs: a plan with constants is
-        put before the owner then (`asked`). Returns what decisions about it are filed under.
-
-        Raises:
-            NotApproved: it cannot wait for the owner.
-        """
-        filed = []
-        for graph in graphs:
-            if state is not None or not has_constants(graph):
-                constants = self.constants(graph, state or ())
-                filed.append(self._put_before_owner(graph, constants, data, user, (), purpose))
-        return filed
-
-    def asked(
-        self,
-        graph: Graph,
-        constants: Sequence[Constant],
-        user: str | None,
-        data: Iterable[str] = (),
-        purpose: str = "",
-    ) -> str:
-        """Asks the owner, if that was not done before, for a plan that a client wants to run; tells who asks, and for
-        which data sets or tags of data. Returns what decisions about it are filed under.
-
-        Raises:
-            NotApproved: it cannot wait for the owner.
-        """
-        return self._put_before_owner(graph, constants, None, user, tuple(data), purpose)
-
-    def constants(self, graph: Graph, state: Sequence[torch.Tensor]) -> tuple[Constant, ...]:
-        """Returns the plan's constants, where approvals are of plans."""
-        if self.policy.approval == "open" or not has_constants(graph):
-            return ()
-        return constants_of(graph, state)
-
-    def _put_before_owner(
-        self,
-        graph: Graph,
-        constants: Sequence[Constant],
-        data: bytes | None,
-        user: str | None,
-        on: tuple[str, ...],
-        purpose: str,
-    ) -> str:
-        filed = self._filed(graph, constants)
-        if self.policy.approval != "ask" or self._approvals is None:
-            return filed
-        if self.standing(filed).status not in ("unknown", "pending"):
-            return filed
-        try:
-            asking = Asking(graph.name, graph.input_names, user or "", on, purpose)
-            waiting = waiting_bytes(with_names(graph) if data is None else data, constants)
-            self._approvals.submit(filed, waiting, asking=asking, most=self.policy.max_pending)
-            self._audit.asked(user, graph, filed, on, purpose)
-        except QueueFullError as error:
-            raise NotApproved(f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}") from None
-        except ApprovalError:
-            raise NotApproved(_UNREADABLE) from None
-        return filed
-
-    def standing(self, filed: str) -> Status:
-        """Returns how it stands with what is filed under it: approved, denied, pending or unknown, and the reason.
-
-        A denial of a plan's own hash is one of the plan with any constants.
-
-        Raises:
-            NotApproved: the record cannot be read.
-        """
-        if self.policy.approval == "open" or filed in self.policy.approved:
-            return Status("approved")
-        if self.policy.approval == "list" or self._approvals is None:
-            return Status("denied", "it is not on the owner's list")
-        try:
-            program = self._programs.get(filed)
-            if program is not None and (whole := self._approvals.status(program)).status == "denied":
-                return whole
-            return self._approvals.status(filed)
-        except ApprovalError:
-            raise NotApproved(_UNREADABLE) from None
-
-    def told(self, filed: str, user: str | None, *, sent: bool) -> Status:
-        """Returns how it stands with what is filed under it, as a client of that `user` is told: as `standing` where
-        the client `sent` it, or a client of the same user asked for it once. To others nobody ever asked: they could
-        guess at somebody else's plan, and read the owner's words about it.
-
-        Raises:
-            NotApproved: as `standing`.
-        """
-        standing = self.standing(filed)
-        asks = self.policy.approval == "ask" and filed not in self.policy.approved
-        if asks and not sent and self._approvals is not None:
-            askings = self._approvals.askings(filed) if user is not None else ()
-            if not any(one.user == user for one in askings):
-                return Status("unknown")
-        return standing
-
-    def _filed(self, graph: Graph, constants: Sequence[Constant]) -> str:
-        """The hash under which decisions about the plan are filed."""
-        filed = approval_hash(graph, constants)
-        if constants:
-            self._programs[filed] = graph.hash
-            self._programs.move_to_end(filed)
-            while len(self._programs) > _PROGRAMS:
-                self._programs.popitem(last=False)
-        return filed
-
-    def _check_approved(self, graph: Graph, constants: Sequence[Constant]) -> None:
-        if self.policy.approval == "open":
-            return
-        filed = self._filed(graph, constants)
-        status, why = self.standing(filed)
-        if status == "approved":
-            return
-        if constants and self.standing(graph.hash).status == "approved":
-            own = "its ops were approved, and an approval is of a plan's constants too"
-            why = f"{why}; {own}" if why else own
-        said = {"denied": "was not approved", "pending": "waits for the owner's approval"}.get(
-            status, "is not known to the owner yet: send it first"
-        )
-        raise NotApproved(f"plan {graph.name!r} ({filed}) {said}{f': {why}' if why else ''}")
 
     def admit_joint(
         self,
@@ -262,23 +112,7 @@ class Gate:
                     rule="release",
                 )
             return
-        filed = hashlib.sha256(text.encode()).hexdigest()
-        standing = self.standing(filed)
-        if standing.status == "unknown" and self.policy.approval == "ask" and self._approvals is not None:
-            asking = Asking("joint run", tuple(features), user or "", (dataset,) if dataset else (), purpose)
-            try:
-                standing = self._approvals.submit(
-                    filed, text.encode(), asking=asking, most=self.policy.max_pending
-                )
-            except QueueFullError as error:
-                raise NotApproved(f"the joint run ({filed}) cannot wait for the owner: {error}") from None
-            except ApprovalError:
-                raise NotApproved(_UNREADABLE) from None
-        if standing.status == "approved":
-            return
-        said = {"denied": "was not approved", "pending": "waits for the owner's approval"}
-        why = f": {standing.why}" if standing.why else ""
-        raise NotApproved(f"the joint run ({filed}) {said.get(standing.status, 'is not on the list')}{why}")
+        self.approving.check_joint(text, features, dataset, user, purpose)
 
     # --------------------------------------------------------------------------------------- rules
 
@@ -297,7 +131,7 @@ class Gate:
         Raises:
             NotApproved: the owner has not said yes. PolicyError: it breaks a rule; names op, line and rule.
         """
-        self._check_approved(graph, constants)
+        self.approving.check(graph, constants)
         return self._report(graph, inputs, tags or {}, gradients).raise_for_violations()
 
     def _report(

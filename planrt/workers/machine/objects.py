@@ -99,7 +99,9 @@ class KeptObjects:
             if not bare:
                 interpreter.check_state(record.graphs[0], tensors[1:])
             given = None if bare and record.state else tensors[1:]
-            filed = self.gate.arrived(record.graphs, record.to_bytes(), given, session.user, body.purpose)
+            filed = self.gate.approving.arrived(
+                record.graphs, record.to_bytes(), given, session.user, body.purpose
+            )
             session.asks_for(filed)
         state = [self._on_device(tensor, alone=False) for tensor in tensors[1:]]
         plan = plan_objects.new_plan_object(

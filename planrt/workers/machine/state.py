@@ -299,7 +299,7 @@ class WorkerState:
         self._audit.to(audit)
         self._joint.folder = joint_runs
         if self._gate is not None:
-            self._gate.ask(approvals)
+            self._gate.approving.ask(approvals)
 
     def _new_openings(self, handshakes: Handshakes) -> Openings:
         return Openings(
@@ -885,7 +885,9 @@ class WorkerState:
             case m.AskApproval():
                 status = Status("approved")
                 if self._gate is not None:
-                    status = self._gate.told(body.plan, session.user, sent=body.plan in session.asked)
+                    status = self._gate.approving.told(
+                        body.plan, session.user, sent=body.plan in session.asked
+                    )
                 return m.Approval(status.status, status.why), ()
             case m.Fit():
                 return self._training.fit(session, body, tensors)

@@ -153,7 +153,7 @@ class TrainingOps:
         if plan.hash != body.plan:
             raise PlanError(f"the plan's bytes have the hash {plan.hash}, not {body.plan} as announced")
         if self._gate is not None:
-            session.asks_for(self._gate.arrived([plan], data, None, session.user, body.purpose))
+            session.asks_for(self._gate.approving.arrived([plan], data, None, session.user, body.purpose))
             session.purposes[plan.hash] = body.purpose
             while len(session.purposes) > sent_plans.MAX_PLANS:
                 del session.purposes[next(iter(session.purposes))]
@@ -297,9 +297,9 @@ class TrainingOps:
     ) -> tuple[Constant, ...]:
         """The plan's constants, once its owner has been asked for it."""
         interpreter.check_state(plan, state)
-        constants = gate.constants(plan, state)
+        constants = gate.approving.constants(plan, state)
         session.asks_for(
-            [gate.asked(plan, constants, session.user, data, session.purposes.get(plan.hash, ""))]
+            [gate.approving.asked(plan, constants, session.user, data, session.purposes.get(plan.hash, ""))]
         )
         return constants
 
