@@ -349,3 +349,16 @@ def _steps(make):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_small_gradients_move_weights_as_they_do_in_the_clear(name, alike):
     alike(_steps(OPTIMIZERS[name]), within=2e-3)
+
+
+def _weighted_positives(x, _):
+    weights = torch.tensor([1.0, 3.0, 0.5, 2.0])
+    logits, wanted, secret = x(X, True), x((X.roll(1) > 0).float()), x(weights)
+    loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
+    loss = loss + F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=secret, reduction="sum")
+    loss.backward()
+    return loss, logits.grad
+
+
+def test_weights_of_positive_classes(alike):
+    alike(_weighted_positives, within=5e-3)

@@ -163,11 +163,14 @@ def _bce_with_logits(
     """(1 - y) x + (1 + (p - 1) y) log(1 + e**-x)"""
     bent = yield from curve_kernel("softplus")(context, Share(-value.part, value.scale))
     if pos_weight is not None:
-        if isinstance(target, Share) or isinstance(pos_weight, Share):
-            raise SharingError(
-                "pos_weight of shares goes with targets that all know: weight the losses by hand"
-            )
-        bent = yield from multiply(context, bent, 1 + (pos_weight - 1) * target)
+        more = (
+            (yield from subtract(context, pos_weight, 1)) if isinstance(pos_weight, Share) else pos_weight - 1
+        )
+        if isinstance(more, Share) or isinstance(target, Share):
+            factor = yield from add(context, (yield from multiply(context, more, target)), 1)
+        else:
+            factor = 1 + more * target
+        bent = yield from multiply(context, bent, factor)
     rest = yield from subtract(context, value, (yield from multiply(context, value, target)))
     loss = yield from add(context, rest, bent)
     if weight is not None:
