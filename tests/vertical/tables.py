@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from planrt.errors import JointError, ValueRangeError
 from planrt.sharing.columns.ids import keys_of, order_of
 from planrt.sharing.columns.linear import Terms
+from planrt.sharing.columns.steps import Send
 from planrt.vertical import Party, Table
 
 SHORT = {"key_bits": 1024, "allow_short_key": True}
@@ -81,3 +84,25 @@ def trained(values, labels, model, *, epochs, batch_size, lr, l2=0.0, seed=0, ex
             total += loss.item() * len(rows)
         losses.append(total / len(data))
     return torch.cat([net.weight.detach()[0], net.bias.detach()]).numpy(), losses
+
+
+def ends_of_too_large_a_rate(run, told):
+    """That fitting ends the run, with `told`."""
+    with pytest.raises(ValueRangeError, match=told):
+        run.fit()
+    assert not run.is_open
+    with pytest.raises(JointError, match="has ended"):
+        run.weights()
+
+
+def with_changed(role, kind, change):
+    """A role of a joint run whose parcels of that kind are changed: `change` takes and returns their tensors."""
+    got = None
+    while True:
+        try:
+            step = role.send(got)
+        except StopIteration as done:
+            return done.value
+        if isinstance(step, Send) and step.kind == kind:
+            step = Send(step.to, kind, change(list(step.tensors)))
+        got = yield step

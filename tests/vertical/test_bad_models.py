@@ -19,12 +19,11 @@ from planrt.errors import (
     ValueRangeError,
 )
 from planrt.sharing.columns.paillier import PublicKey
-from planrt.sharing.columns.steps import Send
 from planrt.vertical import Party, linear_regression, logistic_regression, split_network
 from planrt.vertical.linear import Regression
 from planrt.vertical.runs import begun
 from planrt.workers.machine.joint.run import Run
-from tests.vertical.tables import SHORT, halves, joined, parties, trained, whole
+from tests.vertical.tables import SHORT, halves, joined, parties, trained, whole, with_changed
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 ABOUT = {"normalise": "casefold", "epochs": 3, "batch_size": 20}
@@ -170,19 +169,10 @@ def cheat(monkeypatch):
     drive = Run.drive
 
     def cheating(who, kind, change):
-        def changed(run, role):
-            got = None
-            while True:
-                try:
-                    step = role.send(got)
-                except StopIteration as done:
-                    return done.value
-                if isinstance(step, Send) and step.kind == kind:
-                    step = Send(step.to, kind, change(list(step.tensors), run))
-                got = yield step
-
         def driven(self, role):
-            return drive(self, changed(self, role) if self.names[self.me] == who else role)
+            if self.names[self.me] == who:
+                role = with_changed(role, kind, lambda tensors: change(tensors, self))
+            return drive(self, role)
 
         monkeypatch.setattr(Run, "drive", driven)
 

@@ -7,13 +7,21 @@ import torch
 from planrt.errors import (
     AlignmentError,
     CiphertextError,
-    JointError,
     OptionError,
     PolicyRefusedError,
     ValueRangeError,
 )
 from planrt.vertical import Party, Table, linear_regression, logistic_regression
-from tests.vertical.tables import SHORT, halves, joined, parties, some, trained, whole
+from tests.vertical.tables import (
+    SHORT,
+    ends_of_too_large_a_rate,
+    halves,
+    joined,
+    parties,
+    some,
+    trained,
+    whole,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 PRECISION = 2e-6
@@ -113,11 +121,7 @@ def test_a_learning_rate_that_is_too_large_is_told(make_worker):
     run = logistic_regression(
         alice, bob, key_holder=make_worker("carol"), normalise="casefold", lr=1e4, batch_size=20, **SHORT
     )
-    with pytest.raises(ValueRangeError, match="smaller learning rate"):
-        run.fit()
-    assert not run.is_open
-    with pytest.raises(JointError, match="has ended"):
-        run.weights()
+    ends_of_too_large_a_rate(run, "smaller learning rate")
 
 
 def test_predictions_and_weights_stay_where_they_may_be(make_worker):

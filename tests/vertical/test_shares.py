@@ -22,12 +22,22 @@ from planrt.errors import (
 )
 from planrt.plans.policy.rules import Policy
 from planrt.sharing.columns import descent, shared
-from planrt.sharing.columns.steps import Send, run_here, take
+from planrt.sharing.columns.steps import run_here, take
 from planrt.vertical import Party, Table, async_logistic_regression, linear_regression, logistic_regression
 from planrt.workers import VirtualWorker
 from planrt.workers.machine.joint.terms import check
 from planrt.workers.wire import messages as m
-from tests.vertical.tables import SHORT, halves, joined, parties, some, trained, whole
+from tests.vertical.tables import (
+    SHORT,
+    ends_of_too_large_a_rate,
+    halves,
+    joined,
+    parties,
+    some,
+    trained,
+    whole,
+    with_changed,
+)
 
 PRECISION = 2e-6
 """Of weights after a few epochs, with 17 fractional bits; of the exact logistic loss 5e-6."""
@@ -325,11 +335,7 @@ def test_nothing_within_the_limits_leaves_62_bits(seed):
 def test_a_learning_rate_that_is_too_large_is_told(make_worker):
     alice, bob = parties(make_worker, whole(model="linear"))
     run = linear_regression(alice, bob, **on_shares(make_worker, lr=8.0, batch_size=20, epochs=50))
-    with pytest.raises(ValueRangeError, match="left the range of shares.*smaller learning rate"):
-        run.fit()
-    assert not run.is_open
-    with pytest.raises(JointError, match="has ended"):
-        run.weights()
+    ends_of_too_large_a_rate(run, "left the range of shares.*smaller learning rate")
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -398,22 +404,6 @@ def test_tables_that_do_not_fit_are_told_by_party_and_column(make_worker):
 def test_who_does_not_follow_the_protocol_is_named():
     terms, parts, labels = facts()
 
-    def cheating(change, kind):
-        """A role whose parcels of that kind are changed."""
-
-        def wrapped(role):
-            got = None
-            while True:
-                try:
-                    step = role.send(got)
-                except StopIteration as done:
-                    return done.value
-                if isinstance(step, Send) and step.kind == kind:
-                    step = Send(step.to, step.kind, change(list(step.tensors)))
-                got = yield step
-
-        return wrapped
-
     cases = [
         (0, "opening", lambda tensors: tensors[:1], "owner0' opened something else"),
         (0, "opening", lambda tensors: [tensors[0].double(), *tensors[1:]], "owner0' opened something else"),
@@ -424,7 +414,7 @@ def test_who_does_not_follow_the_protocol_is_named():
     for who, kind, change, match in cases:
         owners, provider = roles(terms, parts, labels)
         running = [one.epoch(0) for one in (*owners, provider)]
-        running[who] = cheating(change, kind)(running[who])
+        running[who] = with_changed(running[who], kind, change)
         with pytest.raises(JointError, match=match):
             run_here(running)
 
