@@ -41,6 +41,8 @@ HOSTILE = {
         for what in ("inf", "-inf", "nan", "1e30")
         for padding in ("border", "reflection")
     },
+    "multiples of the least integer": ("Tensor.lcm", (torch.tensor([-8, -(2**63)]), torch.tensor(5)), {}),
+    "divisors of the least integer": ("torch.gcd", (torch.tensor([-(2**63)]), torch.tensor([5])), {}),
     "fewer values than keys": (
         "nn.functional.scaled_dot_product_attention",
         (torch.ones(4, 3, 8), torch.ones(4, 6, 8), torch.ones(4, 4, 8)),

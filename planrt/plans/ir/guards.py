@@ -97,6 +97,18 @@ def _attention(
 
 
 @_checked
+def _divisors(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> None:
+    """The least integer has no absolute value, and is divided by -1 on the way, which processors trap.
+
+    Without: SIGFPE, the end of the process.
+    """
+    for one in (input, other):
+        whole = isinstance(one, torch.Tensor) and one.dtype in (torch.int32, torch.int64)
+        if whole and not one.is_meta and bool((one == torch.iinfo(one.dtype).min).any()):
+            raise ValueError(f"gcd and lcm take no {torch.iinfo(one.dtype).min}, which has no absolute value")
+
+
+@_checked
 def _distances(input: torch.Tensor, p: float = 2.0) -> None:
     """Without: the backward pass of the distances between no rows ends the process."""
     if input.dim() == 2 and not input.shape[0] and input.shape[1]:
@@ -410,6 +422,9 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
         for word in words.split()
     },
     "nn.functional.scaled_dot_product_attention": _attention,
+    **{
+        f"{home}.{word}": _divisors for home in ("torch", "Tensor") for word in ("gcd", "lcm", "gcd_", "lcm_")
+    },
     "torch.pdist": _distances,
     "nn.functional.pdist": _distances,
     "torch.lstm": _recurrent(_LSTM),
