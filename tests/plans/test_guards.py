@@ -43,6 +43,7 @@ HOSTILE = {
     },
     "multiples of the least integer": ("Tensor.lcm", (torch.tensor([-8, -(2**63)]), torch.tensor(5)), {}),
     "divisors of the least integer": ("torch.gcd", (torch.tensor([-(2**63)]), torch.tensor([5])), {}),
+    "random numbers from the largest one on": ("Tensor.random_", (torch.zeros(3), 2**63 - 1, None), {}),
     "fewer values than keys": (
         "nn.functional.scaled_dot_product_attention",
         (torch.ones(4, 3, 8), torch.ones(4, 6, 8), torch.ones(4, 4, 8)),

@@ -43,7 +43,7 @@ def _checked(check: Callable[..., None]) -> Callable[[Function], Function]:
     return guard
 
 
-_RENAMED: Final = {"self": "input", "x": "input"}
+_RENAMED: Final = {"self": "input", "x": "input", "from": "least"}
 
 
 @_checked
@@ -106,6 +106,18 @@ def _divisors(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | N
         whole = isinstance(one, torch.Tensor) and one.dtype in (torch.int32, torch.int64)
         if whole and not one.is_meta and bool((one == torch.iinfo(one.dtype).min).any()):
             raise ValueError(f"gcd and lcm take no {torch.iinfo(one.dtype).min}, which has no absolute value")
+
+
+@_checked
+def _drawn(
+    input: torch.Tensor, least: int = 0, to: int | None = None, *, generator: torch.Generator | None = None
+) -> None:
+    """Of fractions the kernel looks for the next number above the least one, and what it counts with wraps around.
+
+    Without: it never ends.
+    """
+    if input.is_floating_point() and least == torch.iinfo(torch.int64).max:
+        raise ValueError(f"random_ of {input.dtype} begins below {least}")
 
 
 @_checked
@@ -425,6 +437,7 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
     **{
         f"{home}.{word}": _divisors for home in ("torch", "Tensor") for word in ("gcd", "lcm", "gcd_", "lcm_")
     },
+    "Tensor.random_": _drawn,
     "torch.pdist": _distances,
     "nn.functional.pdist": _distances,
     "torch.lstm": _recurrent(_LSTM),
