@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from planrt.errors import ConnectError
-from planrt.serde.frames import Limits
+from planrt.plans.policy.quotas import Quota
+from planrt.serde import frames
+from planrt.serde.frames import Limits, in_memory
 from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import PeerFailed, Received, Reply, ToPeer
 from planrt.workers.machine.failures import as_sent
@@ -20,6 +22,7 @@ from planrt.workers.serving.host import WorkerHost
 from planrt.workers.transport.pipes import Traffic, memory_pipes
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel
+from planrt.workers.wire.messages import own_versions
 
 
 @pytest.mark.parametrize("ends", ["client", "process"])
@@ -46,6 +49,19 @@ def test_a_worker_whose_compute_thread_is_gone_ends_quietly(ends, caplog):
 
     assert asyncio.run(go())
     assert (unhandled, caplog.records) == ([], [])
+
+
+class Stalled:
+    """A connection from which little comes."""
+
+    def __init__(self):
+        self.channel, self.address, self.traffic, self.opened = Channel(), "client", Traffic(), False
+
+    async def gone(self):
+        await asyncio.Event().wait()
+
+    async def close(self):
+        pass
 
 
 def test_jobs_run_in_order_however_long_the_thread_had_nothing_to_do(monkeypatch):
@@ -193,3 +209,54 @@ def test_a_failure_is_never_longer_than_clients_take(text):
     received = m.from_wire(msgpack.unpackb(msgpack.packb(sent))).body
     assert received.message[:7] in ("x" * 7, "\\udc80\\")
     assert all(len(getattr(received, name)) <= 60_000 for name in ("message", "op", "line", "traceback"))
+
+
+def test_what_arrives_for_one_user_is_bounded_over_all_connections():
+    """What is not whole is in no quota: many connections with a message each would fill the memory of a worker."""
+    mebibyte = 1 << 20
+
+    async def go():
+        quota = Quota(memory=2 * mebibyte)
+        host = WorkerHost(
+            WorkerState("bob", quota=quota), ComputeThread("test"), limits=Limits(message=5 * mebibyte)
+        )
+        arriving, told = [], []
+
+        class Slow(Stalled):
+            """Brings the head of a message, and then nothing for long."""
+
+            def __init__(self, nbytes):
+                super().__init__()
+                self.nbytes, self.over = nbytes, asyncio.Event()
+
+            async def receive(self, allocate=in_memory):
+                if not self.opened:
+                    self.opened = True
+                    return frames.Received(m.Envelope(1, m.Hello("c", own_versions())), [], 0)
+                allocate(m.Envelope(0, m.Put([])), self.nbytes)
+                arriving.append(self.nbytes)
+                await self.over.wait()
+                return None
+
+            async def send(self, frame, *, message=True):
+                told.append(b"".join(frame.fragments()))
+
+        pipes = [Slow(size) for size in (3 * mebibyte, mebibyte, 2 * mebibyte, 2 * mebibyte + 1)]
+        serving = []
+        for pipe in pipes:
+            serving.append(asyncio.create_task(host.serve(pipe)))
+            await asyncio.sleep(0.05)
+        assert arriving == [3 * mebibyte, mebibyte, 2 * mebibyte]  # small ones do not count
+        assert sum(b"arrive for the same user" in text for text in told) == 1
+        pipes[0].over.set()
+        await asyncio.wait([serving[0]], timeout=5)
+        pipes.append(Slow(3 * mebibyte))
+        serving.append(asyncio.create_task(host.serve(pipes[-1])))
+        await asyncio.sleep(0.05)
+        assert arriving[3:] == [3 * mebibyte]
+        for pipe in pipes:
+            pipe.over.set()
+        await asyncio.wait(serving, timeout=5)
+        host.stop()
+
+    asyncio.run(go())

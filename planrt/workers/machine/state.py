@@ -340,6 +340,16 @@ class WorkerState:
         """Returns whether a connection has a session: its handshake is over."""
         return connection in self._sessions
 
+    @property
+    def quota(self) -> Quota:
+        """What one user may keep."""
+        return self._quota
+
+    def whose(self, connection: int) -> str:
+        """Returns for whom the session of a connection counts; ``""`` where it has none."""
+        session = self._sessions.get(connection)
+        return "" if session is None else session.whose(self._handshakes.host(connection))
+
     def keep_no_longer(self, connection: int) -> None:
         """Lets the session of a connection end with it; answers that it has not heard are gone."""
         session = self._sessions.get(connection)

@@ -52,6 +52,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving.arriving import Arriving
 from planrt.workers.serving.audit_file import AuditError
 from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.counts import Elsewhere as Counted
@@ -131,6 +132,8 @@ class WorkerHost:
         self._expiring: set[asyncio.Task[None]] = set()
         self._guesses = Guesses()
         self._openings = Openings(self._limits.connections)
+        quota = state.quota.memory
+        self._arriving = Arriving(None if quota is None else max(quota, self._limits.message))
         self._links = Links(state.id, self._handle, self._limits, dialling)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -221,6 +224,7 @@ class WorkerHost:
                 self._gone.discard(number)
             watching.cancel()
             del self._pipes[number]
+            self._arriving.over(number)
             counts.closed(pipe.traffic)
             self._holds.pop(number, None)
             log.debug("disconnected", worker=self.state.id, client=pipe.address)
@@ -240,9 +244,14 @@ class WorkerHost:
     async def _take_messages(self, number: int, pipe: Pipe) -> None:
         """Handles what arrives, one message after the other, until the pipe ends."""
         opening = bool(pipe.channel.host)  # within a process nobody has to be held off
+
+        def room(message: object, nbytes: int) -> frames.Store:
+            return self._arriving.room(number, self.state.whose(number), nbytes, address=pipe.address)
+
         while True:
+            self._arriving.over(number)
             opening = opening and not self.state.is_open(number)
-            received = await (self._opening_message(pipe) if opening else pipe.receive())
+            received = await (self._opening_message(pipe) if opening else pipe.receive(room))
             if received is None:
                 return
             event = Received(number, received.message, received.tensors)

@@ -1,0 +1,48 @@
+"""The memory of large messages while they arrive: of each user, so much at a time.
+
+A connection brings one message after the other, and its header says how much memory that takes. What has arrived counts
+for the user's quota; what is under way counts here, or somebody with many connections would have as many messages in
+the memory of the worker, of which none is ever whole.
+"""
+
+from __future__ import annotations
+
+from planrt.errors import MessageTooLargeError
+from planrt.serde.frames import MemoryStore, Store
+
+_SMALL = 1 << 20
+"""Bytes of a message that does not count: all connections together have fewer."""
+
+
+class Arriving:
+    """Counts bytes by connection and user. Used on the loop.
+
+    Args:
+        most: bytes that messages of one user may take together while they arrive; None for no limit.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self._begun: dict[int, tuple[str, int]] = {}
+        """Connection -> its user, and the bytes of the message that it brings."""
+
+    def room(self, connection: int, whose: str, nbytes: int, *, address: str) -> Store:
+        """Returns memory for the message that `connection` brings now.
+
+        Raises:
+            MessageTooLargeError: with what else arrives for that user it is too much.
+        """
+        if self._most is not None and nbytes > _SMALL:
+            others = sum(size for user, size in self._begun.values() if user == whose)
+            if others + nbytes > self._most:
+                raise MessageTooLargeError(
+                    f"a message of {nbytes:,} bytes is over the limit while {others:,} others arrive for the same "
+                    f"user: {self._most:,} together",
+                    address=address,
+                )
+            self._begun[connection] = whose, nbytes
+        return MemoryStore(nbytes)
+
+    def over(self, connection: int) -> None:
+        """The message of `connection` has been handled, or will never be whole."""
+        self._begun.pop(connection, None)
