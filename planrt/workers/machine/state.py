@@ -342,7 +342,7 @@ class WorkerState:
 
     @property
     def quota(self) -> Quota:
-        """What one user may keep."""
+        """The limits of what one user may keep."""
         return self._quota
 
     def whose(self, connection: int) -> str:
