@@ -44,5 +44,5 @@ class Arriving:
         return MemoryStore(nbytes)
 
     def over(self, connection: int) -> None:
-        """The message of `connection` has been handled, or will never be whole."""
+        """Notes that the message of `connection` has been handled, or will never be whole."""
         self._begun.pop(connection, None)
