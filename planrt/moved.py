@@ -35,8 +35,9 @@ _ROOMS: Final = (
     ("planrt.workers", "planrt.workers.machine", """
         admission backward determinism=devices eager events failures gate labels objects_kept=objects peer_ops=peers
         private protocol_ops=protocols sessions state store
-        training_ops=training
     """),
+    ("planrt.workers", "planrt.workers.machine.rounds", "training_ops=training"),
+    ("planrt.workers.machine", "planrt.workers.machine.rounds", "batches secure_sums training"),
     ("planrt.workers", "planrt.workers.machine.kinds", "plan_objects=plan protocol_objects=protocol"),
     ("planrt.workers.machine", "planrt.workers.machine.kinds", "plan_objects=plan protocol_objects=protocol"),
     ("planrt.workers", "planrt.workers.pointers", """
