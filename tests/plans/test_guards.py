@@ -44,6 +44,10 @@ HOSTILE = {
     "multiples of the least integer": ("Tensor.lcm", (torch.tensor([-8, -(2**63)]), torch.tensor(5)), {}),
     "divisors of the least integer": ("torch.gcd", (torch.tensor([-(2**63)]), torch.tensor([5])), {}),
     "random numbers from the largest one on": ("Tensor.random_", (torch.zeros(3), 2**63 - 1, None), {}),
+    **{
+        f"eigenvalues of what is {what}": ("linalg.eigvals", (torch.full((5, 5), float(what)),), {})
+        for what in ("nan", "inf")
+    },
     "fewer values than keys": (
         "nn.functional.scaled_dot_product_attention",
         (torch.ones(4, 3, 8), torch.ones(4, 6, 8), torch.ones(4, 4, 8)),
@@ -173,6 +177,18 @@ def test_without_the_check_the_process_ends(code, ends):
     """Why there is one: when a torch mends its kernel, this says that the check may go."""
     ended = subprocess.run([sys.executable, "-c", f"import torch; {code}"], capture_output=True, timeout=120)
     assert (ended.returncode < 0) is ends
+
+
+def test_factors_without_their_data_have_no_history():
+    """torch's own do, and the backward pass can end the process."""
+    factors = ops.TABLE["torch.lu_unpack"]
+    data, pivots = torch.linalg.lu_factor(torch.eye(3))
+    data.requires_grad_()
+    assert not any(one.requires_grad for one in factors(data, pivots, False, False))
+    assert not any(one.requires_grad for one in factors(LU_data=data, LU_pivots=pivots, unpack_data=False))
+    _, lower, upper = factors(data, pivots)
+    (lower.sum() + 2 * upper.sum()).backward()
+    assert torch.equal(data.grad, torch.ones(3, 3).tril(-1) + 2 * torch.ones(3, 3).triu())
 
 
 @pytest.mark.parametrize("word", ["median", "nanmedian"])

@@ -109,6 +109,36 @@ def _divisors(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | N
 
 
 @_checked
+def _eigenvalues(input: torch.Tensor, *, out: torch.Tensor | None = None) -> None:
+    """Eigenvectors are looked for in finite numbers alone, by torch itself; eigenvalues are not.
+
+    Without: of a matrix with what is no number, LAPACK reads memory that is not its own, and the process ends.
+    """
+    if not input.is_meta and not bool(torch.isfinite(input.detach()).all()):
+        raise ValueError("eigvals takes finite numbers, and these have infinite ones or some that are none")
+
+
+def _factors(function: Function) -> Function:
+    """Without its data, factors are empty tensors with a history, whose backward pass takes it that they are matrices.
+
+    Without: it frees memory that nobody gave it, and the process ends.
+    """
+
+    @wraps(function, updated=())
+    def guarded(
+        LU_data: torch.Tensor,  # noqa: N803 - torch's name
+        LU_pivots: torch.Tensor,  # noqa: N803
+        unpack_data: bool = True,
+        unpack_pivots: bool = True,
+        **options: Any,
+    ) -> Any:
+        data = LU_data if unpack_data else LU_data.detach()
+        return function(data, LU_pivots, unpack_data, unpack_pivots, **options)
+
+    return guarded
+
+
+@_checked
 def _drawn(
     input: torch.Tensor, least: int = 0, to: int | None = None, *, generator: torch.Generator | None = None
 ) -> None:
@@ -438,6 +468,8 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
         f"{home}.{word}": _divisors for home in ("torch", "Tensor") for word in ("gcd", "lcm", "gcd_", "lcm_")
     },
     "Tensor.random_": _drawn,
+    "linalg.eigvals": _eigenvalues,
+    "torch.lu_unpack": _factors,
     "torch.pdist": _distances,
     "nn.functional.pdist": _distances,
     "torch.lstm": _recurrent(_LSTM),
