@@ -115,7 +115,7 @@ class SimulatedPipe:
         self.traffic.messages_received += 1
         return parts.finish()
 
-    def can_send(self, nbytes):
+    def send_now(self, frame):
         return False
 
     async def answers(self, seconds):

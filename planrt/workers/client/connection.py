@@ -245,14 +245,13 @@ class Connection:
             self.post(body, tensors)
             return
         frame = self._encoded(self.session.posted(body), tensors)
-        if frame.nbytes > self.session.versions.message_limit or not self._pipe.can_send(frame.nbytes):
+        if frame.nbytes > self.session.versions.message_limit or not self._pipe.send_now(frame):
             self.post(body, tensors)
             return
         if self.history is not None:
             self.history.append(body)
         if self._keeps:
             self._unarrived.add(Sent(frame))
-        self._pipe.send_now(frame)
 
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:
         session = self.session

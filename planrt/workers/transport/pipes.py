@@ -74,14 +74,9 @@ class Pipe(Protocol):
             ConnectionError: the connection has ended.
         """
 
-    def can_send(self, nbytes: int) -> bool:
-        """Returns whether a frame of so many bytes can go at once (`send_now`): nothing is being sent, and the other
-        side reads.
-        """
-
-    def send_now(self, frame: Frame) -> None:
-        """Sends a frame of a size that `can_send` has just been asked about, without waiting for anything: its bytes
-        are copied, so that the tensors in it may change.
+    def send_now(self, frame: Frame) -> bool:
+        """Sends a frame without waiting for anything, in a copy, so that the tensors in it may change; returns False,
+        and has sent nothing, where that cannot be: another one is being sent, or the other side does not read.
         """
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
@@ -132,13 +127,9 @@ class MemoryPipe:
         await taken
         self.traffic.sent(frame, message=message)
 
-    def can_send(self, nbytes: int) -> bool:
-        """See `Pipe.can_send`. Never: a frame is copied when it is received."""
+    def send_now(self, frame: Frame) -> bool:
+        """See `Pipe.send_now`. Never: a frame is copied when it is received."""
         return False
-
-    def send_now(self, frame: Frame) -> None:
-        """See `Pipe.send_now`."""
-        raise NotImplementedError("frames within a process wait to be received: use send")
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""

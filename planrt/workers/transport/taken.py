@@ -65,9 +65,9 @@ class TakenPipe(WebsocketPipe):
         finally:
             self._sending(-1)
 
-    def can_send(self, nbytes: int) -> bool:
-        """See `Pipe.can_send`."""
-        return nbytes <= _AT_ONCE and super().can_send(nbytes)
+    def send_now(self, frame: Frame) -> bool:
+        """See `Pipe.send_now`."""
+        return frame.nbytes <= _AT_ONCE and super().send_now(frame)
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""

@@ -103,14 +103,12 @@ class WebsocketPipe:
         await self._connection.stream.send(frame)
         self.traffic.sent(frame, message=message)
 
-    def can_send(self, nbytes: int) -> bool:
-        """See `Pipe.can_send`."""
-        return self._connection.stream.can_send(nbytes)
-
-    def send_now(self, frame: Frame) -> None:
+    def send_now(self, frame: Frame) -> bool:
         """See `Pipe.send_now`."""
-        self._connection.stream.send_now(frame)
-        self.traffic.sent(frame, message=True)
+        sent = self._connection.stream.send_now(frame)
+        if sent:
+            self.traffic.sent(frame, message=True)
+        return sent
 
     async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
         """See `Pipe.receive`."""

@@ -119,21 +119,14 @@ class FrameStream(asyncio.BufferedProtocol):
                     self._transport.abort()
                 raise
 
-    def can_send(self, nbytes: int) -> bool:
-        """Returns whether a message of so many bytes can be handed over to the system at once, in one frame and in a
-        copy: other messages do not wait, and those before it have left.
+    def send_now(self, frame: Frame) -> bool:
+        """Hands a message over to the system at once, in one frame and in a copy; returns False, and has sent nothing,
+        where other messages wait, or those before it have not left.
         """
-        return (
-            self._masks  # which copies it anyway
-            and nbytes <= FRAGMENT_BYTES
-            and not self._sending.locked()
-            and not self._full
-            and not self._lost
-            and self._connection.state is State.OPEN
-        )
-
-    def send_now(self, frame: Frame) -> None:
-        """Sends a message that `can_send` has said yes to."""
+        is_open = not self._lost and self._connection.state is State.OPEN
+        ready = is_open and not self._full and not self._sending.locked()
+        if not (self._masks and ready and frame.nbytes <= FRAGMENT_BYTES):  # masking copies it anyway
+            return False
         key = os.urandom(4)
         header = header_bytes(BINARY, frame.nbytes, final=True, key=key)
         copy = np.empty(len(header) + frame.nbytes, np.uint8).data
@@ -149,6 +142,7 @@ class FrameStream(asyncio.BufferedProtocol):
             position += len(piece)
         self._mask(copy, start, position, len(header), key)
         self._transport.write(copy)
+        return True
 
     @staticmethod
     def _mask(copy: memoryview, start: int, end: int, payload: int, key: bytes) -> None:
