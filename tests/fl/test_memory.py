@@ -18,6 +18,7 @@ from planrt.fl import (
 )
 from planrt.torch_hook import TorchHook
 from planrt.workers import BaseDataset
+from tests.processes import eventually
 
 ROUNDS, SETTLED = 100, 20
 
@@ -46,7 +47,8 @@ def check_flat(do_round):
         if number in (SETTLED, ROUNDS - 1):
             counts.append(alive())
     early, late = counts
-    assert late[0] <= early[0], "models pile up"
+    # The thread of planrt's loop may hold the last round's results for a moment after they have been handed over.
+    assert eventually(lambda: alive()[0] <= early[0]), "models pile up"
     assert late[1] <= early[1] + 30, (
         f"tensors pile up: {early[1]} after {SETTLED} rounds, {late[1]} at the end"
     )

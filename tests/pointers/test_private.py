@@ -58,6 +58,7 @@ def test_private_data_is_not_fetched(clinic):
 def test_allowed_users_may(clinic):
     ann, ben, anyone = clinic(USERS["ann"]), clinic(USERS["ben"]), clinic()
     torch.tensor([1.0, 2.0]).tag("#scores").send(ann, allowed_users=["ann"])
+    ann.objects_count()
     assert "ann" in refused(ben.search("#scores")[0].get)
     refused(anyone.search("#scores")[0].get)
     (x,) = ann.search("#scores")
@@ -398,6 +399,7 @@ def test_a_private_plan(clinic):
 
     ann, ben = clinic(USERS["ann"]), clinic(USERS["ben"])
     shifted.tag("#shift").send(ann, allowed_users=["ann"])
+    ann.objects_count()
     (found,) = ben.search("#shift")
     refused(found.get)
     refused(found(torch.zeros(1).send(ben)).get)

@@ -148,6 +148,7 @@ def test_values_that_go_through_here_keep_their_labels(inc):
     ):
         x = torch.tensor([1.0]).send(clinic, allowed_users=["ann"])
         result = two(inc).deploy(clinic, bob).run(x).tag("#result")
+        bob.objects_count()  # nothing orders what two clients send
         assert result.location is bob
         (theirs,) = bens.search("#result")
         with pytest.raises(GetNotPermittedError, match="ann may get it"):
@@ -169,6 +170,7 @@ def test_private_protocols_keep_their_state(connect):
     net = Net().build(torch.ones(2, 1))
     james, bens, clinic = connect("james", "ann"), connect("james", "ben"), connect("clinic")
     Protocol([("clinic", net)]).tag("#net").send(james, allowed_users=["ann"])
+    james.objects_count()
     (found,) = bens.search("#net")
     with pytest.raises(GetNotPermittedError, match="ann may get it"):
         found.get()

@@ -177,6 +177,7 @@ def test_each_user_has_a_process_of_its_own_and_all_of_them_work(server, ann, be
         assert len(server.processes()) == 2
         assert fit(ann, "rows").samples == fit(ben, "rows").samples == 4
         x = torch.ones(2).tag("#mine").send(ann)
+        ann.objects_count()
         assert [one.id for one in again.search("#mine")]
         assert [one.id for one in ben.search("#mine")]
         assert torch.equal(x.get(), torch.ones(2))

@@ -101,6 +101,7 @@ def test_refusals_are_counted_by_kind_and_no_name_is_told(watched):
     connect, address = watched("clinic", users={"ann": ANN, "ben": BEN})
     ann, ben = connect(ANN), connect(BEN)
     kept = torch.ones(3).tag("#rare-disease").describe("of ward 7").send(ann, allowed_users=["ann"])  # noqa: F841
+    ann.objects_count()
     (found,) = ben.search("#rare-disease")
     with pytest.raises(GetNotPermittedError):
         found.get()

@@ -267,6 +267,7 @@ def test_a_private_tensor_of_another_user():
         VirtualWorker("james", auto_add=False) as james,
     ):
         X.clone().tag("#scores").send(ann, allowed_users=["ann"])
+        ann.objects_count()
         (found,) = ben.search("#scores")
         with pytest.raises(GetNotPermittedError, match="private.*ann may share it"):
             found.fix_precision().share(bob, ben, crypto_provider=james)

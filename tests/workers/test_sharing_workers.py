@@ -189,6 +189,7 @@ def test_private_tensors_are_shared_by_who_may_read_them(transport, make_worker)
             )
         session = sharing_session([make_worker("bob"), make_worker("alice")], make_worker("james"))
         own = torch.tensor([1.0, 2.0]).tag("#scores").send(ann, allowed_users=["ann"])
+        ann.objects_count()
         (found,) = ben.search("#scores")
         with pytest.raises(GetNotPermittedError, match="private.*ann.*may share it"):
             session.share_from(found)
