@@ -18,13 +18,14 @@ from planrt.plans.policy import quotas
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
-from planrt.workers.machine import state
 from planrt.workers.machine.events import PeerAnswered, Received
+from planrt.workers.machine.handling import answering
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.kinds import plan as plan_kind
 from planrt.workers.machine.rounds import sent_plans
 from planrt.workers.machine.rounds.training import MAX_OPTIMIZERS
 from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.state import WorkerState
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire import messages as m
 from tests.pointers.conftest import OWNER
@@ -569,8 +570,8 @@ def test_what_is_known_of_graphs_keeps_no_session_that_is_over():
 
 
 def test_so_many_requests_of_a_session_wait_for_other_workers(monkeypatch):
-    monkeypatch.setattr(state, "MOST_WAITING", 3)
-    worker = state.WorkerState("bob")
+    monkeypatch.setattr(answering, "MOST_WAITING", 3)
+    worker = WorkerState("bob")
     worker.handle(Received(1, m.Envelope(1, m.Hello("ann", worker.versions)), []))
     elsewhere = m.PeerAddress("alice", "ws://localhost:1")
 

@@ -178,7 +178,7 @@ def test_one_client_does_not_take_all_runs_of_a_worker(transport):
         assert intersection_size(*other, normalise="casefold") == 40
         alice.workplace.post(m.EndJoint(opens[0].joint))
         wait(alice.ask(m.Done, opens[21]), instead="-")
-        state = servers["alice"]._state._joint
+        state = servers["alice"]._state._parts.joint
         assert len(state._runs) == 20
         alice.close()
         assert intersection_size(*other, normalise="casefold") == 40

@@ -349,7 +349,7 @@ def test_a_secret_is_of_no_use_to_another_user(through):
 def test_a_worker_keeps_hashes_of_secrets_only(through):
     bob, _ = through("bob")
     secret = bob._connection.session.kept.secret
-    (session,) = bob.server._state._sessions.values()
+    (session,) = bob.server._state._parts.sessions.values()
     kept = {name: getattr(session.kept, name) for name in type(session.kept).__slots__}
     assert len(secret) == 64
     assert secret not in repr(kept)
@@ -365,7 +365,7 @@ def test_one_client_cannot_pile_up_sessions(stack):
         one.close()
     with WebsocketClientWorker("bob", uri=uri, auto_add=False) as other:
         other.objects_count()
-        assert len(server._state._kept) <= 4
+        assert len(server._state._parts.kept) <= 4
         assert len(server._state.store.objects) <= 3
 
 

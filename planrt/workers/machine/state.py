@@ -33,19 +33,22 @@ its answer; while it waits, the machine takes other events, so two requests that
 opposite order cannot lock each other out. Every request gets exactly one reply, a `Failure` if it raised; a
 message under the number 0 is posted and gets none. Replies belong to the session: while it has no connection they wait
 for the next one.
+
+`WorkerState` is what its owner and the host see. What it consists of (`handling.parts`) is shared by those who handle
+its events: `handling.requests` (generators that wait and go on), `handling.answering` (what is asked for),
+`handling.posting` (what is not answered) and `handling.endings` (sessions that are over).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
-from planrt.errors import LocalError, OptionError, WireError
-from planrt.plans.policy.approvals import Approvals, Decisions, Status
+from planrt.errors import OptionError, WireError
+from planrt.plans.policy.approvals import Approvals, Decisions
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
@@ -56,41 +59,36 @@ from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.devices import prepared
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
-    Again,
-    Answer,
     Close,
     Connected,
     Cut,
     Disconnected,
     Event,
     Expired,
-    Hold,
     Instruction,
-    Part,
     PeerAnswered,
     PeerFailed,
     Probed,
     Received,
-    Release,
     Reply,
-    Steps,
     TimePassed,
     ToPeer,
     UsersChanged,
-    Wait,
-    Wake,
 )
-from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.handshakes import REVOKED, Handshakes, Users
+from planrt.workers.machine.handling.answering import answer
+from planrt.workers.machine.handling.endings import Endings
+from planrt.workers.machine.handling.parts import Parts
+from planrt.workers.machine.handling.posting import Posts
+from planrt.workers.machine.handling.requests import Request, Requests
+from planrt.workers.machine.handshakes import Handshakes, Users
 from planrt.workers.machine.joint.kept import Keeps
 from planrt.workers.machine.joint.runs import JointOps
 from planrt.workers.machine.keeping.openings import Openings
 from planrt.workers.machine.keeping.sessions import KeptSessions
 from planrt.workers.machine.keeping.tickets import Elsewhere as ShownElsewhere
-from planrt.workers.machine.keeping.tickets import check_permitted
 from planrt.workers.machine.kinds.base import StoredObject
-from planrt.workers.machine.kinds.protocol import PeerError, RunCancelledError
+from planrt.workers.machine.kinds.protocol import PeerError
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.peers import PeerOps
 from planrt.workers.machine.protocols import ProtocolOps
@@ -105,27 +103,6 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import Verifier
-from planrt.workers.wire.refusals import TICKET_REFUSED
-
-MOST_WAITING: Final = 10_000
-"""Requests of one session that may wait for other workers at a time."""
-
-
-@dataclass(slots=True)
-class _Request:
-    connection: int
-    """Over which it came: its answer goes over the one that its session has then."""
-    id: int
-    steps: Steps
-    session: Session
-    body: m.Body
-    """What was asked for."""
-    keys: tuple[str, ...] = ()
-    """Of the answers that it waits for."""
-    run: int | None = None
-    """Its number, where it is the run of a protocol."""
-    holds: bool = False
-    """Whether it keeps its connection waiting: what was posted on it. It has no reply then."""
 
 
 class WorkerState:
@@ -170,51 +147,61 @@ class WorkerState:
         self.device, self.deterministic = prepared(device, deterministic)
         """Whether whoever hands it events must see to deterministic kernels."""
         self._limits = limits or Limits()
-        self._kept = KeptSessions(self._limits)
-        self._siblings: Neighbours | None = None
-        """The other processes of this worker, where this one serves the sessions of one user."""
-        self.versions = own_versions(limits, resumes=self._kept.seconds > 0, dials=dials or m.Dials())
+        kept = KeptSessions(self._limits)
+        self.versions = own_versions(limits, resumes=kept.seconds > 0, dials=dials or m.Dials())
         self.store = ObjectStore()
-        self._audit = Auditor(audit)
-        self._gate = None if policy is None else Gate(policy, approvals, self._audit)
         self.access = access or Access()
         """Which user may do what with which data."""
+        auditor = Auditor(audit)
+        gate = None if policy is None else Gate(policy, approvals, auditor)
         peers = PeerOps(id, self.store)
-        self._objects = KeptObjects(self.store, self.device, self._gate, self.access, self._audit)
-        self._passes = BackwardPasses(self._objects, peers)
-        self._parties = PartyOps(self._objects)
-        self._dealers = DealerOps()
-        self._eager = EagerOps(self._objects, self._passes, peers, self._parties, self.device)
-        self._protocols = ProtocolOps(id, self._objects, self.device, reaches)
-        self._sums = SecureSums(id, self._gate, signs_sums)
-        self._training = TrainingOps(id, self.device, self._gate, self._objects, self.access, self._sums)
-        self._joint = JointOps(self._training, self._gate, self.access, self._audit, self.store, joint_runs)
+        objects = KeptObjects(self.store, self.device, gate, self.access, auditor)
+        passes = BackwardPasses(objects, peers)
+        parties = PartyOps(objects)
+        sums = SecureSums(id, gate, signs_sums)
+        training = TrainingOps(id, self.device, gate, objects, self.access, sums)
         self._quota = (quota or Quota()).with_policy(policy)
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are, where that is limited."""
-        self._handshakes = Handshakes(
-            self.versions, Users(users), require_user=require_user, certificates=certificates
-        )
-        self._openings = self._new_openings(self._handshakes)
-        self._sessions = self._openings.sessions
-        """Connection -> its session."""
-        self._waiting: dict[str, _Request] = {}
-        self._at_work: list[Session] = []
-        """Whose requests run now: one may wake another."""
         self._besides: list[Instruction] = []
         """What comes of sessions that gave way while something else was handled."""
-        self._deliver: Callable[[ToPeer], None] | None = None
-        """Takes what requests post to other workers, while their event is handled."""
+        handshakes = Handshakes(
+            self.versions, Users(users), require_user=require_user, certificates=certificates
+        )
+        self._requests = Requests(self.store, auditor)
         self.overview = Overview(
             self.store,
             self.device,
-            lambda: [one for one in (*list(self._sessions.values()), *self._kept.away()) if not one.sibling],
-            self._under_way,
+            self._clients_sessions,
+            self._requests.sessions,
             knows_users=bool(users) or require_user if knows_users is None else knows_users,
         )
+        self._parts = Parts(
+            device=self.device,
+            store=self.store,
+            gate=gate,
+            access=self.access,
+            audit=auditor,
+            objects=objects,
+            passes=passes,
+            parties=parties,
+            dealers=DealerOps(),
+            eager=EagerOps(objects, passes, peers, parties, self.device),
+            protocols=ProtocolOps(id, objects, self.device, reaches),
+            sums=sums,
+            training=training,
+            joint=JointOps(training, gate, self.access, auditor, self.store, joint_runs),
+            handshakes=handshakes,
+            openings=self._new_openings(handshakes, kept, auditor, training),
+            kept=kept,
+            overview=self.overview,
+        )
+        self._posts = Posts(self._parts, self._requests)
+        self._endings = Endings(self._parts, self._requests)
 
-    def _under_way(self) -> list[Session]:
-        return [one.session for one in {id(one): one for one in list(self._waiting.values())}.values()]
+    def _clients_sessions(self) -> list[Session]:
+        parts = self._parts
+        return [one for one in (*list(parts.sessions.values()), *parts.kept.away()) if not one.sibling]
 
     # ------------------------------------------------------------------------------ the owner's side
 
@@ -222,15 +209,15 @@ class WorkerState:
         self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
     ) -> m.DatasetInfo:
         """See `TrainingOps.add_dataset`."""
-        return self._training.add_dataset(dataset, key, tags=tags, description=description)
+        return self._parts.training.add_dataset(dataset, key, tags=tags, description=description)
 
     def remove_dataset(self, key: str) -> None:
         """See `TrainingOps.remove_dataset`."""
-        self._training.remove_dataset(key)
+        self._parts.training.remove_dataset(key)
 
     def read_items(self) -> None:
         """See `TrainingOps.read_items`."""
-        self._training.read_items()
+        self._parts.training.read_items()
 
     def add_tensor(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
@@ -244,7 +231,7 @@ class WorkerState:
             value = tensor.detach().to(self.device).requires_grad_(tensor.requires_grad)
         label = (
             frozenset[str]()
-            if self._gate is not None and self._gate.covers(tags)
+            if self._parts.gate is not None and self._parts.gate.covers(tags)
             else self.access.label(tags)
         )
         self.store.add(
@@ -273,11 +260,11 @@ class WorkerState:
 
     def hand_on_sessions(self) -> None:
         """Lets other processes serve the sessions: clients only prove who they are to this one (`HandOn`)."""
-        self._openings.hands_on = True
+        self._parts.openings.hands_on = True
 
     def knows(self, token: str) -> bool:
         """Returns whether sessions that a token of that id has opened may go on; True for none."""
-        return self._handshakes.knows(token)
+        return self._parts.handshakes.knows(token)
 
     def serve_alone(
         self,
@@ -289,56 +276,53 @@ class WorkerState:
     ) -> None:
         """Makes this the state of a process that serves the sessions of one user, after another process has found out
         who its clients are. `audit`, `approvals`, `board`, `tickets` and `joint_runs` are that one's."""
-        self._siblings = Neighbours(board, self._objects, self.access, self.device)
-        self._kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
-        self._handshakes = Handshakes(self.versions, Users(None))
-        self._openings = self._new_openings(self._handshakes)
-        self._handshakes.tickets.elsewhere = tickets
-        self._openings.gives_tickets = tickets is not None
-        self._sessions = self._openings.sessions
-        self._audit.to(audit)
-        self._joint.folder = joint_runs
-        if self._gate is not None:
-            self._gate.approving.ask(approvals)
+        parts = self._parts
+        parts.siblings = Neighbours(board, parts.objects, self.access, self.device)
+        parts.kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
+        parts.handshakes = Handshakes(self.versions, Users(None))
+        parts.openings = self._new_openings(parts.handshakes, parts.kept, parts.audit, parts.training)
+        parts.handshakes.tickets.elsewhere = tickets
+        parts.openings.gives_tickets = tickets is not None
+        parts.audit.to(audit)
+        parts.joint.folder = joint_runs
+        if parts.gate is not None:
+            parts.gate.approving.ask(approvals)
 
-    def _new_openings(self, handshakes: Handshakes) -> Openings:
+    def _new_openings(
+        self, handshakes: Handshakes, kept: KeptSessions, audit: Auditor, training: TrainingOps
+    ) -> Openings:
         return Openings(
-            self.id,
-            handshakes,
-            self._kept,
-            self._audit,
-            datasets=self._training.seen_by,
-            when_opened=self._open_account,
+            self.id, handshakes, kept, audit, datasets=training.seen_by, when_opened=self._open_account
         )
 
     def note_ticket(self, client: Session, id: str, verifier: Verifier, asked: m.Delegate) -> None:
         """Takes note of a ticket that another process gave, for which `client` stands, and that is proved here."""
-        self._handshakes.note_ticket(client, id, verifier, asked)
+        self._parts.handshakes.note_ticket(client, id, verifier, asked)
 
     def tickets_of(self, client: Session) -> int:
         """Returns how many of that process' tickets there are."""
-        return self._handshakes.tickets.of(client)
+        return self._parts.handshakes.tickets.of(client)
 
     def forget_tickets(self, client: Session, id: str = "") -> None:
         """Forgets one of that process' tickets, or all of them."""
-        if id and self._handshakes.tickets.is_of(id, client):
-            self._handshakes.tickets.forget(id)
+        if id and self._parts.handshakes.tickets.is_of(id, client):
+            self._parts.handshakes.tickets.forget(id)
         elif not id:
-            self._handshakes.tickets.ended(client)
+            self._parts.handshakes.tickets.ended(client)
 
     def kept_name(self, connection: int) -> str | None:
         """Returns the name under which the session of a connection goes on over another one; None if it does not."""
-        session = self._sessions.get(connection)
+        session = self._parts.sessions.get(connection)
         return session.kept.name if session is not None and session.kept is not None else None
 
     @property
     def has_sessions(self) -> bool:
         """True where there are sessions, or some that may be gone on with."""
-        return bool(self._sessions or len(self._kept))
+        return bool(self._parts.sessions or len(self._parts.kept))
 
     def is_open(self, connection: int) -> bool:
         """Returns whether a connection has a session: its handshake is over."""
-        return connection in self._sessions
+        return connection in self._parts.sessions
 
     @property
     def quota(self) -> Quota:
@@ -347,24 +331,24 @@ class WorkerState:
 
     def whose(self, connection: int) -> str:
         """Returns for whom the session of a connection counts; ``""`` where it has none."""
-        session = self._sessions.get(connection)
-        return "" if session is None else session.whose(self._handshakes.host(connection))
+        session = self._parts.sessions.get(connection)
+        return "" if session is None else session.whose(self._parts.handshakes.host(connection))
 
     def keep_no_longer(self, connection: int) -> None:
         """Lets the session of a connection end with it; answers that it has not heard are gone."""
-        session = self._sessions.get(connection)
+        session = self._parts.sessions.get(connection)
         if session is not None and session.kept is not None:
             session.kept.give_up()
 
     def accepted_by(self, connection: int) -> m.Versions:
         """Returns what the client of a connection accepts; what everybody does, before it has said so."""
-        session = self._sessions.get(connection)
+        session = self._parts.sessions.get(connection)
         return session.client if session is not None and session.client is not None else self.versions
 
     @property
     def datasets(self) -> Mapping[str, m.DatasetInfo]:
         """key -> what clients are told about the data set."""
-        return self._training.datasets
+        return self._parts.training.datasets
 
     # ------------------------------------------------------------------------------------ the machine
 
@@ -397,7 +381,7 @@ class WorkerState:
           handed in once, after the last message. What other workers answer is handed in as before.
         * ``Probe``: hand in ``Probed`` once, before anything else of that connection.
         """
-        self._deliver = deliver
+        self._requests.deliver = deliver
         instructions = self._handle(event, over)
         besides, self._besides = self._besides, []
         return [*instructions, *besides]
@@ -405,138 +389,32 @@ class WorkerState:
     def _handle(self, event: Event, over: Callable[[], bool]) -> list[Instruction]:
         match event:
             case Connected(connection, channel):
-                self._openings.connected(connection, channel)
+                self._parts.openings.connected(connection, channel)
                 return []
             case Received():
                 return self._received(event, over)
             case PeerAnswered(key) | TimePassed(key):
-                return self._wake(self._waiting.get(key), event)
+                return self._requests.wake(key, event)
             case PeerFailed(key, reason):
-                return self._wake(self._waiting.get(key), PeerError(reason, key))
+                return self._requests.wake(key, PeerError(reason, key))
             case Disconnected(connection):
-                return self._disconnected(connection)
+                return self._endings.disconnected(connection)
             case Cut(connection):
-                session = self._sessions.get(connection)
-                return [] if session is None else self._end_computations(session)
+                session = self._parts.sessions.get(connection)
+                return [] if session is None else self._endings.end_computations(session)
             case Probed(connection, alive):
-                return self._openings.probed(connection, alive=alive)
+                return self._parts.openings.probed(connection, alive=alive)
             case Expired(name, absence):
-                session = self._kept.expired(name, absence)
-                return [] if session is None else self._end(session)
+                session = self._parts.kept.expired(name, absence)
+                return [] if session is None else self._endings.end(session)
             case UsersChanged(users):
-                return self._users_changed(Users(users))
-
-    def _users_changed(self, users: Users) -> list[Instruction]:
-        """Sessions whose token counts no longer end now, and so do those that wait for their client to come back."""
-        self._handshakes.change_users(users)
-        instructions = self._openings.forget_revoked()
-        for connection, session in list(self._sessions.items()):
-            if self._handshakes.counts(session) or connection not in self._sessions:
-                continue
-            if session.kept is not None:
-                session.kept.give_up()
-            failure = m.Failure("HandshakeError", REVOKED)
-            instructions += [Reply(connection, m.Envelope(0, failure)), *self._disconnected(connection)]
-            instructions.append(Close(connection))
-        for session in self._kept.away():
-            if not self._handshakes.counts(session) and self._kept.has(session):
-                instructions += self._end(session)
-        return instructions
-
-    def _disconnected(self, connection: int) -> list[Instruction]:
-        session = self._openings.disconnected(connection)
-        if session is None:
-            return []
-        session.connection = None
-        alone = self._end_computations(session)
-        if self._siblings is not None:
-            alone += self._siblings.gone(session)
-            self._tell_computations()
-        keep, over = self._kept.left(session)
-        ended = [session] if keep is None else over
-        return [
-            *alone,
-            *(() if keep is None else (keep,)),
-            *(one for other in ended for one in self._end(other)),
-        ]
-
-    def _end_computations(self, session: Session) -> list[Instruction]:
-        """Computations on shares and joint runs do not go on after a cut: the others hear so at once."""
-        return [
-            *self._dealers.end(session),
-            *self._heard(*self._parties.gone(session)),
-            *self._heard(*self._joint.gone(session)),
-        ]
-
-    def _end(self, session: Session) -> list[Instruction]:
-        """A session is over."""
-        self._kept.ended(session)
-        session.leave_graphs()
-        self._audit.ended(session)
-        self._handshakes.tickets.ended(session)
-        instructions: list[Instruction] = self._end_those_for(session)
-        for request in self._of(session):
-            if request.run is not None:  # what it made on other workers must go
-                instructions += self._wake(request, RunCancelledError("its client is gone"))
-            else:
-                self._forget_keys(request)
-                request.steps.close()
-        parted = [Part(list(session.links.values()))] if session.links else []
-        return [*instructions, *self._objects.end(session), *parted]
-
-    def _end_those_for(self, client: Session) -> list[Instruction]:
-        """Ends the sessions that other workers opened in the name of one that is over."""
-        instructions: list[Instruction] = []
-        for connection, session in list(self._sessions.items()):
-            if session.by is not None and session.by.client is client:
-                if session.kept is not None:
-                    session.kept.give_up()
-                failure = m.Failure(TICKET_REFUSED, "the session that gave the ticket is over")
-                instructions += [Reply(connection, m.Envelope(0, failure)), *self._disconnected(connection)]
-                instructions.append(Close(connection))
-        for session in self._kept.away():
-            if session.by is not None and session.by.client is client:
-                instructions += self._end(session)
-        return instructions
-
-    def _of(self, session: Session) -> list[_Request]:
-        """The requests of a session that wait for peers."""
-        waiting = {id(one): one for one in self._waiting.values() if one.session is session}
-        return list(waiting.values())
-
-    def _run_of(self, session: Session, run: int) -> _Request | None:
-        return next((one for one in self._of(session) if one.run == run), None)
-
-    def _heard(self, sends: Sequence[ToPeer], keys: Sequence[str]) -> list[Instruction]:
-        """What goes to other workers, and what comes of it that requests under these keys go on."""
-        instructions: list[Instruction] = [*sends]
-        for key in keys:
-            instructions += self._wake(self._waiting.get(key), TimePassed(key))
-        return instructions
-
-    def _wake(
-        self, request: _Request | None, sent: PeerAnswered | TimePassed | Exception
-    ) -> list[Instruction]:
-        """A request goes on that waited, if it still does."""
-        if request is None:
-            return []
-        self._forget_keys(request)
-        if request.session.kept is not None:
-            request.session.kept.before_writing()
-        return self._advance(request, sent)
-
-    def _forget_keys(self, request: _Request) -> None:
-        if request.keys:
-            request.session.waiting -= 1
-        for key in request.keys:
-            del self._waiting[key]
-        request.keys = ()
+                return self._endings.users_changed(Users(users))
 
     def _received(self, event: Received, over: Callable[[], bool]) -> list[Instruction]:
         connection, envelope, body = event.connection, event.envelope, event.envelope.body
-        session = self._sessions.get(connection)
+        session = self._parts.sessions.get(connection)
         if isinstance(body, m.Hello | m.Prove):
-            return self._openings.open(connection, envelope, body)
+            return self._parts.openings.open(connection, envelope, body)
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
             return [Reply(connection, m.Envelope(envelope.id, failure)), Close(connection)]
@@ -552,11 +430,13 @@ class WorkerState:
         if isinstance(body, m.Ack | m.Bye):
             return self._leaves(connection, session, body) if isinstance(body, m.Bye) else []
         if envelope.id == 0:
-            return [*self._posts(session, event, over), *self._acknowledges(session, event)]
-        request = _Request(connection, envelope.id, self._steps(session, body, event.tensors), session, body)
+            return [*self._posts.take(session, event, over), *self._acknowledges(session, event)]
+        request = Request(
+            connection, envelope.id, answer(self._parts, session, body, event.tensors), session, body
+        )
         if isinstance(body, m.RunProtocol):
             request.run = body.run
-        return [*self._advance(request, None), *self._acknowledges(session, event)]
+        return [*self._requests.advance(request, None), *self._acknowledges(session, event)]
 
     def _leaves(self, connection: int, session: Session, bye: m.Bye) -> list[Instruction]:
         """The client closes its session, for good or not."""
@@ -564,7 +444,7 @@ class WorkerState:
             session.kept.gives_way = True
         elif session.kept is not None:
             session.kept.give_up()
-        return [*self._disconnected(connection), Close(connection)]
+        return [*self._endings.disconnected(connection), Close(connection)]
 
     def _acknowledges(self, session: Session, event: Received) -> list[Instruction]:
         """Tells the client that its messages were taken, where no answer has said so for long."""
@@ -572,151 +452,6 @@ class WorkerState:
         if kept is None or session.connection is None or not kept.due(event.tensors):
             return []
         return [Reply(session.connection, m.Envelope(0, m.Ack(), kept.taken))]
-
-    def _posts(self, session: Session, event: Received, over: Callable[[], bool]) -> list[Instruction]:
-        """Does what a message asks for that is not answered."""
-        body = event.envelope.body
-        if isinstance(body, m.ActFor):
-            return self._acts_for(session, body)
-        if isinstance(body, m.CancelRun):
-            return self._wake(self._run_of(session, body.run), RunCancelledError("cancelled"))
-        if isinstance(body, m.Post):
-            return self._post(event.connection, session, body, over)
-        return self._posted(event.connection, session, body, event.tensors)
-
-    def _acts_for(self, session: Session, body: m.ActFor) -> list[Instruction]:
-        """Takes the ticket for acting in the name of a session's client at another worker."""
-        try:
-            check_permitted(session, body)
-            return [*session.act_for(body)]
-        except LocalError as error:
-            session.failure = session.failure or failure_of(error)
-            return []
-
-    def _post(
-        self, connection: int, session: Session, body: m.Post, over: Callable[[], bool]
-    ) -> list[Instruction]:
-        """Runs what was posted, until its turn is over, or until it has to wait for other workers: then everything that
-        comes after it on this connection waits, too."""
-        try:
-            check_permitted(session, body)
-            posted = self._eager.post(session, body, over)
-        except Exception as error:  # as in _advance
-            session.failure = session.failure or failure_of(error)
-            return []
-        instructions: list[Instruction] = [*posted.sends]
-        left = (
-            None if posted.left is None else Received(connection, m.Envelope(0, posted.left), [], rest=True)
-        )
-        if posted.run is not None:
-            request = _Request(connection, 0, posted.run, session, body)
-            instructions += self._advance(request, None)
-            if request.keys:
-                request.holds = True
-                return [*instructions, Hold(connection, left)]
-        return instructions if left is None else [*instructions, Again(left)]
-
-    def _posted(
-        self, connection: int, session: Session, body: m.Body, tensors: list[torch.Tensor]
-    ) -> list[Instruction]:
-        """Does what a message asks for that is not answered; what it could not do shows at the session's next
-        request."""
-        try:
-            check_permitted(session, body)  # before anything is passed on to another process
-            if self._siblings is not None:
-                self._siblings.check(session, body)
-                if (peer := self._siblings.computing(session, body)) is not None:
-                    return [ToPeer(peer, body, tensors)]
-                if isinstance(body, m.Claim) and self._siblings.is_elsewhere(body):
-                    return self._claim_elsewhere(self._siblings, connection, session, body)
-            self.access.check_publish(session.user, body)
-            match body:
-                case m.Opening() | m.Corrections() | m.FailGroup():
-                    return self._heard(*self._parties.heard(session, body, tensors))
-                case m.Parcel() | m.FailJoint():
-                    return self._heard(*self._joint.heard(session, body, tensors))
-                case m.EndJoint():
-                    ended = self._heard(*self._joint.end(session, body))
-                    self._tell_computations()
-                    return ended
-                case m.EndGroup():
-                    self._dealers.stop(session, body.group)
-                    ended = self._heard(*self._parties.end(session, body))
-                    self._tell_computations()
-                    return ended
-                case m.Deal():
-                    request = _Request(connection, 0, self._dealers.deal(session, body), session, body)
-                    return self._advance(request, None)
-                case _:
-                    return [*self._do_posted(session, body, tensors)]
-        except Exception as error:  # as in _advance
-            session.failure = session.failure or failure_of(error)
-            self._audit.request_failed(session, body, error)
-        return []
-
-    def _claim_elsewhere(
-        self, siblings: Neighbours, connection: int, session: Session, body: m.Claim
-    ) -> list[Instruction]:
-        """Takes over what another process has, while what its client posts next waits."""
-
-        def steps() -> Steps:
-            try:
-                yield from siblings.claim(session, body)
-            except Exception as error:  # as in _posted
-                session.failure = session.failure or failure_of(error)
-            return m.Done(), ()
-
-        request = _Request(connection, 0, steps(), session, body)
-        instructions = self._advance(request, None)
-        if not request.keys:
-            return instructions
-        request.holds = True
-        return [*instructions, Hold(connection, None)]
-
-    def _tell_computations(self) -> None:
-        if self._siblings is not None:
-            self._siblings.computations_are([*self._parties.names, *self._joint.names])
-
-    def _do_posted(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Sequence[ToPeer]:
-        match body:
-            case m.Put():
-                self._objects.put(session, body, tensors)
-            case m.StorePlan():
-                self._objects.store_plan(session, body, tensors)
-            case m.PutShare():
-                self._parties.put(session, body, tensors)
-            case m.StoreProtocol():
-                self._protocols.store(session, body, tensors)
-            case m.DeployProtocol():
-                return self._protocols.deploy(session, body)
-            case m.PutPointer():
-                return self._objects.post_pointer(session, body)
-            case m.Describe():
-                self._objects.describe(session, body)
-            case m.Remove():
-                return self._remove(session, body)
-            case m.Claim():
-                self._claim(session, body)
-            case m.HandOver():
-                self._hand_over(session, body)
-            case _:
-                raise LocalError(f"messages of type {type(body).__name__} are requests: number them")
-        return ()
-
-    def _remove(self, session: Session, body: m.Remove) -> Sequence[ToPeer]:
-        elsewhere = [] if self._siblings is None else self._siblings.removed(session, body)
-        return [*self._objects.remove(session, body), *elsewhere]
-
-    def _hand_over(self, session: Session, body: m.HandOver) -> Answer:
-        if self._siblings is not None and session.sibling:
-            self._siblings.came_back(body.ids)
-        return self._objects.hand_over(session, body)
-
-    def _claim(self, session: Session, body: m.Claim) -> None:
-        self._objects.claim(session, body, self._by_id())
-
-    def _by_id(self) -> dict[str, Session]:
-        return {one.id: one for one in (*self._sessions.values(), *self._kept.away())}
 
     def _open_account(self, session: Session, host: str) -> None:
         if not self._quota:
@@ -731,191 +466,9 @@ class WorkerState:
         """Lets a plan of a user's rounds go, which its client can send again, or ends a session that was closed, where
         the others of the same user need the room."""
         account = self._accounts.get(whose)
-        if account is not None and self._training.give_way(account):
+        if account is not None and self._parts.training.give_way(account):
             return True
-        session = self._kept.to_give_way(whose, self._at_work)
+        session = self._parts.kept.to_give_way(whose, self._requests.at_work)
         if session is not None:
-            self._besides += self._end(session)
+            self._besides += self._endings.end(session)
         return session is not None
-
-    def _advance(
-        self, request: _Request, sent: PeerAnswered | TimePassed | Exception | None
-    ) -> list[Instruction]:
-        """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
-        instructions: list[Instruction] = []
-        self._at_work.append(request.session)
-        try:
-            while True:
-                step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
-                sent = None
-                if isinstance(step, Wake):
-                    instructions += self._wake(self._waiting.get(step.key), TimePassed(step.key))
-                    continue
-                if self._deliver is not None and isinstance(step, ToPeer) and not step.key:
-                    self._deliver(step)
-                    continue
-                instructions.append(step)
-                if isinstance(step, Wait):
-                    request.keys = (step.key, *step.others)
-                    request.session.waiting += 1
-                    self._waiting.update(dict.fromkeys(request.keys, request))
-                    return instructions
-        except StopIteration as stop:
-            body, tensors = stop.value or (m.Done(), ())
-        except Exception as error:  # whatever a request raises is its client's answer, never the worker's end
-            body, tensors = failure_of(error), ()
-            self._audit.request_failed(request.session, request.body, error)
-        finally:
-            self._at_work.pop()
-        if not request.id:
-            return [*instructions, Release(request.connection)] if request.holds else instructions
-        session, kept = request.session, request.session.kept
-        envelope = (
-            m.Envelope(request.id, body)
-            if kept is None
-            else kept.answered(request.id, body, tensors, self.store.account_of(session.id))
-        )
-        if session.connection is not None:
-            instructions.append(Reply(session.connection, envelope, tensors))
-            if session.over:
-                instructions.append(Close(session.connection))
-        return instructions
-
-    # ----------------------------------------------------------------------------------- the requests
-
-    def _steps(self, session: Session, body: m.Body, tensors: list[torch.Tensor]) -> Steps:
-        check_permitted(session, body)
-        if session.waiting >= MOST_WAITING:
-            raise LocalError(
-                f"{session.waiting:,} requests of this session wait for other workers, as many as may: await some first"
-            )
-        if isinstance(body, m.Resume):  # which nothing keeps from being heard
-            return self._passes.resume(session)
-        self._objects.raise_unseen(session)
-        if self._siblings is not None:
-            self._siblings.check(session, body)
-            if (peer := self._siblings.computing(session, body)) is not None:
-                return (yield from self._siblings.relayed(session, peer, body, tensors))
-        self.access.check_publish(session.user, body)
-        match body:
-            case m.Fetch():
-                return (yield from self._objects.fetch(session, body))
-            case m.Backward():
-                return (yield from self._passes.run(session, body))
-            case m.Call():
-                return (yield from self._eager.call(session, body))
-            case m.Put():
-                return self._objects.put(session, body, tensors)
-            case m.StorePlan():
-                return self._objects.store_plan(session, body, tensors)
-            case m.ReadPlan():
-                return self._objects.read_plan(session, body)
-            case m.StoreProtocol():
-                return self._protocols.store(session, body, tensors)
-            case m.DeployProtocol():
-                yield from self._protocols.deploy(session, body)
-                return m.Done(), ()
-            case m.ReadRun():
-                return self._protocols.read_run(session, body)
-            case m.RunProtocol():
-                return (yield from self._protocols.run(session, body))
-            case m.Search():
-                here = self._objects.search(session, body)
-                return (
-                    here
-                    if self._siblings is None
-                    else (yield from self._siblings.search(session, body, here))
-                )
-            case m.Lend() if self._siblings is not None:
-                return self._siblings.lend(session, body, self._by_id())
-            case m.Move():
-                return (yield from self._objects.move(session, body))
-            case m.HandOver():
-                return self._hand_over(session, body)
-            case m.Delegate():
-                return self._handshakes.give_ticket(session, body), ()
-            case m.ActFor():
-                yield from session.act_for(body)
-                return m.Done(), ()
-            case m.Claim():
-                if self._siblings is not None and self._siblings.is_elsewhere(body):
-                    return (yield from self._siblings.claim(session, body))
-                self._claim(session, body)
-                return m.Done(), ()
-            case m.Remove():
-                yield from self._remove(session, body)
-                return m.Done(), ()
-            case m.PutPointer():
-                return (yield from self._objects.put_pointer(session, body))
-            case m.Clear():
-                yield from self._objects.clear(session)
-                return m.Done(), ()
-            case m.ListObjects():
-                return self._objects.listing(session)
-            case m.MakeGroup():
-                if self._siblings is not None:
-                    self._siblings.check_new(body)
-                made = self._parties.make(session, body)
-                self._tell_computations()
-                return made
-            case m.MakeDealer():
-                return (yield from self._dealers.make(session, body))
-            case m.GiveSeed():
-                return (yield from self._parties.take_seed(session, body))
-            case m.JoinGroup():
-                return self._parties.join(session, body)
-            case m.AskNeeds():
-                return (yield from self._parties.ask_needs(session, body))
-            case m.PutShare():
-                return self._parties.put(session, body, tensors)
-            case m.ShareOut():
-                return (yield from self._parties.share_out(session, body))
-            case m.ReadTraffic():
-                return self._parties.traffic(session, body)
-            case m.AskStatus():
-                return self.overview.told_to(session), ()
-            case m.ReadTable():
-                return self._joint.read_table(session, body)
-            case m.OpenJoint():
-                if self._siblings is not None:
-                    self._siblings.check_new(body)
-                opened = yield from self._joint.open(session, body)
-                self._tell_computations()
-                return opened
-            case m.JoinJoint():
-                return self._joint.join(session, body)
-            case m.WorkJoint():
-                return (yield from self._joint.work(session, body, tensors))
-            case m.CountObjects():
-                return m.Counted(self.store.count(session.id)), ()
-            case m.RunPlan():
-                return self._training.run_plan(session, body, tensors)
-            case m.PutPlan():
-                return self._training.put_plan(session, body, tensors)
-            case m.AskApproval():
-                status = Status("approved")
-                if self._gate is not None:
-                    status = self._gate.approving.told(
-                        body.plan, session.user, sent=body.plan in session.asked
-                    )
-                return m.Approval(status.status, status.why), ()
-            case m.Fit():
-                return self._training.fit(session, body, tensors)
-            case m.ReadOptimizer():
-                return self._training.read_optimizer(session, body)
-            case m.PutOptimizer():
-                return self._training.put_optimizer(session, body, tensors)
-            case m.Evaluate():
-                return self._training.evaluate(session, body, tensors)
-            case m.JoinSum():
-                return self._sums.join(session, body)
-            case m.ShareSecrets():
-                return self._sums.share(session, body)
-            case m.FitMasked():
-                return self._training.fit_masked(session, body, tensors)
-            case m.SignSurvivors():
-                return self._sums.sign(session, body)
-            case m.RevealShares():
-                return self._sums.reveal(session, body)
-            case _:
-                raise LocalError(f"a worker does not take messages of type {type(body).__name__}")

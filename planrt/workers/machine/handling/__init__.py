@@ -1,0 +1,1 @@
+"""How a worker's state machine handles its events; see `planrt.workers.machine.state`."""
