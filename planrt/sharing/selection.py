@@ -179,6 +179,9 @@ def leading(
     3. Again, with what the groups gave, until one is left.
     """
     rest = values.movedim(dim, 0)
+    if not rest.shape[1:].numel():  # nothing is asked for
+        nothing = torch.zeros(rest.shape[1:], dtype=torch.int64)
+        return Largest(nothing, nothing.clone(), None)
     if not len(rest):
         raise SharingError(
             f"there is no largest of nothing: dimension {dim} of {list(values.shape)} is empty"

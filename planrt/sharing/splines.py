@@ -67,6 +67,20 @@ def _gelu_slope(x: Decimal) -> Decimal:
     return (1 + _erf(x / Decimal(2).sqrt())) / 2 + x * (-x * x / 2).exp() / (2 * _PI).sqrt()
 
 
+_BENT = Decimal("0.044715")
+
+
+def _gelu_tanh(x: Decimal) -> Decimal:
+    """x (1 + tanh(y)) / 2, as x sigmoid(2 y), with y = sqrt(2 / pi) (x + 0.044715 x**3): Hendrycks and Gimpel, 2016."""
+    return x * _sigmoid(2 * (2 / _PI).sqrt() * (x + _BENT * x**3))
+
+
+def _gelu_tanh_slope(x: Decimal) -> Decimal:
+    root = 2 * (2 / _PI).sqrt()
+    bent = _sigmoid(root * (x + _BENT * x**3))
+    return bent + x * bent * (1 - bent) * root * (1 + 3 * _BENT * x**2)
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """A function, where it is cut into pieces, and its tails: slope and value beyond both ends."""
@@ -85,6 +99,8 @@ CURVES = {
     "erf": Curve(_erf, -4, 4, (0, -1), (0, 1)),
     "gelu": Curve(_gelu, -5, 5, (0, 0), (1, 0)),
     "gelu_slope": Curve(_gelu_slope, -6, 6),
+    "gelu_tanh": Curve(_gelu_tanh, -5, 5, (0, 0), (1, 0)),
+    "gelu_tanh_slope": Curve(_gelu_tanh_slope, -6, 6),
     "silu": Curve(lambda x: x * _sigmoid(x), -14, 14, (0, 0), (1, 0)),
     "softplus": Curve(lambda x: (1 + x.exp()).ln(), -11, 11, (0, 0), (1, 0)),
     "exp": Curve(Decimal.exp, -11, 12, (0, 0), (0, 162755)),

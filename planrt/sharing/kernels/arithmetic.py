@@ -263,6 +263,8 @@ def average(
         SharingError: there is nothing to average.
     """
     summed = yield from total(context, value, dim, keepdim)
+    if not summed.part.numel():
+        return summed
     if not value.part.numel():
         raise SharingError("the mean of nothing has no value")
     return (yield from divided(context, summed, value.part.numel() // summed.part.numel()))
@@ -271,11 +273,7 @@ def average(
 def curve_kernel(name: str) -> One:
     """Returns the kernel of a function of `splines.CURVES`."""
 
-    def kernel(context: Context, value: Share, *, approximate: str = "none") -> Protocol[Share]:
-        if approximate != "none":
-            raise SharingError(
-                f"{name} of shares is computed to 2**-15, not by approximate={approximate!r}: leave it out"
-            )
+    def kernel(context: Context, value: Share) -> Protocol[Share]:
         (value,) = yield from fractional(context, value)
         return Share((yield from curves.curve(context.party, value.part, name, context.scale)), context.scale)
 
@@ -415,6 +413,8 @@ def variance(
     """Computes the mean square of what differs from the mean, with Bessel's correction where not told otherwise."""
     dims = list(dim) if dim else list(range(value.part.dim()))
     mean = yield from average(context, value, dims, True)
+    if not mean.part.numel():
+        return (yield from total(context, value, dims, keepdim))
     centred = yield from subtract(context, value, mean)
     squares = yield from multiply(context, centred, centred)
     summed = yield from total(context, squares, dims, keepdim)
@@ -425,22 +425,6 @@ def variance(
 def _deviation(context: Context, value: Share, dim: Any = None, **options: Any) -> Protocol[Share]:
     found = yield from variance(context, value, dim, **options)
     return (yield from root_kernel(roots.sqrt)(context, found))
-
-
-def _norm(
-    context: Context,
-    value: Share,
-    ord: float = 2,
-    dim: Sequence[int] | None = None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Protocol[Share]:
-    if ord != 2:
-        raise SharingError(f"shares have norms of order 2, not {ord}: write x.abs().sum() or x.abs().amax()")
-    squares = yield from multiply(context, value, value)
-    summed = yield from total(context, squares, dim, keepdim)
-    return (yield from root_kernel(roots.sqrt)(context, summed))
 
 
 def _running_sum(
@@ -470,11 +454,9 @@ ARITHMETIC: dict[str, Kernel] = {
     "cumsum": _running_sum,
     "var": variance,
     "std": _deviation,
-    "linalg_vector_norm": _norm,
     "sigmoid": curve_kernel("sigmoid"),
     "tanh": curve_kernel("tanh"),
     "erf": curve_kernel("erf"),
-    "gelu": curve_kernel("gelu"),
     "silu": curve_kernel("silu"),
     "exp": curve_kernel("exp"),
     "log": root_kernel(roots.log),

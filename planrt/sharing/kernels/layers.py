@@ -255,10 +255,17 @@ def _silu_backward(context: Context, gradient: Share, value: Share) -> Protocol[
     return (yield from multiply(context, gradient, slope))
 
 
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def _gelu(context: Context, value: Share, *, approximate: str = "none") -> Protocol[Share]:
+    return (yield from curve_kernel(_GELUS[approximate])(context, value))
+
+
 def _gelu_backward(
     context: Context, gradient: Share, value: Share, *, approximate: str = "none"
 ) -> Protocol[Share]:
-    slope = yield from curve_kernel("gelu_slope")(context, value, approximate=approximate)
+    slope = yield from curve_kernel(f"{_GELUS[approximate]}_slope")(context, value)
     return (yield from multiply(context, gradient, slope))
 
 
@@ -456,7 +463,7 @@ def _embedding_backward(
 ) -> Protocol[Share]:
     if by_frequency:
         raise SharingError("embedding of shares does not scale gradients by frequency: leave it out")
-    flat = Share(gradient.part.reshape(-1, gradient.shape[-1]), gradient.scale)
+    flat = Share(gradient.part.flatten(0, -2), gradient.scale)
     if isinstance(indices, Share):
         rows = yield from _rows(context, indices, count)
         found = yield from matrix_product(context, Share(rows.part.reshape(-1, count).t(), 1), flat)
@@ -479,6 +486,7 @@ LAYERS: dict[str, Kernel] = {
     "hardtanh_backward": _hardtanh_backward,
     "sigmoid_backward": _sigmoid_backward,
     "tanh_backward": _tanh_backward,
+    "gelu": _gelu,
     "gelu_backward": _gelu_backward,
     "silu_backward": _silu_backward,
     "softplus": _softplus,

@@ -42,7 +42,6 @@ _INSTEAD: dict[str, tuple[str, str]] = {
     **{name: (name, _ROUNDED) for name in ("round", "floor", "ceil", "trunc", "frac", "remainder", "fmod")},
     "floor_divide": ("//", _ROUNDED),
     **{f"bitwise_{name}": (sign, _BITS) for name, sign in (("and", "&"), ("or", "|"), ("xor", "^"), ("not", "~"))},
-    "prod": ("prod", "multiply one by one, or write x.log().sum().exp() of what is positive"),
     **{name: (name, _CURVES) for name in ("sin", "cos", "tan", "atan", "erfinv", "lgamma")},
 }  # fmt: skip
 """ATen name of what is often asked for and not there -> what people call it, and what to write instead."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import RandomnessError, SharingError
+from planrt.errors import PlanrtError, RandomnessError, SharingError
 from planrt.sharing.kernels.parts import Context, Share, masked
 from planrt.sharing.kernels.table import VIEWS, call_kernel
 from planrt.sharing.programs.ahead import factors, only_copies
@@ -208,6 +208,8 @@ class _Run:
 
     def _fail(self, number: int, error: Exception) -> None:
         call = self._calls[number]
+        if call is not None and not isinstance(error, PlanrtError):  # torch's, of the arguments
+            error = _told(call.name, error)
         for value in self._makes[number]:
             self._values[value] = Failed(error)
         if call is not None and call.in_place:
@@ -218,6 +220,13 @@ class _Run:
         self._running.pop(number, None)
         for value in (*self._makes[number], *self._reads[number]):
             self._users[value].remove(number)
+
+
+def _told(name: str, error: Exception) -> SharingError:
+    """What a caller is told of an error that torch raised in a kernel."""
+    told = SharingError(f"{name}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+    told.__cause__ = error
+    return told
 
 
 def _written(program: Program, operands: Sequence[Any]) -> list[tuple[int, ...]]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from planrt.errors import SharingError
+from planrt.sharing.tensors import distances
 
 Rewriting = Callable[..., Any]
 
@@ -54,7 +55,7 @@ def _prelu_backward(gradient: Any, x: Any, weight: Any) -> Any:
     return torch.where(positive, gradient, gradient * weight), gradient * below
 
 
-def _norm(x: Any, p: float | None, dim: Sequence[int] = (), keepdim: bool = False, **_: Any) -> Any:
+def _norm(x: Any, p: float | None = 2, dim: Sequence[int] = (), keepdim: bool = False, **_: Any) -> Any:
     return torch.linalg.vector_norm(x, 2 if p is None else p, list(dim) or None, keepdim)
 
 
@@ -172,20 +173,6 @@ def _soft_margin_backward(gradient: Any, x: Any, target: Any, reduction: int) ->
 
 def _shrink_backward(gradient: Any, x: Any, lambd: float) -> Any:
     return gradient * (x.abs() > lambd)
-
-
-def _distances(one: Any, two: Any, p: float, mode: int | None) -> Any:
-    apart = one.unsqueeze(-2) - two.unsqueeze(-3)
-    return torch.linalg.vector_norm(apart, p, -1)
-
-
-def _distances_backward(gradient: Any, one: Any, two: Any, p: float, found: Any) -> Any:
-    """Of the euclidean distance: (x - y) / |x - y|, and 0 where both are equal."""
-    if p != 2:
-        raise SharingError("of distances on shares, only the euclidean one (p=2) is differentiated")
-    apart = one.unsqueeze(-2) - two.unsqueeze(-3)
-    slope = gradient / (found + (found == 0))
-    return (apart * slope.unsqueeze(-1)).sum(-2)
 
 
 @cache
@@ -443,14 +430,22 @@ _OWN: dict[str, Rewriting] = {
     ),
     "_unsafe_index": torch.ops.aten.index.Tensor,
     "_unsafe_index_put": torch.ops.aten.index_put.default,
-    "_cdist_backward": _distances_backward,
     "hardsigmoid": lambda x: (x + 3).clamp(0, 6) * (1 / 6),
     "hardsigmoid_backward": lambda gradient, x: gradient * (x.abs() < 3) * (1 / 6),
     **{f"{name}{suffix}": _resized(name, bool(suffix)) for name in _SCALED for suffix in ("", "_backward")},
     **{f"{name}{suffix}": _padded(name, bool(suffix)) for name in _PADDED for suffix in ("", "_backward")},
     "xlogy": lambda x, y: x * y.log(),
-    "_cdist_forward": _distances,
-    "_euclidean_dist": lambda one, two: _distances(one, two, 2.0, None),
+    "linalg_vector_norm": distances.vector_norm,
+    "_cdist_forward": distances.distances,
+    "_cdist_backward": distances.distances_backward,
+    "_euclidean_dist": lambda one, two: distances.distances(one, two, 2.0),
+    "_pdist_forward": distances.distances_within,
+    "_pdist_backward": distances.distances_within_backward,
+    "_weight_norm_interface": distances.weight_norm,
+    "_weight_norm_interface_backward": distances.weight_norm_backward,
+    "prod": distances.prod,
+    "cumprod": distances.cumprod,
+    "count_nonzero": lambda x, dim=None: (x != 0).sum(dim),
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "_native_multi_head_attention": _fast_self_attention,
