@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -58,12 +58,19 @@ Nested: TypeAlias = Any
 """A value built from tuples, lists and dicts (string keys) whose leaves are `Ref`s, tensors or constants."""
 
 
+_SINGLE: Final = frozenset({Ref, torch.Tensor, int, float, bool, str, type(None), torch.dtype})
+"""Classes of most leaves: these are told apart by a look at the class alone, which takes a quarter of the time."""
+
+
 def leaves(value: Nested) -> Iterator[Any]:
     """Yields everything in a nested value that is no container, left to right. Slices are containers of
     three."""
     if isinstance(value, tuple | list):
         for item in value:
-            yield from leaves(item)
+            if type(item) in _SINGLE:
+                yield item
+            else:
+                yield from leaves(item)
     elif isinstance(value, dict):
         yield from leaves(list(value.values()))
     elif isinstance(value, slice):
@@ -74,6 +81,8 @@ def leaves(value: Nested) -> Iterator[Any]:
 
 def map_leaves(value: Nested, change: Callable[[Any], Any]) -> Nested:
     """Copies a nested value with `change` applied to each of its `leaves`, in their order."""
+    if type(value) in _SINGLE:
+        return change(value)
     if isinstance(value, tuple):
         return tuple([map_leaves(item, change) for item in value])
     if isinstance(value, list):

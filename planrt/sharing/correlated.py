@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from planrt.errors import RandomnessError
+from planrt.sharing import ring
 from planrt.sharing.randomness import Stream, Streams
 from planrt.sharing.requests import ALL, CHANGES, Base, Known, Part, Request, Spec
 
@@ -45,12 +46,12 @@ def _from_tensor(spec: Spec, tensor: torch.Tensor) -> Part:
 
 
 def _combined(parts: Sequence[Part]) -> Part:
-    return reduce(lambda a, b: a + b if isinstance(a, torch.Tensor) else a ^ b, parts)
+    return reduce(lambda a, b: ring.plus(a, b) if isinstance(a, torch.Tensor) else a ^ b, parts)
 
 
 def _difference(target: Part, parts: Sequence[Part]) -> Part:
     total = _combined(parts)
-    return target - total if isinstance(target, torch.Tensor) else target ^ total
+    return ring.minus(target, total) if isinstance(target, torch.Tensor) else target ^ total
 
 
 @dataclass(slots=True)

@@ -87,15 +87,16 @@ class Tables:
 
 def chunked(value: torch.Tensor, bits: int, chunks: int) -> Words:
     """Returns the low `bits` bits of int64 (rows, n) in chunks of four, the highest first: uint16 (chunks, rows, n)."""
-    words = ring.unsigned(value)
-    if bits < 64:
-        words = words & np.uint64((1 << bits) - 1)
-    quarters = words.view(np.uint16).reshape(*value.shape, 4)
+    quarters = ring.unsigned(value).view(np.uint16).reshape(*value.shape, 4)
     out = np.empty((chunks, *value.shape), np.uint16)
     for chunk in range(chunks):
         low = 4 * (chunks - 1 - chunk)
-        np.right_shift(quarters[..., low // 16], np.uint16(low % 16), out=out[chunk])
+        if low % 16 == 12 or not chunk:  # side by side, they are shifted ten times as fast
+            quarter = np.ascontiguousarray(quarters[..., low // 16])
+        np.right_shift(quarter, np.uint16(low % 16), out=out[chunk])
     out &= np.uint16(15)
+    for chunk in range(chunks - bits // 4):
+        out[chunk] &= np.uint16((1 << max(0, bits - 4 * (chunks - 1 - chunk))) - 1)
     return out
 
 
@@ -113,9 +114,9 @@ def looked_up(party: Party, table: Words, at: Words, equality: bool) -> tuple[Bi
 
 
 def _bit(table: Words, at: Words) -> Bits:
-    shifted = table >> at
-    shifted &= _ONE
-    return ring.packed(shifted.astype(np.bool_))
+    shifted = (table >> at).astype(np.uint8)
+    shifted &= np.uint8(1)
+    return ring.packed(shifted.view(np.bool_))
 
 
 def compared(party: Party, material: Material, opened: torch.Tensor, tables: Tables) -> Protocol[Bits]:

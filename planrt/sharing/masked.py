@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from planrt.errors import SharingError
+from planrt.sharing import ring
 from planrt.sharing.requests import Known, Mask
 from planrt.sharing.rounds import Party, Protocol
 
@@ -33,7 +34,7 @@ class Masked:
 
     def share(self, party: Party) -> torch.Tensor:
         """Returns this party's part of x."""
-        return self.opened - self.part if party.first else -self.part
+        return ring.minus(self.opened, self.part) if party.first else -self.part
 
     def plus(self, value: torch.Tensor | int) -> Masked:
         """Returns x plus something that all know, of a shape that broadcasts to x's."""
@@ -96,6 +97,14 @@ class Bit:
         """1 - 2d: b = d + (1 - 2d) * beta."""
         return 1 - 2 * self.opened
 
+    def turned(self, plain: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns d y + (1 - 2d) z, a part of a product with b, for parts y of the value and z of its product with
+        beta.
+        """
+        if plain.shape != hidden.shape or plain.shape != self.opened.shape:
+            return self.opened * plain + self.turn * hidden
+        return ring.chosen(-self.opened, ring.minus(plain, hidden), hidden)
+
     def share(self, party: Party) -> torch.Tensor:
         """Returns this party's part of b, as the integer 0 or 1."""
         return party.public(self.opened) + self.turn * self.part
@@ -146,7 +155,7 @@ def mask(party: Party, *secrets: torch.Tensor) -> Protocol[list[Masked]]:
             )
     requests = [Mask(tuple(secret.shape)) for secret in secrets]
     taken = [party.supply.take(request) for request in requests]
-    opened = yield [secret + one.free[0] for secret, one in zip(secrets, taken, strict=True)]
+    opened = yield [ring.plus(secret, one.free[0]) for secret, one in zip(secrets, taken, strict=True)]
     return [
         Masked(value, one.free[0], Known(one.number, request, request.shape))
         for value, one, request in zip(opened, taken, requests, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from planrt.sharing import ring
 from planrt.sharing.bilinear import bilinear_sum
 from planrt.sharing.masked import Bit, Masked, mask
 from planrt.sharing.requests import Known, Product
@@ -45,7 +46,7 @@ def bit_times(party: Party, bit: Bit, value: Masked) -> torch.Tensor:
     2. Return d [x] + (1 - 2d) (c [beta] - t).
     """
     third = known_times_coin(party, bit.coin, value.mask)
-    return bit.opened * value.share(party) + bit.turn * (value.opened * bit.part - third)
+    return bit.turned(value.share(party), ring.minus(value.opened * bit.part, third))
 
 
 def bit_times_bit(party: Party, left: Bit, right: Bit) -> torch.Tensor:

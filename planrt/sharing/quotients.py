@@ -29,12 +29,12 @@ def check_divisor(divisor: int) -> None:
 def shifted(opened: torch.Tensor, divisor: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Returns what is public of a quotient.
 
-    That is floor((c + offset) / divisor), whether c + offset has its top bit set (bool), and offset / divisor. The
-    offset makes secrets from -2**62 + divisor to 2**62 - 1 positive.
+    That is floor((c + offset) / divisor), -1 where c + offset has its top bit set and 0 elsewhere, and
+    offset / divisor. The offset makes secrets from -2**62 + divisor to 2**62 - 1 positive.
     """
     steps = LIMIT // divisor
     raised = opened + steps * divisor
-    return ring.floor_divided(raised, divisor, signed=False), raised < 0, steps
+    return ring.floor_divided(raised, divisor, signed=False), raised >> 63, steps
 
 
 def divide(party: Party, value: Masked, divisor: int) -> torch.Tensor:
@@ -53,8 +53,8 @@ def divide(party: Party, value: Masked, divisor: int) -> torch.Tensor:
     u = party.supply.take(Given(value.mask.changed("divide_unsigned", divisor))).fixed[0]
     s = party.supply.take(Given(value.mask.changed("divide", divisor))).fixed[0]
     quotient, high, steps = shifted(value.opened, divisor)
-    lost = torch.where(high, u, s)
-    return quotient - steps - lost if party.first else -lost
+    lost = ring.chosen(high, u, s)
+    return ring.minus(quotient.sub_(steps), lost) if party.first else lost.neg_()
 
 
 def truncate(party: Party, value: torch.Tensor, divisor: int) -> Protocol[torch.Tensor]:

@@ -62,7 +62,7 @@ class Known:
     def changed(self, name: str, *arguments: Any, shape: Sequence[int] | None = None) -> Known:
         """Returns the same value after one more change."""
         shape = self.shape if shape is None else tuple(shape)
-        return replace(self, shape=shape, changes=(*self.changes, (name, *arguments)))
+        return Known(self.number, self.source, shape, (*self.changes, (name, *arguments)))
 
 
 def pair_differences(values: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,42 @@ _FEW = 2**11
 """Sums of so many products of two such limbs are: 2 * 21 + 11 bits."""
 
 
+_MANY = 2**12
+"""From so many elements on, what calls of NumPy take beside torch's is less than they save."""
+
+
+def plus(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns left + right, int64. Of large tensors NumPy takes half the time: torch multiplies one of them by 1."""
+    if not _alike(left, right):
+        return left + right
+    found = torch.empty_like(left)
+    np.add(left.numpy(), right.numpy(), out=found.numpy())
+    return found
+
+
+def minus(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns left - right, int64; see `plus`."""
+    if not _alike(left, right):
+        return left - right
+    found = torch.empty_like(left)
+    np.subtract(left.numpy(), right.numpy(), out=found.numpy())
+    return found
+
+
+def _alike(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors are large, and lie in memory in one and the same way."""
+    return left.numel() >= _MANY and left.shape == right.shape and left.stride() == right.stride()
+
+
+def chosen(flags: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Returns `first` where flags are -1 and `second` where they are 0, all int64 and of one shape.
+
+    As `torch.where`, which branches at each element: with flags as random as those of masks it takes three times as
+    long.
+    """
+    return (first ^ second).bitwise_and_(flags).bitwise_xor_(second)
+
+
 def unsigned(values: torch.Tensor) -> Words:
     """Returns the same numbers, read as 0 .. 2**64 - 1; shares the memory where it is contiguous."""
     words: Words = values.contiguous().numpy().view(np.uint64)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from planrt.errors import SharingError
+from planrt.sharing import ring
 from planrt.sharing.correlated import Dealer, Supply
 from planrt.sharing.randomness import new_seed
 
@@ -151,4 +152,4 @@ def combined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns what the parts of all parties add up to: int64 modulo 2**64, packed bits by XOR."""
     if parts[0].dtype == torch.uint8:
         return reduce(torch.bitwise_xor, parts)
-    return reduce(torch.add, parts)
+    return reduce(ring.plus, parts)

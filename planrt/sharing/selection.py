@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from planrt.errors import SharingError, ValueRangeError
+from planrt.sharing import ring
 from planrt.sharing.additive import add_public
 from planrt.sharing.comparisons import below, negative, signs, to_bit
 from planrt.sharing.fixed_point import LIMIT
@@ -63,14 +64,15 @@ def bit_times_quotient(party: Party, bit: Bit, value: Masked, divisor: int) -> t
     """
     check_divisor(divisor)
     quotient, high, steps = shifted(value.opened, divisor)
-    quotient -= steps
+    quotient = quotient.sub_(steps)
     lost, hidden = [], []
     for change in ("divide_unsigned", "divide"):
         known = value.mask.changed(change, divisor)
         lost.append(party.supply.take(Given(known)).fixed[0])
         hidden.append(known_times_coin(party, bit.coin, known))
-    plain = party.public(quotient) - torch.where(high, lost[0], lost[1])
-    return bit.opened * plain + bit.turn * (quotient * bit.part - torch.where(high, hidden[0], hidden[1]))
+    plain = ring.chosen(high, *lost)
+    plain = ring.minus(quotient, plain) if party.first else plain.neg_()
+    return bit.turned(plain, ring.minus(quotient * bit.part, ring.chosen(high, *hidden)))
 
 
 def absolute(party: Party, value: torch.Tensor) -> Protocol[torch.Tensor]:

@@ -9,6 +9,7 @@ from planrt.sharing import bilinear, ring
 from planrt.sharing.additive import add_public, reconstruct, share, subtract_from_public
 from planrt.sharing.bilinear import bilinear_sum, bilinear_value
 from planrt.sharing.comparisons import negative
+from planrt.sharing.gates import chunked
 from planrt.sharing.masked import mask, open_together
 from planrt.sharing.products import bit_times_bit, multiply, product, square
 from planrt.sharing.quotients import divide, truncate, truncate_alone
@@ -30,6 +31,35 @@ def test_float_limbs_are_exact(terms, anything):
     assert torch.equal(in_limbs((left, right)), left @ right)
     other = anything(5, terms), anything(terms, 7)
     assert torch.equal(in_limbs((left, right), other), left @ right + other[0] @ other[1])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (64, 64), (300, 50)])
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "transposed"])
+def test_sums_differences_and_choices_are_those_of_the_ring(rows, columns, turned, anything):
+    x, y, z = (anything(rows, columns) for _ in range(3))
+    if turned:
+        x, y = x.T, y.T
+    flags = (z.T if turned else z) >> 63
+    for other in (y, y.contiguous(), y[:1].expand_as(y)):
+        assert torch.equal(ring.plus(x, other), x + other)
+        assert torch.equal(ring.minus(x, other), x - other)
+        assert torch.equal(ring.chosen(flags, x, other), torch.where(flags < 0, x, other))
+    assert torch.equal(ring.plus(x, y[0]), x + y[0])
+
+
+@pytest.mark.parametrize("bits", [1, 4, 37, 54, 62, 63, 64])
+def test_chunks_of_numbers(bits, anything):
+    value = anything(2, 100)
+    chunks = -(-bits // 4) + (bits < 60)
+    found = chunked(value, bits, chunks).astype(object)
+    whole = [
+        [
+            sum(int(part) << 4 * (chunks - 1 - place) for place, part in enumerate(found[:, row, at]))
+            for at in range(100)
+        ]
+        for row in range(2)
+    ]
+    assert whole == [[one % 2**bits for one in row] for row in value.tolist()]
 
 
 EDGES = (

@@ -147,16 +147,22 @@ def _known_product(context: Context, left: Value, right: Value) -> Share | None:
 
 
 def any_product(
-    context: Context, function: str, left: Value, right: Value, **options: Any
+    context: Context, function: str, left: Value, right: Value, *, beside: Share | None = None, **options: Any
 ) -> Protocol[Share]:
-    """Computes a product of `bilinear`, of two secrets or of one with what all know; the scales multiply."""
+    """Computes a product of `bilinear`, of two secrets or of one with what all know; the scales multiply.
+
+    `beside`, which is to be added to the product, is brought to its scale where it is finer and that takes no round of
+    its own.
+    """
     if isinstance(left, Share) and isinstance(right, Share):
         if right.known is not None:
             right = right.known
         elif left.known is not None:
             left = left.known
     if isinstance(left, Share) and isinstance(right, Share):
-        x, y = yield from masked(context, left, right)
+        scale = min(left.scale, context.scale) * min(right.scale, context.scale)
+        finer = beside is not None and beside.scale > scale and beside.scale % scale == 0
+        x, y = yield from masked(context, left, right, beside=(beside, scale) if beside and finer else None)
         return Share(product(context.party, function, x, y, **options), left.scale * right.scale)
     if not isinstance(left, Share) and not isinstance(right, Share):
         left, right = torch.as_tensor(left), torch.as_tensor(right)
@@ -227,7 +233,13 @@ def matrix_product(context: Context, left: Value, right: Value) -> Protocol[Shar
 def _addmm(
     context: Context, bias: Value, left: Value, right: Value, *, beta: float = 1, alpha: float = 1
 ) -> Protocol[Share]:
-    result = yield from matrix_product(context, left, right)
+    """A bias that was moved by small steps is finer than a product: it is scaled down while the factors are opened, or
+    what comes after would need a round for that.
+    """
+    beside = None
+    if isinstance(bias, Share) and alpha == beta == 1 and bias.part.dim() < 2 and not bias.fine:
+        bias = beside = Share(bias.part, bias.scale, bit=bias.bit, known=bias.known)
+    result = yield from any_product(context, "matmul", left, right, beside=beside)
     if alpha != 1:
         result = yield from multiply(context, result, alpha)
     if beta != 1:

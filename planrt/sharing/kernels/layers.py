@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def _convolution(
     context: Context, value: Value, weight: Value, bias: Value | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> Protocol[Share]:  # fmt: skip
-    options = {
+    options: dict[str, Any] = {
         "stride": tuple(stride),
         "padding": tuple(padding),
         "dilation": tuple(dilation),
@@ -141,12 +142,12 @@ def _convolution(
         if any(more >= step for more, step in zip(output_padding, stride, strict=True)):
             raise SharingError("transposed convolutions of shares have an output_padding below the stride")
         options["size"] = _transposed_size(value, weight, stride, padding, dilation, output_padding, groups)
-    result = yield from any_product(context, function, value, weight, **options)
+    shape = (-1, *[1] * len(stride))
+    raised = Share(bias.part.reshape(shape), bias.scale) if isinstance(bias, Share) else None
+    result = yield from any_product(context, function, value, weight, beside=raised, **options)
     if bias is None:
         return result
-    shape = (-1, *[1] * len(stride))
-    raised = Share(bias.part.reshape(shape), bias.scale) if isinstance(bias, Share) else bias.reshape(shape)
-    return (yield from add(context, result, raised))
+    return (yield from add(context, result, bias.reshape(shape) if raised is None else raised))
 
 
 def _transposed_size(
@@ -169,7 +170,7 @@ def _convolution_backward(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
     output_padding: Sequence[int], groups: int, wanted: Sequence[bool],
 ) -> Protocol[tuple[Share | None, ...]]:  # fmt: skip
-    options = {
+    options: dict[str, Any] = {
         "stride": tuple(stride),
         "padding": tuple(padding),
         "dilation": tuple(dilation),

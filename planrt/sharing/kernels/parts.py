@@ -8,7 +8,7 @@ opened again in the backward pass. A view reads from what it is a view of, and w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -120,21 +120,24 @@ class Share:
     @property
     def part(self) -> torch.Tensor:
         """This party's part, int64."""
-        self._refresh()
+        if self._base is not None:
+            self._refresh()
         return self._part
 
     @property
     def scale(self) -> int:
         """The public scale."""
-        self._refresh()
+        if self._base is not None:
+            self._refresh()
         return self._scale
 
     @property
     def masked(self) -> Masked | None:
         """The same value as it was opened under a mask, if it was."""
-        self._refresh()
-        if self._masked is None and self._shows:
-            self._masked = self._masked_of_base()
+        if self._base is not None:
+            self._refresh()
+            if self._masked is None and self._shows:
+                self._masked = self._masked_of_base()
         return self._masked
 
     @masked.setter
@@ -295,13 +298,20 @@ def each_once(shares: Iterable[Share]) -> list[Share]:
 def reduced(context: Context, *shares: Share) -> Protocol[None]:
     """Brings shares that are finer than the session's scale back to it, all in one round; none if none is."""
     wide = each_once(share for share in shares if share.scale > context.scale)
-    if not wide:
-        return
+    if wide:
+        yield from _brought(context, [(share, context.scale) for share in wide])
+
+
+def _brought(context: Context, wide: Sequence[tuple[Share, int]], *fresh: Share) -> Protocol[None]:
+    """Brings shares to the coarser scales beside them, and opens `fresh` ones under masks, all in one round."""
     if context.noted is not None:
-        context.noted.extend((share, share.scale) for share in wide)
-    opened = yield from mask(context.party, *[share.part for share in wide])
-    for share, one in zip(wide, opened, strict=True):
-        share.rescaled(divide(context.party, one, share.scale // context.scale), context.scale)
+        context.noted.extend((share, share.scale) for share, _ in wide)
+    parts = [share.part for share, _ in wide] + [share.part for share in fresh]
+    opened = yield from mask(context.party, *parts)
+    for (share, scale), one in zip(wide, opened, strict=False):
+        share.rescaled(divide(context.party, one, share.scale // scale), scale)
+    for share, one in zip(fresh, opened[len(wide) :], strict=True):
+        share.masked = one
 
 
 def fractional(context: Context, *shares: Share) -> Protocol[list[Share]]:
@@ -319,16 +329,20 @@ def fractional(context: Context, *shares: Share) -> Protocol[list[Share]]:
     ]
 
 
-def masked(context: Context, *shares: Share) -> Protocol[list[Masked]]:
+def masked(
+    context: Context, *shares: Share, beside: tuple[Share, int] | None = None
+) -> Protocol[list[Masked]]:
     """Returns shares, at the session's scale or whole, as they are, or now become, opened under masks, in one round or
-    two.
+    two. `beside` is brought to the coarser scale that is said in the first of these rounds, if there is one.
     """
-    yield from reduced(context, *shares)
+    others = [] if beside is None else [beside]
+    wide = each_once(share for share in shares if share.scale > context.scale)
+    if wide:
+        yield from _brought(context, [*[(share, context.scale) for share in wide], *others])
+        others = []
     fresh = each_once(share.whole for share in shares if share.masked is None)
     if fresh:
-        opened = yield from mask(context.party, *[share.part for share in fresh])
-        for share, one in zip(fresh, opened, strict=True):
-            share.masked = one
+        yield from _brought(context, others, *fresh)
     return [share.masked for share in shares if share.masked is not None]
 
 

@@ -47,6 +47,9 @@ _INSTEAD: dict[str, tuple[str, str]] = {
 """ATen name of what is often asked for and not there -> what people call it, and what to write instead."""
 
 
+_NESTED = (tuple, list, dict, slice)
+
+
 @cache
 def signature(name: str) -> inspect.Signature:
     """Returns what a kernel takes, its context first."""
@@ -70,7 +73,7 @@ def check_arguments(
         raise SharingError(f"{name} has no protocol on shares with these arguments: {misfit}")
     for place, parameter in known:
         given = args[place] if isinstance(place, int) else kwargs[place]
-        if any(isinstance(one, shares) for one in leaves(given)):
+        if isinstance(given, (shares, *_NESTED)) and any(isinstance(one, shares) for one in leaves(given)):
             which = (
                 "operands besides the first"
                 if parameter in ("args", "kwargs", "arguments", "_")
@@ -126,7 +129,7 @@ def call_kernel(
         else:
             kwargs = {**kwargs, place: context.share_of(given)}
     changed = args[0] if args else None
-    if name not in VIEWS and any(isinstance(one, Share) and one.fine for one in leaves((args, kwargs))):
+    if name not in VIEWS and any(map(_is_fine, (*args, *kwargs.values()))):
         args, kwargs = _kept_fine(args, kwargs)
     made = yield from KERNELS[name](context, *args, **kwargs)
     if not in_place:
@@ -136,6 +139,13 @@ def call_kernel(
     yield from aligned(context, changed, made)
     changed.become(made)
     return changed
+
+
+def _is_fine(given: Any) -> bool:
+    """Whether an argument is, or has in it, a share that is kept fine."""
+    if type(given) is Share:
+        return given.fine
+    return isinstance(given, _NESTED) and any(isinstance(one, Share) and one.fine for one in leaves(given))
 
 
 def _kept_fine(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:

@@ -186,8 +186,11 @@ class Group:
     @property
     def missing(self) -> list[int]:
         """The parties whose parts of the opening under way have not arrived."""
-        others = (number for number in range(len(self.about.parties)) if number != self.about.number)
-        return [number for number in others if self._came.get(number, 0) < self.opened]
+        opened, came = self.opened, self._came
+        me = self.about.number
+        return [
+            number for number in range(len(self.parties)) if came.get(number, 0) < opened and number != me
+        ]
 
     def combined(self, mine: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Returns what the parts of all parties add up to; `mine` are this party's.
