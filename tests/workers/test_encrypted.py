@@ -18,7 +18,9 @@ from planrt.errors import (
 )
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
 from planrt.sharing.tensors.shared import SharedTensor
+from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.machine.sharing import groups
+from planrt.workers.wire import messages as m
 
 sy.TorchHook(torch)
 
@@ -63,6 +65,38 @@ def test_a_session_has_so_many_groups(make_worker, monkeypatch):
     with pytest.raises(SharingError, match="the worker deals for 1 groups of this session"):
         torch.tensor([2]).share(carl, dave, crypto_provider=james).get()
     assert (x + x).get().tolist() == [2]
+
+
+def test_a_party_that_refuses_leaves_no_group_at_the_others(make_worker, monkeypatch):
+    monkeypatch.setattr(groups, "MAX_OF_SESSION", 1)
+    bob, alice, bill, carl, james, jane = map(make_worker, ("bob", "alice", "bill", "carl", "james", "jane"))
+    x = torch.tensor([1]).share(bill, carl, crypto_provider=jane)
+    for first, second in ((bob, bill), (bill, bob)):
+        with pytest.raises(SharingError, match="party 'bill': the worker is a party of 1 groups"):
+            torch.tensor([2]).share(first, second, crypto_provider=james)
+    y = torch.tensor([3]).share(bob, alice, crypto_provider=james)  # neither has the group that failed
+    assert ((x + x).get().tolist(), (y * y).get().tolist()) == ([2], [9])
+
+
+@pytest.mark.parametrize("who", ["bill", "james"])
+def test_one_that_is_lost_while_it_is_asked_leaves_no_group_at_the_others(make_worker, monkeypatch, who):
+    monkeypatch.setattr(groups, "MAX_OF_SESSION", 1)
+    names = ("bob", "alice", "bill", "james", "jane")
+    bob, alice, bill, james, jane = made = [make_worker(name) for name in names]
+    lost = made[names.index(who)]
+    asked = {"bill": m.MakeGroup, "james": m.MakeDealer}[who]
+    ask = RemoteWorkplace.ask
+
+    async def ask_and_lose(self, kind, body, *more, **options):
+        if isinstance(body, asked) and self is lost.workplace:
+            await self.connection.close()
+        return await ask(self, kind, body, *more, **options)
+
+    monkeypatch.setattr(RemoteWorkplace, "ask", ask_and_lose)
+    with pytest.raises(SharingError, match=f"{who}' is gone"):
+        torch.tensor([2]).share(bob, bill, crypto_provider=james)
+    y = torch.tensor([3]).share(bob, alice, crypto_provider=jane)
+    assert (y * y).get().tolist() == [9]
 
 
 def test_precision_without_shares():

@@ -104,18 +104,21 @@ class WorkersSession(BatchedSession):
     async def _make_group(self) -> None:
         token = secrets.token_hex(16)
         parties, dealer = [_address(one) for one in self._workers], _address(self._dealer)
-        await self._of_all(
-            m.Done,
-            [
-                m.MakeGroup(self.group, token, number, parties, dealer, self.scale, self.timeout)
-                for number in range(len(parties))
-            ],
-        )
         try:
-            await self._dealing.ask(m.Done, m.MakeDealer(self.group, token, parties))
-        except PlanrtError as error:
+            await self._of_all(
+                m.Done,
+                [
+                    m.MakeGroup(self.group, token, number, parties, dealer, self.scale, self.timeout)
+                    for number in range(len(parties))
+                ],
+            )
+            try:
+                await self._dealing.ask(m.Done, m.MakeDealer(self.group, token, parties))
+            except PlanrtError as error:
+                raise self._failed(error, f"the dealer, worker {self._dealer.id!r}") from error
+        except BaseException:  # those who have taken it would keep it until their sessions end
             _end([*self._places, self._dealing], self.group)
-            raise self._failed(error, f"the dealer, worker {self._dealer.id!r}") from error
+            raise
         self._dealing.connection.post(m.Deal(self.group))
 
     @property
@@ -142,10 +145,11 @@ class WorkersSession(BatchedSession):
         last = values
         for seed in seeds:
             last = last - Stream(seed).ring(shape)
+        made = Value(self, place=id)  # goes, and its parts with it, where one party is gone
         self._post_to(-1, m.PutShare(id, self.group, scale, shape), [last])
         for number, seed in enumerate(seeds):
             self._post_to(number, m.PutShare(id, self.group, scale, shape, seed))
-        return Value(self, place=id)
+        return made
 
     def share_from(self, pointer: PointerTensor) -> SharedTensor:
         """Returns what `pointer` points to in fresh shares: its worker makes them, and sends each to its party.
