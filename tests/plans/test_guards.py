@@ -48,6 +48,11 @@ HOSTILE = {
         f"eigenvalues of what is {what}": ("linalg.eigvals", (torch.full((5, 5), float(what)),), {})
         for what in ("nan", "inf")
     },
+    "counts that are no numbers": (
+        "torch.binomial",
+        (torch.tensor([3.0, float("nan")]), torch.tensor([0.5, 0.1])),
+        {},
+    ),
     "fewer values than keys": (
         "nn.functional.scaled_dot_product_attention",
         (torch.ones(4, 3, 8), torch.ones(4, 6, 8), torch.ones(4, 4, 8)),

@@ -5,8 +5,8 @@ value when the call has long returned: it trips an assertion on the device, and 
 fails, whoever makes it. One client could end a worker's GPU for all by an index of 10 into a row of three. So where
 tensors are not in the CPU's memory, what these kernels rely on is looked at first, which waits for the device once.
 
-Two ops trust their callers on the CPU as well, and are checked everywhere: `ctc_loss` reads where its targets say,
-`_pad_packed_sequence` where its batch sizes say.
+Three ops trust their callers on the CPU as well, and are checked everywhere: `ctc_loss` reads where its targets say,
+`_pad_packed_sequence` where its batch sizes say, and `binomial` counts up to what may be no number.
 """
 
 from __future__ import annotations
@@ -201,8 +201,15 @@ def _rates(name: str, input: Any, *_: Any) -> None:
 
 
 def _binomial(name: str, count: Any, prob: Any, *_: Any) -> None:
-    _within(name, "counts", count, 0, math.inf)
-    _probabilities(name, prob)
+    """The CPU takes counts and probabilities as they come, and adds up until it is past the count.
+
+    Without: where that is no number, it never is.
+    """
+    if elsewhere(count) or elsewhere(prob):
+        _within(name, "counts", count, 0, math.inf)
+        _probabilities(name, prob)
+    elif isinstance(count, torch.Tensor) and bool(torch.isnan(count.detach()).any()):
+        raise ValueError(f"{name}: counts are numbers, and some of these are nan")
 
 
 def _repeats(name: str, input: Any, repeats: Any, *_: Any) -> None:
@@ -339,7 +346,7 @@ INDEX_GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
     "Tensor.bernoulli_": _guard("input p", _draw_in_place),
     "nn.functional.binary_cross_entropy": _guard("input target", _probabilities),
     "torch.poisson": _guard("input", _rates),
-    "torch.binomial": _guard("count prob", _binomial),
+    "torch.binomial": _guard("count prob", _binomial, everywhere=True),
     **dict.fromkeys(_both("repeat_interleave"), _guard("input repeats dim", _repeats)),
     **dict.fromkeys(_both("masked_scatter"), _guard("input mask source", _masked_scatter)),
     **{

@@ -60,6 +60,7 @@ from planrt.workers.serving.counts import HostCounts, WatchedWorker
 from planrt.workers.serving.guesses import Guesses
 from planrt.workers.serving.links import Links, Reaching
 from planrt.workers.serving.openings import OPENING_SECONDS, Openings, no_tensors
+from planrt.workers.serving.outgoing import Outgoing
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel
@@ -124,6 +125,10 @@ class WorkerHost:
         self._limits = limits or Limits()
         self._numbers = itertools.count(1)
         self._pipes: dict[int, Pipe] = {}
+        self._outgoing: dict[int, Outgoing] = {}
+        """What is sent to each of them."""
+        self._closing: set[asyncio.Task[None]] = set()
+        """What closes connections for which nobody waits."""
         self._serving: set[asyncio.Task[Any]] = set()
         self._ended: dict[int, asyncio.Event] = {}
         """Connection -> set once its end has been handled."""
@@ -167,6 +172,8 @@ class WorkerHost:
         for task in self._serving:
             task.cancel()
         for task in self._alarms:
+            task.cancel()
+        for task in self._closing:
             task.cancel()
         for timer in self._timers.values():
             timer.cancel()
@@ -223,6 +230,7 @@ class WorkerHost:
                 await asyncio.wait([watching])  # others may be told of its end still
                 self._gone.discard(number)
             watching.cancel()
+            self._drop(number)
             del self._pipes[number]
             self._arriving.over(number)
             counts.closed(pipe.traffic)
@@ -250,6 +258,8 @@ class WorkerHost:
 
         while True:
             self._arriving.over(number)
+            if number in self._outgoing:  # who does not take its answers is given no more of them
+                await self._outgoing[number].empty()
             opening = opening and not self.state.is_open(number)
             received = await (self._opening_message(pipe) if opening else pipe.receive(room))
             if received is None:
@@ -293,6 +303,7 @@ class WorkerHost:
 
     async def _handle(self, event: Event) -> None:
         left = [event]
+        own = event.connection if isinstance(event, Received) else None
         lost: ConnectionError | None = None
         self._loop = asyncio.get_running_loop()
         while left:  # to the end, though nobody may hear of it: a message is done whole
@@ -302,12 +313,15 @@ class WorkerHost:
                 instructions = await self._written(self._audit, event, instructions)
             for instruction in instructions:
                 match instruction:
+                    case Reply(connection, envelope, tensors) if connection == own:
+                        lost = await self._send(connection, envelope, tensors) or lost
                     case Reply(connection, envelope, tensors):
-                        error = await self._send(connection, envelope, tensors)
-                        lost = error if isinstance(event, Received) and error is not None else lost
+                        self._send_soon(connection, envelope, tensors)
+                    case Close(connection) if connection == own:
+                        if connection in self._pipes:
+                            await self._out(connection).close()
                     case Close(connection):
-                        if pipe := self._pipes.get(connection):
-                            await pipe.close()
+                        self._close_soon(connection)
                     case Distrust(connection):
                         self._distrust(connection)
                     case Wait():
@@ -359,16 +373,44 @@ class WorkerHost:
         self._alarms.add(task)
         task.add_done_callback(self._alarms.discard)
 
+    def _out(self, connection: int) -> Outgoing:
+        found = self._outgoing.get(connection)
+        if found is None:
+            found = self._outgoing[connection] = Outgoing(self._pipes[connection])
+        return found
+
     async def _send(
         self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]
     ) -> ConnectionError | None:
-        """Sends an answer; returns why its connection does not carry it, which is for who reads from it to see."""
-        if pipe := self._pipes.get(connection):
+        """Sends the answer to what `connection` brought; returns why it does not carry it, which is for who reads from
+        it to see."""
+        if connection in self._pipes:
             try:
-                await pipe.send(self._encode(connection, envelope, tensors))
+                await self._out(connection).send(self._encode(connection, envelope, tensors))
             except ConnectionError as error:
                 return error
         return None
+
+    def _send_soon(self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]) -> None:
+        """Has an answer sent that comes of something else than a message of `connection`: nobody waits for its client,
+        which is cut off where it leaves too many."""
+        pipe = self._pipes.get(connection)
+        if pipe is None or self._out(connection).add(self._encode(connection, envelope, tensors)):
+            return
+        log.warning("does_not_read", worker=self.state.id, client=pipe.address)
+        self._drop(connection)
+        self._close_soon(connection)
+
+    def _close_soon(self, connection: int) -> None:
+        if connection in self._pipes:
+            task = asyncio.create_task(self._out(connection).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _drop(self, connection: int) -> None:
+        """Forgets what waits to be sent on a connection."""
+        if (outgoing := self._outgoing.pop(connection, None)) is not None:
+            outgoing.drop()
 
     async def _answers(self, connection: int) -> bool:
         """Returns whether a connection gives a sign of life. If it does not, it has ended when this returns."""

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -35,10 +35,14 @@ from planrt.workers.transport.websocket_stream import FrameStream
 from planrt.workers.wire.channel import Channel
 from planrt.workers.wire.messages import Envelope
 
+_CLOSE_TIMEOUT: Final = 2.0
+_CLOSING_SECONDS: Final = 2 * _CLOSE_TIMEOUT
+"""After which a connection is cut whose other end does not even take what waits before the last message."""
+
 _OPTIONS: dict[str, Any] = {
     "compression": None,
     "ping_interval": None,  # `FrameStream` listens for signs of life
-    "close_timeout": 2.0,
+    "close_timeout": _CLOSE_TIMEOUT,
 }
 
 
@@ -132,7 +136,10 @@ class WebsocketPipe:
     async def close(self) -> None:
         """See `Pipe.close`."""
         self._connection.stream.discard()
-        await self._connection.close()
+        try:
+            await asyncio.wait_for(self._connection.close(), _CLOSING_SECONDS)
+        except TimeoutError:  # the other side takes nothing any more, so that nothing can be said to it either
+            self._connection.stream.abort()
 
 
 class WebsocketTransport:

@@ -203,6 +203,10 @@ class FrameStream(asyncio.BufferedProtocol):
         self._resume()
         self._release()
 
+    def abort(self) -> None:
+        """Cuts the connection: what waits to be sent is lost."""
+        self._transport.abort()
+
     def _release(self) -> None:
         """Lets go of the buffer where nothing arrives any more and nobody reads: what is left of a connection that
         failed refers to itself, and stays until Python looks for such garbage."""

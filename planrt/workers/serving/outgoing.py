@@ -1,0 +1,98 @@
+"""What waits to be sent on a connection, since its client reads slowly or not at all.
+
+A connection whose own message is answered waits until the answer has left: nothing more of it is read meanwhile. But
+one event can have answers for others, whose requests waited: what another worker says lets a client's program go on,
+and the owner's new users end sessions. Nobody waits for those clients. What they have not taken is kept here, so much
+of it; who leaves more is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import Final
+
+from planrt.serde.frames import Frame
+from planrt.workers.machine.keeping.answers import MOST_ANSWERS, MOST_BYTES
+from planrt.workers.transport.pipes import Pipe
+
+CLOSING_SECONDS: Final = 2.0
+"""Seconds that a client has to take what was said before its connection is closed."""
+
+
+class Outgoing:
+    """What waits to be sent through one pipe, in its order. Used on the loop.
+
+    So much may wait as a session may leave unacknowledged (`MOST_ANSWERS`, and `MOST_BYTES`, the newest one left out).
+    """
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._waiting: deque[tuple[Frame, asyncio.Future[None] | None]] = deque()
+        self._nbytes = 0
+        self._sender: asyncio.Task[None] | None = None
+
+    async def send(self, frame: Frame) -> None:
+        """Sends a frame after those that wait; once this returns, the tensors in it may change.
+
+        Raises:
+            ConnectionError: the connection has ended.
+        """
+        if self._sender is None:
+            await self._pipe.send(frame)
+            return
+        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._put(frame, left)
+        await left
+
+    def add(self, frame: Frame) -> bool:
+        """Takes a frame, to be sent after those that wait; False, and nothing was taken, where too much does."""
+        if len(self._waiting) >= MOST_ANSWERS or self._nbytes > MOST_BYTES:
+            return False
+        self._put(frame, None)
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send_all())
+        return True
+
+    def _put(self, frame: Frame, left: asyncio.Future[None] | None) -> None:
+        self._waiting.append((frame, left))
+        self._nbytes += frame.nbytes
+
+    async def empty(self) -> None:
+        """Returns once nothing waits, or the connection has ended."""
+        while self._sender is not None:
+            await asyncio.wait([self._sender])
+
+    async def _send_all(self) -> None:
+        error: BaseException = ConnectionResetError("the connection is being closed")
+        try:
+            while self._waiting:
+                frame, left = self._waiting[0]
+                await self._pipe.send(frame)
+                self._waiting.popleft()
+                self._nbytes -= frame.nbytes
+                if left is not None and not left.done():
+                    left.set_result(None)
+                del frame
+        except ConnectionError as lost:
+            error = lost
+        finally:
+            self._sender = None
+            for _, left in self._waiting:
+                if left is not None and not left.done():
+                    left.set_exception(error)
+            self._waiting.clear()
+            self._nbytes = 0
+
+    async def close(self) -> None:
+        """Closes the connection, after what waits where its client takes that within a moment."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.empty(), CLOSING_SECONDS)
+        self.drop()
+        await self._pipe.close()
+
+    def drop(self) -> None:
+        """Sends nothing more of what waits."""
+        if self._sender is not None:
+            self._sender.cancel()
