@@ -48,6 +48,14 @@ HOSTILE = {
         f"eigenvalues of what is {what}": ("linalg.eigvals", (torch.full((5, 5), float(what)),), {})
         for what in ("nan", "inf")
     },
+    **{
+        f"the largest step, of a convolution in {dims} dimensions": (
+            f"nn.functional.conv{dims}d",
+            (torch.ones(1, 1, *[4] * dims, requires_grad=True), torch.ones(1, 1, *[4] * dims)),
+            {"stride": 2**31 - 1},
+        )
+        for dims in (2, 3)
+    },
     "counts that are no numbers": (
         "torch.binomial",
         (torch.tensor([3.0, float("nan")]), torch.tensor([0.5, 0.1])),
@@ -254,6 +262,8 @@ def test_what_users_write_is_as_it_was():
     for mode, number in (("bilinear", 0), ("nearest", 1), ("bicubic", 2)):
         got = ops.lookup("torch.grid_sampler")(image, grid, number, 1, False)
         assert torch.equal(got, F.grid_sample(image, grid, mode, "border", align_corners=False))
+    convolved = ops.lookup("nn.functional.conv2d")(image, torch.ones(2, 3, 2, 2), None, 2, (1, 0), dilation=2)
+    assert torch.equal(convolved, F.conv2d(image, torch.ones(2, 3, 2, 2), None, 2, (1, 0), dilation=2))
     division = ops.lookup("Tensor.div")
     assert division(LEAST, torch.full((4,), 2), rounding_mode="trunc").tolist() == [-(2**62)] * 4
     assert division(torch.tensor([7, -7]), -1, rounding_mode="trunc").tolist() == [-7, 7]

@@ -118,6 +118,28 @@ def _eigenvalues(input: torch.Tensor, *, out: torch.Tensor | None = None) -> Non
         raise ValueError("eigvals takes finite numbers, and these have infinite ones or some that are none")
 
 
+_STEPS: Final = 2**31 - 1
+
+
+def _convolution(function: Function) -> Function:
+    """Steps, margins and dilations below what the libraries behind convolutions count with.
+
+    Without: their backward pass of the largest 32-bit step overflows, and the process is aborted.
+    """
+
+    @wraps(function, updated=())
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        for one in (*args[3:], *kwargs.values()):
+            steps = one if isinstance(one, tuple | list) else (one,)
+            if any(isinstance(step, int) and abs(step) >= _STEPS for step in steps):
+                raise ValueError(
+                    f"{function.__name__} takes strides, padding and dilation below {_STEPS:,}, not {one}"
+                )
+        return function(*args, **kwargs)
+
+    return guarded
+
+
 def _factors(function: Function) -> Function:
     """Without its data, factors are empty tensors with a history, whose backward pass takes it that they are matrices.
 
@@ -468,6 +490,13 @@ GUARDS: Final[dict[str, Callable[[Function], Function]]] = {
         f"{home}.{word}": _divisors for home in ("torch", "Tensor") for word in ("gcd", "lcm", "gcd_", "lcm_")
     },
     "Tensor.random_": _drawn,
+    "torch.convolution": _convolution,
+    **{
+        f"{home}.conv{kind}{dims}d": _convolution
+        for home in ("torch", "nn.functional")
+        for kind in ("", "_transpose")
+        for dims in (1, 2, 3)
+    },
     "linalg.eigvals": _eigenvalues,
     "torch.lu_unpack": _factors,
     "torch.pdist": _distances,
