@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 
-import pytest
 import torch
 
 from planrt.serde.frames import Limits, encode
@@ -100,6 +99,15 @@ async def dealt(client, dealer, groups):
         await dealer.ask(m.AskNeeds(name))
 
 
+async def until(condition):
+    """Waits for what happens soon."""
+    for _ in range(100 * PATIENCE):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nothing happened")
+
+
 async def stuck(host):
     """Waits until a connection is being sent what its client does not read."""
 
@@ -108,14 +116,12 @@ async def stuck(host):
             return not pipe._other._incoming.empty()
         return pipe._connection.stream._full
 
-    while not any(map(sends, host._pipes.values())):
-        await asyncio.sleep(0.01)
+    await until(lambda: any(map(sends, host._pipes.values())))
 
 
 async def alone(host):
     """Waits until there is one connection."""
-    while len(host._pipes) > 1:
-        await asyncio.sleep(0.01)
+    await until(lambda: len(host._pipes) == 1)
 
 
 def run(work):

@@ -138,7 +138,9 @@ class WebsocketPipe:
         self._connection.stream.discard()
         try:
             await asyncio.wait_for(self._connection.close(), _CLOSING_SECONDS)
-        except TimeoutError:  # the other side takes nothing any more, so that nothing can be said to it either
+        except (
+            TimeoutError
+        ):  # the other side takes nothing any more, so that nothing can be said to it either
             self._connection.stream.abort()
 
 
