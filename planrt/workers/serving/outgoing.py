@@ -22,7 +22,7 @@ CLOSING_SECONDS: Final = 2.0
 
 
 class Outgoing:
-    """What waits to be sent through one pipe, in its order. Used on the loop.
+    """Keeps what waits to be sent through one pipe, in its order. Used on the loop.
 
     So much may wait as a session may leave unacknowledged (`MOST_ANSWERS`, and `MOST_BYTES`, the newest one left out).
     """
