@@ -125,6 +125,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None, *, alone: b
             hosts=options.allow_host,
             max_session_memory=_bytes_of("--max-session-memory", options.max_session_memory),
             max_session_objects=options.max_session_objects,
+            max_worker_memory=_bytes_of("--max-worker-memory", options.max_worker_memory),
+            max_worker_objects=options.max_worker_objects,
             isolation=isolated,
             **_isolation(options, isolated=isolated),
             limits=None if options.keep_sessions is None else Limits(session_seconds=options.keep_sessions),
@@ -264,6 +266,17 @@ def parser(prog: str) -> Parser:
         type=whole_number(at_least=1),
         metavar="N",
         help="objects that the sessions of one user may keep (no limit but the policy's)",
+    )
+    add(
+        "--max-worker-memory",
+        metavar="BYTES",
+        help='memory that all users may keep together, as "16 GiB" (no limit but the policy\'s)',
+    )
+    add(
+        "--max-worker-objects",
+        type=whole_number(at_least=1),
+        metavar="N",
+        help="objects that all users may keep together (no limit but the policy's)",
     )
     add(
         "--keep-sessions",

@@ -92,7 +92,8 @@ class WebsocketServerWorker:
     in the file `peer_ca`.
 
     `max_session_memory` (bytes) and `max_session_objects` bound what the sessions of one user may keep
-    (`planrt.plans.policy.quotas` says what counts); a policy has such limits of its own, and the stricter counts.
+    (`planrt.plans.policy.quotas` says what counts), `max_worker_memory` and `max_worker_objects` what all
+    users may keep together; a policy has such limits of its own, and the stricter counts.
 
     Web pages may not connect, unless `origins` names them (``https://dashboard.example``); `hosts` are names by which
     the worker may be addressed, besides IP addresses and those of this machine.
@@ -151,6 +152,8 @@ class WebsocketServerWorker:
         uri: str | None = None,
         max_session_memory: int | None = None,
         max_session_objects: int | None = None,
+        max_worker_memory: int | None = None,
+        max_worker_objects: int | None = None,
         metrics_port: int | None = None,
         metrics_host: str | None = None,
         metrics_insecure: bool = False,
@@ -226,7 +229,7 @@ class WebsocketServerWorker:
             reaches=addresses.reaches,
             access=Access.of(access),
             audit=self._audit,
-            quota=Quota(max_session_memory, max_session_objects),
+            quota=Quota(max_session_memory, max_session_objects, max_worker_memory, max_worker_objects),
             joint_runs=self._joint_runs,
             certificates=client_ca is not None,
             dials=self._dialling.dials,

@@ -34,7 +34,9 @@ KIB = 1024
 
 
 def small(memory=100 * KIB, objects=None):
-    return Policy(approval="open", max_session_memory=memory, max_session_objects=objects)
+    return Policy(
+        approval="open", max_session_memory=memory, max_session_objects=objects, max_worker_memory=None
+    )
 
 
 def full(rule="max_session_memory"):
@@ -265,15 +267,19 @@ def test_a_worker_without_a_policy_has_quotas_too():
 
 
 def test_of_two_limits_the_stricter_counts():
-    policy = Policy(max_session_memory=10, max_session_objects=None)
-    assert Quota(20, 5).with_policy(policy) == Quota(10, 5)
-    assert Quota(5, None).with_policy(policy) == Quota(5, None)
+    policy = Policy(
+        max_session_memory=10, max_session_objects=None, max_worker_memory=100, max_worker_objects=None
+    )
+    assert Quota(20, 5, 200, 50).with_policy(policy) == Quota(10, 5, 100, 50)
+    assert Quota(5, None).with_policy(policy) == Quota(5, None, 100)
     assert Quota().with_policy(None) == Quota()
     assert not Quota()
 
 
 @pytest.mark.parametrize("limit", [0, -1, 2.5, True, "1 MiB"])
-@pytest.mark.parametrize("name", ["max_session_memory", "max_session_objects"])
+@pytest.mark.parametrize(
+    "name", ["max_session_memory", "max_session_objects", "max_worker_memory", "max_worker_objects"]
+)
 def test_limits_that_cannot_be(limit, name):
     with pytest.raises(OptionError, match=f"{name} must be a whole number, at least 1"):
         Policy(**{name: limit})

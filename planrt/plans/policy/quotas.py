@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from planrt.errors import OptionError, PolicyError
 from planrt.plans.analysis.report import count_bytes
 from planrt.plans.policy.graph_memory import NODE_BYTES, NewNodes
+from planrt.plans.policy.room import Room
 from planrt.plans.policy.rules import Policy
 
 OBJECT_BYTES: Final = 1024
@@ -38,7 +39,8 @@ _RECOUNT_EVERY: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The limits of what one user may keep: bytes, and objects; None for no limit.
+    """The limits of what one user may keep, bytes and objects, and of what all users of a worker may keep together;
+    None for no limit.
 
     Raises:
         OptionError: a limit that is no whole number above 0.
@@ -46,22 +48,34 @@ class Quota:
 
     memory: int | None = None
     objects: int | None = None
+    worker_memory: int | None = None
+    worker_objects: int | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in (("max_session_memory", self.memory), ("max_session_objects", self.objects)):
+        for name, key in _KEYS.items():
+            limit = getattr(self, name)
             if limit is not None and (type(limit) is not int or limit < 1):
-                raise OptionError(f"{name} must be a whole number, at least 1: got {limit!r}")
+                raise OptionError(f"{key} must be a whole number, at least 1: got {limit!r}")
 
     def with_policy(self, policy: Policy | None) -> Quota:
         """Returns the stricter of these limits and those of a policy."""
         if policy is None:
             return self
         return Quota(
-            _least(self.memory, policy.max_session_memory), _least(self.objects, policy.max_session_objects)
+            **{name: _least(getattr(self, name), getattr(policy, key)) for name, key in _KEYS.items()}
         )
 
     def __bool__(self) -> bool:
-        return self.memory is not None or self.objects is not None
+        return any(getattr(self, name) is not None for name in _KEYS)
+
+
+_KEYS: Final = {
+    "memory": "max_session_memory",
+    "objects": "max_session_objects",
+    "worker_memory": "max_worker_memory",
+    "worker_objects": "max_worker_objects",
+}
+"""Limit -> its name in a policy, and as an option."""
 
 
 def _least(first: int | None, second: int | None) -> int | None:
@@ -76,11 +90,17 @@ class Account:
     Args:
         quota: what they may.
         make_room: called where that is not enough: frees something, and returns whether it did.
+        room: what all users of the worker may keep together, where that has limits.
     """
 
-    def __init__(self, quota: Quota, make_room: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, quota: Quota, make_room: Callable[[], bool] = lambda: False, room: Room | None = None
+    ) -> None:
         self._quota = quota
+        self._counts_memory = quota.memory is not None or (room is not None and room.counts_memory)
         self._make_room = make_room
+        self._room = room
+        self._part = None if room is None else room.enter(self)
         self._objects = 0
         self._beside = 0
         self._memory = 0
@@ -113,8 +133,9 @@ class Account:
                 f"[max_session_objects] your sessions hold {self._objects:,}: drop some pointers, or end sessions",
                 rule="max_session_objects",
             )
-        allowed = self._quota.memory
-        if allowed is None:
+        if not self._counts_memory:
+            if self._room is not None:
+                self._room.check(objects, 0)
             return
         new = {
             ref: nbytes
@@ -122,15 +143,18 @@ class Account:
             if ref not in self._storages
         }  # fmt: skip
         wanted = sum(new.values()) + beside
-        if self._total + wanted > allowed:
-            self._recount()
-        if self._total + wanted > allowed:
+        allowed = self._quota.memory
+        if allowed is not None and self._total + wanted > allowed:
+            self.recount()
+        if allowed is not None and self._total + wanted > allowed:
             raise PolicyError(
                 f"this would be more than the {count_bytes(allowed)} that the owner lets a user keep: "
                 f"[max_session_memory] your sessions hold {count_bytes(self._total)}, and this takes "
                 f"{count_bytes(wanted)} more: drop some pointers, or end sessions",
                 rule="max_session_memory",
             )
+        if self._room is not None:
+            self._room.check(objects, wanted)
 
     @property
     def _total(self) -> int:
@@ -149,7 +173,7 @@ class Account:
             PolicyError: that is more than may be kept. It is counted nevertheless: it is there until whoever asks lets
                 go of it.
         """
-        if self._quota.memory is None:
+        if not self._counts_memory:
             return
         new = NewNodes(tensors)
         if not len(new):
@@ -166,31 +190,34 @@ class Account:
             self.take(new.saved)
             self._nodes += len(new)
             new.mark(functools.partial(self._gone.append, None))
+            self._tell()
 
     def take(self, tensors: Iterable[torch.Tensor] = (), *, objects: int = 0, beside: int = 0) -> None:
         """Counts what is kept from now on: tensors for as long as anything keeps their memory."""
         self._objects += objects
         self._beside += beside
-        if self._quota.memory is None:
-            return
-        for ref, nbytes in map(_storage, tensors):
-            self._memory += nbytes - self._storages.get(ref, 0)
-            self._storages[ref] = nbytes
-            self._added += 1
-        if self._added > max(_RECOUNT_EVERY, len(self._storages) // 2):
-            self._recount()
+        if self._counts_memory:
+            for ref, nbytes in map(_storage, tensors):
+                self._memory += nbytes - self._storages.get(ref, 0)
+                self._storages[ref] = nbytes
+                self._added += 1
+            if self._added > max(_RECOUNT_EVERY, len(self._storages) // 2):
+                self.recount()
+        self._tell()
 
     def give_back(self, *, objects: int = 0, beside: int = 0) -> None:
         """No longer counts so many objects, and bytes beside them."""
         self._objects -= objects
         self._beside -= beside
+        self._tell()
 
     def hand_on(self, tensors: Iterable[torch.Tensor]) -> None:
         """No longer counts these tensors, which are somebody else's now."""
         for ref, _ in map(_storage, tensors):
             self._memory -= self._storages.pop(ref, 0)
+        self._tell()
 
-    def _recount(self) -> None:
+    def recount(self) -> None:
         """Looks which memory is still there, and how large it is."""
         self._added = 0
         left: dict[StorageWeakRef, int] = {}
@@ -200,6 +227,12 @@ class Account:
                 left[ref] = storage.nbytes()
         self._storages = left
         self._memory = sum(left.values())
+        self._tell()
+
+    def _tell(self) -> None:
+        """Lets the sum over all users have what is kept now."""
+        if self._part is not None:
+            self._part.holds(self._objects, self._total)
 
 
 def _storage(tensor: torch.Tensor) -> tuple[StorageWeakRef, int]:

@@ -62,7 +62,7 @@ _UNITS: Final = {
 }  # fmt: skip
 _WHOLE: Final = (
     "max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes", "max_failures", "max_pending",
-    "max_session_memory", "max_session_objects",
+    "max_session_memory", "max_session_objects", "max_worker_memory", "max_worker_objects",
 )  # fmt: skip
 """Limits that are whole numbers above 0."""
 ALL_PRIVATE: Final = "*"
@@ -141,6 +141,9 @@ class Policy:
         max_session_memory, max_session_objects: bytes and objects that the sessions of one user may keep, all of them
             together (`planrt.plans.policy.quotas` says what counts); clients without a token or a certificate are
             one user for each address that they come from.
+        max_worker_memory, max_worker_objects: those that all users may keep together; the owner's own data do not
+            count. By default what four users may keep who keep as much as they may, and the million objects that a
+            worker holds in any case.
         intersection: what parties of a joint run may learn of who is in this worker's tables. "ids": which of their
             own people are in it too, "size": how many, "none": nothing, so that there are no joint runs.
         release: rules for private data.
@@ -170,6 +173,8 @@ class Policy:
     require_secure_aggregation: int | None = None
     max_session_memory: int | None = 16 * 2**30
     max_session_objects: int | None = 100_000
+    max_worker_memory: int | None = 64 * 2**30
+    max_worker_objects: int | None = 1_000_000
     intersection: Intersection = "ids"
     release: tuple[ReleaseRule, ...] = ()
 
@@ -249,7 +254,7 @@ class Policy:
         values = asdict(self)
         for name in (
             "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects",
-            "require_secure_aggregation", "intersection",
+            "max_worker_memory", "max_worker_objects", "require_secure_aggregation", "intersection",
         ):  # fmt: skip
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
@@ -278,6 +283,8 @@ class Policy:
             ("plans that wait, a user", self.max_pending, "{:,}".format),
             ("memory that a user's sessions keep", self.max_session_memory, count_bytes),
             ("objects that a user's sessions keep", self.max_session_objects, "{:,}".format),
+            ("memory that all users keep", self.max_worker_memory, count_bytes),
+            ("objects that all users keep", self.max_worker_objects, "{:,}".format),
         ]
         says = {
             "open": "any plan within these rules runs",
@@ -400,6 +407,8 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_memory": read_bytes,
     "max_session_memory": read_bytes,
     "max_session_objects": _limit,
+    "max_worker_memory": read_bytes,
+    "max_worker_objects": _limit,
     "max_input_bytes": read_bytes,
     "max_output_bytes": read_bytes,
     "release": _rules,

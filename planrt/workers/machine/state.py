@@ -43,7 +43,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -54,6 +53,7 @@ from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.sharing.secure_sum.signing import Identity
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.accounts import Accounts
 from planrt.workers.machine.audit import Audit, Auditor
 from planrt.workers.machine.backward import BackwardPasses
 from planrt.workers.machine.devices import prepared
@@ -115,7 +115,7 @@ class WorkerState:
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
     `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what the sessions of
-    one user may keep; of it and of the policy's the stricter counts. `certificates` says whether its clients show some,
+    one user, and what all together may keep: of it and of the policy the stricter. `certificates` says whether its clients show some,
     and `dials` what it shows itself where it dials other workers. `knows_users`: whether it has users, where they are
     told later (`UsersChanged`). `signs_sums` is who it is in secure aggregations.
     """
@@ -160,9 +160,8 @@ class WorkerState:
         parties = PartyOps(objects)
         sums = SecureSums(id, gate, signs_sums)
         training = TrainingOps(id, self.device, gate, objects, self.access, sums)
-        self._quota = (quota or Quota()).with_policy(policy)
-        self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
-        """Whose sessions and published objects there are, where that is limited."""
+        self.accounts = Accounts((quota or Quota()).with_policy(policy), self.store, self._make_room)
+        """For whom sessions count, where that is limited."""
         self._besides: list[Instruction] = []
         """What comes of sessions that gave way while something else was handled."""
         handshakes = Handshakes(
@@ -292,7 +291,7 @@ class WorkerState:
         self, handshakes: Handshakes, kept: KeptSessions, audit: Auditor, training: TrainingOps
     ) -> Openings:
         return Openings(
-            self.id, handshakes, kept, audit, datasets=training.seen_by, when_opened=self._open_account
+            self.id, handshakes, kept, audit, datasets=training.seen_by, when_opened=self.accounts.open
         )
 
     def note_ticket(self, client: Session, id: str, verifier: Verifier, asked: m.Delegate) -> None:
@@ -323,11 +322,6 @@ class WorkerState:
     def is_open(self, connection: int) -> bool:
         """Returns whether a connection has a session: its handshake is over."""
         return connection in self._parts.sessions
-
-    @property
-    def quota(self) -> Quota:
-        """The limits of what one user may keep."""
-        return self._quota
 
     def whose(self, connection: int) -> str:
         """Returns for whom the session of a connection counts; ``""`` where it has none."""
@@ -453,20 +447,10 @@ class WorkerState:
             return []
         return [Reply(session.connection, m.Envelope(0, m.Ack(), kept.taken))]
 
-    def _open_account(self, session: Session, host: str) -> None:
-        if not self._quota:
-            return
-        whose = session.whose(host)
-        account = self._accounts.get(whose)
-        if account is None:
-            account = self._accounts[whose] = Account(self._quota, lambda: self._make_room(whose))
-        self.store.open_account(session.id, account)
-
-    def _make_room(self, whose: str) -> bool:
+    def _make_room(self, whose: str, account: Account) -> bool:
         """Lets a plan of a user's rounds go, which its client can send again, or ends a session that was closed, where
         the others of the same user need the room."""
-        account = self._accounts.get(whose)
-        if account is not None and self._parts.training.give_way(account):
+        if self._parts.training.give_way(account):
             return True
         session = self._parts.kept.to_give_way(whose, self._requests.at_work)
         if session is not None:

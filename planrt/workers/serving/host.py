@@ -137,7 +137,7 @@ class WorkerHost:
         self._expiring: set[asyncio.Task[None]] = set()
         self._guesses = Guesses()
         self._openings = Openings(self._limits.connections)
-        quota = state.quota.memory
+        quota = state.accounts.quota.memory
         self._arriving = Arriving(None if quota is None else max(quota, self._limits.message))
         self._links = Links(state.id, self._handle, self._limits, dialling)
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -28,6 +28,7 @@ from planrt.errors import (
 )
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
+from planrt.plans.policy.quotas import Quota
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.sessions import Session
@@ -35,6 +36,7 @@ from planrt.workers.serving.audit_file import AuditError, AuditFile
 from planrt.workers.serving.counts import Figures
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.isolation.board import Board
+from planrt.workers.serving.isolation.grants import Grants
 from planrt.workers.serving.isolation.messages import give
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.serving.joint_folder import JointFolder
@@ -129,8 +131,10 @@ class Answers:
         others: Callable[[], Mapping[int, Process]] = dict,
         access: Access | None = None,
         joint_runs: JointFolder | None = None,
+        quota: Quota | None = None,
     ) -> None:
         self._joint_runs = joint_runs
+        self.grants = Grants(quota or Quota())
         self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
         self.audit, self._approvals, self._tickets = audit, approvals, tickets
         self._opened, self._idle = opened, idle
@@ -197,6 +201,8 @@ class Answers:
                     return True, self._told(process, self.board.holder(_numbers(ids), token))
                 case ["computing", str(name)]:
                     return True, self._told(process, self.board.computing(name))
+                case ["room", int(objects), int(memory)]:
+                    return True, self.grants.ask(process.number, objects, memory)
                 case ["prove", bytes() | None as binding]:
                     process.bindings.remove(binding)  # raises ValueError where there is none
                     return True, self._prove(process, binding)

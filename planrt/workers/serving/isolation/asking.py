@@ -124,6 +124,20 @@ class RelayedBoard:
             raise LocalError(str(error)) from None
 
 
+class RelayedRoom:
+    """What all users of the worker may keep together, as a process for clients' work has it granted; see `More`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def __call__(self, objects: int, memory: int) -> str:
+        """See `More`."""
+        try:
+            return str(self._calls.ask("room", objects, memory))
+        except IsolationError as error:
+            raise LocalError(str(error)) from None
+
+
 class RelayedTickets:
     """The tickets that sessions here give, for the worker's own process, which is shown them."""
 

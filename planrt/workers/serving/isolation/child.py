@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from planrt.errors import ConnectError
+from planrt.errors import ConnectError, LocalError
 from planrt.logs import get_logger
 from planrt.loop import new_event_loop
 from planrt.plans.running import progress
@@ -37,6 +37,7 @@ from planrt.workers.serving.isolation.asking import (
     RelayedAudit,
     RelayedBoard,
     RelayedJointRuns,
+    RelayedRoom,
     RelayedTickets,
     RelayedToken,
 )
@@ -59,6 +60,8 @@ log = get_logger("planrt.worker")
 
 PROCESS: Final = "process:"
 """How addresses of processes of the same worker begin. Only who was told one can use it."""
+_REST: Final = 20
+"""Times as long as it took to look what is still kept, it is not looked again."""
 STOP_SECONDS = 1.0
 """Seconds that clients have to hear that the worker stops."""
 
@@ -166,6 +169,7 @@ class _Serving:
             RelayedTickets(calls),
             RelayedJointRuns(state.id, calls) if work.keeps_joint_runs else None,
         )
+        state.accounts.ask(RelayedRoom(calls))
         work.dialling.opened_by = self._dial
         if work.dialling.dials.token:
             work.dialling.token = RelayedToken(calls)
@@ -188,9 +192,10 @@ class _Serving:
         progress.watch(self._slot.began)
         self._gifts.setblocking(False)
         self._loop.add_reader(self._gifts.fileno(), self._take)
-        idle = asyncio.create_task(self._watch_for_idleness())
+        watching = [asyncio.create_task(one) for one in (self._watch_for_idleness(), self._give_room_back())]
         await self._stop.wait()
-        idle.cancel()
+        for one in watching:
+            one.cancel()
         self._host.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
@@ -277,6 +282,16 @@ class _Serving:
             elif self._loop.time() - since >= self._lingers:
                 self._calls.tell("idle")
                 since = self._loop.time()
+
+    async def _give_room_back(self) -> None:
+        """Has others have what this process was granted, and does not use, a moment later."""
+        took = 0.0
+        while True:
+            await asyncio.sleep(max(1.0, _REST * took))
+            began = self._loop.time()
+            with contextlib.suppress(LocalError):  # the worker ends
+                await self._compute.run(self._work.state.accounts.tidy)
+            took = self._loop.time() - began
 
     async def _tell_figures(self) -> None:
         """Tells what this process counts and holds, beside what is the owner's, where somebody watches."""

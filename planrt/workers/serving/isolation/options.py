@@ -156,4 +156,5 @@ class Isolating:
             knows=state.knows,
             tickets=state,
             joint_runs=joint_runs,
+            quota=state.accounts.quota,
         )

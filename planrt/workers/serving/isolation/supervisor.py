@@ -23,6 +23,7 @@ from planrt.errors import HandshakeError, IsolationError
 from planrt.logs import get_logger
 from planrt.metrics import Family, counted, gauge
 from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.quotas import Quota
 from planrt.serde.frames import Limits, encode
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.events import HandOn
@@ -72,7 +73,7 @@ class Isolation:
         audit, approvals, dialling: the owner's log, the owner's decisions, and how other workers are reached.
         access: which user may do what. knows: whether the token of that id is still a user's.
         tickets: takes note of tickets, which are proved to this process.
-        joint_runs: the owner's folder for joint runs.
+        joint_runs: the owner's folder for joint runs. quota: what users may keep, each and all together.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Isolation:
         access: Access | None = None,
         knows: Callable[[str], bool] = lambda token: True,
         joint_runs: JointFolder | None = None,
+        quota: Quota | None = None,
     ) -> None:
         self._knows = knows
         self._worker_id, self._zygote, self._page = worker_id, zygote, page
@@ -97,7 +99,7 @@ class Isolation:
         self._processes: dict[int, Process] = {}
         self._answers = Answers(
             worker_id, limits, dialling, audit, approvals, tickets, self._opened, self._dismiss,
-            others=lambda: self._processes, access=access, joint_runs=joint_runs,
+            others=lambda: self._processes, access=access, joint_runs=joint_runs, quota=quota,
         )  # fmt: skip
         self._numbers = 0
         self._lost = 0
@@ -357,6 +359,7 @@ class Isolation:
         if self._stopping and not self._processes:
             self._none_left.set()
         self._answers.board.over(process.number)
+        self._answers.grants.over(process.number)
         self._answers.over(process)
         if self._by_key.get(process.key) is process:
             del self._by_key[process.key]

@@ -1,0 +1,54 @@
+"""For whom the sessions of a worker count: an account for each user, where something is bounded. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+from planrt.plans.policy.quotas import Account, Quota
+from planrt.plans.policy.room import More, Room
+from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.store import ObjectStore
+
+
+class Accounts:
+    """The accounts of one worker, or of one process of it.
+
+    Args:
+        quota: what one user may keep, and all of them together.
+        store: whose objects count.
+        make_room: called with a user who needs room, and with that user's account: frees something that is the user's
+            own, and returns whether it did. Nobody gives way to others.
+    """
+
+    def __init__(self, quota: Quota, store: ObjectStore, make_room: Callable[[str, Account], bool]) -> None:
+        self.quota = quota
+        self._store, self._make_room = store, make_room
+        bounded = quota.worker_memory is not None or quota.worker_objects is not None
+        self._room = Room(quota.worker_objects, quota.worker_memory) if bounded else None
+        self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
+        """Whose sessions and published objects there are."""
+
+    def open(self, session: Session, host: str) -> None:
+        """Lets a session count for its user; `host` is where it was opened from."""
+        if not self.quota:
+            return
+        whose = session.whose(host)
+        account = self._accounts.get(whose)
+        if account is None:
+            account = self._accounts[whose] = Account(self.quota, lambda: self._made_room(whose), self._room)
+        self._store.open_account(session.id, account)
+
+    def _made_room(self, whose: str) -> bool:
+        account = self._accounts.get(whose)
+        return account is not None and self._make_room(whose, account)
+
+    def ask(self, more: More) -> None:
+        """Has what all users may keep granted by the worker's own process, which knows of them all."""
+        if self._room is not None:
+            self._room.ask(more)
+
+    def tidy(self) -> None:
+        """Gives back what was granted, and is not used."""
+        if self._room is not None:
+            self._room.tidy()

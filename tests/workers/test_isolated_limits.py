@@ -1,0 +1,238 @@
+"""With isolation the limits of the whole worker hold over the processes of all users."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import planrt
+from planrt.errors import LocalError, PolicyRefusedError, RemoteError, SessionLostError
+from planrt.fl import RoundScheduler, TrainConfig
+from planrt.plans.policy.quotas import Account, Quota
+from planrt.plans.policy.room import Room
+from planrt.workers.serving.isolation.grants import Grants
+from tests.workers.test_isolation import Server, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
+
+KIB = 1024
+USERS = {"ann": "the long token of ann", "ben": "the long token of ben"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hook():
+    return planrt.TorchHook(torch)
+
+
+@pytest.fixture
+def serve():
+    with contextlib.ExitStack() as stack:
+
+        def start(**options):
+            server = Server(users=USERS, isolation=True, **options)
+            stack.callback(server.end)
+            return server
+
+        yield start
+
+
+def full(rule="max_worker_memory"):
+    return pytest.raises(PolicyRefusedError, match=rf"lets all users keep together: \[{rule}\]")
+
+
+def sent(worker, kib):
+    """A pointer to so many KiB, once they are there."""
+    x = torch.ones(kib * KIB // 4).send(worker)
+    worker.objects_count()
+    return x
+
+
+def sent_in_the_end(worker, kib):
+    """Others give back what they do not use a moment after they have freed it."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return sent(worker, kib)
+        except PolicyRefusedError:
+            assert time.monotonic() < end, "there is no room"
+            time.sleep(0.1)
+
+
+def test_the_processes_of_all_users_share_the_room_of_a_worker(serve):
+    server = serve(max_worker_memory=8 << 20)
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        x, small = sent(ann, 5 * KIB), sent(ben, 10)
+        assert len(server.processes()) == 2
+        with full():
+            sent(ben, 5 * KIB)
+        assert x.sum().get().item() == 5 * KIB * KIB // 4  # she goes on
+        assert (small + 1).sum().get().item() == 5 * KIB  # and so does he
+        with full():  # she has no more than he
+            sent(ann, 5 * KIB)
+        del x
+        ann.objects_count()
+        y = sent_in_the_end(ben, 5 * KIB)
+        with full():
+            sent(ann, 5 * KIB)
+        assert y.sum().get().item() == 5 * KIB * KIB // 4
+
+
+def test_a_process_that_ends_gives_its_room_back(serve):
+    server = serve(max_worker_memory=8 << 20)
+    with server.connect("ann") as ann:
+        x = sent(ann, 6 * KIB)
+        (process,) = server.processes()
+        ben = server.connect("ben")
+        with full():
+            sent(ben, 6 * KIB)
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(SessionLostError):
+            x.sum().get()
+        until(lambda: process not in server.processes())
+        y = sent_in_the_end(ben, 6 * KIB)
+        assert y.sum().get().item() == 6 * KIB * KIB // 4
+        ben.close()
+
+
+def test_objects_of_all_users_count_together(serve):
+    server = serve(max_worker_objects=100)
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        kept = [torch.ones(1).send(ann) for _ in range(70)]
+        assert ann.objects_count() == 70
+        with full("max_worker_objects"):
+            more = [torch.ones(1).send(ben) for _ in range(60)]
+            ben.objects_count()
+        more = kept[60:]
+        del kept[:60]
+        assert ann.objects_count() == 10
+
+        def there():
+            x = torch.ones(1).send(ben)
+            return x.get().item() == 1.0 and ben.objects_count() == 0
+
+        until(lambda: granted(there), 60)
+        assert len(more) == 10
+
+
+def granted(what):
+    try:
+        return what()
+    except PolicyRefusedError:
+        return False
+
+
+# ------------------------------------------------------------------------------- what rounds send
+
+
+class Long(torch.nn.Module):
+    def __init__(self, ops):
+        super().__init__()
+        self.inner, self.ops = torch.nn.Linear(3, 1), ops
+
+    def forward(self, x):
+        for n in range(self.ops):
+            x = x + n
+        return self.inner(x).squeeze(1)
+
+
+def train(worker, ops):
+    config = TrainConfig(model=Long(ops), loss_fn=torch.nn.functional.mse_loss, batch_size=4)
+
+    async def main():
+        scheduler = RoundScheduler([worker], config, dataset_key="rows", seed=1)
+        await scheduler.prepare()
+        return await scheduler.run_round(1, config.state)
+
+    return asyncio.run(main()).loss
+
+
+def test_plans_that_rounds_send_count_in_a_users_own_process(serve):
+    server = serve(max_session_memory=400 * KIB)
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        for ops in range(40, 50):  # of some 100 KiB each, which would be 1 MiB together
+            assert train(ann, ops) >= 0
+        x = sent(ann, 340)  # plans give way, tensors do not
+        with pytest.raises(RemoteError, match="max_session_memory"):
+            train(ann, 100)
+        assert train(ben, 100) >= 0  # his are his own
+        del x
+        ann.objects_count()
+        assert train(ann, 52) >= 0
+
+
+def test_plans_that_rounds_send_count_for_all_users_together(serve):
+    server = serve(max_worker_memory=2 << 20)
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        x = sent(ann, 1_800)
+        with pytest.raises(RemoteError, match="max_worker_memory"):
+            train(ben, 300)
+        assert train(ben, 20) >= 0
+        del x
+        ann.objects_count()
+        until(lambda: granted(lambda: train(ben, 300) >= 0), 60)
+
+
+# ----------------------------------------------------------------------------------- who grants it
+
+
+def test_a_process_is_granted_no_more_than_there_is():
+    grants = Grants(Quota(worker_memory=100, worker_objects=10))
+    assert grants.ask(1, 5, 60) == ""
+    assert grants.ask(2, 5, 41) == "max_worker_memory"
+    assert grants.ask(2, 6, 40) == "max_worker_objects"
+    assert grants.ask(2, 5, 40) == ""
+    assert grants.ask(1, 5, 61) == "max_worker_memory"
+    assert grants.ask(1, 0, 10) == ""
+    assert grants.ask(2, 10, 90) == ""
+    grants.over(2)
+    grants.over(2)
+    assert grants.ask(1, 10, 100) == ""
+    with pytest.raises(LocalError, match="less than nothing"):
+        grants.ask(2, 0, -1)
+    assert grants.ask(2, 1, 0) == "max_worker_objects"
+
+
+def test_a_process_that_was_taken_over_does_not_get_all_of_it():
+    """What it says of itself may be wrong. It has no more of what others need than its user could have."""
+    grants = Grants(Quota(memory=10, objects=4, worker_memory=100, worker_objects=100))
+    assert grants.ask(1, 8, 20) == ""
+    assert grants.ask(1, 8, 21) == "max_worker_memory"
+    assert grants.ask(1, 9, 20) == "max_worker_objects"
+
+
+def test_room_is_asked_for_seldom_and_given_back():
+    asked = []
+
+    def more(objects, memory):
+        asked.append((objects, memory))
+        return "max_worker_memory" if memory > 300 << 20 else ""
+
+    room = Room(None, 1 << 30)
+    room.ask(more)
+    account = Account(Quota(worker_memory=1 << 30), room=room)
+    kept = []
+    for _ in range(2_000):
+        one = torch.empty(100 * KIB, dtype=torch.uint8)
+        account.check([one], objects=1)
+        account.take([one], objects=1)
+        kept.append(one)
+    assert len(asked) < 100
+    assert room.memory == 2_000 * 100 * KIB
+    account.check(beside=(300 << 20) - room.memory)  # to the last byte
+    before = len(asked)
+    del kept[:1_900]
+    room.tidy()
+    assert len(asked) == before + 1
+    assert 100 * 100 * KIB <= asked[-1][1] < 15 << 20
+    room.tidy()  # nothing has changed
+    assert len(asked) == before + 1
+    account.check([torch.empty(1 << 20)])
+    del account, kept
+    assert (room.objects, room.memory) == (0, 0)
