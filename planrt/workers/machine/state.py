@@ -114,10 +114,10 @@ class WorkerState:
     `approvals` are the owner's decisions about plans. `limits` is what it accepts, as clients are told.
     `deterministic`: whether only torch's deterministic kernels run; None: on everything but a CPU. `reaches` says
     whether a worker at one address can dial one at another. `access` says which user may do what with which data.
-    `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what the sessions of
-    one user, and what all together may keep: of it and of the policy the stricter. `certificates` says whether its clients show some,
-    and `dials` what it shows itself where it dials other workers. `knows_users`: whether it has users, where they are
-    told later (`UsersChanged`). `signs_sums` is who it is in secure aggregations.
+    `audit` is told what happens. `joint_runs` is where parts of joint runs are kept. `quota` is what one
+    user, and what all together may keep: of it and of the policy the stricter. `certificates` says whether its clients
+    show some, and `dials` what it shows itself where it dials other workers. `knows_users`: whether it has users, where
+    they are told later (`UsersChanged`). `signs_sums` is who it is in secure aggregations.
     """
 
     def __init__(
