@@ -23,7 +23,7 @@ in the way, ``""`` if they may. Fewer than before may always."""
 
 
 class Counted(Protocol):
-    """Who keeps something: an account."""
+    """An account, as the room sees it."""
 
     def recount(self) -> None:
         """Looks what is still there."""
@@ -48,7 +48,7 @@ class Room:
 
     @property
     def counts_memory(self) -> bool:
-        """Whether bytes have a limit."""
+        """Returns whether bytes have a limit."""
         return self._limits[1] is not None
 
     def ask(self, more: More) -> None:
@@ -125,7 +125,7 @@ class Room:
 
 
 class Part:
-    """What one account has of the sum."""
+    """Holds what one account has of the sum."""
 
     __slots__ = ("_memory", "_objects", "_room")
 

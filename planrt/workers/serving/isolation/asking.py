@@ -125,7 +125,7 @@ class RelayedBoard:
 
 
 class RelayedRoom:
-    """What all users of the worker may keep together, as a process for clients' work has it granted; see `More`."""
+    """Asks how much of what all users of the worker may keep is for this process; see `More`."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
