@@ -38,6 +38,7 @@ from planrt.workers.pointers.tensor import (
     refuse_options,
 )
 from planrt.workers.shares import surface
+from planrt.workers.shares.optimizers import before_shared_step
 from planrt.workers.virtual import VirtualWorker
 from planrt.workers.wire.objects import contiguous
 
@@ -85,6 +86,7 @@ class TorchHook:
                 made.is_client_worker = True
                 _add_methods()
                 torch_optimizer.register_optimizer_step_pre_hook(before_step)
+                torch_optimizer.register_optimizer_step_pre_hook(before_shared_step)
                 _hook = made
         return _hook
 

@@ -15,6 +15,9 @@ from planrt.errors import OptionError
 
 TENSOR: Final = "tensor"
 
+COUNTERS: Final = ("step", "eta", "mu", "mu_product")
+"""State of no dimensions that optimizers read: it stays with the optimizer, wherever its parameters are."""
+
 Kept = dict[Any, Any]
 """Position of a parameter -> name -> value: ``optimizer.state_dict()["state"]``."""
 

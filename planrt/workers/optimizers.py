@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from planrt.errors import RemoteOpError, WorkerLostError
+from planrt.plans.optimizer_states import COUNTERS
 from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.wire.objects import contiguous
 
@@ -22,9 +23,6 @@ _READ_VALUES = {
     "Adafactor": "it reads the size of parameters and updates",
     "SparseAdam": "it needs sparse gradients",
 }
-_COUNTERS = ("step", "eta", "mu", "mu_product")
-"""State of no dimensions that optimizers read: it stays here."""
-
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers that may have state on workers."""
 _staying: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -131,7 +129,7 @@ def _apart(entries: dict[Any, Any] | None, parameter: torch.Tensor) -> list[tupl
         if isinstance(value, PointerTensor):
             apart = not isinstance(parameter, PointerTensor) or value.location is not parameter.location
         else:
-            apart = isinstance(parameter, PointerTensor) and not (key in _COUNTERS and value.dim() == 0)
+            apart = isinstance(parameter, PointerTensor) and not (key in COUNTERS and value.dim() == 0)
         if apart:
             found.append((entries, key))
     return found  # type: ignore[return-value]

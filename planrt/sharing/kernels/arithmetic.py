@@ -405,6 +405,10 @@ def _addcdiv(
 
 
 def _lerp(context: Context, value: Share, end: Value, weight: Value) -> Protocol[Share]:
+    if isinstance(end, Share) and not end.fine and context.scale > 1:
+        # As squares take a gradient: one below a unit would be something in its mean and nothing in theirs, and the
+        # quotient of these many times what it is in the clear.
+        (end,) = yield from fractional(context, end)
     difference = yield from subtract(context, end, value)
     scale = _scale_of_means(context)
     if not isinstance(weight, int | float) or context.scale == 1 or scale % value.scale:

@@ -15,8 +15,10 @@ import torch
 from planrt.deadlines import bounded
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
-from planrt.sharing.kernels.table import KERNELS, check_arguments
+from planrt.sharing.kernels.table import KERNELS, VIEWS, check_arguments
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
+from planrt.sharing.tensors.lists import of_each
+from planrt.sharing.tensors.overloads import out_of_place, without_out
 from planrt.sharing.tensors.refusals import (
     NO_MEMORY,
     check_made,
@@ -27,8 +29,8 @@ from planrt.sharing.tensors.refusals import (
     public_name,
 )
 from planrt.sharing.tensors.rewritten import batch_norm, hiding, prims, rewriting
-from planrt.sharing.tensors.sessions import Handle, Secret, Shapes, SharingSession
-from planrt.sharing.tensors.twins import twin_of
+from planrt.sharing.tensors.sessions import Handle, Secret, SharingSession
+from planrt.sharing.tensors.twins import shapes_of, twin_of
 from planrt.types import leaves, map_leaves
 
 
@@ -77,6 +79,8 @@ class SharedTensor(torch.Tensor):
     """What the session knows the parts by."""
     flags: bool = False
     """Whether it is the result of a comparison, which has 0 and 1 only."""
+    whole: bool = False
+    """Whether it has whole numbers as torch's floating-point numbers: ``x.float()`` of whole numbers."""
     set_aside: bool = False
     """Whether it is a parameter that trained before it was shared, and is to do so again."""
 
@@ -92,14 +96,19 @@ class SharedTensor(torch.Tensor):
         offset: int | None = None,
         requires_grad: bool = False,
     ) -> SharedTensor:
-        """Makes the wrapper. Strides and offset are what torch takes views and gradients of assignments by."""
+        """Makes the wrapper. Strides and offset are what torch takes views and gradients of assignments by.
+
+        To torch's own code it is a meta tensor, so that ``plain.data = shared``, where torch asks nobody, is an error
+        and no tensor without memory. It says that it is on the CPU.
+        """
         made: SharedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             tuple(shape),
             strides,
             offset,
             dtype=dtype,
-            device=_CPU,
+            device=_META,
+            dispatch_device=True,
             requires_grad=requires_grad,
         )
         made.session, made.handle = session, handle
@@ -201,6 +210,8 @@ class SharedTensor(torch.Tensor):
             )
         if func == _SET_DATA:
             return _put_data(*args)
+        if func is torch.Tensor.new_tensor:
+            return _new_tensor(*args, **(kwargs or {}))
         if func is torch.nn.functional.multi_head_attention_forward:
             kwargs = hiding(kwargs or {})
         try:
@@ -224,12 +235,16 @@ class SharedTensor(torch.Tensor):
             SharingError: there is none for it, operands are of different sessions, or it would change in place what all
                 know.
         """
+        if func is _DEVICE:
+            return _CPU
         with torch._C.DisableTorchFunctionSubclass():
             return cls._run(func, args, kwargs or {})
 
     @classmethod
     def _run(cls, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        if name.startswith("_foreach_"):
+            return of_each(name, args, kwargs)
         operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, SharedTensor)]
         first = operands[0]
         if any(one.session is not first.session for one in operands):
@@ -246,13 +261,13 @@ class SharedTensor(torch.Tensor):
         if "out" in kwargs:
             return _written_to(func, name, args, kwargs)
         if name in _SAME:  # what was opened of it stays known
-            return _wrapped(first, first.handle, first)
+            return _marked(_wrapped(first, first.handle, first), first)
         in_place = name.endswith("_") and not name.endswith("__")
         kernel = name.removesuffix("_") if in_place else name
         if in_place and not isinstance(args[0], SharedTensor):
             raise SharingError(f"{name} would change what all know, in place: write it out of place")
         if torch.Tag.inplace_view in func.tags:
-            shown = _out_of_place(func, kernel)(*args, **kwargs)
+            shown = out_of_place(func, kernel)(*args, **kwargs)
             with torch._C._DisableTorchDispatch():
                 func(*args, **kwargs)
             args[0].handle = shown.handle
@@ -285,7 +300,7 @@ class SharedTensor(torch.Tensor):
         if (
             kernel not in KERNELS
             and in_place
-            and (rewritten := rewriting(_out_of_place(func, kernel))) is not None
+            and (rewritten := rewriting(out_of_place(func, kernel))) is not None
         ):
             return args[0].copy_(rewritten(*args, **kwargs))
         given, options = map_leaves(tuple(args), _secret), map_leaves(kwargs, _secret)
@@ -295,14 +310,16 @@ class SharedTensor(torch.Tensor):
             raise SharingError(f"{name}: a result of shape {list(twin.shape)} does not fit in place")
         check_size(kernel, twin)
         check_whole(kernel, args, kwargs, twin, in_place=in_place)
-        made = first.session.run(kernel, given, options, _shapes(twin), in_place=in_place)
+        made = first.session.run(kernel, given, options, shapes_of(twin), in_place=in_place)
         flags = kernel in _OF_FLAGS and all(_is_flag(one) for one in args)
         if not in_place:
             found = _wrapped(first, made, twin)
             if flags:
                 found.flags = True
+            if kernel in VIEWS or kernel in _COPIES:
+                _marked(found, first)
             return found
-        args[0].flags = flags
+        args[0].flags, args[0].whole = flags, False
         return args[0]
 
 
@@ -319,7 +336,8 @@ class _Refreshed(torch.autograd.Function):
         return gradient
 
 
-_CPU = torch.device("cpu")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_DEVICE = torch.ops.prim.device.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes of tensors with no ways of their own."""
 _LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor", "not")}
@@ -327,6 +345,7 @@ _LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor", "
 _OF_FLAGS = frozenset(["mul", *_LOGICAL.values()])
 """What gives 0 and 1 where all operands have these only."""
 _SAME = ("detach", "alias", "lift_fresh")
+_COPIES = ("_to_copy", "clone")
 _PUTS = ("index_put", "_index_put_impl")
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -343,7 +362,20 @@ def _put_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
         )
     with torch._C.DisableTorchFunctionSubclass():
         _SET_DATA(tensor, data)
-    tensor.session, tensor.handle, tensor.flags = data.session, data.handle, data.flags
+    tensor.session, tensor.handle = data.session, data.handle
+    tensor.flags, tensor.whole = data.flags, data.whole
+
+
+def _new_tensor(
+    like: SharedTensor, data: Any, *, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False
+) -> torch.Tensor:  # fmt: skip
+    """``x.new_tensor(data)``, of what all know or of shares: torch makes it where `like` has its memory, on meta."""
+    if isinstance(data, SharedTensor):
+        made: torch.Tensor = data.detach().clone()
+        made = made if dtype is None else made.to(dtype)
+    else:
+        made = torch.tensor(data, dtype=dtype or like.dtype, device=device or like.device)
+    return made.requires_grad_(requires_grad)
 
 
 def _written_to(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -355,23 +387,12 @@ def _written_to(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, 
     out = kwargs["out"]
     if not isinstance(out, SharedTensor):
         raise SharingError(f"{name}: out= would change what all know, in place: leave out= out")
-    made = _without_out(func)(*args, **{key: one for key, one in kwargs.items() if key != "out"})
+    made = without_out(func)(*args, **{key: one for key, one in kwargs.items() if key != "out"})
     if made.shape != out.shape or made.dtype != out.dtype:
         raise SharingError(
             f"{name}: out= has shape {list(out.shape)} and {out.dtype}, the result {list(made.shape)} and {made.dtype}"
         )
     return out.copy_(made)
-
-
-def _without_out(func: Any) -> Any:
-    """The overload that takes what `func` takes, but for ``out=``."""
-    packet, taken = func.overloadpacket, _takes(func)
-    others = (getattr(packet, name) for name in packet.overloads())
-    return next(one for one in others if one is not func and _takes(one) == taken)
-
-
-def _takes(func: Any) -> list[tuple[str, str]]:
-    return [(one.name, str(one.type)) for one in func._schema.arguments if not one.is_out]
 
 
 def _where_masked(args: Sequence[Any]) -> torch.Tensor | None:
@@ -390,7 +411,7 @@ def _home(args: Sequence[Any], operands: Sequence[SharedTensor], *, in_place: bo
     """The session that an operation runs in: that of what it changes, of its fractions, or the finest."""
     if in_place and isinstance(args[0], SharedTensor):
         return args[0].session
-    fractions = [one.session for one in operands if one.is_floating_point()]
+    fractions = [one.session for one in operands if one.is_floating_point() and not one.whole]
     return fractions[0] if fractions else max((one.session for one in operands), key=lambda one: one.scale)
 
 
@@ -404,13 +425,13 @@ def _brought(
     """
     if tensor.session is home:
         return tensor
-    handle = None if tensor.is_floating_point() else home.copied_from(tensor.handle)
+    handle = home.copied_from(tensor.handle) if tensor.whole or not tensor.is_floating_point() else None
     if handle is None:
         raise SharingError(_mixed(name, operands))
     made = SharedTensor(
         home, handle, tensor.shape, tensor.dtype, strides=tensor.stride(), offset=int(tensor.storage_offset())
     )
-    made.flags = tensor.flags
+    made.flags, made.whole = tensor.flags, tensor.whole
     return made
 
 
@@ -427,22 +448,6 @@ def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
     return (
         f"{name}: its operands are shared in different sessions, with the providers {first.session.provider} and "
         f"{other.session.provider}: share both with one"
-    )
-
-
-def _out_of_place(func: Any, kernel: str) -> Any:
-    """The operation that `func` is in place.
-
-    Raises:
-        SharingError: there is none.
-    """
-    packet = getattr(torch.ops.aten, kernel, None)
-    names = [] if packet is None else packet.overloads()
-    for name in (func._overloadname, "Tensor", "int"):
-        if name in names:
-            return getattr(packet, name)
-    raise SharingError(
-        f"{kernel}_ has no protocol on shares: open the operands with get(), or write it without"
     )
 
 
@@ -475,10 +480,12 @@ def _at_places(args: Sequence[Any]) -> tuple[Any, ...]:
     )
 
 
-def _shapes(twin: Any) -> Shapes:
-    if isinstance(twin, tuple | list):
-        return tuple(_shapes(one) for one in twin)
-    return twin.shape if isinstance(twin, torch.Tensor) else None
+def _marked(found: Any, first: SharedTensor) -> Any:
+    """`found`, a view or a copy of `first`, or several, which have whole numbers where that has."""
+    for one in leaves(found):
+        if isinstance(one, SharedTensor) and one.is_floating_point():
+            one.whole = first.whole or not first.is_floating_point()
+    return found
 
 
 def _wrapped(like: SharedTensor, made: Any, twin: Any) -> Any:

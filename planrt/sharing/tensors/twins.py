@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from planrt.sharing.tensors.sessions import Shapes
 from planrt.types import leaves, map_leaves
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -40,6 +41,13 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _frozen(one)) for key, one in value.items())
     return type(value), value
+
+
+def shapes_of(twin: Any) -> Shapes:
+    """Returns the shapes of results, in their nesting."""
+    if isinstance(twin, tuple | list):
+        return tuple(shapes_of(one) for one in twin)
+    return twin.shape if isinstance(twin, torch.Tensor) else None
 
 
 COMPUTED = 1 << 22

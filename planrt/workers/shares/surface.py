@@ -23,6 +23,7 @@ from planrt.sharing.tensors.shared import SharedTensor, share
 from planrt.types import as_whole
 from planrt.workers.pointers.multi import MultiPointerTensor
 from planrt.workers.pointers.tensor import PointerTensor
+from planrt.workers.shares.optimizers import get_optimizer
 from planrt.workers.shares.session import DEFAULT_TIMEOUT, sharing_session
 
 BASE, DIGITS = 10, 3
@@ -331,18 +332,25 @@ def is_shared(module: nn.Module) -> bool:
 
 def get_shared_module(module: nn.Module) -> nn.Module:
     """Opens the parameters and buffers that are in shares, in place."""
-    tensors = [one for one in _each(module) if isinstance(one, SharedTensor)]
-    values = [one.get() for one in tensors]
-    _put_all(module, tensors, values, [one.requires_grad or one.set_aside for one in tensors])
+    tensors = _in_shares(module)
+    _put_opened(module, tensors, [one.get() for one in tensors])
     return module
 
 
 async def get_shared_module_async(module: nn.Module) -> nn.Module:
     """`get_shared_module`, to be awaited on any loop."""
-    tensors = [one for one in _each(module) if isinstance(one, SharedTensor)]
-    values = [await one.async_get() for one in tensors]
-    _put_all(module, tensors, values, [True] * len(values))
+    tensors = _in_shares(module)
+    _put_opened(module, tensors, [await one.async_get() for one in tensors])
     return module
+
+
+def _in_shares(module: nn.Module) -> list[SharedTensor]:
+    return [one for one in _each(module) if isinstance(one, SharedTensor)]
+
+
+def _put_opened(module: nn.Module, tensors: Sequence[SharedTensor], values: Sequence[torch.Tensor]) -> None:
+    """Puts values where their shares were; what trained before trains again."""
+    _put_all(module, tensors, values, [one.requires_grad or one.set_aside for one in tensors])
 
 
 def float_module_precision(self: nn.Module) -> nn.Module:
@@ -442,5 +450,6 @@ OPTIMIZERS: dict[str, Any] = {
     "fix_precision": fix_optimizer_precision,
     "fix_prec": fix_optimizer_precision,
     "fix_precision_": fix_optimizer_precision,
+    "get": get_optimizer,
 }
 """What torch.optim.Optimizer is given."""
