@@ -87,10 +87,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None, *, alone: b
     try:
         MetricsOptions.of(options)  # refuses what cannot be
         isolated, about_isolation = _is_isolated(options, alone=alone)
-        # What is imported and loaded now may take long, and holds nothing yet that could be lost.
+        # What is imported and loaded may take long, and there is nothing yet that could be lost.
         with ending_at_once():
-            served = _served(options) if not options.empty else _nothing(options)
-
             from planrt.logs import configure
             from planrt.serde.frames import Limits
             from planrt.workers.websocket_server import WebsocketServerWorker
@@ -134,6 +132,8 @@ def serve(options: argparse.Namespace, status: TextIO | None = None, *, alone: b
             metrics_host=options.metrics_host,
             metrics_insecure=options.metrics_insecure,
         )
+        with ending_at_once():  # after all options are known to be right: data may have to be fetched
+            served = _served(options) if not options.empty else _nothing(options)
         if served.dataset is not None:
             worker.add_dataset(
                 served.dataset, served.key, tags=list(served.tags), description=served.description

@@ -91,3 +91,24 @@ def test_malformed_users_are_refused(tmp_path, capsys, text):
     assert "token" in capsys.readouterr().err
     assert serve.main(["--id", "bob", "--empty", "--port", "0", "--users", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--max-session-memory", "0"], "--max-session-memory must be at least 1 byte"),
+        (["--host", "0.0.0.0"], "other machines reach 0.0.0.0"),
+        (["--policy", "nowhere.toml"], "nowhere.toml"),
+        (["--users", "nowhere"], "nowhere"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_options_are_looked_at_before_data_are_fetched(monkeypatch, capfd, wrong, told):
+    def load(*args):
+        raise AssertionError("it fetches data")
+
+    monkeypatch.setattr(serve.data, "load", load)
+    assert serve.main(["--id", "alice", "--port", "0", *wrong]) == 2
+    error = capfd.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
