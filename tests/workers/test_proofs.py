@@ -213,7 +213,7 @@ def hello(proof="", token=""):
 
 
 def user_of(state, connection=1):
-    return state._sessions[connection].user
+    return state._parts.sessions[connection].user
 
 
 def test_who_proves_a_token_is_its_user(state):
@@ -252,7 +252,7 @@ def test_a_token_in_clear_is_refused(state):
     assert TOKEN not in reply.envelope.body.message
     assert isinstance(distrust, Distrust)
     assert isinstance(close, Close)
-    assert not state._sessions
+    assert not state._parts.sessions
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_messages_out_of_their_order_open_nothing(state, bodies):
     if "all" in bodies:
         assert user_of(state) == before
     else:
-        assert not state._sessions
+        assert not state._parts.sessions
 
 
 def test_one_connections_challenge_is_not_anothers(state):
@@ -285,7 +285,7 @@ def test_one_connections_challenge_is_not_anothers(state):
     ask(state, hello(client.first), 2)
     for instructions in (ask(state, m.Prove(answer), 2), ask(state, m.Prove(answer), 3)):
         assert any(isinstance(one, Close) for one in instructions)
-    assert not state._sessions
+    assert not state._parts.sessions
     (reply,) = ask(state, m.Prove(answer), 1)
     assert isinstance(reply.envelope.body, m.Welcome)
 
@@ -297,9 +297,9 @@ def test_a_proof_counts_once_and_a_challenge_ends_with_its_connection(state):
     state.handle(Disconnected(1))
     *_, close = ask(state, m.Prove(answer))
     assert isinstance(close, Close)
-    assert not state._sessions
-    assert not state._handshakes._checking
-    assert not state._handshakes._channels
+    assert not state._parts.sessions
+    assert not state._parts.handshakes._checking
+    assert not state._parts.handshakes._channels
 
 
 def test_a_certificates_name_is_a_user_and_a_token_goes_before_it(state):
@@ -315,7 +315,7 @@ def test_a_worker_that_requires_users_lets_nobody_in():
     assert "users only" in open_session(state, 1).message
     assert isinstance(open_session(state, 2, TOKEN), m.Welcome)
     assert isinstance(open_session(state, 3, channel=Channel(user="carol")), m.Welcome)
-    assert set(state._sessions) == {2, 3}
+    assert set(state._parts.sessions) == {2, 3}
 
 
 @pytest.mark.parametrize("users", [{"ann": ""}, {"": TOKEN}, {"ann": TOKEN, "ben": TOKEN}])
@@ -333,7 +333,7 @@ def test_a_channel_is_told_once():
     state = WorkerState("bob")
     assert state.handle(Connected(1, Channel("10.0.0.1"))) == []
     state.handle(Disconnected(1))
-    assert not state._handshakes._channels
+    assert not state._parts.handshakes._channels
 
 
 # ------------------------------------------------------------------------------------------------- guessing

@@ -192,20 +192,20 @@ def test_garbage_from_the_last_party_ends_the_group_and_not_the_dealer():
         net = started("a", "b", "dealer")
         asked = m.Needs(garbage)
         dealer = net.states["dealer"]
-        real = net.states["b"]._parties.ask_needs
+        real = net.states["b"]._parts.parties.ask_needs
 
         def answer(session, body, real=real, asked=asked):
             yield from real(session, body)
             return asked, ()
 
-        net.states["b"]._parties.ask_needs = answer
+        net.states["b"]._parts.parties.ask_needs = answer
         net.post(PRODUCT, [1, 2], [3, 4])
         net.run()
         # the question that waited before was answered as it should be; the next one is not
         net.post(PRODUCT, [1, 2], [5, 6])
         told = net.get(6)
         assert not isinstance(told, list) or all("dealer" in one for one in told), told
-        assert dealer._dealers._groups.keys() <= {"g"}
+        assert dealer._parts.dealers._groups.keys() <= {"g"}
 
 
 def test_a_group_ends_with_its_client_and_its_parts_go():
@@ -216,13 +216,13 @@ def test_a_group_ends_with_its_client_and_its_parts_go():
     net.lose(CLIENT, "a")
     net.run()
     assert net.keep("a") == 0
-    assert net.states["a"]._parties._groups == {}
+    assert net.states["a"]._parts.parties._groups == {}
     assert "client's session" in net.ask("b", m.Fetch(4, False))[0].message
     for name in ("b", "dealer"):
         net.tell(name, m.EndGroup("g"))
     net.run()
-    assert net.states["b"]._parties._groups == {}
-    assert net.states["dealer"]._dealers._groups == {}
+    assert net.states["b"]._parts.parties._groups == {}
+    assert net.states["dealer"]._parts.dealers._groups == {}
 
 
 @pytest.mark.parametrize("secret", [torch.zeros(8, 8), torch.full((8, 8), -30000.0), torch.eye(8) * 1000])

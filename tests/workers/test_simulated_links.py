@@ -155,7 +155,7 @@ def run(seed, steps=40, *, kinds=("cut",), limits=None):
             counted, _ = await connection.request(m.CountObjects())
             # Ops on tensors of different sizes leave a failure under their id.
             assert counted.objects >= len(program.twins)
-            (session,) = network.states["bob"]._sessions.values()
+            (session,) = network.states["bob"]._parts.sessions.values()
             assert session.posted == connection.posted  # each op once
             assert session.kept.taken == connection.session.sent.sent
             assert len(connection.session.sent) <= 4
@@ -170,7 +170,7 @@ def run(seed, steps=40, *, kinds=("cut",), limits=None):
             await other.close(forget=True)
         await asyncio.sleep(200)
         assert not network.states["bob"].store.objects  # nothing is left behind
-        assert not len(network.states["bob"]._kept)
+        assert not len(network.states["bob"]._parts.kept)
         network.hosts["bob"].stop()
         return lost, program.checked
 
@@ -221,7 +221,7 @@ def test_who_comes_back_by_hand_has_lost_nothing_but_answers():
             body, tensors = await connection.request(m.Fetch(id, False))
             assert isinstance(body, m.Fetched)
             assert torch.equal(tensors[0], wanted)
-        (session,) = network.states["bob"]._sessions.values()
+        (session,) = network.states["bob"]._parts.sessions.values()
         assert session.posted == connection.posted
         await connection.close(forget=True)
         await asyncio.sleep(1)

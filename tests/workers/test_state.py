@@ -178,18 +178,17 @@ def test_data_set_keys_are_taken_once(state):
         state.add_dataset(classification_data(1), "flowers")
 
 
-class Meeting(WorkerState):
-    """A worker whose `Done` requests exchange a tensor with a peer: what multi-party ops will do."""
-
-    def _steps(self, session, body, tensors):
-        yield ToPeer(m.PeerAddress("alice", "ws://alice"), m.Values([None]), tensors, "key")
-        answer = yield Wait("key")
-        return m.Values([None]), [tensors[0] + answer.tensors[0]]
+def meets(parts, session, body, tensors):
+    """A request that exchanges a tensor with a peer."""
+    yield ToPeer(m.PeerAddress("alice", "ws://alice"), m.Values([None]), tensors, "key")
+    answer = yield Wait("key")
+    return m.Values([None]), [tensors[0] + answer.tensors[0]]
 
 
 @pytest.fixture
-def meeting():
-    state = Meeting("bob")
+def meeting(monkeypatch):
+    monkeypatch.setattr("planrt.workers.machine.state.answer", meets)
+    state = WorkerState("bob")
     state.handle(Received(1, m.Envelope(1, HELLO), []))
     return state
 
