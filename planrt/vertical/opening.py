@@ -121,6 +121,7 @@ class Plan:
                     purpose=self.purpose,
                     keep=self.keep,
                     resume=bool(self.resume),
+                    tells_waits=all(one.versions.tells_waits for one in workers),
                 )
             )
         return opens

@@ -49,8 +49,9 @@ from planrt.workers.machine.operations import (
 from planrt.workers.machine.peers import Forwarded, PeerOps
 from planrt.workers.machine.private import in_own_memory, infer_results, placeholder_results, written_operands
 from planrt.workers.machine.sessions import Session, users_of
-from planrt.workers.machine.sharing.parties import Exchange, PartyOps
+from planrt.workers.machine.sharing.parties import PartyOps
 from planrt.workers.machine.store import new_id
+from planrt.workers.machine.waiting import Exchange
 from planrt.workers.wire import messages as m
 from planrt.workers.wire import shared_plan
 from planrt.workers.wire.posted import PROGRAM, PostedOp

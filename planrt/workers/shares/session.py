@@ -104,11 +104,14 @@ class WorkersSession(BatchedSession):
     async def _make_group(self) -> None:
         token = secrets.token_hex(16)
         parties, dealer = [_address(one) for one in self._workers], _address(self._dealer)
+        tells_waits = all(one.connection.session.versions.tells_waits for one in self._places)
         try:
             await self._of_all(
                 m.Done,
                 [
-                    m.MakeGroup(self.group, token, number, parties, dealer, self.scale, self.timeout)
+                    m.MakeGroup(
+                        self.group, token, number, parties, dealer, self.scale, self.timeout, tells_waits
+                    )
                     for number in range(len(parties))
                 ],
             )

@@ -99,6 +99,8 @@ def answer(parts: Parts, session: Session, body: m.Body, tensors: list[torch.Ten
             return (yield from parts.dealers.make(session, body))
         case m.GiveSeed():
             return (yield from parts.parties.take_seed(session, body))
+        case m.AskGroup():
+            return parts.parties.told_waits(session, body)
         case m.JoinGroup():
             return parts.parties.join(session, body)
         case m.AskNeeds():
@@ -119,6 +121,8 @@ def answer(parts: Parts, session: Session, body: m.Body, tensors: list[torch.Ten
             opened = yield from parts.joint.open(session, body)
             parts.tell_computations()
             return opened
+        case m.AskJoint():
+            return parts.joint.told_waits(session, body)
         case m.JoinJoint():
             return parts.joint.join(session, body)
         case m.WorkJoint():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import torch
 
@@ -17,23 +17,20 @@ from planrt.plans.ir.graph import Graph
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.columns import linear, shared
 from planrt.sharing.columns.steps import Role, Send, Turn
-from planrt.workers.machine.events import Alarm, PeerAnswered, TimePassed, ToPeer, Wait, Wake
+from planrt.workers.machine.events import Alarm, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, cut
 from planrt.workers.machine.joint.kept import KeptRun
 from planrt.workers.machine.joint.owners import AlignedTable, Model
 from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.waiting import Exchange, Late, wait
 from planrt.workers.wire import messages as m
 
 MOST_WAITING: Final = 1 << 31
 """Bytes of parcels of one run that wait to be taken."""
-_EARLY: Final = 0.01
-"""Seconds that a timer may be early."""
 _TELL_EVERY: Final = 5.0
 """Seconds between two lines of the log that say how far a step is."""
 _LONGEST: Final = 4_000
 """Characters of the reason that a run has ended for."""
-
-Exchange: TypeAlias = Generator[ToPeer | Wait | Alarm | Wake, PeerAnswered | TimePassed | None, Any]
 
 log = get_logger("planrt.joint")
 
@@ -90,6 +87,9 @@ class Run:
     losses: list[float] = field(default_factory=list)
     """Of the epochs that are done, where this party is told."""
     alarm: float = 0.0
+    """When somebody will look whether it has waited too long, on `time.monotonic`'s clock."""
+    awaited: int | None = None
+    """The party that it waits for now."""
     told: float = field(default_factory=time.monotonic)
 
     @property
@@ -207,19 +207,27 @@ class Run:
         Raises:
             JointError: the run has failed, or the party takes too long.
         """
-        timeout = self.about.timeout
-        deadline = time.monotonic() + timeout
-        while True:
-            self.check()
-            if self.boxes.get(source):
-                return
-            now = time.monotonic()
-            if now >= deadline:
-                raise JointError(f"{self.name_of(source)} did not answer within {timeout:g} s")
-            if self.alarm <= now + _EARLY:
-                self.alarm = deadline
-                yield Alarm(deadline - now, self.key)
-            yield Wait(self.key)
+        if self._has(source):
+            return
+        self.awaited = source
+        question = m.AskJoint(self.about.joint) if self.about.tells_waits else None
+        try:
+            late: Late | None = yield from wait(
+                self,
+                self.me,
+                self.about.timeout,
+                question,
+                is_over=lambda: self._has(source),
+                awaited=lambda: [source],
+            )
+        finally:
+            self.awaited = None
+        if late is not None:
+            raise JointError(late.told(self.name_of))
+
+    def _has(self, source: int) -> bool:
+        self.check()
+        return bool(self.boxes.get(source))
 
 
 def turn() -> Exchange:

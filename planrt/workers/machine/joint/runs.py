@@ -242,6 +242,17 @@ class JointOps:
         origin = run.kept.origin if run.kept is not None and run.about.resume else ""
         return terms.shared_hash(run.about, origin)
 
+    def told_waits(self, session: Session, body: m.AskJoint) -> Answer:
+        """Answers another party of a run for whom this one waits.
+
+        Raises:
+            JointError: whoever asks is no party of such a run.
+        """
+        run = self._runs.get(body.joint)
+        if run is None or session.id not in run.members:
+            raise JointError(f"who asks is no party of a joint run {body.joint!r} here")
+        return m.Waits([] if run.awaited is None else [run.awaited]), ()
+
     # ------------------------------------------------------------------ what others send unasked
 
     def heard(

@@ -73,7 +73,7 @@ def check(about: m.OpenJoint) -> None:
 def shared_hash(about: m.OpenJoint, origin: str) -> str:
     """Returns a hash of what all parties must have been told alike; of a run that goes on, they must also have kept it
     from the same one, `origin`."""
-    facts = {**msgspec.to_builtins(about), "origin": origin}
+    facts = {**_facts(about), "origin": origin}
     for own in ("token", "number", "dataset", "features", "label", "purpose", "as_is"):
         del facts[own]
     facts["ids"] = 0  # how many there are is compared with the keys
@@ -87,7 +87,7 @@ def shared_hash(about: m.OpenJoint, origin: str) -> str:
 def kept_hash(about: m.OpenJoint) -> str:
     """Returns a hash of all that makes a run what it is for this party: one that goes on has the same. Workers may have
     other addresses by then, and it may go on with another learning rate and for more epochs."""
-    facts = msgspec.to_builtins(about)
+    facts = _facts(about)
     for other in ("joint", "token", "timeout", "purpose", "resume"):
         del facts[other]
     facts["parties"] = [one.worker for one in about.parties]
@@ -95,6 +95,13 @@ def kept_hash(about: m.OpenJoint) -> str:
         model.pop("epochs")
         model.get("optimizer_args", model).pop("lr", None)
     return _hash(facts)
+
+
+def _facts(about: m.OpenJoint) -> dict[str, Any]:
+    """All that a party was told of the run itself, defaults included: how the parties talk is no part of that."""
+    told = {name: msgspec.to_builtins(getattr(about, name)) for name in about.__struct_fields__}
+    del told["tells_waits"]
+    return {"type": about.__struct_config__.tag, **told}
 
 
 def _hash(facts: dict[str, Any]) -> str:

@@ -49,9 +49,10 @@ _PERMITTED: Final[dict[str, tuple[type[m.Message], ...]]] = {
         *_PUT, m.Post, m.Call, m.Backward, m.Resume, m.Claim, m.HandOver, m.Fetch, m.Move, m.PutPointer,
     ),
     "share": (
-        *_ANY, m.GiveSeed, m.JoinGroup, m.Opening, m.AskNeeds, m.Corrections, m.FailGroup, m.PutShare, m.Remove,
+        *_ANY, m.GiveSeed, m.JoinGroup, m.Opening, m.AskNeeds, m.AskGroup, m.Corrections, m.FailGroup, m.PutShare,
+        m.Remove,
     ),
-    "joint": (*_ANY, m.JoinJoint, m.Parcel, m.FailJoint),
+    "joint": (*_ANY, m.JoinJoint, m.AskJoint, m.Parcel, m.FailJoint),
 }  # fmt: skip
 """What a session may ask for that a ticket opened."""
 _IN_WORDS: Final = {

@@ -75,6 +75,8 @@ class Group:
     """How many openings are over, or under way: the number of the next one."""
     alarm: float = 0.0
     """When somebody will look whether it has waited too long, on `time.monotonic`'s clock."""
+    waits: bool = False
+    """Whether one of its programs waits now, for those that are `missing` or the dealer."""
     traffic: m.GroupTraffic = field(default_factory=m.GroupTraffic)
     programs: KeptPrograms = field(default_factory=KeptPrograms)
     """Programs that its client has sent."""
@@ -120,7 +122,9 @@ class Group:
         return self.about.number == len(self.about.parties) - 1
 
     def name_of(self, number: int) -> str:
-        """Returns a party as messages call it."""
+        """Returns a party, or the dealer, as messages call it."""
+        if number == len(self.about.parties):
+            return f"the dealer, worker {self.about.dealer.worker!r},"
         return f"party {self.about.parties[number].worker!r}"
 
     def begin(self, seed: bytes) -> None:
@@ -191,6 +195,11 @@ class Group:
         return [
             number for number in range(len(self.parties)) if came.get(number, 0) < opened and number != me
         ]
+
+    @property
+    def awaited(self) -> list[int]:
+        """Whom its program waits for now; the dealer has the number after those of the parties."""
+        return (self.missing or [len(self.about.parties)]) if self.waits else []
 
     def combined(self, mine: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Returns what the parts of all parties add up to; `mine` are this party's.

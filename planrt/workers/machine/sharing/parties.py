@@ -9,9 +9,9 @@ from __future__ import annotations
 import hmac
 import itertools
 import math
-import time
-from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -23,7 +23,7 @@ from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.sharing.requests import Base
 from planrt.types import Ref
-from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait, Wake
+from planrt.workers.machine.events import Answer, Steps, ToPeer, Wait, Wake
 from planrt.workers.machine.failures import cut, failure_of, failure_of_op
 from planrt.workers.machine.keeping.tickets import check_speaks
 from planrt.workers.machine.kinds.base import StoredObject
@@ -34,17 +34,13 @@ from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
 from planrt.workers.machine.sharing.groups import Group, check_number
 from planrt.workers.machine.sharing.posted import PostedProgram, PostedPrograms
+from planrt.workers.machine.waiting import Exchange, Late, wait
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
 
 MAX_DRAWN = 1 << 27
 """Entries of a part that comes of a seed (8 bytes each): a few bytes of a client's must not become any memory."""
-
-_EARLY = 0.01
-"""Seconds that a timer may be early."""
-
-Exchange: TypeAlias = Generator[ToPeer | Wait | Alarm | Wake, PeerAnswered | TimePassed | None, Any]
 
 
 class PartyOps:
@@ -118,6 +114,17 @@ class PartyOps:
             if wanted := group.wanted():
                 return m.Needs(wanted), ()
             yield Wait(group.dealing_key)
+
+    def told_waits(self, session: Session, body: m.AskGroup) -> Answer:
+        """Answers another party of a group for whom this one waits.
+
+        Raises:
+            SharingError: whoever asks is no party of such a group.
+        """
+        group = self._groups.get(body.group)
+        if group is None or session.id not in group.members:
+            raise SharingError(f"who asks is no party of a group {body.group!r} here")
+        return m.Waits(group.awaited), ()
 
     def traffic(self, session: Session, body: m.ReadTraffic) -> Answer:
         """Answers how much this party has sent and received.
@@ -359,21 +366,27 @@ class PartyOps:
         """
         if group.is_over(dealt):
             return
-        timeout = group.about.timeout
-        deadline = time.monotonic() + timeout
-        while True:
+        question = m.AskGroup(group.about.group) if group.about.tells_waits else None
+
+        def is_over() -> bool:
             group.check()
-            if group.is_over(dealt):
-                return
-            now = time.monotonic()
-            if now >= deadline:
-                missing = [group.name_of(number) for number in group.missing]
-                whom = " and ".join(missing) or f"the dealer, worker {group.about.dealer.worker!r},"
-                raise SharingError(f"{whom} did not answer within {timeout:g} s")
-            if group.alarm <= now + _EARLY:
-                group.alarm = deadline
-                yield Alarm(deadline - now, group.key)
-            yield Wait(group.key)
+            return group.is_over(dealt)
+
+        group.waits = True
+        try:
+            late: Late | None = yield from wait(
+                group,
+                group.about.number,
+                group.about.timeout,
+                question,
+                is_over=is_over,
+                awaited=lambda: group.missing,
+            )
+        finally:
+            group.waits = False
+        if late is not None:
+            dealer = {len(group.about.parties): list[int]()}
+            raise SharingError(replace(late, parties=late.parties or dealer).told(group.name_of))
 
     # -------------------------------------------------------------------------------- what is kept
 

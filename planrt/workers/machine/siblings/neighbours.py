@@ -35,8 +35,8 @@ ANSWER_SECONDS: Final = 20.0
 """Seconds that a search waits for a process that is busy: its user's work must not keep the others from theirs."""
 
 _TO_PARTIES: Final = (
-    m.GiveSeed, m.JoinGroup, m.AskNeeds, m.PutShare, m.JoinJoint, m.Opening, m.Corrections, m.FailGroup, m.Parcel,
-    m.FailJoint,
+    m.GiveSeed, m.JoinGroup, m.AskNeeds, m.AskGroup, m.PutShare, m.JoinJoint, m.AskJoint, m.Opening, m.Corrections,
+    m.FailGroup, m.Parcel, m.FailJoint,
 )  # fmt: skip
 """What parties and dealers say to each other: it goes to the process that has the computation."""
 TAKEN: Final = (*_TO_PARTIES, m.Lend, m.HandOver, m.Remove, m.Hello, m.Bye, m.Ack)

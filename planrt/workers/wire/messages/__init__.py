@@ -31,6 +31,7 @@ from planrt.workers.wire.messages.fields import Tags as Tags
 from planrt.workers.wire.messages.fields import Text as Text
 from planrt.workers.wire.messages.fields import Token as Token
 from planrt.workers.wire.messages.fields import Users as Users
+from planrt.workers.wire.messages.joint import AskJoint as AskJoint
 from planrt.workers.wire.messages.joint import EndJoint as EndJoint
 from planrt.workers.wire.messages.joint import FailJoint as FailJoint
 from planrt.workers.wire.messages.joint import JoinJoint as JoinJoint
@@ -42,6 +43,7 @@ from planrt.workers.wire.messages.joint import ReadTable as ReadTable
 from planrt.workers.wire.messages.joint import SharedTerms as SharedTerms
 from planrt.workers.wire.messages.joint import SplitTerms as SplitTerms
 from planrt.workers.wire.messages.joint import TableColumns as TableColumns
+from planrt.workers.wire.messages.joint import Waits as Waits
 from planrt.workers.wire.messages.joint import WorkJoint as WorkJoint
 from planrt.workers.wire.messages.lending import Lend as Lend
 from planrt.workers.wire.messages.lending import Lent as Lent
@@ -116,6 +118,7 @@ from planrt.workers.wire.messages.sessions import Versions as Versions
 from planrt.workers.wire.messages.sessions import Welcome as Welcome
 from planrt.workers.wire.messages.sessions import WorkerStatus as WorkerStatus
 from planrt.workers.wire.messages.sessions import own_versions as own_versions
+from planrt.workers.wire.messages.shares import AskGroup as AskGroup
 from planrt.workers.wire.messages.shares import AskNeeds as AskNeeds
 from planrt.workers.wire.messages.shares import Corrections as Corrections
 from planrt.workers.wire.messages.shares import Deal as Deal
@@ -159,9 +162,10 @@ Body = (
     | Delegate | Ticket | ActFor
     | StorePlan | ReadPlan | FetchedPlan
     | StoreProtocol | FetchedProtocol | DeployProtocol | RunProtocol | CancelRun | ReadRun | RunStates
-    | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | Needs | Corrections | FailGroup
-    | EndGroup | PutShare | FetchedShare | ShareOut | ReadTraffic | GroupTraffic
-    | ReadTable | TableColumns | OpenJoint | JoinJoint | WorkJoint | JointDone | Parcel | FailJoint | EndJoint
+    | MakeGroup | MakeDealer | Deal | GiveSeed | JoinGroup | Opening | AskNeeds | AskGroup | Needs | Corrections
+    | FailGroup | EndGroup | PutShare | FetchedShare | ShareOut | ReadTraffic | GroupTraffic
+    | ReadTable | TableColumns | OpenJoint | JoinJoint | WorkJoint | JointDone | Parcel | AskJoint | Waits | FailJoint
+    | EndJoint
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class SplitTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
     """How many classes there are, where that is known; else 0."""
 
 
-class OpenJoint(Message, frozen=True, tag="open_joint"):
+class OpenJoint(Message, frozen=True, tag="open_joint", omit_defaults=True):
     """Makes the worker a party of a joint run, if its owner lets it. Answered by Done."""
 
     joint: Id
@@ -122,6 +122,8 @@ class OpenJoint(Message, frozen=True, tag="open_joint"):
     """Whether it goes on from what was kept under that name."""
     as_is: Names = []
     """Those of this party's columns that are not standardised."""
+    tells_waits: bool = False
+    """Whether all parties answer `AskJoint`."""
 
 
 class JoinJoint(Message, frozen=True, tag="join_joint"):
@@ -155,6 +157,20 @@ class Parcel(Message, frozen=True, tag="parcel"):
     number: Count
     """How many parcels it has sent the other one before."""
     kind: Id
+
+
+class AskJoint(Message, frozen=True, tag="ask_joint"):
+    """Asks a party of a joint run for whom it waits: party to party, before one is named that has not answered.
+    Answered by Waits."""
+
+    joint: Id
+
+
+class Waits(Message, frozen=True, tag="waits"):
+    """The parties that a party waits for now. No tensors."""
+
+    whom: Annotated[list[PartyNumber], Meta(max_length=65)]
+    """Their numbers; the dealer of a sharing group has the one after those of the parties."""
 
 
 class FailJoint(Message, frozen=True, tag="fail_joint"):

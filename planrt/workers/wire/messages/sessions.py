@@ -48,6 +48,8 @@ class Versions(msgspec.Struct, frozen=True):
     """Of a worker: whether it answers `AskStatus`."""
     tickets: bool = False
     """Of a worker: whether it gives this session tickets (`Delegate`), so that another worker can act in its name."""
+    tells_waits: bool = False
+    """Of a worker: whether it answers `AskJoint` and `AskGroup`."""
     dials: Dials | None = None
     """Of a worker: what it shows to others that it dials; None where it takes no tickets (`ActFor`)."""
 
@@ -205,5 +207,6 @@ def own_versions(
         halts=True,
         resumes=resumes,
         tells_status=True,
+        tells_waits=True,
         dials=dials,
     )

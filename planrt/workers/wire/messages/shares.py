@@ -12,7 +12,7 @@ from msgspec import Meta
 from planrt.workers.wire.messages.fields import Count, Id, Message, ObjectId, PeerAddress, Text, Token, Users
 
 
-class MakeGroup(Message, frozen=True, tag="make_group"):
+class MakeGroup(Message, frozen=True, tag="make_group", omit_defaults=True):
     """Makes the worker a party of a sharing group, whose parties compute on secrets together. Answered by Done."""
 
     group: Id
@@ -25,6 +25,8 @@ class MakeGroup(Message, frozen=True, tag="make_group"):
     scale: Annotated[int, Meta(ge=1, le=2**31)]
     timeout: Annotated[float, Meta(gt=0, le=86_400)]
     """Seconds that a party waits for another one, or for the dealer."""
+    tells_waits: bool = False
+    """Whether all parties answer `AskGroup`."""
 
 
 class MakeDealer(Message, frozen=True, tag="make_dealer"):
@@ -68,6 +70,12 @@ class Opening(Message, frozen=True, tag="opening"):
 
 class AskNeeds(Message, frozen=True, tag="ask_needs"):
     """Asks the last party what it needs: dealer to party. Answered by Needs, as soon as there is something."""
+
+    group: Id
+
+
+class AskGroup(Message, frozen=True, tag="ask_group"):
+    """Asks a party for whom it waits: party to party, as `AskJoint`. Answered by Waits."""
 
     group: Id
 
