@@ -268,10 +268,14 @@ def test_a_worker_without_a_policy_has_quotas_too():
 
 def test_of_two_limits_the_stricter_counts():
     policy = Policy(
-        max_session_memory=10, max_session_objects=None, max_worker_memory=100, max_worker_objects=None
+        max_session_memory=10,
+        max_session_objects=None,
+        max_worker_memory=100,
+        max_worker_objects=None,
+        max_session_flops=7,
     )
-    assert Quota(20, 5, 200, 50).with_policy(policy) == Quota(10, 5, 100, 50)
-    assert Quota(5, None).with_policy(policy) == Quota(5, None, 100)
+    assert Quota(20, 5, 200, 50).with_policy(policy) == Quota(10, 5, 100, 50, 7)
+    assert Quota(5, None).with_policy(policy) == Quota(5, None, 100, None, 7)
     assert Quota().with_policy(None) == Quota()
     assert not Quota()
 

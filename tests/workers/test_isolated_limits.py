@@ -128,6 +128,37 @@ def granted(what):
         return False
 
 
+# ---------------------------------------------------------------------------------- what is computed
+
+
+def test_a_user_has_computed_what_it_has_though_its_process_has_ended(serve):
+    policy = {"approval": "open", "max_session_flops": 1_000_000}
+    server = serve(policy=policy)
+
+    def product(worker):
+        x = torch.ones(70, 70).send(worker)
+        return (x @ x)[0, 0].get().item()  # 686,000 operations
+
+    def used_up():
+        return pytest.raises(PolicyRefusedError, match=r"\[max_session_flops\] its computation is")
+
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        assert product(ann) == 70.0
+        with used_up():
+            product(ann)
+        assert product(ben) == 70.0
+        with used_up():
+            product(ben)
+    before = server.processes()
+    for process in before:
+        os.kill(process, signal.SIGKILL)
+    until(lambda: not set(before) & set(server.processes()))
+    with server.connect("ann") as ann:
+        with used_up():
+            product(ann)
+        assert torch.ones(3).send(ann).sum().get().item() == 3.0
+
+
 # ------------------------------------------------------------------------------- what rounds send
 
 

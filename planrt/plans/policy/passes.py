@@ -46,8 +46,9 @@ def check_pass(
     *,
     create_graph: bool,
     times: int = 1,
-) -> None:
-    """Raises unless a backward pass from `roots` keeps to `policy.max_flops` and `policy.max_memory`.
+) -> int:
+    """Raises unless a backward pass from `roots` keeps to `policy.max_flops` and `policy.max_memory`; returns how many
+    operations it computes, 0 where nothing limits that.
 
     `name` is that of the op, as errors have it; `inputs` are the tensors whose gradients are wanted, None for all
     leaves; `times` how many passes it makes at once (``is_grads_batched=True``).
@@ -56,8 +57,8 @@ def check_pass(
         PolicyError: it takes more than a limit allows, or to look at it takes longer than
             `policy.max_check_seconds`.
     """
-    if policy.max_flops is None and policy.max_memory is None:
-        return
+    if policy.max_memory is None and not policy.counted:
+        return 0
     try:
         cost = cost_of(roots, inputs, create_graph=create_graph, check=Clock(policy.max_check_seconds).check)
     except AnalysisTimeError:
@@ -72,6 +73,7 @@ def check_pass(
     if policy.max_memory is not None and peak > policy.max_memory:
         text = f"the pass takes {count_bytes(peak)}, more than the {count_bytes(policy.max_memory)} allowed"
         raise _beyond(name, "max_memory", text)
+    return flops
 
 
 def _beyond(name: str, rule: str, message: str) -> PolicyError:

@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from planrt.errors import OptionError, PolicyError
 from planrt.plans.analysis.report import count_bytes
+from planrt.plans.policy.budgets import Purse
 from planrt.plans.policy.graph_memory import NODE_BYTES, NewNodes
 from planrt.plans.policy.room import Room
 from planrt.plans.policy.rules import Policy
@@ -39,8 +40,8 @@ _RECOUNT_EVERY: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The limits of what one user may keep, bytes and objects, and of what all users of a worker may keep together;
-    None for no limit.
+    """The limits of what one user may keep, bytes and objects, and of what all users of a worker may keep together; and
+    of what they may compute in an hour. None for no limit.
 
     Raises:
         OptionError: a limit that is no whole number above 0.
@@ -50,6 +51,8 @@ class Quota:
     objects: int | None = None
     worker_memory: int | None = None
     worker_objects: int | None = None
+    session_flops: int | None = None
+    worker_flops: int | None = None
 
     def __post_init__(self) -> None:
         for name, key in _KEYS.items():
@@ -74,6 +77,8 @@ _KEYS: Final = {
     "objects": "max_session_objects",
     "worker_memory": "max_worker_memory",
     "worker_objects": "max_worker_objects",
+    "session_flops": "max_session_flops",
+    "worker_flops": "max_worker_flops",
 }
 """Limit -> its name in a policy, and as an option."""
 
@@ -91,15 +96,20 @@ class Account:
         quota: what they may.
         make_room: called where that is not enough: frees something, and returns whether it did.
         room: what all users of the worker may keep together, where that has limits.
+        purse: what they compute, where that has.
     """
 
     def __init__(
-        self, quota: Quota, make_room: Callable[[], bool] = lambda: False, room: Room | None = None
+        self,
+        quota: Quota,
+        make_room: Callable[[], bool] = lambda: False,
+        room: Room | None = None,
+        purse: Purse | None = None,
     ) -> None:
         self._quota = quota
         self._counts_memory = quota.memory is not None or (room is not None and room.counts_memory)
         self._make_room = make_room
-        self._room = room
+        self._room, self._purse = room, purse
         self._part = None if room is None else room.enter(self)
         self._objects = 0
         self._beside = 0
@@ -155,6 +165,11 @@ class Account:
             )
         if self._room is not None:
             self._room.check(objects, wanted)
+
+    def spend(self, what: str, flops: float) -> None:
+        """Pays for `what` is to run: see `Purse.spend`."""
+        if self._purse is not None:
+            self._purse.spend(what, flops)
 
     @property
     def _total(self) -> int:

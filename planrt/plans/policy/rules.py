@@ -63,6 +63,7 @@ _UNITS: Final = {
 _WHOLE: Final = (
     "max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes", "max_failures", "max_pending",
     "max_session_memory", "max_session_objects", "max_worker_memory", "max_worker_objects",
+    "max_session_flops", "max_worker_flops",
 )  # fmt: skip
 """Limits that are whole numbers above 0."""
 ALL_PRIVATE: Final = "*"
@@ -144,6 +145,10 @@ class Policy:
         max_worker_memory, max_worker_objects: those that all users may keep together; the owner's own data do not
             count. By default what four users may keep who keep as much as they may, and the million objects that a
             worker holds in any case.
+        max_session_flops, max_worker_flops: floating-point operations an hour that one user may compute, in all its
+            sessions, and that all users may together (`planrt.plans.policy.budgets`). By default a hundred runs of the
+            largest size that `max_flops` allows by default; for all users none, as a machine computes no more than it
+            can.
         intersection: what parties of a joint run may learn of who is in this worker's tables. "ids": which of their
             own people are in it too, "size": how many, "none": nothing, so that there are no joint runs.
         release: rules for private data.
@@ -175,6 +180,8 @@ class Policy:
     max_session_objects: int | None = 100_000
     max_worker_memory: int | None = 64 * 2**30
     max_worker_objects: int | None = 1_000_000
+    max_session_flops: int | None = 10**16
+    max_worker_flops: int | None = None
     intersection: Intersection = "ids"
     release: tuple[ReleaseRule, ...] = ()
 
@@ -254,12 +261,19 @@ class Policy:
         values = asdict(self)
         for name in (
             "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects",
-            "max_worker_memory", "max_worker_objects", "require_secure_aggregation", "intersection",
+            "max_worker_memory", "max_worker_objects", "max_session_flops", "max_worker_flops",
+            "require_secure_aggregation", "intersection",
         ):  # fmt: skip
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def counted(self) -> str:
+        """The name of a limit of computation, for which operations are counted; ``""`` where there is none."""
+        names = ("max_flops", "max_session_flops", "max_worker_flops")
+        return next((name for name in names if getattr(self, name) is not None), "")
 
     @cached_property
     def allowed_ops(self) -> frozenset[str]:
@@ -285,6 +299,8 @@ class Policy:
             ("objects that a user's sessions keep", self.max_session_objects, "{:,}".format),
             ("memory that all users keep", self.max_worker_memory, count_bytes),
             ("objects that all users keep", self.max_worker_objects, "{:,}".format),
+            ("computation of a user, an hour", self.max_session_flops, count_flops),
+            ("computation of all users, an hour", self.max_worker_flops, count_flops),
         ]
         says = {
             "open": "any plan within these rules runs",
@@ -409,6 +425,8 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_session_objects": _limit,
     "max_worker_memory": read_bytes,
     "max_worker_objects": _limit,
+    "max_session_flops": _limit,
+    "max_worker_flops": _limit,
     "max_input_bytes": read_bytes,
     "max_output_bytes": read_bytes,
     "release": _rules,

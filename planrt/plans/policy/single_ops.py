@@ -35,8 +35,9 @@ class _Argument(Operand):
         self.nbytes = min(tensor.numel() * tensor.element_size(), storage.nbytes())
 
 
-def check_op(policy: Policy, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises unless op `name` of the table keeps to `policy.max_memory` and `policy.max_flops` on these arguments.
+def check_op(policy: Policy, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Raises unless op `name` of the table keeps to `policy.max_memory` and `policy.max_flops` on these arguments;
+    returns how many operations it computes, 0 where nothing limits that.
 
     Its memory is what is in use at its peak: its arguments' (of tensors that share memory once, of an expanded one what
     is there), its results' and what its kernels ask for meanwhile. Its devices are those of the wire: `DEVICE`.
@@ -46,8 +47,8 @@ def check_op(policy: Policy, name: str, args: Sequence[Any], kwargs: Mapping[str
             than `policy.max_check_seconds`.
         Whatever torch raises for arguments that do not fit.
     """
-    if policy.max_memory is None and policy.max_flops is None:
-        return
+    if policy.max_memory is None and not policy.counted:
+        return 0
     operands: list[_Argument] = []
 
     def operand(leaf: Any) -> Any:
@@ -65,7 +66,7 @@ def check_op(policy: Policy, name: str, args: Sequence[Any], kwargs: Mapping[str
         raise _beyond(name, "max_check_seconds", message) from None
     except NeedsValuesError:
         most = bound(name, own_args)
-        if most is None:
+        if most is None and (policy.max_memory is not None or policy.max_flops is not None):
             raise _beyond(
                 name,
                 "max_flops" if policy.max_memory is None else "max_memory",
@@ -73,7 +74,7 @@ def check_op(policy: Policy, name: str, args: Sequence[Any], kwargs: Mapping[str
                 "sizes where it takes them (output_size= of repeat_interleave, num_classes= of one_hot), or put "
                 "it together from other ops",
             ) from None
-        peak, flops = most, sum(math.prod(one._spec.shape) for one in operands)
+        peak, flops = most or 0, sum(math.prod(one._spec.shape) for one in operands)
     if policy.max_flops is not None and flops > policy.max_flops:
         raise _beyond(
             name,
@@ -91,6 +92,7 @@ def check_op(policy: Policy, name: str, args: Sequence[Any], kwargs: Mapping[str
                 "max_memory",
                 f"its peak of memory is {count_bytes(total)}, more than the {count_bytes(policy.max_memory)} allowed",
             )
+    return flops
 
 
 def _beyond(name: str, rule: str, message: str) -> PolicyError:

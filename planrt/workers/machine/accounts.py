@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
+from planrt.plans.policy.budgets import Budgets, Draw, Purse
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.room import More, Room
 from planrt.workers.machine.sessions import Session
@@ -26,6 +27,9 @@ class Accounts:
         self._store, self._make_room = store, make_room
         bounded = quota.worker_memory is not None or quota.worker_objects is not None
         self._room = Room(quota.worker_objects, quota.worker_memory) if bounded else None
+        self._computes = quota.session_flops, quota.worker_flops
+        self._draw: Draw = Budgets(*self._computes).draw
+        self._elsewhere = False
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are."""
 
@@ -36,15 +40,20 @@ class Accounts:
         whose = session.whose(host)
         account = self._accounts.get(whose)
         if account is None:
-            account = self._accounts[whose] = Account(self.quota, lambda: self._made_room(whose), self._room)
+            purse = None
+            if self._computes != (None, None):
+                purse = Purse(whose, *self._computes, self._draw, ahead=self._elsewhere)
+            account = Account(self.quota, lambda: self._made_room(whose), self._room, purse)
+            self._accounts[whose] = account
         self._store.open_account(session.id, account)
 
     def _made_room(self, whose: str) -> bool:
         account = self._accounts.get(whose)
         return account is not None and self._make_room(whose, account)
 
-    def ask(self, more: More) -> None:
-        """Has what all users may keep granted by the worker's own process, which knows of them all."""
+    def ask(self, more: More, draw: Draw) -> None:
+        """Has granted by the worker's own process, which knows of all users, what they may keep and compute."""
+        self._draw, self._elsewhere = draw, True
         if self._room is not None:
             self._room.ask(more)
 

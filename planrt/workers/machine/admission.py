@@ -58,9 +58,10 @@ def admit(
                     (op.args, op.kwargs), lambda one: next(values) if type(one) is Ref else one
                 )
                 if traits.computes_gradients:
-                    _admit_gradients(gate, traits.name, *filled)
+                    flops = _admit_gradients(gate, traits.name, *filled)
                 else:
-                    gate.admit_size(op.name, *filled)
+                    flops = gate.admit_size(op.name, *filled)
+                store.spend(session.id, op.name, flops)
         return False, math.inf
     graph = plan_objects.called_graph(args)
     interpreter.check_inputs(graph, args[2:])
@@ -77,19 +78,21 @@ def admit(
     constants = args[0].constants() if gate.policy.approval != "open" else ()
     on = sorted({one for names in tags.values() for one in names})
     session.asks_for([gate.approving.asked(graph, constants, session.user, on)])
-    gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
+    report = gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
+    store.spend(session.id, f"plan {graph.name!r}", report.totals.flops)
     released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
     if released:
         _check_memory(graph, args[0], args[2:])
     return released, gate.deadline()
 
 
-def _admit_gradients(gate: Gate, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises unless `torch.autograd.grad` on these arguments keeps to the owner's limits."""
+def _admit_gradients(gate: Gate, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Raises unless `torch.autograd.grad` on these arguments keeps to the owner's limits; returns how many operations
+    it computes."""
     given = _GRAD.bind(*args, **kwargs).arguments
     roots, inputs, gradients = (_tensors(given.get(word)) for word in ("outputs", "inputs", "grad_outputs"))
     batched = bool(given.get("is_grads_batched")) and gradients and gradients[0].dim()
-    gate.admit_pass(
+    return gate.admit_pass(
         name, roots, inputs, create_graph=bool(given.get("create_graph")),
         times=len(gradients[0]) if batched else 1,
     )  # fmt: skip
@@ -105,9 +108,10 @@ def admit_shared(
     graph: Graph,
     given: Sequence[torch.Tensor | TensorSpec],
     about: str,
-) -> None:
-    """Asks whether a plan may run on shares; `given` are its inputs and then its state, of what is in shares the spec.
-    `about` says among whom they are. Nothing of private data is released by it: results are as private as operands.
+) -> int:
+    """Asks whether a plan may run on shares; returns how many operations it computes on plain tensors. `given` are its
+    inputs and then its state, of what is in shares the spec. `about` says among whom they are. Nothing of private data
+    is released by it: results are as private as operands.
 
     Raises:
         NotApproved, PolicyError: it may not run. SharingError: a constant of the plan is in shares, so nobody could say
@@ -125,7 +129,7 @@ def admit_shared(
     constants = gate.approving.constants(graph, filled)
     gate.approving.asked(graph, constants, session.user, [about])
     specs = [one if isinstance(one, TensorSpec) else TensorSpec.of(one) for one in given[:count]]
-    gate.admit(graph, specs, constants=constants)
+    return gate.admit(graph, specs, constants=constants).totals.flops
 
 
 def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:

@@ -91,12 +91,13 @@ class BackwardPasses:
             label = join(label, self._store.label_of(stored))
         if self._objects.gate is not None:
             self._objects.gate.admit_op("Tensor.backward")
-            self._objects.gate.admit_pass(
+            flops = self._objects.gate.admit_pass(
                 "Tensor.backward",
                 [tensor_of(stored) for stored in roots],
                 None if inputs is None else [tensor_of(stored) for stored in inputs],
                 create_graph=body.create_graph,
             )
+            self._store.spend(session.id, "Tensor.backward", flops)
         for id, stored in zip(body.inputs or (), inputs or (), strict=True):
             session.leaves[id] = None  # has a gradient afterwards, wherever it is in the graph
             if not tensor_of(stored).is_leaf:  # torch retains its gradient, from this pass on

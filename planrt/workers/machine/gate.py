@@ -166,8 +166,9 @@ class Gate:
         constants: Sequence[Constant],
         passes: float = 1,
         kept: float = 0,
-    ) -> None:
-        """Raises unless rounds of training may run on a data set with these tags.
+    ) -> float:
+        """Raises unless rounds of training may run on a data set with these tags; returns how many operations they
+        compute.
 
         What leaves are sums over batches, of the gradients of which the smallest has `smallest` rows. Training makes
         `passes` forward and backward passes at most, and its optimizer keeps `kept` numbers for each parameter.
@@ -177,13 +178,14 @@ class Gate:
         """
         report = self.admit(graph, inputs, constants=constants, gradients=True)
         trained = sum(bytes_of(entry.spec) for entry in graph.state if entry.trainable)
-        self._check_all("training", report, passes, kept * trained)
+        flops = self._check_all("training", report, passes, kept * trained)
         if self.covers(tags):
             self._check_release(graph, inputs, tags, smallest, gradients=True)
+        return flops
 
-    def _check_all(self, what: str, report: Report, passes: float, beside: float = 0) -> None:
+    def _check_all(self, what: str, report: Report, passes: float, beside: float = 0) -> float:
         """Raises unless so many passes of a plan, one after the other, keep to the limits of one run, with so many
-        bytes `beside` that stay from pass to pass."""
+        bytes `beside` that stay from pass to pass; returns how many operations they compute."""
         once, most = report.totals.flops, self.policy.max_flops
         if most is not None and once * passes > most:
             raise PolicyError(
@@ -198,6 +200,7 @@ class Gate:
                 f"the optimizer keeps, are more than the {count_bytes(room)} allowed",
                 rule="max_memory",
             )
+        return once * passes if once else 0
 
     def admit_evaluation(
         self,
@@ -210,8 +213,8 @@ class Gate:
         bins: int,
         constants: Sequence[Constant],
         passes: int = 1,
-    ) -> None:
-        """Raises unless a plan may be evaluated on a data set with these tags.
+    ) -> float:
+        """Raises unless a plan may be evaluated on a data set with these tags; returns how many operations it computes.
 
         What leaves are the loss, of batches of which the smallest has `smallest` rows, and with `bins` counts of the
         predicted and the target classes over all `rows` (see `counts_leave`). Each of a batch's predictions must be
@@ -221,13 +224,13 @@ class Gate:
             NotApproved, PolicyError: as `admit`. PlanArgumentError: there are no classes to count.
         """
         report = self.admit(graph, inputs, constants=constants)
-        self._check_all("evaluating", report, passes)
+        flops = self._check_all("evaluating", report, passes)
         prediction = report.outputs[1:2]
         if bins and not (prediction and isinstance(prediction[0].spec, Unforeseen)):
             spec = prediction[0].spec if prediction and isinstance(graph.outputs[1], Ref) else None
             check_classes(spec if isinstance(spec, TensorSpec) else None, inputs[1])
         if not self.covers(tags):
-            return
+            return flops
         loss: Graph = replace(graph, outputs=(graph.outputs[0],))
         self._check_release(loss, inputs, tags, smallest, gradients=False)
         if bins:
@@ -240,6 +243,7 @@ class Gate:
                     f"counts over {rows} rows; the release of {rule.tag} asks for at least {rule.min_rows}",
                     rule="release",
                 )
+        return flops
 
     def counts_leave(self, tags: Iterable[str], counts: Iterable[int]) -> bool:
         """Returns whether counts of rows with these tags may leave: each is of none, or as many as rules ask for."""
@@ -315,10 +319,10 @@ class Gate:
                 f"the policy does not allow {names[0]}, on shares neither", rule="ops", op=names[0]
             )
 
-    def admit_size(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raises unless op `name` keeps to the owner's limits on these arguments: as `single_ops.check_op` does."""
-        if name in ops.TABLE:
-            check_op(self.policy, name, args, kwargs)
+    def admit_size(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Raises unless op `name` keeps to the owner's limits on these arguments, and returns how many operations it
+        computes: as `single_ops.check_op` does."""
+        return check_op(self.policy, name, args, kwargs) if name in ops.TABLE else 0
 
     def admit_pass(
         self,
@@ -328,9 +332,10 @@ class Gate:
         *,
         create_graph: bool,
         times: int = 1,
-    ) -> None:
-        """Raises unless a backward pass keeps to the owner's limits: as `passes.check_pass` does."""
-        check_pass(self.policy, name, roots, inputs, create_graph=create_graph, times=times)
+    ) -> int:
+        """Raises unless a backward pass keeps to the owner's limits, and returns how many operations it computes: as
+        `passes.check_pass` does."""
+        return check_pass(self.policy, name, roots, inputs, create_graph=create_graph, times=times)
 
     def admit_copy(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raises unless these tensors may be there twice.

@@ -239,6 +239,15 @@ class ObjectStore:
         account.take(beside=nbytes)
         return lambda: account.give_back(beside=nbytes)
 
+    def spend(self, session: str, what: str, flops: float) -> None:
+        """Pays for so many operations of the session's user, before `what` runs.
+
+        Raises:
+            PolicyError: there are not so many left now.
+        """
+        if (account := self._accounts.get(session)) is not None:
+            account.spend(what, flops)
+
     def limits(self, session: str) -> bool:
         """Returns whether there is a limit to what the session keeps."""
         return session in self._accounts

@@ -172,7 +172,8 @@ class TrainingOps:
         if self._gate is not None:
             interpreter.check_inputs(plan, inputs)
             constants = self._asked(self._gate, session, plan, state)
-            self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs], constants=constants)
+            report = self._gate.admit(plan, [TensorSpec.of(tensor) for tensor in inputs], constants=constants)
+            self._objects.store.spend(session.id, f"plan {plan.name!r}", report.totals.flops)
             deadline = self._gate.deadline()
         with seeded(body.seed, self._device):
             outputs = interpreter.execute(plan, inputs, state, device=self._device, deadline=deadline)
@@ -217,7 +218,8 @@ class TrainingOps:
         source = self._dataset(session, body.dataset)
         if self._gate is not None:
             constants = self._asked(self._gate, session, plan, state, body.dataset)
-            self._admit_training(plan, constants, body, len(source))
+            flops = self._admit_training(plan, constants, body, len(source))
+            self._objects.store.spend(session.id, "training", flops)
             deadline = self._gate.deadline()
         if body.objects:  # what fails half-way leaves them as they were
             state = [
@@ -303,7 +305,7 @@ class TrainingOps:
         )
         return constants
 
-    def _admit_training(self, plan: Graph, constants: Sequence[Constant], body: m.Fit, items: int) -> None:
+    def _admit_training(self, plan: Graph, constants: Sequence[Constant], body: m.Fit, items: int) -> float:
         assert self._gate is not None  # noqa: S101 - the caller has looked
         smallest = smallest_batch(
             items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
@@ -315,7 +317,7 @@ class TrainingOps:
                 items, body.batch_size, body.max_nr_batches, body.epochs, drop_last=body.drop_last
             )
             passes, kept = work_of(body.optimizer, body.optimizer_args, batches)
-            self._gate.admit_training(
+            return self._gate.admit_training(
                 plan, specs, tags, smallest, constants=constants, passes=passes, kept=kept
             )
         except PolicyError as error:
@@ -343,10 +345,11 @@ class TrainingOps:
             smallest = smallest_batch(len(source), body.batch_size)
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags
-            self._gate.admit_evaluation(
+            flops = self._gate.admit_evaluation(
                 plan, specs, tags, smallest, len(source), bins=body.bins, constants=constants,
                 passes=number_of_batches(len(source), body.batch_size),
             )  # fmt: skip
+            self._objects.store.spend(session.id, "evaluating", flops)
             deadline = self._gate.deadline()
         batches = iterate(source, batch_size=body.batch_size, shuffle=False, seed=0)
         with self._unseen(session, body) as drawing:

@@ -104,7 +104,8 @@ class PostedPrograms:
             given = [
                 one if isinstance(one, torch.Tensor) else TensorSpec(one.shape, one.dtype) for one in tensors
             ]
-            admit_shared(self._objects.gate, session, graph, given, _about(group))
+            flops = admit_shared(self._objects.gate, session, graph, given, _about(group))
+            self._store.spend(session.id, f"plan {graph.name!r}", flops)
         lowered = shared_plan.lowered_plan(graph, tensors, scale=group.about.scale, grad=op.grad)
         if lowered is None or lowered.identity != identity:
             raise SharingError(

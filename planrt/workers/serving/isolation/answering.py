@@ -28,6 +28,7 @@ from planrt.errors import (
 )
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
+from planrt.plans.policy.budgets import Budgets
 from planrt.plans.policy.quotas import Quota
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
@@ -135,6 +136,7 @@ class Answers:
     ) -> None:
         self._joint_runs = joint_runs
         self.grants = Grants(quota or Quota())
+        self._budgets = Budgets(*(None, None) if quota is None else (quota.session_flops, quota.worker_flops))
         self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
         self.audit, self._approvals, self._tickets = audit, approvals, tickets
         self._opened, self._idle = opened, idle
@@ -203,6 +205,8 @@ class Answers:
                     return True, self._told(process, self.board.computing(name))
                 case ["room", int(objects), int(memory)]:
                     return True, self.grants.ask(process.number, objects, memory)
+                case ["spend", int(flops), int(most)] if flops >= 0:
+                    return True, self._budgets.draw(process.giver.whose(process.host), flops, most)
                 case ["prove", bytes() | None as binding]:
                     process.bindings.remove(binding)  # raises ValueError where there is none
                     return True, self._prove(process, binding)

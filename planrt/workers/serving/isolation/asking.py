@@ -138,6 +138,21 @@ class RelayedRoom:
             raise LocalError(str(error)) from None
 
 
+class RelayedBudget:
+    """Draws on what the user of this process may compute; see `Draw`. The worker's own process knows whose it is."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def __call__(self, whose: str, flops: int, most: int) -> tuple[str, float]:
+        """See `Draw`."""
+        try:
+            rule, number = self._calls.ask("spend", flops, most)
+        except IsolationError as error:
+            raise LocalError(str(error)) from None
+        return str(rule), float(number)
+
+
 class RelayedTickets:
     """The tickets that sessions here give, for the worker's own process, which is shown them."""
 

@@ -36,6 +36,7 @@ from planrt.workers.serving.isolation.asking import (
     RelayedApprovals,
     RelayedAudit,
     RelayedBoard,
+    RelayedBudget,
     RelayedJointRuns,
     RelayedRoom,
     RelayedTickets,
@@ -169,7 +170,7 @@ class _Serving:
             RelayedTickets(calls),
             RelayedJointRuns(state.id, calls) if work.keeps_joint_runs else None,
         )
-        state.accounts.ask(RelayedRoom(calls))
+        state.accounts.ask(RelayedRoom(calls), RelayedBudget(calls))
         work.dialling.opened_by = self._dial
         if work.dialling.dials.token:
             work.dialling.token = RelayedToken(calls)

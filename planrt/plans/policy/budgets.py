@@ -1,0 +1,147 @@
+"""How much one user, and all users of a worker, may compute: so many floating-point operations an hour. No I/O.
+
+A rate and no total: a client that stays for months would come to the end of any total, and a total that it does not
+come to the end of would let it compute all of that at once. Each budget is a bucket (a token bucket, as in RFC 2697).
+It is full at the beginning, what is computed is taken out of it, and as much comes in within an hour as it holds. So a
+user computes a full bucket at once, and from then on the hourly rate.
+
+Operations are those that the policy counts for an op, a plan, a round or a backward pass before it runs
+(`single_ops.py`, `passes.py`, `planrt.plans.analysis`): there is no other estimate, and where there is no policy none.
+What is refused takes nothing, what fails later has been paid for. Budgets outlive sessions, so nobody gets a new one by
+coming back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Final
+
+from planrt.errors import PolicyError
+from planrt.plans.analysis.report import count_flops
+
+HOUR: Final = 3600.0
+"""Seconds in which an empty bucket is full again."""
+MOST_USERS: Final = 10_000
+"""Users whose budgets are kept track of; of more, the one who has used least of it begins anew."""
+_AHEAD: Final = 1000
+"""The part of an hour's operations that a process draws at most beyond what it needs."""
+
+now: Callable[[], float] = time.monotonic
+"""The clock (seconds)."""
+
+Draw = Callable[[str, int, int], tuple[str, float]]
+"""Takes operations of a user: called with whose they are, how many are needed, and how many may be taken at most.
+Returns the name of the limit that is in the way, and for how many seconds; or ``""``, and how many were taken."""
+
+
+class _Bucket:
+    __slots__ = ("_at", "_left", "_most")
+
+    def __init__(self, most: int) -> None:
+        self._most, self._left, self._at = most, float(most), now()
+
+    @property
+    def left(self) -> float:
+        at = now()
+        self._left = min(self._most, self._left + self._most * (at - self._at) / HOUR)
+        self._at = at
+        return self._left
+
+    def take(self, flops: float) -> None:
+        self._left -= flops
+
+    def seconds_until(self, flops: int) -> float:
+        """Seconds until so many are there; inf where it never holds so many."""
+        return math.inf if flops > self._most else (flops - self._left) * HOUR / self._most
+
+
+class Budgets:
+    """The budgets of a worker.
+
+    Args:
+        session: operations an hour of one user, in all its sessions. worker: of all users together. None for no limit.
+    """
+
+    def __init__(self, session: int | None, worker: int | None) -> None:
+        self._session = session
+        self._worker = None if worker is None else _Bucket(worker)
+        self._users: dict[str, _Bucket] = {}
+
+    def draw(self, whose: str, flops: int, most: int) -> tuple[str, float]:
+        """See `Draw`."""
+        own = None if self._session is None else self._bucket(whose, self._session)
+        taken = float(max(flops, most))
+        for rule, bucket in (("max_session_flops", own), ("max_worker_flops", self._worker)):
+            if bucket is None:
+                continue
+            if bucket.left < flops:
+                return rule, bucket.seconds_until(flops)
+            taken = min(taken, max(float(flops), math.floor(bucket.left)))
+        for bucket in (own, self._worker):
+            if bucket is not None:
+                bucket.take(taken)
+        return "", taken
+
+    def _bucket(self, whose: str, most: int) -> _Bucket:
+        found = self._users.get(whose)
+        if found is None:
+            if len(self._users) >= MOST_USERS:
+                self._users = {name: one for name, one in self._users.items() if one.left < most}
+            if len(self._users) >= MOST_USERS:
+                del self._users[max(self._users, key=lambda name: self._users[name].left)]
+            found = self._users[whose] = _Bucket(most)
+        return found
+
+
+class Purse:
+    """Pays for what one user computes, from a budget.
+
+    Args:
+        whose: the user. session, worker: the limits, as `Budgets` takes them, for what is said.
+        draw: takes operations. ahead: whether it is to take more than it needs now, since it is another process that is
+            asked; what is not used is lost with this one, at most as much as has been used.
+    """
+
+    def __init__(
+        self, whose: str, session: int | None, worker: int | None, draw: Draw, *, ahead: bool
+    ) -> None:
+        self._whose, self._draw = whose, draw
+        self._limits = {"max_session_flops": session, "max_worker_flops": worker}
+        self._ahead = min([one for one in (session, worker) if one is not None]) // _AHEAD if ahead else 0
+        self._left = self._used = 0
+
+    def spend(self, what: str, flops: float) -> None:
+        """Pays for what is to run.
+
+        Raises:
+            PolicyError: the user, or all users, have computed as much as they may for now. Nothing was taken.
+        """
+        if not flops:
+            return
+        limits = [one for one in self._limits.values() if one is not None]
+        needed = int(flops) if flops <= max(limits) else max(limits) + 1
+        if needed > self._left:
+            more = needed - self._left
+            rule, number = self._draw(self._whose, more, more + min(self._ahead, self._used))
+            if rule:
+                raise self._refused(what, flops, rule, number)
+            self._left += int(number)
+        self._left -= needed
+        self._used += needed
+
+    def _refused(self, what: str, flops: float, rule: str, seconds: float) -> PolicyError:
+        count = count_flops(int(flops)) if math.isfinite(flops) else "endless"
+        if math.isinf(seconds):
+            wait = "it is more than an hour's: ask for less at a time"
+        elif rule == "max_session_flops":
+            wait = f"wait {math.ceil(seconds):,} s, or ask for less at a time"
+        else:  # how much others compute is not told
+            wait = "wait, or ask for less at a time"
+        who = "a user compute" if rule == "max_session_flops" else "all users compute together"
+        return PolicyError(
+            f"{what} breaks the policy: [{rule}] its computation is {count}, more than is left now of the "
+            f"{count_flops(self._limits[rule] or 0)} an hour that the owner lets {who}: {wait}",
+            rule=rule,
+        )
