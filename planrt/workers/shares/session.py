@@ -408,7 +408,16 @@ def _end(places: Sequence[RemoteWorkplace], group: str) -> None:
             place.connection.post(m.EndGroup(group))
 
 
+class _Lock:
+    """Held while a session is made, so that there is one of each."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
 _sessions: weakref.WeakValueDictionary[Any, WorkersSession] = weakref.WeakValueDictionary()
+_locks: weakref.WeakValueDictionary[Any, _Lock] = weakref.WeakValueDictionary()
+_making = threading.Lock()
 
 
 def sharing_session(
@@ -444,7 +453,10 @@ def sharing_session(
             f"worker {crypto_provider.id!r} is a party and the crypto provider: whoever is both could see the secret"
         )
     key = (*[id(one.workplace) for one in everybody], scale, timeout)
-    found = _sessions.get(key)
-    if found is None or not found.is_open:
-        found = _sessions[key] = WorkersSession(workers, crypto_provider, scale=scale, timeout=timeout)
-    return found
+    with _making:
+        mine = _locks.setdefault(key, _Lock())
+    with mine.lock:  # threads that share at once share in one session: what they make may meet
+        found = _sessions.get(key)
+        if found is None or not found.is_open:
+            found = _sessions[key] = WorkersSession(workers, crypto_provider, scale=scale, timeout=timeout)
+        return found

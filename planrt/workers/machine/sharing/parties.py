@@ -145,7 +145,10 @@ class PartyOps:
     def _own(self, session: Session, id: str) -> Group:
         group = self._groups.get(id)
         if group is None or group.owner != session.id:
-            raise SharingError(f"this session has no sharing group {id!r} here")
+            raise SharingError(
+                f"this session has no sharing group {id!r} here: one that it had was over with its connection, so "
+                "share the values anew"
+            )
         return group
 
     # ------------------------------------------------------------------ what others send unasked

@@ -1,0 +1,201 @@
+"""Parties that deviate, users at the same workers, calls at once, connections that are lost: through public calls."""
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+import torch
+
+import planrt as sy
+from planrt.errors import SharingError
+from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.wire import messages as m
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
+sy.TorchHook(torch)
+X = torch.tensor([[0.5, -1.25], [2.0, 0.25]])
+
+DEVIATIONS = {
+    "another shape": (lambda body, parts: [(body, [one.reshape(-1) for one in parts])], "party 'alice' opened"),
+    "another dtype": (lambda body, parts: [(body, [one.to(torch.int32) for one in parts])], "party 'alice' opened"),
+    "fewer": (lambda body, parts: [(body, parts[:-1])], "party 'alice' opened"),
+    "out of order": (lambda body, parts: [(m.Opening(body.group, body.number + 1), parts)], "party 'alice' sent"),
+    "twice": (lambda body, parts: [(body, parts)] * 2, "party 'alice' sent"),
+    "nothing": (lambda body, parts: [], "party 'alice' did not answer within 1 s"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def workers(make_worker):
+    return [make_worker(name) for name in ("bob", "alice", "james")]
+
+
+def shared(workers, values=X, **options):
+    bob, alice, james = workers
+    return values.fix_precision(base=2, precision_fractional=16).share(
+        bob, alice, crypto_provider=james, **options
+    )
+
+
+def deviate(monkeypatch, change):
+    """What alice opens reaches bob as `change` makes it, from now on."""
+    arrived = Group.arrived
+
+    def instead(self, session, body, parts):
+        if self.members.get(session) != 1:
+            arrived(self, session, body, parts)
+            return
+        for other, changed in change(body, parts):
+            arrived(self, session, other, changed)
+
+    monkeypatch.setattr(Group, "arrived", instead)
+
+
+@pytest.mark.parametrize("kind", DEVIATIONS)
+def test_a_party_that_does_not_keep_to_the_protocol_is_named_and_nothing_is_opened(
+    kind, workers, monkeypatch
+):
+    change, says = DEVIATIONS[kind]
+    x = shared(workers, timeout=1.0)
+    with monkeypatch.context() as patch:
+        deviate(patch, change)
+        with pytest.raises(SharingError, match=says):
+            (x * x).relu().get()
+        with pytest.raises(SharingError):  # the group is over: no part of it is handed out
+            x.get()
+    again = shared(workers, timeout=1.0)
+    assert ((again * again).relu().get() - X * X).abs().max() < 1e-3
+
+
+def test_wrong_values_are_not_noticed(workers, monkeypatch):
+    """As docs/sharing.md says: the protocol is for parties that follow it."""
+    x = shared(workers)
+    deviate(monkeypatch, lambda body, parts: [(body, [one + 2**40 for one in parts])])
+    assert ((x * x).get() - X * X).abs().max() > 1
+
+
+# ---------------------------------------------------------------------------------------------------- at once
+
+
+@sy.func2plan()
+def step(x, w):
+    w = w.detach().requires_grad_()
+    loss = ((x @ w).relu() ** 2).mean()
+    loss.backward()
+    return loss.detach(), w.detach() - 0.1 * w.grad
+
+
+STEPS = 3
+USERS = {"ann": "pTq7-Lm2x_VzR9sK", "ben": "hW4k+Jd8y/NcB3fG"}
+
+
+def stepped(w):
+    x, losses = X, []
+    for _ in range(STEPS):
+        leaf = w.detach().requires_grad_()
+        loss = ((x @ leaf).relu() ** 2).mean()
+        loss.backward()
+        w = leaf.detach() - 0.1 * leaf.grad
+        losses.append(loss.detach())
+    return losses, w
+
+
+def in_threads(*functions):
+    """Runs all at once; raises what one of them raised."""
+    failed = []
+
+    def caught(function):
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=caught, args=(one,)) for one in functions]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(120)
+    assert not any(one.is_alive() for one in threads)
+    if failed:
+        raise failed[0]
+
+
+def trains(workers, seed):
+    """A function that trains by the plan `step` on shares, and compares with plain tensors."""
+    start = torch.randn(2, 1, generator=torch.Generator().manual_seed(seed))
+
+    def run():
+        x, w = shared(workers), shared(workers, start)
+        losses = []
+        for _ in range(STEPS):
+            loss, w = step(x, w)
+            losses.append(loss)
+        expected, end = stepped(start)
+        for one, other in zip(losses, expected, strict=True):
+            assert (one.get() - other).abs() < 2e-3
+        assert (w.get() - end).abs().max() < 2e-3
+
+    return run
+
+
+def test_two_users_call_one_plan_at_the_same_workers(transport):
+    step.build(X, torch.zeros(2, 1))
+    with contextlib.ExitStack() as stack:
+        of_users = {name: [] for name in USERS}
+        for name in ("bob", "alice", "james"):
+            if transport == "memory":
+                worker = stack.enter_context(VirtualWorker(name, users=USERS, token=USERS["ann"]))
+                clients = [worker, stack.enter_context(worker.connect_as(USERS["ben"]))]
+            else:
+                uri = stack.enter_context(WebsocketServerWorker(name, threads=1, users=USERS).running())
+                clients = [
+                    stack.enter_context(WebsocketClientWorker(name, uri=uri, token=token))
+                    for token in USERS.values()
+                ]
+            for user, client in zip(USERS, clients, strict=True):
+                of_users[user].append(client)
+        sent = [step.send(*workers[:2]) for workers in of_users.values()]
+        in_threads(*(trains(workers, seed) for seed, workers in enumerate(of_users.values())))
+        ann, ben = of_users.values()
+        with pytest.raises(SharingError, match="different"):
+            (shared(ann) + shared(ben)).get()
+        del sent
+
+
+def test_threads_and_tasks_of_one_client(workers):
+    step.build(X, torch.zeros(2, 1))
+    in_threads(*(trains(workers, seed) for seed in range(3)))
+    x = shared(workers)
+
+    async def opened():
+        return await asyncio.gather(*((x * number).async_get() for number in range(1, 6)))
+
+    for number, one in enumerate(asyncio.run(opened()), 1):
+        assert (one - X * number).abs().max() < 1e-3
+
+
+# ------------------------------------------------------------------------------------- connections that are lost
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2], ids=["bob", "alice", "the dealer"])
+def test_shares_are_not_gone_on_with_after_a_connection_is_made_anew(lost, workers):
+    """Neither a number nor a mask of before: what was shared is told to be gone, and is shared anew."""
+    x = shared(workers)
+    y = x * x
+    assert (y.get() - X * X).abs().max() < 1e-3
+    before = x.session
+    workers[lost].close()
+    workers[lost].connect()
+    for call in (lambda: (x * x).get(), lambda: (y + 1).get()):
+        with pytest.raises(SharingError, match="gone|over|lost|closed"):
+            call()
+    again = shared(workers)
+    assert again.session is not before
+    assert again.session.group != before.group  # so new seeds: no mask is used twice
+    assert ((again * again).get() - X * X).abs().max() < 1e-3
+    with pytest.raises(SharingError):
+        (again + x).get()
+    assert ((again + again).get() - 2 * X).abs().max() < 1e-3
