@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from planrt.chained import FIRST, ChainError
+from planrt.chained import FIRST, ChainError, Link
 from planrt.errors import OptionError
 from planrt.shown import shown
 from planrt.workers.serving.audit_file import entries
+from planrt.workers.serving.summing import NEVER, WHOLE
 
 New = Callable[[Any, str, Callable[[argparse.Namespace], int], str], Any]
 """Makes a command of a name, an action and a help text."""
@@ -56,10 +57,11 @@ def _audit(options: argparse.Namespace) -> int:
             f"--plan: {shown(options.plan, 80)!r} does not name a plan: 8 to 64 digits of its hash"
         )
     since = None if options.since is None else _time(options.since)
-    number, head, rows = 0, FIRST, []
+    number, head, rows, summed = 0, FIRST, [], 0
     try:
         for link in entries(options.file):
             number, values, head = link
+            summed += _summed(link, options.file)
             if options.check or not _wanted(values, options.user, options.plan, since):
                 continue
             if options.json:
@@ -71,11 +73,29 @@ def _audit(options: argparse.Namespace) -> int:
         print(f"planrt audit: {error}", file=sys.stderr)
         return _BROKEN
     _table(rows)
+    more = f" ({summed:,} more events are summed up in them)" if summed else ""
     if options.check:
-        print(f"{number} lines, the chain holds; the hash of the last one is {head}")
+        print(f"{number} lines{more}, the chain holds; the hash of the last one is {head}")
     elif not options.json:
-        print(f"{len(rows)} of {number} lines; the hash of the last one is {head}")
+        print(f"{len(rows)} of {number} lines{more}; the hash of the last one is {head}")
     return 0
+
+
+def _summed(link: Link, where: str) -> int:
+    """Returns how many events a line sums up; 0 for one that is an event of its own.
+
+    Raises:
+        ChainError: it says that of what always has its own line, or no number.
+    """
+    values = link.values
+    if values.get("event") != "summed":
+        return 0
+    lines = values.get("lines")
+    if values.get("of") in NEVER or values.get("outcome") in WHOLE:
+        raise ChainError(f"{where}, line {link.number}: it sums up what always has a line of its own")
+    if not isinstance(lines, int) or isinstance(lines, bool) or lines < 1:
+        raise ChainError(f"{where}, line {link.number}: it does not say how many events it sums up")
+    return lines
 
 
 def _time(text: str) -> datetime:
@@ -108,7 +128,8 @@ def _row(values: Mapping[str, Any]) -> list[str]:
     rest = []
     for key, value in values.items():
         if key not in _ELSEWHERE and value not in ("", []):
-            said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            listed = [f"{one} {n}" for one, n in value.items()] if isinstance(value, dict) else value
+            said = ", ".join(map(str, listed)) if isinstance(listed, list) else str(listed)
             rest.append(f"{shown(key, 40)}={shown(said, 80)}")
     return [*cells, " ".join(rest)]
 

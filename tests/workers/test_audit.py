@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import planrt
+from planrt.chained import FIRST, sealed
 from planrt.cli import main
 from planrt.errors import (
     GetNotPermittedError,
@@ -32,6 +33,8 @@ from planrt.types import Ref
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.events import Received
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving import audit_file, summing
+from planrt.workers.serving.audit_file import AuditFile
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.plan_call import CALL
 from planrt.workers.wire.posted import PostedOp
@@ -287,6 +290,9 @@ class Kept(list):
 
     record = list.append
 
+    def full(self, user):
+        return ""
+
 
 @pytest.mark.parametrize("args", [(Ref(1), False), (Ref(1),), (), (3, False), (Ref(7), False)])
 def test_calls_of_what_is_no_plan_fail_as_without_a_log(args):
@@ -455,3 +461,74 @@ def test_files_that_a_worker_refuses(tmp_path):
 def test_the_command_takes_the_flag(tmp_path, capsys):
     assert main(["serve", "--id", "clinic", "--empty", "--port", "0", "--audit", str(tmp_path)]) == 2
     assert "directory" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ many of a kind
+
+
+def test_many_refusals_of_a_user_are_summed_up_and_others_have_their_lines(
+    hospital, path, monkeypatch, capsys
+):
+    monkeypatch.setattr(summing, "MOST_A_MINUTE", 5)
+    monkeypatch.setattr(audit_file, "MINUTE", 0.5)
+    connect = hospital()
+    owner, alice = connect(OWNER), connect(ALICE)
+    torch.tensor([SECRET]).tag("#secret").send(owner, allowed_users=["owner"])
+    (found,) = alice.search("#secret")
+    for _ in range(40):
+        with pytest.raises(GetNotPermittedError):
+            found.get()
+    (line,) = came(path, "summed", 1)
+    assert (line["of"], line["user"], line["outcome"]) == ("refused", "alice", "refused")
+    assert line["kinds"] == {"GetNotPermittedError": line["lines"]}
+    assert len(told(path, "refused")) + sum(one["lines"] for one in told(path, "summed")) == 40
+    (mine,) = owner.search("#secret")
+    mine.get()
+    assert [one["user"] for one in told(path, "fetch")] == ["owner"]
+    assert main(["audit", str(path), "--check"]) == 0
+    assert "35 more events are summed up in them), the chain holds" in capsys.readouterr().out
+    assert main(["audit", str(path), "--user", "alice"]) == 0
+    assert "kinds=GetNotPermittedError 35" in capsys.readouterr().out
+
+
+def test_what_left_is_never_summed_up_and_a_user_has_so_much_of_it(hospital, path, monkeypatch):
+    monkeypatch.setattr(summing, "MOST_A_MINUTE", 5)
+    monkeypatch.setattr(summing, "MOST_AN_HOUR", 20)
+    connect = hospital()
+    owner, alice = connect(OWNER), connect(ALICE)
+    torch.tensor([SECRET]).tag("#shared").send(owner, allowed_users=["owner", "alice"])
+    for _ in range(20):
+        (found,) = alice.search("#shared")
+        assert found.copy().get().item() == pytest.approx(SECRET)
+    with pytest.raises(PlanrtError, match="20 lines of the owner's audit log this hour"):
+        alice.search("#shared")
+    assert [one["user"] for one in told(path, "fetch")] == ["alice"] * 20
+    (mine,) = owner.search("#shared")
+    assert mine.get().item() == pytest.approx(SECRET)  # another user has their own share
+
+
+def test_a_worker_that_stops_tells_what_it_has_summed_up(hospital, path, monkeypatch):
+    monkeypatch.setattr(summing, "MOST_OF_NOBODY", 3)
+    log = AuditFile(path, "bob")
+    for number in range(10):
+        log.record({"event": "opened", "user": "", "session": number, "address": "10.0.0.1"})
+    log.finish()
+    assert [one["session"] for one in told(path, "opened")] == [0, 1, 2]
+    (line,) = told(path, "summed")
+    assert (line["lines"], line["sessions"], line["addresses"]) == (7, [3, 4, 5, 6, 7, 8, 9], ["10.0.0.1"])
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"of": "fetch", "lines": 3}, "what always has a line of its own"),
+        ({"of": "call", "outcome": "done", "lines": 3}, "what always has a line of its own"),
+        ({"of": "refused", "lines": 0}, "does not say how many"),
+        ({"of": "refused", "lines": "many"}, "does not say how many"),
+    ],
+)
+def test_sums_that_no_worker_writes_are_noticed(path, event, said, capsys):
+    line, _ = sealed({"event": "summed", **event}, FIRST)
+    path.write_bytes(line)
+    assert main(["audit", str(path), "--check"]) == 1
+    assert said in capsys.readouterr().err

@@ -3,17 +3,22 @@
 import asyncio
 import contextlib
 
+import pytest
 import torch
 
+from planrt.errors import MessageTooLargeError
 from planrt.serde.frames import Limits, encode
+from planrt.workers.client.connection import Connection
 from planrt.workers.client.handshaking import shake_hands
 from planrt.workers.client.session import ClientSession
+from planrt.workers.machine.events import PeerFailed, ToPeer
 from planrt.workers.machine.state import WorkerState
-from planrt.workers.serving import outgoing
+from planrt.workers.serving import arriving, links, outgoing
 from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.host import WorkerHost
 from planrt.workers.transport import memory, websocket
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.messages import own_versions
 
 PATIENCE = 30
 LARGE = 64 << 20
@@ -199,3 +204,52 @@ def test_who_is_taken_out_and_does_not_read_keeps_nobody_in(transport):
             assert await eve.asked(m.CountObjects()) == m.Counted(0)
 
     run(go())
+
+
+def test_so_much_waits_for_another_worker_that_does_not_read(transport, monkeypatch, caplog):
+    """What a worker passes on to others is bounded, too, and who waits for an answer is told."""
+    monkeypatch.setattr(links, "MOST_WAITING", 20)
+    told = []
+
+    async def go():
+        async with served(transport) as (_, connect):
+
+            class Dialling:
+                async def connect(self, *args):
+                    silent = (await connect()).pipe
+                    silent.send = lambda frame, **options: asyncio.Event().wait()
+                    silent.send_now = lambda frame: False
+                    session = ClientSession("bob", address=silent.address, limits=Limits())
+                    session.versions = own_versions()
+                    return Connection(silent, session, limits=Limits())
+
+            async def handle(event):
+                told.append(event)
+
+            between = links.Links("alice", handle, Limits(), Dialling())
+            peer = m.PeerAddress("bob", "ws://bob:1")
+            between.send(ToPeer(peer, m.CountObjects(), (), "first"))
+            await until(lambda: between._links[peer].connection is not None)
+            for number in range(40):
+                between.send(ToPeer(peer, m.FailGroup(f"{number}", "over"), ()))
+                await asyncio.sleep(0)
+            await until(lambda: told)
+            between.close()
+
+    run(go())
+    assert [type(one) for one in told] == [PeerFailed]
+    assert "peer_does_not_read" in [one.message for one in caplog.records]
+
+
+def test_what_arrives_is_bounded_without_a_quota_and_for_all_together():
+    room = arriving.Arriving(10 << 20, 25 << 20)
+    room.room(1, "nobody at 10.0.0.1", 8 << 20, address="")
+    with pytest.raises(MessageTooLargeError, match="others arrive for the same user"):
+        room.room(2, "nobody at 10.0.0.1", 8 << 20, address="")
+    room.room(3, "nobody at 10.0.0.2", 8 << 20, address="")
+    room.room(4, "user ann", 8 << 20, address="")
+    with pytest.raises(MessageTooLargeError, match="others arrive at this worker"):
+        room.room(5, "user ben", 8 << 20, address="")
+    room.over(1)
+    assert len(room.room(5, "user ben", 8 << 20, address="").room()) > 0
+    assert arriving.MOST == 16 << 30

@@ -179,6 +179,11 @@ class Connection:
         return self._outbox.op_bytes
 
     @property
+    def waiting(self) -> tuple[int, int]:
+        """How many messages and ops wait to be sent, and the bytes of their tensors."""
+        return len(self._outbox), self._outbox.nbytes
+
+    @property
     def posted(self) -> int:
         """Ops posted so far."""
         return self._outbox.lines.posted

@@ -89,6 +89,8 @@ class Outbox:
         self.op_bytes = op_bytes
         self.lines = PostedLines()
         self._queue: deque[bytes | QueuedMessage] = deque()
+        self.nbytes = 0
+        """Bytes of the tensors of the messages that wait, for who sends them from one thread."""
         self._posting = threading.Lock()
         self._drops: deque[int] = deque()
         self._dropping = threading.Lock()  # held by who takes from them; finalizers only add
@@ -110,6 +112,7 @@ class Outbox:
 
     def add(self, message: QueuedMessage) -> None:
         """Takes a message, to go after everything before it."""
+        self.nbytes += sum(tensor.nbytes for tensor in message.tensors)
         self._queue.append(message)
 
     def drop(self, id: int) -> None:
@@ -140,6 +143,7 @@ class Outbox:
             return None
         first = self._queue.popleft()
         assert isinstance(first, QueuedMessage)  # noqa: S101 - it is no bytes
+        self.nbytes -= sum(tensor.nbytes for tensor in first.tensors)
         return first
 
     def gathered(self) -> m.Post:
@@ -169,3 +173,4 @@ class Outbox:
         left = [one for one in self._queue if failed_only and (isinstance(one, bytes) or not one.failed)]
         self._queue.clear()
         self._queue.extend(left)
+        self.nbytes = sum(t.nbytes for one in left if not isinstance(one, bytes) for t in one.tensors)

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from planrt.errors import ExecutionError, PolicyError
+from planrt.errors import ExecutionError, LocalError, PolicyError
 from planrt.plans.ir.constants import Constant, approval_hash
 from planrt.plans.ir.graph import Graph
 from planrt.serde.tensors import payload_bytes
@@ -40,6 +40,13 @@ class Audit(Protocol):
     def record(self, event: Mapping[str, Any]) -> None:
         """Takes one event."""
 
+    def full(self, user: str) -> str:
+        """Returns why nothing more is done for that user (``""``: nobody) for a while; ``""`` where all is well."""
+
+
+class AuditFullError(LocalError):
+    """A user has had so many lines of the owner's log that nothing more is done now that would need one."""
+
 
 class Auditor:
     """Puts what happens on one worker into events; without an `audit` it does nothing."""
@@ -53,6 +60,11 @@ class Auditor:
         """Puts everything there from now on, for whoever has this auditor."""
         self._audit = audit
         self.on = audit is not None
+
+    def check_room(self, session: Session) -> None:
+        """Raises AuditFullError where its user has filled their share of the log: what is done would have its line."""
+        if self._audit is not None and (why := self._audit.full(session.user or "")):
+            raise AuditFullError(why)
 
     def _record(self, event: str, session: Session | None, **facts: Any) -> None:
         if self._audit is None or (session is not None and session.sibling):  # told where its client is

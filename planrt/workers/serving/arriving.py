@@ -2,14 +2,22 @@
 
 A connection brings one message after the other, and its header says how much memory that takes. What has arrived counts
 for the user's quota; what is under way counts here, or somebody with many connections would have as many messages in
-the memory of the worker, of which none is ever whole.
+the memory of the worker, of which none is ever whole. Clients without a user are one user for each address. There is a
+bound without a quota, too, and one for all clients of the worker together, or many addresses would do the same.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from planrt.errors import MessageTooLargeError
 from planrt.serde.frames import MemoryStore, Store
 
+MOST: Final = 16 << 30
+"""Bytes of messages of one user or address that may arrive at a time where there is no quota: as much as a policy lets
+a user keep by default."""
+MOST_OF_ALL: Final = 64 << 30
+"""Those of all clients of a worker."""
 _SMALL = 1 << 20
 """Bytes of a message that does not count: all connections together have fewer."""
 
@@ -18,11 +26,12 @@ class Arriving:
     """Counts bytes by connection and user. Used on the loop.
 
     Args:
-        most: bytes that messages of one user may take together while they arrive; None for no limit.
+        most: bytes that messages of one user, or of one address of nobody's, may take together while they arrive.
+        most_of_all: the same of all users.
     """
 
-    def __init__(self, most: int | None) -> None:
-        self._most = most
+    def __init__(self, most: int = MOST, most_of_all: int = MOST_OF_ALL) -> None:
+        self._most, self._most_of_all = most, max(most, most_of_all)
         self._begun: dict[int, tuple[str, int]] = {}
         """Connection -> its user, and the bytes of the message that it brings."""
 
@@ -32,12 +41,19 @@ class Arriving:
         Raises:
             MessageTooLargeError: with what else arrives for that user it is too much.
         """
-        if self._most is not None and nbytes > _SMALL:
+        if nbytes > _SMALL:
             others = sum(size for user, size in self._begun.values() if user == whose)
             if others + nbytes > self._most:
                 raise MessageTooLargeError(
                     f"a message of {nbytes:,} bytes is over the limit while {others:,} others arrive for the same "
                     f"user: {self._most:,} together",
+                    address=address,
+                )
+            all = sum(size for _, size in self._begun.values())
+            if all + nbytes > self._most_of_all:
+                raise MessageTooLargeError(
+                    f"a message of {nbytes:,} bytes is over the limit while {all:,} others arrive at this worker: "
+                    f"{self._most_of_all:,} together; try again later",
                     address=address,
                 )
             self._begun[connection] = whose, nbytes

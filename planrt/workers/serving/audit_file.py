@@ -4,6 +4,10 @@ The machine hands events in from its compute thread, and the host has them writt
 nothing leaves that is not in the log. Where a line cannot be written the worker therefore refuses what it was about to
 send, until lines can be written again; it logs that once.
 
+No client fills the owner's disk: of what did not leave (`summing.py`) the same is summed up in one line a minute, where
+there is too much of it. What left, and what ran, has its own line always; so these are bounded by refusing the user who
+has had too many in an hour (`full`).
+
 Lines are in the hands of the operating system then. They outlive the worker's process, and a failure of power can take
 the last ones.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +27,7 @@ from typing import Any, Final
 from planrt.chained import FIRST, ChainError, Link, links, sealed, write_whole
 from planrt.errors import LocalError, OptionError
 from planrt.logs import get_logger
+from planrt.workers.serving.summing import MINUTE, Summing
 
 log = get_logger("planrt.worker")
 
@@ -50,6 +56,8 @@ class AuditFile:
         self._events: list[dict[str, Any]] = []
         self._dropped = 0
         self._events_lock, self._writing = threading.Lock(), threading.Lock()
+        self._summing = Summing()
+        self._timer: threading.Timer | None = None
         self._refusing = False
         self._size, self._head, self._lines = 0, FIRST, 0
         try:
@@ -82,12 +90,39 @@ class AuditFile:
 
     def record(self, event: Mapping[str, Any]) -> None:
         """Takes an event, which `write` writes; any thread may call it."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         with self._events_lock:
-            if len(self._events) < MAX_WAITING:
-                self._events.append({"time": now, "worker": self._worker, **event})
-            else:
-                self._dropped += 1
+            for one in self._summing.take(event, time.monotonic(), _now()):
+                self._add(one)
+            if self._summing.waits and self._timer is None:
+                self._timer = threading.Timer(MINUTE, self._minute_over)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def full(self, user: str) -> str:
+        """Returns why nothing more is done for a user (``""``: nobody) this hour; ``""`` where all is well."""
+        return self._summing.full(user)
+
+    def finish(self) -> None:
+        """Writes what was summed up so far, as far as it can be written: the worker stops."""
+        self._minute_over()
+
+    def _minute_over(self) -> None:
+        with self._events_lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None
+            for one in self._summing.sums(_now()):
+                self._add(one)
+        try:
+            self.write()
+        except AuditError:
+            return  # it has said so, and keeps the lines
+
+    def _add(self, event: Mapping[str, Any]) -> None:
+        if len(self._events) < MAX_WAITING:
+            self._events.append({"time": _now(), "worker": self._worker, **event})
+        else:
+            self._dropped += 1
 
     def write(self) -> None:
         """Writes the events that were taken, all of them or none; any thread may call it.
@@ -145,6 +180,10 @@ class AuditFile:
             for link in links(reading, str(self.path), previous=self._head, first=self._lines + 1):
                 self._head, self._lines = link.hash, link.number
             self._size = reading.tell()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def entries(path: str | Path) -> Iterator[Link]:

@@ -52,6 +52,7 @@ from planrt.workers.machine.events import (
 from planrt.workers.machine.failures import as_sent, failure_of
 from planrt.workers.machine.sessions import check_fits
 from planrt.workers.machine.state import WorkerState
+from planrt.workers.serving import arriving
 from planrt.workers.serving.arriving import Arriving
 from planrt.workers.serving.audit_file import AuditError
 from planrt.workers.serving.compute import ComputeThread
@@ -90,6 +91,9 @@ class AuditLog(Protocol):
 
     def write(self) -> None:
         """Writes them. Raises AuditError where that does not work."""
+
+    def finish(self) -> None:
+        """Writes what waits for more of its kind, as far as that works: the worker stops."""
 
 
 class Elsewhere(Counted, Protocol):
@@ -138,7 +142,7 @@ class WorkerHost:
         self._guesses = Guesses()
         self._openings = Openings(self._limits.connections)
         quota = state.accounts.quota.memory
-        self._arriving = Arriving(None if quota is None else max(quota, self._limits.message))
+        self._arriving = Arriving(max(arriving.MOST if quota is None else quota, self._limits.message))
         self._links = Links(state.id, self._handle, self._limits, dialling)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -179,6 +183,8 @@ class WorkerHost:
             timer.cancel()
         self._timers.clear()
         self._links.close()
+        if self._audit is not None:
+            self._audit.finish()
 
     async def change_users(self, users: Mapping[str, str]) -> None:
         """Serves these users from now on; sessions of a token that is nobody's any more end."""

@@ -30,6 +30,10 @@ MAX_LINKS = 64
 """Other workers that one worker is connected to at a time, in nobody's name."""
 MAX_TICKETS = 1024
 """Connections that it has in its clients' names."""
+MOST_WAITING = 10_000
+"""Messages that may wait to be sent to one other worker, since that reads slowly or not at all."""
+MOST_BYTES = 4 << 30
+"""Their bytes, the newest one left out. Of more, the connection ends, and with it the session there."""
 
 
 class Reaching(Protocol):
@@ -51,6 +55,7 @@ class _Link:
         self.connection: Connection | None = None
         self.before = 0
         """Messages that have not been handed over to the connection: others come after them."""
+        self.bytes_before = 0
 
     @property
     def open(self) -> Connection | None:
@@ -59,6 +64,12 @@ class _Link:
         return (
             self.connection if ready and self.connection is not None and not self.connection.closed else None
         )
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that nothing more may."""
+        number, nbytes = (0, 0) if self.connection is None else self.connection.waiting
+        return number + self.before >= MOST_WAITING or nbytes + self.bytes_before > MOST_BYTES
 
     def renewed(self, connection: Connection) -> None:
         """The other worker had lost the session, and this one's has begun."""
@@ -94,6 +105,9 @@ class Links:
         link = self._links.get(instruction.peer)
         if link is None:
             link = self._links[instruction.peer] = _Link()
+        if link.full:
+            self._cut_off(instruction, link)
+            return
         connection = link.open
         if connection is not None and not instruction.key:
             try:
@@ -102,7 +116,24 @@ class Links:
                 self._note(connection, instruction.peer, error)
             return
         link.before += 1
+        link.bytes_before += sum(tensor.nbytes for tensor in instruction.tensors)
         self._soon(self._deliver(instruction, link))
+
+    def _cut_off(self, instruction: ToPeer, link: _Link) -> None:
+        """Ends the connection to a worker that does not read: what waits for it is lost, and so is this message. Who
+        waits for answers is told."""
+        worker = instruction.peer.worker
+        log.warning("peer_does_not_read", worker=self._worker_id, peer=worker)
+        if link.connection is not None:
+            self._close_soon(link.connection)
+        if self._links.get(instruction.peer) is link:
+            del self._links[instruction.peer]
+        if instruction.key:
+            reason = f"too much waits to be sent to worker {worker!r}, which does not read"
+            self._soon(self._handle_soon(PeerFailed(instruction.key, reason)))
+
+    async def _handle_soon(self, event: Event) -> None:
+        await self._handle(event)
 
     def introduce(self, peer: PeerFor, secret: str) -> None:
         """Takes what proves the ticket for `peer`, and opens its session there."""
@@ -207,6 +238,7 @@ class Links:
                 return request
         finally:
             link.before -= 1
+            link.bytes_before -= sum(tensor.nbytes for tensor in instruction.tensors)
 
     def _note(self, connection: Connection | None, peer: m.PeerAddress, error: Exception) -> None:
         in_order = connection is not None and connection.stopped

@@ -33,6 +33,7 @@ def answer(parts: Parts, session: Session, body: m.Body, tensors: list[torch.Ten
     if isinstance(body, m.Resume):  # which nothing keeps from being heard
         return parts.passes.resume(session)
     parts.objects.raise_unseen(session)
+    parts.objects.audit.check_room(session)
     if parts.siblings is not None:
         parts.siblings.check(session, body)
         if (peer := parts.siblings.computing(session, body)) is not None:

@@ -52,6 +52,7 @@ class Posts:
         comes after it on this connection waits, too."""
         try:
             check_permitted(session, body)
+            self._parts.objects.audit.check_room(session)
             posted = self._parts.eager.post(session, body, over)
         except Exception as error:  # as in `Requests.advance`
             session.failure = session.failure or failure_of(error)

@@ -41,6 +41,7 @@ from planrt.workers.serving.isolation.grants import Grants
 from planrt.workers.serving.isolation.messages import give
 from planrt.workers.serving.isolation.watching import Slot
 from planrt.workers.serving.joint_folder import JointFolder
+from planrt.workers.serving.summing import EVENTS
 from planrt.workers.transport.passing import Passed
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.proofs import ProofError, Prover, Verifier, proving
@@ -53,6 +54,8 @@ _DIALS: Final = 16
 """Connections that one process may have under way to other workers."""
 _PROOFS: Final = 64
 """Proofs of the worker's token that one process may have under way."""
+_EVENT_BYTES: Final = 64 << 10
+"""Bytes of one event of the log: what the machine tells has texts and lists of bounded length."""
 _EPOCHS: Final = range(10_000_000)
 """After which a joint run may be kept."""
 
@@ -293,18 +296,23 @@ class Answers:
         self._tickets.forget_tickets(process.giver)
 
     async def _write_events(self, process: Process, events: list[Any]) -> tuple[bool, Any]:
+        user = process.user or ""
         if self.audit is None:
-            return True, None
+            return True, ""
+        if why := self.audit.full(user):
+            return False, why
         for event in events:
-            if not isinstance(event, dict) or event.get("user", "") not in ("", process.user or ""):
+            if not isinstance(event, dict) or event.get("user", "") not in ("", user):
                 return False, "an event of another user"
+            if event.get("event") not in EVENTS or len(msgspec.msgpack.encode(event)) > _EVENT_BYTES:
+                return False, "no event of the log"
         for event in events:
             self.audit.record(event)
         try:
             await asyncio.to_thread(self.audit.write)
         except AuditError as error:
             return False, str(error)
-        return True, None
+        return True, self.audit.full(user)
 
     async def write_audit(self) -> None:
         """Has the log written, where there is one."""
