@@ -764,7 +764,9 @@ def test_a_process_cannot_speak_for_another_user(of_user):
     assert call("audit", [{"event": "fetch", "user": "ann"}, {"event": "fetch", "user": "ben"}])[0] is False
     assert call("submit", "0" * 64, b"", asking("ben"), 5)[0] is False
     assert [one for one in told if "ben" in repr(one)] == []
-    assert call("audit", [{"event": "fetch", "user": "ann"}]) == (True, None)
+    assert call("audit", [{"event": "fetch", "user": "ann"}]) == (True, "")
+    assert call("audit", [{"event": "made up", "user": "ann"}]) == (False, "no event of the log")
+    assert call("audit", [{"event": "fetch", "user": "ann", "op": "x" * 70_000}])[0] is False
     assert call("submit", "0" * 64, b"", asking("ann"), 5) == (True, ["said", ["pending", ""]])
     call, told = of_user(None)
     assert call("audit", [{"event": "fetch", "user": "ann"}])[0] is False
