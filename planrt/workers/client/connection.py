@@ -180,7 +180,7 @@ class Connection:
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """How many messages and ops wait to be sent, and the bytes of their tensors."""
+        """The number of messages and ops that wait to be sent, and the bytes of their tensors."""
         return len(self._outbox), self._outbox.nbytes
 
     @property
