@@ -100,8 +100,8 @@ class Purse:
 
     Args:
         whose: the user. session, worker: the limits, as `Budgets` takes them, for what is said.
-        draw: takes operations. ahead: whether it is to take more than it needs now, since it is another process that is
-            asked; what is not used is lost with this one, at most as much as has been used.
+        draw: takes operations: more than are needed now, since that takes time, with isolation that of another process.
+            What is not used is lost with the user's last session, at most as much as has been used.
     """
 
     def __init__(
@@ -118,7 +118,9 @@ class Purse:
         Raises:
             PolicyError: the user, or all users, have computed as much as they may for now. Nothing was taken.
         """
-        if not flops:
+        if flops <= self._left:  # most ops: a small part of what was drawn for the one before
+            self._left -= int(flops)
+            self._used += int(flops)
             return
         limits = [one for one in self._limits.values() if one is not None]
         needed = int(flops) if flops <= max(limits) else max(limits) + 1
