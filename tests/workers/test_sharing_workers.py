@@ -336,8 +336,9 @@ def test_the_local_worker_deals_for_workers_elsewhere(processes):
 
 
 def test_a_process_that_stands_still_is_named_after_the_time_out():
-    with planrt.local_workers("bob", "alice", "james", threads=1) as (bob, alice, james):
-        session = sharing_session([bob, alice], james, timeout=1)
+    """The last party alone waits for the dealer; the others wait for that one, and do not name it."""
+    with planrt.local_workers("bob", "alice", "carol", "james", threads=1) as (bob, alice, carol, james):
+        session = sharing_session([bob, alice, carol], james, timeout=1)
         x = share(session, random(20))
         x.get()
         (pid,) = _pids(james)
