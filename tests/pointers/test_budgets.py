@@ -197,7 +197,7 @@ def test_another_process_asks_seldom_and_loses_no_more_than_it_used(clock):
         asked.append(args)
         return of.draw(*args)
 
-    purse = Purse("ann", 10**9, None, draw, ahead=True)
+    purse = Purse("ann", 10**9, None, draw)
     for _ in range(20_000):
         purse.spend("an op", 1_000)
     assert len(asked) < 50

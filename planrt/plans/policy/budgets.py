@@ -26,7 +26,7 @@ HOUR: Final = 3600.0
 MOST_USERS: Final = 10_000
 """Users whose budgets are kept track of; of more, the one who has used least of it begins anew."""
 _AHEAD: Final = 1000
-"""The part of an hour's operations that a process draws at most beyond what it needs."""
+"""The part of an hour's operations that a user's sessions draw at most beyond what they need."""
 
 now: Callable[[], float] = time.monotonic
 """The clock (seconds)."""
@@ -104,12 +104,10 @@ class Purse:
             What is not used is lost with the user's last session, at most as much as has been used.
     """
 
-    def __init__(
-        self, whose: str, session: int | None, worker: int | None, draw: Draw, *, ahead: bool
-    ) -> None:
+    def __init__(self, whose: str, session: int | None, worker: int | None, draw: Draw) -> None:
         self._whose, self._draw = whose, draw
         self._limits = {"max_session_flops": session, "max_worker_flops": worker}
-        self._ahead = min([one for one in (session, worker) if one is not None]) // _AHEAD if ahead else 0
+        self._ahead = min([one for one in (session, worker) if one is not None]) // _AHEAD
         self._left = self._used = 0
 
     def spend(self, what: str, flops: float) -> None:

@@ -29,7 +29,6 @@ class Accounts:
         self._room = Room(quota.worker_objects, quota.worker_memory) if bounded else None
         self._computes = quota.session_flops, quota.worker_flops
         self._draw: Draw = Budgets(*self._computes).draw
-        self._elsewhere = False
         self._accounts: WeakValueDictionary[str, Account] = WeakValueDictionary()
         """Whose sessions and published objects there are."""
 
@@ -42,7 +41,7 @@ class Accounts:
         if account is None:
             purse = None
             if self._computes != (None, None):
-                purse = Purse(whose, *self._computes, self._draw, ahead=self._elsewhere)
+                purse = Purse(whose, *self._computes, self._draw)
             account = Account(self.quota, lambda: self._made_room(whose), self._room, purse)
             self._accounts[whose] = account
         self._store.open_account(session.id, account)
@@ -53,7 +52,7 @@ class Accounts:
 
     def ask(self, more: More, draw: Draw) -> None:
         """Has granted by the worker's own process, which knows of all users, what they may keep and compute."""
-        self._draw, self._elsewhere = draw, True
+        self._draw = draw
         if self._room is not None:
             self._room.ask(more)
 
