@@ -408,6 +408,31 @@ def test_a_private_plan(clinic):
     assert own.get().state_dict()["state.0"].item() == 5.0
 
 
+def test_a_plan_on_private_data_gives_what_is_expanded_without_writing_it_out(clinic):
+    """2**44 entries of three values: what is kept of it, or in its place where it fails, has them once."""
+
+    @planrt.func2plan(args_shape=[(3,)])
+    def expanded(x):
+        return x.reshape(3, 1).expand(3, 2**44), x * 2
+
+    @planrt.func2plan()
+    def failing(x, at):
+        return x.reshape(3, 1).expand(3, 2**44), x[at]
+
+    worker = clinic(USERS["ann"])
+    x = torch.tensor([1.0, 2.0, 3.0]).send(worker, allowed_users=["ann"])
+    large, double = expanded.send(worker)(x)
+    assert large.shape == (3, 2**44)
+    assert large[:, 5].get().tolist() == [1, 2, 3]
+    assert double.get().tolist() == [2, 4, 6]
+    failing.build(torch.ones(3), torch.tensor([0]))
+    sent = failing.send(worker)
+    assert sent(x, torch.tensor([2]).send(worker))[1].get().tolist() == [3]
+    failed = sent(x, torch.tensor([7]).send(worker))
+    with pytest.raises(RemoteError):
+        failed[1].get()
+
+
 def _inner(worker):
     """An inner tensor of a graph of the client's own, with its leaf."""
     leaf = torch.ones(2, requires_grad=True).send(worker)

@@ -209,11 +209,18 @@ _SPECIAL = """
 
 
 def _zeroed(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory`, its memory cleared before anyone can look at it."""
+    """`factory`, its memory cleared before anyone can look at it: that and no more, as strides may show each entry any
+    number of times.
+    """
 
     def zeroed(*args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
-            made = factory(*args, **kwargs).detach().zero_()
+            made = factory(*args, **kwargs).detach()
+            if made.is_contiguous() or made.is_meta:
+                made.zero_()
+            else:
+                memory = made.untyped_storage()
+                torch.empty(0, dtype=torch.uint8, device=made.device).set_(memory).zero_()
         return made.requires_grad_(bool(kwargs.get("requires_grad", False)))
 
     zeroed.__name__ = factory.__name__

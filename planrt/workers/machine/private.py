@@ -86,6 +86,16 @@ def _check_changes(foreseen: Inferred, inputs: Sequence[torch.Tensor]) -> None:
             )
 
 
+def entries_once(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the view of a tensor that has every entry once which an expanded one repeats: a thousand million million
+    times, as somebody may want it.
+    """
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def in_own_memory(values: tuple[Any, ...], foreseen: Inferred, device: torch.device) -> tuple[Any, ...]:
     """Returns what a plan returned, in memory of its own: where it fails, `placeholder_results` cannot share what the
     plan would have shared."""
@@ -94,7 +104,11 @@ def in_own_memory(values: tuple[Any, ...], foreseen: Inferred, device: torch.dev
         if not isinstance(like, Spec):
             return value
         value = value.detach() if like.leaf else value
-        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).copy_(value)
+        made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device)
+        if made.stride() == value.stride():
+            entries_once(made).copy_(entries_once(value))
+            return made
+        return made.copy_(value)
 
     return tuple(alone(value, like) for value, like in zip(values, foreseen.results, strict=True))
 
@@ -152,7 +166,8 @@ def placeholder_results(
 
     # 2 to 4.
     def zeros(like: Spec) -> torch.Tensor:
-        made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).zero_()
+        made = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device)
+        entries_once(made).zero_()
         if like.requires_grad and not like.leaf:
             for source in sources:
                 made = made + (source * 0).sum().to(like.dtype)

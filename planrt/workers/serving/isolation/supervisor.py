@@ -439,4 +439,8 @@ class Isolation:
 
 def _has_ended(process: Process) -> bool:
     """Whether it has, though the zygote has not told yet."""
-    return process.end >= 0 and bool(select.select([process.end], [], [], 0)[0])
+    if process.end < 0:
+        return False
+    looked = select.poll()  # unlike `select.select` it takes files above 1,023
+    looked.register(process.end, select.POLLIN)
+    return bool(looked.poll(0))
