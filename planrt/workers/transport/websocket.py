@@ -11,6 +11,7 @@ import asyncio
 import errno
 import socket
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
@@ -39,6 +40,10 @@ _CLOSE_TIMEOUT: Final = 2.0
 _CLOSING_SECONDS: Final = 2 * _CLOSE_TIMEOUT
 """After which a connection is cut whose other end does not even take what waits before the last message."""
 
+_UNDER_WAY: Final = 64
+"""Connections of an address that may be about to open, beside those that are open."""
+_TLS_SECONDS: Final = 10.0
+"""Seconds that a handshake of TLS may take."""
 _OPTIONS: dict[str, Any] = {
     "compression": None,
     "ping_interval": None,  # `FrameStream` listens for signs of life
@@ -66,6 +71,36 @@ class _ServerConnection(ServerConnection):
         """See `asyncio.BaseProtocol`."""
         super().connection_made(transport)
         self.stream = FrameStream(self, cast(asyncio.Transport, transport))
+
+
+def _counted(most: int) -> type[_ServerConnection]:
+    """Returns the class of a server's connections, of which an address has so many at a time, from their first byte on.
+
+    One more is cut off without a word. Whoever has a session is told politely, and earlier (`serving/openings.py`).
+    """
+    open_now: Counter[str] = Counter()
+
+    class Counted(_ServerConnection):
+        host = ""
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            host = str((transport.get_extra_info("peername") or ("",))[0])
+            if open_now[host] >= most:
+                cast(asyncio.Transport, transport).abort()
+                return
+            self.host = host
+            open_now[host] += 1
+            super().connection_made(transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if not self.host:
+                return
+            open_now[self.host] -= 1
+            if not open_now[self.host]:
+                del open_now[self.host]
+            super().connection_lost(exc)
+
+    return Counted
 
 
 class _Connect(connect):
@@ -324,15 +359,16 @@ async def listen(
         return None if refusal is None else connection.respond(HTTPStatus.FORBIDDEN, f"{refusal}\n")
 
     address = f"ws://{host}:{port}"
+    options = _OPTIONS if tls is None else {**_OPTIONS, "ssl_handshake_timeout": _TLS_SECONDS}
     try:
         server = await serve(
             handler,
             host,
             port,
-            create_connection=_ServerConnection,
+            create_connection=_counted(limits.connections + _UNDER_WAY),
             ssl=tls.context if tls else None,
             process_request=check,
-            **_OPTIONS,
+            **options,
         )
     except OSError as error:
         raise ConnectError(
