@@ -144,7 +144,7 @@ def _put(name: str, input: Any, indices: Any, *_: Any) -> None:
 def _embedded(name: str, one: Any, other: Any, *rest: Any) -> None:
     """`nn.functional` takes the indices first, `torch` the weight; offsets cut a row of indices.
 
-    Without, on the CPU: of offsets that go down, sums of memory that others freed; of none, a crash.
+    Without, on the CPU: of offsets that go down, sums of memory that others freed; of none, or that are no row, a crash.
     """
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return
@@ -152,6 +152,8 @@ def _embedded(name: str, one: Any, other: Any, *rest: Any) -> None:
     _within(name, "indices", index, 0, _size(weight, 0) - 1)
     for offsets in rest[:1]:
         if isinstance(offsets, torch.Tensor) and not offsets.is_floating_point():
+            if offsets.dim() != 1:
+                raise ValueError(f"{name}: offsets are a row, not of shape {list(offsets.shape)}")
             if not offsets.numel() and index.numel():
                 raise ValueError(f"{name}: offsets that are empty, of {index.numel()} indices")
             _within(name, "offsets", offsets, 0, index.numel())
