@@ -32,6 +32,16 @@ HOSTILE = {
         (torch.tensor([4, 1, 1]), torch.ones(5, 5), torch.zeros(0, dtype=torch.int64)),
         {},
     ),
+    "bags whose offsets are a matrix": (
+        "torch.embedding_bag",
+        (torch.ones(7, 2), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)),
+        {},
+    ),
+    "empty bags whose offsets are a matrix": (
+        "torch.embedding_bag",
+        (torch.ones(7, 0), torch.zeros(7, 0, dtype=torch.int64), torch.zeros(7, 0, dtype=torch.int64)),
+        {},
+    ),
     **{
         f"places that are {what}, {padding}": (
             "nn.functional.grid_sample",
