@@ -144,7 +144,7 @@ def _put(name: str, input: Any, indices: Any, *_: Any) -> None:
 def _embedded(name: str, one: Any, other: Any, *rest: Any) -> None:
     """`nn.functional` takes the indices first, `torch` the weight; offsets cut a row of indices.
 
-    Without, on the CPU: of offsets that go down, sums of memory that others freed; of none, or that are no row, a crash.
+    Without, on the CPU: of offsets that go down, sums of memory that others freed; of none, or no row, a crash.
     """
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return
