@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fuzz.arguments import Draw, described, draw
+from fuzz.child import SHORT
 from planrt.errors import LocalError
 from planrt.plans.ir import ops
 from planrt.serde.tensors import raw_bytes
@@ -31,6 +32,7 @@ from planrt.workers.wire.posted import PostedOp
 PROBES = UNINITIALISED, CRASH, HANG = "fuzz.uninitialised", "fuzz.crash", "fuzz.hang"
 """Ops that are on no table, to see that the pair of processes would tell: memory that nobody wrote, and two others."""
 
+_NO_MEMORY = "allocate memory", "MemoryError", "bad_alloc"
 _MOST_BYTES = 4 << 20
 _CONNECTION = 1
 
@@ -51,6 +53,7 @@ class Caller:
         self._seed = seed
         self._names = names
         self._plain = plain
+        self._short = False
         self._state = WorkerState("fuzzed")
         self._state.handle(Received(_CONNECTION, m.Envelope(1, m.Hello("fuzz", own_versions())), []))
 
@@ -75,8 +78,10 @@ class Caller:
             time.sleep(1)
         if name == UNINITIALISED:
             return f"{name} {hashlib.sha256(raw_bytes(torch.empty(1000))).hexdigest()[:20]}"
+        self._short = False
         try:
-            return f"{name} {self._played(name, args, kwargs, Draw(f'{self._seed}/{index} how'))}"
+            came = self._played(name, args, kwargs, Draw(f"{self._seed}/{index} how"))
+            return f"{name} {came} {SHORT}" if self._short else f"{name} {came}"
         finally:
             self._ask(m.Clear())
 
@@ -161,11 +166,14 @@ class Caller:
         return self._answer(body, tensors)[0]
 
     def _answer(
-        self, body: m.Body, tensors: Sequence[torch.Tensor] = ()
+        self, asked: m.Body, tensors: Sequence[torch.Tensor] = ()
     ) -> tuple[m.Body, Sequence[torch.Tensor]]:
-        (reply,) = self._state.handle(Received(_CONNECTION, m.Envelope(5, body), list(tensors)))
+        (reply,) = self._state.handle(Received(_CONNECTION, m.Envelope(5, asked), list(tensors)))
         assert isinstance(reply, Reply)
-        return reply.envelope.body, reply.tensors
+        body = reply.envelope.body
+        if isinstance(body, m.Failure):
+            self._short |= any(word in f"{body.kind} {body.message}" for word in _NO_MEMORY)
+        return body, reply.tensors
 
 
 def _failed(failure: m.Failure) -> str:

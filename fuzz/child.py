@@ -23,6 +23,10 @@ ASLEEP: Final = 20
 """How many times its processor time a call may take in all: a busy machine lets it wait, and one that sleeps for good
 uses no processor at all.
 """
+SHORT: Final = "(short of memory)"
+"""Ends the line of a call in which malloc refused something, be it in its backward pass. Two processes are never
+equally full: where one lacks memory the other may have enough, and what comes of it is not compared.
+"""
 
 
 class Lost(Exception):  # noqa: N818 - it is how a child's answer ends, not an error of ours

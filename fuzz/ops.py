@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from fuzz.child import Child, Lost
+from fuzz.child import SHORT, Child, Lost
 
 FILLS: Final = 0x55, 0x2A
 SECONDS: Final = 20.0
@@ -100,7 +100,7 @@ class Pair:
             tried[name] += 1
             gave[name] += outcomes[0].startswith(f"{name} made")
             made += outcomes[0].startswith(f"{name} made")
-            short += "allocate memory" in outcomes[0] or "MemoryError" in outcomes[0]
+            short += any(one.endswith(SHORT) for one in outcomes)
         return Summary(done, made, short, len(tried), sum(count > 0 for count in gave.values()), findings)
 
     def close(self) -> None:
@@ -159,6 +159,8 @@ def _kind(outcomes: tuple[str, str]) -> str | None:
         return "ends its process"
     if "hangs" in outcomes:
         return "hangs"
+    if any(one.endswith(SHORT) for one in outcomes):
+        return None
     return "differs" if outcomes[0] != outcomes[1] else None
 
 

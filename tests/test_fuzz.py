@@ -10,11 +10,12 @@ from websockets.asyncio import server as websockets
 
 from fuzz.arguments import Draw
 from fuzz.calls import CRASH, HANG, PROBES, UNINITIALISED
+from fuzz.child import Child
 from fuzz.frames import Conversations, Fuzzer, _converse
 from fuzz.frames import Summary as FramesSummary
 from fuzz.frames import main as frames_main
 from fuzz.messages import Messages
-from fuzz.ops import Pair, main
+from fuzz.ops import FILLS, Pair, main
 from fuzz.policies import draws as draws_policies
 from fuzz.reading import Try, outcome, run, run_here
 from fuzz.reading import main as reading_main
@@ -42,6 +43,17 @@ def test_it_would_find_what_it_looks_for():
     finally:
         pair.close()
     assert kinds == {UNINITIALISED: "differs", CRASH: "ends its process", HANG: "hangs"}
+
+
+def test_a_call_that_lacks_memory_in_one_process_is_not_compared():
+    """What the other one did with more memory is no finding, in a backward pass neither (`Tensor.fix`, seed 6056)."""
+    pair, number = Pair(SEED, pattern="Tensor.fix", seconds=60.0), 682
+    pair._children[1] = Child(FILLS[1], SEED, "Tensor.fix", 250 << 20, plain=False, many=False)
+    try:
+        summary = pair.run(range(number, number + 1))
+    finally:
+        pair.close()
+    assert (summary.calls, summary.findings, summary.refused_for_memory) == (1, [], 1)
 
 
 def test_some_calls_find_nothing():
