@@ -37,7 +37,7 @@ from planrt.workers.pointers.tensor import (
     pointer_id,
     refuse_options,
 )
-from planrt.workers.shares import surface
+from planrt.workers.shares import shared_modules, surface
 from planrt.workers.shares.optimizers import before_shared_step
 from planrt.workers.virtual import VirtualWorker
 from planrt.workers.wire.objects import contiguous
@@ -381,7 +381,7 @@ def _add_methods() -> None:
     for word in ("encrypt", "decrypt"):
         additions[word] = surface.not_encrypted(word)
         setattr(nn.Module, word, surface.not_encrypted(word))
-    for word, method in surface.MODULES.items():
+    for word, method in shared_modules.MODULES.items():
         setattr(nn.Module, word, method)
     for word, method in surface.OPTIMIZERS.items():
         setattr(torch.optim.Optimizer, word, method)
@@ -395,6 +395,8 @@ def _add_methods() -> None:
         "async_get": modules.get_module_async,
         "async_move": modules.move_module_async,
         "copy": modules.copy_module,
+        "share": modules.share_module,
+        "share_": modules.share_module,
         "location": property(modules.location_of),
     }.items():
         setattr(nn.Module, name, value)

@@ -22,6 +22,7 @@ from planrt.plans.ir import ops
 from planrt.plans.recording import torch_calls
 from planrt.plans.running.inference import Spec
 from planrt.serde.values import DEVICE
+from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import Ref, map_leaves
 from planrt.workers.base import BaseWorker
 from planrt.workers.client.moving import check_worker
@@ -38,7 +39,7 @@ from planrt.workers.pointers.tensor import (
     make_pointer,
     take_place,
 )
-from planrt.workers.shares import surface
+from planrt.workers.shares import shared_modules
 from planrt.workers.wire.objects import contiguous, new_id
 from planrt.workers.wire.posted import PostedOp
 
@@ -49,12 +50,14 @@ def tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 def location_of(module: nn.Module) -> BaseWorker | None:
-    """Returns the worker that holds the module; None while it is here.
+    """Returns the worker that holds the module; None while it is here, or in shares, which no single worker holds.
 
     Raises:
         MixedLocationsError: its tensors are in several places.
     """
-    places = {place_of(tensor): tensor for tensor in tensors_of(module)}
+    places = {
+        place_of(tensor): tensor for tensor in tensors_of(module) if not isinstance(tensor, SharedTensor)
+    }
     if len(places) > 1:
         raise MixedLocationsError(f"the module's tensors are in {' and '.join(sorted(places))}")
     for tensor in places.values():
@@ -112,7 +115,7 @@ def _local(module: nn.Module) -> list[torch.Tensor]:
             "TorchScript runs below torch's Python functions, where pointers have no values: send the module it was "
             "made from, or a plan"
         )
-    if surface.is_shared(module):
+    if shared_modules.is_shared(module):
         raise LocalError("the module is in shares, which its parties have: get() it before send()")
     tensors = tensors_of(module)
     for tensor in tensors:
@@ -146,8 +149,8 @@ def _become_remote(
 @bounded
 def get_module(module: nn.Module, *, timeout: float | None = None) -> nn.Module:
     """Brings every parameter and buffer back, in place; those that are in shares are opened."""
-    if surface.is_shared(module):
-        return surface.get_shared_module(module)
+    if shared_modules.is_shared(module):
+        return shared_modules.get_shared_module(module)
     pointers = _remote(module)
     states = states_of(pointers)
     _become_local(module, pointers, states, fetch_all([*pointers, *(one.pointer for one in states)]))
@@ -180,11 +183,18 @@ def _become_local(
                 part._buffers[name] = results[id(buffer)]
 
 
+def share_module(module: nn.Module, *workers: Any, **options: Any) -> nn.Module:
+    """Shares the parameters and floating-point buffers, in place; see `shared_modules.share_module_parameters`."""
+    shared_modules.share_module_parameters(module, *workers, **options)
+    _remove_hooks(module)  # they were of a module on a worker
+    return module
+
+
 @bounded
 async def get_module_async(module: nn.Module, *, timeout: float | None = None) -> nn.Module:
     """`get_module`, to be awaited on any loop."""
-    if surface.is_shared(module):
-        return await surface.get_shared_module_async(module)
+    if shared_modules.is_shared(module):
+        return await shared_modules.get_shared_module_async(module)
     pointers = _remote(module)
     states = states_of(pointers)
     values = await fetch_all_async([*pointers, *(one.pointer for one in states)])

@@ -259,7 +259,8 @@ def refuse_mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             raise UnsupportedTensorError(f"{name}: sparse and quantised tensors cannot go to a worker")
     where = " and ".join(places) if len(places) > 1 else " and ".join(places * 2)
     advice = (
-        "write pointer.fix_precision().share(...).get() with the same workers, or get() one of them"
+        "write pointer.fix_precision().share(...).get() with the same workers, of a model "
+        "model.fix_precision().share(...), or get() one of them"
         if "shares" in places
         else "send the local one with .send(worker), or get() the remote one"
         if "this process" in places

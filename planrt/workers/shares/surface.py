@@ -1,23 +1,21 @@
-"""Encrypted tensors by PySyft 0.2's names: what tensors, pointers, modules and optimizers are given for them.
+"""Encrypted tensors by PySyft 0.2's names: what tensors, pointers and optimizers are given for them.
 
 `x.fix_precision().share(bob, alice, crypto_provider=james)`, `get`, `float_precision` and what goes with them; what of
-0.2's arguments has no meaning here is refused by name.
+0.2's arguments has no meaning here is refused by name. Modules have theirs in `shared_modules`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from planrt.deadlines import bounded
-from planrt.errors import LocalError, OptionError, PlanError, PointerError, SharingError
-from planrt.plans import Plan
+from planrt.errors import LocalError, OptionError, PointerError, SharingError, UnknownNameError
 from planrt.sharing.fixed_point import scale_of
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
-from planrt.sharing.tensors.refusals import check_made
+from planrt.sharing.tensors.refusals import public_name
 from planrt.sharing.tensors.sessions import SharingSession
 from planrt.sharing.tensors.shared import SharedTensor, share
 from planrt.types import as_whole
@@ -38,11 +36,38 @@ local_worker: Callable[[], Any] = _nobody
 """Returns the worker of this process, which is the crypto provider where none is named. `torch_hook` sets it."""
 
 
-class SharedPointer:
+class _NoTensor:
+    """What stands for a tensor and is none: torch's functions, methods and operators say what to write."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise UnknownNameError(f"{public_name(func)}: {cls._instead()}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        told = f": {self._instead()}" if hasattr(torch.Tensor, name) else ""
+        raise UnknownNameError(f"{type(self).__name__} has no {name}{told}")
+
+    @classmethod
+    def _instead(cls) -> str:
+        raise NotImplementedError
+
+    def _operator(self, *_: Any) -> NoReturn:
+        raise UnknownNameError(f"operators: {self._instead()}")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _operator
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __abs__ = __getitem__ = __len__ = _operator
+    __lt__ = __gt__ = __le__ = __ge__ = __float__ = __int__ = __bool__ = __iter__ = _operator
+
+
+class SharedPointer(_NoTensor):
     """Stands for shares that a pointer's worker made: ``pointer.fix_precision().share(bob, alice)``.
 
     ``get()`` returns them as a tensor in shares; the values stay hidden.
     """
+
+    @classmethod
+    def _instead(cls) -> str:
+        return "x = pointer.share(...) stands for shares that its worker made: write x = x.get(), which opens nothing"
 
     def __init__(self, tensor: SharedTensor) -> None:
         self._tensor = tensor
@@ -61,8 +86,15 @@ class SharedPointer:
         return repr(self._tensor)
 
 
-class FixedPrecisionPointer:
+class FixedPrecisionPointer(_NoTensor):
     """Stands for a tensor on a worker that is to be shared at a precision: ``pointer.fix_precision()``."""
+
+    @classmethod
+    def _instead(cls) -> str:
+        return (
+            "x = pointer.fix_precision() stands for a tensor that its worker is to share: write "
+            "x.share(bob, alice).get(), or compute on the pointer before"
+        )
 
     def __init__(self, pointer: PointerTensor, base: int, digits: int) -> None:
         self._pointer, self._base, self._digits = pointer, base, digits
@@ -76,6 +108,15 @@ class FixedPrecisionPointer:
     def location(self) -> Any:
         """The worker that holds the tensor."""
         return self._pointer.location
+
+    @property
+    def precision(self) -> tuple[int, int]:
+        """The base and the number of digits."""
+        return self._base, self._digits
+
+    def copy(self) -> FixedPrecisionPointer:
+        """Makes a copy on the same worker; returns what stands for that."""
+        return FixedPrecisionPointer(self._pointer.copy(), *self.precision)
 
     def share(
         self,
@@ -146,7 +187,7 @@ def _refuse_several(tensor: torch.Tensor) -> None:
 
 def fix_precision_in_place(self: torch.Tensor, **options: Any) -> torch.Tensor:
     """`fix_precision`, of this object."""
-    return _become(self, fix_precision(self, **options))
+    return become(self, fix_precision(self, **options))
 
 
 def float_precision(self: torch.Tensor) -> torch.Tensor:
@@ -167,8 +208,8 @@ def float_precision(self: torch.Tensor) -> torch.Tensor:
 def float_precision_in_place(self: torch.Tensor) -> torch.Tensor:
     """`float_precision`, of this object."""
     if isinstance(self, FixedPrecisionTensor):
-        return _become(self, self.plain.detach().clone())
-    return _become(self, float_precision(self))
+        return become(self, self.plain.detach().clone())
+    return become(self, float_precision(self))
 
 
 def share_tensor(
@@ -235,10 +276,10 @@ def _provider(worker: Any) -> Any:
 
 def share_in_place(self: torch.Tensor, *workers: Any, **options: Any) -> torch.Tensor:
     """`share_tensor`, of this object."""
-    return _become(self, share_tensor(self, *workers, **options))
+    return become(self, share_tensor(self, *workers, **options))
 
 
-def _become(tensor: torch.Tensor, made: Any) -> torch.Tensor:
+def become(tensor: torch.Tensor, made: Any) -> torch.Tensor:
     """Makes `tensor` what `made` is."""
     if isinstance(tensor, PointerTensor) or not isinstance(made, torch.Tensor):
         raise PointerError("a pointer does not change in place: write x = x.fix_precision().share(...)")
@@ -254,117 +295,7 @@ def _become(tensor: torch.Tensor, made: Any) -> torch.Tensor:
     return tensor
 
 
-# ------------------------------------------------------------------------------------------- modules, optimizers
-
-
-def _each(module: nn.Module) -> list[torch.Tensor]:
-    if isinstance(module, Plan):
-        raise PlanError("a plan is not shared: call it on shares, plan(x.fix_precision().share(bob, alice))")
-    check_made(module)
-    return [
-        one
-        for one in dict.fromkeys([*module.parameters(), *module.buffers()])
-        if one.is_floating_point() or isinstance(one, SharedTensor)
-    ]
-
-
-def _put(tensor: torch.Tensor, made: torch.Tensor, requires_grad: bool) -> None:
-    """In the place of a parameter, which stays the same object: optimizers keep stepping it."""
-    if isinstance(tensor, nn.Parameter) or getattr(tensor, "_is_param", False):
-        made = nn.Parameter(made.detach(), requires_grad)
-    _become(tensor, made)
-
-
-def _put_all(
-    module: nn.Module, tensors: Sequence[torch.Tensor], made: Sequence[Any], train: Sequence[bool]
-) -> None:
-    """Puts each into its place. Recurrent layers refer to their weights weakly, which forbids that: they do so anew."""
-    recurrent = [one for one in module.modules() if isinstance(one, nn.RNNBase)]
-    for layer in recurrent:
-        layer._flat_weight_refs = []
-    try:
-        for tensor, one, requires_grad in zip(tensors, made, train, strict=True):
-            _put(tensor, one, requires_grad)
-    finally:
-        for layer in recurrent:
-            layer._init_flat_weights()
-
-
-def fix_module_precision(self: nn.Module, **options: Any) -> nn.Module:
-    """Rounds the parameters and floating-point buffers to a precision, in place; see `fix_precision`."""
-    tensors = _each(self)
-    for tensor in tensors:
-        if isinstance(tensor, PointerTensor):
-            raise PointerError("the module is on a worker: get() it before fix_precision()")
-    made = [fix_precision(one.detach(), **options) for one in tensors]
-    _put_all(self, tensors, made, [one.requires_grad for one in tensors])
-    return self
-
-
-def share_module_parameters(
-    self: nn.Module,
-    *workers: Any,
-    crypto_provider: Any = None,
-    requires_grad: bool = False,
-    **options: Any,
-) -> nn.Module:
-    """Shares the parameters and floating-point buffers, in place; they train with `requires_grad`, except for those
-    that are frozen: that do not require gradients before. `get` gives what did as such again.
-
-    Raises:
-        SharingError: as `share_tensor`; nothing has changed then.
-    """
-    tensors = _each(self)
-    made = [
-        share_tensor(one.detach(), *workers, crypto_provider=crypto_provider, **options) for one in tensors
-    ]
-    trains = [one.requires_grad for one in tensors]
-    _put_all(self, tensors, made, [requires_grad and one for one in trains])
-    for tensor, one in zip(tensors, trains, strict=True):
-        tensor.set_aside = one and not requires_grad  # type: ignore[attr-defined]
-    return self
-
-
-def is_shared(module: nn.Module) -> bool:
-    """Returns whether parameters of the module are in shares."""
-    return any(isinstance(one, SharedTensor) for one in (*module.parameters(), *module.buffers()))
-
-
-def get_shared_module(module: nn.Module) -> nn.Module:
-    """Opens the parameters and buffers that are in shares, in place."""
-    tensors = _in_shares(module)
-    _put_opened(module, tensors, [one.get() for one in tensors])
-    return module
-
-
-async def get_shared_module_async(module: nn.Module) -> nn.Module:
-    """`get_shared_module`, to be awaited on any loop."""
-    tensors = _in_shares(module)
-    _put_opened(module, tensors, [await one.async_get() for one in tensors])
-    return module
-
-
-def _in_shares(module: nn.Module) -> list[SharedTensor]:
-    return [one for one in _each(module) if isinstance(one, SharedTensor)]
-
-
-def _put_opened(module: nn.Module, tensors: Sequence[SharedTensor], values: Sequence[torch.Tensor]) -> None:
-    """Puts values where their shares were; what trained before trains again."""
-    _put_all(module, tensors, values, [one.requires_grad or one.set_aside for one in tensors])
-
-
-def float_module_precision(self: nn.Module) -> nn.Module:
-    """Turns parameters at a fixed precision into ordinary ones, in place.
-
-    Raises:
-        SharingError: they are in shares.
-    """
-    if is_shared(self):
-        raise SharingError("the module is in shares: model.get().float_precision()")
-    tensors = [one for one in _each(self) if isinstance(one, FixedPrecisionTensor)]
-    values = [one.detach().plain for one in tensors]  # type: ignore[attr-defined]
-    _put_all(self, tensors, values, [one.requires_grad for one in tensors])
-    return self
+# ---------------------------------------------------------------------------------------------------- optimizers
 
 
 def fix_optimizer_precision(self: torch.optim.Optimizer, **options: Any) -> torch.optim.Optimizer:
@@ -431,20 +362,6 @@ TENSORS: dict[str, Any] = {
     "share_": share_in_place,
 }
 """What torch.Tensor is given."""
-
-MODULES: dict[str, Any] = {
-    "fix_precision": fix_module_precision,
-    "fix_prec": fix_module_precision,
-    "fix_precision_": fix_module_precision,
-    "fix_prec_": fix_module_precision,
-    "float_precision": float_module_precision,
-    "float_prec": float_module_precision,
-    "float_precision_": float_module_precision,
-    "float_prec_": float_module_precision,
-    "share": share_module_parameters,
-    "share_": share_module_parameters,
-}
-"""What torch.nn.Module is given."""
 
 OPTIMIZERS: dict[str, Any] = {
     "fix_precision": fix_optimizer_precision,
