@@ -43,6 +43,7 @@ from planrt.workers.serving.users_file import WatchedUsers
 from planrt.workers.transport import addresses
 from planrt.workers.transport.addresses import ListenOptions
 from planrt.workers.transport.callers import Callers
+from planrt.workers.transport.places import take_files
 from planrt.workers.transport.tls import ServerTls
 from planrt.workers.wire.messages import DatasetInfo
 from planrt.workers.wire.objects import check_travels
@@ -388,6 +389,7 @@ class WebsocketServerWorker:
         if self._isolates is not None:
             self._isolates.check_process()
         keep_freed_memory()
+        take_files()
         self._alone = True
         if self._guarded:
             _clear()

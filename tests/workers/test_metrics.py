@@ -273,6 +273,24 @@ def test_garbage_ends_its_own_connection_and_no_other(end, bytes_sent):
     assert ask(end, "/health")[0] == 200
 
 
+def test_an_address_has_so_many_connections(end):
+    """Each takes a file of the process that holds the data."""
+    host, port = end.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(65)
+        ]
+        with contextlib.suppress(ConnectionResetError):
+            assert opened[-1].recv(1) == b""
+    assert eventually(lambda: answers(end))
+
+
+def answers(end):
+    with contextlib.suppress(OSError):
+        return ask(end, "/health")[0] == 200
+    return False
+
+
 def test_a_server_serves_once_at_a_time_and_again():
     server = planrt.MetricsServer()
     for _ in range(2):

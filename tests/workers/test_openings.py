@@ -2,6 +2,9 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
+import threading
 from urllib.parse import urlsplit
 
 import pytest
@@ -12,15 +15,19 @@ from websockets.sync.client import connect
 from planrt.errors import TransportError
 from planrt.serde.frames import Limits, encode
 from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine.sessions import Session
 from planrt.workers.serving import host as serving
+from planrt.workers.serving.openings import Openings
+from planrt.workers.transport.places import Places
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import caller
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import Proving
 from tests.processes import eventually
 
 
-def client(uri):
-    return WebsocketClientWorker("bob", uri=uri, auto_add=False)
+def client(uri, **options):
+    return WebsocketClientWorker("bob", uri=uri, auto_add=False, **options)
 
 
 def said_until_closed(opened):
@@ -64,6 +71,86 @@ def test_an_address_has_so_many_places_before_any_handshake():
         assert eventually(lambda: opens(uri))
 
 
+def test_all_addresses_of_a_machine_have_the_places_of_one():
+    """Loopback has sixteen million, and of IPv6 one machine is given 2 ** 64."""
+    server = WebsocketServerWorker("bob", threads=1, limits=Limits(connections=2))
+    with server.running() as uri, contextlib.ExitStack() as stack:
+        place = urlsplit(uri).hostname, urlsplit(uri).port
+
+        def reach(number):
+            mine = (f"127.0.0.{number}", 0)
+            return stack.enter_context(socket.create_connection(place, timeout=5, source_address=mine))
+
+        silent = [reach(number) for number in range(1, 67)]
+        assert was_cut(reach(100))
+        assert not any(was_cut(one, seconds=0) for one in silent)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("127.0.0.1", "127.99.3.2", True),
+        ("::1", "127.0.0.1", True),
+        ("::ffff:127.0.0.9", "127.0.0.1", True),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("fe80::1%eth0", "fe80::2", True),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("no address", "no other", False),
+    ],
+)
+def test_who_counts_as_one_caller(one, other, same):
+    assert (caller(one) == caller(other)) is same
+    nobody = Session("s", None)
+    assert (nobody.whose(one) == nobody.whose(other)) is same  # quotas, and what arrives
+
+
+def test_all_addresses_together_have_so_many_places():
+    openings, places = Openings(2, of_all=3), Places(2, of_all=3)
+    with contextlib.ExitStack() as stack:
+        for host in ["10.0.0.1", "10.0.0.1", "10.0.0.2"]:
+            stack.enter_context(openings.place(host))
+            assert places.take(host)
+        for host, reason in [("10.0.0.1", "2 connections from your"), ("10.0.0.3", "3 connections are open")]:
+            with pytest.raises(TransportError, match=reason):
+                stack.enter_context(openings.place(host))
+            assert not places.take(host)
+    places.leave("10.0.0.2")
+    assert places.take("10.0.0.3")
+    with openings.place("10.0.0.3"):
+        pass
+
+
+def test_a_worker_takes_the_files_that_the_system_gives():
+    """Of which a part is not for connections: the log, decisions, processes and connections of its own."""
+    program = (
+        "import resource; from planrt.workers.transport import places\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "hard = min(hard, 4000) if hard != resource.RLIM_INFINITY else 4000\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
+        "before = places.most_of_all(); places.take_files(); print(before, places.most_of_all() / hard)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["75", "0.75"]
+
+
+def test_who_is_cut_off_at_once_is_told_so():
+    """A full worker says nothing: whatever a client was about to do then, the error is planrt's own."""
+    with socket.create_server(("127.0.0.1", 0)) as full:
+
+        def cut():
+            with contextlib.suppress(OSError):
+                while True:
+                    full.accept()[0].close()
+
+        threading.Thread(target=cut, daemon=True).start()
+        for _ in range(30):
+            with pytest.raises(TransportError):
+                client(f"ws://127.0.0.1:{full.getsockname()[1]}")
+        full.shutdown(socket.SHUT_RDWR)
+
+
 def was_cut(opened, seconds=5):
     opened.settimeout(seconds)
     try:
@@ -74,8 +161,8 @@ def was_cut(opened, seconds=5):
         return False
 
 
-def opens(uri):
-    with contextlib.suppress(TransportError), client(uri) as worker:
+def opens(uri, **options):
+    with contextlib.suppress(TransportError), client(uri, **options) as worker:
         return worker.objects_count() == 0
     return False
 

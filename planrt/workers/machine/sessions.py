@@ -17,6 +17,7 @@ from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import caller
 from planrt.workers.wire.refusals import ReplyTooLarge
 
 MOST_LINKS: Final = 64
@@ -130,7 +131,7 @@ class Session:
 
     def whose(self, host: str) -> str:
         """Returns for whom it counts, opened from that address: its user, or nobody there."""
-        return f"nobody at {host}" if self.user is None else f"user {self.user}"
+        return f"nobody at {caller(host)}" if self.user is None else f"user {self.user}"
 
     def reached(self, peer: m.PeerAddress, permits: m.For) -> m.PeerAddress:
         """Returns another worker as it is reached for this session: in the client's name, where there is a ticket."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from planrt.errors import HandshakeError
+from planrt.workers.wire.channel import caller
 
 FREE: Final = 2
 """Wrong proofs that cost nothing: anybody mistypes."""
@@ -53,7 +53,7 @@ class Guesses:
         Raises:
             HandshakeError: too many wait already.
         """
-        name = _network(host)
+        name = caller(host)
         address = self._addresses.setdefault(name, _Address())
         if address.waiting >= MOST_WAITING:
             raise HandshakeError(
@@ -75,8 +75,8 @@ class Guesses:
 
     def wrong(self, host: str) -> float:
         """A proof from `host` was wrong; how long the next one from there will wait, in seconds."""
-        address = self._addresses.setdefault(_network(host), _Address())
-        self._addresses.move_to_end(_network(host))
+        address = self._addresses.setdefault(caller(host), _Address())
+        self._addresses.move_to_end(caller(host))
         if len(self._addresses) > _MOST_ADDRESSES:
             self._addresses.popitem(last=False)  # the one whose wrong proof is longest ago
         address.wrong += 1
@@ -84,15 +84,3 @@ class Guesses:
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2**doubled) if doubled >= 0 else 0.0
         address.next = self._now() + wait
         return wait
-
-
-def _network(host: str) -> str:
-    """What counts as one address: of IPv6 the network of 64 bits, as that is what one machine is given."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if address.version == 6:
-        mapped = address.ipv4_mapped
-        return str(mapped) if mapped else str(ipaddress.ip_network((int(address), 64), strict=False))
-    return str(address)

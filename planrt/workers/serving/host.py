@@ -63,6 +63,7 @@ from planrt.workers.serving.links import Links, Reaching
 from planrt.workers.serving.openings import OPENING_SECONDS, Openings, no_tensors
 from planrt.workers.serving.outgoing import Outgoing
 from planrt.workers.transport.pipes import Pipe
+from planrt.workers.transport.places import most_of_all
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel
 
@@ -73,6 +74,9 @@ log = get_logger("planrt.worker")
 
 PROBE_SECONDS = 3.0
 """Seconds within which a connection must give a sign of life, when another one shows the secret of its session."""
+
+_OF_FILES = 1 / 3
+"""Part of the files of the process that connections may be: with TLS and isolation each takes three."""
 
 TURN = 0.05
 """Seconds that the ops of one message may run while others wait; an op that runs is not interrupted."""
@@ -140,7 +144,7 @@ class WorkerHost:
         """Session -> when it is over, unless its client comes back."""
         self._expiring: set[asyncio.Task[None]] = set()
         self._guesses = Guesses()
-        self._openings = Openings(self._limits.connections)
+        self._openings = Openings(self._limits.connections, most_of_all(_OF_FILES))
         quota = state.accounts.quota.memory
         self._arriving = Arriving(max(arriving.MOST if quota is None else quota, self._limits.message))
         self._links = Links(state.id, self._handle, self._limits, dialling)

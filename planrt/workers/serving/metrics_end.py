@@ -30,10 +30,13 @@ from planrt.metrics import Distribution, Family, Watched, merged
 from planrt.types import as_text, as_whole
 from planrt.workers.serving.metrics_options import MetricsOptions, check_consent
 from planrt.workers.transport.callers import Callers
+from planrt.workers.transport.places import Places, placed
 from planrt.workers.transport.websocket import why_not_listening
 
 _PATIENCE: Final = 5.0
 """Seconds that a request may take to come."""
+_CONNECTIONS: Final = 64, 256
+"""Connections of an address, and of all: few of the process's files."""
 
 log = get_logger("planrt.worker")
 
@@ -92,6 +95,7 @@ class MetricsServer:
                 _no_websockets,
                 self._host,
                 self._port,
+                create_connection=placed(ServerConnection, Places(*_CONNECTIONS)),
                 process_request=self._answer,
                 open_timeout=_PATIENCE,
                 close_timeout=1,

@@ -13,6 +13,7 @@ from typing import Final
 
 from planrt.errors import HandshakeError, WireError
 from planrt.serde.frames import Store
+from planrt.workers.wire.channel import caller
 
 OPENING_SECONDS: Final = 10.0
 """Seconds that a connection may take for each message of the handshake."""
@@ -31,11 +32,13 @@ class Openings:
     """Counts the connections of each address.
 
     Args:
-        most: connections from one address at a time.
+        most: connections from one address at a time (`caller`).
+        of_all: those of all addresses together.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, of_all: int) -> None:
+        self._most, self._of_all = most, of_all
+        self._total = 0
         self._open: Counter[str] = Counter()
 
     @contextmanager
@@ -43,20 +46,28 @@ class Openings:
         """Holds a place for a connection from `host`; one within the process (``""``) needs none.
 
         Raises:
-            HandshakeError: that address has all its places.
+            HandshakeError: that address has all its places, or all have theirs.
         """
         if not host:
             yield
             return
+        host, address = caller(host), host
         if self._open[host] >= self._most:
             raise HandshakeError(
                 f"{self._most:,} connections from your address are open, as many as it may have: close some",
-                address=host,
+                address=address,
+            )
+        if self._total >= self._of_all:
+            raise HandshakeError(
+                f"{self._of_all:,} connections are open here, as many as this worker takes: try again later",
+                address=address,
             )
         self._open[host] += 1
+        self._total += 1
         try:
             yield
         finally:
+            self._total -= 1
             self._open[host] -= 1
             if not self._open[host]:
                 del self._open[host]

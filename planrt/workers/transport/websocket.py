@@ -11,7 +11,6 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import MultipleValuesError
-from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.http11 import Request, Response
 
 from planrt.errors import ConnectError, HandshakeError, OptionError
@@ -31,6 +30,7 @@ from planrt.workers.transport.addresses import DialOptions, ListenOptions, Serve
 from planrt.workers.transport.callers import Callers
 from planrt.workers.transport.passing import Passed, let_go
 from planrt.workers.transport.pipes import Traffic, assembler
+from planrt.workers.transport.places import Places, most_of_all, placed
 from planrt.workers.transport.tls import ServerTls, client_tls, fingerprint, user_of, why_not
 from planrt.workers.transport.websocket_stream import FrameStream
 from planrt.workers.wire.channel import Channel
@@ -71,36 +71,6 @@ class _ServerConnection(ServerConnection):
         """See `asyncio.BaseProtocol`."""
         super().connection_made(transport)
         self.stream = FrameStream(self, cast(asyncio.Transport, transport))
-
-
-def _counted(most: int) -> type[_ServerConnection]:
-    """Returns the class of a server's connections, of which an address has so many at a time, from their first byte on.
-
-    One more is cut off without a word. Whoever has a session is told politely, and earlier (`serving/openings.py`).
-    """
-    open_now: Counter[str] = Counter()
-
-    class Counted(_ServerConnection):
-        host = ""
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            host = str((transport.get_extra_info("peername") or ("",))[0])
-            if open_now[host] >= most:
-                cast(asyncio.Transport, transport).abort()
-                return
-            self.host = host
-            open_now[host] += 1
-            super().connection_made(transport)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if not self.host:
-                return
-            open_now[self.host] -= 1
-            if not open_now[self.host]:
-                del open_now[self.host]
-            super().connection_lost(exc)
-
-    return Counted
 
 
 class _Connect(connect):
@@ -268,7 +238,7 @@ async def _dial(uri: str, options: DialOptions, context: ssl.SSLContext | None) 
         raise ConnectError(
             f"no answer from {uri} within {timeout:g} s: is the worker's host up?", address=uri
         ) from error
-    except (InvalidHandshake, InvalidURI, EOFError) as error:
+    except (InvalidHandshake, InvalidURI, ConnectionClosed, EOFError) as error:
         if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.FORBIDDEN:
             said = (error.response.body or b"")[:500].decode(errors="replace").strip()
             raise HandshakeError(f"{uri} refused the connection: {said or error}", address=uri) from error
@@ -278,6 +248,12 @@ async def _dial(uri: str, options: DialOptions, context: ssl.SSLContext | None) 
             raise HandshakeError(
                 f"{uri} closed the connection at once: maybe it {known}, then show one (cert=..., key=...) of the "
                 "authority that its owner trusts",
+                address=uri,
+            ) from error
+        if isinstance(error, ConnectionClosed):
+            raise ConnectError(
+                f"{uri} closed the connection at once: maybe it has as many as it takes, from your address or in all; "
+                "close some, or try again later",
                 address=uri,
             ) from error
         hint = "" if context else "; if it is served with TLS, write wss://"
@@ -360,12 +336,13 @@ async def listen(
 
     address = f"ws://{host}:{port}"
     options = _OPTIONS if tls is None else {**_OPTIONS, "ssl_handshake_timeout": _TLS_SECONDS}
+    places = Places(limits.connections + _UNDER_WAY, most_of_all())
     try:
         server = await serve(
             handler,
             host,
             port,
-            create_connection=_counted(limits.connections + _UNDER_WAY),
+            create_connection=placed(_ServerConnection, places),
             ssl=tls.context if tls else None,
             process_request=check,
             **options,

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
+
+
+def caller(host: str) -> str:
+    """Returns what counts as one caller of those at address `host`.
+
+    What one machine has many addresses of is one: of IPv6 the network of 64 bits, as that is what it is given, and all
+    of 127.0.0.0/8. So nobody has the bounds of an address as often as there are addresses.
+    """
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 6 and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    if address.is_loopback:
+        return "127.0.0.1"
+    return (
+        str(ipaddress.ip_network((int(address), 64), strict=False)) if address.version == 6 else str(address)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.transport.passing import Passed
 from planrt.workers.transport.pipes import Pipe
 from planrt.workers.wire import messages as m
+from planrt.workers.wire.channel import caller
 from planrt.workers.wire.refusals import SESSION_ENDED
 
 log = get_logger("planrt.worker")
@@ -246,7 +247,9 @@ class Isolation:
             raise HandshakeError("this worker stops", address=address)
         if user is None:
             of_nobody = [one for one in self._processes.values() if one.user is None]
-            same = [one for one in of_nobody if one.host == pipe.channel.host and not one.leaving]
+            same = [
+                one for one in of_nobody if caller(one.host) == caller(pipe.channel.host) and not one.leaving
+            ]
             if len(same) >= OF_ONE_ADDRESS:
                 keeps = self._answers.board.publishes
                 unused = (
