@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from planrt.errors import LocalError
+from planrt.shown import hidden
 
 FIRST: Final = "0" * 64
 """What the first line has in place of a hash."""
@@ -33,8 +34,14 @@ class Link(NamedTuple):
 
 
 def sealed(values: Mapping[str, Any], previous: str) -> tuple[bytes, str]:
-    """Returns the line that says `values` after one of the hash `previous`, with its newline; and its own hash."""
-    line = json.dumps({**values, "previous": previous}, ensure_ascii=False).encode(errors="backslashreplace")
+    """Returns the line that says `values` after one of the hash `previous`, with its newline; and its own hash.
+
+    Names in it are others': what cannot be seen is written as JSON's escapes, as files are also looked at as they are.
+    """
+    text = json.dumps({**values, "previous": previous}, ensure_ascii=False)
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(json.dumps(char)[1:-1] if hidden(char) else char for char in text)
+    line = text.encode()
     return line + b"\n", hashlib.sha256(line).hexdigest()
 
 

@@ -29,6 +29,7 @@ from planrt.errors import (
 )
 from planrt.fl import TrainConfig
 from planrt.plans.policy.rules import Policy, ReleaseRule
+from planrt.shown import hidden
 from planrt.types import Ref
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.events import Received
@@ -256,6 +257,29 @@ def test_a_single_op_that_is_refused(hospital, path):
         (torch.ones(2).send(worker) + 1).get()
     (line,) = told(path, "refused")
     assert (line["user"], line["kind"], line["op"]) == ("alice", "NotApprovedError", "Tensor.add")
+
+
+def test_names_do_not_act_on_the_terminal_of_who_looks_at_the_file(hospital, path):
+    """Nor turn words round there: names of plans, data and tags are their clients'."""
+    evil = "x\x1b[2J\x07\nowner approved\u202e\x9b31m\x7f\u2066\U000e0041 größer 🙂"
+    worker = hospital(COVERED, datasets={evil: patients()})(ALICE)
+
+    def function(x):
+        return x + 1
+
+    function.__name__ = evil
+    sent = torch.ones(2).tag(f"#{evil}").describe(evil).send(worker)
+    planrt.func2plan(args_shape=[(2,)])(function).send(worker)(sent).get()
+    job(Takes(3, 2)).send(worker)
+    with contextlib.suppress(PlanrtError):
+        worker.fit(evil)
+    sent.get()
+    text = path.read_text(encoding="utf-8")
+    assert {char for char in text if hidden(char)} == {"\n"}
+    assert "größer 🙂" in text
+    assert {line["name"] for line in told(path, "call")} == {evil}
+    assert [line["data"] for line in told(path, "fit")] == [[evil]]
+    assert main(["audit", str(path), "--check"]) == 0
 
 
 def test_neither_values_nor_secrets_nor_paths_are_in_it(hospital, path):
