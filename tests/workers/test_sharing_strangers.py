@@ -10,7 +10,9 @@ import torch
 import planrt as sy
 from planrt.errors import SharingError
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.client.workplace import RemoteWorkplace
 from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.machine.sharing.parties import PartyOps
 from planrt.workers.wire import messages as m
 
 pytestmark = pytest.mark.usefixtures("warm_workers")
@@ -70,11 +72,121 @@ def test_a_party_that_does_not_keep_to_the_protocol_is_named_and_nothing_is_open
     assert ((again * again).relu().get() - X * X).abs().max() < 1e-3
 
 
-def test_wrong_values_are_not_noticed(workers, monkeypatch):
-    """As docs/sharing.md says: the protocol is for parties that follow it."""
+def _first(change):
+    return lambda body, tensors: [(body, [change(tensors[0]), *tensors[1:]])]
+
+
+def _numbers(change):
+    return lambda body, tensors: [(m.Corrections(body.group, change(body.numbers)), tensors)]
+
+
+DEALT = {
+    "another shape": _first(lambda one: one.reshape(-1)),
+    "none of the entries": _first(lambda one: one[:0]),
+    "another dtype": _first(lambda one: one.to(torch.int16)),
+    "fractions": _first(lambda one: torch.full_like(one, torch.nan, dtype=torch.float64)),
+    "fewer": lambda body, tensors: [(body, tensors[:-1])],
+    "more": lambda body, tensors: [(body, [*tensors, tensors[0]])],
+    "none": lambda body, tensors: [(body, [])],
+    "other numbers": _numbers(lambda numbers: [one + 1 for one in numbers]),
+    "backwards": _numbers(lambda numbers: numbers[::-1]),
+    "fewer numbers": _numbers(lambda numbers: numbers[:-1]),
+    "more numbers": _numbers(lambda numbers: [*numbers, numbers[-1] + 1]),
+    "no numbers": _numbers(lambda numbers: []),
+    "twice": lambda body, tensors: [(body, tensors)] * 2,
+    "nothing": lambda body, tensors: [],
+}
+
+
+@pytest.mark.parametrize("kind", DEALT)
+def test_a_dealer_that_does_not_keep_to_the_protocol_is_named_and_ends_that_group_alone(
+    kind, workers, monkeypatch
+):
+    x, other = shared(workers, timeout=1.0), shared(workers, timeout=30.0)
+    dealt = Group.dealt
+
+    def instead(self, session, body, tensors):
+        change = DEALT[kind] if self.about.group == x.session.group else lambda *same: [same]
+        for one in change(body, list(tensors)):
+            dealt(self, session, *one)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "dealt", instead)
+        with pytest.raises(SharingError, match="the dealer, worker 'james', (sent|did not answer)"):
+            (x * x).relu().get()
+        with pytest.raises(SharingError):
+            x.get()
+        assert ((other * other).relu().get() - X * X).abs().max() < 1e-3
+    again = shared(workers, timeout=1.0)
+    assert ((again * again).relu().get() - X * X).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("without", [[0], [1], [0, 1]], ids=["bob", "alice", "both"])
+def test_a_dealer_that_gives_no_seed_is_named(without, workers, monkeypatch):
+    take = PartyOps.take_seed
+
+    def instead(self, session, body):
+        if self._groups[body.group].about.number not in without:
+            yield from take(self, session, body)
+        return m.Done(), ()
+
+    monkeypatch.setattr(PartyOps, "take_seed", instead)
+    x = shared(workers, timeout=1.0)
+    with pytest.raises(SharingError, match="worker 'james', has given this party no seed"):
+        (x * x).get()
+
+
+GIVEN = {
+    "another shape": lambda body, tensors: (body, [tensors[0].reshape(-1)]),
+    "another dtype": lambda body, tensors: (body, [tensors[0].int()]),
+    "fractions": lambda body, tensors: (body, [tensors[0].double()]),
+    "none": lambda body, tensors: (body, []),
+    "two": lambda body, tensors: (body, tensors * 2),
+    "another scale": lambda body, tensors: (m.FetchedShare(body.scale * 2), tensors),
+}
+
+
+@pytest.mark.parametrize("who", [["bob"], ["alice"], ["bob", "alice"]], ids=" and ".join)
+@pytest.mark.parametrize("kind", GIVEN)
+def test_parts_that_are_none_of_the_tensor_are_not_added_up(kind, who, workers, monkeypatch):
+    y, ask = shared(workers) * 2, RemoteWorkplace.ask
+
+    async def instead(self, wanted, body, *args, **kwargs):
+        found = await ask(self, wanted, body, *args, **kwargs)
+        return GIVEN[kind](*found) if wanted is m.FetchedShare and self.worker.id in who else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteWorkplace, "ask", instead)
+        if kind == "another scale" and len(who) == 2:  # wrong values, of which there is nothing to be seen
+            assert torch.allclose(y.get(), X, atol=1e-3)
+        else:
+            with pytest.raises(SharingError, match=rf"part.*{who[0]}"):
+                y.get()
+    assert (y.get() - 2 * X).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("whose", ["a party's", "the dealer's", "parts"])
+def test_wrong_values_are_not_noticed(whose, workers, monkeypatch):
+    """As docs/sharing.md says: the protocol is for parties that follow it. The result is wrong, and that is all."""
     x = shared(workers)
-    deviate(monkeypatch, lambda body, parts: [(body, [one + 2**40 for one in parts])])
-    assert ((x * x).get() - X * X).abs().max() > 1
+    dealt, ask = Group.dealt, RemoteWorkplace.ask
+
+    async def asked(self, wanted, *args, **kwargs):
+        body, tensors = await ask(self, wanted, *args, **kwargs)
+        return body, [one + 2**40 for one in tensors] if wanted is m.FetchedShare else tensors
+
+    with monkeypatch.context() as patch:
+        if whose == "a party's":
+            deviate(patch, lambda body, parts: [(body, [one + 2**40 for one in parts])])
+        elif whose == "the dealer's":
+            patch.setattr(Group, "dealt", lambda self, session, body, tensors: dealt(
+                self, session, body, [one + 2**40 if one.dtype == torch.int64 else one for one in tensors]
+            ))  # fmt: skip
+        else:
+            patch.setattr(RemoteWorkplace, "ask", asked)
+        assert ((x * x).get() - X * X).abs().max() > 1
+    again = shared(workers)  # what was opened of the first one stays wrong
+    assert ((again * again).get() - X * X).abs().max() < 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------- at once

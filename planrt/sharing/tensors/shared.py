@@ -117,8 +117,7 @@ class SharedTensor(torch.Tensor):
     @bounded
     def get(self, *, timeout: float | None = None) -> torch.Tensor:
         """Returns the values, which the parties open to the caller."""
-        whole, scale = self.session.open(self.handle)
-        return decode(whole, scale, self.dtype)
+        return self._opened(*self.session.open(self.handle))
 
     def get_(self) -> torch.Tensor:
         """`get`, of this object."""
@@ -128,7 +127,14 @@ class SharedTensor(torch.Tensor):
     @bounded
     async def async_get(self, *, timeout: float | None = None) -> torch.Tensor:
         """`get`, to be awaited on any loop."""
-        whole, scale = await self.session.open_async(self.handle)
+        return self._opened(*await self.session.open_async(self.handle))
+
+    def _opened(self, whole: torch.Tensor, scale: int) -> torch.Tensor:
+        if whole.shape != self.shape:
+            raise SharingError(
+                f"parties {', '.join(self.session.parties)} hold parts of shape {list(whole.shape)} of a tensor of "
+                f"shape {list(self.shape)}"
+            )
         return decode(whole, scale, self.dtype)
 
     def send(self, *workers: Any, **options: Any) -> Any:

@@ -210,7 +210,7 @@ class WorkersSession(BatchedSession):
             (body.scale, None if len(tensors) != 1 else (list(tensors[0].shape), tensors[0].dtype))
             for body, tensors in answers
         ]
-        if any(one != held[0] for one in held) or held[0][1] is None:
+        if any(one != held[0] for one in held) or held[0][1] is None or held[0][1][1] != torch.int64:
             whose = ", ".join(f"{self._name(number)} {one}" for number, one in enumerate(held))
             raise SharingError(
                 f"the parties hold parts of different secrets under one name, by scale and shape: {whose}: nothing was "

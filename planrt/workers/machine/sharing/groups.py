@@ -242,22 +242,24 @@ class Group:
         """Takes corrections.
 
         Raises:
-            SharingError: they are not the dealer's. RandomnessError: they were not asked for, or do not fit.
+            SharingError: they are not the dealer's. RandomnessError: they were not asked for, or do not fit; names it.
         """
         if not self.dealer or session != self.dealer or self._stock is None:
             raise SharingError(
                 f"corrections for group {body.group!r} came from somebody who is not its dealer"
             )
+        whose = self.name_of(len(self.about.parties))
         rest = iter(tensors)
         for number in body.numbers:
             wanted, request, base = self._outstanding.popleft() if self._outstanding else (-1, None, ALL)
             if number != wanted or request is None:
-                raise RandomnessError(
-                    f"the dealer sent correlated randomness {number}, which was not asked for"
-                )
-            self._stock.put(number, request, list(islice(rest, len(request.fixed))), base)
+                raise RandomnessError(f"{whose} sent correlated randomness {number}, which was not asked for")
+            try:
+                self._stock.put(number, request, list(islice(rest, len(request.fixed))), base)
+            except RandomnessError as error:
+                raise RandomnessError(f"{whose} sent what does not fit: {error}") from error
         if next(rest, None) is not None:
-            raise RandomnessError("the dealer sent more than was asked for")
+            raise RandomnessError(f"{whose} sent more than was asked for")
         dealt = self.traffic.dealt + sum(one.nbytes for one in tensors)
         self.traffic = replace(self.traffic, dealt=dealt)
 

@@ -335,7 +335,7 @@ class PartyOps:
     def _run(self, group: Group, posted: PostedProgram) -> Exchange:
         context = group.context
         if context is None:
-            raise SharingError(f"group {group.about.group!r} has no dealer yet")
+            raise SharingError(f"{group.name_of(len(group.about.parties))} has given this party no seed")
         program, given = posted.program, posted.values
         taken: Sequence[int] = ()
         start = context.party.supply.next_number
