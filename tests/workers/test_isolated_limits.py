@@ -159,6 +159,18 @@ def test_a_user_has_computed_what_it_has_though_its_process_has_ended(serve):
         assert torch.ones(3).send(ann).sum().get().item() == 3.0
 
 
+def test_what_one_process_has_of_another_is_paid_for(serve):
+    policy = {"approval": "open", "max_session_flops": 1_000_000}
+    server = serve(policy=policy)
+    with server.connect("ann") as ann, server.connect("ben") as ben:
+        torch.ones(700_000).send(ann).tag("#large")
+        ann.objects_count()
+        found = []
+        until(lambda: found.extend(ben.search("#large")) or found)
+        with pytest.raises(PolicyRefusedError, match=r"a search breaks the policy: \[max_session_flops\]"):
+            ben.search("#large")
+
+
 # ------------------------------------------------------------------------------- what rounds send
 
 

@@ -6,9 +6,10 @@ It is full at the beginning, what is computed is taken out of it, and as much co
 user computes a full bucket at once, and from then on the hourly rate.
 
 Operations are those that the policy counts for an op, a plan, a round or a backward pass before it runs
-(`single_ops.py`, `passes.py`, `planrt.plans.analysis`): there is no other estimate, and where there is no policy none.
-What is refused takes nothing, what fails later has been paid for. Budgets outlive sessions, so nobody gets a new one by
-coming back.
+(`single_ops.py`, `passes.py`, `planrt.plans.analysis`), and figures for the rest: computations on shares, joint runs,
+secure aggregations, and what is stored, fetched, copied and moved (`planrt.workers.machine.counting`). Without a
+policy there are none. What is refused takes nothing, what fails later has been paid for. Budgets outlive sessions, so
+nobody gets a new one by coming back.
 """
 
 from __future__ import annotations
@@ -110,11 +111,12 @@ class Purse:
         self._ahead = min([one for one in (session, worker) if one is not None]) // _AHEAD
         self._left = self._used = 0
 
-    def spend(self, what: str, flops: float) -> None:
+    def spend(self, what: str, flops: float, *, seen: bool = False) -> None:
         """Pays for what is to run.
 
         Raises:
-            PolicyError: the user, or all users, have computed as much as they may for now. Nothing was taken.
+            PolicyError: the user, or all users, have computed as much as they may for now. Nothing was taken, but where
+                `seen` all that was left: looking at it took as long as it takes itself.
         """
         if flops <= self._left:  # most ops: a small part of what was drawn for the one before
             self._left -= int(flops)
@@ -126,10 +128,17 @@ class Purse:
             more = needed - self._left
             rule, number = self._draw(self._whose, more, more + min(self._ahead, self._used))
             if rule:
+                if seen:
+                    self._left, _ = 0, self._draw(self._whose, 0, more)
                 raise self._refused(what, flops, rule, number)
             self._left += int(number)
         self._left -= needed
         self._used += needed
+
+    @property
+    def used(self) -> int:
+        """The number of operations that it has paid for."""
+        return self._used
 
     def _refused(self, what: str, flops: float, rule: str, seconds: float) -> PolicyError:
         count = count_flops(int(flops)) if math.isfinite(flops) else "endless"

@@ -166,10 +166,15 @@ class Account:
         if self._room is not None:
             self._room.check(objects, wanted)
 
-    def spend(self, what: str, flops: float) -> None:
-        """Pays for `what` is to run: see `Purse.spend`."""
+    def spend(self, what: str, flops: float, *, seen: bool = False) -> None:
+        """Pays for what is to run: see `Purse.spend`."""
         if self._purse is not None:
-            self._purse.spend(what, flops)
+            self._purse.spend(what, flops, seen=seen)
+
+    @property
+    def counts_work(self) -> bool:
+        """True where there is a limit to what is computed."""
+        return self._purse is not None
 
     @property
     def _total(self) -> int:

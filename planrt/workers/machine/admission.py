@@ -108,9 +108,9 @@ def admit_shared(
     graph: Graph,
     given: Sequence[torch.Tensor | TensorSpec],
     about: str,
-) -> int:
-    """Asks whether a plan may run on shares; returns how many operations it computes on plain tensors. `given` are its
-    inputs and then its state, of what is in shares the spec. `about` says among whom they are. Nothing of private data
+) -> None:
+    """Asks whether a plan may run on shares. `given` are its inputs and then its state, of what is in shares the spec.
+    `about` says among whom they are. Nothing of private data
     is released by it: results are as private as operands.
 
     Raises:
@@ -129,7 +129,7 @@ def admit_shared(
     constants = gate.approving.constants(graph, filled)
     gate.approving.asked(graph, constants, session.user, [about])
     specs = [one if isinstance(one, TensorSpec) else TensorSpec.of(one) for one in given[:count]]
-    return gate.admit(graph, specs, constants=constants).totals.flops
+    gate.admit(graph, specs, constants=constants)
 
 
 def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:

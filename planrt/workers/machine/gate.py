@@ -183,6 +183,16 @@ class Gate:
             self._check_release(graph, inputs, tags, smallest, gradients=True)
         return flops
 
+    def admit_part(self, graph: Graph, inputs: Sequence[TensorSpec], *, gradients: bool) -> float:
+        """Raises unless a part of a network may run in a joint run, which the owner was asked for as a whole; returns
+        how many operations it computes.
+
+        Raises:
+            PolicyError: it breaks a rule; names op, line and rule.
+        """
+        report = self._report(graph, inputs, {}, gradients).raise_for_violations()
+        return float(report.totals.flops)
+
     def _check_all(self, what: str, report: Report, passes: float, beside: float = 0) -> float:
         """Raises unless so many passes of a plan, one after the other, keep to the limits of one run, with so many
         bytes `beside` that stay from pass to pass; returns how many operations they compute."""

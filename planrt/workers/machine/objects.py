@@ -17,6 +17,7 @@ from planrt.plans.running import interpreter
 from planrt.serde.tensors import payload_bytes
 from planrt.workers.machine.access import Access
 from planrt.workers.machine.audit import Auditor
+from planrt.workers.machine.counting.work import entries
 from planrt.workers.machine.events import Answer, Steps, ToPeer
 from planrt.workers.machine.failures import OpFailedError
 from planrt.workers.machine.gate import Gate
@@ -167,6 +168,7 @@ class KeptObjects:
         answer, tensors = yield from kind.fetch(session, body.id, stored, label, self.store.memory)
         if self.gate is not None:
             self.gate.admit_answer(tensors)
+            self.store.spend(session.id, "a fetch", entries(tensors))
         if body.delete:
             check_fits(session.client, tensors)
             self.forget(session, body.id)
@@ -239,6 +241,7 @@ class KeptObjects:
             )
         self.check_failure(session, stored)
         self.check_leaves(stored)
+        self.store.spend(session.id, "a move to another worker", entries(self.store.tensors_of(stored)))
         self.audit.left(
             session, "move", stored, label, self.store.tensors_of(stored), to=body.peer.worker
         )  # before it goes
@@ -269,6 +272,7 @@ class KeptObjects:
             return  # which the op itself says
         if self.gate is not None:
             self.gate.admit_copy(plan.state)
+            self.store.spend(session.id, "a copy of a plan", entries(plan.state))
         beside = self.store.kinds.of(plan).bytes_beside(plan)
         self.store.check_bytes(session.id, payload_bytes(plan.state) + beside)
 

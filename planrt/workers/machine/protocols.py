@@ -9,6 +9,7 @@ import torch
 
 from planrt.errors import LocalError
 from planrt.plans.policy.quotas import PLAN_BYTES
+from planrt.workers.machine.counting.work import entries
 from planrt.workers.machine.events import Answer, PeerAnswered, Steps, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, cut
 from planrt.workers.machine.kinds.base import StoredObject
@@ -94,6 +95,7 @@ class ProtocolOps:
             raise GetNotPermitted(
                 f"the protocol's plans are private: {users_of(label)} may have them sent to other workers"
             )
+        self._store.spend(session.id, "a run of a protocol", entries(protocol.state))  # which may be sent
         given = [self._given(session, protocol, number, id) for number, id in enumerate(body.inputs)]
         run = new_run(protocol, given, allowed_list(label), body, states, self._reaches)
         yield from self._to_the_end(run, run.start(), places)
@@ -163,6 +165,7 @@ class ProtocolOps:
             self._objects.audit.left(session, "move", stored, label, [value], to=to)
         if stored.account is not None:
             stored.account.check(beside=value.numel() * value.element_size())
+        self._store.spend(session.id, "a run of a protocol", value.numel())
         # A copy, as it may change while it waits to be sent.
         tensor = value.detach().clone().requires_grad_(value.requires_grad)
         if stored.account is not None:

@@ -53,9 +53,9 @@ from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
 from planrt.sharing.secure_sum.signing import Identity
 from planrt.workers.machine.access import Access
-from planrt.workers.machine.accounts import Accounts
 from planrt.workers.machine.audit import Audit, Auditor
 from planrt.workers.machine.backward import BackwardPasses
+from planrt.workers.machine.counting.accounts import Accounts
 from planrt.workers.machine.devices import prepared
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
@@ -184,7 +184,7 @@ class WorkerState:
             objects=objects,
             passes=passes,
             parties=parties,
-            dealers=DealerOps(),
+            dealers=DealerOps(self.store),
             eager=EagerOps(objects, passes, peers, parties, self.device),
             protocols=ProtocolOps(id, objects, self.device, reaches),
             sums=sums,

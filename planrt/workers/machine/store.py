@@ -239,14 +239,20 @@ class ObjectStore:
         account.take(beside=nbytes)
         return lambda: account.give_back(beside=nbytes)
 
-    def spend(self, session: str, what: str, flops: float) -> None:
+    def spend(self, session: str, what: str, flops: float, *, seen: bool = False) -> None:
         """Pays for so many operations of the session's user, before `what` runs.
 
         Raises:
-            PolicyError: there are not so many left now.
+            PolicyError: there are not so many left now. Nothing is taken, but where `seen` all that is left: looking at
+                it took as long as it takes itself.
         """
         if (account := self._accounts.get(session)) is not None:
-            account.spend(what, flops)
+            account.spend(what, flops, seen=seen)
+
+    def counts_work(self, session: str) -> bool:
+        """Returns whether there is a limit to what the session computes."""
+        account = self._accounts.get(session)
+        return account is not None and account.counts_work
 
     def limits(self, session: str) -> bool:
         """Returns whether there is a limit to what the session keeps."""

@@ -9,6 +9,7 @@ import torch
 
 from planrt.errors import LocalError
 from planrt.plans.policy.approvals import Status
+from planrt.workers.machine.counting.work import pay_for_message
 from planrt.workers.machine.events import Answer, Steps, ToPeer
 from planrt.workers.machine.handling.parts import Parts
 from planrt.workers.machine.keeping.tickets import check_permitted
@@ -34,6 +35,7 @@ def answer(parts: Parts, session: Session, body: m.Body, tensors: list[torch.Ten
         return parts.passes.resume(session)
     parts.objects.raise_unseen(session)
     parts.objects.audit.check_room(session)
+    pay_for_message(parts.store, session, body, tensors)
     if parts.siblings is not None:
         parts.siblings.check(session, body)
         if (peer := parts.siblings.computing(session, body)) is not None:

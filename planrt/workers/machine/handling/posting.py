@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from planrt.errors import LocalError
+from planrt.workers.machine.counting.work import pay_for_message
 from planrt.workers.machine.events import Again, Hold, Instruction, Received, Steps, ToPeer
 from planrt.workers.machine.failures import failure_of
 from planrt.workers.machine.handling.answering import claim, hand_over, remove
@@ -76,6 +77,7 @@ class Posts:
         request."""
         try:
             check_permitted(session, body)  # before anything is passed on to another process
+            pay_for_message(self._parts.store, session, body, tensors)
             if self._parts.siblings is not None:
                 self._parts.siblings.check(session, body)
                 if (peer := self._parts.siblings.computing(session, body)) is not None:

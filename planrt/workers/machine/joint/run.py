@@ -68,6 +68,8 @@ class Run:
     """How its part is kept, if it is."""
     text: str = ""
     """What it does in words, as its owner's decision is filed."""
+    pays: Callable[[str, float], None] = lambda what, flops: None
+    """Pays for what it computes."""
     freed: Callable[[], None] = lambda: None
     """Called once, when it holds nothing any more."""
     model: Model | None = None
@@ -166,8 +168,9 @@ class Run:
         self.came[number] = body.number + 1
         self.boxes.setdefault(number, deque()).append((body.kind, tensors))
 
-    def drive(self, role: Role) -> Exchange:
-        """Runs a role: what it sends goes to other workers, and what it waits for comes from them."""
+    def drive(self, role: Role, takes: Callable[[str, list[torch.Tensor]], float]) -> Exchange:
+        """Runs a role: what it sends goes to other workers, and what it waits for comes from them, which is paid for
+        then: `takes` says how much of it."""
         given: list[torch.Tensor] | None = None
         while True:
             try:
@@ -189,6 +192,7 @@ class Run:
                 yield from self._wait(step.source)
                 kind, given = self.boxes[step.source].popleft()
                 self.waiting_bytes -= payload_bytes(given)
+                self.pays("a step of a joint run", takes(kind, given))
                 if kind != step.kind:
                     raise JointError(
                         f"{self.name_of(step.source)} sent its {kind} where its {step.kind} is due: parties run the "

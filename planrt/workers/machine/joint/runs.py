@@ -25,7 +25,7 @@ from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Answer, Steps, ToPeer, Wake
 from planrt.workers.machine.failures import OpFailedError, failure_of, failure_on_data
 from planrt.workers.machine.gate import Gate
-from planrt.workers.machine.joint import terms
+from planrt.workers.machine.joint import costs, terms
 from planrt.workers.machine.joint.kept import Keeps, KeptRun
 from planrt.workers.machine.joint.networks import SplitOwner
 from planrt.workers.machine.joint.owners import AlignedTable
@@ -122,6 +122,8 @@ class JointOps:
         kept = self._kept(session, body)
         text = terms.described(body, plans)
         least = self._admit(session, body, text)
+        if table is not None:
+            self._store.spend(session.id, "reading a table", costs.of_opening(body, len(table)))
         self._opening[body.joint] = (session.id, user)
         try:
             aligned = None if table is None else AlignedTable(table, body)
@@ -144,6 +146,7 @@ class JointOps:
             least,
             kept,
             text,
+            lambda what, flops: self._store.spend(session.id, what, flops),
             freed,
         )
         data = [body.dataset] if body.dataset else []
@@ -378,6 +381,10 @@ class JointOps:
                 run.kept.folder.forget(run.kept.user, run.kept.name)
                 run.kept = None
             return m.JointDone(), ()
+        if self._gate is not None:
+            run.pays(
+                f"the step {body.step!r} of a joint run", costs.of_step(run, body, self._gate.admit_part)
+            )
         if body.step == "load":
             self._load(run, tensors)
             keep(run)
@@ -389,7 +396,7 @@ class JointOps:
             outcome = "refused" if refused else "done"
             self._audit.joint(session, "decrypt", outcome=outcome, to=whose, rows=count)
 
-        result = yield from run.drive(role_of(run, body, told))
+        result = yield from run.drive(role_of(run, body, told), costs.of_parcel)
         if body.step == "epoch":
             run.epochs += 1
             if "loss" in result:

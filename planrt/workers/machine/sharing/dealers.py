@@ -15,10 +15,12 @@ from planrt.errors import LocalError, SharingError
 from planrt.sharing.correlated import Dealer
 from planrt.sharing.programs.asking import Asked, Told
 from planrt.sharing.randomness import new_seed
+from planrt.workers.machine.counting.work import of_request
 from planrt.workers.machine.events import Alarm, Steps, ToPeer, Wait
 from planrt.workers.machine.kinds.protocol import PeerError
 from planrt.workers.machine.sessions import Session, ask
 from planrt.workers.machine.sharing.groups import check_number
+from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire import messages as m
 
 _AT_ONCE = 1 << 21
@@ -39,10 +41,11 @@ class _Dealt:
 
 
 class DealerOps:
-    """The groups that one worker deals for."""
+    """The groups that one worker deals for; `store` has whose they count for."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: ObjectStore) -> None:
         self._groups: dict[str, _Dealt] = {}
+        self._store = store
 
     def make(self, session: Session, body: m.MakeDealer) -> Steps:
         """Draws a seed for each party and gives it to that party alone.
@@ -93,6 +96,7 @@ class DealerOps:
         size = 0
         for place, (told, request, base) in enumerate(requests, 1):
             number = base.number(told)
+            self._store.spend(group.owner, "dealing for shares", len(group.parties) * of_request(request))
             made = group.dealer.correction(number, request, base)
             numbers.append(number)
             tensors += made

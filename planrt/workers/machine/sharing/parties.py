@@ -23,6 +23,7 @@ from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.sharing.requests import Base
 from planrt.types import Ref
+from planrt.workers.machine.counting.work import DRAWN, READ, entries, of_program
 from planrt.workers.machine.events import Answer, Steps, ToPeer, Wait, Wake
 from planrt.workers.machine.failures import cut, failure_of, failure_of_op
 from planrt.workers.machine.keeping.tickets import check_speaks
@@ -227,6 +228,8 @@ class PartyOps:
             raise SharingError("a part is one tensor, or the seed that it comes of")
         if body.seed and (entries := math.prod(body.shape)) > MAX_DRAWN:
             raise SharingError(f"a part has {MAX_DRAWN:,} entries at most, not {entries:,}: share in pieces")
+        size = math.prod(body.shape)
+        self._store.spend(group.owner, "taking a part of a secret", (DRAWN if body.seed else 1) * size)
         if body.seed:
             part = Stream(body.seed).ring(body.shape)
         else:
@@ -258,6 +261,7 @@ class PartyOps:
         )
         if len(body.targets) != len(body.parties):
             raise SharingError("each party gets one part")
+        self._store.spend(session.id, "sharing a tensor", len(body.parties) * DRAWN * value.numel())
         seeds = [new_seed() for _ in body.parties[:-1]]
         shape = list(value.shape)
         drawn = [Stream(seed).ring(shape) for seed in seeds]
@@ -339,10 +343,18 @@ class PartyOps:
         program, given = posted.program, posted.values
         taken: Sequence[int] = ()
         start = context.party.supply.next_number
-        if group.is_last:
+        counts = self._store.counts_work(group.owner)
+        if counts:  # to look at it takes something, too: at least that is paid for before
+            size = sum(entries([one.part]) for one in given if isinstance(one, Share))
+            self._store.spend(group.owner, posted.what, size + READ * len(program.calls))
+        if group.is_last or counts:
             needs = needs_of(
                 program, given, party=group.about.number, count=context.party.count, scale=context.scale
             )
+        if counts:
+            flops = of_program(needs, context.party.count)
+            self._store.spend(group.owner, posted.what, flops, seen=True)
+        if group.is_last:
             taken = needs.taken
             group.want(needs, Base(start, masks_of(given)))
             yield Wake(group.dealing_key)

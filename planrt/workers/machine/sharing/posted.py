@@ -38,6 +38,8 @@ class PostedProgram:
     """In the order of the program: `Share`s, tensors that all know, or `Failed`."""
     stored: list[StoredObject | None]
     """The objects that these are; None of what was computed from others."""
+    what: str
+    """What it is, as messages call it."""
 
 
 class PostedPrograms:
@@ -74,7 +76,8 @@ class PostedPrograms:
         operands += [self._store.find(session.id, one.index) for one in refs]
         copies = all(call.name == "clone" for call in program.calls)
         values = [self._operand(session, group, one, copies=copies) for one in operands]
-        return PostedProgram(program, values, list(operands))
+        named = ", ".join(dict.fromkeys(call.name for call in program.calls))
+        return PostedProgram(program, values, list(operands), f"{named[:100] or 'nothing'} on shares")
 
     def _operand(self, session: Session, group: Group, stored: StoredObject, *, copies: bool = False) -> Any:
         try:
@@ -104,8 +107,7 @@ class PostedPrograms:
             given = [
                 one if isinstance(one, torch.Tensor) else TensorSpec(one.shape, one.dtype) for one in tensors
             ]
-            flops = admit_shared(self._objects.gate, session, graph, given, _about(group))
-            self._store.spend(session.id, f"plan {graph.name!r}", flops)
+            admit_shared(self._objects.gate, session, graph, given, _about(group))
         lowered = shared_plan.lowered_plan(graph, tensors, scale=group.about.scale, grad=op.grad)
         if lowered is None or lowered.identity != identity:
             raise SharingError(
@@ -121,6 +123,7 @@ class PostedPrograms:
                 for one, place in zip(lowered.operands, places, strict=True)
             ],
             [None if place is None else operands[place] for place in places],
+            f"plan {graph.name!r} on shares",
         )
 
     def _called(self, session: Session, op: PostedOp) -> tuple[Graph, str, list[Looks | None], Sequence[Ref]]:

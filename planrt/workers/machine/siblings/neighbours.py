@@ -20,6 +20,7 @@ import torch
 
 from planrt.errors import LocalError
 from planrt.workers.machine.access import Access
+from planrt.workers.machine.counting.work import entries
 from planrt.workers.machine.events import Alarm, Answer, PeerAnswered, Steps, TimePassed, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError
 from planrt.workers.machine.kinds.base import StoredObject
@@ -147,6 +148,7 @@ class Neighbours:
                 lent, tensors = yield from self._asked(peer, m.Lend(ids), seconds=ANSWER_SECONDS)
             except PeerError:  # it has ended, and its objects with it
                 continue
+            self._store.spend(session.id, "a search", entries(tensors))
             for item, stored, _ in lending.unpacked(lent.objects, tensors, self._device):
                 found.append(self._keep_snapshot(session, item, stored))
         return m.Found(found), ()
@@ -181,6 +183,7 @@ class Neighbours:
         lent, tensors = yield from self._asked(peer, m.Lend(body.ids, body.token))
         kept: list[int] = []
         try:
+            self._store.spend(session.id, "taking over objects", entries(tensors))
             for item, stored, of_gradient in lending.unpacked(lent.objects, tensors, self._device):
                 kept.append(self._keep_claimed(session, item, stored, of_gradient))
         except Exception:  # nothing is lost

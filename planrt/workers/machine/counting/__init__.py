@@ -1,0 +1,1 @@
+"""What sessions have and compute, counted for their users."""
