@@ -156,6 +156,15 @@ class Told:
             found.append((kept.piece, Base(start, tuple(masks))))
         return found
 
+    def kept(self, data: Any) -> list[Piece] | None:
+        """Returns the pieces of which `read` would return that they are asked for, where all were told before."""
+        if not isinstance(data, list) or not all(isinstance(one, list) and len(one) == 3 for one in data):
+            return None
+        told = [one[2] for one in data]
+        if not all(type(one) is int and 0 <= one < len(self._kept) for one in told):
+            return None
+        return [self._kept[one].piece for one in told]
+
     def _piece(self, told: Any) -> _Kept:
         if type(told) is int:
             _check(0 <= told < len(self._kept), f"nothing was told before under the number {told}")

@@ -8,7 +8,7 @@ stead, so that one dry run serves every run of a program on operands that are al
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
@@ -102,14 +102,9 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
     """Returns what party `party` of `count` needs to run `program` on such operands: on values of these shapes, scales
     and masks. Nothing is computed with the operands themselves, public tensors excepted.
     """
-    places = {number: -1 - place for place, number in enumerate(masks_of(operands))}
-    origins = {id(one.origin): None for one in operands if isinstance(one, Share)}
-    order = {origin: place for place, origin in enumerate(origins)}
-    looks = tuple(_looks(operand, places, order) for operand in operands)
-    key = (program, party, count, scale, looks)
-    kept = _KEPT.get(key)
+    key, places = _key_of(program, operands, party, count, scale)
+    kept = _kept(key)
     if kept is not None:
-        _KEPT.move_to_end(key)
         return kept
     twins: dict[int, Share] = {}
     kept, _ = dry_run(
@@ -122,6 +117,33 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
     _KEPT[key] = kept
     if len(_KEPT) > _MOST:
         _KEPT.popitem(last=False)
+    return kept
+
+
+def kept_needs(
+    program: Program, operands: Sequence[Any], *, party: int, count: int, scale: int
+) -> Needs | None:
+    """Returns what `needs_of` does where that is known, since the program has run on such operands; else None: to find
+    out takes about as long as to run it.
+    """
+    return _kept(_key_of(program, operands, party, count, scale)[0])
+
+
+def _key_of(
+    program: Program, operands: Sequence[Any], party: int, count: int, scale: int
+) -> tuple[Hashable, dict[int, int]]:
+    """Returns what the needs of a run depend on, and the numbers that stand for masks from before."""
+    places = {number: -1 - place for place, number in enumerate(masks_of(operands))}
+    origins = {id(one.origin): None for one in operands if isinstance(one, Share)}
+    order = {origin: place for place, origin in enumerate(origins)}
+    looks = tuple(_looks(operand, places, order) for operand in operands)
+    return (program, party, count, scale, looks), places
+
+
+def _kept(key: Hashable) -> Needs | None:
+    kept = _KEPT.get(key)
+    if kept is not None:
+        _KEPT.move_to_end(key)
     return kept
 
 

@@ -81,6 +81,7 @@ from planrt.workers.machine.handling.endings import Endings
 from planrt.workers.machine.handling.parts import Parts
 from planrt.workers.machine.handling.posting import Posts
 from planrt.workers.machine.handling.requests import Request, Requests
+from planrt.workers.machine.handling.short import is_short
 from planrt.workers.machine.handshakes import Handshakes, Users
 from planrt.workers.machine.joint.kept import Keeps
 from planrt.workers.machine.joint.runs import JointOps
@@ -379,6 +380,12 @@ class WorkerState:
         instructions = self._handle(event, over)
         besides, self._besides = self._besides, []
         return [*instructions, *besides]
+
+    def is_short(self, event: Event) -> bool:
+        """Returns whether `handle` takes no more than some milliseconds for this event, as far as is known. To be asked
+        while no event is being handled.
+        """
+        return is_short(self._parts, self._requests, event)
 
     def _handle(self, event: Event, over: Callable[[], bool]) -> list[Instruction]:
         match event:

@@ -67,8 +67,10 @@ class ComputeThread:
         self._lock = threading.Lock()
         self._awake = self._closed = False
         """Whether the thread looks for jobs, or will; whether it takes no more. Both change under the lock."""
+        self._asked = 0
+        """What was asked for and is not over, for whoever asked, as well."""
         self.busy = False
-        """Whether the thread is at work."""
+        """Whether something is computed."""
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Runs ``function(*args)`` on the thread, after everything asked for before. What has not begun when its caller
@@ -85,12 +87,31 @@ class ComputeThread:
             self._jobs.put(_Job(answer, loop, function, args))
             wake = not self._awake
             self._awake = True
-        if wake:
-            self._wake()
+            self._asked += 1
         try:
+            if wake:
+                self._wake()
             return await answer
         finally:
+            with self._lock:
+                self._asked -= 1
             del answer, args  # or an error's traceback would show the error, and all of it stay
+
+    def run_here(self, function: Callable[..., T], *args: object) -> T | None:
+        """Runs ``function(*args)`` on the thread that calls this, at once; returns None where that cannot be, since
+        something else runs or waits to, or has not been heard of by who asked for it. To hand over to the thread and
+        back takes as long as a short function does, and whoever calls this waits for it: it must be short.
+        """
+        with self._lock:
+            if self._closed or self._asked or not _computing.acquire(blocking=False):
+                return None
+            self._asked += 1
+        try:
+            return self._compute_alone(function, *args)
+        finally:
+            _computing.release()
+            with self._lock:
+                self._asked -= 1
 
     def _wake(self) -> None:
         try:
@@ -133,15 +154,18 @@ class ComputeThread:
 
     def _compute(self, function: Callable[..., T], *args: object) -> T:
         with _computing:
-            self.busy = True
-            try:
-                if self._threads is not None:
-                    torch.set_num_threads(self._threads)
-                return function(*args)
-            finally:
-                if self._threads is not None:
-                    torch.set_num_threads(self._threads_elsewhere)
-                self.busy = False
+            return self._compute_alone(function, *args)
+
+    def _compute_alone(self, function: Callable[..., T], *args: object) -> T:
+        self.busy = True
+        try:
+            if self._threads is not None:
+                torch.set_num_threads(self._threads)
+            return function(*args)
+        finally:
+            if self._threads is not None:
+                torch.set_num_threads(self._threads_elsewhere)
+            self.busy = False
 
     def close(self) -> None:
         """Lets the thread go once what runs is done; what waits is dropped."""

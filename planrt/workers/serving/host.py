@@ -1,7 +1,7 @@
 """Runs a `WorkerState`: serves pipes on the event loop and does the torch work on a compute thread.
 
 One compute thread per worker keeps requests in order, and keeps the loop free to answer pings while torch
-computes. Virtual workers of a process share one compute thread with one torch thread: their results then do
+computes; what is known to take no time is done on the loop itself (`WorkerState.is_short`). Virtual workers of a process share one compute thread with one torch thread: their results then do
 not depend on how many there are, and equal those of websocket workers with one thread.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -129,6 +129,8 @@ class WorkerHost:
         self._handed_on: dict[int, HandOn] = {}
         """Connections that others go on with from here on."""
         self._audit = audit
+        self._writing = asyncio.Lock()
+        """Held while that is written: what comes of events leaves in their order."""
         self._compute = compute
         self._limits = limits or Limits()
         self._numbers = itertools.count(1)
@@ -297,14 +299,21 @@ class WorkerHost:
             reason = f"no handshake in {OPENING_SECONDS:g} s"
             raise HandshakeError(reason, address=pipe.address) from None
 
-    def _work(self, event: Event) -> list[Instruction]:
-        """Handles an event, on the compute thread. What it posts to other workers leaves meanwhile, unless the owner's
-        log is to be written before."""
-        end = time.monotonic() + TURN
+    def _done_here(self, event: Event) -> list[Instruction] | None:
+        """Handles an event that takes no time, on the loop; returns None where it has not."""
+        if self._audit is not None and (self._audit.waiting or self._writing.locked()):
+            return None  # what came before it has yet to leave
+        if not self.state.is_short(event):
+            return None
+        return self._compute.run_here(self._work, event, self._links.send)
 
-        deliver = None if self._audit is not None else self._deliver
+    def _work(self, event: Event, deliver: Callable[[ToPeer], None]) -> list[Instruction]:
+        """Handles an event, on the compute thread as a rule. What it posts to other workers is given to `deliver`, and
+        leaves meanwhile, unless the owner's log is to be written before."""
+        end = time.monotonic() + TURN
+        at_once = None if self._audit is not None else deliver
         with deterministic_kernels(self.state.deterministic):
-            return self.state.handle(event, lambda: time.monotonic() >= end, deliver)
+            return self.state.handle(event, lambda: time.monotonic() >= end, at_once)
 
     def _deliver(self, message: ToPeer) -> None:
         assert self._loop is not None  # noqa: S101 - an event has been handed in on it
@@ -318,8 +327,10 @@ class WorkerHost:
         self._loop = asyncio.get_running_loop()
         while left:  # to the end, though nobody may hear of it: a message is done whole
             event = left.pop()
-            instructions = await self._compute.run(self._work, event)
-            if self._audit is not None and self._audit.waiting:
+            instructions = self._done_here(event)
+            if instructions is None:
+                instructions = await self._compute.run(self._work, event, self._deliver)
+            if self._audit is not None and (self._audit.waiting or self._writing.locked()):
                 instructions = await self._written(self._audit, event, instructions)
             for instruction in instructions:
                 match instruction:
@@ -453,7 +464,8 @@ class WorkerHost:
         anything, and who asked loses the connection: an owner who keeps a log wants nothing to leave beside it.
         """
         try:
-            await asyncio.to_thread(audit.write)
+            async with self._writing:
+                await asyncio.to_thread(audit.write)
         except RuntimeError:  # this process ends: as in ComputeThread.run
             raise asyncio.CancelledError from None
         except AuditError as error:

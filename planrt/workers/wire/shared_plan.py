@@ -8,7 +8,7 @@ what came out there (`Lowered.identity`), and a party where another program come
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -43,7 +43,7 @@ def lowered_plan(graph: Graph, tensors: Sequence[Known], *, scale: int, grad: bo
     Raises:
         SharingError: an operation that has no protocol. PlanArgumentError: inputs that do not fit the plan.
     """
-    key = (graph.hash, scale, grad, *[one if isinstance(one, Looks) else _known(one) for one in tensors])
+    key = _key_of(graph, tensors, scale, grad)
     if key in _KEPT:
         _KEPT.move_to_end(key)
         return _KEPT[key]
@@ -51,6 +51,15 @@ def lowered_plan(graph: Graph, tensors: Sequence[Known], *, scale: int, grad: bo
     if len(_KEPT) > _MOST:
         _KEPT.popitem(last=False)
     return found
+
+
+def is_lowered(graph: Graph, tensors: Sequence[Known], *, scale: int, grad: bool) -> bool:
+    """Returns whether what `lowered_plan` returns is known already: to find out may take long."""
+    return _key_of(graph, tensors, scale, grad) in _KEPT
+
+
+def _key_of(graph: Graph, tensors: Sequence[Known], scale: int, grad: bool) -> Hashable:
+    return (graph.hash, scale, grad, *[one if isinstance(one, Looks) else _known(one) for one in tensors])
 
 
 def _known(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -64,6 +64,11 @@ class Requests:
         """Returns the session of each request that waits."""
         return [one.session for one in {id(one): one for one in list(self._waiting.values())}.values()]
 
+    def waiting_for(self, key: str) -> m.Body | None:
+        """Returns the request that waits for `key`, if one does."""
+        request = self._waiting.get(key)
+        return None if request is None else request.body
+
     def heard(self, sends: Sequence[ToPeer], keys: Sequence[str]) -> list[Instruction]:
         """Returns what goes to other workers, and what comes of it that requests under these keys go on."""
         instructions: list[Instruction] = [*sends]

@@ -20,6 +20,7 @@ from planrt.workers.machine.events import Alarm, Steps, ToPeer, Wait
 from planrt.workers.machine.kinds.protocol import PeerError
 from planrt.workers.machine.sessions import Session, ask
 from planrt.workers.machine.sharing.groups import check_number
+from planrt.workers.machine.sharing.pace import SHORT, Pace
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire import messages as m
 
@@ -37,6 +38,8 @@ class _Dealt:
     """As they are reached in the client's name."""
     dealer: Dealer
     told: Told = field(default_factory=Told)
+    pace: Pace = field(default_factory=Pace)
+    """How long it takes to make what is asked for."""
     ended: bool = False
 
 
@@ -89,8 +92,19 @@ class DealerOps:
             self._groups.pop(body.group, None)
         return m.Done(), ()
 
+    def is_short(self, group: str, answer: m.Body) -> bool:
+        """Returns whether what the last party of a group asks for is made in `SHORT` seconds, or so much of it as
+        leaves at once, as far as is known.
+        """
+        found = self._groups.get(group)
+        pieces = (
+            found.told.kept(answer.requests) if found is not None and isinstance(answer, m.Needs) else None
+        )
+        return found is not None and pieces is not None and found.pace.first(tuple(pieces)) <= SHORT
+
     def _make(self, group: _Dealt, last: m.PeerAddress, asked: Sequence[Asked]) -> Steps:
         requests = [(number, request, base) for piece, base in asked for number, request in piece.requests]
+        group.pace.begin(tuple([piece for piece, _ in asked]))
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
         size = 0
@@ -105,10 +119,12 @@ class DealerOps:
             if full or place == len(requests):
                 yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
                 numbers, tensors, size = [], [], 0
+                group.pace.end_step()
                 if full:  # others of this worker's clients take their turn, and what is made leaves meanwhile
                     key = f"turn:{group.about.group}"
                     yield Alarm(0.0, key)
                     yield Wait(key)
+                    group.pace.go_on()
         return m.Done(), ()
 
     def _fail(self, group: _Dealt, reason: str) -> Steps:

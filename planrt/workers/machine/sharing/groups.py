@@ -26,7 +26,10 @@ from planrt.sharing.programs.needs import MOST_BYTES, MOST_REQUESTS, Needs
 from planrt.sharing.programs.running import shown_parts
 from planrt.sharing.requests import ALL, Base, Request
 from planrt.sharing.rounds import Party, combined
+from planrt.workers.machine.events import Alarm, Wait
 from planrt.workers.machine.sessions import Session
+from planrt.workers.machine.sharing.pace import Pace
+from planrt.workers.machine.waiting import Exchange
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.shared_programs import KeptPrograms
 
@@ -77,6 +80,8 @@ class Group:
     """When somebody will look whether it has waited too long, on `time.monotonic`'s clock."""
     waits: bool = False
     """Whether one of its programs waits now, for those that are `missing` or the dealer."""
+    pace: Pace = field(default_factory=Pace)
+    """How long its programs compute at a time."""
     traffic: m.GroupTraffic = field(default_factory=m.GroupTraffic)
     programs: KeptPrograms = field(default_factory=KeptPrograms)
     """Programs that its client has sent."""
@@ -139,6 +144,14 @@ class Group:
         supply = Supply(seed, self._stock)
         party = Party(self.about.number, len(self.about.parties), supply)
         self.context = Context(party, self.about.scale)
+
+    def turn(self) -> Exchange:
+        """Lets others of this worker's clients take their turn, before something that takes long and is done once."""
+        key = f"turn:{self.about.group}"
+        self.pace.rest()
+        yield Alarm(0.0, key)
+        yield Wait(key)
+        self.check()
 
     def check(self) -> None:
         """Raises GroupFailedError once the group has failed."""

@@ -18,7 +18,7 @@ import torch
 from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels import Share
-from planrt.sharing.programs.needs import masks_of, needs_of
+from planrt.sharing.programs.needs import kept_needs, masks_of, needs_of
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.sharing.requests import Base
@@ -34,6 +34,7 @@ from planrt.workers.machine.labels import Label, join
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
 from planrt.workers.machine.sharing.groups import Group, check_number
+from planrt.workers.machine.sharing.pace import SHORT, known_again
 from planrt.workers.machine.sharing.posted import PostedProgram, PostedPrograms
 from planrt.workers.machine.waiting import Exchange, Late, wait
 from planrt.workers.wire import messages as m
@@ -178,6 +179,30 @@ class PartyOps:
             return self.fail(group, str(error))
         return [], [group.key]
 
+    def is_short(self, body: m.Opening | m.Corrections) -> bool:
+        """Returns whether what comes of a message takes no more than `SHORT` seconds, as far as is known."""
+        group = self._groups.get(body.group)
+        return group is None or not group.waits or group.pace.next <= SHORT
+
+    def is_short_run(self, session: Session, op: PostedOp, dropped: Sequence[int]) -> bool:
+        """Returns whether `run` takes no more than `SHORT` seconds for `op` until it waits, as far as is known.
+
+        What is `dropped` beside it must be parts: to free a history of gradients can take long.
+        """
+        group = self._groups.get(op.args[0]) if op.args and isinstance(op.args[0], str) else None
+        if group is None or group.owner != session.id:
+            return False
+        gone = [self._store.objects.get(id) for id in dropped]
+        if any(one is not None and not isinstance(one.value, SharedPart) for one in gone):
+            return False
+        return group.pace.first(known_again(op, self._shape_of)) <= SHORT
+
+    def _shape_of(self, id: int) -> Any:
+        stored = self._store.objects.get(id)
+        value = None if stored is None else stored.value
+        part = value.share.part if isinstance(value, SharedPart) else value
+        return part.shape if isinstance(part, torch.Tensor) else None
+
     def fail(self, group: Group, reason: str, *, tell: bool = True) -> tuple[list[ToPeer], list[str]]:
         """Ends a group; returns what the others are told, and the keys of what waits for it."""
         if group.failure:
@@ -310,7 +335,8 @@ class PartyOps:
         group: Group | None = None
         try:
             group = self._group_of(session, op)
-            given = self._programs.find(session, group, op, operands)
+            group.pace.begin(known_again(op, self._shape_of))
+            given = yield from self._programs.find(session, group, op, operands)
             self._check_held(group)
             if len(_ids(op)) != given.program.values - given.program.operands:
                 raise SharingError(f"the program has {given.program.values - given.program.operands} results")
@@ -348,9 +374,12 @@ class PartyOps:
             size = sum(entries([one.part]) for one in given if isinstance(one, Share))
             self._store.spend(group.owner, posted.what, size + READ * len(program.calls))
         if group.is_last or counts:
-            needs = needs_of(
-                program, given, party=group.about.number, count=context.party.count, scale=context.scale
-            )
+            me, count, scale = group.about.number, context.party.count, context.scale
+            needs = kept_needs(program, given, party=me, count=count, scale=scale)
+            if needs is None:
+                yield from group.turn()
+                needs = needs_of(program, given, party=me, count=count, scale=scale)
+                group.pace.go_on()
         if counts:
             flops = of_program(needs, context.party.count)
             self._store.spend(group.owner, posted.what, flops, seen=True)
@@ -361,16 +390,21 @@ class PartyOps:
         protocol = run_program(context, program, given)
         answer: list[torch.Tensor] | None = None
         for step in itertools.count():
-            if taken:
+            if taken and not group.is_over(start + taken[step]):
+                group.pace.rest()
                 yield from self._wait(group, start + taken[step])
+                group.pace.go_on()
             try:
                 parts = next(protocol) if answer is None else protocol.send(answer)
             except StopIteration as done:
+                group.pace.end_step()
                 return done.value
             opening = group.sending(parts)
             for other in group.others:
                 yield ToPeer(other, opening, parts)
+            group.pace.end_step()
             yield from self._wait(group, 0)
+            group.pace.go_on()
             answer = group.combined(parts)
 
     def _wait(self, group: Group, dealt: int) -> Exchange:

@@ -24,6 +24,7 @@ from planrt.workers.machine.kinds.tensor import tensor_of
 from planrt.workers.machine.objects import KeptObjects
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.groups import Group
+from planrt.workers.machine.waiting import Exchange
 from planrt.workers.wire import shared_plan
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
@@ -49,16 +50,15 @@ class PostedPrograms:
         self._objects = objects
         self._store = objects.store
 
-    def find(
-        self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]
-    ) -> PostedProgram:
-        """Returns what `op` runs; `operands` is given its operands as they are found.
+    def find(self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]) -> Exchange:
+        """Returns what `op` runs, a `PostedProgram`; `operands` is given its operands as they are found.
 
         Raises:
             NotApproved, PolicyError: the owner does not allow it. SharingError, UnknownObject: it cannot run.
         """
-        found = self._plan if op.name == shared_plan.CALL else self._program
-        return found(session, group, op, operands)
+        if op.name != shared_plan.CALL:
+            return self._program(session, group, op, operands)
+        return (yield from self._plan(session, group, op, operands))
 
     def _program(
         self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]
@@ -96,9 +96,7 @@ class PostedPrograms:
 
     # ---------------------------------------------------------------------------------------- plans
 
-    def _plan(
-        self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]
-    ) -> PostedProgram:
+    def _plan(self, session: Session, group: Group, op: PostedOp, operands: list[StoredObject]) -> Exchange:
         graph, identity, looks, refs = self._called(session, op)
         operands += [self._store.find(session.id, one.index) for one in refs]
         values = [self._operand(session, group, one) for one in operands]
@@ -108,7 +106,11 @@ class PostedPrograms:
                 one if isinstance(one, torch.Tensor) else TensorSpec(one.shape, one.dtype) for one in tensors
             ]
             admit_shared(self._objects.gate, session, graph, given, _about(group))
-        lowered = shared_plan.lowered_plan(graph, tensors, scale=group.about.scale, grad=op.grad)
+        scale = group.about.scale
+        if not shared_plan.is_lowered(graph, tensors, scale=scale, grad=op.grad):
+            yield from group.turn()
+        lowered = shared_plan.lowered_plan(graph, tensors, scale=scale, grad=op.grad)
+        group.pace.go_on()
         if lowered is None or lowered.identity != identity:
             raise SharingError(
                 f"plan {graph.name!r} is another program here than at its client: both need the same versions of "
