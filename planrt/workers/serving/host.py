@@ -1,7 +1,8 @@
 """Runs a `WorkerState`: serves pipes on the event loop and does the torch work on a compute thread.
 
 One compute thread per worker keeps requests in order, and keeps the loop free to answer pings while torch
-computes; what is known to take no time is done on the loop itself (`WorkerState.is_short`). Virtual workers of a process share one compute thread with one torch thread: their results then do
+computes; what is known to take no time is done on the loop itself (`WorkerState.is_short`).
+Virtual workers of a process share one compute thread with one torch thread: their results then do
 not depend on how many there are, and equal those of websocket workers with one thread.
 """
 

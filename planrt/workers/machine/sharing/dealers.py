@@ -108,9 +108,12 @@ class DealerOps:
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
         size = 0
+        counts = self._store.counts_work(group.owner)
         for place, (told, request, base) in enumerate(requests, 1):
             number = base.number(told)
-            self._store.spend(group.owner, "dealing for shares", len(group.parties) * of_request(request))
+            if counts:
+                flops = len(group.parties) * of_request(request)
+                self._store.spend(group.owner, "dealing for shares", flops)
             made = group.dealer.correction(number, request, base)
             numbers.append(number)
             tensors += made

@@ -17,8 +17,8 @@ import torch
 
 from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.fixed_point import encode
-from planrt.sharing.kernels import Share
-from planrt.sharing.programs.needs import kept_needs, masks_of, needs_of
+from planrt.sharing.kernels import Context, Share
+from planrt.sharing.programs.needs import Needs, kept_needs, masks_of, needs_of
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.sharing.requests import Base
@@ -374,12 +374,7 @@ class PartyOps:
             size = sum(entries([one.part]) for one in given if isinstance(one, Share))
             self._store.spend(group.owner, posted.what, size + READ * len(program.calls))
         if group.is_last or counts:
-            me, count, scale = group.about.number, context.party.count, context.scale
-            needs = kept_needs(program, given, party=me, count=count, scale=scale)
-            if needs is None:
-                yield from group.turn()
-                needs = needs_of(program, given, party=me, count=count, scale=scale)
-                group.pace.go_on()
+            needs: Needs = yield from self._needs(group, context, posted)
         if counts:
             flops = of_program(needs, context.party.count)
             self._store.spend(group.owner, posted.what, flops, seen=True)
@@ -406,6 +401,16 @@ class PartyOps:
             yield from self._wait(group, 0)
             group.pace.go_on()
             answer = group.combined(parts)
+
+    def _needs(self, group: Group, context: Context, posted: PostedProgram) -> Exchange:
+        """Returns the needs of a run; to find them out is a turn of its own."""
+        me, count, scale = group.about.number, context.party.count, context.scale
+        needs = kept_needs(posted.program, posted.values, party=me, count=count, scale=scale)
+        if needs is None:
+            yield from group.turn()
+            needs = needs_of(posted.program, posted.values, party=me, count=count, scale=scale)
+            group.pace.go_on()
+        return needs
 
     def _wait(self, group: Group, dealt: int) -> Exchange:
         """Waits until the opening under way is over, and until all corrections below the number `dealt` are here.
