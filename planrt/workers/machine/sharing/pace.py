@@ -33,7 +33,7 @@ class Pace:
         self._took = self._clock = 0.0
 
     def begin(self, what: Hashable) -> None:
-        """The first step of a computation begins; None of one that is not known again."""
+        """Begins the first step of a computation; `what` is None of one that is not known again."""
         self._steps = [] if what is None else self._seen.setdefault(what, [])
         if what is not None:
             self._seen.move_to_end(what)
@@ -43,15 +43,15 @@ class Pace:
         self.go_on()
 
     def rest(self) -> None:
-        """What follows is not part of it, and may be done by another thread."""
+        """Stops the clock: what follows is no part of it, and may be done by another thread."""
         self._took += time.thread_time() - self._clock
 
     def go_on(self) -> None:
-        """It goes on."""
+        """Starts the clock again."""
         self._clock = time.thread_time()
 
     def end_step(self) -> None:
-        """A step has ended, and it rests."""
+        """Ends a step, and stops the clock."""
         self.rest()
         if self._step < len(self._steps):
             self._steps[self._step] = self._took
