@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from planrt.deadlines import waiting
 from planrt.errors import (
     AlignmentError,
     CiphertextError,
@@ -22,12 +23,13 @@ from planrt.errors import (
     RemoteError,
     TransportError,
     ValueRangeError,
+    WorkerTimeoutError,
 )
 from planrt.loop import on_loop, run
 from planrt.vertical.opening import number, whole
 from planrt.vertical.parties import people_of
 from planrt.workers.base import BaseWorker
-from planrt.workers.client.tickets import among, forget_all, is_over, let_all
+from planrt.workers.client.tickets import Acts, among, forget_all, is_over, let_all
 from planrt.workers.wire import messages as m
 
 _GRACE = 2.0
@@ -98,18 +100,26 @@ class JointRun:
     async def _join(self) -> list[tuple[m.JointDone, list[torch.Tensor]]]:
         """Opens the run and has its parties make themselves known to each other; once more where tickets were over."""
         acting = among([one.workplace for one in self._workers])
-        await let_all(acting, "joint")
         try:
-            await self._each(m.Done, self._opens)
-            return await self._step("join")
+            return await self._joined(acting)
         except RemoteError as error:
             if not is_over(error):
                 raise
         forget_all(acting, "joint")
-        await let_all(acting, "joint")
         self._ended = False
-        await self._each(m.Done, self._opens)
-        return await self._step("join")
+        return await self._joined(acting)
+
+    async def _joined(self, acting: Sequence[Acts]) -> list[tuple[m.JointDone, list[torch.Tensor]]]:
+        """Each of these waits is as long as a party waits for another one, who says first whom it waited for."""
+        timeout = self._opens[0].timeout
+        with waiting(timeout):
+            try:
+                await let_all(acting, "joint")
+            except WorkerTimeoutError as error:
+                raise self._told(error, [one.id for one in self._workers].index(error.worker_id)) from error
+            await self._each(m.Done, self._opens)
+        with waiting(timeout + _GRACE):
+            return await self._step("join")
 
     def _began(self, answers: Sequence[tuple[m.JointDone, list[torch.Tensor]]]) -> None:
         """Takes note of what the parties told when the run began, or went on."""
@@ -185,6 +195,8 @@ class JointRun:
     def _told(self, error: BaseException, number: int) -> BaseException:
         """An error of one party's, as what it is, with the party in its words."""
         name = self._workers[number].id
+        if isinstance(error, WorkerTimeoutError):
+            return JointError(f"party {name!r} did not answer within {error.seconds:g} s{self._advice()}")
         if isinstance(error, TransportError):
             return JointError(f"party {name!r} is gone: {error}{self._advice()}")
         if isinstance(error, RemoteError) and type(error) is RemoteError:

@@ -144,6 +144,15 @@ def test_processes_that_hang_or_die_are_named_and_others_go_on(tmp_path):
         # Whoever waits for a party that waits for the silent one does not name that.
         for who, network in (("bob", True), ("carol", False)):
             struck(who, signal.SIGSTOP, f"party '{who}' did not answer within 2 s", network)
+        for who in ("alice", "bob", "carol"):  # before it is opened: told, and a run can be opened later
+            os.kill(processes.pids[who], signal.SIGSTOP)
+            try:
+                for network in (False, True) if who != "carol" else (False,):
+                    with pytest.raises(JointError, match=f"'{who}' did not answer within 2 s"):
+                        opened(network)
+            finally:
+                os.kill(processes.pids[who], signal.SIGCONT)
+            opened(False).close()
         struck("carol", signal.SIGKILL, "'carol' is gone")
         struck("bob", signal.SIGKILL, "'bob' is gone", network=True)
         assert table_columns(workers["alice"], "left").rows == 50

@@ -186,6 +186,18 @@ def test_who_takes_too_long_is_named(missing):
     assert not any(net.held.values())
 
 
+def test_a_party_that_does_not_answer_who_joins_it_is_named():
+    net = Net("alice", "bob", "james", timeout=5.0)
+    net.changed = lambda sender, to, body, tensors: (
+        None if isinstance(body, m.JoinGroup) and to == "bob" else (body, tensors)
+    )
+    assert net.begin() is None
+    net.ring()
+    (failure,) = [body for body, _ in net.answers.values() if isinstance(body, m.Failure)]
+    assert "worker 'bob' did not answer within 5 s" in failure.message
+    net.changed = lambda sender, to, body, tensors: (body, tensors)
+
+
 def test_garbage_from_the_last_party_ends_the_group_and_not_the_dealer():
     for garbage in ([7], [[9, [], [[0, "Mask"]]]], [[9, [], [[5, "Zero", ["t", 1 << 38]]]]], [[9, [], 1000]],
                     [[9, [], [[0, "Given", "x"]]]], [[0, [], [[0, "Zero", ["t", 3]]]]]):  # fmt: skip

@@ -29,7 +29,9 @@ from planrt.sharing.tensors.batches import Value
 from planrt.sharing.tensors.in_process import InProcessSession
 from planrt.sharing.tensors.shared import SharedTensor, share, share_module
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine.events import Wait
 from planrt.workers.machine.sharing import dealers
+from planrt.workers.machine.sharing.parties import PartyOps
 from planrt.workers.shares import session as sessions
 from planrt.workers.shares.session import sharing_session
 
@@ -348,6 +350,43 @@ def test_a_process_that_stands_still_is_named_after_the_time_out():
                 (x * x).get()
         finally:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_a_process_that_stands_still_before_anything_is_shared_is_named_too():
+    """Whoever it is: its client waits for a party directly, and for others that wait for it."""
+    with planrt.local_workers("bob", "alice", "carol", "james", threads=1) as workers:
+        *parties, james = workers
+        with planrt.waiting(30):  # they know each other, and have dialled
+            share(sharing_session(parties, james), random(3)).get()
+        for one in workers:
+            (pid,) = _pids(one)
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(SharingError, match=f"'{one.id}',? did not answer within 1 s"):
+                    sharing_session(parties, james, timeout=1)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            x = share(sharing_session(parties, james, timeout=30), random(20))
+            assert ((x * x).get() - random(20) ** 2).abs().max() < 1e-3
+
+
+def test_a_dealer_that_never_answers_is_waited_for_no_longer_than_the_time_out(make_worker, monkeypatch):
+    """It waits for alice, who is alive, and does not answer it."""
+    bob, alice, james = (make_worker(name) for name in ("bob", "alice", "james"))
+    take_seed = PartyOps.take_seed
+
+    def never(self, session, body):
+        about = self._groups[body.group].about
+        if about.parties[about.number].worker == "alice":
+            yield Wait(f"never:{body.group}")
+        return (yield from take_seed(self, session, body))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartyOps, "take_seed", never)
+        with pytest.raises(SharingError, match="'james' did not answer within 0.5 s"):
+            sharing_session([bob, alice], james, timeout=0.5)
+    x = share(sharing_session([bob, alice], james, timeout=0.5), random(20))
+    assert ((x * x).get() - random(20) ** 2).abs().max() < 1e-3
 
 
 def _pids(*workers):

@@ -12,7 +12,7 @@ import torch
 from planrt.errors import LocalError
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.secure_sum.member import Member
-from planrt.workers.machine.events import Introduce, Part, PeerFor, ToPeer, Wait
+from planrt.workers.machine.events import Alarm, Introduce, Part, PeerFor, TimePassed, ToPeer, Wait
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
@@ -196,15 +196,26 @@ def check_fits(client: m.Versions | None, tensors: Sequence[torch.Tensor]) -> No
         )
 
 
-def ask(peer: m.PeerAddress, body: m.Body, tensors: Sequence[torch.Tensor] = ()) -> Any:
-    """Sends `body` to another worker and waits for its answer: to be used with ``yield from``.
+def ask(
+    peer: m.PeerAddress,
+    body: m.Body,
+    tensors: Sequence[torch.Tensor] = (),
+    *,
+    seconds: float | None = None,
+    late: type[LocalError] = LocalError,
+) -> Any:
+    """Sends `body` to another worker and waits for its answer, `seconds` at most: to be used with ``yield from``.
 
     Raises:
-        LocalError: the other worker could not do it.
+        LocalError: the other worker could not do it; as `late` where it did not answer in time.
     """
     key = secrets.token_hex(8)
     yield ToPeer(peer, body, tensors, key)
+    if seconds is not None:
+        yield Alarm(seconds, key)
     answered = yield Wait(key)
+    if isinstance(answered, TimePassed):
+        raise late(f"worker {peer.worker!r} did not answer within {seconds:g} s")
     if isinstance(answered.body, m.Failure):
         raise OpFailedError(
             replace_message(answered.body, f"worker {peer.worker!r}: {answered.body.message}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import secrets
 import threading
 import weakref
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from planrt.deadlines import waiting
 from planrt.errors import (
     OptionError,
     PlanrtError,
@@ -24,6 +26,7 @@ from planrt.errors import (
     SharingError,
     TransportError,
     ValueRangeError,
+    WorkerTimeoutError,
 )
 from planrt.loop import on_loop, refuse_to_block, run
 from planrt.plans.ir.graph import Graph
@@ -51,6 +54,8 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 60.0
 """Seconds that a party waits for another one."""
+_GRACE = 2.0
+"""Seconds that each has to show that it is there, once somebody has not answered in time."""
 _AT_ONCE = 512
 """Calls that wait at most before they are sent."""
 _GROUP_FAILED = "GroupFailedError"
@@ -87,6 +92,31 @@ class WorkersSession(BatchedSession):
         weakref.finalize(self, _end, [*self._places, self._dealing], self.group)
 
     async def _make(self) -> None:
+        """Makes the group, waiting as long as a party waits for another one.
+
+        Raises:
+            SharingError: who has not answered by then is named.
+        """
+        try:
+            with waiting(self.timeout):
+                await self._make_in_time()
+        except WorkerTimeoutError as error:
+            silent = await self._silent() if error.seconds == self.timeout else []
+            whose = " and ".join(silent) or f"worker {error.worker_id!r}"
+            raise SharingError(f"{whose} did not answer within {error.seconds:g} s") from error
+
+    async def _silent(self) -> list[str]:
+        """Returns who does not answer at all: a dealer that waits for a party has not answered either."""
+        asking = [one.ask(m.Counted, m.CountObjects()) for one in (*self._places, self._dealing)]
+        tasks = [asyncio.create_task(one, context=contextvars.Context()) for one in asking]
+        _, late = await asyncio.wait(tasks, timeout=_GRACE)
+        names = [*(self._name(number) for number in range(len(self._places))), self._dealers_name]
+        for one in late:
+            one.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return [name for name, one in zip(names, tasks, strict=True) if one in late]
+
+    async def _make_in_time(self) -> None:
         """Makes the group, whose parties and dealer act for this client at each other where it has a name there."""
         everybody = [*self._places, self._dealing]
         acting = [(who, there) for who, there in among(everybody) if there is not self._dealing]
@@ -117,8 +147,10 @@ class WorkersSession(BatchedSession):
             )
             try:
                 await self._dealing.ask(m.Done, m.MakeDealer(self.group, token, parties))
+            except WorkerTimeoutError:
+                raise
             except PlanrtError as error:
-                raise self._failed(error, f"the dealer, worker {self._dealer.id!r}") from error
+                raise self._failed(error, self._dealers_name) from error
         except BaseException:  # those who have taken it would keep it until their sessions end
             _end([*self._places, self._dealing], self.group)
             raise
@@ -320,6 +352,10 @@ class WorkersSession(BatchedSession):
 
     # ---------------------------------------------------------------------------------------- messages
 
+    @property
+    def _dealers_name(self) -> str:
+        return f"the dealer, worker {self._dealer.id!r}"
+
     def _name(self, number: int) -> str:
         return f"party {self._workers[number].id!r}"
 
@@ -365,6 +401,9 @@ class WorkersSession(BatchedSession):
 
     def _failed(self, error: BaseException, whose: str) -> BaseException:
         """What is raised for an error of one party's: as what it is, with the party in its words."""
+        if isinstance(error, WorkerTimeoutError):
+            self.broken = True
+            return SharingError(f"{whose} did not answer within {error.seconds:g} s")
         if isinstance(error, TransportError):
             self.broken = True
             return SharingError(f"{whose} is gone: {error}")

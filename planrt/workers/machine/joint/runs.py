@@ -372,7 +372,8 @@ class JointOps:
         if body.step == "join":
             shared = self._shared(run)
             for other in run.others:
-                yield from ask(other, m.JoinJoint(run.about.joint, run.about.token, run.me, shared))
+                joins = m.JoinJoint(run.about.joint, run.about.token, run.me, shared)
+                yield from ask(other, joins, seconds=run.about.timeout, late=JointError)
             return m.JointDone(self._epochs_kept(run)), ()
         if body.step != "forget":
             self._admit(session, run.about, run.text)  # who has allowed it may have denied it since

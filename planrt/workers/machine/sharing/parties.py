@@ -91,7 +91,8 @@ class PartyOps:
         group.begin(body.seed)
         group.dealer = session.id
         for other in group.others:
-            yield from ask(other, m.JoinGroup(body.group, body.token, group.about.number))
+            joins = m.JoinGroup(body.group, body.token, group.about.number)
+            yield from ask(other, joins, seconds=group.about.timeout, late=SharingError)
         return m.Done(), ()
 
     def join(self, session: Session, body: m.JoinGroup) -> Answer:
