@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from planrt.command_line import Parser, leave, run_command, stopped_by, whole_number
 from planrt.fl.data import digits as data
 from planrt.fl.runs.children import WorkerProcesses, mnist_children
-from planrt.fl.serve import add_isolation, add_tls, holdings
+from planrt.fl.runs.serve_options import add_isolation, add_tls
+from planrt.fl.serve import holdings
 from planrt.workers.serving.metrics_options import MetricsOptions, add_metrics
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from planrt.chained import FIRST, ChainError, Link
 from planrt.errors import OptionError
 from planrt.shown import shown
-from planrt.workers.serving.audit_file import entries
+from planrt.workers.serving.audit_parts import entries
 from planrt.workers.serving.summing import NEVER, WHOLE
 
 New = Callable[[Any, str, Callable[[argparse.Namespace], int], str], Any]
@@ -59,9 +59,9 @@ def _audit(options: argparse.Namespace) -> int:
     since = None if options.since is None else _time(options.since)
     number, head, rows, summed = 0, FIRST, [], 0
     try:
-        for link in entries(options.file):
-            number, values, head = link
-            summed += _summed(link, options.file)
+        for file, link in entries(options.file):
+            number, values, head = number + 1, link.values, link.hash
+            summed += _summed(link, str(file))
             if options.check or not _wanted(values, options.user, options.plan, since):
                 continue
             if options.json:

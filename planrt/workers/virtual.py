@@ -33,6 +33,7 @@ from planrt.workers.machine.kinds.pointer import PeerRef
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
+from planrt.workers.serving.audit_parts import SIZE as AUDIT_SIZE
 from planrt.workers.serving.dialling import Dialling
 from planrt.workers.serving.host import WorkerHost, virtual_compute
 from planrt.workers.serving.joint_folder import JointFolder
@@ -67,7 +68,8 @@ class VirtualWorker(BaseWorker):
         token: which of these users this client is.
         policy: what its owner allows; `approvals` the folder of the owner's decisions about plans.
         access: which user may do what with which data; see `planrt.workers.machine.access`.
-        audit: a file where the owner's log of what clients do is kept.
+        audit: a file where the owner's log of what clients do is kept. audit_size: bytes of one, about, before the
+            next one is begun.
         joint_runs: a folder where it keeps its part of joint runs (docs/vertical.md), to go on after a break.
         sum_key, sum_peers: the key by which it signs in secure aggregations, a file, and those of the workers that it
             adds up with, a file or name -> 64 hex digits; see docs/secure_aggregation.md.
@@ -117,6 +119,7 @@ class VirtualWorker(BaseWorker):
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
         audit: str | Path | None = None,
+        audit_size: int = AUDIT_SIZE,
         joint_runs: str | Path | None = None,
         sum_key: str | Path | None = None,
         sum_peers: str | Path | Mapping[str, str] | None = None,
@@ -127,13 +130,14 @@ class VirtualWorker(BaseWorker):
         id = worker_id(hook, id, 'VirtualWorker(hook, id="bob")')
         made_with: dict[str, Any] = {
             "users": users, "token": token or None, "policy": policy, "approvals": approvals, "access": access,
-            "audit": audit, "device": str(device), "limits": limits, "deterministic": deterministic,
-            "joint_runs": joint_runs, "sum_key": sum_key, "sum_peers": sum_peers,
+            "audit": audit, "audit_size": audit_size, "device": str(device),
+            "limits": limits, "deterministic": deterministic, "joint_runs": joint_runs, "sum_key": sum_key,
+            "sum_peers": sum_peers,
         }  # fmt: skip
         if "_made_with" in self.__dict__:
             self._made_again(made_with, data, datasets or {})
             return
-        log_file = None if audit is None else AuditFile(audit, id)
+        log_file = None if audit is None else AuditFile(audit, id, audit_size)
         state = WorkerState(
             id,
             device=device,

@@ -30,6 +30,7 @@ from planrt.workers.machine.events import UsersChanged
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.pointers.tensor import pointer_id
 from planrt.workers.serving.audit_file import AuditFile
+from planrt.workers.serving.audit_parts import SIZE as AUDIT_SIZE
 from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.credentials import Credentials, Known
 from planrt.workers.serving.dialling import Dialling
@@ -75,9 +76,9 @@ class WebsocketServerWorker:
     `require_user` nobody gets in who is none of them. `policy` is what the owner allows, and `approvals` the folder of
     the owner's decisions about plans. `access` says which user may do what with which data
     (`planrt.workers.machine.access`). `audit` is a file where the owner's log of what clients do is kept
-    (`planrt.workers.serving.audit_file`). `joint_runs` is a folder where it keeps its part of joint runs
-    (docs/vertical.md), to go on after a break. `data` are tensors that it holds from the start, with tags and
-    descriptions.
+    (`planrt.workers.serving.audit_file`); with more than `audit_size` bytes the next one is begun. `joint_runs` is a
+    folder where it keeps its part of joint runs (docs/vertical.md), to go on after a break. `data` are tensors that it
+    holds from the start, with tags and descriptions.
 
     `cert_path` and `key_path` are files in PEM, the certificate and its private key: with them the worker is reached at
     ``wss://``, and no longer at ``ws://``. With `client_ca`, a file of authorities, only who shows a certificate of one
@@ -145,6 +146,7 @@ class WebsocketServerWorker:
         approvals: Approvals | str | Path | None = None,
         access: Access | Mapping[str, Any] | str | Path | None = None,
         audit: str | Path | None = None,
+        audit_size: int = AUDIT_SIZE,
         joint_runs: str | Path | None = None,
         sum_key: str | Path | None = None,
         sum_peers: str | Path | Mapping[str, str] | None = None,
@@ -215,7 +217,7 @@ class WebsocketServerWorker:
         self._threads = threads
         self._limits = limits or Limits()
         self._guarded = bool(users) or policy is not None
-        self._audit = None if audit is None else AuditFile(audit, id)
+        self._audit = None if audit is None else AuditFile(audit, id, audit_size)
         approvals_of_owner = decisions_in(approvals)
         self._joint_runs = None if joint_runs is None else JointFolder(joint_runs, id)
         self._state = WorkerState(

@@ -24,9 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from planrt.chained import FIRST, ChainError, Link, links, sealed, write_whole
+from planrt.chained import FIRST, ChainError, links, sealed, write_whole
 from planrt.errors import LocalError, OptionError
 from planrt.logs import get_logger
+from planrt.workers.serving.audit_parts import SIZE, begun_after, check_goes_on, check_size, numbered, turn
 from planrt.workers.serving.summing import MINUTE, Summing
 
 log = get_logger("planrt.worker")
@@ -42,16 +43,17 @@ class AuditError(LocalError):
 class AuditFile:
     """The log of the worker named `worker`, at `path`; it is made if it is not there, for its owner only.
 
-    Several workers may share a file: each line says which one wrote it.
+    Several workers may share a file: each line says which one wrote it. With more than `size` bytes the next file is
+    begun, and the chain goes on there (`audit_parts.py`).
 
     Raises:
         OptionError: it cannot be read or written, others may, or its chain is broken.
     """
 
-    def __init__(self, path: str | Path, worker: str) -> None:
+    def __init__(self, path: str | Path, worker: str, size: int = SIZE) -> None:
         if os.name != "posix":
             raise OptionError("audit logs are for systems with POSIX locks")
-        self.path = Path(path)
+        self.path, self._most = Path(path), check_size(size)
         self._worker = worker
         self._events: list[dict[str, Any]] = []
         self._dropped = 0
@@ -70,7 +72,8 @@ class AuditFile:
                     raise OptionError(f"others may read {self.path}, or write to it: chmod 600 {self.path}")
                 self._place = about.st_dev, about.st_ino
                 with _locked(file):
-                    self._follow(file)
+                    self._head, before = begun_after(self.path)
+                    self._follow(file, self.path, before)
             finally:
                 os.close(file)
         except OSError as error:
@@ -156,47 +159,76 @@ class AuditFile:
                 self._dropped -= dropped
 
     def _append(self, events: list[dict[str, Any]]) -> None:
+        while not self._appended(events):
+            pass  # the next file was begun, here or by another worker
+
+    def _appended(self, events: list[dict[str, Any]]) -> bool:
+        """Writes events, and returns True; or False, where they are for another file than there was."""
         file = os.open(self.path, os.O_RDWR | os.O_APPEND)
         try:
             with _locked(file):
-                about = os.fstat(file)
-                if (about.st_dev, about.st_ino) != self._place or about.st_size < self._size:
-                    raise ChainError("it is another file than before, or lines were cut off")
-                self._follow(file)
+                if not os.path.samestat(os.fstat(file), os.stat(self.path)):
+                    return False
+                self._catch_up(file)
                 head, data = self._head, []
                 for event in events:
                     line, head = sealed(event, head)
                     data.append(line)
                 whole = b"".join(data)
+                if self._lines > 1 and self._size + len(whole) > self._most:
+                    turn(self.path, {"time": _now(), "worker": self._worker}, self._head)
+                    return False
                 write_whole(file, whole)
                 self._size, self._head, self._lines = self._size + len(whole), head, self._lines + len(data)
         finally:
             os.close(file)
+        return True
 
-    def _follow(self, file: int) -> None:
-        """Takes note of the lines that were written since, by another worker."""
+    def _catch_up(self, file: int) -> None:
+        """Takes note of what others have written since, into this file and those before it.
+
+        Raises:
+            ChainError: it is no file that goes on after the one that there was.
+        """
+        about = os.fstat(file)
+        place = about.st_dev, about.st_ino
+        if place != self._place:
+            full = list(numbered(self.path).values())
+            known = [(one.stat().st_dev, one.stat().st_ino) for one in full]
+            if self._place not in known:
+                raise ChainError("it is another file than before")
+            before: Path | None = None
+            for one in full[known.index(self._place) :]:
+                other = os.open(one, os.O_RDONLY)
+                try:
+                    self._check_size(other)
+                    self._follow(other, one, before)
+                finally:
+                    os.close(other)
+                self._size, self._lines, before = 0, 0, one
+            self._place = place
+            self._follow(file, self.path, before)
+        else:
+            self._check_size(file)
+            self._follow(file, self.path, None)
+
+    def _check_size(self, file: int) -> None:
+        if os.fstat(file).st_size < self._size:
+            raise ChainError("lines were cut off")
+
+    def _follow(self, file: int, path: Path, before: Path | None) -> None:
+        """Takes note of the lines that were written since, by another worker; the file goes on after `before`."""
         with open(os.dup(file), "rb") as reading:
+            if not self._size:
+                check_goes_on(path, reading.readline(), before)
             reading.seek(self._size)
-            for link in links(reading, str(self.path), previous=self._head, first=self._lines + 1):
+            for link in links(reading, str(path), previous=self._head, first=self._lines + 1):
                 self._head, self._lines = link.hash, link.number
             self._size = reading.tell()
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def entries(path: str | Path) -> Iterator[Link]:
-    """Returns the lines of an audit log, the oldest first.
-
-    Raises:
-        OptionError: it cannot be read. ChainError: at the first line that is not what it should be.
-    """
-    try:
-        with open(path, "rb") as file:
-            yield from links(file, str(path))
-    except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 @contextmanager
