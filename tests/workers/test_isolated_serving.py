@@ -1,12 +1,14 @@
 """With isolation a worker is watched, asked for its status, and keeps joint runs, as it is and does without."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,13 @@ from cryptography.hazmat.primitives import serialization
 from torch import nn
 
 from planrt.cli import main
-from planrt.errors import HandshakeError, JointError, OptionError, RemoteError, SessionLostError
+from planrt.errors import HandshakeError, JointError, OptionError, PlanrtError, RemoteError, SessionLostError
 from planrt.fl import RoundScheduler, TrainConfig, serve
 from planrt.vertical import Party, split_network
 from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.serving import users_file
+from planrt.workers.serving.counts import Figures
+from planrt.workers.serving.isolation import watching
 from planrt.workers.wire.proofs import Checking, Verifier, new_token
 from tests.watching import ask, health, samples
 from tests.workers.test_isolation import Net, Server, children, fit, gone, hook, of_user, until, works  # noqa: F401
@@ -99,6 +103,44 @@ def test_the_figures_are_those_of_all_processes_and_stay_when_one_ends(clinic):
         assert kept[1].sum().get() == 500
     until(lambda: Told(clinic)("sessions") == before("sessions"))
     assert "ann" not in ask(clinic.metrics, "/metrics")[1]
+
+
+def test_what_a_process_counted_just_before_it_was_killed_is_not_lost(request):
+    """It is told every second. Here the process ends at once after an answer."""
+    clinic = served(request, id="clinic", users=USERS, metrics_port=0)
+    until(lambda: clinic.metrics)
+    ann = clinic.connect("ann")
+    x = torch.ones(1000).send(ann)
+    (process,) = clinic.processes()
+    time.sleep(1.5)  # what it counts from here on is told in a second at the earliest
+    answers = [x.sum().get().item() for _ in range(20)]
+    with pytest.raises(RemoteError):
+        torch.linalg.inv(torch.zeros(2, 2).send(ann)).get()
+    os.kill(process, signal.SIGKILL)
+    assert answers == [1000.0] * 20
+    until(lambda: Told(clinic)("processes_lost_total") == 1)
+    after = Told(clinic)
+    assert after("answers_total", kind="fetched") == 20
+    assert after("failures_total", kind="ExecutionError") == 1
+    assert after("bytes_total", direction="in") >= 4_000
+    with contextlib.suppress(PlanrtError):
+        ann.close()
+
+
+def test_counts_outlive_a_process_and_what_it_made_up_does_not_go_down():
+    page = watching.new_page()
+    slot = watching.Slot(page, 7)
+    slot.clear()
+    told = Figures(bytes_sent=10, answers={"done": 3, "fetched": 2}, sessions=4)
+    slot.count(Figures(bytes_sent=7, messages_sent=5, answers={"done": 4}, failures={"WireError": 1}))
+    found = slot.counted(told)
+    assert (found.bytes_sent, found.messages_sent, found.sessions) == (10, 5, 4)
+    assert (found.answers, found.failures) == ({"done": 4, "fetched": 2}, {"WireError": 1})
+    start, end = 7 * 4096, 8 * 4096
+    page[start:end] = b"\xff" * 4096  # a process that was taken over
+    assert slot.counted(told) == told
+    slot.clear()
+    assert slot.counted(Figures()) == Figures()
 
 
 def test_what_processes_say_to_each_other_is_no_clients(clinic):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Final, Protocol, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Protocol, get_args
 
 import msgspec
 
@@ -25,6 +25,7 @@ _FAILURES: Final = frozenset(
 )
 _BAD: Final = ("WireError", "MessageTooLargeError", "HandshakeError")
 
+_MOST: Final = 1 << 53
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
 
 
@@ -61,6 +62,31 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} went down")
         return new
 
+    def counts(self) -> Iterator[tuple[int, int]]:
+        """Yields the counts that are not 0, each with its place (below `PLACES`): as memory has them that outlives a
+        process."""
+        for name in self.__struct_fields__[:-_PASSING]:
+            value = getattr(self, name)
+            for key, count in value.items() if isinstance(value, dict) else [("", value)]:
+                if count:
+                    yield _PLACES[name, key], count
+
+    def with_counts(self, found: Sequence[int]) -> Figures:
+        """Returns these figures with the counts at their places, as that memory has them: a client may have taken the
+        process over, so none goes down, and what is no count is left out."""
+        new: dict[str, Any] = {}
+        for (name, key), place in _PLACES.items():
+            value = getattr(self, name)
+            before = value.get(key, 0) if isinstance(value, dict) else value
+            count = max(before, found[place] if found[place] < _MOST else 0)
+            if not count:
+                continue
+            if isinstance(value, dict):
+                new.setdefault(name, {})[key] = count
+            else:
+                new[name] = count
+        return msgspec.structs.replace(self, **new)
+
     def ended(self) -> Figures:
         """Returns what is left of the figures of a process that has ended: its counts."""
         return msgspec.structs.replace(self, sessions=0, objects=0, bytes=0, waiting=0)
@@ -74,6 +100,18 @@ _NAMES: Final = {
     "failures": {*_FAILURES, OTHER},
     "bad_messages": {*_BAD, OTHER},
 }
+
+
+_PLACES: Final = {
+    place: number
+    for number, place in enumerate(
+        (name, key)
+        for name in Figures.__struct_fields__[:-_PASSING]
+        for key in (sorted(_NAMES[name]) if name in _NAMES else [""])
+    )
+}
+"""(count, name) -> its place."""
+PLACES: Final = len(_PLACES)
 
 
 def added_up(all: Iterable[Figures]) -> Figures:
@@ -112,6 +150,8 @@ class HostCounts:
     """Counts what happens at a host. `opened` and `closed` once a connection, `told` once an answer; nothing else."""
 
     def __init__(self) -> None:
+        self.told_first: Callable[[], None] = lambda: None
+        """Called once an answer has been counted, and before it leaves."""
         self.connections = 0
         self._open: list[Traffic] = []
         self._closed = Traffic()
@@ -142,6 +182,7 @@ class HostCounts:
         self._answers[type(body)] += 1
         if isinstance(body, m.Failure):
             (self.refusals if body.kind in REFUSALS else self.failures).add(body.kind)
+        self.told_first()
 
     @property
     def open(self) -> int:

@@ -148,8 +148,13 @@ class _Host(WorkerHost):
 
     async def _handle(self, event: Event) -> None:
         await super()._handle(event)
+        self.counts.told_first()  # what this event has counted besides answers
         if isinstance(event, Received) and isinstance(event.envelope.body, m.Hello):
             self.calls.tell("opened", event.connection, self.state.kept_name(event.connection))
+
+    def note_counts(self) -> None:
+        """Has what was counted where it outlives this process."""
+        self.slot.count(self.counts.figures())
 
 
 class _Serving:
@@ -178,6 +183,8 @@ class _Serving:
         reaching = _Reaching(work.dialling, self._dial)
         self._host = _Host(state, self._compute, limits=work.limits, dialling=reaching, audit=audit)
         self._host.slot, self._host.calls = slot, calls
+        if work.counted:
+            self._host.counts.told_first = self._host.note_counts
         self._owners = state.store.count("")
         self._owned = state.overview.held() if work.counted else None
         self._told = Figures()

@@ -358,7 +358,7 @@ class Isolation:
         with self._counting:
             if self._processes.pop(process.number, None) is None:
                 return
-            self._ended = added_up([self._ended, process.figures.ended()])
+            self._ended = added_up([self._ended, process.slot.counted(process.figures).ended()])
         if self._stopping and not self._processes:
             self._none_left.set()
         self._answers.board.over(process.number)

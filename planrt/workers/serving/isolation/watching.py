@@ -2,7 +2,7 @@
 
 Each process has a slot, a page of its own (`mappings.py` takes the others' from it). It writes there what it
 begins, with a time: half a microsecond an op, and no message, so that
-it can be read of a process that has crashed or will never answer.
+it can be read of a process that has crashed or will never answer. So are its counts, before each answer leaves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from planrt.workers.serving.counts import PLACES, Figures
+
 SLOTS: Final = 256
 """Processes at a time."""
 _SLOT = struct.Struct("<dII80s")
@@ -24,6 +26,10 @@ _SIZE: Final = mmap.PAGESIZE
 _OBJECTS_AT: Final = _BEGAN.size
 _SENT_AT: Final = _OBJECTS_AT + _COUNT.size
 _NAME_AT: Final = _SENT_AT + _COUNT.size
+_FIGURE = struct.Struct("<Q")
+_FIGURES = struct.Struct(f"<{PLACES}Q")
+_FIGURES_AT: Final = 128
+assert _SLOT.size <= _FIGURES_AT and _FIGURES_AT + _FIGURES.size <= _SIZE  # noqa: S101, PT018
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Slot:
 
     def clear(self) -> None:
         """Makes it the slot of a new process."""
-        _SLOT.pack_into(self._page, self._at, 0.0, 0, 0, b"")
+        self._page[self._at : self._at + _SIZE] = bytes(_SIZE)
 
     def began(self, what: str) -> None:
         """Notes that `what` begins."""
@@ -71,6 +77,15 @@ class Slot:
         """Notes that so many more messages are being sent."""
         self._sent += more
         _COUNT.pack_into(self._page, self._at + _SENT_AT, self._sent)
+
+    def count(self, figures: Figures) -> None:
+        """Notes what has been counted, so that it is not lost with the process."""
+        for place, count in figures.counts():
+            _FIGURE.pack_into(self._page, self._at + _FIGURES_AT + place * _FIGURE.size, count)
+
+    def counted(self, told: Figures) -> Figures:
+        """Returns what a process had counted that has ended; `told` is what it said last."""
+        return told.with_counts(_FIGURES.unpack_from(self._page, self._at + _FIGURES_AT))
 
     def read(self) -> Seen:
         """Returns what it says."""
