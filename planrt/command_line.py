@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -53,6 +54,13 @@ def whole_number(*, at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], 
         return value
 
     return parse
+
+
+def tag(text: str) -> str:
+    """Parses an option of argparse: a tag such as ``#patients``. One without ``#`` no release rule is ever about."""
+    if not re.fullmatch(r"#\S+", text):
+        raise argparse.ArgumentTypeError(f"a tag is written as #patients, got {text!r}")
+    return text
 
 
 def positive_number(text: str) -> float:

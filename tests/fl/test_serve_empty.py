@@ -34,6 +34,14 @@ def test_options_about_data_are_refused(options, message, capsys):
     assert message in printed.err
 
 
+def test_a_tag_without_its_sign_is_refused(capsys):
+    """No release rule would ever be about it."""
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["--id", "bob", "--dataset", "package:factory", "--key", "k", "--tag", "patients"])
+    assert ended.value.code == 2
+    assert "a tag is written as #patients, got 'patients'" in capsys.readouterr().err
+
+
 def test_any_id_will_do_and_clients_send_what_it_holds(capfd):
     planrt.TorchHook(torch)
     with WorkerProcesses([ChildOptions("dora", options=("--empty", "--threads", "1"))]) as processes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -408,6 +410,28 @@ def test_rounds_on_served_data_keep_the_rules(hospital):
     assert train(worker, 30, max_nr_batches=3).samples == 90
     with pytest.raises(PolicyRefusedError, match="the smallest batch has 10 rows"):
         worker.evaluate("patients")
+
+
+@pytest.mark.parametrize(
+    ("tags", "rule", "told"),
+    [
+        ([], "#patients", "none"),
+        (["patients"], "#patients", "patients"),  # without the #
+        (["#Patients", "#2026"], "#patients", "#Patients, #2026"),
+        (["#patients"], "#patients", None),
+        ([], "*", None),
+        ([], None, None),
+    ],
+)
+def test_data_that_no_release_rule_is_about_is_told_to_its_owner(hospital, caplog, tags, rule, told):
+    """Tags are easily mistyped, and without a rule every row may leave."""
+    rules = () if rule is None else (ReleaseRule(rule, min_rows=20),)
+    policy = Policy(approval="open", release=rules)
+    with caplog.at_level(logging.WARNING, logger="planrt.worker"):
+        hospital(policy, datasets={"scans": BaseDataset(torch.randn(4, 2), torch.zeros(4))}, tags=tags)
+        VirtualWorker("clinic", policy=policy, data=[torch.ones(3).tag(*tags)])
+    records = [one for one in caplog.records if one.getMessage() == "no_release_rule"]
+    assert [one.tags for one in records] == ([] if told is None else [told, told])
 
 
 def test_rounds_wait_for_approval_too(hospital, tmp_path):

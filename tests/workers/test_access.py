@@ -65,6 +65,12 @@ def test_each_is_told_of_what_it_may_see(clinic):
     }  # fmt: skip
 
 
+def test_a_data_set_that_no_table_is_about_is_told_to_its_owner(clinic, caplog):
+    """Its key may be mistyped in the table, and then everybody may use it."""
+    records = [one for one in caplog.get_records("setup") if one.getMessage() == "no_access_table"]
+    assert [(one.data, one.tables) for one in records] == [("unnamed", "#patients, hidden, open, scans")]
+
+
 def run_on(worker, key):
     """Trains, as if this client had been told of the data set."""
     config = TrainConfig(

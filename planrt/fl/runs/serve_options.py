@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from planrt.command_line import Parser, seconds, whole_number
+from planrt.command_line import Parser, seconds, tag, whole_number
 from planrt.workers.serving.metrics_options import add_metrics
 
 
@@ -36,7 +36,7 @@ def parser(prog: str) -> Parser:
     )
     add("--label-column", metavar="NAME", help="column of the table that is its label, if it has one")
     add("--key", help="key that clients ask for your own data set by")
-    add("--tag", action="append", default=[], help="tag of the data set (repeatable)")
+    add("--tag", action="append", default=[], type=tag, help="tag of the data set (repeatable)")
     add("--threads", type=whole_number(at_least=1), help="torch threads (as many as cores)")
     add("--device", default="cpu", help="device that computes (%(default)s)")
     add(

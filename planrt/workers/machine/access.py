@@ -83,6 +83,12 @@ class Access:
         rights = self._tables.get(key)
         return rights is None or rights.has("see", user)
 
+    def without_table(self, key: str) -> dict[str, str]:
+        """Returns what to tell an owner who has tables, and none about this data set; empty where all is well."""
+        if not self._tables or key in self._tables:
+            return {}
+        return {"tables": ", ".join(sorted(self._tables)), "so": "everybody who may connect may use it"}
+
     def check_run(self, user: str | None, key: str) -> None:
         """Raises PolicyError unless a user may train and evaluate on a data set."""
         rights = self._tables.get(key)

@@ -264,6 +264,17 @@ class Gate:
             least = max(least, rule.min_rows)
         return all(count == 0 or count >= least for count in counts)
 
+    def without_rule(self, tags: Iterable[str]) -> dict[str, str]:
+        """Returns what to tell an owner who has release rules, and none about data with these tags; empty where all is
+        well."""
+        if not self.policy.release or self.covers(tags):
+            return {}
+        return {
+            "tags": ", ".join(tags) or "none",
+            "rules_are_about": ", ".join(sorted({rule.tag for rule in self.policy.release})),
+            "so": "no rule holds what may leave of it",
+        }
+
     def _about(self, tags: Iterable[str]) -> list[ReleaseRule]:
         names = set(tags)
         return [rule for rule in self.policy.release if rule.tag == ALL_PRIVATE or rule.tag in names]

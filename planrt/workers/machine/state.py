@@ -47,6 +47,7 @@ from typing import Any
 import torch
 
 from planrt.errors import OptionError, WireError
+from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Decisions
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
@@ -104,6 +105,8 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.chain_runs import Reaches, always
 from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import Verifier
+
+log = get_logger("planrt.worker")
 
 
 class WorkerState:
@@ -221,7 +224,7 @@ class WorkerState:
 
     def add_tensor(self, id: int, tensor: torch.Tensor) -> None:
         """Holds `tensor` as the worker's own; clients find it by its tags. If a release rule of the worker's policy is
-        about one of these, nobody may read it.
+        about one of these, nobody may read it; if none is, and everybody may, the log says so.
 
         Raises:
             DuplicateIdError: the id is taken.
@@ -234,6 +237,8 @@ class WorkerState:
             if self._parts.gate is not None and self._parts.gate.covers(tags)
             else self.access.label(tags)
         )
+        if label is None and self._parts.gate is not None and (told := self._parts.gate.without_rule(tags)):
+            log.warning("no_release_rule", worker=self.id, object=id, **told)
         self.store.add(
             id,
             StoredObject(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from planrt.errors import DataError, LocalError, OptionError, PlanError, PolicyError
+from planrt.logs import get_logger
 from planrt.plans import optimizer_states, training
 from planrt.plans.ir.constants import Constant
 from planrt.plans.ir.graph import Graph
@@ -57,6 +58,8 @@ from planrt.workers.wire.refusals import GetNotPermitted, UnknownDataset
 MAX_OPTIMIZERS = 1_000
 """Optimizers whose state a session keeps."""
 
+log = get_logger("planrt.worker")
+
 _NONE: tuple[Constant, ...] = ()
 _Draw = Callable[[Iterator[Batch]], Iterator[Batch]]
 
@@ -93,6 +96,9 @@ class TrainingOps:
     ) -> m.DatasetInfo:
         """Serves a map-style data set of (data, target) pairs under `key`.
 
+        Where the owner has release rules or access tables, and none is about this data set, the log says so: tags and
+        keys are easily mistyped.
+
         Raises:
             DataError: no map-style data set, or its items are no pairs of tensors or numbers.
             OptionError: the key is no string, or taken.
@@ -104,6 +110,10 @@ class TrainingOps:
         data, target = (_spec_to_wire(spec) for spec in sample_specs(source, key=key))
         info = m.DatasetInfo(len(source), data, target, list(tags), description)
         self._datasets[key] = _Dataset(source, info)
+        if self._gate is not None and (told := self._gate.without_rule(tags)):
+            log.warning("no_release_rule", worker=self._worker_id, data=key, **told)
+        if told := self._access.without_table(key):
+            log.warning("no_access_table", worker=self._worker_id, data=key, **told)
         return info
 
     def read_items(self) -> None:
