@@ -13,7 +13,7 @@ from torch import nn
 
 from planrt.errors import LocalError, OptionError, RemoteError
 from planrt.fl.averaging import copied
-from planrt.fl.options import whole
+from planrt.fl.options import flag, whole
 from planrt.fl.recording_cache import casting_hint, check_here, dataset_of, example_batch, recorded
 from planrt.plans.fingerprint import fingerprint
 from planrt.plans.ir.graph import Graph
@@ -146,6 +146,10 @@ class SentJob:
     ) -> EvaluationResult:
         plans = await self._ready(worker, dataset_key)
         bins, nr_bins = whole("bins", bins, at_least=0), whole("nr_bins", nr_bins, at_least=-1)
+        return_histograms = flag("return_histograms", return_histograms)
+        return_loss, return_raw_accuracy = (
+            flag("return_loss", return_loss), flag("return_raw_accuracy", return_raw_accuracy),
+        )  # fmt: skip
         if return_histograms and max(bins, nr_bins) < 1:
             raise OptionError("return_histograms needs the number of classes: nr_bins=10")
         counted = max(bins, nr_bins) if return_histograms or bins else 0

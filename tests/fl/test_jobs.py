@@ -235,6 +235,9 @@ def test_evaluate_as_a_mapping(alice):
     assert alice.evaluate("d", bins=3).histogram == result.histogram
     with pytest.raises(OptionError, match="nr_bins=10"):
         alice.evaluate("d", return_histograms=True)
+    for name in ("return_histograms", "return_loss", "return_raw_accuracy"):
+        with pytest.raises(OptionError, match=f"{name} must be True or False, got 'no'"):
+            alice.evaluate("d", nr_bins=3, **{name: "no"})
 
 
 def test_what_has_no_classes_is_evaluated_without(make_worker):
