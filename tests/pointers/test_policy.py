@@ -90,6 +90,23 @@ def test_waiting_for_approval(hospital, tmp_path):
     assert worker.wait_for_approval(mean_of, every=0.02).status == "approved"
 
 
+def test_a_record_that_was_changed_is_told_to_the_owner_once(hospital, tmp_path, caplog):
+    """Clients are told that the owner must look; the owner's log says where, and does not grow as they ask again."""
+    worker = hospital(Policy(approval="ask"), approvals=tmp_path)()
+    record = Approvals(tmp_path)
+    record.deny(mean_of.hash, why="first")
+    record.approve(mean_of.hash)
+    decisions = tmp_path / "decisions.jsonl"
+    decisions.write_text(decisions.read_text().replace("first", "other"))
+    with caplog.at_level(logging.ERROR, logger="planrt.worker"):
+        for _ in range(3):
+            with pytest.raises(NotApprovedError, match="the owner must look there") as caught:
+                mean_of.send(worker)(torch.ones(2, 3).send(worker)).get()
+    assert str(tmp_path) not in str(caught.value)
+    (told,) = [one for one in caplog.records if one.getMessage() == "decisions_not_read"]
+    assert "line 2: the chain is broken" in told.error
+
+
 def test_plans_on_a_list(hospital):
     worker = hospital(Policy(approval="list", approved=(mean_of.hash,)))()
     x = torch.ones(4, 3).send(worker)

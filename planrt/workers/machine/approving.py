@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from planrt.errors import ApprovalError
+from planrt.logs import get_logger
 from planrt.plans.ir.constants import Constant, approval_hash, constants_of, has_constants, waiting_bytes
 from planrt.plans.ir.graph import Graph
 from planrt.plans.ir.record import with_names
@@ -20,6 +21,8 @@ from planrt.plans.policy.approvals import Asking, Decisions, QueueFullError, Sta
 from planrt.plans.policy.rules import Policy
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.wire.refusals import NotApproved
+
+log = get_logger("planrt.worker")
 
 _PROGRAMS: Final = 10_000
 """Plans with constants whose own hash is known by the one that decisions are filed under."""
@@ -43,6 +46,8 @@ class Approving:
         self._approvals = approvals
         self._audit = audit
         self._programs: OrderedDict[str, str] = OrderedDict()
+        self._logged = ""
+        """Why the record could not be read, as the owner was told last."""
 
     def ask(self, approvals: Decisions | None) -> None:
         """Asks these about plans from now on."""
@@ -114,8 +119,8 @@ class Approving:
             self._audit.asked(user, graph, filed, on, purpose)
         except QueueFullError as error:
             raise NotApproved(f"plan {graph.name!r} ({filed}) cannot wait for the owner: {error}") from None
-        except ApprovalError:
-            raise NotApproved(_UNREADABLE) from None
+        except ApprovalError as error:
+            raise self._unreadable(error) from None
         return filed
 
     def standing(self, filed: str) -> Status:
@@ -135,8 +140,15 @@ class Approving:
             if program is not None and (whole := self._approvals.status(program)).status == "denied":
                 return whole
             return self._approvals.status(filed)
-        except ApprovalError:
-            raise NotApproved(_UNREADABLE) from None
+        except ApprovalError as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: ApprovalError) -> NotApproved:
+        """What a client is told; the owner's log has the reason, once, however often clients ask."""
+        if str(error) != self._logged:
+            self._logged = str(error)
+            log.error("decisions_not_read", error=str(error), instead="no plan runs that needs one")
+        return NotApproved(_UNREADABLE)
 
     def told(self, filed: str, user: str | None, *, sent: bool) -> Status:
         """Returns how it stands with what is filed under it, as a client of that `user` is told: as `standing` where
@@ -199,8 +211,8 @@ class Approving:
                 )
             except QueueFullError as error:
                 raise NotApproved(f"the joint run ({filed}) cannot wait for the owner: {error}") from None
-            except ApprovalError:
-                raise NotApproved(_UNREADABLE) from None
+            except ApprovalError as error:
+                raise self._unreadable(error) from None
         if standing.status == "approved":
             return
         said = {"denied": "was not approved", "pending": "waits for the owner's approval"}
