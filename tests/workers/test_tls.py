@@ -3,7 +3,10 @@
 import contextlib
 import datetime
 import logging
+import socket
+import ssl
 import subprocess
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ import trustme
 
 import planrt
 from planrt.errors import HandshakeError, OptionError, TransportError
+from planrt.serde.frames import Limits
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.transport import places, websocket
 from planrt.workers.transport.tls import USER, WORKER, user_of
 
 TOKEN = "the long token of ann"
@@ -362,3 +367,94 @@ def test_a_server_that_skips_the_proof_is_no_worker_of_ours():
             patched.undo()
     with pytest.raises(TransportError):
         WebsocketClientWorker("bob", uri=uri, timeout=2)
+
+
+# ------------------------------------------------------------------------ before the handshake is over
+
+
+def client_hello():
+    """The first bytes of a client."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
+    return outgoing.read()
+
+
+def place(uri):
+    parts = urlsplit(uri)
+    return parts.hostname, parts.port
+
+
+def was_cut(opened, seconds):
+    opened.settimeout(seconds)
+    try:
+        return opened.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except (TimeoutError, BlockingIOError):
+        return False
+
+
+@pytest.mark.parametrize("said", ["nothing", "half a hello", "no hello"])
+def test_who_does_not_finish_the_handshake_is_cut_off(serve, files, monkeypatch, said):
+    monkeypatch.setattr(websocket, "_TLS_SECONDS", 0.5)
+    uri = serve()
+    hello = client_hello()
+    first = {"nothing": b"", "half a hello": hello[: len(hello) // 2], "no hello": b"GET / HTTP/1.1\r\n\r\n"}
+    with client(uri, ca=files.ca) as honest, socket.create_connection(place(uri)) as opened:
+        opened.sendall(first[said])
+        if said == "no hello":  # who speaks no TLS is told so by an alert
+            opened.settimeout(30)
+            with contextlib.suppress(ConnectionResetError):
+                while opened.recv(100):
+                    pass
+        else:
+            assert was_cut(opened, 30)
+        assert works(honest)
+
+
+def test_handshakes_have_the_places_of_their_address(serve, files, monkeypatch):
+    """From the first moment on: each takes a file of the process. Others get in meanwhile."""
+    monkeypatch.setattr(places, "caller", str)  # else all addresses of this machine are one
+    uri = serve(limits=Limits(connections=2))
+    there, half = place(uri), client_hello()[:20]
+    with contextlib.ExitStack() as stack:
+
+        def reach(host):
+            return stack.enter_context(socket.create_connection(there, timeout=5, source_address=(host, 0)))
+
+        silent = [reach("127.0.0.2") for _ in range(66)]
+        for one in silent[::2]:
+            one.sendall(half)
+        assert was_cut(reach("127.0.0.2"), 5)
+        assert not any(was_cut(one, 0) for one in silent)
+        with client(uri, ca=files.ca) as honest:  # from 127.0.0.1
+            assert works(honest)
+        for one in silent[:10]:
+            one.close()
+        again = []
+        for _ in range(200):
+            again = [reach("127.0.0.2")]
+            if not was_cut(again[0], 0.05):
+                break
+        assert not was_cut(again[0], 0)  # they have given their places back
+
+
+def test_places_are_given_back_however_a_handshake_ends(serve, files):
+    uri = serve(limits=Limits(connections=2))
+    for number in range(150):  # more than an address has
+        with socket.create_connection(place(uri), timeout=5) as opened:
+            if number % 2:
+                opened.sendall(b"no hello at all")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            assert works(stack.enter_context(client(uri, ca=files.ca)))
+
+
+def test_a_server_that_stops_waits_for_no_handshake(server_pair):
+    cert, key = server_pair
+    with contextlib.ExitStack() as stack:
+        with WebsocketServerWorker("bob", cert_path=cert, key_path=key, threads=1).running() as uri:
+            silent = stack.enter_context(socket.create_connection(place(uri), timeout=5))
+        assert was_cut(silent, 5)

@@ -7,8 +7,12 @@ opens itself.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import ssl
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final, cast
 
 from websockets.asyncio.server import ServerConnection
@@ -88,28 +92,104 @@ class Places:
             del self._open[name]  # else it grew with each address that is refused
 
 
-def placed(base: type[ServerConnection], places: Places) -> type[ServerConnection]:
-    """Returns a class of connections for `websockets`' servers that are `base`, and have places of `places`.
+class Placed(ServerConnection):
+    """A connection that has a place. `placed` makes classes of such."""
 
-    One for which there is no place is cut off without a word. Over TLS a connection has its place from the end of that
-    handshake on: before, nobody is told of it.
-    """
+    places: Places
+    host: str | None = None
+    """Whose place it has."""
+    begun = False
 
-    class Placed(base):  # type: ignore[valid-type,misc]
-        host: str | None = None
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            host = str((transport.get_extra_info("peername") or ("",))[0])
-            if not places.take(host):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+        if self.host is None:
+            host = host_of(transport)
+            if not self.places.take(host):
                 cast(asyncio.Transport, transport).abort()
                 return
             self.host = host
-            super().connection_made(transport)
+        self.begun = True
+        super().connection_made(transport)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self.host is None:
-                return
-            places.leave(self.host)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.BaseProtocol`."""
+        if self.begun and self.host is not None:
+            self.places.leave(self.host)
             super().connection_lost(exc)
 
-    return Placed
+
+def placed(base: type[ServerConnection], of: Places) -> type[Placed]:
+    """Returns a class of connections for `websockets`' servers that are `base`, and have places of `of`.
+
+    One for which there is no place is cut off without a word.
+    """
+
+    class Here(Placed, base):  # type: ignore[valid-type,misc]
+        places = of
+
+    return Here
+
+
+def host_of(transport: asyncio.BaseTransport) -> str:
+    """Returns the other end's address."""
+    return str((transport.get_extra_info("peername") or ("",))[0])
+
+
+class Handshakes:
+    """The TLS handshakes that are under way at a server: each has a place from its connection's first moment on.
+
+    A server hears of a connection with TLS once that handshake is over. So it is told of connections without, and each
+    is begun anew, on the same socket, with TLS.
+
+    Args:
+        seconds: that a client may take for it.
+    """
+
+    def __init__(self, context: ssl.SSLContext, places: Places, seconds: float) -> None:
+        self._context, self._places, self._seconds = context, places, seconds
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def before(self, connection: type[Placed]) -> Callable[..., asyncio.Protocol]:
+        """Returns what is made in place of `connection`."""
+        return lambda *args, **options: _Accepted(self, connection(*args, **options))
+
+    def begin(self, transport: asyncio.Transport, connection: Placed) -> None:
+        """Shakes hands over a connection that was accepted just now, if there is a place for it."""
+        host = host_of(transport)
+        own = transport.get_extra_info("socket")
+        if own is not None and self._places.take(host):
+            connection.host = host
+            accepted = socket.socket(fileno=os.dup(own.fileno()))
+            accepted.setblocking(False)
+            task = asyncio.get_running_loop().create_task(self._shake(accepted, connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        transport.abort()  # nothing has been read of it
+
+    async def _shake(self, accepted: socket.socket, connection: Placed) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection, accepted, ssl=self._context, ssl_handshake_timeout=self._seconds
+            )
+        except OSError:  # TLS's own errors and those of time are such, too
+            return
+        finally:
+            if not connection.begun:
+                accepted.close()
+                self._places.leave(connection.host or "")
+
+    def end(self) -> None:
+        """Ends those that are under way."""
+        for task in self._tasks:
+            task.cancel()
+
+
+class _Accepted(asyncio.Protocol):
+    """A connection before its TLS handshake."""
+
+    def __init__(self, handshakes: Handshakes, connection: Placed) -> None:
+        self._handshakes, self._connection = handshakes, connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+        self._handshakes.begin(cast(asyncio.Transport, transport), self._connection)

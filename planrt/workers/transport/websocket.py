@@ -30,7 +30,7 @@ from planrt.workers.transport.addresses import DialOptions, ListenOptions, Serve
 from planrt.workers.transport.callers import Callers
 from planrt.workers.transport.passing import Passed, let_go
 from planrt.workers.transport.pipes import Traffic, assembler
-from planrt.workers.transport.places import Places, most_of_all, placed
+from planrt.workers.transport.places import Handshakes, Places, most_of_all, placed
 from planrt.workers.transport.tls import ServerTls, client_tls, fingerprint, user_of, why_not
 from planrt.workers.transport.websocket_stream import FrameStream
 from planrt.workers.wire.channel import Channel
@@ -335,17 +335,17 @@ async def listen(
         return None if refusal is None else connection.respond(HTTPStatus.FORBIDDEN, f"{refusal}\n")
 
     address = f"ws://{host}:{port}"
-    options = _OPTIONS if tls is None else {**_OPTIONS, "ssl_handshake_timeout": _TLS_SECONDS}
     places = Places(limits.connections + _UNDER_WAY, most_of_all())
+    made = placed(_ServerConnection, places)
+    handshakes = None if tls is None else Handshakes(tls.context, places, _TLS_SECONDS)
     try:
         server = await serve(
             handler,
             host,
             port,
-            create_connection=placed(_ServerConnection, places),
-            ssl=tls.context if tls else None,
+            create_connection=cast(Any, made if handshakes is None else handshakes.before(made)),
             process_request=check,
-            **options,
+            **_OPTIONS,
         )
     except OSError as error:
         raise ConnectError(
@@ -353,7 +353,11 @@ async def listen(
         ) from error
     async with server:
         bound = next(iter(server.sockets)).getsockname()[1]
-        yield int(bound)
+        try:
+            yield int(bound)
+        finally:
+            if handshakes is not None:
+                handshakes.end()
 
 
 register("ws", WebsocketTransport(encrypted=False))
