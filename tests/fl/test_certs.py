@@ -305,6 +305,17 @@ def test_by_default_it_dials_this_machine_only(address):
         dialling._check("alice", PeerAddress("bob", address))
 
 
+@pytest.mark.parametrize("address", ["ws://127.0.0.1:99999", "ws://127.0.0.1:x", "ws://[::1:80"])
+def test_what_is_no_address_is_told_as_such(address):
+    from planrt.errors import ConnectError
+    from planrt.workers.serving.dialling import Dialling
+    from planrt.workers.wire.messages import PeerAddress
+
+    for peers in (None, ["10.0.0.5:80"]):
+        with pytest.raises(ConnectError, match="is no worker address: write ws://HOST:PORT"):
+            Dialling(peers)._check("alice", PeerAddress("bob", address))
+
+
 @pytest.mark.parametrize(
     "bad", ["10.0.0.5", "10.0.0.5:", ":80", "10.0.0.5:x", "ws://10.0.0.5:80", "a b:1x", 3, ""]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -449,6 +450,44 @@ def test_data_that_no_release_rule_is_about_is_told_to_its_owner(hospital, caplo
         VirtualWorker("clinic", policy=policy, data=[torch.ones(3).tag(*tags)])
     records = [one for one in caplog.records if one.getMessage() == "no_release_rule"]
     assert [one.tags for one in records] == ([] if told is None else [told, told])
+
+
+class Words(nn.Module):
+    """An embedding and an LSTM, as people train them on texts."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.table = nn.Embedding(50, 4)
+        self.table.weight.requires_grad_(not frozen)
+        self.lstm = nn.LSTM(4, 3, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, words):
+        return self.out(self.lstm(self.table(words))[0][:, -1])
+
+
+def test_an_embedding_is_trained_with_its_table_frozen(hospital):
+    """A row of the table is touched by those alone who have that word, so its gradient is no aggregate."""
+    torch.manual_seed(0)
+    words = torch.randint(0, 50, (40, 6))
+    data = BaseDataset(words, words[:, 0] % 2)
+    worker = hospital(OPEN, datasets={"texts": data}, tags=["#patients"])()
+    options = {"batch_size": 20, "optimizer": "AdamW", "optimizer_args": {"lr": 0.01}, "shuffle": False}
+    TrainConfig(Words(frozen=False), F.cross_entropy, **options).send(worker)
+    with pytest.raises(PolicyRefusedError, match=r"gradient of table.weight depends on data"):
+        worker.fit("texts")
+    model = Words(frozen=True)
+    config = TrainConfig(copy.deepcopy(model), F.cross_entropy, **options)
+    config.send(worker)
+    worker.fit("texts")
+    trained = config.model_ptr.get().obj.state_dict()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for place in (0, 20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(words[place : place + 20]), words[place : place + 20, 0] % 2).backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value)
 
 
 def test_rounds_wait_for_approval_too(hospital, tmp_path):

@@ -9,7 +9,8 @@ from shapes alone.
 that tag went through aggregates (sums, means, products over rows, losses, ...) over at least 20 rows each.
 Rows are the entries of dimension 0. A maximum, a median or a sorted value is one row's value and no
 aggregate. A gradient with respect to shared parameters is one; a gradient with respect to something with a
-place for each row is not.
+place for each row is not. Nor is one of an embedding's table: each of its entries is about those rows alone that have
+that word, and there may be one. Train such a model with its table frozen (`requires_grad_(False)`).
 
 **What they do not stop.** They look at the form of a program. They catch mistakes and plain requests for
 data; they are no proof of privacy:

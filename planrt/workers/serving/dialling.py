@@ -126,7 +126,9 @@ class Dialling:
             parts = urlsplit(peer.address)
             host, port = parts.hostname or "", parts.port
         except ValueError:
-            host, port = "", None
+            raise ConnectError(
+                f"{peer.address!r} is no worker address: write ws://HOST:PORT", address=peer.address
+            ) from None
         if self._peers is None:
             allowed = is_loopback(host) or (port is None and bool(host))
         else:
