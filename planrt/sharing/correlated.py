@@ -29,7 +29,7 @@ from planrt.sharing.requests import ALL, CHANGES, Base, Known, Part, Request, Sp
 _LATELY = 1 << 24
 """Bytes of masks that a dealer keeps."""
 
-_DTYPES = {"ring": torch.int64, "bits": torch.uint8, "words": torch.int16}
+_DTYPES = {"ring": torch.int64, "short": torch.int16, "bits": torch.uint8, "words": torch.int16}
 
 
 def _to_tensor(part: Part) -> torch.Tensor:
@@ -39,7 +39,7 @@ def _to_tensor(part: Part) -> torch.Tensor:
 
 
 def _from_tensor(spec: Spec, tensor: torch.Tensor) -> Part:
-    if spec.kind == "ring":
+    if spec.kind in ("ring", "short"):
         return tensor
     array: np.ndarray = tensor.numpy()
     return array if spec.kind == "bits" else array.view(np.uint16)

@@ -15,7 +15,7 @@ from planrt.errors import OptionError, SharingError
 from planrt.sharing import ring
 from planrt.sharing.fixed_point import LIMIT
 from planrt.sharing.masked import Masked, mask
-from planrt.sharing.requests import Given
+from planrt.sharing.requests import Given, Known, Low, Product
 from planrt.sharing.rounds import Party, Protocol
 from planrt.types import as_whole
 
@@ -46,15 +46,41 @@ def divide(party: Party, value: Masked, divisor: int) -> torch.Tensor:
     2**64; otherwise r < 2**63 or nothing was lost. So x + offset = c - r, where r is read as signed if c < 2**63, and
     as unsigned otherwise.
 
-    1. Take parts u of floor(r / divisor), r unsigned, and s of floor(r / divisor), r signed.
-    2. Return floor(c / divisor) - offset / divisor at the first party, less u where c >= 2**63 and s elsewhere.
+    1. Take a part of what r takes away, floor(r / divisor), r unsigned where c >= 2**63 and signed elsewhere (`lost`).
+    2. Return floor(c / divisor) - offset / divisor at the first party, less that.
     """
     check_divisor(divisor)
-    u = party.supply.take(Given(value.mask.changed("divide_unsigned", divisor))).fixed[0]
-    s = party.supply.take(Given(value.mask.changed("divide", divisor))).fixed[0]
     quotient, high, steps = shifted(value.opened, divisor)
-    lost = ring.chosen(high, u, s)
+    lost = quotient_of_mask(party, value.mask, divisor, high)
     return ring.minus(quotient.sub_(steps), lost) if party.first else lost.neg_()
+
+
+def quotient_of_mask(
+    party: Party, mask: Known, divisor: int, high: torch.Tensor, coin: Known | None = None
+) -> torch.Tensor:
+    """Returns this party's part of floor(r / divisor), r read as unsigned where `high` is -1 and as signed where it is
+    0; times beta, if the `coin` is given.
+
+    Let u and s be the two quotients. For a power of two u - s is 2**64 / divisor where r has its top bit set, and 0
+    elsewhere; so up to 2**16 it takes the low bits of that bit alone: 10 bytes of the dealer's in place of 16.
+
+    1. Take parts of s, and of the top bit, or of u where the divisor is another one.
+    2. Return u or s, by `high`.
+    """
+    place = divisor.bit_length() - 1
+    s = _known_part(party, mask.changed("divide", divisor), coin)
+    if divisor == 1 << place and 1 <= place <= 16:
+        top = mask.changed("top")
+        low = party.supply.take(Low(top, top if coin is None else coin)).fixed[0]
+        apart: torch.Tensor = low.to(torch.int64).bitwise_left_shift_(64 - place).bitwise_and_(high)
+        return apart.add_(s)
+    return ring.chosen(high, _known_part(party, mask.changed("divide_unsigned", divisor), coin), s)
+
+
+def _known_part(party: Party, known: Known, coin: Known | None) -> torch.Tensor:
+    request = Given(known) if coin is None else Product("mul", coin, known)
+    part: torch.Tensor = party.supply.take(request).fixed[0]
+    return part
 
 
 def truncate(party: Party, value: torch.Tensor, divisor: int) -> Protocol[torch.Tensor]:

@@ -85,6 +85,10 @@ class Stream:
         words = self.octets(8 * math.prod(shape)).view(np.int64)
         return torch.from_numpy(words).reshape(tuple(shape))
 
+    def short(self, shape: Sequence[int]) -> torch.Tensor:
+        """Returns uniform integers modulo 2**16, as int16 of `shape`."""
+        return torch.from_numpy(self.octets(2 * math.prod(shape)).view(np.int16)).reshape(tuple(shape))
+
     def words(self, shape: Sequence[int]) -> npt.NDArray[np.uint16]:
         """Returns uniform uint16 of `shape`."""
         return self.octets(2 * math.prod(shape)).view(np.uint16).reshape(tuple(shape))

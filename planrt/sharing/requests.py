@@ -19,14 +19,16 @@ from planrt.sharing import ring
 from planrt.sharing.bilinear import bilinear_shape, bilinear_value
 from planrt.sharing.randomness import Stream
 
-Kind: TypeAlias = Literal["ring", "bits", "words"]
+Kind: TypeAlias = Literal["ring", "short", "bits", "words"]
 Part: TypeAlias = Any
-"""A torch.Tensor of int64 (ring), or a numpy array of uint8 (packed bits) or uint16 (tables)."""
+"""A torch.Tensor of int64 (ring) or int16 (short), or a numpy array of uint8 (packed bits) or uint16 (tables)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Kind and shape of one part: ring elements add up, bits and 16-bit words combine by XOR."""
+    """Kind and shape of one part: ring elements add up modulo 2**64, short ones modulo 2**16; bits and 16-bit words
+    combine by XOR.
+    """
 
     kind: Kind
     shape: tuple[int, ...]
@@ -35,10 +37,12 @@ class Spec:
         """Returns the next random numbers of `stream` in this form."""
         if self.kind == "ring":
             return stream.ring(self.shape)
+        if self.kind == "short":
+            return stream.short(self.shape)
         return stream.bits(self.shape) if self.kind == "bits" else stream.words(self.shape)
 
 
-_BYTES = {"ring": 8, "words": 2, "bits": 1}
+_BYTES = {"ring": 8, "short": 2, "words": 2, "bits": 1}
 
 
 def size_of(specs: Iterable[Spec]) -> int:
@@ -87,6 +91,7 @@ CHANGES: dict[str, Callable[..., torch.Tensor]] = {
     "pairs": lambda value: pair_differences(value),
     "times": lambda value, factor: value * factor,
     "divide": lambda value, divisor: ring.floor_divided(value, divisor, signed=True),
+    "top": lambda value: (value < 0).to(torch.int64),
     "divide_unsigned": lambda value, divisor: ring.floor_divided(value, divisor, signed=False),
 }
 """What can be done to a known value. Views are what a party does to its own part alike; the divisions are not linear,
@@ -208,6 +213,31 @@ class Given:
     def targets(self, free: Sequence[Part], look: Callable[[Known], torch.Tensor]) -> list[Part]:
         """Returns the value."""
         return [look(self.known)]
+
+
+@dataclass(frozen=True, slots=True)
+class Low:
+    """Parts of the low 16 bits of the product of two values that the dealer knows: what is multiplied by 2**48 or more
+    needs no others.
+    """
+
+    left: Known
+    right: Known
+
+    @property
+    def free(self) -> tuple[Spec, ...]:
+        """Nothing."""
+        return ()
+
+    @property
+    def fixed(self) -> tuple[Spec, ...]:
+        """The low bits."""
+        return (Spec("short", bilinear_shape("mul", self.left.shape, self.right.shape)),)
+
+    def targets(self, free: Sequence[Part], look: Callable[[Known], torch.Tensor]) -> list[Part]:
+        """Returns the low bits."""
+        left, right = (look(one).to(torch.int16) for one in (self.left, self.right))
+        return [left * right]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from planrt.sharing.comparisons import below, negative, signs, to_bit
 from planrt.sharing.fixed_point import LIMIT
 from planrt.sharing.gates import all_of
 from planrt.sharing.masked import Bit, Masked, mask
-from planrt.sharing.products import bit_times, known_times_coin, product
-from planrt.sharing.quotients import check_divisor, shifted
-from planrt.sharing.requests import Given, pair_differences, pairs
+from planrt.sharing.products import bit_times, product
+from planrt.sharing.quotients import check_divisor, quotient_of_mask, shifted
+from planrt.sharing.requests import pair_differences, pairs
 from planrt.sharing.rounds import Party, Protocol
 from planrt.types import as_whole
 
@@ -59,20 +59,16 @@ def bit_times_quotient(party: Party, bit: Bit, value: Masked, divisor: int) -> t
 
     With the quotient Q - S, Q public and S = u or s by the public top bit of c:
 
-    1. Take parts of u, s, beta u and beta s.
+    1. Take parts of S and of beta S (`quotients.quotient_of_mask`).
     2. Return d [Q - S] + (1 - 2d) (Q [beta] - [beta S]).
     """
     check_divisor(divisor)
     quotient, high, steps = shifted(value.opened, divisor)
     quotient = quotient.sub_(steps)
-    lost, hidden = [], []
-    for change in ("divide_unsigned", "divide"):
-        known = value.mask.changed(change, divisor)
-        lost.append(party.supply.take(Given(known)).fixed[0])
-        hidden.append(known_times_coin(party, bit.coin, known))
-    plain = ring.chosen(high, *lost)
-    plain = ring.minus(quotient, plain) if party.first else plain.neg_()
-    return bit.turned(plain, ring.minus(quotient * bit.part, ring.chosen(high, *hidden)))
+    lost = quotient_of_mask(party, value.mask, divisor, high)
+    hidden = quotient_of_mask(party, value.mask, divisor, high, bit.coin)
+    plain = ring.minus(quotient, lost) if party.first else lost.neg_()
+    return bit.turned(plain, ring.minus(quotient * bit.part, hidden))
 
 
 def absolute(party: Party, value: torch.Tensor) -> Protocol[torch.Tensor]:

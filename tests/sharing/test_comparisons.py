@@ -88,7 +88,7 @@ def test_relu_and_its_derivative(run, anything):
     assert torch.equal(derivative, (x >= 0).long())
 
 
-@pytest.mark.parametrize("divisor", [1000, 65536])
+@pytest.mark.parametrize("divisor", [16, 1000, 65536, 2**17])
 def test_relu_with_a_quotient(run, anything, divisor, parties):
     x = near_and_far(anything, 62)
     x[:100] = torch.randint(-10 * divisor, 10 * divisor, (100,))

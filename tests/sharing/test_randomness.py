@@ -12,7 +12,7 @@ from planrt.sharing.comparisons import less_than_zero
 from planrt.sharing.correlated import Dealer, Stock, Supply
 from planrt.sharing.products import multiply
 from planrt.sharing.randomness import Stream, Streams, new_seed
-from planrt.sharing.requests import Coin, Given, Known, Mask, Product, Zero
+from planrt.sharing.requests import Coin, Given, Known, Low, Mask, Product, Zero
 from planrt.sharing.rounds import Party, new_parties, run_together
 
 KEY = bytes(range(16))
@@ -76,10 +76,15 @@ def test_corrections_are_uniform():
     seeds = [bytes([number]) * 16 for number in range(3)]
     mask = Known(0, Mask((30_000,)), (30_000,))
     dealer = Dealer(seeds)
-    for number, request in enumerate([Given(mask), Product("mul", mask, mask), Coin((30_000,))], 1):
+    top = mask.changed("top")
+    for number, request in enumerate(
+        [Given(mask), Product("mul", mask, mask), Coin((30_000,)), Low(top, top), Low(top, mask)], 1
+    ):
         (correction,) = dealer.correction(number, request)
-        octets = correction.numpy().view(np.uint8).reshape(-1, 8)
-        assert all(chi_square(octets[:, place]) < CHI_SQUARE_255 for place in range(8))
+        size = correction.element_size()
+        octets = correction.numpy().view(np.uint8).reshape(-1, size)
+        assert size == (2 if isinstance(request, Low) else 8)
+        assert all(chi_square(octets[:, place]) < CHI_SQUARE_255 for place in range(size))
 
 
 def test_refreshed_parts_are_of_the_same_secret_and_new(parties):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -18,6 +19,7 @@ from planrt.errors import SharingError
 from planrt.sharing import curves, roots
 from planrt.sharing.additive import add_public
 from planrt.sharing.bilinear import bilinear_value, plain_value
+from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels.parts import (
     Context,
     Public,
@@ -168,22 +170,47 @@ def any_product(
         left, right = torch.as_tensor(left), torch.as_tensor(right)
         return context.share_of(plain_value(function, left, right, **options))
     share, known = (left, right) if isinstance(left, Share) else (right, left)
-    values = torch.as_tensor(known)
-    if needs_fractions(values):
-        values = values.double()
-        power = _power_for(values)
+    number = type(known) in (int, float)
+    size = (_size_of_number if number else _size_of)(known)
+    if size.power is not None:
+        scale = 2**size.power
         wide = share.scale > context.scale > 1 and not share.fine
         room = (context.scale << FINER) // share.scale if wide else 0
-        if max(2**power, float(values.abs().max()) * 2**power) > room:  # a product with 1 / 64 needs none
+        if max(scale, size.largest * scale) > room:  # a product with 1 / 64 needs none
             (share,) = yield from fractional(context, share)
-        factor, scale = context.public(values, 2**power), 2**power
     else:
-        if values.numel() and values.abs().max() > _WHOLE:
+        scale = 1
+        if size.largest > _WHOLE:
             yield from reduced(context, share)
-        factor, scale = context.public(values, 1), 1
+    factor = _number_at(known, scale) if number and context.scale > 1 else context.public(known, scale)
     pair = (share.part, factor) if isinstance(left, Share) else (factor, share.part)
     chosen = tuple(sorted(options.items()))
     return Share(bilinear_value(function, pair[0], pair[1], chosen), share.scale * scale)
+
+
+class _Size(NamedTuple):
+    """What is to be known of a public factor before it is encoded."""
+
+    power: int | None
+    """The scale that it needs, as a power of two; None of whole numbers."""
+    largest: float
+
+
+def _size_of(known: Any) -> _Size:
+    values = torch.as_tensor(known)
+    if not needs_fractions(values):
+        return _Size(None, values.abs().max().item() if values.numel() else 0)
+    values = values.double()
+    return _Size(_power_for(values), float(values.abs().max()))
+
+
+_size_of_number = lru_cache(maxsize=1024)(_size_of)
+"""Of one number: a learning rate is asked about in each step, for each weight."""
+
+
+@lru_cache(maxsize=1024)
+def _number_at(number: float, scale: int) -> torch.Tensor:
+    return encode(torch.tensor(number), scale)
 
 
 def _power_for(values: torch.Tensor) -> int:

@@ -23,6 +23,7 @@ from planrt.sharing.requests import (
     Coin,
     Given,
     Known,
+    Low,
     Mask,
     Product,
     Request,
@@ -270,6 +271,7 @@ REQUESTS: Final[dict[str, tuple[Callable[..., Request], tuple[_Reader, ...]]]] =
     "Coin": (Coin, (_plain(_shape), _plain(lambda data: _whole(data, 1, _LONGEST)))),
     "Zero": (Zero, (_plain(_shape),)),
     "Given": (Given, (_known,)),
+    "Low": (Low, (_known, _known)),
     "Product": (Product, (_plain(_function), _known, _known, _plain(_options))),
     "Tables": (
         Tables,

@@ -233,12 +233,13 @@ class _Noting:
         return Material(number, [_zeros(one) for one in request.free], [_zeros(one) for one in request.fixed])
 
 
+_TENSORS = {"ring": torch.int64, "short": torch.int16}
 _DTYPES = {"bits": np.uint8, "words": np.uint16}
 
 
 def _zeros(spec: Spec) -> Part:
-    if spec.kind == "ring":
-        return torch.zeros(spec.shape, dtype=torch.int64)
+    if spec.kind in _TENSORS:
+        return torch.zeros(spec.shape, dtype=_TENSORS[spec.kind])
     return np.zeros(spec.shape, _DTYPES[spec.kind])
 
 

@@ -19,7 +19,7 @@ from planrt.sharing.kernels.table import VIEWS, call_kernel
 from planrt.sharing.programs.ahead import factors, only_copies
 from planrt.sharing.programs.calls import Call, Program
 from planrt.sharing.rounds import Opening, Protocol
-from planrt.types import Ref, map_leaves
+from planrt.types import SINGLE, Ref, map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,8 @@ class _Run:
                 failed.append(value)
             return value
 
-        args, kwargs = map_leaves(call.args, value_of), map_leaves(call.kwargs, value_of)
+        args = [value_of(one) if type(one) in SINGLE else map_leaves(one, value_of) for one in call.args]
+        kwargs = map_leaves(call.kwargs, value_of) if call.kwargs else {}
         if failed:
             self._fail(number, failed[0].error)
             return

@@ -148,8 +148,9 @@ def of_program(needs: Needs, parties: int) -> float:
 def of_request(request: Request) -> float:
     """Returns what one party, or the dealer for it, computes for a piece of correlated randomness."""
     specs = [*request.free, *request.fixed]
-    ring = [one for one in specs if one.kind == "ring"]
-    flops = float(DRAWN * size_of(ring) // 8 + _BITS * size_of(one for one in specs if one.kind != "ring"))
+    numbers = [one for one in specs if one.kind in ("ring", "short")]
+    bits = [one for one in specs if one not in numbers]
+    flops = float(DRAWN * sum(math.prod(one.shape) for one in numbers) + _BITS * size_of(bits))
     if isinstance(request, Product):  # it is computed three times, of masks and of what was opened
         flops += 3 * _LIMBS * 2 * _products(request)
     return flops
