@@ -166,7 +166,7 @@ class MovingObjects:
         moved, token = Handle(to, new_id()), secrets.token_hex(16)
         moved.alive = False  # nothing is there yet
         for id in (handle.id, new_id()):
-            if not there.ids.free(id):
+            if not there.ids.free(id, to):
                 continue
             await there.objects.settle_drop_of(id)
             address = m.PeerAddress(to.id, to.link_address)
