@@ -218,7 +218,7 @@ def _own(options: argparse.Namespace) -> Served:
     """The data set that the owner's factory makes. Their command line, their code: importing it is fine."""
     if options.testing or options.data is not None:
         raise OptionError("--testing and --data are for MNIST: leave them out with a data set of your own")
-    if options.key is None:
+    if not options.key:
         raise OptionError("your own data set needs a key that clients ask for it by: add --key KEY")
     module_name, _, factory_name = options.dataset.partition(":")
     sys.path.insert(0, os.getcwd())

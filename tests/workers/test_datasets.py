@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from planrt.errors import DataError, LocalError, OptionError
 from planrt.types import FREE, TensorSpec
+from planrt.workers import VirtualWorker, WebsocketServerWorker
 from planrt.workers.datasets import BaseDataset
 from planrt.workers.machine.rounds.batches import as_batches, iterate, sample_specs
 
@@ -154,6 +155,15 @@ def test_what_is_no_pair_of_tensors_is_refused_by_key(dataset, what):
         sample_specs(as_batches(dataset, key="pets"), key="pets")
     assert "'pets'" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("made", [VirtualWorker, WebsocketServerWorker])
+def test_keys_that_are_none(made):
+    worker = made("eve")
+    for key, said in [("", "this one is empty"), (3, "key is a string"), (None, "key is a string")]:
+        with pytest.raises(OptionError, match=said):
+            worker.add_dataset(numbered(3), key)
+    assert dict(worker.datasets) == {}
 
 
 def test_items_of_different_shapes_are_refused():

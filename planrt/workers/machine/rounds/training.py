@@ -101,9 +101,11 @@ class TrainingOps:
 
         Raises:
             DataError: no map-style data set, or its items are no pairs of tensors or numbers.
-            OptionError: the key is no string, or taken.
+            OptionError: the key is no string, empty, or taken.
         """
         key, tags, description = as_text(key, "key"), _tags(tags), as_text(description, "description")
+        if not key:
+            raise OptionError("a data set needs a key that clients ask for it by, and this one is empty")
         if key in self._datasets:
             raise OptionError(f"worker {self._worker_id!r} already has a data set under the key {key!r}")
         source = as_batches(dataset, key=key)
