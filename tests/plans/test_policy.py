@@ -367,3 +367,40 @@ def test_training_releases_gradients_and_keeps_predictions():
     net.each.requires_grad_(False)
     assert check(plan_of(net), policy, tags=PATIENTS, gradients=True).ok
     assert not check(plan_of(net), policy, tags=PATIENTS).ok
+
+
+# One row as many: each of these is the first row, or a few, that look like 64.
+MANY_OF_FEW = {
+    "repeated": lambda x: x[:5].repeat(20, 1).sum(0),
+    "repeated entries": lambda x: x[:5].repeat_interleave(20, 0).sum(0),
+    "expanded": lambda x: x[:1].expand(64, -1).mean(0),
+    "joined": lambda x: torch.cat([x[:5]] * 20).sum(0),
+    "stacked": lambda x: torch.stack([x.unbind(0)[3]] * 64).sum(0),
+    "indexed": lambda x: x[torch.zeros(64, dtype=torch.int64)].sum(0),
+    "gathered": lambda x: x.gather(0, torch.zeros(64, 3, dtype=torch.int64)).sum(0),
+    "looked up": lambda x: F.embedding(torch.zeros(64, dtype=torch.int64), x).sum(0),
+    "a bag": lambda x: F.embedding_bag(torch.zeros(1, 64, dtype=torch.int64), x, mode="sum"),
+    "broadcast": lambda x: (x[:1] + torch.zeros(64, 3)).sum(0),
+    "multiplied": lambda x: (torch.ones(64, 1) @ x[:1]).sum(0),
+    "padded": lambda x: F.pad(x[:1], (0, 0, 0, 63)).sum(0),
+    "padded by itself": lambda x: F.pad(x.T[None][:, :, :1], (63, 0), mode="replicate").sum(-1),
+    "written": lambda x: torch.zeros(64, 3).index_copy(0, torch.tensor([0]), x[:1]).sum(0),
+    "put in a slice": lambda x: torch.slice_scatter(torch.zeros(64, 3), x[:1], 0, 0, 1).sum(0),
+    "another dimension": lambda x: x.unsqueeze(0).expand(64, 64, 3).sum(0),
+    "entries for rows": lambda x: x.flatten()[:20].sum(),
+    "a class for a row": lambda x: F.nll_loss(x[:, 0][None], torch.tensor([5])),
+    "channels for rows": lambda x: F.conv1d(x[None], torch.ones(64, 1, 1), groups=64),
+    "as many windows": lambda x: F.adaptive_avg_pool1d(x.T[None], 64),
+    "a window at the edge": lambda x: F.avg_pool1d(x.T[None], 20, stride=20, padding=10),
+    "causal": lambda x: F.scaled_dot_product_attention(torch.ones(1, 1, 3), x[None], x[None], is_causal=True),
+    "weighted": lambda x: torch.cov(x.T, fweights=torch.tensor([1, 1] + [0] * 62)),
+    "transformed": lambda x: torch.fft.fft(x, n=1, dim=0).real.expand(64, 3).sum(0),
+}
+
+
+@pytest.mark.parametrize("attack", MANY_OF_FEW)
+def test_few_rows_do_not_pass_for_many(attack):
+    unlimited = dict.fromkeys(["max_flops", "max_memory", "max_output_bytes"])
+    policy = Policy(approval="open", release=(ReleaseRule("#patients", min_rows=20),), **unlimited)
+    report = check(graph_of(MANY_OF_FEW[attack], (64, 3)), policy, tags=PATIENTS)
+    assert [one.rule for one in report.violations] == ["release"]
