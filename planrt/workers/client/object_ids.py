@@ -27,8 +27,9 @@ class ObjectIds:
     def __init__(self) -> None:
         self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
         self._left: OrderedDict[int, None] = OrderedDict()
-        self._used: OrderedDict[int, weakref.ref[object]] = OrderedDict()
-        """Ids that something had there, as far as they are remembered -> the client that sent it."""
+        self._used: OrderedDict[int, tuple[weakref.ref[object], str]] = OrderedDict()
+        """Ids that something had there, as far as they are remembered -> the client that sent it, and where it went:
+        another worker of that name is another one."""
 
     def holder(self, id: int) -> Handle | None:
         """Returns the handle of the object that was given `id`, if somebody holds one."""
@@ -38,7 +39,8 @@ class ObjectIds:
     def free(self, id: int, client: object) -> bool:
         """Returns whether no object of this process can have `id` there once what `client` sends next arrives."""
         used = self._used.get(id)
-        return id not in self._left and self.holder(id) is None and (used is None or used() is client)
+        anothers = used is not None and used[0]() is not client and used[1] == _address(client)
+        return id not in self._left and self.holder(id) is None and not anothers
 
     def claim(self, handle: Handle, wanted: int) -> bool:
         """Gives `handle` the id `wanted` if that is free; says whether it is."""
@@ -46,7 +48,7 @@ class ObjectIds:
             if not self.free(wanted, handle.worker):
                 return False
             handle.id = wanted
-            self._used[wanted] = weakref.ref(handle.worker)
+            self._used[wanted] = weakref.ref(handle.worker), _address(handle.worker)
             self._used.move_to_end(wanted)
             if len(self._used) > _LEFT:
                 self._used.popitem(last=False)
@@ -64,6 +66,11 @@ class ObjectIds:
     def gone(self, id: int) -> None:
         """Notes that object `id` has been removed."""
         self._left.pop(id, None)
+
+
+def _address(client: object) -> str:
+    """Where the worker of a client is reached; ``""`` of one that does not say so."""
+    return str(getattr(client, "link_address", ""))
 
 
 _by_worker: dict[str, ObjectIds] = {}
