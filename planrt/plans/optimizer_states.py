@@ -18,6 +18,13 @@ TENSOR: Final = "tensor"
 COUNTERS: Final = ("step", "eta", "mu", "mu_product")
 """State of no dimensions that optimizers read: it stays with the optimizer, wherever its parameters are."""
 
+READ_VALUES: Final = {
+    "LBFGS": "its line search reads losses and gradients",
+    "Adafactor": "it reads the size of parameters and updates",
+    "SparseAdam": "it needs sparse gradients",
+}
+"""Optimizers that step only where the values are, and why."""
+
 Kept = dict[Any, Any]
 """Position of a parameter -> name -> value: ``optimizer.state_dict()["state"]``."""
 

@@ -14,15 +14,10 @@ from typing import Any
 import torch
 
 from planrt.errors import RemoteOpError, WorkerLostError
-from planrt.plans.optimizer_states import COUNTERS
+from planrt.plans.optimizer_states import COUNTERS, READ_VALUES
 from planrt.workers.pointers.tensor import PointerTensor, make_pointer
 from planrt.workers.wire.objects import contiguous
 
-_READ_VALUES = {
-    "LBFGS": "its line search reads losses and gradients",
-    "Adafactor": "it reads the size of parameters and updates",
-    "SparseAdam": "it needs sparse gradients",
-}
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers that may have state on workers."""
 _staying: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -105,9 +100,9 @@ def states_of(parameters: Sequence[PointerTensor]) -> list[RemoteState]:
 
 def _check(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     name = type(optimizer).__name__
-    if name in _READ_VALUES:
+    if name in READ_VALUES:
         raise RemoteOpError(
-            f"{name} cannot step on remote parameters: {_READ_VALUES[name]}; use another optimizer, such as Adam, or "
+            f"{name} cannot step on remote parameters: {READ_VALUES[name]}; use another optimizer, such as Adam, or "
             "get() the model"
         )
     if group.get("foreach") and name == "ASGD":  # which gives such calls a number that is kept here

@@ -186,6 +186,22 @@ def test_who_takes_too_long_is_named(missing):
     assert not any(net.held.values())
 
 
+def test_a_dealer_deals_until_the_last_party_has_ended_the_group():
+    """A client that needs a group no more tells all; parties are in the middle of what it posted before."""
+    for _ in range(10):
+        net = started("a", "b", "dealer")
+        dealt = net.states["dealer"]._parts.dealers._groups
+        net.post(PRODUCT, [1, 2], [3, 4])
+        net.tell("dealer", m.EndGroup("g"))
+        net.run()
+        assert isinstance(net.get(3), torch.Tensor)
+        assert list(dealt) == ["g"]
+        for name in ("b", "a"):
+            net.tell(name, m.EndGroup("g"))
+        net.run()
+        assert not dealt
+
+
 def test_a_party_that_does_not_answer_who_joins_it_is_named():
     net = Net("alice", "bob", "james", timeout=5.0)
     net.changed = lambda sender, to, body, tensors: (

@@ -330,20 +330,28 @@ def root_kernel(function: Callable[..., Protocol[torch.Tensor]]) -> One:
 
 
 def power(context: Context, value: Share, exponent: Value) -> Protocol[Share]:
-    """Computes x**n for n from -64 to 64 by squaring, of the square root (or its inverse) for halves."""
-    if isinstance(exponent, Share) or (isinstance(exponent, torch.Tensor) and exponent.numel() != 1):
-        raise SharingError("powers of shares have one exponent, which all know: write (y * x.log()).exp()")
+    """Computes x**n for n from -64 to 64 by squaring, of the square root (or its inverse) for halves, and of its root
+    for quarters.
+    """
     if not isinstance(value, Share):
         raise SharingError("a power with a shared exponent: write (y * math.log(x)).exp()")
-    exponent = float(exponent)
-    if not (2 * exponent).is_integer() or abs(exponent) > 64:
+    if isinstance(exponent, Share) or (isinstance(exponent, torch.Tensor) and exponent.numel() != 1):
         raise SharingError(
-            f"shares have powers of whole numbers and halves up to 64, not {exponent}: "
+            "powers of shares have one exponent, which all know: write (y * x.log()).exp(), of a number x "
+            "(y * math.log(x)).exp()"
+        )
+    exponent = float(exponent)
+    if not (4 * exponent).is_integer() or abs(exponent) > 64:
+        raise SharingError(
+            f"shares have powers of whole numbers, halves and quarters up to 64, not {exponent}: "
             "write (x.log() * exponent).exp()"
         )
     if not exponent.is_integer():
         value = yield from root_kernel(roots.sqrt if exponent > 0 else roots.rsqrt)(context, value)
         exponent = abs(2 * exponent)
+    if not exponent.is_integer():
+        value = yield from root_kernel(roots.sqrt)(context, value)
+        exponent = 2 * exponent
     if exponent == 0:
         return context.share_of(torch.ones(value.shape, dtype=torch.int64))
     result: Share | None = None

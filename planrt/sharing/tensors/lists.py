@@ -17,7 +17,10 @@ def of_each(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[A
     """Runs ``_foreach_`` + an operation of ATen; in place it returns None, as torch's."""
     in_place = name.endswith("_")
     single = name.removeprefix("_foreach_")
-    function = getattr(torch.ops.aten, single)
+    missing = in_place and not hasattr(
+        torch.ops.aten, single
+    )  # torch has no maximum_ of one tensor, for instance
+    function = getattr(torch.ops.aten, single.removesuffix("_") if missing else single)
 
     def nth(value: Any, number: int) -> Any:
         return value[number] if isinstance(value, list | tuple) else value
@@ -28,5 +31,6 @@ def of_each(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[A
         options = {key: nth(one, number) for key, one in kwargs.items()}
         if single.removesuffix("_") in _SCALED and len(given) > 3:
             options["value"] = given.pop()
-        made.append(function(*given, **options))
+        result = function(*given, **options)
+        made.append(args[0][number].copy_(result) if missing else result)
     return None if in_place else made

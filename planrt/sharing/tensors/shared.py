@@ -7,6 +7,7 @@ are, and who runs the protocols on them, is its session's affair (`sessions.Shar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from planrt.deadlines import bounded
 from planrt.errors import SharingError
 from planrt.sharing.fixed_point import decode, encode
 from planrt.sharing.kernels.table import KERNELS, VIEWS, check_arguments
+from planrt.sharing.tensors.above import written
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
 from planrt.sharing.tensors.lists import of_each
 from planrt.sharing.tensors.overloads import out_of_place, without_out
@@ -185,11 +187,28 @@ class SharedTensor(torch.Tensor):
         return f"{heading}{chain}[AdditiveSharingTensor]{''.join(lines)}\n\t*crypto provider: {session.provider}*"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
-        """Returns a copy in shares of the same parties."""
+        """Returns a copy in shares of the same parties: of a parameter one, else with its gradient, as torch does."""
+        if not self.is_leaf:
+            raise RuntimeError(
+                "only tensors in shares that are no results of others have deep copies: write x.detach() or x.clone()"
+            )
         copied = self.session.run("clone", (Secret(self.handle),), {}, self.shape, in_place=False)
-        found = SharedTensor(self.session, copied, self.shape, self.dtype, requires_grad=self.requires_grad)
-        found.flags, found.set_aside = self.flags, self.set_aside
+        found = self._like(copied)
         memo[id(self)] = found
+        if self.grad is not None and not getattr(self, "_is_param", False):
+            found.grad = copy.deepcopy(self.grad, memo)
+        return found
+
+    def __copy__(self) -> SharedTensor:
+        """Returns another tensor of the same shares: what changes one in place changes both."""
+        return self._like(self.handle)
+
+    def _like(self, handle: Handle) -> SharedTensor:
+        """A leaf of that handle, a parameter where this is one."""
+        found = SharedTensor(self.session, handle, self.shape, self.dtype, requires_grad=self.requires_grad)
+        found.flags, found.whole, found.set_aside = self.flags, self.whole, self.set_aside
+        if getattr(self, "_is_param", False):
+            found._is_param = True  # how torch tells parameters of other classes
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -222,7 +241,8 @@ class SharedTensor(torch.Tensor):
             kwargs = hiding(kwargs or {})
         try:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                found = written(func, args, kwargs or {})
+                return func(*args, **(kwargs or {})) if found is NotImplemented else found
         except SharingError as error:
             raise named(error, func) from error.__cause__
         except Exception as error:
@@ -271,7 +291,12 @@ class SharedTensor(torch.Tensor):
         in_place = name.endswith("_") and not name.endswith("__")
         kernel = name.removesuffix("_") if in_place else name
         if in_place and not isinstance(args[0], SharedTensor):
-            raise SharingError(f"{name} would change what all know, in place: write it out of place")
+            instead = (
+                "model.load_state_dict(state, assign=True), or y = x.clone()"
+                if name == "copy_"
+                else "it out of place"
+            )
+            raise SharingError(f"{name} would change what all know, in place: write {instead}")
         if torch.Tag.inplace_view in func.tags:
             shown = out_of_place(func, kernel)(*args, **kwargs)
             with torch._C._DisableTorchDispatch():

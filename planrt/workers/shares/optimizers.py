@@ -11,7 +11,7 @@ import torch
 
 from planrt.deadlines import bounded
 from planrt.errors import SharingError
-from planrt.plans.optimizer_states import COUNTERS
+from planrt.plans.optimizer_states import COUNTERS, READ_VALUES
 from planrt.sharing.tensors.shared import SharedTensor
 
 
@@ -19,9 +19,10 @@ def before_shared_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
     """Runs before each step, as a global hook of `torch.optim`; nothing has changed where it raises.
 
     Raises:
-        SharingError: a parameter was shared, opened, or shared among others, after steps whose means or momenta the
-            optimizer has kept.
+        SharingError: an optimizer that cannot step on shares; or a parameter was shared, opened, or shared among
+            others, after steps whose means or momenta the optimizer has kept.
     """
+    _check(optimizer)
     for parameter, entries, key in _kept(optimizer):
         kept = entries[key]
         if not isinstance(parameter, SharedTensor) and not isinstance(kept, SharedTensor):
@@ -44,6 +45,26 @@ def before_shared_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
                 f"{told} in other shares than the parameter's: write optimizer.state.clear() to begin anew, or make "
                 "the optimizer after share()"
             )
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        if not any(isinstance(one, SharedTensor) for one in group["params"]):
+            continue
+        if name in READ_VALUES:
+            raise SharingError(
+                f"{name} does not step on shares: {READ_VALUES[name]}; use another optimizer, such as SGD or Adam"
+            )
+        for option in ("fused", "foreach"):
+            if group.get(option) and (option == "fused" or name in _NOT_FOREACH):
+                raise SharingError(
+                    f"{name}({option}=True) does not step on shares: make it with {option}=False"
+                )
+
+
+_NOT_FOREACH = ("RAdam",)
+"""Optimizers whose steps on lists divide by zero, and take what is not infinite then."""
 
 
 @bounded

@@ -40,6 +40,9 @@ class _Dealt:
     told: Told = field(default_factory=Told)
     pace: Pace = field(default_factory=Pace)
     """How long it takes to make what is asked for."""
+    dealing: bool = False
+    needed: bool = True
+    """Whether its client has not said yet that it needs the group no more."""
     ended: bool = False
 
 
@@ -77,9 +80,15 @@ class DealerOps:
         if group is None or group.owner != session.id:
             raise SharingError(f"group {body.group!r} has no dealer here")
         last = group.parties[-1]
+        group.dealing = True
         try:
             while not group.ended:
-                answer = yield from ask(last, m.AskNeeds(body.group))
+                try:
+                    answer = yield from ask(last, m.AskNeeds(body.group))
+                except Exception:
+                    if group.needed:
+                        raise
+                    break  # it has ended the group, too; the others may still be a little behind
                 if not isinstance(answer, m.Needs):
                     raise LocalError(f"worker {last.worker!r} answered with {type(answer).__name__}")
                 yield from self._make(group, last, group.told.read(answer.requests))
@@ -138,10 +147,14 @@ class DealerOps:
         return m.Done(), ()
 
     def stop(self, session: Session, group: str) -> None:
-        """Deals no more for a group of this session, or that one of its parties has ended."""
+        """Takes note that this session needs a group no more. What the parties compute in it already they finish, so
+        it is dealt for until the last party has ended it, behind that.
+        """
         found = self._groups.get(group)
         if found is not None and found.owner == session.id:
-            self._groups.pop(group).ended = True
+            found.needed = False
+            if not found.dealing:
+                self._groups.pop(group).ended = True
 
     def end(self, session: Session) -> list[ToPeer]:
         """Forgets the groups of a session that is over; returns what their parties are told."""
