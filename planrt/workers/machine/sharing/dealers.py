@@ -24,8 +24,12 @@ from planrt.workers.machine.sharing.pace import SHORT, Pace
 from planrt.workers.machine.store import ObjectStore
 from planrt.workers.wire import messages as m
 
+_WAITED_FOR = 1 << 15
+"""Bytes of corrections that leave once they are complete as the last party needs them: it may wait for them already."""
 _AT_ONCE = 1 << 21
-"""Bytes of corrections that leave in one message, about."""
+"""Bytes that leave in one message at most, about."""
+_IN_TURN = 1 << 23
+"""Bytes that are made before others of this worker's clients take their turn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -116,27 +120,33 @@ class DealerOps:
         group.pace.begin(tuple([piece for piece, _ in asked]))
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
-        size = 0
+        size = in_turn = 0
         counts = self._store.counts_work(group.owner)
         for place, (told, request, base) in enumerate(requests, 1):
             number = base.number(told)
+            # A number that is left out is a mask's, and what its party opens next needs all that was asked for before.
+            complete = size >= _WAITED_FOR and number != numbers[-1] + 1
+            if complete or size >= _AT_ONCE:
+                yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
+                numbers, tensors, size = [], [], 0
+            if in_turn >= _IN_TURN:
+                in_turn = 0
+                key = f"turn:{group.about.group}"
+                group.pace.end_step()
+                yield Alarm(0.0, key)
+                yield Wait(key)
+                group.pace.go_on()
             if counts:
                 flops = len(group.parties) * of_request(request)
                 self._store.spend(group.owner, "dealing for shares", flops)
             made = group.dealer.correction(number, request, base)
             numbers.append(number)
             tensors += made
-            size += sum(tensor.nbytes for tensor in made)
-            full = size >= _AT_ONCE
-            if full or place == len(requests):
+            nbytes = sum(tensor.nbytes for tensor in made)
+            size, in_turn = size + nbytes, in_turn + nbytes
+            if place == len(requests):
                 yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
-                numbers, tensors, size = [], [], 0
-                group.pace.end_step()
-                if full:  # others of this worker's clients take their turn, and what is made leaves meanwhile
-                    key = f"turn:{group.about.group}"
-                    yield Alarm(0.0, key)
-                    yield Wait(key)
-                    group.pace.go_on()
+        group.pace.end_step()
         return m.Done(), ()
 
     def _fail(self, group: _Dealt, reason: str) -> Steps:
