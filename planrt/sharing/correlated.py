@@ -197,9 +197,21 @@ class Dealer:
         Raises:
             RandomnessError: it was asked for before: a second answer for another request would tell the masks.
         """
+        self.hand_out(number)
+        return self.made(number, request, base)
+
+    def hand_out(self, number: int) -> None:
+        """Takes note that the correction of request `number` leaves.
+
+        Raises:
+            RandomnessError: one left before, or that of a later one.
+        """
         if number <= self._begun:
             raise RandomnessError(f"correlated randomness number {number} was handed out before")
         self._begun = number
+
+    def made(self, number: int, request: Request, base: Base = ALL) -> list[torch.Tensor]:
+        """Returns what `correction` does, which is nobody's to have before `hand_out` says so."""
         streams = [one.stream(number) for one in self._streams]
         free = [
             _combined(parts)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from planrt.errors import RandomnessError
+from planrt.errors import PlanrtError, RandomnessError
 from planrt.serde.values import decode, encode, pack
 from planrt.sharing.bilinear import BILINEAR
 from planrt.sharing.gates import Conjunction, Tables
@@ -157,14 +157,16 @@ class Told:
             found.append((kept.piece, Base(start, tuple(masks))))
         return found
 
-    def kept(self, data: Any) -> list[Piece] | None:
-        """Returns the pieces of which `read` would return that they are asked for, where all were told before."""
-        if not isinstance(data, list) or not all(isinstance(one, list) and len(one) == 3 for one in data):
+    def known(self, data: Any) -> list[Asked] | None:
+        """Returns what `read` would, where all of it was told before."""
+        if not isinstance(data, list) or not all(
+            isinstance(one, list) and len(one) == 3 and type(one[2]) is int for one in data
+        ):
             return None
-        told = [one[2] for one in data]
-        if not all(type(one) is int and 0 <= one < len(self._kept) for one in told):
+        try:
+            return self.read(data)
+        except PlanrtError:  # it is refused when it is read
             return None
-        return [self._kept[one].piece for one in told]
 
     def _piece(self, told: Any) -> _Kept:
         if type(told) is int:

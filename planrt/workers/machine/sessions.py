@@ -12,7 +12,16 @@ import torch
 from planrt.errors import LocalError
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.secure_sum.member import Member
-from planrt.workers.machine.events import Alarm, Introduce, Part, PeerFor, TimePassed, ToPeer, Wait
+from planrt.workers.machine.events import (
+    Alarm,
+    Introduce,
+    Part,
+    PeerAnswered,
+    PeerFor,
+    TimePassed,
+    ToPeer,
+    Wait,
+)
 from planrt.workers.machine.failures import OpFailedError, replace_message
 from planrt.workers.machine.keeping.answers import Keeping
 from planrt.workers.machine.labels import Label, join
@@ -216,6 +225,15 @@ def ask(
     answered = yield Wait(key)
     if isinstance(answered, TimePassed):
         raise late(f"worker {peer.worker!r} did not answer within {seconds:g} s")
+    return answer_of(peer, answered)
+
+
+def answer_of(peer: m.PeerAddress, answered: PeerAnswered) -> m.Body:
+    """Returns what another worker answers.
+
+    Raises:
+        OpFailedError: it could not do what it was asked for.
+    """
     if isinstance(answered.body, m.Failure):
         raise OpFailedError(
             replace_message(answered.body, f"worker {peer.worker!r}: {answered.body.message}")

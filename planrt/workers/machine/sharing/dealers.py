@@ -6,28 +6,37 @@ there is something, makes it, and asks again. What it hands out is a function of
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from planrt.errors import LocalError, SharingError
+from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.correlated import Dealer
 from planrt.sharing.programs.asking import Asked, Told
 from planrt.sharing.randomness import new_seed
+from planrt.sharing.requests import Request, size_of
 from planrt.workers.machine.counting.work import of_request
-from planrt.workers.machine.events import Alarm, Steps, ToPeer, Wait
+from planrt.workers.machine.events import Alarm, PeerAnswered, Steps, ToPeer, Wait
 from planrt.workers.machine.kinds.protocol import PeerError
-from planrt.workers.machine.sessions import Session, ask
+from planrt.workers.machine.sessions import Session, answer_of, ask
+from planrt.workers.machine.sharing.ahead import Ahead
 from planrt.workers.machine.sharing.groups import check_number
 from planrt.workers.machine.sharing.pace import SHORT, Pace
 from planrt.workers.machine.store import ObjectStore
+from planrt.workers.machine.waiting import Exchange
 from planrt.workers.wire import messages as m
 
 _WAITED_FOR = 1 << 15
 """Bytes of corrections that leave once they are complete as the last party needs them: it may wait for them already."""
-_AT_ONCE = 1 << 21
-"""Bytes that leave in one message at most, about."""
+_AT_ONCE = 1_000_000
+"""Bytes that leave in one message at most, unless one correction has more: so much fits into one frame."""
+_ALONE = 1 << 19
+"""With more bytes, what is made first is to leave while the rest is made."""
+_AHEAD = 1 << 25
+"""Bytes of corrections that are made at most before they are asked for, for each group."""
 _IN_TURN = 1 << 23
 """Bytes that are made before others of this worker's clients take their turn."""
 
@@ -42,6 +51,7 @@ class _Dealt:
     """As they are reached in the client's name."""
     dealer: Dealer
     told: Told = field(default_factory=Told)
+    ahead: Ahead = field(default_factory=Ahead)
     pace: Pace = field(default_factory=Pace)
     """How long it takes to make what is asked for."""
     dealing: bool = False
@@ -88,7 +98,7 @@ class DealerOps:
         try:
             while not group.ended:
                 try:
-                    answer = yield from ask(last, m.AskNeeds(body.group))
+                    answer = yield from self._asked(group, last)
                 except Exception:
                     if group.needed:
                         raise
@@ -102,6 +112,7 @@ class DealerOps:
             yield from self._fail(group, f"the dealer could not go on: {error}")
         finally:
             group.ended = True
+            group.ahead.drop()
             self._groups.pop(body.group, None)
         return m.Done(), ()
 
@@ -110,14 +121,59 @@ class DealerOps:
         leaves at once, as far as is known.
         """
         found = self._groups.get(group)
-        pieces = (
-            found.told.kept(answer.requests) if found is not None and isinstance(answer, m.Needs) else None
+        asked = (
+            found.told.known(answer.requests) if found is not None and isinstance(answer, m.Needs) else None
         )
-        return found is not None and pieces is not None and found.pace.first(tuple(pieces)) <= SHORT
+        if found is None or asked is None:
+            return False
+        ahead = found.ahead.fits(asked)
+        if not ahead and sum(piece.size for piece, _ in asked) > _ALONE:
+            return False
+        return found.pace.first(_kind(asked, ahead=ahead)) <= SHORT
 
-    def _make(self, group: _Dealt, last: m.PeerAddress, asked: Sequence[Asked]) -> Steps:
+    def _asked(self, group: _Dealt, last: m.PeerAddress) -> Exchange:
+        """Asks the last party what it needs; makes what it is likely to say while it does not."""
+        key = secrets.token_hex(8)
+        yield ToPeer(last, m.AskNeeds(group.about.group), key=key)
+        expected = group.ahead.expected()
+        if expected is not None and sum(piece.size for piece, _ in expected) <= _AHEAD:
+            turn = f"ahead:{group.about.group}"
+            yield Alarm(0.0, turn)
+            answered = yield Wait(key, (turn,))
+            if isinstance(answered, PeerAnswered):
+                return answer_of(last, answered)
+            self._work_ahead(group, expected)
+        answered = yield Wait(key)
+        assert isinstance(answered, PeerAnswered)  # noqa: S101 - no time is set for it
+        return answer_of(last, answered)
+
+    def _work_ahead(self, group: _Dealt, expected: list[Asked]) -> None:
+        """Makes what is expected, where its client's user may keep and compute so much."""
+        try:
+            free = self._store.keep_bytes(group.owner, sum(piece.size for piece, _ in expected))
+        except LocalError:
+            return
+        made: dict[int, list[torch.Tensor]] = {}
+        counts = self._store.counts_work(group.owner)
+        try:
+            for piece, base in expected:
+                for told, request in piece.requests:
+                    if counts:
+                        self._pay(group, request)
+                    made[base.number(told)] = group.dealer.made(base.number(told), request, base)
+        except PlanrtError:  # what it cannot have is refused when it is asked for
+            free()
+            return
+        group.ahead.keep(expected, made, free)
+
+    def _pay(self, group: _Dealt, request: Request) -> None:
+        flops = len(group.parties) * of_request(request)
+        self._store.spend(group.owner, "dealing for shares", flops)
+
+    def _make(self, group: _Dealt, last: m.PeerAddress, asked: list[Asked]) -> Steps:
         requests = [(number, request, base) for piece, base in asked for number, request in piece.requests]
-        group.pace.begin(tuple([piece for piece, _ in asked]))
+        group.pace.begin(_kind(asked, ahead=group.ahead.fits(asked)))
+        ahead = group.ahead.take(asked)
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
         size = in_turn = 0
@@ -126,7 +182,7 @@ class DealerOps:
             number = base.number(told)
             # A number that is left out is a mask's, and what its party opens next needs all that was asked for before.
             complete = size >= _WAITED_FOR and number != numbers[-1] + 1
-            if complete or size >= _AT_ONCE:
+            if numbers and (complete or size + size_of(request.fixed) > _AT_ONCE):
                 yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
                 numbers, tensors, size = [], [], 0
             if in_turn >= _IN_TURN:
@@ -136,10 +192,12 @@ class DealerOps:
                 yield Alarm(0.0, key)
                 yield Wait(key)
                 group.pace.go_on()
-            if counts:
-                flops = len(group.parties) * of_request(request)
-                self._store.spend(group.owner, "dealing for shares", flops)
-            made = group.dealer.correction(number, request, base)
+            group.dealer.hand_out(number)
+            made = ahead.pop(number, None)
+            if made is None:
+                if counts:
+                    self._pay(group, request)
+                made = group.dealer.made(number, request, base)
             numbers.append(number)
             tensors += made
             nbytes = sum(tensor.nbytes for tensor in made)
@@ -175,3 +233,8 @@ class DealerOps:
             ended = m.FailGroup(id, "its client's session at the dealer is over")
             sends += [ToPeer(party, ended) for party in group.parties]
         return sends
+
+
+def _kind(asked: Sequence[Asked], *, ahead: bool) -> tuple[Any, ...]:
+    """What takes the same time again."""
+    return (ahead, *[piece for piece, _ in asked])
