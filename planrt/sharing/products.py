@@ -23,11 +23,15 @@ def product(party: Party, function: str, left: Masked, right: Masked, **options:
     With x = c - r and y = e - s, f(x, y) = f(c, e) - f(c, s) - f(r, e) + f(r, s).
 
     1. Take a part t of f(r, s) from the dealer.
-    2. Return f(c, e - s) - f(r, e) + t at the first party, f(c, -s) - f(r, e) + t at the others.
+    2. Return f(c, e - s) - f(r, e) + t at the first party, f(c, -s) - f(r, e) + t at the others; or, where x is the
+       smaller one, f(c - r, e) - f(c, s) + t and f(-r, e) - f(c, s) + t: a weight is read, and not copied.
     """
     chosen = tuple(sorted(options.items()))
     third: torch.Tensor = party.supply.take(Product(function, left.mask, right.mask, chosen)).fixed[0]
-    pairs = [(left.opened, right.share(party)), (-left.part, right.opened)]
+    if left.opened.numel() <= right.opened.numel():
+        pairs = [(left.share(party), right.opened), (-left.opened, right.part)]
+    else:
+        pairs = [(left.opened, right.share(party)), (-left.part, right.opened)]
     return bilinear_sum(function, pairs, chosen).add_(third)
 
 
