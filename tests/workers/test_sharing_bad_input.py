@@ -173,7 +173,7 @@ LINES = {
     "no time": (
         lambda w: X.fix_precision().share(w.bob, w.alice, crypto_provider=w.james, timeout=0),
         OptionError,
-        "timeout: 0",
+        "timeout is a number of seconds above 0",
     ),
     # floating-point tensors without precision
     "fractions": (

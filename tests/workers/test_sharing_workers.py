@@ -243,7 +243,7 @@ def test_a_call_that_cannot_be_done_fails_alone(among):
     bad, good = x**1.3, x * 2
     assert (good.get() - random(3) * 2).abs().max() < 1e-3
     for one in (bad, bad + 1):
-        with pytest.raises(SharingError, match="party 'bob'.*whole numbers and halves"):
+        with pytest.raises(SharingError, match="party 'bob'.*whole numbers, halves and quarters"):
             one.get()
     assert session.is_open
     x += 1

@@ -133,7 +133,7 @@ class EagerOps:
             return False
         self._looked_at = body.ops[0], op
         dropped = (*op.drop, *body.drop)
-        return op.name in self._peer_ops and self._parties.is_short_run(session, op, dropped)
+        return self._parties.is_short_run(session, op, dropped)
 
     def _unpacked(self, packed: bytes) -> PostedOp:
         looked_at, self._looked_at = self._looked_at, None

@@ -10,11 +10,7 @@ from __future__ import annotations
 from planrt.workers.machine.events import Event, PeerAnswered, Received
 from planrt.workers.machine.handling.parts import Parts
 from planrt.workers.machine.handling.requests import Requests
-from planrt.workers.machine.kinds.share import SharedPart
 from planrt.workers.wire import messages as m
-
-_FETCHED = 1 << 20
-"""Bytes of a part that is fetched."""
 
 
 def is_short(parts: Parts, requests: Requests, event: Event) -> bool:
@@ -33,9 +29,5 @@ def is_short(parts: Parts, requests: Requests, event: Event) -> bool:
             session = parts.sessions.get(event.connection)
             return session is not None and parts.eager.is_short(session, body)
         case m.Fetch(id):
-            stored = parts.store.objects.get(id)
-            if stored is None or not isinstance(stored.value, SharedPart):
-                return False
-            part = stored.value.share.part
-            return part.nbytes <= _FETCHED
+            return parts.parties.is_short_fetch(id)
     return False

@@ -41,6 +41,9 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
 
+_FETCHED = 1 << 20
+"""Bytes of a part that is fetched in no time."""
+
 MAX_DRAWN = 1 << 27
 """Entries of a part that comes of a seed (8 bytes each): a few bytes of a client's must not become any memory."""
 
@@ -197,6 +200,13 @@ class PartyOps:
         if any(one is not None and not isinstance(one.value, SharedPart) for one in gone):
             return False
         return group.pace.first(known_again(op, self._shape_of)) <= SHORT
+
+    def is_short_fetch(self, id: int) -> bool:
+        """Returns whether an object is a part that is fetched in no time."""
+        stored = self._store.objects.get(id)
+        if stored is None or not isinstance(stored.value, SharedPart):
+            return False
+        return stored.value.share.part.nbytes <= _FETCHED
 
     def _shape_of(self, id: int) -> Any:
         stored = self._store.objects.get(id)
