@@ -89,7 +89,9 @@ def test_work_over_tls_with_and_without_a_token(serve, files):
     with client(uri, ca=files.ca) as nobody, client(uri, ca=files.ca, token=TOKEN) as ann:
         assert works(nobody)
         assert works(ann)
-        torch.tensor([1.0]).tag("#hers").send(ann, allowed_users=["ann"])
+        hers = torch.tensor([1.0]).tag("#hers").send(ann, allowed_users=["ann"])
+        assert hers.shape == (1,)
+        assert ann.objects_count() > 0  # it has arrived: what another client asks does not wait for it
         with pytest.raises(planrt.errors.GetNotPermittedError):
             nobody.search("#hers")[0].get()
         assert ann.search("#hers")[0].get().tolist() == [1]
