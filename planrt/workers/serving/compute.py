@@ -97,6 +97,11 @@ class ComputeThread:
                 self._asked -= 1
             del answer, args  # or an error's traceback would show the error, and all of it stay
 
+    @property
+    def idle(self) -> bool:
+        """Returns whether nothing runs or waits to, and whoever asked for something has heard of it."""
+        return not self._asked
+
     def run_here(self, function: Callable[..., T], *args: object) -> T | None:
         """Runs ``function(*args)`` on the thread that calls this, at once; returns None where that cannot be, since
         something else runs or waits to, or has not been heard of by who asked for it. To hand over to the thread and

@@ -304,7 +304,7 @@ class WorkerHost:
         """Handles an event that takes no time, on the loop; returns None where it has not."""
         if self._audit is not None and (self._audit.waiting or self._writing.locked()):
             return None  # what came before it has yet to leave
-        if not self.state.is_short(event):
+        if not self._compute.idle or not self.state.is_short(event):
             return None
         return self._compute.run_here(self._work, event, self._links.send)
 

@@ -1,7 +1,8 @@
 """A worker as the dealer of sharing groups: it gives each party a seed, and the last one its corrections. No I/O.
 
 The dealer dials; nobody has to reach it. It asks the last party what that needs, a request that waits there until
-there is something, makes it, and asks again. What it hands out is a function of its seeds and of the requests alone.
+there is something, makes it, and asks again; what a loop is likely to ask for next it makes meanwhile (`ahead.py`).
+What it hands out is a function of its seeds and of the requests alone.
 """
 
 from __future__ import annotations
