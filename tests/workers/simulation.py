@@ -62,6 +62,10 @@ class InlineCompute:
         self._turn = asyncio.Lock()
         self.busy = False
 
+    @property
+    def idle(self):
+        return not self._turn.locked()
+
     async def run(self, function, *args):
         async with self._turn:
             await asyncio.sleep(self._draw.choice((0.0, 0.001, 0.01, 0.3)))

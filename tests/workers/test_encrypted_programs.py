@@ -298,8 +298,11 @@ def _steps(make):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_small_gradients_move_weights_as_they_do_in_the_clear(name, alike):
-    # -0.0005 is 33 units, each product is off by one, and Adamax divides by the largest gradient alone, not by a mean.
-    alike(_steps(OPTIMIZERS[name]), within=5e-3 if name == "Adamax" else 2e-3)
+    # A gradient, and what an optimizer makes of it, is off by one unit of the last place at most: relative to its size,
+    # so are the steps, which all have one size. Adamax, which divides by the largest gradient alone and not by a mean,
+    # adds up what its means lose.
+    one_unit = torch.where(SLOPES == 0, 0, 1 / (SLOPES.abs() * 2**16))
+    alike(_steps(OPTIMIZERS[name]), within=(0.2 if name == "Adamax" else 0.1) * one_unit + 2e-4)
 
 
 def _weighted_positives(x, _):

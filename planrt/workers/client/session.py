@@ -252,6 +252,9 @@ class ClientSession(Generic[T]):
             raise ByeError(f"worker {self.worker_id!r} has stopped", address=self.address)
         if envelope.id == 0 and isinstance(envelope.body, m.Failure) and envelope.body.kind == SESSION_ENDED:
             raise EndedError(envelope.body.message, address=self.address)
+        if envelope.id == 0 and isinstance(envelope.body, m.Failure):
+            said = envelope.body.message
+            raise WireError(f"worker {self.worker_id!r} ends the connection: {said}", address=self.address)
         if envelope.id:
             self.seen += 1
         if envelope.id in self._abandoned:
@@ -260,9 +263,8 @@ class ClientSession(Generic[T]):
                 return Answered(envelope.id, self._error(envelope.body), once=True)
             return None
         if envelope.id not in self._pending:
-            said = f": {envelope.body.message}" if isinstance(envelope.body, m.Failure) else ""
             raise WireError(
-                f"worker {self.worker_id!r} answered a request that was never made (number {envelope.id}){said}",
+                f"worker {self.worker_id!r} answered a request that was never made (number {envelope.id})",
                 address=self.address,
             )
         self._pending.discard(envelope.id)
