@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "say what a plan does, and whether it keeps a policy")
     inspect.add_argument(
-        "file", metavar="FILE", help="a plan's file, or the hash of one that waits in --folder"
+        "file", metavar="FILE", help="a plan's file, or the hash of one that waits in --approvals"
     )
     inspect.add_argument("--policy", metavar="FILE", help="hold it against this policy (TOML)")
     inspect.add_argument(
@@ -152,7 +152,9 @@ def _command(commands: Any, name: str, action: Callable[[argparse.Namespace], in
 
 def _folder(parser: Any) -> None:
     parser.add_argument(
-        "--folder",
+        "--approvals",
+        "--folder",  # as it was called here before it had the name that `planrt serve` has for it
+        dest="folder",
         default=DEFAULT_FOLDER,
         metavar="DIR",
         help=f"where the worker keeps plans and decisions (default: {DEFAULT_FOLDER})",
@@ -303,7 +305,7 @@ def _record(options: argparse.Namespace) -> Approvals:
     from planrt.plans.policy.approvals import Approvals
 
     if not Path(options.folder).is_dir():
-        raise OptionError(f"--folder: there is no folder {options.folder}")
+        raise OptionError(f"--approvals: there is no folder {options.folder}")
     return Approvals(options.folder)
 
 

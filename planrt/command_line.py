@@ -49,7 +49,8 @@ def whole_number(*, at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], 
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if not at_least <= value <= at_most:
-            bounds = f"at least {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
+            open_end = at_most == 2**63 - 1 and value < at_least
+            bounds = f"at least {at_least}" if open_end else f"from {at_least} to {at_most}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
         return value
 
@@ -65,10 +66,7 @@ def tag(text: str) -> str:
 
 def positive_number(text: str) -> float:
     """Parses an option of argparse: a finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    value = _number(text)
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
@@ -76,18 +74,24 @@ def positive_number(text: str) -> float:
 
 def seconds(*, at_most: float = MOST_SECONDS, or_none: bool = False) -> Callable[[str], float]:
     """Makes an option type for argparse: a number of seconds above 0 and within a bound; `or_none` takes 0, too."""
+    least = "from 0" if or_none else "above 0"
 
     def parse(text: str) -> float:
-        if or_none and text.strip() == "0":
-            return 0.0
-        value = positive_number(text)
-        if value > at_most:
+        value = _number(text)
+        if not (0 < value <= at_most or (or_none and value == 0)):
             raise argparse.ArgumentTypeError(
-                f"must be a number of seconds of at most {at_most:,.0f}, got {text}"
+                f"must be a number of seconds {least} and of at most {at_most:,.0f}, got {text}"
             )
         return value
 
     return parse
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def run_command(name: str, action: Callable[[], None], *, verbose: bool) -> int:

@@ -324,7 +324,8 @@ def _bytes_of(option: str, text: str | None) -> int | None:
 
     if text is None:
         return None
-    nbytes = read_bytes(option, int(text) if text.strip().isdecimal() else text)
+    plain = text.strip()
+    nbytes = read_bytes(option, f"{plain} B" if plain.isdecimal() else text)
     if nbytes is None or nbytes < 1:
         raise OptionError(f'{option} must be at least 1 byte, as "512 MiB": got {text!r}')
     return int(nbytes)
@@ -349,7 +350,7 @@ def _about(policy: Policy, approvals: str | None) -> str:
     said = {
         "open": "any plan within the rules runs",
         "list": f"{len(policy.approved)} plans of the list run",
-        "ask": f"plans wait in {approvals} until you approve them: planrt pending --folder {approvals}",
+        "ask": f"plans wait in {approvals} until you approve them: planrt pending --approvals {approvals}",
     }[policy.approval]
     return f"Policy {policy.version}: {said}"
 

@@ -73,6 +73,7 @@ def parser(prog: str) -> Parser:
     add("--policy", metavar="FILE", help="what may run here (TOML); see examples/hospital_policy.toml")
     add(
         "--approvals",
+        "--folder",  # as other commands called it before
         metavar="DIR",
         help="folder where plans wait, and decisions are kept, for `planrt approve`",
     )

@@ -43,7 +43,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -52,6 +51,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from planrt.deadlines import MOST_SECONDS
 from planrt.errors import OptionError
 
 Approval = Literal["open", "list", "ask"]
@@ -67,6 +67,8 @@ _WHOLE: Final = (
     "max_session_flops", "max_worker_flops",
 )  # fmt: skip
 """Limits that are whole numbers above 0."""
+MOST: Final = 2**63 - 1
+"""The largest number that a limit may be; "none" is for no limit."""
 ALL_PRIVATE: Final = "*"
 """The tag of a release rule for everything private, tagged or not."""
 
@@ -210,9 +212,11 @@ class Policy:
             if seconds is not None and (
                 isinstance(seconds, bool)
                 or not isinstance(seconds, int | float)
-                or not (math.isfinite(seconds) and seconds > 0)
+                or not 0 < seconds <= MOST_SECONDS
             ):
-                raise OptionError(f"{name} must be a number of seconds above 0, got {_cut(seconds)}")
+                raise OptionError(
+                    f"{name} must be a number of seconds above 0 and of at most {MOST_SECONDS:,}, got {_cut(seconds)}"
+                )
         if not isinstance(self.release, tuple) or not all(
             isinstance(one, ReleaseRule) for one in self.release
         ):
@@ -231,7 +235,10 @@ class Policy:
                 values = tomllib.load(file)
         except OSError as error:
             raise OptionError(f"policy {path}: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # what is no TOML, no UTF-8, or no number that Python reads
             raise OptionError(f"policy {path}: not TOML: {error}") from None
         try:
             return cls.from_values(values)
@@ -355,6 +362,8 @@ def _cut(value: Any) -> str:
 def _integer(name: str, value: Any, at_least: int) -> None:
     if type(value) is not int or value < at_least:
         raise OptionError(f"{name} must be a whole number, at least {at_least}: got {_cut(value)}")
+    if value > MOST:
+        raise OptionError(f"{name} must be a whole number of at most {MOST}: got one that is larger")
 
 
 def _strings(name: str, value: Any) -> None:
@@ -381,11 +390,14 @@ def read_bytes(key: str, value: Any) -> Any:
     """
     if not isinstance(value, str) or value == "none":
         return _limit(key, value)
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value.strip())
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", value.strip())
     size = _UNITS.get(found[2]) if found else None
     if found is None or size is None:
         raise OptionError(f'{key} must be a number of bytes, or as "512 MiB", or "none": got {_cut(value)}')
-    return int(float(found[1]) * size)
+    nbytes = float(found[1]) * size
+    if nbytes > MOST:
+        raise OptionError(f"{key} must be at most {MOST} bytes: got {_cut(value)}")
+    return int(nbytes)
 
 
 def _list(key: str, value: Any) -> tuple[str, ...]:

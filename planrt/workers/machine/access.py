@@ -73,7 +73,7 @@ class Access:
                 return cls(tomllib.load(file))
         except OSError as error:
             raise OptionError(f"access {given}: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # as of policies
             raise OptionError(f"access {given}: not TOML: {error}") from None
         except OptionError as error:
             raise OptionError(f"access {given}: {error}") from None
