@@ -32,7 +32,7 @@ LAYERS = {
     "lazy": 0, "moved": 0,
     "errors": 0, "version": 0, "tracebacks": 0, "shown": 0, "allocator": 0, "stopping": 0,
     "cards": 1, "exceptions": 1, "extras": 1,
-    "types": 1, "seeding": 1, "logs": 1, "metrics": 1, "loop": 1, "chained": 1,
+    "types": 1, "seeding": 1, "logs": 1, "metrics": 1, "loop": 1, "chained": 1, "toml_files": 1,
     "serde": 2, "deadlines": 2,
     "command_line": 3, "plans": 3, "sharing": 3, "workers": 4, "protocols": 5, "fl": 5, "vertical": 5, "commands": 5,
     "torch_hook": 6, "sandbox": 7, "grid": 6,

@@ -305,7 +305,7 @@ def _isolation(options: argparse.Namespace, *, isolated: bool) -> dict[str, Any]
         said["readable"] = options.readable
     if said and not isolated:
         names = ", ".join("--" + name.replace("_", "-") for name in said)
-        raise OptionError(f"{names}: add --isolation on, which they are for")
+        raise OptionError(f"{names}: only with isolation, so add --isolation on")
     return said
 
 

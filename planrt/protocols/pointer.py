@@ -319,6 +319,8 @@ async def send_protocol(
         await place.send(body, payload)
         if workers:
             place.post(m.DeployProtocol(handle.id, _addresses(workers)))
+        if tags:
+            await place.objects.published()
 
     await send()
     return PointerProtocol(handle, chain=chain, workers=workers, tags=tags, description=description)

@@ -111,6 +111,27 @@ def test_mistakes_are_named(tmp_path, text, message):
     assert "policy.toml" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# of ours\n\nmax_ops = 3\nmax_opps = 3\n", 4),
+        ("max_ops = 3\n  'max_opps'=3", 2),
+        ("max_ops = 3\nmax_seconds = 0  # for now\nmax_opps = 3", 2),
+        ('approval = "ask"\nallow = [\n  "torch.add",\n  "torch.ad",\n]', 2),
+        ('[[release]]\ntag = "#a"\nmin_rows = 2\n\n[[release]]\ntag = "#b"\nrows = 3\nmin_rows = 2', 7),
+        ('[[release]]\ntag = "#a"\nmin_rows = 2\n[[release]]\ntag = "#b"', 4),
+        ('[[release]]\ntag = "#a"\nmin_rows = 2\naggregates = ["max"]', 4),
+        ("[realease]\ntag = 3", 1),
+        ("max_ops = 5\nrelease = 3", 2),
+        ("max_ops = 5\nmax_oops.number = 3", 2),
+    ],
+)
+def test_mistakes_are_named_with_their_line(tmp_path, text, line):
+    with pytest.raises(OptionError, match=rf"policy.toml, line {line}: ") as error:
+        Policy.from_file(written(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(OptionError, match="No such file"):
         Policy.from_file(tmp_path / "none.toml")

@@ -134,8 +134,11 @@ def test_files_and_tables_that_say_something_else(tmp_path):
     with pytest.raises(planrt.errors.PolicyError, match="nobody may see"):
         access.check_run(None, "scans")
     for text, says in (
-        ("[scans]\nread = []", "unknown key 'read'.*see, run, fetch, own"),
-        ("scans = 3", "'scans' is no table"),
+        (
+            "[other]\nsee = []\n[scans]\nsee = []\nread = []",
+            "line 5: .*unknown key 'read'.*see, run, fetch, own",
+        ),
+        ("scans = 3", "line 1: 'scans' is no table"),
         ("[scans]\nrun = 'ann'", r"run is a list of users"),
         ("[scans]\nrun = [3]", r"run is a list of users"),
         ("[scans]\nrun = ['*']", r"run is a list of users"),

@@ -1,5 +1,6 @@
 """With isolation users have of each other what they have without: published objects, what is handed over, shares."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -29,10 +30,8 @@ def served(request, **options):
 
 
 def search(worker, *terms):
-    """What is found, once it has arrived: nothing orders what two clients send."""
-    found = []
-    until(lambda: found.extend(worker.search(*terms)) or found)
-    return found
+    """What is found at once: who publishes something waits until others can find it."""
+    return worker.search(*terms)
 
 
 USERS = {"ann": "the long token of ann", "ben": "the long token of ben"}
@@ -92,6 +91,35 @@ def test_what_one_publishes_the_others_find(ann, ben):
     assert torch.equal(again.get(), torch.tensor([2.0, 4, 6]))
     assert torch.equal(x.get(), torch.tensor([1.0, 2, 3]))
     assert ben.search("#x") == []
+
+
+def test_what_is_published_is_found_at_once_whatever_it_is(alice, ann, ben):
+    @func2plan(args_shape=[(2,)])
+    def doubled(x):
+        return x * 2
+
+    async def sends(tensor):
+        return await tensor.async_send(ann)
+
+    large = torch.zeros(1_000_000)
+    made = {
+        "#small": lambda: torch.ones(2).tag("#small").send(ann),
+        "#large": lambda: large.tag("#large").send(ann),
+        "#later": lambda: large.clone().send(ann).tag("#later"),
+        "#result": lambda: (torch.randn(300, 300).send(ann) @ torch.randn(300, 300).send(ann)).tag("#result"),
+        "#awaited": lambda: asyncio.run(sends(large.clone().tag("#awaited"))),
+        "#data": lambda: planrt.BaseDataset(large, large).tag("#data").send(ann),
+        "#plan": lambda: doubled.tag("#plan").send(ann),
+        "#awaited-plan": lambda: asyncio.run(doubled.tag("#awaited-plan").async_send(ann)),
+        "#protocol": lambda: planrt.Protocol([("one", doubled)]).tag("#protocol").send(ann),
+    }
+    for tag, make in made.items():
+        kept = make()
+        assert len(ben.search(tag)) == (2 if tag == "#data" else 1), tag
+        del kept
+    with alice.connect("ann") as new:  # also by a client whose process is only just there
+        torch.ones(2).tag("#new").send(new)
+        assert len(ben.search("#new")) == 1
 
 
 def test_what_was_published_stays_when_its_session_ends_and_is_its_users_to_remove(alice, ben):

@@ -44,7 +44,6 @@ import fnmatch
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -53,6 +52,7 @@ from typing import Any, Final, Literal, get_args
 
 from planrt.deadlines import MOST_SECONDS
 from planrt.errors import OptionError
+from planrt.toml_files import read_toml
 
 Approval = Literal["open", "list", "ask"]
 Intersection = Literal["ids", "size", "none"]
@@ -227,23 +227,10 @@ class Policy:
         """Reads the policy in a TOML file.
 
         Raises:
-            OptionError: not there, not TOML, an unknown key, a wrong type or a value out of range; names file
-                and key.
+            OptionError: not there, not TOML, an unknown key, a wrong type or a value out of range; names file,
+                line and key.
         """
-        try:
-            with open(path, "rb") as file:
-                values = tomllib.load(file)
-        except OSError as error:
-            raise OptionError(f"policy {path}: {error.strerror or error}") from None
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # what is no TOML, no UTF-8, or no number that Python reads
-            raise OptionError(f"policy {path}: not TOML: {error}") from None
-        try:
-            return cls.from_values(values)
-        except OptionError as error:
-            raise OptionError(f"policy {path}: {error}") from None
+        return read_toml(path, "policy", cls.from_values)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Policy:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from planrt.errors import LocalError, OptionError, WorkerLostError
-from planrt.loop import on_loop, refuse_to_block, run
+from planrt.loop import on_loop, on_loop_thread, refuse_to_block, run
 from planrt.types import as_text, as_whole, plain
 from planrt.workers.pointers import kinds
 from planrt.workers.pointers.handle import Handle, Pointer, alive
@@ -52,6 +52,8 @@ class RemoteObjects:
             self._place.connection.post(body, [tensor.clone() for tensor in payload])
         else:
             run(self._place.connection.send(body, payload), instead="await tensor.async_send(worker)")
+        if not confirm and any(item.tags for item in body.items):
+            run(self.published(), instead="await tensor.async_send(worker)")
         return handles
 
     @on_loop
@@ -64,6 +66,8 @@ class RemoteObjects:
             await self._place.ask(m.Done, body, payload)
         else:
             await self._place.connection.send(body, payload)
+        if not confirm and any(item.tags for item in body.items):
+            await self.published()
         return handles
 
     def _put_message(
@@ -209,11 +213,19 @@ class RemoteObjects:
         return found
 
     def describe(self, pointer: Pointer, tags: Sequence[str], description: str) -> None:
-        """Gives an object tags and a description; tagged ones are published."""
+        """Gives an object tags and a description; tagged ones are published once this returns, unless it is called on
+        planrt's own loop, which waits for nothing.
+        """
         handle = alive(pointer)
         self._place.connection.post(m.Describe(handle.id, list(tags), description))
         if tags:
             self._place.ids.leave(handle.id)
+        if tags and not on_loop_thread():
+            run(self.published(), instead="pointer.tag, from a thread")
+
+    async def published(self) -> None:
+        """Returns when what was sent before is where others find it: a search that begins then sees it, whoever's."""
+        await self._place.ask(m.Counted, m.CountObjects())
 
     @on_loop
     async def gradient(self, pointer: PointerTensor) -> PointerTensor | None:

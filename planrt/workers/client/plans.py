@@ -59,6 +59,8 @@ class RemotePlans:
             self._place.connection.post(body, [tensor.clone() for tensor in payload])
         else:
             run(self._place.connection.send(body, payload), instead="await plan.async_send(worker)")
+        if body.tags:
+            run(self._place.objects.published(), instead="await plan.async_send(worker)")
         return self._pointer(plan, handle, key)
 
     async def send_async(
@@ -80,6 +82,8 @@ class RemotePlans:
     @on_loop
     async def _send_async(self, body: m.StorePlan, payload: Sequence[torch.Tensor]) -> None:
         await self._place.connection.send(body, payload)
+        if body.tags:
+            await self._place.objects.published()
 
     def _key(self, plan: Plan, private: bool, users: Sequence[str] | None, purpose: str) -> tuple[Any, ...]:
         """What makes two plans the same on a worker: ops, names, state, who may get it, and what it is for."""

@@ -18,13 +18,13 @@ there is none under that key.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from planrt.errors import OptionError, PolicyError
+from planrt.toml_files import read_toml
 from planrt.workers.machine.labels import Label
 from planrt.workers.wire import messages as m
 
@@ -68,15 +68,7 @@ class Access:
             return given
         if given is None or isinstance(given, Mapping):
             return cls(given)
-        try:
-            with open(given, "rb") as file:
-                return cls(tomllib.load(file))
-        except OSError as error:
-            raise OptionError(f"access {given}: {error.strerror or error}") from None
-        except (ValueError, RecursionError) as error:  # as of policies
-            raise OptionError(f"access {given}: not TOML: {error}") from None
-        except OptionError as error:
-            raise OptionError(f"access {given}: {error}") from None
+        return read_toml(given, "access", cls)
 
     def sees(self, user: str | None, key: str) -> bool:
         """Returns whether a user is told of a data set; None is nobody."""

@@ -100,14 +100,16 @@ def server_tls(
     if cert is None and key is None:
         if client_ca is not None or deny is not None:
             raise OptionError(
-                "certificates of clients are for TLS: give the server a certificate and a key as well"
+                "certificates of clients are for TLS: give the server a certificate and a key, --tls-cert and --tls-key"
             )
         return None
     if cert is None or key is None:
-        raise OptionError("TLS takes both cert_path=, the certificate, and key_path=, its private key")
+        raise OptionError(
+            "TLS takes both a certificate and its private key: --tls-cert and --tls-key (cert_path=, key_path=)"
+        )
     if deny is not None and client_ca is None:
         raise OptionError(
-            "a list of denied certificates is for those of clients: name their authority, client_ca="
+            "a list of denied certificates is for those of clients: name their authority, --tls-client-ca (client_ca=)"
         )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
