@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 import planrt
+from planrt.cli import main
 from planrt.errors import LocalError, PolicyRefusedError, RemoteError, SessionLostError
 from planrt.fl import RoundScheduler, TrainConfig
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.room import Room
 from planrt.workers.serving.isolation.grants import Grants
-from tests.workers.test_isolation import Server, until
+from tests.workers.test_isolation import Server, fit, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
 
@@ -126,6 +128,106 @@ def granted(what):
         return what()
     except PolicyRefusedError:
         return False
+
+
+# ------------------------------------------------------------- clients without a user, a process each
+
+
+def full_there(rule="max_session_memory"):
+    return pytest.raises(
+        PolicyRefusedError, match=rf"clients without a user keep together at one address: \[{rule}\]"
+    )
+
+
+def test_clients_without_a_user_have_one_quota_at_an_address(serve):
+    server = serve(max_session_memory=8 << 20)
+    with server.connect("") as first, server.connect("") as second, server.connect("ann") as ann:
+        x = sent(first, 5 * KIB)
+        with full_there():
+            sent(second, 5 * KIB)
+        assert len(server.processes()) == 3
+        y = sent(second, 1 * KIB)
+        assert (x.sum() + 0).get().item() == 5 * KIB * KIB // 4  # each goes on
+        assert (y.sum() + 0).get().item() == KIB * KIB // 4
+        assert sent(ann, 7 * KIB).sum().get().item() == 7 * KIB * KIB // 4  # hers is her own
+        with pytest.raises(PolicyRefusedError, match=r"lets a user keep: \[max_session_memory\]"):
+            sent(first, 8 * KIB)  # more than one of them may, too
+        del x
+        first.objects_count()
+        assert sent_in_the_end(second, 5 * KIB).sum().get().item() == 5 * KIB * KIB // 4
+
+
+def test_many_processes_of_an_address_have_no_more_objects_than_one(serve):
+    server = serve(max_session_objects=200)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect("")) for _ in range(6)]
+        kept = []
+        for client in clients:
+            with contextlib.suppress(PolicyRefusedError):
+                for _ in range(100):
+                    kept.append(torch.ones(1).send(client))
+                    client.objects_count()
+        assert sum(granted(client.objects_count) for client in clients) <= 200
+        assert 200 - 64 <= len(kept) <= 206  # a pointer of each was refused
+
+
+def test_who_has_closed_a_session_gives_way_at_its_address(serve):
+    server = serve(max_session_memory=8 << 20)
+    for _ in range(4):  # each holds 6 MiB, and may come back to it
+        client = server.connect("")
+        x = sent(client, 6 * KIB)
+        client.close()
+        del x
+    with server.connect("") as last:
+        assert sent(last, 6 * KIB).sum().get().item() == 6 * KIB * KIB // 4
+
+
+def test_what_was_published_does_not_give_way(serve):
+    server = serve(max_session_memory=8 << 20)
+    client = server.connect("")
+    torch.ones(3 * KIB * KIB // 4).tag("#kept").send(client)
+    client.objects_count()
+    client.close()
+    with server.connect("") as last:
+        with full_there():
+            sent(last, 6 * KIB)
+        (found,) = last.search("#kept")  # a copy, which counts again
+        assert found.sum().get().item() == 3 * KIB * KIB // 4
+
+
+# ------------------------------------------------------------------ runs that fail on data, a day
+
+
+def test_neither_sessions_nor_processes_bring_more_failures_a_day(serve, tmp_path):
+    """Not of a user, nor at an address, nor where the process crashes in place of a failure."""
+    (tmp_path / "granted").mkdir()
+    policy = {"approval": "open", "max_failures": 2, "max_daily_failures": 4}
+    path = tmp_path / "audit.jsonl"
+    server = serve(policy=policy, folder=str(tmp_path), audit=str(path))
+
+    def no_more():
+        return pytest.raises(PolicyRefusedError, match=r"\[max_daily_failures\] nothing of yours runs")
+
+    for user in ("ann", ""):
+        with server.connect(user) as worker:
+            for _ in range(2):
+                with pytest.raises(RemoteError, match="for the worker's owner only"):
+                    fit(worker, "read")  # its file is not there
+        with server.connect(user) as worker, pytest.raises(SessionLostError):
+            fit(worker, "crash")
+        with server.connect(user) as worker:
+            with pytest.raises(RemoteError, match="for the worker's owner only"):
+                fit(worker, "read")
+            with no_more():
+                fit(worker, "read")
+            with no_more():
+                fit(worker, "rows")
+            assert torch.ones(3).send(worker).sum().get().item() == 3.0
+    with server.connect("ben") as ben:
+        assert fit(ben, "rows").samples == 4
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["user"] for line in lines if line["event"] == "no_more_failures"] == ["ann", ""]
+    assert main(["audit", str(path), "--check"]) == 0
 
 
 # ---------------------------------------------------------------------------------- what is computed
@@ -250,6 +352,17 @@ def test_a_process_that_was_taken_over_does_not_get_all_of_it():
     assert grants.ask(1, 9, 20) == "max_worker_objects"
 
 
+def test_processes_at_one_address_have_what_one_user_may_have():
+    grants = Grants(Quota(memory=10, objects=4, worker_memory=100, worker_objects=100), at_address=True)
+    assert grants.ask(1, 2, 6) == ""
+    assert grants.ask(2, 2, 5) == "max_session_memory"
+    assert grants.ask(2, 3, 4) == "max_session_objects"
+    assert grants.ask(2, 2, 4) == ""
+    assert len(grants) == 2
+    grants.over(1)
+    assert grants.ask(2, 4, 10) == ""
+
+
 def test_room_is_asked_for_seldom_and_given_back():
     asked = []
 
@@ -259,7 +372,7 @@ def test_room_is_asked_for_seldom_and_given_back():
 
     room = Room(None, 1 << 30)
     room.ask(more)
-    account = Account(Quota(worker_memory=1 << 30), room=room)
+    account = Account(Quota(worker_memory=1 << 30), rooms=[room])
     kept = []
     for _ in range(2_000):
         one = torch.empty(100 * KIB, dtype=torch.uint8)

@@ -17,13 +17,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from planrt.errors import PolicyError
 from planrt.plans.analysis.report import count_flops
 
 HOUR: Final = 3600.0
-"""Seconds in which an empty bucket is full again."""
+"""Seconds in which an empty bucket of operations is full again."""
+DAY: Final = 24 * HOUR
+"""Those in which one of failures is."""
+NOBODIES: Final = 10
+"""Times what one user may fail that all clients without a user may together, however many addresses they have."""
 MOST_USERS: Final = 10_000
 """Users whose budgets are kept track of; of more, the one who has used least of it begins anew."""
 _AHEAD: Final = 1000
@@ -38,15 +42,15 @@ Returns the name of the limit that is in the way, and for how many seconds; or `
 
 
 class _Bucket:
-    __slots__ = ("_at", "_left", "_most")
+    __slots__ = ("_at", "_left", "_most", "_seconds")
 
-    def __init__(self, most: int) -> None:
-        self._most, self._left, self._at = most, float(most), now()
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._left, self._at, self._seconds = most, float(most), now(), seconds
 
     @property
     def left(self) -> float:
         at = now()
-        self._left = min(self._most, self._left + self._most * (at - self._at) / HOUR)
+        self._left = min(self._most, self._left + self._most * (at - self._at) / self._seconds)
         self._at = at
         return self._left
 
@@ -55,7 +59,27 @@ class _Bucket:
 
     def seconds_until(self, flops: int) -> float:
         """Seconds until so many are there; inf where it never holds so many."""
-        return math.inf if flops > self._most else (flops - self._left) * HOUR / self._most
+        return math.inf if flops > self._most else (flops - self._left) * self._seconds / self._most
+
+
+class _Buckets(dict[str, _Bucket]):
+    """One for each user: of so many, full again in so many seconds."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        super().__init__()
+        self._most, self._seconds = most, seconds
+
+    def of(self, whose: str) -> _Bucket:
+        """Returns the bucket of a user."""
+        found = self.get(whose)
+        if found is None:
+            if len(self) >= MOST_USERS:
+                for name in [name for name, one in self.items() if one.left >= self._most]:
+                    del self[name]
+            if len(self) >= MOST_USERS:
+                del self[max(self, key=lambda name: self[name].left)]
+            found = self[whose] = _Bucket(self._most, self._seconds)
+        return found
 
 
 class Budgets:
@@ -66,13 +90,12 @@ class Budgets:
     """
 
     def __init__(self, session: int | None, worker: int | None) -> None:
-        self._session = session
-        self._worker = None if worker is None else _Bucket(worker)
-        self._users: dict[str, _Bucket] = {}
+        self._users = None if session is None else _Buckets(session, HOUR)
+        self._worker = None if worker is None else _Bucket(worker, HOUR)
 
     def draw(self, whose: str, flops: int, most: int) -> tuple[str, float]:
         """See `Draw`."""
-        own = None if self._session is None else self._bucket(whose, self._session)
+        own = None if self._users is None else self._users.of(whose)
         taken = float(max(flops, most))
         for rule, bucket in (("max_session_flops", own), ("max_worker_flops", self._worker)):
             if bucket is None:
@@ -85,15 +108,53 @@ class Budgets:
                 bucket.take(taken)
         return "", taken
 
-    def _bucket(self, whose: str, most: int) -> _Bucket:
-        found = self._users.get(whose)
-        if found is None:
-            if len(self._users) >= MOST_USERS:
-                self._users = {name: one for name, one in self._users.items() if one.left < most}
-            if len(self._users) >= MOST_USERS:
-                del self._users[max(self._users, key=lambda name: self._users[name].left)]
-            found = self._users[whose] = _Bucket(most)
-        return found
+
+class CountsFailures(Protocol):
+    """A count of runs that failed: `Failures`, or who asks it."""
+
+    def seconds(self, whose: str, *, nobody: bool) -> float:
+        """See `Failures.seconds`."""
+
+    def add(self, whose: str, *, nobody: bool) -> float:
+        """See `Failures.add`."""
+
+
+class Failures:
+    """The runs of a worker that failed on data which their clients may not see, counted over all sessions of a user.
+
+    Each tells something of the data, so a user has so many a day, and those without a user have `NOBODIES` times as
+    many together besides. Like a budget, it outlives sessions.
+
+    Args:
+        most: of one user, a day. None for any number.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        if most is not None:
+            self._users = _Buckets(most, DAY)
+            self._nobodies = _Bucket(NOBODIES * most, DAY)
+
+    def _of(self, whose: str, *, nobody: bool) -> list[_Bucket]:
+        return [self._users.of(whose), self._nobodies] if nobody else [self._users.of(whose)]
+
+    def seconds(self, whose: str, *, nobody: bool) -> float:
+        """Returns for how many seconds nothing of that user may run that could fail so; 0 where it may now."""
+        if self._most is None:
+            return 0.0
+        return max(0.0 if one.left >= 1 else one.seconds_until(1) for one in self._of(whose, nobody=nobody))
+
+    def add(self, whose: str, *, nobody: bool) -> float:
+        """Counts one; returns `seconds` from now on."""
+        if self._most is None:
+            return 0.0
+        own, *all = self._of(whose, nobody=nobody)
+        if own.left >= 1:  # or who has none left would use up the others'
+            for bucket in all:
+                bucket.take(1)
+        if own.left > -self._most:  # what runs at the same time in several processes may be too much by that
+            own.take(1)
+        return self.seconds(whose, nobody=nobody)
 
 
 class Purse:

@@ -95,7 +95,8 @@ class Account:
     Args:
         quota: what they may.
         make_room: called where that is not enough: frees something, and returns whether it did.
-        room: what all users of the worker may keep together, where that has limits.
+        rooms: what it may keep together with others, where that has limits: all users of the worker, and clients at
+            the same address.
         purse: what they compute, where that has.
     """
 
@@ -103,14 +104,14 @@ class Account:
         self,
         quota: Quota,
         make_room: Callable[[], bool] = lambda: False,
-        room: Room | None = None,
+        rooms: Sequence[Room] = (),
         purse: Purse | None = None,
     ) -> None:
         self._quota = quota
-        self._counts_memory = quota.memory is not None or (room is not None and room.counts_memory)
+        self._counts_memory = quota.memory is not None or any(room.counts_memory for room in rooms)
         self._make_room = make_room
-        self._room, self._purse = room, purse
-        self._part = None if room is None else room.enter(self)
+        self._rooms, self._purse = rooms, purse
+        self._parts = [room.enter(self) for room in rooms]
         self._objects = 0
         self._beside = 0
         self._memory = 0
@@ -144,8 +145,8 @@ class Account:
                 rule="max_session_objects",
             )
         if not self._counts_memory:
-            if self._room is not None:
-                self._room.check(objects, 0)
+            for room in self._rooms:
+                room.check(objects, 0)
             return
         new = {
             ref: nbytes
@@ -163,8 +164,8 @@ class Account:
                 f"{count_bytes(wanted)} more: drop some pointers, or end sessions",
                 rule="max_session_memory",
             )
-        if self._room is not None:
-            self._room.check(objects, wanted)
+        for room in self._rooms:
+            room.check(objects, wanted)
 
     def spend(self, what: str, flops: float, *, seen: bool = False) -> None:
         """Pays for what is to run: see `Purse.spend`."""
@@ -250,9 +251,11 @@ class Account:
         self._tell()
 
     def _tell(self) -> None:
-        """Lets the sum over all users have what is kept now."""
-        if self._part is not None:
-            self._part.holds(self._objects, self._total)
+        """Lets the sums over several users have what is kept now."""
+        if self._parts:
+            objects, total = self._objects, self._total
+            for part in self._parts:
+                part.holds(objects, total)
 
 
 def _storage(tensor: torch.Tensor) -> tuple[StorageWeakRef, int]:

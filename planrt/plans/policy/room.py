@@ -17,6 +17,11 @@ from planrt.plans.analysis.report import count_bytes
 _GRAIN: Final = (64, 1 << 20)
 """Objects and bytes that a process asks for at least, where there is room for them."""
 
+OF_WORKER: Final = ("max_worker_objects", "max_worker_memory")
+OF_ADDRESS: Final = ("max_session_objects", "max_session_memory")
+"""The names of limits: of all users of a worker, and of one user. What clients without a user have at one address is in
+several processes, with isolation."""
+
 More = Callable[[int, int], str]
 """Asks whether so many objects and bytes may be kept in this process, all in all; returns the name of the limit that is
 in the way, ``""`` if they may. Fewer than before may always."""
@@ -30,14 +35,15 @@ class Counted(Protocol):
 
 
 class Room:
-    """The sum over all accounts of a worker, or of one process of it, and its limits.
+    """The sum over several accounts of a worker, or of one process of it, and its limits.
 
     Args:
         objects, memory: the limits; None for none.
+        rules: their names.
     """
 
-    def __init__(self, objects: int | None, memory: int | None) -> None:
-        self._limits = objects, memory
+    def __init__(self, objects: int | None, memory: int | None, rules: tuple[str, str] = OF_WORKER) -> None:
+        self._limits, self._rules = (objects, memory), rules
         self._granted = objects, memory
         self._more: More | None = None
         self._accounts: weakref.WeakSet[Counted] = weakref.WeakSet()
@@ -68,7 +74,7 @@ class Room:
         """Raises unless there is room for so many objects and bytes more.
 
         Raises:
-            PolicyError: they are more than the owner lets all users keep. It does not say what others have.
+            PolicyError: they are more than the owner lets all of them keep. It does not say what others have.
         """
         if not self._lacks(objects, memory):
             return
@@ -86,9 +92,9 @@ class Room:
         """The name of the limit that is in the way."""
         most_objects, most_memory = self._granted
         if most_objects is not None and self.objects + objects > most_objects:
-            return "max_worker_objects"
+            return self._rules[0]
         if most_memory is not None and self.memory + memory > most_memory:
-            return "max_worker_memory"
+            return self._rules[1]
         return ""
 
     def _grown(self, more: More, objects: int, memory: int) -> str:
@@ -149,4 +155,8 @@ _REFUSED: Final = {
     "[max_worker_objects] drop some pointers, end sessions, or wait until others have",
     "max_worker_memory": "this would be more than the {bytes} that the owner lets all users keep together: "
     "[max_worker_memory] drop some pointers, end sessions, or wait until others have",
+    "max_session_objects": "this would be more than the {0:,} objects that the owner lets clients without a user keep "
+    "together at one address: [max_session_objects] drop some pointers, or end sessions",
+    "max_session_memory": "this would be more than the {bytes} that the owner lets clients without a user keep "
+    "together at one address: [max_session_memory] drop some pointers, or end sessions",
 }

@@ -31,8 +31,8 @@ batch's predictions must each be about its own row.
   rows.
 * *Lookup by hand.* ``(x == k).float().sum(0)`` counts who has the value k, and nobody sees how few they are.
 * *Facts besides values.* Sizes of results, time, whether counts were withheld, and at which op a plan fails:
-  the logarithm of the number of its ops in bits, `Policy.max_failures` times a session. Nothing counts over
-  sessions but the owner, who finds each failure in the worker's log.
+  the logarithm of the number of its ops in bits, `Policy.max_failures` times a session, and
+  `Policy.max_daily_failures` times a day in all sessions of a user. The owner finds each in the worker's log.
 
 Against somebody who wants to find out about a single person only noise helps (differential privacy), or
 reading the plan before approving it. That is what ``approval = "ask"`` is for.
@@ -62,9 +62,9 @@ _UNITS: Final = {
     "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
 _WHOLE: Final = (
-    "max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes", "max_failures", "max_pending",
-    "max_session_memory", "max_session_objects", "max_worker_memory", "max_worker_objects",
-    "max_session_flops", "max_worker_flops",
+    "max_ops", "max_flops", "max_memory", "max_input_bytes", "max_output_bytes", "max_failures",
+    "max_daily_failures", "max_pending", "max_session_memory", "max_session_objects", "max_worker_memory",
+    "max_worker_objects", "max_session_flops", "max_worker_flops",
 )  # fmt: skip
 """Limits that are whole numbers above 0."""
 MOST: Final = 2**63 - 1
@@ -137,6 +137,10 @@ class Policy:
         max_check_seconds: of processor time that holding a plan against these rules may take, before it runs.
         max_failures: runs of one session that may fail on data which it may not see, before the session is
             ended. Each failure tells one of the plan's ops, or that it was none of them.
+        max_daily_failures: those of one user in a day, over all of its sessions; clients without a token or a
+            certificate are one user for each address, and together have ten times as many. Who has none left runs
+            nothing on such data until some come back: so many are there at first, and as many come in within a day.
+            With isolation a process for a user's work that crashed, or took too long, counts as one.
         max_pending: plans that one user was the first to ask for and that wait for the owner; clients without
             a token are one user. They may take the same part of the bytes that are there for plans that wait.
         require_secure_aggregation: the fewest workers over which the sum of a training round must go. What this
@@ -177,6 +181,7 @@ class Policy:
     max_seconds: float | None = 600.0
     max_check_seconds: float | None = 10.0
     max_failures: int | None = 20
+    max_daily_failures: int | None = 100
     max_pending: int | None = 20
     require_secure_aggregation: int | None = None
     max_session_memory: int | None = 16 * 2**30
@@ -255,8 +260,8 @@ class Policy:
         """
         values = asdict(self)
         for name in (
-            "max_failures", "max_pending", "max_check_seconds", "max_session_memory", "max_session_objects",
-            "max_worker_memory", "max_worker_objects", "max_session_flops", "max_worker_flops",
+            "max_failures", "max_daily_failures", "max_pending", "max_check_seconds", "max_session_memory",
+            "max_session_objects", "max_worker_memory", "max_worker_objects", "max_session_flops", "max_worker_flops",
             "require_secure_aggregation", "intersection",
         ):  # fmt: skip
             if getattr(self, name) == getattr(type(self), name):
@@ -289,6 +294,7 @@ class Policy:
             ("seconds", self.max_seconds, "{:g}".format),
             ("seconds of the check before", self.max_check_seconds, "{:g}".format),
             ("failures on private data, a session", self.max_failures, "{:,}".format),
+            ("failures on private data, a user and day", self.max_daily_failures, "{:,}".format),
             ("plans that wait, a user", self.max_pending, "{:,}".format),
             ("memory that a user's sessions keep", self.max_session_memory, count_bytes),
             ("objects that a user's sessions keep", self.max_session_objects, "{:,}".format),
@@ -418,6 +424,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_seconds": _limit,
     "max_check_seconds": _limit,
     "max_failures": _limit,
+    "max_daily_failures": _limit,
     "max_pending": _limit,
     "require_secure_aggregation": _limit,
     "max_memory": read_bytes,

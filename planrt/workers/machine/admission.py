@@ -79,8 +79,10 @@ def admit(
     on = sorted({one for names in tags.values() for one in names})
     session.asks_for([gate.approving.asked(graph, constants, session.user, on)])
     report = gate.admit(graph, [TensorSpec.of(tensor) for tensor in args[2:]], tags, constants=constants)
-    store.spend(session.id, f"plan {graph.name!r}", report.totals.flops)
     released = bool(tags) and not others and all(gate.covers(one) for one in tags.values())
+    if released:
+        check_failures(gate, session)
+    store.spend(session.id, f"plan {graph.name!r}", report.totals.flops)
     if released:
         _check_memory(graph, args[0], args[2:])
     return released, gate.deadline()
@@ -132,22 +134,44 @@ def admit_shared(
     gate.admit(graph, specs, constants=constants)
 
 
+def check_failures(gate: Gate, session: Session) -> None:
+    """Raises unless a run on data which the session may not see could fail: that would tell its client something.
+
+    Raises:
+        PolicyError: so many of its user's have, today.
+    """
+    seconds = gate.failures.seconds(session.counts_for, nobody=session.user is None)
+    if seconds:
+        raise PolicyError(
+            f"{gate.policy.max_daily_failures} runs of yours failed on data that you may not see, as many as the owner "
+            "lets a user's runs fail in a day, over all sessions: [max_daily_failures] nothing of yours runs on such "
+            f"data for the next {math.ceil(seconds):,} s; what else you do goes on",
+            rule="max_daily_failures",
+        )
+
+
 def failed_on_data(gate: Gate, session: Session, error: Exception, **on: Any) -> None:
     """Counts a run that failed on data which the session may not see, and tells the owner; `on` says on what.
 
-    That it failed is a fact about the data, so a session has only so many of them. The reason is for who looks at the
-    worker's debug log: it can hold a value.
+    That it failed is a fact about the data, so a session has only so many of them, and a user in all sessions. The
+    reason is for who looks at the worker's debug log: it can hold a value.
     """
     counted = session if session.by is None else session.by.client  # or each ticket would bring more of them
     counted.failures += 1
     most = gate.policy.max_failures
     counted.over = counted.over or (most is not None and counted.failures >= most)
     session.failures, session.over = counted.failures, counted.over
+    seconds = gate.failures.add(session.counts_for, nobody=session.user is None)
     failed = error.op if isinstance(error, ExecutionError) else ""
     log.warning(
         "failed_on_private_data", user=session.user or "nobody", session=session.id, op=failed,
         kind=type(error).__name__, failures=session.failures, ended=session.over, **on,
     )  # fmt: skip
+    if seconds:
+        log.warning(
+            "no_more_failures", user=session.user or "nobody", whose=session.counts_for, seconds=seconds
+        )
+        gate.auditor.no_more_failures(session)
     log.debug("failed_on_private_data", session=session.id, exc_info=error)
 
 

@@ -106,6 +106,10 @@ class Auditor:
             "asked", None, user=user or "", plan=plan.hash, filed=filed, name=plan.name, data=data, purpose=purpose
         )  # fmt: skip
 
+    def no_more_failures(self, session: Session) -> None:
+        """Records that so many runs of its user failed on data that nothing more of it runs there, for a while."""
+        self._record("no_more_failures", session, outcome="refused", rule="max_daily_failures")
+
     def ran(
         self, session: Session, event: str, plan: Graph, constants: Sequence[Constant], **facts: Any
     ) -> None:

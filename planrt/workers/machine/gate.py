@@ -30,6 +30,7 @@ from planrt.plans.ir.graph import Graph, Op
 from planrt.plans.policy.approvals import (
     Approvals,
 )
+from planrt.plans.policy.budgets import CountsFailures, Failures
 from planrt.plans.policy.passes import check_pass
 from planrt.plans.policy.rules import ALL_PRIVATE, Policy, ReleaseRule
 from planrt.plans.policy.single_ops import check_op
@@ -60,7 +61,7 @@ class Gate:
     Args:
         policy: the rules.
         approvals: the folder of the owner's decisions; needed where the policy says ``approval = "ask"``.
-        audit: is told what is put before the owner.
+        audit: is told what is put before the owner, and whose runs have failed too often.
 
     Raises:
         OptionError: plans would have to wait, and there is no place for them.
@@ -74,8 +75,11 @@ class Gate:
                 'a policy with approval = "ask" needs a folder where plans wait for the owner: approvals=...'
             )
         self.policy = policy
-        self.approving = Approving(policy, approvals, audit or Auditor())
+        self.auditor = audit or Auditor()
+        self.approving = Approving(policy, approvals, self.auditor)
         """The owner's decisions about plans."""
+        self.failures: CountsFailures = Failures(policy.max_daily_failures)
+        """Of runs on data, over all sessions."""
         self._reports: OrderedDict[object, Report] = OrderedDict()
         self._reported_ops = 0
 

@@ -119,6 +119,8 @@ class Session:
     """Hash of a plan that was sent -> what its client says it is for: shown to the owner who is asked to approve it."""
     asked: dict[str, None] = field(default_factory=dict)
     """Hashes of plans that it sent or asked for, as decisions about them are filed: whose status it is told."""
+    counts_for: str = ""
+    """For whom it counts (`whose`); set where it is opened."""
     token: str = ""
     """The id of the token that was proved for it; ``""`` of a session that no token opened."""
     by: Acting | None = None

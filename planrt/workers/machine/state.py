@@ -49,6 +49,7 @@ import torch
 from planrt.errors import OptionError, WireError
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Decisions
+from planrt.plans.policy.budgets import CountsFailures
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
 from planrt.serde.frames import Limits
@@ -278,9 +279,10 @@ class WorkerState:
         board: Board,
         tickets: ShownElsewhere | None = None,
         joint_runs: Keeps | None = None,
+        failures: CountsFailures | None = None,
     ) -> None:
         """Makes this the state of a process that serves the sessions of one user, after another process has found out
-        who its clients are. `audit`, `approvals`, `board`, `tickets` and `joint_runs` are that one's."""
+        who its clients are. `audit`, `approvals`, `board`, `tickets`, `joint_runs` and `failures` are that one's."""
         parts = self._parts
         parts.siblings = Neighbours(board, parts.objects, self.access, self.device)
         parts.kept = KeptSessions(self._limits)  # of this process: sessions of the one before it are over
@@ -292,6 +294,8 @@ class WorkerState:
         parts.joint.folder = joint_runs
         if parts.gate is not None:
             parts.gate.approving.ask(approvals)
+            if failures is not None and parts.gate.policy.max_daily_failures is not None:
+                parts.gate.failures = failures
 
     def _new_openings(
         self, handshakes: Handshakes, kept: KeptSessions, audit: Auditor, training: TrainingOps
@@ -299,6 +303,11 @@ class WorkerState:
         return Openings(
             self.id, handshakes, kept, audit, datasets=training.seen_by, when_opened=self.accounts.open
         )
+
+    @property
+    def failures(self) -> CountsFailures | None:
+        """Counts of runs on data that failed, over all sessions; None without a policy."""
+        return None if self._parts.gate is None else self._parts.gate.failures
 
     def note_ticket(self, client: Session, id: str, verifier: Verifier, asked: m.Delegate) -> None:
         """Takes note of a ticket that another process gave, for which `client` stands, and that is proved here."""
@@ -324,6 +333,12 @@ class WorkerState:
     def has_sessions(self) -> bool:
         """True where there are sessions, or some that may be gone on with."""
         return bool(self._parts.sessions or len(self._parts.kept))
+
+    @property
+    def gives_way(self) -> bool:
+        """True where there are only sessions that their clients have closed, which may come back if nobody needs the
+        room."""
+        return not self._parts.sessions and self._parts.kept.all_give_way()
 
     def is_open(self, connection: int) -> bool:
         """Returns whether a connection has a session: its handshake is over."""

@@ -30,7 +30,7 @@ WHOLE: Final = frozenset({"done", "begun"})
 """Outcomes that are not: something ran, or left."""
 EVENTS: Final = frozenset({
     "opened", "resumed", "ended", "wrong_proof", "refused", "failed", "asked", "fit", "evaluate", "run", "call",
-    "joint", "fetch", "move",
+    "joint", "fetch", "move", "no_more_failures",
 })  # fmt: skip
 """All events that clients bring about."""
 _NAMED: Final = 8

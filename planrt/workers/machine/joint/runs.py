@@ -20,7 +20,7 @@ from planrt.serde.tensors import payload_bytes
 from planrt.sharing.columns import packing, paillier
 from planrt.sharing.columns.intersection import MAX_IDS
 from planrt.workers.machine.access import Access
-from planrt.workers.machine.admission import failed_on_data
+from planrt.workers.machine.admission import check_failures, failed_on_data
 from planrt.workers.machine.audit import Auditor
 from planrt.workers.machine.events import Answer, Steps, ToPeer, Wake
 from planrt.workers.machine.failures import OpFailedError, failure_of, failure_on_data
@@ -383,6 +383,7 @@ class JointOps:
                 run.kept = None
             return m.JointDone(), ()
         if self._gate is not None:
+            check_failures(self._gate, session)
             run.pays(
                 f"the step {body.step!r} of a joint run", costs.of_step(run, body, self._gate.admit_part)
             )

@@ -110,6 +110,10 @@ class KeptSessions:
                 return session
         return None
 
+    def all_give_way(self) -> bool:
+        """Returns whether their clients have closed all of them."""
+        return all(session.kept is not None and session.kept.gives_way for session in self._by_name.values())
+
     def expired(self, name: str, absence: int) -> Session | None:
         """Returns the session whose time is over, if it has been without a connection since."""
         session = self._away.get(name)

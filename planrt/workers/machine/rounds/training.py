@@ -34,7 +34,7 @@ from planrt.sharing.columns.table import Table
 from planrt.sharing.secure_sum import encoding
 from planrt.types import Ref, TensorSpec, as_text, leaves
 from planrt.workers.machine.access import Access
-from planrt.workers.machine.admission import failed_on_data
+from planrt.workers.machine.admission import check_failures, failed_on_data
 from planrt.workers.machine.events import Answer
 from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate
@@ -230,6 +230,7 @@ class TrainingOps:
         source = self._dataset(session, body.dataset)
         if self._gate is not None:
             constants = self._asked(self._gate, session, plan, state, body.dataset)
+            check_failures(self._gate, session)
             flops = self._admit_training(plan, constants, body, len(source))
             self._objects.store.spend(session.id, "training", flops)
             deadline = self._gate.deadline()
@@ -354,6 +355,7 @@ class TrainingOps:
         state = self._state(session, body, tensors)
         if self._gate is not None:
             constants = self._asked(self._gate, session, plan, state, body.dataset)
+            check_failures(self._gate, session)
             smallest = smallest_batch(len(source), body.batch_size)
             specs = self._batch_specs(body.dataset, min(body.batch_size, len(source)))
             tags = self._datasets[body.dataset].info.tags

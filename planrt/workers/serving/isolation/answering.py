@@ -28,7 +28,7 @@ from planrt.errors import (
 )
 from planrt.logs import get_logger
 from planrt.plans.policy.approvals import Approvals, Asking, QueueFullError
-from planrt.plans.policy.budgets import Budgets
+from planrt.plans.policy.budgets import Budgets, CountsFailures, Failures
 from planrt.plans.policy.quotas import Quota
 from planrt.serde.frames import Limits
 from planrt.workers.machine.access import Access
@@ -56,6 +56,8 @@ _PROOFS: Final = 64
 """Proofs of the worker's token that one process may have under way."""
 _EVENT_BYTES: Final = 64 << 10
 """Bytes of one event of the log: what the machine tells has texts and lists of bounded length."""
+_ENDING_SECONDS: Final = 5.0
+"""Seconds that others wait for the end of a process that gives way."""
 _EPOCHS: Final = range(10_000_000)
 """After which a joint run may be kept."""
 
@@ -89,6 +91,10 @@ class Process:
     """Ids of the tokens that opened its sessions."""
     revoked: bool = False
     """Whether it ends because one of these counts no longer."""
+    gives_way: bool = False
+    """Whether its client has closed its session, which may come back if nobody needs the room."""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """Is set once it has ended."""
     leaving: bool = False
     """Whether it ends because it was told to."""
     hearing: asyncio.Task[None] | None = None
@@ -136,9 +142,14 @@ class Answers:
         access: Access | None = None,
         joint_runs: JointFolder | None = None,
         quota: Quota | None = None,
+        failures: CountsFailures | None = None,
     ) -> None:
+        self._failures = failures or Failures(None)
         self._joint_runs = joint_runs
-        self.grants = Grants(quota or Quota())
+        self._quota = quota or Quota()
+        self.grants = Grants(self._quota)
+        self._at_addresses: dict[str, Grants] = {}
+        """Clients without a user, by address -> what their processes were granted."""
         self._budgets = Budgets(*(None, None) if quota is None else (quota.session_flops, quota.worker_flops))
         self._worker_id, self._limits, self._dialling = worker_id, limits, dialling
         self.audit, self._approvals, self._tickets = audit, approvals, tickets
@@ -208,8 +219,14 @@ class Answers:
                     return True, self._told(process, self.board.computing(name))
                 case ["room", int(objects), int(memory)]:
                     return True, self.grants.ask(process.number, objects, memory)
+                case ["room_at_address", int(objects), int(memory)] if process.user is None:
+                    return True, await self._room_at_address(process, objects, memory)
                 case ["spend", int(flops), int(most)] if flops >= 0:
-                    return True, self._budgets.draw(process.giver.whose(process.host), flops, most)
+                    return True, self._budgets.draw(_whose(process), flops, most)
+                case ["may_fail"]:
+                    return True, self._failures.seconds(_whose(process), nobody=process.user is None)
+                case ["run_failed"]:
+                    return True, self.run_failed(process)
                 case ["prove", bytes() | None as binding]:
                     process.bindings.remove(binding)  # raises ValueError where there is none
                     return True, self._prove(process, binding)
@@ -224,7 +241,8 @@ class Answers:
                     process.figures = Figures.told(said, process.figures)
                 case ["opened", int(), str(name)]:
                     self._opened(process, name)
-                case ["closed", int(number)]:
+                case ["closed", int(number), bool(gives_way)]:
+                    process.gives_way = gives_way
                     ended = process.connections.get(number)
                     if ended is not None and not ended.done():
                         ended.set_result(None)
@@ -236,6 +254,35 @@ class Answers:
             log.error("process_said_nonsense", worker=self._worker_id, whose=process.key, error=str(error))
             return False, "no such call"
         return None
+
+    async def _room_at_address(self, process: Process, objects: int, memory: int) -> str:
+        """Grants a process what clients without a user may keep at its client's address; see `Grants.ask`. Those who
+        have closed their session there give way."""
+        whose = _whose(process)
+        while True:
+            grants = self._at_addresses.setdefault(whose, Grants(self._quota, at_address=True))
+            if not (rule := grants.ask(process.number, objects, memory)):
+                return ""
+            unused = next((one for one in self._others().values() if self._gives_way(one, process)), None)
+            if unused is None or process.over.is_set():
+                return rule
+            self._idle(unused)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(unused.over.wait(), _ENDING_SECONDS)
+
+    def _gives_way(self, other: Process, process: Process) -> bool:
+        """Whether nobody uses the `other` process, which may end for the sake of `process`."""
+        return (
+            other.gives_way
+            and not (other.connections or other.leaving or other is process)
+            and other.user is None
+            and _whose(other) == _whose(process)
+            and not self.board.publishes(other.number)
+        )
+
+    def run_failed(self, process: Process) -> float:
+        """Counts a run of that process' user that failed on data, or ended the process; see `Failures.add`."""
+        return self._failures.add(_whose(process), nobody=process.user is None)
 
     def _prove(self, process: Process, binding: bytes | None) -> list[Any]:
         """Begins a proof of the token that the worker has at others; returns its number, and the first message."""
@@ -294,6 +341,13 @@ class Answers:
     def over(self, process: Process) -> None:
         """Forgets what a process that has ended has given."""
         self._tickets.forget_tickets(process.giver)
+        self.board.over(process.number)
+        self.grants.over(process.number)
+        if process.user is None and (grants := self._at_addresses.get(_whose(process))) is not None:
+            grants.over(process.number)
+            if not grants:
+                del self._at_addresses[_whose(process)]
+        process.over.set()
 
     async def _write_events(self, process: Process, events: list[Any]) -> tuple[bool, Any]:
         user = process.user or ""
@@ -371,6 +425,11 @@ class Answers:
             process.bindings.append(pipe.channel.binding)
         with contextlib.suppress(OSError, IsolationError):
             give(process.gifts, gift, [] if passed is None else [passed.give.fileno()])
+
+
+def _whose(process: Process) -> str:
+    """For whom it counts."""
+    return process.giver.whose(process.host)
 
 
 def _texts(given: list[Any]) -> list[str]:

@@ -134,15 +134,16 @@ class RelayedBoard:
 
 
 class RelayedRoom:
-    """Asks how much of what all users of the worker may keep is for this process; see `More`."""
+    """Asks how much of what all users of the worker may keep is for this process; see `More`. `at_address`: of what
+    clients without a user may keep where its client is."""
 
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
+    def __init__(self, calls: Calls, *, at_address: bool = False) -> None:
+        self._calls, self._what = calls, "room_at_address" if at_address else "room"
 
     def __call__(self, objects: int, memory: int) -> str:
         """See `More`."""
         try:
-            return str(self._calls.ask("room", objects, memory))
+            return str(self._calls.ask(self._what, objects, memory))
         except IsolationError as error:
             raise LocalError(str(error)) from None
 
@@ -160,6 +161,28 @@ class RelayedBudget:
         except IsolationError as error:
             raise LocalError(str(error)) from None
         return str(rule), float(number)
+
+
+class RelayedFailures:
+    """Counts runs that failed on data, for the user of this process; see `Failures`. The worker's own process knows
+    whose it is."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def seconds(self, whose: str, *, nobody: bool) -> float:
+        """See `Failures.seconds`."""
+        return self._ask("may_fail")
+
+    def add(self, whose: str, *, nobody: bool) -> float:
+        """See `Failures.add`."""
+        return self._ask("run_failed")
+
+    def _ask(self, what: str) -> float:
+        try:
+            return float(self._calls.ask(what))
+        except IsolationError as error:
+            raise LocalError(str(error)) from None
 
 
 class RelayedTickets:

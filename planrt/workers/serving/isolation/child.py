@@ -37,6 +37,7 @@ from planrt.workers.serving.isolation.asking import (
     RelayedAudit,
     RelayedBoard,
     RelayedBudget,
+    RelayedFailures,
     RelayedJointRuns,
     RelayedRoom,
     RelayedTickets,
@@ -174,8 +175,9 @@ class _Serving:
             RelayedBoard(state.id, calls),
             RelayedTickets(calls),
             RelayedJointRuns(state.id, calls) if work.keeps_joint_runs else None,
+            RelayedFailures(calls),
         )
-        state.accounts.ask(RelayedRoom(calls), RelayedBudget(calls))
+        state.accounts.ask(RelayedRoom(calls), RelayedRoom(calls, at_address=True), RelayedBudget(calls))
         work.dialling.opened_by = self._dial
         if work.dialling.dials.token:
             work.dialling.token = RelayedToken(calls)
@@ -250,7 +252,7 @@ class _Serving:
             log.info("connection_lost", worker=self._work.state.id, client=address, error=str(error))
         finally:
             await self._tell_figures()
-            self._calls.tell("closed", number)
+            self._calls.tell("closed", number, self._work.state.gives_way)
 
     async def _serve_sibling(self, number: int, user: str | None, file: int) -> None:
         """Serves another process of the worker, whose user that is."""

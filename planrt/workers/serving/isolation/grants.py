@@ -11,6 +11,7 @@ from typing import Final
 
 from planrt.errors import LocalError
 from planrt.plans.policy.quotas import Quota
+from planrt.plans.policy.room import OF_ADDRESS, OF_WORKER
 
 OF_ONE_PROCESS: Final = 2
 """Times what a user may keep that one process is granted: it has its own user's, and what others fetch from it is there
@@ -22,12 +23,22 @@ class Grants:
 
     Args:
         quota: the limits of one user, and of all together.
+        at_address: these processes are for clients without a user at one address, who may keep together what one user
+            may; else they are all of the worker's.
     """
 
-    def __init__(self, quota: Quota) -> None:
-        self._quota = quota
+    def __init__(self, quota: Quota, *, at_address: bool = False) -> None:
+        if at_address:
+            self._rules, self._limits = OF_ADDRESS, (quota.objects, quota.memory)
+            self._of_one: tuple[int | None, int | None] = (None, None)
+        else:
+            self._rules, self._limits = OF_WORKER, (quota.worker_objects, quota.worker_memory)
+            self._of_one = quota.objects, quota.memory
         self._granted: dict[int, tuple[int, int]] = {}
-        self._objects = self._memory = 0
+        self._sums = (0, 0)
+
+    def __len__(self) -> int:
+        return len(self._granted)
 
     def ask(self, process: int, objects: int, memory: int) -> str:
         """Grants that process so many objects and bytes, in the place of what it had; returns the name of the limit
@@ -38,36 +49,20 @@ class Grants:
         """
         if objects < 0 or memory < 0:
             raise LocalError("there is no room of less than nothing")
-        before = self._granted.get(process, (0, 0))
-        for key, wanted, had, sum, most, own in (
-            (
-                "max_worker_objects",
-                objects,
-                before[0],
-                self._objects,
-                self._quota.worker_objects,
-                self._quota.objects,
-            ),
-            (
-                "max_worker_memory",
-                memory,
-                before[1],
-                self._memory,
-                self._quota.worker_memory,
-                self._quota.memory,
-            ),
+        rule: str
+        wants, had = (objects, memory), self._granted.get(process, (0, 0))
+        for rule, wanted, before, sum, most, own in zip(
+            self._rules, wants, had, self._sums, self._limits, self._of_one, strict=True
         ):
-            if wanted > had and most is not None and sum - had + wanted > most:
-                return key
-            if wanted > had and own is not None and wanted > OF_ONE_PROCESS * own:
-                return key
-        self._objects += objects - before[0]
-        self._memory += memory - before[1]
-        self._granted[process] = objects, memory
+            if wanted > before and most is not None and sum - before + wanted > most:
+                return rule
+            if wanted > before and own is not None and wanted > OF_ONE_PROCESS * own:
+                return rule
+        self._sums = self._sums[0] + objects - had[0], self._sums[1] + memory - had[1]
+        self._granted[process] = wants
         return ""
 
     def over(self, process: int) -> None:
         """Takes back what a process had that has ended."""
         objects, memory = self._granted.pop(process, (0, 0))
-        self._objects -= objects
-        self._memory -= memory
+        self._sums = self._sums[0] - objects, self._sums[1] - memory

@@ -157,4 +157,5 @@ class Isolating:
             tickets=state,
             joint_runs=joint_runs,
             quota=state.accounts.quota,
+            failures=state.failures,
         )

@@ -23,6 +23,7 @@ from planrt.errors import HandshakeError, IsolationError
 from planrt.logs import get_logger
 from planrt.metrics import Family, counted, gauge
 from planrt.plans.policy.approvals import Approvals
+from planrt.plans.policy.budgets import CountsFailures
 from planrt.plans.policy.quotas import Quota
 from planrt.serde.frames import Limits, encode
 from planrt.workers.machine.access import Access
@@ -75,6 +76,7 @@ class Isolation:
         access: which user may do what. knows: whether the token of that id is still a user's.
         tickets: takes note of tickets, which are proved to this process.
         joint_runs: the owner's folder for joint runs. quota: what users may keep, each and all together.
+        failures: counts runs that failed on data, over all processes.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Isolation:
         knows: Callable[[str], bool] = lambda token: True,
         joint_runs: JointFolder | None = None,
         quota: Quota | None = None,
+        failures: CountsFailures | None = None,
     ) -> None:
         self._knows = knows
         self._worker_id, self._zygote, self._page = worker_id, zygote, page
@@ -100,7 +103,7 @@ class Isolation:
         self._processes: dict[int, Process] = {}
         self._answers = Answers(
             worker_id, limits, dialling, audit, approvals, tickets, self._opened, self._dismiss,
-            others=lambda: self._processes, access=access, joint_runs=joint_runs, quota=quota,
+            others=lambda: self._processes, access=access, joint_runs=joint_runs, quota=quota, failures=failures,
         )  # fmt: skip
         self._numbers = 0
         self._lost = 0
@@ -145,6 +148,7 @@ class Isolation:
             raise HandshakeError(REVOKED, address=pipe.address)
         process.tokens.add(asked.token)
         passing: Any = pipe
+        process.gives_way = False
         passed = await passing.let_go()
         ended = process.connections[asked.connection] = asyncio.get_running_loop().create_future()
         try:
@@ -361,8 +365,6 @@ class Isolation:
             self._ended = added_up([self._ended, process.slot.counted(process.figures).ended()])
         if self._stopping and not self._processes:
             self._none_left.set()
-        self._answers.board.over(process.number)
-        self._answers.grants.over(process.number)
         self._answers.over(process)
         if self._by_key.get(process.key) is process:
             del self._by_key[process.key]
@@ -371,6 +373,8 @@ class Isolation:
         if why is not None and not self._stopping and not process.revoked:
             self._lost += 1
             seen = process.slot.read()
+            if seen.since:  # when it ends can depend on the data, as whether a run fails
+                self._answers.run_failed(process)
             log.error("process_lost", worker=self._worker_id, whose=process.key, why=why)
             if self._audit is not None:
                 user = process.user or ""
