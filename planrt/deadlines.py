@@ -26,6 +26,10 @@ LONGEST_ROUND: Final = 30 * 24 * 3600.0
 """Seconds that a round may wait for its workers, at most."""
 
 
+SLOWEST: Final = 1 << 20
+"""Bytes a second that a link is taken to carry at least, where what is sent may be large."""
+
+
 @dataclass(frozen=True, slots=True)
 class Deadline:
     """A time on the clock of `time.monotonic`, and how many seconds that was away."""

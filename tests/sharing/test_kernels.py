@@ -442,7 +442,10 @@ def test_optimizers_and_clipping(name, session):
     [
         (lambda x: x**2.3, "powers of whole numbers, halves and quarters"),
         (lambda x: x / 0, "no infinity"),
-        (lambda x: x.topk(2), "not the first 2"),
+        (lambda x: x.repeat(1, 60).sort(1), "256 entries of shares in order at most, not 300"),
+        (lambda x: x.repeat(1000, 50).topk(2), "4,000 rows of 250 entries compares more than"),
+        (lambda x: x.scatter(1, (x[:, :2] > 0).long(), x), "those that sort and topk give"),
+        (lambda x: x.scatter(1, x[:, :4].sort(0)[1], x), "those that sort and topk give"),
         (lambda x: F.batch_norm(x, torch.zeros(5), torch.ones(5), training=True), "share the module"),
         (lambda x: F.layer_norm(x, (5,), eps=-0.5), "not below 0"),
         (lambda x: x.fill_(1).numpy(), "Tensor.numpy has no protocol.*get\\(\\)"),

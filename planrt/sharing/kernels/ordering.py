@@ -24,8 +24,10 @@ from planrt.sharing.kernels.arithmetic import (
     multiply,
     needs_fractions,
     subtract,
+    subtract_from,
     total,
 )
+from planrt.sharing.kernels.orders import top
 from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, fractional, masked
 from planrt.sharing.kernels.shapes import scatter_add_public, scatter_public
 from planrt.sharing.masked import Bit, mask
@@ -288,9 +290,7 @@ def _top(
     context: Context, value: Share, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> Protocol[tuple[Share, Share]]:
     if k != 1:
-        raise SharingError(
-            f"of shares the first is told, not the first {k}: take topk(1), mask it out, take it again"
-        )
+        return (yield from top(context, value, k, dim, largest))
     found: tuple[Share, Share] = yield from _chosen(1 if largest else -1)(context, value, dim, True)
     return found
 
@@ -345,7 +345,7 @@ def _scatter(
     value = context.share_of(value)
     dim = dim % value.part.dim()
     if index.shape[dim] != 1:
-        raise SharingError("one secret place along the dimension is written to: the others may be the same")
+        return (yield from _scatter_all(context, value, dim, index, source))
     bits = yield from one_hot(context, index, value.shape[dim])
     hot = of_bit(context, bits.transpose(0, dim + 1).reshape(_with(index.shape, dim, value.shape[dim])))
     if value.shape != hot.shape:
@@ -358,6 +358,35 @@ def _scatter(
         else torch.as_tensor(source).expand(hot.shape)
     )
     return (yield from where(context, hot, wide, value))
+
+
+def _scatter_all(context: Context, value: Share, dim: int, index: Share, source: Value) -> Protocol[Share]:
+    """Writes to several secret places along a dimension, which are known to be different: those that `sort` gives."""
+    if index.along != dim or index.winners is None or len(index.winners.opened) != value.shape[dim]:
+        raise SharingError(
+            "one secret place along the dimension is written to, or those that sort and topk give: others may be "
+            "the same"
+        )
+    bits = yield from one_hot(context, index, value.shape[dim])
+    hot = of_bit(context, bits)
+    if isinstance(source, Share):
+        part = source.part
+        for at_, size in enumerate(index.shape):
+            part = part.narrow(at_, 0, size)
+        (opened,) = yield from mask(context.party, part)
+        put = Share(bit_times(context.party, bits, opened.expand(bits.shape)), source.scale)
+    else:
+        known = torch.as_tensor(source)
+        places = tuple(slice(size) for size in index.shape) if known.dim() else ()
+        put = yield from multiply(context, hot, known[places].expand(bits.shape))
+    put = Share(put.part.sum(dim + 1).movedim(0, dim), put.scale)
+    if put.shape != value.shape:
+        raise SharingError(
+            f"scatter at secret places has an index of {list(value.shape)} but in dimension {dim}"
+        )
+    taken = Share(hot.part.sum(dim + 1).movedim(0, dim), 1)
+    left = yield from multiply(context, value, (yield from subtract_from(context, taken, 1)))
+    return (yield from add(context, left, put))
 
 
 def _scatter_add(context: Context, value: Value, dim: int, index: Value, source: Value) -> Protocol[Share]:

@@ -62,7 +62,7 @@ class Share:
     """One party's part of a secret that stands for integers divided by `scale`; the scale of whole numbers is 1."""
 
     __slots__ = (
-        "_apart", "_base", "_masked", "_part", "_scale", "_seen", "_stamp", "_step", "bit", "fine", "known",
+        "_apart", "_base", "_masked", "_part", "_scale", "_seen", "_stamp", "_step", "along", "bit", "fine", "known",
         "positive", "winners",
     )  # fmt: skip
 
@@ -86,6 +86,8 @@ class Share:
         """Set where all parties know the value, as float64: a product with it opens nothing."""
         self.winners = winners
         """Indices of the largest of windows keep which it was: bits of shape (places, windows)."""
+        self.along: int | None = None
+        """Indices of entries in order keep along which dimension they are all different."""
         self.fine = False
         """Set where the value is kept finer than the session's scale on purpose: means of squares."""
         self._base: Share | None = None
@@ -217,6 +219,7 @@ class Share:
             self.part.shape,
             self.scale,
             self.fine,
+            self.along,
             self._apart,
             None if self.masked is None else named(self.masked.mask),
             *(None if bit is None else named(bit.coin) for bit in (self.positive, self.bit, self.winners)),
@@ -231,7 +234,7 @@ class Share:
         if found is not None:
             return found
         found = made[id(self)] = Share(_zeros(self.part), self.scale, known=self.known)
-        found.fine = self.fine
+        found.fine, found.along = self.fine, self.along
         if self.masked is not None:
             zeros = _zeros(self.masked.opened)
             found._masked = Masked(zeros, zeros, named(self.masked.mask))

@@ -15,13 +15,14 @@ from planrt.sharing.kernels.arithmetic import ARITHMETIC, Kernel
 from planrt.sharing.kernels.layers import LAYERS
 from planrt.sharing.kernels.losses import LOSSES
 from planrt.sharing.kernels.ordering import ORDERING
+from planrt.sharing.kernels.orders import ORDERS
 from planrt.sharing.kernels.parts import Context, Share, aligned
 from planrt.sharing.kernels.pooling import POOLING
 from planrt.sharing.kernels.shapes import SHAPES, VIEWS
 from planrt.sharing.rounds import Protocol
 from planrt.types import leaves, map_leaves
 
-KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **POOLING, **LAYERS, **LOSSES}
+KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **ORDERS, **POOLING, **LAYERS, **LOSSES}
 """ATen name, without "aten::" and the underscore of operations in place -> protocol."""
 
 __all__ = ["KERNELS", "VIEWS", "call_kernel", "check_arguments"]
@@ -29,7 +30,7 @@ __all__ = ["KERNELS", "VIEWS", "call_kernel", "check_arguments"]
 
 _CURVES = "write it with relu, sigmoid, tanh, exp or gelu"
 _VALUES = "it would show values: get() the tensor first"
-_ORDER = "no order is computed: take max, min, argmax or topk(1), or compare and add up"
+_ORDER = "take sort, topk, median or kthvalue, or compare and add up"
 _ROUNDED = "nothing is rounded to whole numbers there: get() the tensor first"
 _BITS = (
     "of bits a and b write a * b, a + b - a * b and 1 - a, or torch.logical_and, logical_or and logical_not"
@@ -38,7 +39,7 @@ _INSTEAD: dict[str, tuple[str, str]] = {
     "_local_scalar_dense": ("reading a value (item, float, if, a place in public tensors)", _VALUES),
     "_unique2": ("unique", _VALUES),
     **{name: (name, _VALUES) for name in ("nonzero", "equal", "allclose", "is_nonzero", "masked_select", "bincount")},
-    **{name: (name, _ORDER) for name in ("sort", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin")},
+    **{name: (name, _ORDER) for name in ("mode", "cummax", "cummin")},
     **{name: (name, _ROUNDED) for name in ("round", "floor", "ceil", "trunc", "frac", "remainder", "fmod")},
     "floor_divide": ("//", _ROUNDED),
     **{f"bitwise_{name}": (sign, _BITS) for name, sign in (("and", "&"), ("or", "|"), ("xor", "^"), ("not", "~"))},

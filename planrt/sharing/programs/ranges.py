@@ -325,7 +325,8 @@ def _filled(call: Call, args: Sequence[Any], shapes: Sequence[tuple[int, ...]]) 
 _SAME: Final = (
     "view _unsafe_view _reshape_alias t slice split split_with_sizes unbind as_strided transpose permute expand "
     "unsqueeze squeeze select diagonal unfold clone refresh _to_copy flip roll rot90 repeat index index_select mean "
-    "amax amin avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d max min topk"
+    "amax amin avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d max min topk "
+    "sort kthvalue median"
 )
 _OR_ZERO: Final = (
     "threshold_backward hardtanh_backward slice_backward select_backward diagonal_backward tril triu diag_embed "
@@ -391,7 +392,20 @@ def _results(call: Call, args: Sequence[Any], shapes: Sequence[tuple[int, ...]])
     if found is not None and any(math.isnan(one) for one in found):
         found = None
     count = max(len(shapes), 1)
-    if call.name in ("max", "min", "topk", "max_pool2d_with_indices", "adaptive_max_pool2d") and count == 2:
+    if (
+        call.name
+        in (
+            "max",
+            "min",
+            "topk",
+            "sort",
+            "median",
+            "kthvalue",
+            "max_pool2d_with_indices",
+            "adaptive_max_pool2d",
+        )
+        and count == 2
+    ):
         return [found, (0.0, float(math.prod(args[0].shape)))]
     return [found] * count
 

@@ -414,6 +414,12 @@ class Connection:
         self._pending.pop(outgoing.id, None)
         self.session.forget(outgoing.id)
 
+    async def answers(self, seconds: float) -> bool:
+        """Asks the worker for a sign of life, and returns whether one came within `seconds`. One that computes gives
+        them; one that is stopped, or that the network has lost, does not.
+        """
+        return self._away is None and self._ended is None and await self._pipe.answers(seconds)
+
     async def send(self, body: m.Body, tensors: Sequence[torch.Tensor]) -> None:
         """Posts a message and waits until it has left: the tensors may change then.
 

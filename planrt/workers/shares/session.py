@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import math
 import secrets
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from planrt.deadlines import waiting
+from planrt.deadlines import SLOWEST, waiting
 from planrt.errors import (
     OptionError,
     PlanrtError,
@@ -42,7 +43,7 @@ from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import Ref
 from planrt.workers.client.tickets import among, forget_all, is_over, let_all
 from planrt.workers.client.workplace import ReachedWorker, RemoteWorkplace
-from planrt.workers.pointers.handle import alive
+from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.tensor import PointerTensor
 from planrt.workers.shares.plans import SharedPlans, check_shared
 from planrt.workers.wire import messages as m
@@ -97,24 +98,40 @@ class WorkersSession(BatchedSession):
         Raises:
             SharingError: who has not answered by then is named.
         """
-        try:
-            with waiting(self.timeout):
-                await self._make_in_time()
-        except WorkerTimeoutError as error:
-            silent = await self._silent() if error.seconds == self.timeout else []
-            whose = " and ".join(silent) or f"worker {error.worker_id!r}"
-            raise SharingError(f"{whose} did not answer within {error.seconds:g} s") from error
+        await self._in_time(self._make_in_time, self.timeout)
 
-    async def _silent(self) -> list[str]:
+    async def _in_time(
+        self, ask: Callable[[], Coroutine[Any, Any, None]], seconds: float, holder: Handle | None = None
+    ) -> None:
+        """Awaits what parties, dealer and the `holder` of a value do, for `seconds` at most.
+
+        Raises:
+            SharingError: who has not answered by then is named.
+        """
+        try:
+            with waiting(seconds):
+                await ask()
+        except WorkerTimeoutError as error:
+            silent = await self._silent(holder) if error.seconds == seconds else []
+            whose = " and ".join(silent) or f"worker {error.worker_id!r}"
+            raise SharingError(f"{whose} did not answer within {error.seconds:.3g} s") from error
+
+    async def _silent(self, holder: Handle | None) -> list[str]:
         """Returns who does not answer at all: a dealer that waits for a party has not answered either."""
-        asking = [one.ask(m.Counted, m.CountObjects()) for one in (*self._places, self._dealing)]
-        tasks = [asyncio.create_task(one, context=contextvars.Context()) for one in asking]
+        asked: dict[Any, str] = {one: self._name(number) for number, one in enumerate(self._places)}
+        asked.setdefault(self._dealing, self._dealers_name)
+        if holder is not None:
+            asked.setdefault(holder.place, f"worker {holder.worker.id!r}")
+
+        async def ask(place: Any) -> object:  # a connection that has ended says so here
+            return await place.ask(m.Counted, m.CountObjects())
+
+        tasks = [asyncio.create_task(ask(one), context=contextvars.Context()) for one in asked]
         _, late = await asyncio.wait(tasks, timeout=_GRACE)
-        names = [*(self._name(number) for number in range(len(self._places))), self._dealers_name]
         for one in late:
             one.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        return [name for name, one in zip(names, tasks, strict=True) if one in late]
+        return [name for name, one in zip(asked.values(), tasks, strict=True) if one in late]
 
     async def _make_in_time(self) -> None:
         """Makes the group, whose parties and dealer act for this client at each other where it has a name there."""
@@ -201,8 +218,12 @@ class WorkersSession(BatchedSession):
         fractions = spec.dtype.is_floating_point  # whole numbers are shared exactly
         scale, dtype = (self.scale, spec.dtype) if fractions else (1, torch.int64)
         body = m.ShareOut(handle.id, self.group, scale, parties, [id] * len(parties), token)
+        seconds = self.timeout + math.prod(spec.shape) * len(parties) * 8 / SLOWEST
         try:
-            run(self._shared_out(handle.place, body), instead="a thread of its own")
+            run(
+                self._in_time(lambda: self._shared_out(handle.place, body), seconds, handle),
+                instead="a thread of its own",
+            )
         except PlanrtError as error:
             raise self._failed(error, f"worker {handle.worker.id!r}") from error
         for number in range(len(parties)):
@@ -375,7 +396,7 @@ class WorkersSession(BatchedSession):
                 for one in asked:
                     one.close()
                 raise self._failed(error, self._name(number)) from error
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        answers = await self._answers(asked)
         failed = [
             (self._failed(answer, self._name(number)), answer)
             for number, answer in enumerate(answers)
@@ -386,7 +407,35 @@ class WorkersSession(BatchedSession):
         if failed:  # who says more than that the group has failed knows why
             told, cause = min(failed, key=lambda one: _follows(one[1]))
             raise told from (cause if cause is not told else None)
-        return answers  # type: ignore[return-value]
+        return answers
+
+    async def _answers(self, asked: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Returns the answer of each party, or what it fails with, as long as all give signs of life: a computation and
+        a large part may take as long as they take.
+
+        Raises:
+            SharingError: one has given none for as long as a party waits for another one.
+        """
+        tasks = [asyncio.ensure_future(one) for one in asked]
+        try:
+            while True:
+                _, late = await asyncio.wait(tasks, timeout=self.timeout / 2)
+                if not late:
+                    return await asyncio.gather(*tasks, return_exceptions=True)
+                seconds = max(self.timeout / 2, _GRACE)
+                signs = [
+                    place.connection.answers(seconds)
+                    for place, task in zip(self._places, tasks, strict=True)
+                    if task in late
+                ]
+                told = iter(await asyncio.gather(*signs))
+                for number, (place, task) in enumerate(zip(self._places, tasks, strict=True)):
+                    if task in late and not next(told) and not task.done():
+                        error = place.connection.late(m.Fetch(0, False), self.timeout)
+                        raise self._failed(error, self._name(number)) from error
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _look_whether_broken(self) -> None:
         """Finds out whether the parties cannot go on after what has failed: who says why does not say that."""
@@ -394,8 +443,11 @@ class WorkersSession(BatchedSession):
         async def ask(place: RemoteWorkplace) -> object:
             return await place.ask(m.GroupTraffic, m.ReadTraffic(self.group))
 
-        asking = [ask(place) for place in self._places]
-        for answer in await asyncio.gather(*asking, return_exceptions=True):
+        try:
+            answers = await self._answers([ask(place) for place in self._places])
+        except SharingError:
+            return  # and `broken` says so
+        for answer in answers:
             ended = isinstance(answer, RemoteError) and answer.kind in (_GROUP_FAILED, "SharingError")
             self.broken = self.broken or ended or isinstance(answer, TransportError)
 

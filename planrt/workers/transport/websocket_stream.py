@@ -186,7 +186,9 @@ class FrameStream(asyncio.BufferedProtocol):
         """Asks for a sign of life, and returns whether anything at all arrived within `seconds`."""
         if self._lost or self._connection.state is not State.OPEN:
             return False
-        heard = self._heard = asyncio.Event()
+        if self._heard is None or self._heard.is_set():  # several may ask at once
+            self._heard = asyncio.Event()
+        heard = self._heard
         self._connection.protocol.send_ping(b"")
         self._connection.send_data()
         try:

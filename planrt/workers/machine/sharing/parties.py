@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from planrt.deadlines import SLOWEST
 from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels import Context, Share
@@ -306,6 +307,7 @@ class PartyOps:
             last = last - part
         allowed = allowed_list(label)
         here = self._number_here(session, body)
+        seconds = None if here is None else self._groups[body.group].about.timeout + last.nbytes / SLOWEST
         reached = [session.reached(one, "share") for one in body.parties]
         for number, (party, target, seed) in enumerate(
             zip(reached, body.targets, [*seeds, b""], strict=True)
@@ -316,7 +318,7 @@ class PartyOps:
                 if number == here:
                     self.put(session, given, sent)
                 else:
-                    yield from ask(party, given, sent)
+                    yield from ask(party, given, sent, seconds=seconds, late=SharingError)
             except Exception:  # what the others have taken is of no use to anybody
                 for other in range(number):
                     gone = m.Remove([body.targets[other]])
