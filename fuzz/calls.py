@@ -7,7 +7,9 @@ did not write.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import importlib.util
 import os
 import re
 import sys
@@ -43,6 +45,15 @@ def chosen(pattern: str = "") -> list[str]:
         return probes
     known = {*ops.TABLE, *ops.EAGER} - ops.PLANS_ONLY - {"torch.set_grad_enabled"}
     return sorted(name for name in known if pattern in name)
+
+
+def cannot(pattern: str, *, plain: bool) -> str:
+    """Returns why no calls of such ops can be made; empty where they can."""
+    if not chosen(pattern):
+        return f"--op: no op that pointers may post has {pattern!r} in its name"
+    if not plain and importlib.util.find_spec("expecttest") is None:
+        return "torch's samples need expecttest: pip install '.[dev]', or add --plain, which reaches less"
+    return ""
 
 
 class Caller:
@@ -182,17 +193,27 @@ def _failed(failure: m.Failure) -> str:
     return " ".join(ascii(text)[1:300].split())
 
 
-def main() -> None:
-    """Shows calls: ``python -m fuzz.calls [--plain] SEED INDEX... [TEXT]``, TEXT as the fuzzer's ``--op``."""
-    plain = "--plain" in sys.argv
-    words = [word for word in sys.argv[1:] if word != "--plain"]
-    pattern = "" if words[-1].isdigit() else words.pop()
-    seed, *indices = map(int, words)
-    caller = Caller(seed, chosen(pattern), plain=plain)
-    for index in indices:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Shows calls; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz.calls",
+        description="Shows calls of fuzz.ops, and makes them in this process: what it found may end it.",
+    )
+    parser.add_argument("seed", type=int, metavar="SEED", help="as fuzz.ops was given it")
+    parser.add_argument("indices", type=int, nargs="+", metavar="INDEX", help="numbers of calls")
+    parser.add_argument("--op", default="", metavar="TEXT", help="as fuzz.ops was given it")
+    parser.add_argument("--plain", action="store_true", help="without torch's samples, as fuzz.ops was")
+    options = parser.parse_args(arguments)
+    if reason := cannot(options.op, plain=options.plain):
+        parser.error(reason)
+    if min(options.indices) < 0:
+        parser.error("numbers of calls begin with 0")
+    caller = Caller(options.seed, chosen(options.op), plain=options.plain)
+    for index in options.indices:
         print(f"{index}: {caller.show(index)}", flush=True)
         print(f"   {caller.outcome(index)}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

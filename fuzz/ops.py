@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from fuzz.calls import cannot
 from fuzz.child import SHORT, Child, Lost
 
 FILLS: Final = 0x55, 0x2A
@@ -179,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.calls < 1 or options.first < 0 or options.seconds <= 0 or options.memory < 1 << 20:
         parser.error("--calls and --seconds must be above 0, --first at least 0, --memory at least a MiB")
+    if reason := cannot(options.op, plain=options.plain):
+        parser.error(reason)
     began = time.monotonic()
     pair = Pair(
         options.seed,

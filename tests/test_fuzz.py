@@ -10,6 +10,7 @@ from websockets.asyncio import server as websockets
 
 from fuzz.arguments import Draw
 from fuzz.calls import CRASH, HANG, PROBES, UNINITIALISED
+from fuzz.calls import main as calls_main
 from fuzz.child import Child
 from fuzz.frames import Conversations, Fuzzer, _converse
 from fuzz.frames import Summary as FramesSummary
@@ -76,6 +77,37 @@ def test_options_that_cannot_be(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert "must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "says"),
+    [
+        (main, ["--op", "nosuch"], "no op that pointers may post has 'nosuch' in its name"),
+        (calls_main, [], "SEED, INDEX"),
+        (calls_main, ["7", "x"], "invalid int value"),
+        (calls_main, ["7", "3", "--op", "nosuch"], "no op that pointers may post has 'nosuch' in its name"),
+        (calls_main, ["7", "--", "-3"], "numbers of calls begin with 0"),
+    ],
+)
+def test_calls_that_there_are_not(program, arguments, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program(arguments)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_without_what_torchs_samples_need(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["--calls", "3"])
+    assert "torch's samples need expecttest: pip install '.[dev]', or add --plain" in capsys.readouterr().err
+
+
+def test_a_call_is_shown_with_what_comes_of_it(capsys):
+    assert calls_main(["7", "3", "4", "--op", "relu", "--plain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [one.split(":")[0] for one in lines[::2]] == ["3", "4"]
+    assert all("relu" in one for one in lines)
 
 
 # Rows
