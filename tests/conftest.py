@@ -97,10 +97,10 @@ def make_worker(transport):
 
     with contextlib.ExitStack() as stack:
 
-        def make(id, datasets=None):
+        def make(id, datasets=None, **options):
             if transport == "memory":
-                return stack.enter_context(VirtualWorker(id, datasets=datasets, device=device))
-            server = WebsocketServerWorker(id, threads=1, device=device)
+                return stack.enter_context(VirtualWorker(id, datasets=datasets, device=device, **options))
+            server = WebsocketServerWorker(id, threads=1, device=device, **options)
             for key, dataset in (datasets or {}).items():
                 server.add_dataset(dataset, key)
             uri = stack.enter_context(server.running())

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from planrt.command_line import leave, one_line, run_command, stopped_by
 from planrt.errors import DataError, OptionError
 from planrt.fl.data import digits as data
-from planrt.fl.runs.serve_options import parser
+from planrt.fl.runs.serve_options import WAITING, parser
 from planrt.stopping import die_with, ending_at_once
 from planrt.workers.serving import users_file
 from planrt.workers.serving.isolation.options import WAITS_FOR_PARENT, can_isolate
@@ -32,6 +32,7 @@ from planrt.workers.transport.addresses import scheme_of
 
 if TYPE_CHECKING:
     from planrt.plans.policy.rules import Policy
+    from planrt.serde.frames import Limits
 
 STOP_GRACE = 1.5
 """Seconds a worker whose parent is gone may take to stop in order."""
@@ -83,7 +84,6 @@ def serve(options: argparse.Namespace, status: TextIO | None = None, *, alone: b
         # What is imported and loaded may take long, and there is nothing yet that could be lost.
         with ending_at_once():
             from planrt.logs import configure
-            from planrt.serde.frames import Limits
             from planrt.workers.websocket_server import WebsocketServerWorker
 
         policy = _policy(options)
@@ -121,7 +121,7 @@ def serve(options: argparse.Namespace, status: TextIO | None = None, *, alone: b
             max_worker_objects=options.max_worker_objects,
             isolation=isolated,
             **_isolation(options, isolated=isolated),
-            limits=None if options.keep_sessions is None else Limits(session_seconds=options.keep_sessions),
+            limits=_limits(options),
             metrics_port=options.metrics_port,
             metrics_host=options.metrics_host,
             metrics_insecure=options.metrics_insecure,
@@ -329,6 +329,21 @@ def _bytes_of(option: str, text: str | None) -> int | None:
     if nbytes is None or nbytes < 1:
         raise OptionError(f'{option} must be at least 1 byte, as "512 MiB": got {text!r}')
     return int(nbytes)
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """What is said of what waits or arrives, and of sessions that are kept."""
+    from planrt.serde.frames import Limits
+
+    said: dict[str, Any] = {}
+    for name, counts, _ in WAITING:
+        field = name.replace("-", "_")
+        value = getattr(options, f"max_{field}")
+        if value is not None:
+            said[field] = _bytes_of(f"--max-{name}", value) if counts == "BYTES" else value
+    if options.keep_sessions is not None:
+        said["session_seconds"] = options.keep_sessions
+    return Limits(**said)
 
 
 def _policy(options: argparse.Namespace) -> Policy | None:

@@ -16,6 +16,7 @@ was.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 import tempfile
@@ -23,13 +24,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Generic, Protocol, TypeVar, cast
+from typing import IO, Any, Final, Generic, Protocol, TypeVar, cast
 
 import msgpack
 import numpy as np
 import torch
 
-from planrt.errors import LocalError, MessageTooLargeError, WireError
+from planrt.errors import LocalError, MessageTooLargeError, OptionError, WireError
 from planrt.serde.tensors import Layout, aligned, header_entries, parse_layouts, raw_bytes, tensors_in
 
 MAGIC = b"PRT1"
@@ -63,7 +64,11 @@ M = TypeVar("M")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The limits of what one side accepts, in bytes (`message`, `header`) and seconds (`keepalive`,
-    `patience`), and of a worker how many connections, and for how long it keeps sessions without one."""
+    `patience`); and of a worker how many connections, for how long it keeps sessions without one, and what may wait.
+
+    Raises:
+        OptionError: one of them is no number above 0.
+    """
 
     message: int = MESSAGE_BYTES
     header: int = HEADER_BYTES
@@ -80,6 +85,46 @@ class Limits:
     kept_sessions: int = 16
     """Sessions without a connection that a worker keeps of one user, or of one address of nobody's; of more, the one
     that has been without for longest ends."""
+    arriving_memory: int | None = None
+    """Bytes of messages above 1 MiB of one user, or of one address of nobody's, that a worker takes in at a time. None:
+    as much as a quota lets it keep, 16 GiB without one, and at least one of the longest messages. No message is
+    longer."""
+    worker_arriving_memory: int | None = None
+    """Those of all clients together. None: 64 GiB, and at least what one user may."""
+    unread_answers: int = 1024
+    """Answers that may wait for one client, since it does not read: with more it is cut off; or that it has not said to
+    have: with more its session ends with its connection."""
+    unread_memory: int = 4 << 30
+    """Their bytes, the newest one left out."""
+    unsent_messages: int = 10_000
+    """Messages that may wait for one other worker, since that does not read: of more, the connection ends, and with it
+    the session there."""
+    unsent_memory: int = 4 << 30
+    """Their bytes, the newest one left out."""
+    round_plans: int = 256
+    """Plans that a worker keeps of those that rounds send; clients send one that has gone again."""
+    round_plan_memory: int = 64 << 20
+    """Their bytes as files. No such plan is longer, nor than 64 MiB."""
+
+    def __post_init__(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is None and name in ("arriving_memory", "worker_arriving_memory"):
+                continue
+            if type(value) is not int or not 1 <= value < 2**63:
+                raise OptionError(f"{name} must be a whole number, from 1 to {2**63 - 1}: got {value!r:.80}")
+        for name in ("keepalive", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise OptionError(f"{name} must be a number of seconds above 0: got {value!r:.80}")
+        arriving = [one for one in (self.arriving_memory, self.worker_arriving_memory) if one is not None]
+        object.__setattr__(self, "message", min([self.message, *arriving]))
+
+
+_WHOLE: Final = (
+    "message", "header", "connections", "arriving_memory", "worker_arriving_memory", "unread_answers", "unread_memory",
+    "unsent_messages", "unsent_memory", "round_plans", "round_plan_memory",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- sending

@@ -18,6 +18,7 @@ from planrt.fl import (
     federated_avg,
     fit_model_on_worker,
 )
+from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from tests.models import classification_data, seeded_classifier
 from tests.proxy import CountingProxy
@@ -272,8 +273,8 @@ def test_a_worker_that_dies_mid_round_is_named_and_the_others_go_on():
         assert run(others, config(), 1)[0].workers.keys() == {"alice", "charlie"}
 
 
-def test_a_plan_that_the_worker_has_dropped_is_sent_again(workers, monkeypatch):
-    monkeypatch.setattr("planrt.workers.machine.rounds.sent_plans.MAX_PLANS", 1)
+def test_a_plan_that_the_worker_has_dropped_is_sent_again(make_worker):
+    workers = [make_worker(id, {"d": data}, limits=Limits(round_plans=1)) for id, data in datasets().items()]
     first, second = config(), config(batch_size=4)
     second = TrainConfig(nn.Linear(6, 3), F.cross_entropy, batch_size=4, max_nr_batches=1)
     run(workers, first, 1)

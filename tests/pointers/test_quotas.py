@@ -17,6 +17,7 @@ from planrt.plans import Plan
 from planrt.plans.policy import quotas
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.rules import Policy
+from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.events import PeerAnswered, Received
 from planrt.workers.machine.handling import answering
@@ -510,22 +511,28 @@ def test_what_the_ops_of_a_plan_take_counts_however_it_comes(hospital):
     assert kept[0](torch.ones(1).send(worker)).get().item() == 1 + sum(range(100))
 
 
-def test_plans_are_bounded_by_bytes_without_a_quota(make_worker, monkeypatch):
-    worker = make_worker("bob", {"k": BaseDataset(torch.ones(8, 4), torch.ones(8, 1))})
+def test_plans_are_bounded_by_bytes_without_a_quota(make_worker):
+    datasets = {"k": BaseDataset(torch.ones(8, 4), torch.ones(8, 1))}
     config = TrainConfig(model=Long(4, 50), loss_fn=loss_fn, batch_size=8)
     other = TrainConfig(model=Long(4, 51), loss_fn=loss_fn, batch_size=8)
 
-    def requests(config):
-        return one_round(worker, config).workers["bob"].requests
+    def requests(worker, config):
+        return one_round(worker, config).workers[worker.id].requests
 
-    assert requests(config) == 1  # prepare() has sent the plan
+    assert requests(make_worker("alice", datasets), config) == 1  # prepare() has sent the plan
     size = len(config.plans.training.to_bytes())
-    monkeypatch.setattr(sent_plans, "MAX_PLAN_BYTES", size * 3 // 2)
-    assert requests(other) == 1
-    assert requests(config) == 3  # it had gone: refused, plan, request
-    monkeypatch.setattr(sent_plans, "MAX_PLAN_BYTES", 1000)
+    worker = make_worker("bob", datasets, limits=Limits(round_plan_memory=size * 3 // 2))
+    assert requests(worker, config) == 1
+    assert requests(worker, other) == 1
+    assert requests(worker, config) == 3  # it had gone: refused, plan, request
+    small = make_worker("charlie", datasets, limits=Limits(round_plan_memory=1000))
     with pytest.raises(RemoteError, match="a plan of .* bytes is over the limit of 1,000"):
-        requests(TrainConfig(model=Long(4, 52), loss_fn=loss_fn, batch_size=8))
+        requests(small, TrainConfig(model=Long(4, 52), loss_fn=loss_fn, batch_size=8))
+
+
+def test_a_plan_has_so_many_bytes_however_it_comes(make_worker, monkeypatch):
+    monkeypatch.setattr(sent_plans.check_size, "__defaults__", (1000,))
+    worker = make_worker("bob")
     with pytest.raises(RemoteError, match="a plan of .* bytes is over the limit of 1,000"):
         long_plan(100, "p").send(worker)(torch.ones(1).send(worker)).get()
 
@@ -553,7 +560,7 @@ def answer(nbytes):
 def test_answers_that_have_not_arrived_count():
     """A client that never says that they have keeps them at the worker, and what they copy of its objects."""
     account = Account(Quota(memory=100 * KIB))
-    kept = Keeping("ann")
+    kept = Keeping("ann", Limits())
     for number in (1, 2, 3):
         kept.answered(number, *answer(30 * KIB), account)
     with pytest.raises(PolicyError, match="max_session_memory"):
@@ -563,7 +570,7 @@ def test_answers_that_have_not_arrived_count():
     assert kept.broken
     assert not kept.answers
     account.check([torch.zeros(90 * KIB // 4)])  # all of it is free again
-    other = Keeping("ann")
+    other = Keeping("ann", Limits())
     other.answered(1, *answer(60 * KIB), account)
     other.answered(2, *answer(60 * KIB), account)
     assert other.broken  # it goes on over this connection, and ends with it

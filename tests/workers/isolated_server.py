@@ -20,6 +20,7 @@ import torch
 
 from planrt.plans.policy.rules import Policy
 from planrt.plans.running import progress
+from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, WebsocketServerWorker
 from planrt.workers.serving.isolation.watching import SLOTS, Slot
 from tests.vertical.tables import halves, whole
@@ -200,6 +201,8 @@ def main(arguments):
     folder, side, reads = (options.pop(name, None) for name in ("folder", "table", "reads"))
     if "policy" in options:
         options["policy"] = Policy(**options["policy"])
+    if "limits" in options:
+        options["limits"] = Limits(**options["limits"])
     if "peer_token" in options:
         options["peer_token"] = Path(options["peer_token"])
     worker = WebsocketServerWorker(options.pop("id", "bob"), threads=1, **options)

@@ -324,6 +324,72 @@ def test_plans_that_rounds_send_count_for_all_users_together(serve):
         until(lambda: granted(lambda: train(ben, 300) >= 0), 60)
 
 
+class Adds(torch.nn.Module):
+    """A short plan, another one for each number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.inner, self.number = torch.nn.Linear(3, 1), number
+
+    def forward(self, x):
+        return self.inner(x + self.number).squeeze(1)
+
+
+class Rounds:
+    """Rounds of plans that were sent once, and not again before each."""
+
+    def __init__(self, worker):
+        self._worker, self._schedulers = worker, {}
+
+    def requests(self, ops, kind=Long):
+        async def main():
+            if ops not in self._schedulers:
+                config = TrainConfig(kind(ops), torch.nn.functional.mse_loss, batch_size=4)
+                self._schedulers[ops] = (
+                    RoundScheduler([self._worker], config, dataset_key="rows", seed=1),
+                    config,
+                )
+                await self._schedulers[ops][0].prepare()
+            scheduler, config = self._schedulers[ops]
+            return (await scheduler.run_round(1, config.state)).workers["bob"].requests
+
+        return asyncio.run(main())
+
+
+def test_of_the_plans_that_rounds_send_a_process_keeps_so_many(serve):
+    server = serve(limits={"round_plans": 3})
+    with server.connect("ann") as ann, server.connect("ben") as ben, server.connect("") as nobody:
+        all = [Rounds(one) for one in (ann, ben, nobody)]
+        for ops in range(3):
+            assert [one.requests(ops) for one in all] == [1, 1, 1]
+        assert [one.requests(0) for one in all] == [1, 1, 1]  # each has its own three
+        assert all[0].requests(3) == 1
+        assert all[0].requests(1) == 3  # that was used longest ago: refused, sent, done
+        assert all[1].requests(1) == all[2].requests(1) == 1  # what one sends takes nothing from others
+        assert all[0].requests(3) == 1
+
+
+def test_of_these_plans_a_process_keeps_so_many_bytes(serve):
+    server = serve(limits={"round_plan_memory": 2_500})
+    with server.connect("ann") as ann:
+        rounds = Rounds(ann)
+        assert rounds.requests(50) == rounds.requests(51) == 1
+        assert rounds.requests(50) == 3
+        with pytest.raises(RemoteError, match="a plan of .* bytes is over the limit of 2,500"):
+            rounds.requests(200)
+
+
+def test_by_default_it_keeps_256_of_them(serve):
+    server = serve()
+    with server.connect("ann") as ann:
+        rounds = Rounds(ann)
+        for number in range(257):
+            assert rounds.requests(number, Adds) == 1
+        assert rounds.requests(256, Adds) == 1
+        assert rounds.requests(1, Adds) == 1
+        assert rounds.requests(0, Adds) == 3
+
+
 # ----------------------------------------------------------------------------------- who grants it
 
 

@@ -150,11 +150,10 @@ def test_nobody_waits_for_who_does_not_read(transport):
 
 
 def test_so_much_waits_for_who_does_not_read(transport, monkeypatch, caplog):
-    monkeypatch.setattr(outgoing, "MOST_ANSWERS", 3)
     monkeypatch.setattr(outgoing, "CLOSING_SECONDS", 0.2)
 
     async def go():
-        async with served(transport) as (host, connect):
+        async with served(transport, Limits(unread_answers=3)) as (host, connect):
             client, dealer = await connect(), await connect()
             await dealt(client, dealer, "abcdef")
             await dealer.keeps_one_waiting()
@@ -206,9 +205,8 @@ def test_who_is_taken_out_and_does_not_read_keeps_nobody_in(transport):
     run(go())
 
 
-def test_so_much_waits_for_another_worker_that_does_not_read(transport, monkeypatch, caplog):
+def test_so_much_waits_for_another_worker_that_does_not_read(transport, caplog):
     """What a worker passes on to others is bounded, too, and who waits for an answer is told."""
-    monkeypatch.setattr(links, "MOST_WAITING", 20)
     told = []
 
     async def go():
@@ -226,7 +224,7 @@ def test_so_much_waits_for_another_worker_that_does_not_read(transport, monkeypa
             async def handle(event):
                 told.append(event)
 
-            between = links.Links("alice", handle, Limits(), Dialling())
+            between = links.Links("alice", handle, Limits(unsent_messages=20), Dialling())
             peer = m.PeerAddress("bob", "ws://bob:1")
             between.send(ToPeer(peer, m.CountObjects(), (), "first"))
             await until(lambda: between._links[peer].connection is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from planrt.command_line import Parser, seconds, tag, whole_number
 from planrt.workers.serving.metrics_options import add_metrics
@@ -119,6 +119,7 @@ def parser(prog: str) -> Parser:
         metavar="SECONDS",
         help="for how long a client that lost its connection may come back to its objects (120); 0 for not at all",
     )
+    add_waiting(add)
     add_metrics(add)
     add_isolation(add)
     add(
@@ -147,6 +148,29 @@ def parser(prog: str) -> Parser:
     # A data set that `planrt.fl.local` put into a file.
     add("--saved", action="append", default=[], help=argparse.SUPPRESS)
     return parser
+
+
+WAITING: Final = (
+    ("arriving-memory", "BYTES", "larger messages of one user, or of one address of those who are none, while they "
+     "arrive; no message is longer (as much as the user may keep, 16 GiB without a limit)"),
+    ("worker-arriving-memory", "BYTES", "larger messages of all clients together while they arrive (64 GiB)"),
+    ("unread-answers", "N", "answers that wait for a client which does not read; with more it is cut off (1,024)"),
+    ("unread-memory", "BYTES", "these answers, the newest one left out (4 GiB)"),
+    ("unsent-messages", "N", "messages that wait for another worker which does not read; with more that connection "
+     "ends (10,000)"),
+    ("unsent-memory", "BYTES", "these messages, the newest one left out (4 GiB)"),
+    ("round-plans", "N", "plans that are kept of those that rounds send; one that has gone is sent again (256)"),
+    ("round-plan-memory", "BYTES", "files of these plans; none is longer, nor than 64 MiB (64 MiB)"),
+)  # fmt: skip
+"""Limits of what waits or arrives, as options: name without ``--max-``, what it counts, of what."""
+
+
+def add_waiting(add: Callable[..., Any]) -> None:
+    """Adds the options of `WAITING`: `add` is a parser's `add_argument`."""
+    for name, counts, of in WAITING:
+        whole = {"type": whole_number(at_least=1)} if counts == "N" else {}
+        what = "memory of " if counts == "BYTES" else ""
+        add(f"--max-{name}", metavar=counts, help=what + of, **whole)
 
 
 def add_isolation(add: Callable[..., Any]) -> None:

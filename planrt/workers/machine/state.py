@@ -164,7 +164,7 @@ class WorkerState:
         passes = BackwardPasses(objects, peers)
         parties = PartyOps(objects)
         sums = SecureSums(id, gate, signs_sums)
-        training = TrainingOps(id, self.device, gate, objects, self.access, sums)
+        training = TrainingOps(id, self.device, gate, objects, self.access, sums, self._limits)
         self.accounts = Accounts((quota or Quota()).with_policy(policy), self.store, self._make_room)
         """For whom sessions count, where that is limited."""
         self._besides: list[Instruction] = []

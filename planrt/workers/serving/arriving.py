@@ -17,7 +17,7 @@ MOST: Final = 16 << 30
 """Bytes of messages of one user or address that may arrive at a time where there is no quota: as much as a policy lets
 a user keep by default."""
 MOST_OF_ALL: Final = 64 << 30
-"""Those of all clients of a worker."""
+"""Those of all clients of a worker, where the owner says nothing."""
 _SMALL = 1 << 20
 """Bytes of a message that does not count: all connections together have fewer."""
 
@@ -30,8 +30,8 @@ class Arriving:
         most_of_all: the same of all users.
     """
 
-    def __init__(self, most: int = MOST, most_of_all: int = MOST_OF_ALL) -> None:
-        self._most, self._most_of_all = most, max(most, most_of_all)
+    def __init__(self, most: int, most_of_all: int) -> None:
+        self._most, self._most_of_all = most, most_of_all
         self._begun: dict[int, tuple[str, int]] = {}
         """Connection -> its user, and the bytes of the message that it brings."""
 

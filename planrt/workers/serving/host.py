@@ -149,7 +149,10 @@ class WorkerHost:
         self._guesses = Guesses()
         self._openings = Openings(self._limits.connections, most_of_all(_OF_FILES))
         quota = state.accounts.quota.memory
-        self._arriving = Arriving(max(arriving.MOST if quota is None else quota, self._limits.message))
+        most = max(arriving.MOST if quota is None else quota, self._limits.message)
+        most = self._limits.arriving_memory or most
+        of_all = self._limits.worker_arriving_memory or max(most, arriving.MOST_OF_ALL)
+        self._arriving = Arriving(most, of_all)
         self._links = Links(state.id, self._handle, self._limits, dialling)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -398,7 +401,7 @@ class WorkerHost:
     def _out(self, connection: int) -> Outgoing:
         found = self._outgoing.get(connection)
         if found is None:
-            found = self._outgoing[connection] = Outgoing(self._pipes[connection])
+            found = self._outgoing[connection] = Outgoing(self._pipes[connection], self._limits)
         return found
 
     async def _send(

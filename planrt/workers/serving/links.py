@@ -30,10 +30,6 @@ MAX_LINKS = 64
 """Other workers that one worker is connected to at a time, in nobody's name."""
 MAX_TICKETS = 1024
 """Connections that it has in its clients' names."""
-MOST_WAITING = 10_000
-"""Messages that may wait to be sent to one other worker, since that reads slowly or not at all."""
-MOST_BYTES = 4 << 30
-"""Their bytes, the newest one left out. Of more, the connection ends, and with it the session there."""
 
 
 class Reaching(Protocol):
@@ -65,11 +61,13 @@ class _Link:
             self.connection if ready and self.connection is not None and not self.connection.closed else None
         )
 
-    @property
-    def full(self) -> bool:
+    def is_full(self, limits: Limits) -> bool:
         """Whether so much waits that nothing more may."""
         number, nbytes = (0, 0) if self.connection is None else self.connection.waiting
-        return number + self.before >= MOST_WAITING or nbytes + self.bytes_before > MOST_BYTES
+        return (
+            number + self.before >= limits.unsent_messages
+            or nbytes + self.bytes_before > limits.unsent_memory
+        )
 
     def renewed(self, connection: Connection) -> None:
         """The other worker had lost the session, and this one's has begun."""
@@ -105,7 +103,7 @@ class Links:
         link = self._links.get(instruction.peer)
         if link is None:
             link = self._links[instruction.peer] = _Link()
-        if link.full:
+        if link.is_full(self._limits):
             self._cut_off(instruction, link)
             return
         connection = link.open

@@ -13,8 +13,7 @@ import contextlib
 from collections import deque
 from typing import Final
 
-from planrt.serde.frames import Frame
-from planrt.workers.machine.keeping.answers import MOST_ANSWERS, MOST_BYTES
+from planrt.serde.frames import Frame, Limits
 from planrt.workers.transport.pipes import Pipe
 
 CLOSING_SECONDS: Final = 2.0
@@ -24,11 +23,11 @@ CLOSING_SECONDS: Final = 2.0
 class Outgoing:
     """Keeps what waits to be sent through one pipe, in its order. Used on the loop.
 
-    So much may wait as a session may leave unacknowledged (`MOST_ANSWERS`, and `MOST_BYTES`, the newest one left out).
+    So much may wait as a session may leave unacknowledged (`Limits.unread_answers`, `Limits.unread_memory`).
     """
 
-    def __init__(self, pipe: Pipe) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Pipe, limits: Limits) -> None:
+        self._pipe, self._limits = pipe, limits
         self._waiting: deque[tuple[Frame, asyncio.Future[None] | None]] = deque()
         self._nbytes = 0
         self._sender: asyncio.Task[None] | None = None
@@ -48,7 +47,7 @@ class Outgoing:
 
     def add(self, frame: Frame) -> bool:
         """Takes a frame, to be sent after those that wait; False, and nothing was taken, where too much does."""
-        if len(self._waiting) >= MOST_ANSWERS or self._nbytes > MOST_BYTES:
+        if len(self._waiting) >= self._limits.unread_answers or self._nbytes > self._limits.unread_memory:
             return False
         self._put(frame, None)
         if self._sender is None:

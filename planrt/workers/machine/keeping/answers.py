@@ -17,14 +17,10 @@ import torch
 
 from planrt.errors import PolicyError
 from planrt.plans.policy.quotas import Account
+from planrt.serde.frames import Limits
 from planrt.serde.tensors import payload_bytes
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import LARGE, MESSAGES, Unacknowledged
-
-MOST_ANSWERS: Final = 1024
-"""Answers that a client may leave unacknowledged; with more its session ends with its connection."""
-MOST_BYTES: Final = 4 << 30
-"""Their bytes, the newest one left out."""
 
 READS: Final = (
     m.Fetch, m.ReadPlan, m.ReadRun, m.ListObjects, m.CountObjects, m.AskApproval, m.Ack, m.Bye,
@@ -57,12 +53,24 @@ class Answer:
 
 
 class Keeping:
-    """The part of a session that lets it go on. `client` is whose it is, as sessions are counted."""
+    """The part of a session that lets it go on. `client` is whose it is, as sessions are counted; `limits` say how many
+    answers it may leave unacknowledged."""
 
-    __slots__ = ("_digest", "absence", "answers", "broken", "client", "gives_way", "name", "taken", "told")
+    __slots__ = (
+        "_digest",
+        "_limits",
+        "absence",
+        "answers",
+        "broken",
+        "client",
+        "gives_way",
+        "name",
+        "taken",
+        "told",
+    )
 
-    def __init__(self, client: str) -> None:
-        self.client = client
+    def __init__(self, client: str, limits: Limits) -> None:
+        self.client, self._limits = client, limits
         self.name = secrets.token_hex(16)
         self._digest = b""
         self.taken = 0
@@ -124,7 +132,10 @@ class Keeping:
             return envelope
         if (
             self.answers
-            and (len(self.answers) >= MOST_ANSWERS or sum(one.nbytes for one in self.answers) > MOST_BYTES)
+            and (
+                len(self.answers) >= self._limits.unread_answers
+                or sum(one.nbytes for one in self.answers) > self._limits.unread_memory
+            )
         ) or (account is not None and tensors and not _has_room(account, tensors)):
             self.give_up()
         else:

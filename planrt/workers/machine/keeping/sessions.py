@@ -41,7 +41,7 @@ class KeptSessions:
                 f"at least 1 session is kept of each client, not {most!r}: or session_seconds=0"
             )
         self.seconds = float(seconds)
-        self._most = most
+        self._most, self._limits = most, limits
         self.epoch = secrets.token_hex(8)
         """Of this worker, from its start on."""
         self._by_name: dict[str, Session] = {}
@@ -58,7 +58,7 @@ class KeptSessions:
         whose = session.whose(host)
         if session.by is not None:  # so that links which were cut do not end what the user itself has left
             whose = f"{whose} by worker {session.by.worker}"
-        kept = session.kept = Keeping(whose)
+        kept = session.kept = Keeping(whose, self._limits)
         self._by_name[kept.name] = session
         return m.Kept(kept.name, self.seconds, self.epoch, kept.new_secret())
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
 from planrt.errors import PlanError
 from planrt.plans.ir.graph import Graph
 from planrt.plans.policy.quotas import PLAN_BYTES, Account
+from planrt.serde.frames import Limits
 from planrt.workers.wire.refusals import UnknownPlan
 
-MAX_PLANS = 256
-"""Plans that a worker keeps of those that rounds send."""
-MAX_PLAN_BYTES = 64 << 20
-"""Their bytes as files, and those of any one plan that a worker takes."""
+MAX_PLAN_BYTES: Final = 64 << 20
+"""Bytes as a file of any one plan that a worker takes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,11 +38,17 @@ class _Kept:
 
 
 class SentPlans:
-    """The plans of one worker that rounds have sent."""
+    """The plans of one worker that rounds have sent. `limits` say how many are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._plans: OrderedDict[str, _Kept] = OrderedDict()
         self._nbytes = 0
+
+    @property
+    def longest(self) -> int:
+        """Bytes as a file of the longest plan that is taken."""
+        return min(MAX_PLAN_BYTES, self._limits.round_plan_memory)
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -78,7 +84,7 @@ class SentPlans:
             account.take(beside=kept.counts())
             kept.accounts.append(account)
         self._plans.move_to_end(graph.hash)
-        while len(self._plans) > MAX_PLANS or self._nbytes > MAX_PLAN_BYTES:
+        while len(self._plans) > self._limits.round_plans or self._nbytes > self._limits.round_plan_memory:
             self._forget(next(iter(self._plans)))
 
     def give_way(self, account: Account) -> bool:
@@ -99,9 +105,9 @@ class SentPlans:
             account.give_back(beside=kept.counts())
 
 
-def check_size(data: torch.Tensor) -> None:
+def check_size(data: torch.Tensor, most: int = MAX_PLAN_BYTES) -> None:
     """Raises PlanError if a plan that arrived takes more bytes than a worker reads of one."""
-    if data.nbytes > MAX_PLAN_BYTES:
+    if data.nbytes > most:
         raise PlanError(
-            f"a plan of {data.nbytes:,} bytes is over the limit of {MAX_PLAN_BYTES:,}: values belong in its state"
+            f"a plan of {data.nbytes:,} bytes is over the limit of {most:,}: values belong in its state"
         )

@@ -29,6 +29,7 @@ from planrt.plans.running import interpreter
 from planrt.plans.training import Batch
 from planrt.seeding import derive_seed, seeded
 from planrt.serde.dtypes import DTYPE_NAMES, DTYPES
+from planrt.serde.frames import Limits
 from planrt.serde.tensors import payload_bytes
 from planrt.sharing.columns.table import Table
 from planrt.sharing.secure_sum import encoding
@@ -39,7 +40,6 @@ from planrt.workers.machine.events import Answer
 from planrt.workers.machine.failures import OpFailedError, failure_on_data
 from planrt.workers.machine.gate import Gate
 from planrt.workers.machine.objects import KeptObjects
-from planrt.workers.machine.rounds import sent_plans
 from planrt.workers.machine.rounds.batches import (
     BatchSource,
     as_batches,
@@ -81,6 +81,7 @@ class TrainingOps:
         objects: KeptObjects,
         access: Access,
         sums: SecureSums,
+        limits: Limits,
     ) -> None:
         self._sums = sums
         self._access = access
@@ -89,7 +90,7 @@ class TrainingOps:
         self._gate = gate
         self._objects = objects
         self._datasets: dict[str, _Dataset] = {}
-        self._plans = SentPlans()
+        self._plans, self._limits = SentPlans(limits), limits
 
     def add_dataset(
         self, dataset: Any, key: str, *, tags: Sequence[str] = (), description: str = ""
@@ -156,7 +157,7 @@ class TrainingOps:
         """
         if len(tensors) != 1 or tensors[0].dtype != torch.uint8:
             raise PlanError("a plan travels as one uint8 tensor: its canonical bytes, or a record of it")
-        check_size(tensors[0])
+        check_size(tensors[0], self._plans.longest)
         account = self._objects.store.account_of(session.id)
         data = tensors[0].numpy().tobytes()
         if account is not None:
@@ -167,7 +168,7 @@ class TrainingOps:
         if self._gate is not None:
             session.asks_for(self._gate.approving.arrived([plan], data, None, session.user, body.purpose))
             session.purposes[plan.hash] = body.purpose
-            while len(session.purposes) > sent_plans.MAX_PLANS:
+            while len(session.purposes) > self._limits.round_plans:
                 del session.purposes[next(iter(session.purposes))]
         self._plans.add(plan, len(data), account)
         return m.Done(), ()
