@@ -75,17 +75,92 @@ def test_norms(order, parties):
 def test_norms_of_other_orders_are_refused_and_torch_says_what_it_says():
     session = InProcessSession(2)
     x = share(session, torch.ones(2, 3))
-    for call in (lambda: x.norm(3), lambda: F.normalize(x, p=1.5), lambda: torch.cdist(x, x, p=4)):
-        with pytest.raises(SharingError, match=r"order 0, 1, 2 and infinity, not .*write"):
+    for call in (lambda: x.norm(9), lambda: F.normalize(x, p=1.3), lambda: torch.cdist(x, x, p=0.5)):
+        with pytest.raises(
+            SharingError, match=r"order 0, 1, 2, infinity, and of whole orders.*, not .*write"
+        ):
             call()
+    trained = share(session, torch.ones(2, 3).requires_grad_())
+    with pytest.raises(SharingError, match="gradient of a norm of order 4 is computed for torch.linalg"):
+        F.triplet_margin_loss(trained, x, x, p=4)
     with pytest.raises(RuntimeError, match="floating point"):
         torch.linalg.vector_norm(share(session, torch.arange(3)), 1)
     with pytest.raises(IndexError, match="Dimension out of range"):
         torch.linalg.vector_norm(x, 1, 5)
     with pytest.raises(RuntimeError, match="identity"):
         x[:, :0].norm(math.inf)
-    instead = (x.abs().pow(3).sum(1).log() / 3).exp()
-    assert (instead.get() - torch.ones(2, 3).norm(3, 1)).abs().max() < 20 * UNIT
+    instead = (x.abs().pow(9).sum(1).log() / 9).exp()
+    assert (instead.get() - torch.ones(2, 3).norm(9, 1)).abs().max() < 20 * UNIT
+
+
+OF_ANY_ORDER = {
+    "norm": lambda x, y, p: x.norm(p, dim=1),
+    "norm of all": lambda x, y, p: torch.norm(x * 100, p),
+    "norm of what is small": lambda x, y, p: torch.linalg.vector_norm(x * 0.01, p, dim=(0, 1), keepdim=True),
+    "dist": lambda x, y, p: torch.dist(x, y[:5], p),
+    "normalize": lambda x, y, p: F.normalize(x, p, dim=0),
+    "pairwise_distance": lambda x, y, p: nn.PairwiseDistance(p, keepdim=True)(x, y[:5]),
+    "cdist": lambda x, y, p: torch.cdist(x, y, p),
+    "pdist": lambda x, y, p: F.pdist(x, p),
+}
+
+
+@pytest.mark.parametrize("order", [1.25, 2.5, 3, 4, 8])
+@pytest.mark.parametrize("name", OF_ANY_ORDER)
+def test_norms_of_other_orders(name, order):
+    torch.manual_seed(int(4 * order))
+    x, others = torch.randn(5, 6), torch.randn(7, 6) + 1
+
+    def function(x):
+        return OF_ANY_ORDER[name](x, others, order)
+
+    compared(2, function, x, 40)
+    zeros = share(InProcessSession(2), torch.zeros(3, 4)).norm(order, dim=1)
+    assert torch.equal(zeros.get(), torch.zeros(3))
+
+
+POWERS = {
+    "x**y": lambda x, y: x**y,
+    "y of a row": lambda x, y: x ** y[0],
+    "a number to y": lambda x, y: 2.5**y + x,
+    "numbers to y": lambda x, y: torch.tensor([2.0, 3, 0.5, 1, 4]) ** y + x,
+    "several exponents": lambda x, y: x ** torch.tensor([1.0, 2, 3, 0.5, -1]) + y,
+    "features": lambda x, y: (x - 2).unsqueeze(-1) ** torch.arange(4) + y[0, 0],
+    "torch.pow": lambda x, y: torch.pow(x.sum(1) + 1, y.mean(1)),
+}
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_powers(name, parties):
+    torch.manual_seed(3)
+    x, y = torch.rand(4, 5) * 5 + 0.05, torch.randn(4, 5)
+    plain = [one.clone().requires_grad_() for one in (x, y)]
+    session = InProcessSession(parties)
+    there = [share(session, one.clone().requires_grad_()) for one in (x, y)]
+    expected, found = POWERS[name](*plain), POWERS[name](*there)
+    assert ((found.get() - expected).abs() <= 20 * UNIT * expected.abs().clamp(min=1)).all()
+    expected.sum().backward()
+    found.sum().backward()
+    for one, other in zip(plain, there, strict=True):
+        assert ((other.grad.get() - one.grad).abs() <= 100 * UNIT * one.grad.abs().clamp(min=1)).all()
+
+
+def test_powers_at_the_edges_and_what_is_refused():
+    session = InProcessSession(2)
+    y = share(session, torch.tensor(1.5))
+    x = share(session, torch.tensor([0.0, 1, 4, -2]))
+    assert ((x**y).get() - torch.tensor([0.0, 1, 8, 0])).abs().max() < 40 * UNIT
+    for call, message in {
+        lambda: (-2.0) ** x: "a base above 0",
+        lambda: x ** torch.linspace(0, 8, 33).unsqueeze(1): "16 different exponents at most, not 33",
+        lambda: x ** torch.tensor([1.0, 2.3, 1, 1]): "halves and quarters",
+        lambda: (
+            share(session, torch.tensor([2, 3])) ** share(session, torch.tensor([1, 2]))
+        ): r"x.float\(\) \*\* y",
+        lambda: 2 ** share(session, torch.tensor([1, 2])): r"x.float\(\) \*\* y",
+    }.items():
+        with pytest.raises(SharingError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, math.inf])
@@ -118,7 +193,7 @@ def test_products(zeros, parties):
         dim, keep = drawn.randrange(len(shape)), drawn.random() < 0.5
         values = values_of(drawn, shape).clamp(-1.5, 1.5)
         values.view(-1)[:zeros] = 0
-        values = torch.where(values.abs() == UNIT, 0.5, values)
+        values = torch.where((values != 0) & (values.abs() < 0.1), 0.5, values)  # which gradients divide by
         compared(parties, lambda x: x.prod(dim, keep), values, 40)  # noqa: B023
         compared(parties, lambda x: x.cumprod(dim), values, 60)  # noqa: B023
     compared(parties, lambda x: x.prod(), values.flatten()[:9], 40)

@@ -51,6 +51,9 @@ DRAWS = {
 OF_EQUALS = {"topk", "kthvalue", "median", "nanmedian"}
 """Which of equal entries they tell the place of is not promised: values alone are compared."""
 
+OF_POWERS = {"pow", "float_power", "__rpow__"}
+"""With an exponent in shares they reach as far as exp does."""
+
 UNINITIALISED = {"empty_like", "new_empty", "new_empty_strided", "resize_", "resize_as_", "new"}
 
 
@@ -91,6 +94,8 @@ def told_apart(name, found, expected, slack):
         if values.shape != other.shape:
             return f"holds {values.shape}, not {other.shape}"
         finite = other.isfinite()
+        if name.rpartition(".")[2] in OF_POWERS and not other.is_complex():
+            finite &= other.abs() < 1e5
         if loose or other.is_complex() or not finite.any():
             continue
         off = (values.double() - other.double()).abs()[finite]

@@ -329,45 +329,6 @@ def root_kernel(function: Callable[..., Protocol[torch.Tensor]]) -> One:
     return kernel
 
 
-def power(context: Context, value: Share, exponent: Value) -> Protocol[Share]:
-    """Computes x**n for n from -64 to 64 by squaring, of the square root (or its inverse) for halves, and of its root
-    for quarters.
-    """
-    if not isinstance(value, Share):
-        raise SharingError("a power with a shared exponent: write (y * math.log(x)).exp()")
-    if isinstance(exponent, Share) or (isinstance(exponent, torch.Tensor) and exponent.numel() != 1):
-        raise SharingError(
-            "powers of shares have one exponent, which all know: write (y * x.log()).exp(), of a number x "
-            "(y * math.log(x)).exp()"
-        )
-    exponent = float(exponent)
-    if not (4 * exponent).is_integer() or abs(exponent) > 64:
-        raise SharingError(
-            f"shares have powers of whole numbers, halves and quarters up to 64, not {exponent}: "
-            "write (x.log() * exponent).exp()"
-        )
-    if not exponent.is_integer():
-        value = yield from root_kernel(roots.sqrt if exponent > 0 else roots.rsqrt)(context, value)
-        exponent = abs(2 * exponent)
-    if not exponent.is_integer():
-        value = yield from root_kernel(roots.sqrt)(context, value)
-        exponent = 2 * exponent
-    if exponent == 0:
-        return context.share_of(torch.ones(value.shape, dtype=torch.int64))
-    result: Share | None = None
-    square: Share = value
-    left = abs(int(exponent))
-    while left:
-        if left & 1:
-            result = square if result is None else (yield from multiply(context, result, square))
-        left >>= 1
-        if left:
-            square = yield from multiply(context, square, square)
-    if result is None:
-        raise AssertionError("an exponent above 0 has a bit")
-    return result if exponent > 0 else (yield from root_kernel(roots.reciprocal)(context, result))
-
-
 def _addcmul(
     context: Context, base: Share, first: Value, second: Value, *, value: float = 1
 ) -> Protocol[Share]:
@@ -492,7 +453,6 @@ ARITHMETIC: dict[str, Kernel] = {
     "mul": multiply,
     "div": divided,
     "neg": negated,
-    "pow": power,
     "mm": matrix_product,
     "bmm": matrix_product,
     "mv": matrix_product,

@@ -18,11 +18,21 @@ from planrt.sharing.kernels.ordering import ORDERING
 from planrt.sharing.kernels.orders import ORDERS
 from planrt.sharing.kernels.parts import Context, Share, aligned
 from planrt.sharing.kernels.pooling import POOLING
+from planrt.sharing.kernels.powers import POWERS
 from planrt.sharing.kernels.shapes import SHAPES, VIEWS
 from planrt.sharing.rounds import Protocol
 from planrt.types import leaves, map_leaves
 
-KERNELS: dict[str, Kernel] = {**ARITHMETIC, **SHAPES, **ORDERING, **ORDERS, **POOLING, **LAYERS, **LOSSES}
+KERNELS: dict[str, Kernel] = {
+    **ARITHMETIC,
+    **POWERS,
+    **SHAPES,
+    **ORDERING,
+    **ORDERS,
+    **POOLING,
+    **LAYERS,
+    **LOSSES,
+}
 """ATen name, without "aten::" and the underscore of operations in place -> protocol."""
 
 __all__ = ["KERNELS", "VIEWS", "call_kernel", "check_arguments"]

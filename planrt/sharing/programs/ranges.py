@@ -300,7 +300,13 @@ def _clamp(call: Call, args: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -
 
 def _power(call: Call, args: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> Interval | None:
     given, exponent = _of(args[0]), _of(args[1])
-    if given is None or exponent is None or not exponent[0].is_integer() or exponent[0] < 1:
+    if (
+        given is None
+        or exponent is None
+        or exponent[0] != exponent[1]
+        or not exponent[0].is_integer()
+        or exponent[0] < 1
+    ):
         return None
     try:
         ends = [given[0] ** exponent[0], given[1] ** exponent[0]]

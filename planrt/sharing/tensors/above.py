@@ -4,10 +4,14 @@ show values, and need not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
 import torch.nn.functional as F
+
+from planrt.sharing.tensors.distances import OfOrder
 
 
 def _cross_entropy(
@@ -42,7 +46,53 @@ def _cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
 
 
-_ABOVE: Final[Mapping[Any, Any]] = {F.cross_entropy: _cross_entropy}
+def _other(order: Any) -> bool:
+    """Whether a norm is of an order whose gradient torch's own formula is not for: its powers leave the range."""
+    return isinstance(order, int | float) and order not in (0, 1, 2, math.inf, -math.inf)
+
+
+def _norm(x: Any, order: float, dim: Any, keepdim: bool) -> Any:
+    if not getattr(x, "in_shares", False) or not x.is_floating_point():
+        return NotImplemented
+    return OfOrder.apply(x, float(order), [dim] if isinstance(dim, int) else list(dim or ()), keepdim)
+
+
+def _vector_norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
+    return NotImplemented if options or not _other(ord) else _norm(x, ord, dim, keepdim)
+
+
+def _any_norm(input: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
+    return _vector_norm(
+        input, p, dim, keepdim, **{name: one for name, one in options.items() if one is not None}
+    )
+
+
+def _normalize(input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    if not _other(p) or out is not None:
+        return NotImplemented
+    lengths = _norm(input, p, dim, True)
+    return lengths if lengths is NotImplemented else input / lengths.clamp_min(eps)
+
+
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return _norm(x1 - x2 + eps, p, -1, keepdim) if _other(p) else NotImplemented
+
+
+def _distance(input: Any, other: Any, p: float = 2) -> Any:
+    return _norm(input - other, p, None, False) if _other(p) else NotImplemented
+
+
+_ABOVE: Final[Mapping[Any, Any]] = {
+    F.cross_entropy: _cross_entropy,
+    torch.linalg.vector_norm: _vector_norm,
+    torch.norm: _any_norm,
+    torch.functional.norm: _any_norm,
+    torch.Tensor.norm: _any_norm,
+    torch.dist: _distance,
+    torch.Tensor.dist: _distance,
+    F.normalize: _normalize,
+    F.pairwise_distance: _pairwise_distance,
+}
 
 
 def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:

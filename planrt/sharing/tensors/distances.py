@@ -1,7 +1,7 @@
 """Norms, distances between rows, and products along a dimension, in terms of operations that have protocols.
 
 Each function has the arguments of an ATen operation, and is called below autograd; see `rewritten`. Norms are those of
-order 0, 1, 2, infinity and minus infinity: roots of other orders would be right for a narrow range only.
+order 0, 1, 2, infinity and minus infinity, and of whole orders, halves and quarters from 1 to `HIGHEST`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing.tensors.twins import twin_of
 
+HIGHEST = 8
+"""The highest order of a norm, but for infinity."""
+
 
 def vector_norm(
     x: Any, ord: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:  # fmt: skip
     """Computes sums or extremes of absolute values, exact but for their rounding; of order 2, the root of the sum of
-    squares, which lies below 2**62 / s**2 for a scale s.
+    squares, which lies below 2**62 / s**2 for a scale s. Other orders are off by two units and 1e-4 of the norm, for
+    up to 4,096 entries.
 
     Raises:
-        SharingError: of another order.
+        SharingError: of another order; or torch is to compute the gradient of one, whose powers leave the range.
     """
     twin_of(
         torch.ops.aten.linalg_vector_norm.default, (x, ord, dim, keepdim), {"dtype": dtype}
@@ -37,10 +41,57 @@ def vector_norm(
         return (x != 0).sum(dim, keepdim).to(x.dtype)
     if math.isinf(ord):
         return _extreme(x.abs(), ord > 0, list(dim or ()), keepdim)
-    raise SharingError(
-        f"norms of shares are of order 0, 1, 2 and infinity, not {ord:g}: write x.abs().pow(p).sum(dim) for a whole p, "
-        "which leaves the range sooner, and of that (y.log() / p).exp()"
-    )
+    if not 1 < ord <= HIGHEST or not float(4 * ord).is_integer():
+        raise SharingError(
+            f"norms of shares are of order 0, 1, 2, infinity, and of whole orders, halves and quarters from 1 to "
+            f"{HIGHEST}, not {ord:g}: write x.abs().pow(p).sum(dim) of another p, and of that (y.log() / p).exp()"
+        )
+    _check_gradient(ord, x)
+    return _of_order(x.abs(), ord, list(dim or ()), keepdim)
+
+
+class OfOrder(torch.autograd.Function):
+    """A norm of any order, whose gradient is scaled as it is: sign(x) (|x| / norm)**(p - 1)."""
+
+    @staticmethod
+    def forward(context: Any, x: Any, order: float, dim: list[int], keepdim: bool) -> Any:
+        """Computes the norm."""
+        found = vector_norm(x, order, dim or None, True)
+        context.save_for_backward(x, found)
+        context.order = order
+        return found.clone() if keepdim else found.squeeze(dim or list(range(x.dim())))
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        """Computes what `x` is given."""
+        x, found = context.saved_tensors
+        gradient = gradients[0].reshape(found.shape)
+        return _slope(x, gradient, found, context.order), None, None, None
+
+
+def distance(x: Any, y: Any, p: float = 2) -> Any:
+    """Computes `torch.dist`."""
+    if p not in (0, 1, 2) and not math.isinf(p):
+        _check_gradient(p, x, y)
+    return vector_norm(x - y, p)
+
+
+def _check_gradient(order: float, *tensors: Any) -> None:
+    if any(one.requires_grad for one in tensors) and torch.is_grad_enabled():
+        raise SharingError(
+            f"the gradient of a norm of order {order:g} is computed for torch.linalg.vector_norm, torch.norm, "
+            "torch.dist, cdist, pdist, F.normalize and F.pairwise_distance: write it with these"
+        )
+
+
+def _of_order(sizes: Any, order: float, dim: list[int], keepdim: bool) -> Any:
+    """Computes m (sum (|x| / m)**p)**(1/p) for the largest m: nothing leaves the range, or gets lost in small units.
+    The root is exp(log(y) / p), of a sum from 1 on.
+    """
+    largest = sizes.amax(dim, True)
+    total = (sizes / largest).pow(order).sum(dim or None, keepdim)
+    root = (total.log() * (1 / order)).exp()
+    return root * (largest if keepdim else largest.reshape(root.shape))
 
 
 def _extreme(x: Any, largest: bool, dim: list[int], keepdim: bool) -> Any:
@@ -69,7 +120,13 @@ def _slopes(apart: Any, gradient: Any, found: Any, p: float) -> Any:
         return apart.sign() * gradient
     if p == 2:
         return apart * (gradient / (found + (found == 0)))
+    if not math.isinf(p):
+        return _slope(apart, gradient, found, p)
     return apart.sign() * (apart.abs() == found) * gradient
+
+
+def _slope(x: Any, gradient: Any, found: Any, p: float) -> Any:
+    return x.sign() * gradient * (x.abs() / (found + (found == 0))).pow(p - 1)
 
 
 def distances_within(x: Any, p: float = 2) -> Any:

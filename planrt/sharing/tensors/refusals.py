@@ -131,6 +131,8 @@ def check_whole(
     """
     if not isinstance(result, torch.Tensor) or result.dtype != torch.int64 or kernel in _COMPARISONS:
         return
+    if kernel == "pow" and getattr(args[1], "in_shares", False):
+        raise SharingError("pow: powers with an exponent in shares are fractions there: write x.float() ** y")
     if "avg_pool" in kernel or any(_is_fraction(one, secret=in_place) for one in leaves((args, kwargs))):
         raise SharingError(
             f"{kernel}: the result has whole numbers in shares, which are not rounded there: write x.float(), or give "

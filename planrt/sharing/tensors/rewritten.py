@@ -403,7 +403,7 @@ _OWN: dict[str, Rewriting] = {
     "_prelu_kernel_backward": _prelu_backward,
     "norm": _norm,
     "vdot": lambda x, y: x.dot(y),
-    "dist": lambda x, y, p=2: torch.linalg.vector_norm(x - y, p),
+    "dist": distances.distance,
     "var_mean": _var_mean,
     "aminmax": lambda x, *, dim=None, keepdim=False: (
         x.amin(() if dim is None else dim, keepdim), x.amax(() if dim is None else dim, keepdim),
