@@ -27,6 +27,7 @@ from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, We
 from planrt.workers.client.connection import Connection
 from planrt.workers.machine.events import Introduce, PeerFor
 from planrt.workers.machine.keeping import tickets
+from planrt.workers.machine.sessions import MOST_SESSIONS
 from planrt.workers.serving import users_file
 from planrt.workers.transport.addresses import DialOptions, dial
 from planrt.workers.wire import messages as m
@@ -193,6 +194,49 @@ def test_a_pointer_may_go_from_worker_to_worker(place):
     chained = x.send(bob).send(alice)
     assert chained[chained > 0].get().get().get().tolist() == [1]
     assert (chained * 2).get().get().get().tolist() == [2, -2]
+
+
+# ------------------------------------------------------------------ a program that is several users at a worker
+
+
+def test_a_program_that_is_two_users_there_computes_as_both(place):
+    """In one session of the worker that dials: what one made there is not the other's, and does not end with it."""
+    alice, bob = place("alice")("ann"), place("bob")
+    clients = {name: bob(name) for name in ("ann", "ben")}
+    secret = {name: torch.tensor([1.0, -2.0, 3.0]) * (1 + len(name)) for name in clients}
+    first = {
+        name: secret[name].send(clients[name], allowed_users=[name]).send(alice) for name in clients
+    }  # pointers to pointers
+    for _ in range(3):
+        for name, x in first.items():
+            assert (x + 1).get().get().tolist() == (secret[name] + 1).tolist()
+            assert (
+                x[x > 0].get().get().tolist() == secret[name][secret[name] > 0].tolist()
+            )  # who may read only
+    assert {line["user"] for line in acting(place("bob").log())} == {"ann", "ben"}
+
+
+def test_what_a_program_that_is_two_users_moves_is_each_ones_own(place):
+    policies = {"ann": 0, "ben": 0}
+    alice, bob = place("alice")("ann"), place("bob")
+    clients = {name: bob(name) for name in policies}
+    for turn in range(3):
+        for name, client in clients.items():
+            x = torch.full((3,), float(turn)).send(alice, allowed_users=["ann", name])
+            moved = x.move(client)
+            assert moved.get().tolist() == [turn] * 3
+    lines = [line for line in acting(place("bob").log()) if line["event"] == "opened"]
+    assert sorted(line["user"] for line in lines) == ["ann", "ben"]  # a ticket for each, and no more
+
+
+def test_it_may_be_so_many_users_there(place):
+    """Of more, what was made over the oldest is gone, and said to be."""
+    bob, alice = place("bob"), place("alice")("ann")
+    chained = [(torch.ones(2) * n).send(bob("ann")).send(alice) for n in range(MOST_SESSIONS + 1)]
+    for n, x in enumerate(chained[1:], 1):
+        assert (x + 0).get().get().tolist() == [n] * 2
+    with pytest.raises(PlanrtError, match="no longer|over|not known|gone"):
+        (chained[0] + 0).get().get()
 
 
 # ------------------------------------------------------------------------------- no more than the client may
@@ -390,8 +434,10 @@ def test_a_ticket_that_is_over_is_asked_for_once_more(place):
     peer = m.PeerAddress("bob", bob.link_address)
     torch.tensor([1.0]).send(alice).move(bob)
     for permits in ("put", "compute"):
-        alice.workplace.post(m.ActFor(peer, permits, "0" * 32, "0" * 64))
-        bob.workplace.acting._given.setdefault(alice.workplace, set()).add(permits)
+        over = m.ActFor(peer, permits, "0" * 32, "0" * 64)
+        alice.workplace.post(over)
+        bob.workplace.acting._given.setdefault(alice.workplace, {})[permits] = over
+        alice.workplace.acting._latest[peer, permits] = over.ticket
     assert torch.tensor([2.0]).send(alice).move(bob).get().tolist() == [2]
     assert (torch.tensor([3.0]).send(bob).send(alice) + 1).get().get().tolist() == [4]
 

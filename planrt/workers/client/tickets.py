@@ -26,8 +26,12 @@ class ActingWorkers:
 
     def __init__(self, place: RemoteWorkplace) -> None:
         self._place = place
-        self._given: weakref.WeakKeyDictionary[RemoteWorkplace, set[m.For]] = weakref.WeakKeyDictionary()
-        """The session of this client on the other worker -> for what that one has a ticket."""
+        self._given: weakref.WeakKeyDictionary[RemoteWorkplace, dict[m.For, m.ActFor]]
+        self._given = weakref.WeakKeyDictionary()
+        """The session of this client on the other worker -> what that one was told of its tickets."""
+        self._latest: dict[tuple[m.PeerAddress, m.For], str] = {}
+        """Of the tickets that this session's worker has, for other workers: the one that it goes by. Several sessions
+        of this program at one worker, of several users perhaps, have each their own."""
         self._one_by_one = asyncio.Lock()
 
     async def let(self, other: RemoteWorkplace, permits: m.For, ask: Callable[[], Awaitable[T]]) -> T:
@@ -53,13 +57,15 @@ class ActingWorkers:
         return await ask()
 
     async def give(self, other: RemoteWorkplace, permits: m.For, *, confirm: bool = False) -> None:
-        """Gives the `other` worker a ticket, if it takes one, there is one to be had, and it has none yet."""
+        """Gives the `other` worker a ticket, if it takes one, there is one to be had, and it has none yet; and sees to
+        it that it goes by this one."""
         dials = other.connection.session.versions.dials
         if dials is None or not self._place.connection.session.versions.tickets:
             return
         async with self._one_by_one:
-            given = self._given.setdefault(other, set())
+            given = self._given.setdefault(other, {})
             if permits in given:
+                await self._told(other, given[permits], confirm=confirm)
                 return
             worker, here = other.worker.id, self._place.worker
             asked = m.Delegate(
@@ -71,15 +77,23 @@ class ActingWorkers:
             ticket, _ = await self._place.ask(m.Ticket, asked)
             address = m.PeerAddress(here.id, here.link_address)
             acting = m.ActFor(address, permits, ticket.id, ticket.secret)
-            if confirm:
-                await other.ask(m.Done, acting)
-            else:
-                other.post(acting)
-            given.add(permits)
+            await self._told(other, acting, confirm=confirm)
+            given[permits] = acting
+
+    async def _told(self, other: RemoteWorkplace, acting: m.ActFor, *, confirm: bool) -> None:
+        """Tells the `other` worker which ticket it is to go by, unless it does already."""
+        latest, key = other.acting._latest, (acting.peer, acting.permits)
+        if latest.get(key) == acting.ticket:
+            return
+        latest[key] = acting.ticket
+        if confirm:
+            await other.ask(m.Done, acting)
+        else:
+            other.post(acting)
 
     def forget(self, other: RemoteWorkplace, permits: m.For) -> None:
         """Notes that the ticket is over which the `other` worker has."""
-        self._given.get(other, set()).discard(permits)
+        self._given.get(other, {}).pop(permits, None)
 
 
 Acts: TypeAlias = tuple["RemoteWorkplace", "RemoteWorkplace"]

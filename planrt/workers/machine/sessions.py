@@ -31,6 +31,9 @@ from planrt.workers.wire.refusals import ReplyTooLarge
 
 MOST_LINKS: Final = 64
 """Other workers at which a worker acts in the name of one session."""
+MOST_SESSIONS: Final = 8
+"""Sessions of that client at one of these, for one purpose, in whose names it acts: a program may be several users
+there."""
 _MAX_ASKED: Final = 10_000
 
 
@@ -128,6 +131,8 @@ class Session:
     links: dict[tuple[m.PeerAddress, m.For], PeerFor] = field(default_factory=dict)
     """(another worker, what for) -> that worker, as it is reached in the name of this session's client: as the client's
     latest tickets say."""
+    acts: dict[PeerFor, tuple[m.PeerAddress, m.For]] = field(default_factory=dict)
+    """All of these that have not ended, the latest last: what was made over one is asked for over that one."""
     sums: dict[str, Member] = field(default_factory=dict)
     """Name -> this worker's side of a secure aggregation that its client has begun; see `SecureSums`."""
     waiting: int = 0
@@ -151,20 +156,24 @@ class Session:
         return whose.links.get((plain, permits), plain)
 
     def act_for(self, body: m.ActFor) -> list[Introduce | Part]:
-        """Takes the ticket for acting in this session's name at another worker; an earlier one ends.
+        """Takes the ticket for acting in this session's name at another worker, or goes on with one that it has taken.
+
+        The program that this session is of may be several users there. So earlier ones go on, up to `MOST_SESSIONS`.
 
         Raises:
             LocalError: it acts at so many already that no other one is taken.
         """
-        before = self.links.get((body.peer, body.permits))
+        key = body.peer, body.permits
         peers = {peer for peer, _ in self.links}
         if body.peer not in peers and len(peers) >= MOST_LINKS:
             raise LocalError(f"a session acts at {MOST_LINKS} other workers at the most")
-        peer = self.links[body.peer, body.permits] = PeerFor(
-            body.peer.worker, body.peer.address, body.ticket, self.id
-        )
-        parted = [] if before is None or before == peer else [Part([before])]
-        return [*parted, Introduce(peer, body.secret)]
+        peer = self.links[key] = PeerFor(body.peer.worker, body.peer.address, body.ticket, self.id)
+        self.acts.pop(peer, None)
+        self.acts[peer] = key
+        parted = [one for one, of in self.acts.items() if of == key][:-MOST_SESSIONS]
+        for one in parted:
+            del self.acts[one]
+        return [*([Part(parted)] if parted else []), Introduce(peer, body.secret)]
 
     def asks_for(self, filed: Sequence[str]) -> None:
         """Takes note of plans that this session sent or asked for."""

@@ -69,7 +69,7 @@ class Endings:
         self._parts.audit.ended(session)
         self._parts.handshakes.tickets.ended(session)
         instructions = [*self._end_those_for(session), *self._requests.end(session)]
-        parted = [Part(list(session.links.values()))] if session.links else []
+        parted = [Part(list(session.acts))] if session.acts else []
         return [*instructions, *self._parts.objects.end(session), *parted]
 
     def _end_those_for(self, client: Session) -> list[Instruction]:
