@@ -274,10 +274,10 @@ class SharedTensor(torch.Tensor):
         operands = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, SharedTensor)]
         first = operands[0]
         if any(one.session is not first.session for one in operands):
-            home = _home(args, operands, in_place=name.endswith("_") and not name.endswith("__"))
+            home = home_of(args, operands, in_place=name.endswith("_") and not name.endswith("__"))
 
             def at_home(leaf: Any) -> Any:
-                return _brought(leaf, home, name, operands) if isinstance(leaf, SharedTensor) else leaf
+                return brought(leaf, home, name, operands) if isinstance(leaf, SharedTensor) else leaf
 
             return cls._run(func, map_leaves(tuple(args), at_home), map_leaves(kwargs, at_home))
         if name.startswith("prims::"):  # torch calls them where a gradient is nothing
@@ -438,18 +438,20 @@ def _where_masked(args: Sequence[Any]) -> torch.Tensor | None:
     return torch.where(wide, value.reshape(()), target)
 
 
-def _home(args: Sequence[Any], operands: Sequence[SharedTensor], *, in_place: bool) -> SharingSession:
-    """The session that an operation runs in: that of what it changes, of its fractions, or the finest."""
+def home_of(
+    args: Sequence[Any], operands: Sequence[SharedTensor], *, in_place: bool = False
+) -> SharingSession:
+    """Returns the session that an operation runs in: that of what it changes, of its fractions, or the finest."""
     if in_place and isinstance(args[0], SharedTensor):
         return args[0].session
     fractions = [one.session for one in operands if one.is_floating_point() and not one.whole]
     return fractions[0] if fractions else max((one.session for one in operands), key=lambda one: one.scale)
 
 
-def _brought(
+def brought(
     tensor: SharedTensor, home: SharingSession, name: str, operands: Sequence[SharedTensor]
 ) -> SharedTensor:
-    """`tensor` in the session `home`: whole numbers are the same at all scales.
+    """Returns `tensor` in the session `home`: whole numbers are the same at all scales.
 
     Raises:
         SharingError: it has fractions, or is held by other parties.

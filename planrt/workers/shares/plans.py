@@ -17,7 +17,7 @@ from planrt.sharing.programs.lowering import Argument, Looks, Lowered, Made
 from planrt.sharing.programs.preflight import Preflight, cost
 from planrt.sharing.programs.ranges import Interval
 from planrt.sharing.tensors.batches import Value
-from planrt.sharing.tensors.shared import SharedTensor
+from planrt.sharing.tensors.shared import SharedTensor, brought
 from planrt.types import Ref, map_leaves
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
@@ -54,6 +54,10 @@ class SharedPlans:
     ) -> Any:
         """Runs a plan at the parties; see `SharingSession.call_plan`."""
         tensors = [*inputs, *state]
+        try:
+            tensors = [self._brought(one) for one in tensors]
+        except SharingError:  # of other parties: the operation that they meet in says so
+            return NotImplemented
         if not all(self._takes(one) for one in tensors):
             return NotImplemented
         graph = record.graph(training=training)
@@ -63,6 +67,9 @@ class SharedPlans:
         if lowered is None or lowered.has_history:
             return NotImplemented
         shared = [one for one in tensors if isinstance(one, SharedTensor)]
+        own = [one for one in (*inputs, *state) if isinstance(one, SharedTensor)]
+        if any(own[number] is not shared[number] for number in lowered.changed):
+            return NotImplemented  # it is to change, and not the copy here
         values = self._post(record, training, tensors, known, lowered, grad) if lowered.program.calls else {}
         for number in lowered.changed:
             torch.autograd.graph.increment_version(shared[number])
@@ -79,6 +86,12 @@ class SharedPlans:
             return leaf
 
         return map_leaves(lowered.results, result)
+
+    def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns whole numbers of another session of the same parties in this one; all else as it is."""
+        if isinstance(tensor, SharedTensor) and not tensor.is_floating_point():
+            return brought(tensor, self._session, "plan", [tensor])
+        return tensor
 
     def _takes(self, tensor: torch.Tensor) -> bool:
         if isinstance(tensor, SharedTensor):
@@ -165,7 +178,7 @@ def check_shared(
     names = [*graph.input_names, *[entry.name for entry in graph.state]]
     shared = {name: one for name, one in zip(names, tensors, strict=True) if isinstance(one, SharedTensor)}
     for one in shared.values():
-        if one.session is not session:
+        if one.session is not session and (one.is_floating_point() or not session.is_of(one.session)):
             raise SharingError("the arguments are shared by different parties, precisions or providers")
     for name in bounds:
         if name not in shared:

@@ -38,8 +38,8 @@ from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.preflight import Preflight
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.tensors.batches import BatchedSession, Value
-from planrt.sharing.tensors.sessions import Secret
-from planrt.sharing.tensors.shared import SharedTensor
+from planrt.sharing.tensors.sessions import Secret, SharingSession
+from planrt.sharing.tensors.shared import SharedTensor, home_of
 from planrt.types import Ref
 from planrt.workers.client.tickets import among, forget_all, is_over, let_all
 from planrt.workers.client.workplace import ReachedWorker, RemoteWorkplace
@@ -278,7 +278,7 @@ class WorkersSession(BatchedSession):
     def copied_from(self, handle: Value) -> Value | None:
         """Returns whole numbers of another session of the same parties here; see `SharingSession.copied_from`."""
         other = handle.session
-        if not isinstance(other, WorkersSession) or other._company != self._company:
+        if not self.is_of(other):
             return None
         other.flush()
         with self._lock:
@@ -330,7 +330,9 @@ class WorkersSession(BatchedSession):
         training: bool,
     ) -> Any:
         """Runs a plan at the parties; see `SharingSession.call_plan`."""
-        return self._plans.call(record, inputs, state, training=training)
+        home: Any = _home_of_plan([*inputs, *state])
+        found: Any = home._plans.call(record, inputs, state, training=training)
+        return found
 
     def check_plan(
         self,
@@ -340,7 +342,12 @@ class WorkersSession(BatchedSession):
         bounds: Mapping[str, Any],
     ) -> Preflight:
         """Returns what a plan will cost, and where values may leave the range. Nothing is sent."""
-        return check_shared(self, graph, inputs, state, bounds)
+        home: Any = _home_of_plan([*inputs, *state])
+        return check_shared(home, graph, inputs, state, bounds)
+
+    def is_of(self, other: SharingSession) -> bool:
+        """Returns whether `other` has the same parties and the same dealer."""
+        return isinstance(other, WorkersSession) and other._company == self._company
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -481,6 +488,12 @@ def _follows(answer: BaseException) -> int:
     if isinstance(answer, RemoteError):
         return 2 if answer.kind == _GROUP_FAILED else 0
     return 1
+
+
+def _home_of_plan(tensors: Sequence[torch.Tensor]) -> SharingSession:
+    """The session that a plan on these arguments, some of them in shares, runs in: that of its fractions."""
+    shared = [one for one in tensors if isinstance(one, SharedTensor)]
+    return home_of((), shared)
 
 
 def _place(worker: ReachedWorker) -> RemoteWorkplace:

@@ -14,7 +14,8 @@ from typing import Any, Final, TypeAlias
 import torch
 
 from planrt.errors import SharingError
-from planrt.plans.ir.graph import Graph
+from planrt.plans.ir.graph import Graph, Op
+from planrt.plans.ir.ops import RANDOM
 from planrt.plans.running import interpreter
 from planrt.sharing.kernels.parts import digest
 from planrt.sharing.programs.lowering import Looks, Lowered, lower
@@ -47,10 +48,47 @@ def lowered_plan(graph: Graph, tensors: Sequence[Known], *, scale: int, grad: bo
     if key in _KEPT:
         _KEPT.move_to_end(key)
         return _KEPT[key]
-    found = _KEPT[key] = None if graph.is_random else _lowered(graph, tensors, scale, grad)
+    found = _KEPT[key] = None if draws(graph) else _lowered(graph, tensors, scale, grad)
     if len(_KEPT) > _MOST:
         _KEPT.popitem(last=False)
     return found
+
+
+_RATES: Final = {
+    "scaled_dot_product_attention": ((4, "dropout_p", 0.0), None),
+    "multi_head_attention_forward": ((10, "dropout_p", 0.5), (13, "training", True)),
+    "lstm": ((5, "dropout", 0.5), (6, "train", True)),
+    "gru": ((5, "dropout", 0.5), (6, "train", True)),
+    "rnn_tanh": ((5, "dropout", 0.5), (6, "train", True)),
+    "rnn_relu": ((5, "dropout", 0.5), (6, "train", True)),
+}
+"""Of operations that may drop some: where the rate is among their arguments, and whether they train."""
+
+_DROPOUT: Final = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+
+
+def draws(graph: Graph) -> bool:
+    """Returns whether a plan draws random numbers, by its ops and their arguments: an attention that drops nothing does
+    not, nor does dropout in evaluation.
+    """
+    return graph.is_random and any(_draws(op) for op in graph.ops)
+
+
+def _draws(op: Op) -> bool:
+    if op.name not in RANDOM:
+        return False
+    name = op.name.rpartition(".")[2]
+    if name in _DROPOUT:
+        return _given(op, (2, "training", True)) is not False
+    if name not in _RATES:
+        return True
+    rate, trains = _RATES[name]
+    return _given(op, rate) != 0 and (trains is None or _given(op, trains) is not False)
+
+
+def _given(op: Op, argument: tuple[int, str, Any]) -> Any:
+    place, name, default = argument
+    return op.args[place] if place < len(op.args) else op.kwargs.get(name, default)
 
 
 def is_lowered(graph: Graph, tensors: Sequence[Known], *, scale: int, grad: bool) -> bool:
