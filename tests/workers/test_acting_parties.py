@@ -503,8 +503,14 @@ def spoil(workers, permits):
         for there in workers:
             if who is not there:
                 peer = m.PeerAddress(there.id, there.link_address)
-                who.workplace.post(m.ActFor(peer, permits, "0" * 32, "0" * 64))
-                there.workplace.acting._given.setdefault(who.workplace, set()).add(permits)
+                given(who, there, m.ActFor(peer, permits, "0" * 32, "0" * 64))
+
+
+def given(who, there, ticket):
+    """Gives `who` a ticket in the place of one that its client got `there`."""
+    who.workplace.post(ticket)
+    there.workplace.acting._given.setdefault(who.workplace, {})[ticket.permits] = ticket
+    who.workplace.acting._latest[ticket.peer, ticket.permits] = ticket.ticket
 
 
 def test_tickets_that_are_over_are_asked_for_once_more(several):
@@ -561,8 +567,7 @@ def test_who_names_the_ticket_of_another_user_has_nothing_of_what_it_opened(seve
     chained = kept.send(ann[0])
     assert (chained + 1).get().get().tolist() == [2, 2]
     for one in [one for one in history if isinstance(one, m.ActFor)]:
-        ben[0].workplace.post(m.ActFor(one.peer, one.permits, one.ticket, "0" * 64))
-        ben[1].workplace.acting._given.setdefault(ben[0].workplace, set()).add(one.permits)
+        given(ben[0], ben[1], m.ActFor(one.peer, one.permits, one.ticket, "0" * 64))
     body = m.Move(
         torch.ones(1).send(ben[0]).id_at_location,
         m.PeerAddress("bob", ben[1].link_address),
