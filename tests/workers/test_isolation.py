@@ -31,7 +31,7 @@ from planrt.errors import (
     WorkerLostError,
 )
 from planrt.fl import TrainConfig
-from planrt.plans.policy.approvals import Status
+from planrt.plans.policy.approvals import Approvals, Status
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.sessions import Session
@@ -762,12 +762,13 @@ def test_a_process_cannot_speak_for_another_user(of_user):
     call, told = of_user("ann")
     assert call("audit", [{"event": "fetch", "user": "ben"}])[0] is False
     assert call("audit", [{"event": "fetch", "user": "ann"}, {"event": "fetch", "user": "ben"}])[0] is False
-    assert call("submit", "0" * 64, b"", asking("ben"), 5)[0] is False
+    assert call("submit", "0" * 64, b"", asking("ben"))[0] is False
     assert [one for one in told if "ben" in repr(one)] == []
     assert call("audit", [{"event": "fetch", "user": "ann"}]) == (True, "")
     assert call("audit", [{"event": "made up", "user": "ann"}]) == (False, "no event of the log")
     assert call("audit", [{"event": "fetch", "user": "ann", "op": "x" * 70_000}])[0] is False
-    assert call("submit", "0" * 64, b"", asking("ann"), 5) == (True, ["said", ["pending", ""]])
+    assert call("submit", "0" * 64, b"", asking("ann")) == (True, ["said", ["pending", ""]])
+    assert call("submit", "0" * 64, b"", {**asking("ann"), "purpose": "x" * 70_000})[0] is False
     call, told = of_user(None)
     assert call("audit", [{"event": "fetch", "user": "ann"}])[0] is False
     assert told == []
@@ -776,8 +777,9 @@ def test_a_process_cannot_speak_for_another_user(of_user):
 @pytest.mark.parametrize(
     "call",
     [
-        ("audit", 5), ("audit", ["line"]), ("submit", "x", b"", {"name": 5}, 1), ("submit", "x", "y", None, None),
-        ("submit", "x", b"", None, "many"), ("status",), ("dial", "x", 1, 2), ("opened", "x", 3), ("closed", 99),
+        ("audit", 5), ("audit", ["line"]), ("submit", "x", b"", {"name": 5}), ("submit", "x", "y", None),
+        ("submit", "x", b"", None, None), ("submit", "0" * 64, b"", None),
+        ("status",), ("dial", "x", 1, 2), ("opened", "x", 3), ("closed", 99),
         ("closed", None), ("stop",), ("nonsense", {}), ("figures", None), ("figures", {"sessions": -1}),
         ("figures", {"sessions": 1 << 60}), ("figures", {"answers": {"ann has a rare disease": 1}}),
         ("figures", {"names": 1}), ("joint", "epochs"), ("joint", "read", "x", -1), ("joint", "read", "x", 10**9),
@@ -790,6 +792,23 @@ def test_nonsense_from_a_process_does_nothing(of_user, call):
     given = answer(*call)
     assert given is None or given[0] is False
     assert told == []
+
+
+def test_a_process_that_was_taken_over_does_not_fill_the_owners_queue(tmp_path):
+    """How many plans of its user may wait is what the owner's policy says, and not what the process does."""
+    approvals = Approvals(tmp_path / "approvals")
+    process = SimpleNamespace(user="ann", key="it", connections={})
+    answers = Answers(
+        "bob", Limits(), Dialling(), None, approvals, WorkerState("bob"), lambda *about: None, lambda *about: None,
+        max_pending=3,
+    )  # fmt: skip
+
+    def submit(number, *more):
+        return asyncio.run(answers.answer(process, ["submit", f"{number:064x}", b"x", asking("ann"), *more]))
+
+    assert [submit(number)[1][0] for number in range(5)] == ["said", "said", "said", "full", "full"]
+    assert submit(6, None) is None  # as it was said before
+    assert len(approvals.pending()) == 3
 
 
 def test_counts_of_a_process_do_not_go_down(of_user):

@@ -309,6 +309,11 @@ class WorkerState:
         """Counts of runs on data that failed, over all sessions; None without a policy."""
         return None if self._parts.gate is None else self._parts.gate.failures
 
+    @property
+    def max_pending(self) -> int | None:
+        """Plans of one user that may wait for the owner; None for any number."""
+        return None if self._parts.gate is None else self._parts.gate.policy.max_pending
+
     def note_ticket(self, client: Session, id: str, verifier: Verifier, asked: m.Delegate) -> None:
         """Takes note of a ticket that another process gave, for which `client` stands, and that is proved here."""
         self._parts.handshakes.note_ticket(client, id, verifier, asked)

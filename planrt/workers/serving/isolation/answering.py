@@ -143,7 +143,9 @@ class Answers:
         joint_runs: JointFolder | None = None,
         quota: Quota | None = None,
         failures: CountsFailures | None = None,
+        max_pending: int | None = None,
     ) -> None:
+        self._max_pending = max_pending
         self._failures = failures or Failures(None)
         self._joint_runs = joint_runs
         self._quota = quota or Quota()
@@ -176,14 +178,14 @@ class Answers:
                     return await self._write_events(process, events)
                 case ["status", str(plan)]:
                     return await self._decided(lambda of: of.status(plan))
-                case ["submit", str(plan), bytes(data), said, most]:
-                    asking = None if said is None else msgspec.convert(said, Asking)
-                    if asking is not None and asking.user != (process.user or ""):
+                case ["submit", str(plan), bytes(data), dict(said)]:
+                    asking = msgspec.convert(said, Asking)
+                    if asking.user != (process.user or ""):
                         return False, "a plan of another user"
+                    if len(msgspec.msgpack.encode(said)) > _EVENT_BYTES:
+                        return False, "so much is not said of a plan"
                     return await self._decided(
-                        lambda of: of.submit(
-                            plan, data, asking=asking, most=None if most is None else int(most)
-                        )
+                        lambda of: of.submit(plan, data, asking=asking, most=self._max_pending)
                     )
                 case ["ticket", str(id), str(checks), said] if process.user is not None:
                     if self._tickets.tickets_of(process.giver) >= _TICKETS:

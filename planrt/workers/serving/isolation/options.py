@@ -158,4 +158,5 @@ class Isolating:
             joint_runs=joint_runs,
             quota=state.accounts.quota,
             failures=state.failures,
+            max_pending=state.max_pending,
         )

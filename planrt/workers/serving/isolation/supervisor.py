@@ -76,7 +76,7 @@ class Isolation:
         access: which user may do what. knows: whether the token of that id is still a user's.
         tickets: takes note of tickets, which are proved to this process.
         joint_runs: the owner's folder for joint runs. quota: what users may keep, each and all together.
-        failures: counts runs that failed on data, over all processes.
+        failures: counts runs that failed on data, over all processes. max_pending: plans of one user that may wait.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Isolation:
         joint_runs: JointFolder | None = None,
         quota: Quota | None = None,
         failures: CountsFailures | None = None,
+        max_pending: int | None = None,
     ) -> None:
         self._knows = knows
         self._worker_id, self._zygote, self._page = worker_id, zygote, page
@@ -104,6 +105,7 @@ class Isolation:
         self._answers = Answers(
             worker_id, limits, dialling, audit, approvals, tickets, self._opened, self._dismiss,
             others=lambda: self._processes, access=access, joint_runs=joint_runs, quota=quota, failures=failures,
+            max_pending=max_pending,
         )  # fmt: skip
         self._numbers = 0
         self._lost = 0
