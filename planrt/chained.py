@@ -55,7 +55,10 @@ def links(
     """
     for number, line in enumerate(lines, first):
         if not line.endswith(b"\n"):
-            raise ChainError(f"{where}, line {number}: it is not complete")
+            raise ChainError(
+                f"{where}, line {number}: it is not complete: who wrote it was stopped half-way, as by a power cut, "
+                "or it was cut since; where the former is so, remove this line, and do again what it was about"
+            )
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):

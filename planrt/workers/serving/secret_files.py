@@ -31,7 +31,8 @@ def read_secret(path: str | Path) -> str:
 
 
 def write_secret(path: str | Path, text: str, *, replace: bool = False) -> None:
-    """Writes a file for its owner only, whole or not at all.
+    """Writes a file for its owner only, whole or not at all. Where `path` is a link, what it points to is replaced: a
+    worker may read that by its own name.
 
     Raises:
         OptionError: it cannot be written, or it is there and is not to be replaced.
@@ -39,6 +40,7 @@ def write_secret(path: str | Path, text: str, *, replace: bool = False) -> None:
     path = Path(path)
     if path.exists() and not replace:
         raise OptionError(f"{path} is there already")
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(
