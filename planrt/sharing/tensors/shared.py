@@ -347,6 +347,8 @@ class SharedTensor(torch.Tensor):
             found = _wrapped(first, made, twin)
             if flags:
                 found.flags = True
+            if kernel in _OF_WHOLE and all(_is_whole(one) for one in leaves((args, kwargs))):
+                _marked(found, first)
             if kernel in VIEWS or kernel in _COPIES:
                 _marked(found, first)
             return found
@@ -375,6 +377,8 @@ _LOGICAL = {f"bitwise_{one}": f"logical_{one}" for one in ("and", "or", "xor", "
 """What & | ^ ~ of results of comparisons are: PyTorch has those as bool, shares as 0 and 1."""
 _OF_FLAGS = frozenset(["mul", *_LOGICAL.values()])
 """What gives 0 and 1 where all operands have these only."""
+_OF_WHOLE = frozenset(["add", "sub", "rsub", "mul", "neg", "abs", "relu", "sum", "cumsum"])
+"""What gives whole numbers where all operands have these only."""
 _SAME = ("detach", "alias", "lift_fresh")
 _COPIES = ("_to_copy", "clone")
 _PUTS = ("index_put", "_index_put_impl")
@@ -488,6 +492,13 @@ def _is_flag(one: Any) -> bool:
     return (
         one.flags if isinstance(one, SharedTensor) else getattr(one, "dtype", type(one)) in (torch.bool, bool)
     )
+
+
+def _is_whole(one: Any) -> bool:
+    """Whether an argument has whole numbers, or says nothing of numbers."""
+    if isinstance(one, SharedTensor):
+        return one.whole or not one.is_floating_point()
+    return not (one.is_floating_point() if isinstance(one, torch.Tensor) else isinstance(one, float))
 
 
 def _secret(leaf: Any) -> Any:
