@@ -6,14 +6,13 @@ process, of which there are about a thousand, and one that announces a large mes
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from planrt.errors import HandshakeError, WireError
 from planrt.serde.frames import Store
-from planrt.workers.wire.channel import caller
+from planrt.workers.transport.places import Counted
 
 OPENING_SECONDS: Final = 10.0
 """Seconds that a connection may take for each message of the handshake."""
@@ -37,9 +36,7 @@ class Openings:
     """
 
     def __init__(self, most: int, of_all: int) -> None:
-        self._most, self._of_all = most, of_all
-        self._total = 0
-        self._open: Counter[str] = Counter()
+        self._counted = Counted(most, of_all)
 
     @contextmanager
     def place(self, host: str) -> Iterator[None]:
@@ -51,23 +48,19 @@ class Openings:
         if not host:
             yield
             return
-        host, address = caller(host), host
-        if self._open[host] >= self._most:
-            raise HandshakeError(
-                f"{self._most:,} connections from your address are open, as many as it may have: close some",
-                address=address,
-            )
-        if self._total >= self._of_all:
-            raise HandshakeError(
-                f"{self._of_all:,} connections are open here, as many as this worker takes: try again later",
-                address=address,
-            )
-        self._open[host] += 1
-        self._total += 1
+        counted = self._counted
+        match counted.take(host):
+            case "address":
+                raise HandshakeError(
+                    f"{counted.most:,} connections from your address are open, as many as it may have: close some",
+                    address=host,
+                )
+            case "all":
+                raise HandshakeError(
+                    f"{counted.of_all:,} connections are open here, as many as this worker takes: try again later",
+                    address=host,
+                )
         try:
             yield
         finally:
-            self._total -= 1
-            self._open[host] -= 1
-            if not self._open[host]:
-                del self._open[host]
+            counted.leave(host)

@@ -13,7 +13,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Final, cast
+from typing import Final, Literal, cast
 
 from websockets.asyncio.server import ServerConnection
 
@@ -49,47 +49,61 @@ def most_of_all(part: float = 0.75) -> int:
     return int(MOST_FILES * part) if soft == resource.RLIM_INFINITY else max(1, int(soft * part))
 
 
+class Counted:
+    """So many connections of an address (`caller`), and so many of all together."""
+
+    def __init__(self, most: int, of_all: int) -> None:
+        self.most, self.of_all = most, of_all
+        self.open: Counter[str] = Counter()
+        """Address -> its connections."""
+        self.total = 0
+
+    def take(self, host: str) -> Literal["", "address", "all"]:
+        """Counts a connection from `host`, or returns which of the two has as many as it may."""
+        name = caller(host)
+        if self.open.get(name, 0) >= self.most:
+            return "address"
+        if self.total >= self.of_all:
+            return "all"
+        self.open[name] += 1
+        self.total += 1
+        return ""
+
+    def leave(self, host: str) -> None:
+        """No longer counts one."""
+        name = caller(host)
+        self.total -= 1
+        self.open[name] -= 1
+        if not self.open[name]:
+            del self.open[name]
+
+
 class Places:
     """The connections of one server.
 
     Args:
-        most: connections from one address at a time (`caller`).
+        most: connections from one address at a time.
         of_all: those of all addresses together.
     """
 
     def __init__(self, most: int, of_all: int) -> None:
-        self._most, self._of_all = most, of_all
-        self._open: Counter[str] = Counter()
-        self._total = 0
+        self._counted = Counted(most, of_all)
+        self.leave = self._counted.leave
         self._logged = -_LOGGED_EVERY
 
     def take(self, host: str) -> bool:
         """Takes a place for a connection from `host`, if there is one. Of those for which there is none the log tells,
         at most once a minute."""
-        name = caller(host)
-        if self._open[name] >= self._most or self._total >= self._of_all:
-            self._tell(name)
-            return False
-        self._open[name] += 1
-        self._total += 1
-        return True
-
-    def leave(self, host: str) -> None:
-        """Gives back a place that was taken."""
-        name = caller(host)
-        self._total -= 1
-        self._open[name] -= 1
-        if not self._open[name]:
-            del self._open[name]
-
-    def _tell(self, name: str) -> None:
+        if not self._counted.take(host):
+            return True
         if time.monotonic() >= self._logged + _LOGGED_EVERY:
             self._logged = time.monotonic()
+            name = caller(host)
             log.warning(
-                "connections_refused", client=name, open_from_there=self._open[name], open=self._total
-            )
-        if not self._open[name]:
-            del self._open[name]  # else it grew with each address that is refused
+                "connections_refused", client=name, open_from_there=self._counted.open.get(name, 0),
+                open=self._counted.total,
+            )  # fmt: skip
+        return False
 
 
 class Placed(ServerConnection):
