@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import planrt as sy
+from planrt import cli
 from planrt.errors import NotApprovedError, PolicyRefusedError, SharingError
 from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.rules import Policy
@@ -256,7 +257,7 @@ def owned(tmp_path, policy):
         yield [bob, owner], james
 
 
-def test_an_owner_approves_a_plan_and_it_runs_on_shares(tmp_path):
+def test_an_owner_approves_a_plan_and_it_runs_on_shares(tmp_path, capsys):
     plan = sy.func2plan()(step).build(*values())
     with owned(tmp_path, Policy(approval="ask")) as (workers, dealer):
         session = sharing_session(workers, dealer)
@@ -265,7 +266,17 @@ def test_an_owner_approves_a_plan_and_it_runs_on_shares(tmp_path):
         approvals = Approvals(tmp_path)
         (waiting,) = approvals.pending()
         (asking,) = [one for one in approvals.askings(waiting.plan) if one.data]
-        assert asking.data == ("parts of secrets, in shares of bob, owner, with the crypto provider james",)
+        says = "shares (opened to who asks) of bob, owner, with the crypto provider james"
+        assert asking.data == (says,)
+        sizes = [
+            f"{name}={'x'.join(map(str, one.shape))}" for name, one in zip("xywv", values(), strict=True)
+        ]
+        options = [word for size in sizes for word in ("--input", size)]
+        assert cli.main(["inspect", waiting.plan, "--approvals", str(tmp_path), *options]) == 0
+        page = capsys.readouterr().out
+        assert f"Asked for by somebody without a token, on {says}" in " ".join(page.split())
+        assert page.count("output[") == 3
+        assert "torch.nn.functional.mse_loss" in page
         approvals.approve(waiting.plan)
         session = sharing_session(workers, dealer)  # the one before has ended
         found = plan(*(share(session, one) for one in values()))

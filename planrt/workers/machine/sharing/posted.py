@@ -191,4 +191,4 @@ def _taken_over(part: SharedPart, group: Group) -> Share:
 
 def _about(group: Group) -> str:
     parties = ", ".join(one.worker for one in group.about.parties)
-    return f"parts of secrets, in shares of {parties}, with the crypto provider {group.about.dealer.worker}"
+    return f"shares (opened to who asks) of {parties}, with the crypto provider {group.about.dealer.worker}"
