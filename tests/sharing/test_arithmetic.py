@@ -115,6 +115,27 @@ def test_long_products_of_matrices_are_summed_up_in_pieces(length, change, anyth
     assert torch.equal(bilinear_sum("matmul", [(left, batch.mT)] * 2), 2 * (left @ batch.mT))
 
 
+@pytest.mark.parametrize(
+    ("rows", "terms", "columns", "other_way"),
+    [(50, 784, 500, True), (64, 784, 300, True), (50, 500, 10, True), (8, 784, 500, False), (3, 4, 5, False)],
+)
+def test_products_with_a_transposed_factor(rows, terms, columns, other_way, anything, monkeypatch):
+    """Where it is worth it, the transposed product is computed; for the same result, as it lies in memory too."""
+    monkeypatch.setattr(bilinear, "FAST_INTEGERS", True)
+    left, right = anything(rows, terms), anything(columns, terms).t()
+    expected = left @ right
+    shapes, matmul = [], torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: (shapes.append((a.shape, b.shape)), matmul(a, b))[1])
+    found = bilinear_sum("matmul", [(left, right), (-left, right)])
+    assert not found.any()
+    found = bilinear_value("matmul", left, right)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()
+    assert all((one[0] == columns) == other_way for one, _ in shapes)
+    assert torch.equal(bilinear_value("matmul", left, right.contiguous()), expected)
+    assert shapes[-1] == (left.shape, right.shape)
+
+
 @pytest.mark.parametrize("divisor", [1, 2, 3, 10, 1000, 2**16, 2**16 + 1, 2**40, 2**61, 2**62 - 1])
 def test_divisions_round_down(divisor, anything):
     values = torch.cat(

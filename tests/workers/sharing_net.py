@@ -113,11 +113,17 @@ class Net:
         )  # who hands in events may take what is posted at once, or all at the end
 
         def deliver(one):
+            if isinstance(one, Reply):
+                answered.append(one)
+                return
             assert isinstance(one, ToPeer)
             assert not one.key
             self.tell(one.peer.worker, one.body, one.tensors, name)
 
-        for one in self.states[name].handle(event, deliver=deliver if delivered else None):
+        answered = []
+
+        left = self.states[name].handle(event, deliver=deliver if delivered else None)
+        for one in [*answered, *left]:
             match one:
                 case ToPeer(peer, body, tensors, key):
                     self.next_id += 1

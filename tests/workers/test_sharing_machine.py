@@ -65,17 +65,27 @@ def test_what_a_party_opens_leaves_before_it_computes_on(monkeypatch):
         PROGRAM, ("g", Program.of(2, PRODUCT).to_text(), (Ref(1), Ref(2))), {}, (Ref(3), Ref(4)), False
     )
     waiting, queue = [Received(net.connections[CLIENT, "b"], m.Envelope(0, m.Post([op.pack()])), [])], []
+
+    def deliver(one):
+        if isinstance(one, Reply):
+            replies.append(one)
+            events.append(one.envelope.body)
+        else:
+            events.append(one.body)
+
     while waiting:
-        left = net.states["b"].handle(waiting.pop(), deliver=lambda one: events.append(one.body))
+        replies = []
+        left = net.states["b"].handle(waiting.pop(), deliver=deliver)
         assert not [one for one in left if isinstance(one, ToPeer) and isinstance(one.body, m.Opening)]
-        queue += [one for one in left if isinstance(one, Reply)]
-        for one in left:
+        queue += replies
+        for one in [*left, *replies]:
             if isinstance(one, Reply):  # to the dealer, who asked what is needed
                 net.handle("dealer", PeerAnswered(net.keys.popitem()[1], one.envelope.body, []))
                 while link := net.queues["dealer", "b"]:
                     envelope, tensors, _ = link.popleft()
                     waiting.append(Received(net.connections["dealer", "b"], envelope, list(tensors)))
     assert queue
+    assert isinstance(events[0], m.Needs), "the dealer is told before anything is computed"
     openings = [
         one if one == "on" else one.number for one in events if one == "on" or isinstance(one, m.Opening)
     ]

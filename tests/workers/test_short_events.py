@@ -15,6 +15,7 @@ from planrt.workers.machine.sharing import pace as paces
 from planrt.workers.machine.sharing.pace import Pace, known_again
 from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.shares.session import sharing_session
+from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PROGRAM, PostedOp
 from planrt.workers.wire.shared_plan import CALL
 
@@ -44,7 +45,8 @@ def done(monkeypatch):
 
     def name(args):
         event = args[0] if args else None
-        return type(getattr(getattr(event, "envelope", event), "body", event)).__name__
+        body = getattr(getattr(event, "envelope", event), "body", event)
+        return "Drop" if isinstance(body, m.Post) and not body.ops else type(body).__name__
 
     async def counted(self, function, *args):
         seen["there"].append(name(args))
@@ -84,6 +86,26 @@ def test_another_shape_is_not_known(session, done):
     assert torch.equal(share(session, torch.ones(2, 9)).amax(1).get(), torch.ones(2))
     assert "Post" in done["there"]
     assert "Post" not in done["here"]
+
+
+def test_parts_are_taken_where_their_messages_arrive(session, done):
+    for _ in range(8):
+        x = torch.randn(3, 2)
+        assert torch.allclose(share(session, x).relu().get(), x.relu(), atol=1e-4)
+        assert session.traffic()["bob"].rounds
+    for name in ("PutShare", "ReadTraffic"):
+        assert done["here"].count(name) > done["there"].count(name)
+    assert "TimePassed" in done["here"], "the dealer works ahead"
+
+
+def test_large_parts_and_long_work_ahead_go_to_the_thread(session, done, monkeypatch):
+    monkeypatch.setattr("planrt.workers.machine.sharing.parties._FETCHED", 40)
+    monkeypatch.setattr("planrt.workers.machine.sharing.dealers.SHORT", 0.0)
+    for _ in range(8):
+        x = torch.randn(3, 2)
+        assert torch.allclose(share(session, x).relu().get(), x.relu(), atol=1e-4)
+    assert not {"PutShare", "TimePassed"} & {*done["here"]}
+    assert {"PutShare", "TimePassed"} <= {*done["there"]}
 
 
 def test_what_takes_longer_goes_to_the_thread(session, done, monkeypatch):

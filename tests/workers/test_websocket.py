@@ -128,7 +128,10 @@ def test_what_leaves_at_once_is_as_it_was_then_and_in_its_order(run):
 
     async def main():
         async with pair() as (client, server):
-            assert not server.send_now(put(0))  # its frames are no copies
+            assert not server.send_now(put(0, torch.zeros(20_000)))  # large frames of its are no copies
+            assert server.send_now(put(7, torch.arange(5)))
+            answer = await client.receive()
+            assert (answer.message.id, answer.tensors[0].tolist()) == (7, [0, 1, 2, 3, 4])
             sent, waited = [], 0
             reading = asyncio.ensure_future(receive(server, len(sizes)))
             for number, size in enumerate(sizes):

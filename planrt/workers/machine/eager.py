@@ -123,8 +123,10 @@ class EagerOps:
 
     def is_short(self, session: Session, body: m.Post) -> bool:
         """Returns whether `post` takes no more than a moment for `body`, as far as is known: it is a program on shares
-        that has run before.
+        that has run before, or lets go of shares.
         """
+        if not body.ops:
+            return self._parties.are_parts(body.drop)
         if len(body.ops) != 1 or self._gate is not None or len(body.ops[0]) > _SHORT_OP:
             return False
         try:

@@ -376,7 +376,7 @@ class WorkerState:
         self,
         event: Event,
         over: Callable[[], bool] = lambda: False,
-        deliver: Callable[[ToPeer], None] | None = None,
+        deliver: Callable[[ToPeer | Reply], None] | None = None,
     ) -> list[Instruction]:
         """Takes one event and returns what to do about it, in this order; never raises for anything a client sent.
 
@@ -384,7 +384,7 @@ class WorkerState:
         of its own, which it returns (`Again`), so that the ops of one client never keep all others waiting.
 
         What a request posts to another worker is given to `deliver` at once, where there is one, and not returned: it
-        leaves while the request computes on.
+        leaves while the request computes on. So is the reply of a request that it wakes.
 
         What comes next is the caller's. It hands in the next event only when this has returned, and it carries out
         instructions in the order in which they were returned. After

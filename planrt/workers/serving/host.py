@@ -309,20 +309,26 @@ class WorkerHost:
             return None  # what came before it has yet to leave
         if not self._compute.idle or not self.state.is_short(event):
             return None
-        return self._compute.run_here(self._work, event, self._links.send)
+        return self._compute.run_here(self._work, event, self._deliver_now)
 
-    def _work(self, event: Event, deliver: Callable[[ToPeer], None]) -> list[Instruction]:
-        """Handles an event, on the compute thread as a rule. What it posts to other workers is given to `deliver`, and
-        leaves meanwhile, unless the owner's log is to be written before."""
+    def _work(self, event: Event, deliver: Callable[[ToPeer | Reply], None]) -> list[Instruction]:
+        """Handles an event, on the compute thread as a rule. What is for others is given to `deliver`, and leaves
+        meanwhile, unless the owner's log is to be written before."""
         end = time.monotonic() + TURN
         at_once = None if self._audit is not None else deliver
         with deterministic_kernels(self.state.deterministic):
             return self.state.handle(event, lambda: time.monotonic() >= end, at_once)
 
-    def _deliver(self, message: ToPeer) -> None:
+    def _deliver(self, message: ToPeer | Reply) -> None:
         assert self._loop is not None  # noqa: S101 - an event has been handed in on it
         with contextlib.suppress(RuntimeError):  # it is gone: this process ends
-            self._loop.call_soon_threadsafe(self._links.send, message)
+            self._loop.call_soon_threadsafe(self._deliver_now, message)
+
+    def _deliver_now(self, message: ToPeer | Reply) -> None:
+        if isinstance(message, ToPeer):
+            self._links.send(message)
+        else:
+            self._send_soon(message.connection, message.envelope, message.tensors)
 
     async def _handle(self, event: Event) -> None:
         left = [event]

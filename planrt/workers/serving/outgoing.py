@@ -46,7 +46,11 @@ class Outgoing:
         await left
 
     def add(self, frame: Frame) -> bool:
-        """Takes a frame, to be sent after those that wait; False, and nothing was taken, where too much does."""
+        """Takes a frame, to be sent after those that wait, or at once; False, and nothing was taken, where too much
+        waits.
+        """
+        if self._sender is None and self._pipe.send_now(frame):
+            return True
         if len(self._waiting) >= self._limits.unread_answers or self._nbytes > self._limits.unread_memory:
             return False
         self._put(frame, None)

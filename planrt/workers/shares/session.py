@@ -358,11 +358,13 @@ class WorkersSession(BatchedSession):
                 yield
 
     def post_op(self, op: PostedOp) -> None:
-        """Posts an op, the same bytes to every party; `_posting` is held."""
+        """Posts an op, the same bytes to every party; `_posting` is held. The last party is told first: it has more to
+        do, and the dealer waits for it.
+        """
         packed = op.pack()
-        for number, place in enumerate(self._places):
+        for number in reversed(range(len(self._places))):
             try:
-                place.connection.post_op(packed)
+                self._places[number].connection.post_op(packed)
             except TransportError as error:
                 raise self._failed(error, self._name(number)) from error
 

@@ -108,7 +108,7 @@ class FrameStream(asyncio.BufferedProtocol):
             sent = 0
             scratch = memoryview(b"")
             if self._masks:
-                scratch = memoryview(bytearray(MAX_HEADER + min(frame.nbytes, FRAGMENT_BYTES)))
+                scratch = np.empty(MAX_HEADER + min(frame.nbytes, FRAGMENT_BYTES), np.uint8).data
             try:
                 for fragment in frame.fragments():
                     opcode = CONTINUATION if sent else BINARY
@@ -121,12 +121,17 @@ class FrameStream(asyncio.BufferedProtocol):
 
     def send_now(self, frame: Frame) -> bool:
         """Hands a message over to the system at once, in one frame and in a copy; returns False, and has sent nothing,
-        where other messages wait, or those before it have not left.
+        where other messages wait, or those before it have not left, or a copy takes longer than it is worth.
         """
         is_open = not self._lost and self._connection.state is State.OPEN
         ready = is_open and not self._full and not self._sending.locked()
-        if not (self._masks and ready and frame.nbytes <= FRAGMENT_BYTES):  # masking copies it anyway
+        if not ready or frame.nbytes > (
+            FRAGMENT_BYTES if self._masks else _OWN_WRITE
+        ):  # masking copies it anyway
             return False
+        if not self._masks:
+            self._transport.write(b"".join([header_bytes(BINARY, frame.nbytes, final=True), *frame.pieces]))
+            return True
         key = os.urandom(4)
         header = header_bytes(BINARY, frame.nbytes, final=True, key=key)
         copy = np.empty(len(header) + frame.nbytes, np.uint8).data

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 
 
+@lru_cache(maxsize=1024)
 def caller(host: str) -> str:
     """Returns what counts as one caller of those at address `host`.
 

@@ -57,8 +57,9 @@ class Requests:
         self._waiting: dict[str, Request] = {}
         self.at_work: list[Session] = []
         """Whose requests run now: one may wake another."""
-        self.deliver: Callable[[ToPeer], None] | None = None
-        """Takes what requests post to other workers, while their event is handled."""
+        self.deliver: Callable[[ToPeer | Reply], None] | None = None
+        """Takes what requests post to other workers, and what those answer that they wake, while their event is
+        handled."""
 
     def sessions(self) -> list[Session]:
         """Returns the session of each request that waits."""
@@ -127,7 +128,11 @@ class Requests:
                 step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
                 sent = None
                 if isinstance(step, Wake):
-                    instructions += self.wake(step.key, TimePassed(step.key))
+                    for one in self.wake(step.key, TimePassed(step.key)):
+                        if self.deliver is not None and isinstance(one, Reply) and not instructions:
+                            self.deliver(one)
+                        else:
+                            instructions.append(one)
                     continue
                 if self.deliver is not None and isinstance(step, ToPeer) and not step.key:
                     self.deliver(step)

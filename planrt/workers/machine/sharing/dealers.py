@@ -55,10 +55,17 @@ class _Dealt:
     ahead: Ahead = field(default_factory=Ahead)
     pace: Pace = field(default_factory=Pace)
     """How long it takes to make what is asked for."""
+    working_ahead: Pace = field(default_factory=Pace)
+    """How long to make what is expected."""
     dealing: bool = False
     needed: bool = True
     """Whether its client has not said yet that it needs the group no more."""
     ended: bool = False
+
+    @property
+    def ahead_key(self) -> str:
+        """The key that it waits under for its turn to work ahead."""
+        return f"ahead:{self.about.group}"
 
 
 class DealerOps:
@@ -117,6 +124,14 @@ class DealerOps:
             self._groups.pop(body.group, None)
         return m.Done(), ()
 
+    def is_short_ahead(self, group: str, key: str) -> bool:
+        """Returns whether a group's turn under `key` is to work ahead, and that takes no more than `SHORT` seconds."""
+        found = self._groups.get(group)
+        expected = found.ahead.expected() if found is not None and key == found.ahead_key else None
+        if found is None or expected is None:
+            return False
+        return found.working_ahead.first(_kind(expected, ahead=True)) <= SHORT
+
     def is_short(self, group: str, answer: m.Body) -> bool:
         """Returns whether what the last party of a group asks for is made in `SHORT` seconds, or so much of it as
         leaves at once, as far as is known.
@@ -138,9 +153,8 @@ class DealerOps:
         yield ToPeer(last, m.AskNeeds(group.about.group), key=key)
         expected = group.ahead.expected()
         if expected is not None and sum(piece.size for piece, _ in expected) <= _AHEAD:
-            turn = f"ahead:{group.about.group}"
-            yield Alarm(0.0, turn)
-            answered = yield Wait(key, (turn,))
+            yield Alarm(0.0, group.ahead_key)
+            answered = yield Wait(key, (group.ahead_key,))
             if isinstance(answered, PeerAnswered):
                 return answer_of(last, answered)
             self._work_ahead(group, expected)
@@ -156,6 +170,7 @@ class DealerOps:
             return
         made: dict[int, list[torch.Tensor]] = {}
         counts = self._store.counts_work(group.owner)
+        group.working_ahead.begin(_kind(expected, ahead=True))
         try:
             for piece, base in expected:
                 for told, request in piece.requests:
@@ -165,6 +180,7 @@ class DealerOps:
         except PlanrtError:  # what it cannot have is refused when it is asked for
             free()
             return
+        group.working_ahead.end_step()
         group.ahead.keep(expected, made, free)
 
     def _pay(self, group: _Dealt, request: Request) -> None:

@@ -43,7 +43,7 @@ from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
 
 _FETCHED = 1 << 20
-"""Bytes of a part that is fetched in no time."""
+"""Bytes of a part that comes or is fetched in no time."""
 
 MAX_DRAWN = 1 << 27
 """Entries of a part that comes of a seed (8 bytes each): a few bytes of a client's must not become any memory."""
@@ -197,10 +197,17 @@ class PartyOps:
         group = self._groups.get(op.args[0]) if op.args and isinstance(op.args[0], str) else None
         if group is None or group.owner != session.id:
             return False
-        gone = [self._store.objects.get(id) for id in dropped]
-        if any(one is not None and not isinstance(one.value, SharedPart) for one in gone):
-            return False
-        return group.pace.first(known_again(op, self._shape_of)) <= SHORT
+        return self.are_parts(dropped) and group.pace.first(known_again(op, self._shape_of)) <= SHORT
+
+    def are_parts(self, ids: Sequence[int]) -> bool:
+        """Returns whether objects are parts, or not there."""
+        found = [self._store.objects.get(id) for id in ids]
+        return all(one is None or isinstance(one.value, SharedPart) for one in found)
+
+    @staticmethod
+    def is_short_put(body: m.PutShare) -> bool:
+        """Returns whether a part is drawn, or taken in, in no time."""
+        return 8 * math.prod(body.shape) <= _FETCHED
 
     def is_short_fetch(self, id: int) -> bool:
         """Returns whether an object is a part that is fetched in no time."""

@@ -26,7 +26,7 @@ from planrt.loop import new_event_loop
 from planrt.plans.running import progress
 from planrt.serde.frames import Limits
 from planrt.workers.client.connection import Connection
-from planrt.workers.machine.events import Event, Instruction, Received, ToPeer
+from planrt.workers.machine.events import Event, Instruction, Received, Reply, ToPeer
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.compute import ComputeThread
 from planrt.workers.serving.counts import Figures
@@ -139,7 +139,7 @@ class _Host(WorkerHost):
     slot: Slot
     calls: Calls
 
-    def _work(self, event: Event, deliver: Callable[[ToPeer], None]) -> list[Instruction]:
+    def _work(self, event: Event, deliver: Callable[[ToPeer | Reply], None]) -> list[Instruction]:
         body = event.envelope.body if isinstance(event, Received) else event
         self.slot.began(type(body).__name__.lower())
         try:
