@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nets import line_of
 
 from planrt.errors import ExecutionError, TraceError
-from planrt.plans import Graph, trace
+from planrt.plans import Graph, func2plan, trace
 from planrt.plans.forms.torchscript import to_torchscript
 from planrt.plans.recording.recorder import SizesFixedError
 from planrt.plans.running.interpreter import execute
@@ -309,3 +309,17 @@ def test_sizes_are_numbers_to_python():
         "power": 16,
         "mod": 1,
     }
+
+
+def test_states_of_one_batch_bind_the_batch_and_nothing_reads_past_their_ends():
+    """torch's own kernel does, where the recorder tries another batch."""
+    layer = torch.nn.LSTM(3, 4, batch_first=True)
+    weights = [one.detach() for one in layer.parameters()]
+
+    def recurrent(x, *weights):
+        zeros = torch.zeros(1, 4, 4)
+        return torch.lstm(x, (zeros, zeros), list(weights), True, 1, 0.0, False, False, True)[0]
+
+    x = torch.randn(4, 3, 3)
+    plan = func2plan()(recurrent).build(x, *weights)
+    assert torch.equal(plan(x, *weights), recurrent(x, *weights))
