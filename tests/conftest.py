@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,19 @@ def pytest_collection_finish() -> None:
     came later alone, and take a twentieth of the time."""
     gc.collect()
     gc.freeze()
+
+
+_LEVELS = {"": logging.WARNING, "planrt": logging.NOTSET, "planrt.fl": logging.NOTSET}
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_heard() -> None:
+    """planrt's commands, which some tests call in this process, configure logging; others look for what is logged."""
+    logging.disable(logging.NOTSET)
+    for name, level in _LEVELS.items():
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.disabled, logger.propagate = False, True
 
 
 @pytest.fixture(scope="session")

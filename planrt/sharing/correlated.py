@@ -240,6 +240,7 @@ class Dealer:
             self._lately_bytes += value.nbytes
             while self._lately_bytes > _LATELY:
                 self._lately_bytes -= self._lately.popitem(last=False)[1].nbytes
+        self._lately.move_to_end(key)  # a weight's is asked about again and again, those of a batch no more
         return value
 
     @staticmethod

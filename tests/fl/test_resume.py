@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -352,6 +353,7 @@ def test_two_checkpoints_are_kept(workers, tmp_path):
 
 def test_a_checkpoint_in_the_place_of_another_is_left_out(workers, tmp_path, caplog):
     """Two that are whole, of the same model: only what they say of themselves tells them apart."""
+    caplog.set_level(logging.WARNING, "planrt.fl")
     whole = asyncio.run(go(fresh(workers)))
     one, two = half_a_run(workers, tmp_path / "a")
     two.write_bytes(one.read_bytes())
@@ -369,6 +371,7 @@ def test_a_checkpoint_in_the_place_of_another_is_left_out(workers, tmp_path, cap
 
 @pytest.mark.parametrize("damage", ["torn", "one bit", "empty", "not one of ours", "longer"])
 def test_a_damaged_checkpoint_leaves_the_one_before(workers, tmp_path, damage, caplog):
+    caplog.set_level(logging.WARNING, "planrt.fl")
     whole = asyncio.run(go(fresh(workers)))
     newest = half_a_run(workers, tmp_path)[-1]
     data = bytearray(newest.read_bytes())

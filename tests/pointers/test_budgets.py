@@ -211,7 +211,9 @@ def test_another_process_asks_seldom_and_loses_no_more_than_it_used(clock):
 def test_limits_that_cannot_be(key, value, tmp_path):
     path = tmp_path / "policy.toml"
     path.write_text(f"{key} = {value if not isinstance(value, str | bool) else repr(value).lower()}")
-    with pytest.raises(OptionError, match=rf"policy .*policy.toml: {key} must be a whole number, at least 1"):
+    with pytest.raises(
+        OptionError, match=rf"policy .*policy.toml, line 1: {key} must be a whole number, at least 1"
+    ):
         Policy.from_file(path)
 
 

@@ -422,7 +422,7 @@ def test_keywords_and_order_of_the_workers_arguments(hook):
             (lambda: WebsocketClientWorker(hook, id="a", uri="ws://127.0.0.1:1", secure=True), "wss://"),
             (lambda: WebsocketServerWorker(hook, "127.0.0.1", 0), "needs an id"),
             (lambda: WebsocketServerWorker("a", loop=object()), "loop"),
-            (lambda: WebsocketServerWorker("a", cert_path="cert.pem"), "both cert_path"),
+            (lambda: WebsocketServerWorker("a", cert_path="cert.pem"), "both a certificate"),
             (lambda: WebsocketServerWorker("a", cert_path="no", key_path="no"), "cannot be read"),
         ):
             with pytest.raises(OptionError, match=says):

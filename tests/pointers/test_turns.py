@@ -1,6 +1,7 @@
 """Sessions take turns: ops that one client posted do not keep the others waiting until all are done."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -35,10 +36,16 @@ def test_others_go_on_while_one_client_computes(clients):
     product = large
     for _ in range(80):  # a second of work or more, in one message
         product = product @ large
-    product.tag("#done")
+    publishing = threading.Thread(
+        target=product.tag, args=("#done",)
+    )  # it returns once the products are there
+    publishing.start()
     assert (small + 1).get().tolist() == [2.0, 2.0, 2.0]
     assert not modest.search("#done")  # so the products are still under way
     assert (small + 2).get().tolist() == [3.0, 3.0, 3.0]
+    assert publishing.is_alive()
+    publishing.join()
+    assert len(modest.search("#done")) == 1
 
 
 def test_order_and_results_are_those_of_one_turn(clients):

@@ -144,7 +144,7 @@ def test_a_users_own_limit_is_named_where_it_is_the_one_in_the_way(hospital):
 def test_limits_that_cannot_be(key, value, tmp_path):
     path = tmp_path / "policy.toml"
     path.write_text(f"{key} = {value if not isinstance(value, str | bool) else repr(value).lower()}")
-    with pytest.raises(OptionError, match=rf"policy .*policy.toml: {key} must be a"):
+    with pytest.raises(OptionError, match=rf"policy .*policy.toml, line 1: {key} must be a"):
         Policy.from_file(path)
 
 

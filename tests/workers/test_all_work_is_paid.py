@@ -248,9 +248,7 @@ class Meter:
 
     @staticmethod
     def _emptied(purse):
-        (bucket,) = [one for name, one in purse._draw.__self__._users.items() if name == purse._whose] or [
-            purse._draw.__self__._bucket(purse._whose, 10**15)
-        ]
+        bucket = purse._draw.__self__._users.of(purse._whose)
         kept = purse, purse._left, bucket, bucket._left
         purse._left, bucket._left = 0, 0.0
         return kept

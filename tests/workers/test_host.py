@@ -156,6 +156,9 @@ def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):
         async def send(self, frame, *, message=True):
             raise ConnectionResetError("the connection has ended")
 
+        def send_now(self, frame):
+            return False
+
         async def close(self):
             pass
 

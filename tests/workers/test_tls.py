@@ -245,7 +245,7 @@ def test_files_that_cannot_be_used(files, server_pair, tmp_path):
     old_cert, old_key = expired(files, "old")
     (tmp_path / "deny.txt").write_text("zz\n")
     for wrong, says in (
-        ({"cert_path": cert}, "both cert_path"),
+        ({"cert_path": cert}, "both a certificate and its private key"),
         ({"cert_path": cert, "key_path": tmp_path / "none"}, "none.*cannot be read"),
         ({"cert_path": cert, "key_path": other_key}, "do not belong together"),
         ({"cert_path": empty, "key_path": key}, "no certificate and its key"),
