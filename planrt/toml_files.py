@@ -1,4 +1,4 @@
-"""Files of an owner in TOML: policies, and who may do what. What is wrong in one is told with its line. No pickles."""
+"""Files of an owner in TOML: policies, and who may do what. What is wrong in one is told with its line."""
 
 from __future__ import annotations
 

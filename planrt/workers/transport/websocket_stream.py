@@ -125,9 +125,8 @@ class FrameStream(asyncio.BufferedProtocol):
         """
         is_open = not self._lost and self._connection.state is State.OPEN
         ready = is_open and not self._full and not self._sending.locked()
-        if not ready or frame.nbytes > (
-            FRAGMENT_BYTES if self._masks else _OWN_WRITE
-        ):  # masking copies it anyway
+        most = FRAGMENT_BYTES if self._masks else _OWN_WRITE  # masking copies it anyway
+        if not ready or frame.nbytes > most:
             return False
         if not self._masks:
             self._transport.write(b"".join([header_bytes(BINARY, frame.nbytes, final=True), *frame.pieces]))
