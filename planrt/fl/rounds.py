@@ -87,8 +87,9 @@ class RoundScheduler:
     gives, and with `max_update_norm` the Euclidean norm of what training changed.
 
     With `secure_aggregation` (True, or a `SecureAggregation`) nobody sees the update of a single worker, only the sum:
-    so it is the worker that looks at its own, and no `aggregation` but the mean can be made. `RoundResult.workers` has
-    no loss and no samples then. ``docs/secure_aggregation.md`` says whom it protects from whom.
+    so it is the worker that looks at its own, and no `aggregation` but the mean can be made. A worker that trained on
+    nothing is missing there, since it would hide nobody. `RoundResult.workers` has no loss and no samples then.
+    ``docs/secure_aggregation.md`` says whom it protects from whom.
 
     With `run_dir`, the run is written down there: a journal, and after every `checkpoint_every` rounds a checkpoint (0
     for none) of the state, of what the aggregation keeps (its `state_dict()`, if it has one), of what the workers'

@@ -221,23 +221,49 @@ def test_other_dtypes(dtype):
     assert_is_average(secure.state, exact_average(plain, IDS))
 
 
-def test_workers_without_data_do_not_count(make_worker):
-    empty = BaseDataset(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
-    few = [make_worker(id, {"d": empty if id == "bob" else data_of(id)}) for id in IDS]
-    job = config()
-    plain = run(scheduler_of(few, job, secure=False), 1, job.state, keep_worker_states=True)
-    secure = run(scheduler_of(few, job), 1, job.state)
-    assert_is_average(secure.state, exact_average(plain, ["alice", "charlie"]))
+NOTHING = BaseDataset(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("why", ["empty", "drop_last"])
+def test_a_worker_that_trains_on_nothing_is_no_member_of_a_sum(make_worker, why, weighted):
+    """It would add nothing, and so hide nobody."""
+    options = {"batch_size": 44, "drop_last": True} if why == "drop_last" else {}  # alice has 40 items
+    without = "alice" if why == "drop_last" else "bob"
+    workers = [
+        make_worker(id, {"d": NOTHING if why == "empty" and id == without else data_of(id)}) for id in IDS
+    ]
+    job = config(**options)
+    plain = run(
+        scheduler_of(workers, job, secure=False, weighted=weighted), 1, job.state, keep_worker_states=True
+    )
+    secure = run(scheduler_of(workers, job, weighted=weighted, min_workers=2), 1, job.state)
+    assert secure.missing.keys() == {without}
+    assert "nothing to train on" in secure.missing[without].why
+    left = [id for id in IDS if id != without]
+    assert_is_average(secure.state, exact_average(plain, left, weighted=weighted))
     assert secure.loss == pytest.approx(plain.loss, abs=1e-6)
+    with pytest.raises(
+        RemoteError, match=f"worker '{without}': there is nothing to train on in data set 'd'"
+    ):
+        run(scheduler_of(workers, job, weighted=weighted), 1, job.state)
 
 
-def test_no_data_at_all_changes_nothing(make_worker):
-    empty = BaseDataset(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("with_data", [[], ["bob"]], ids=["nobody", "one"])
+def test_no_sum_is_that_of_one_worker_with_data(make_worker, with_data, weighted):
+    workers = [make_worker(id, {"d": data_of(id) if id in with_data else NOTHING}) for id in IDS]
     job = config()
-    scheduler = scheduler_of([make_worker(id, {"d": empty}) for id in IDS], job)
-    result = run(scheduler, 1, job.state)
-    assert same(result.state, job.state)
-    assert np.isnan(result.loss)
+    scheduler = scheduler_of(workers, job, weighted=weighted, min_workers=2)
+    before = {name: value.clone() for name, value in job.state.items()}
+    with (
+        listening(workers) as heard,
+        pytest.raises(QuorumError, match="alice .*nothing to train on") as caught,
+    ):
+        run(scheduler, 1, job.state, in_place=True)
+    assert caught.value.missing.keys() & {"alice", "charlie"}
+    assert not any(isinstance(body, m.Revealed) for answers in heard.values() for body, _ in answers)
+    assert same(job.state, before)
 
 
 def test_a_run_goes_on_where_it_was(workers, tmp_path):
@@ -342,7 +368,9 @@ def test_a_worker_whose_update_is_too_large_is_named(make_worker):
         nn.Linear(6, 3), F.cross_entropy, batch_size=8, max_nr_batches=1, optimizer_args={"lr": 1000.0}
     )
     fine = scheduler_of(workers, job)
-    with pytest.raises(RemoteError, match="worker 'charlie': weight has values up to .* smaller scale_bits"):
+    with pytest.raises(
+        RemoteError, match="worker 'charlie': weight has values .* too large.* smaller scale_bits"
+    ):
         run(fine, 1, job.state)
     coarse = scheduler_of(workers, job, secure=SecureAggregation(scale_bits=4))
     assert np.isfinite(run(coarse, 1, job.state).loss)

@@ -531,22 +531,26 @@ def test_the_largest_values_that_are_taken_do_not_wrap():
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (torch.tensor([1.0, float("nan")]), "1 of 2 values that are infinite or not numbers"),
-        (torch.tensor([float("-inf"), float("nan")]), "2 of 2 values"),
-        (torch.tensor([1e12]), "up to 1e\\+12 in size"),
-        (torch.tensor([complex(1, float("nan"))]), "1 of 2 values"),
-        (torch.tensor([2**62]), "an integer over"),
-        (torch.tensor([-(2**63)]), "an integer over"),
+        (torch.tensor([1.0, float("nan")]), "values that are infinite or not numbers"),
+        (torch.tensor([float("-inf"), float("nan")]), "values that are infinite"),
+        (torch.tensor([1e12]), "values that are too large"),
+        (torch.tensor([complex(1, float("nan"))]), "values that are infinite"),
+        (torch.tensor([2**62]), "integers that are too large"),
+        (torch.tensor([-(2**63)]), "integers that are too large"),
     ],
 )
 def test_values_that_a_sum_cannot_hold_are_named(bad, said):
-    with pytest.raises(ValueRangeError, match=f"fc.weight .*{said}"):
+    with pytest.raises(ValueRangeError, match=f"fc.weight .*{said}") as caught:
         encoding.encode([bad], ["fc.weight"], weight=1, samples=1, loss=0.0, members=3, scale_bits=32)
+    told = (
+        str(caught.value).replace(f"{(2**63 - 1) // 3:,}", "").replace(f"{(2**63 - 1) // 3 / 2**32:.3g}", "")
+    )
+    assert not any(letter.isdigit() for letter in told)  # only the edge, which is the same for all
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e18])
 def test_a_loss_that_is_no_number_is_refused(loss):
-    with pytest.raises(ValueRangeError, match="the loss is"):
+    with pytest.raises(ValueRangeError, match="^the loss is (infinite or not a number|too large for a sum)$"):
         encoding.encode([torch.ones(1)], ["w"], weight=1, samples=1, loss=loss, members=3, scale_bits=32)
 
 

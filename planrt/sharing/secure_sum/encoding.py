@@ -111,7 +111,8 @@ def encode(
     """Returns the vector of one of `members` workers: int64, 1-D. With `weight` 0 its entries count as zeros.
 
     Raises:
-        ValueRangeError: an entry or the loss is not finite, or too large for a sum of that many; names it.
+        ValueRangeError: an entry or the loss is not finite, or too large for a sum of that many; names it, and tells
+            none of the values, since a coordinator reads it.
     """
     limit = _RING // members
     vector = torch.zeros(length([TensorSpec.of(one) for one in entries]), dtype=torch.int64)
@@ -124,11 +125,10 @@ def encode(
             _encode(flat, name, place, weight, limit, 2**scale_bits if _is_fraction(entry.dtype) else 1)
     total = loss * samples * _LOSS_SCALE if samples else 0.0
     if not abs(total) <= limit:  # nan as well
-        raise ValueRangeError(f"the loss is {loss}, over {samples} samples, which no sum can hold")
+        why = "too large for a sum" if math.isfinite(loss) else "infinite or not a number"
+        raise ValueRangeError(f"the loss is {why}")
     if max(weight, samples) > limit:
-        raise ValueRangeError(
-            f"a weight of {max(weight, samples)} is too large for a sum of {members} workers"
-        )
+        raise ValueRangeError(f"the number of samples is too large for a sum of {members} workers")
     vector[start:] = torch.tensor([1, weight, samples, round(total)])
     return vector
 
@@ -164,23 +164,24 @@ def _encode(flat: torch.Tensor, name: str, place: torch.Tensor, weight: int, lim
         most = limit // weight
         wraps = not flat.dtype.is_signed and bool((whole < 0).any())
         if wraps or bool(((whole > most) | (whole < -most)).any()):
-            raise ValueRangeError(f"{name} has an integer over {most:,}, which a sum cannot hold")
+            raise ValueRangeError(
+                f"{name} has integers that are too large: times the worker's weight a sum holds up to {limit:,} in size"
+            )
         torch.mul(whole, weight, out=place)
         return
     exact = flat.double() * (float(weight) * scale)
     below = math.nextafter(float(limit), 0.0)  # what is below it is an integer below the limit
     if not bool((exact.abs() < below).all()):
-        raise ValueRangeError(f"{name} {_what_is_wrong(flat, limit / scale / weight)}")
+        raise ValueRangeError(f"{name} {_what_is_wrong(flat, limit / scale)}")
     place.copy_(exact.round_())
 
 
 def _what_is_wrong(flat: torch.Tensor, edge: float) -> str:
-    odd = int((~flat.isfinite()).sum())
-    if odd:
-        return f"has {odd:,} of {flat.numel():,} values that are infinite or not numbers"
+    if not bool(flat.isfinite().all()):
+        return "has values that are infinite or not numbers"
     return (
-        f"has values up to {flat.abs().max().item():.3g} in size, and a sum holds up to {edge:.3g}: a smaller "
-        "scale_bits holds larger ones"
+        f"has values that are too large: times the worker's weight a sum holds up to {edge:.3g} in size, and more with "
+        "a smaller scale_bits"
     )
 
 

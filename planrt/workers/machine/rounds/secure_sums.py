@@ -107,14 +107,22 @@ class SecureSums:
         """Returns the result of training as a masked vector. `constant` are places that no sum can hold, as they were.
 
         Raises:
+            SharingError: there was nothing to train on. A worker that added nothing would count among those whose
+                sum this is, and hide nobody: the sum over it and one other is that one's model.
             ValueRangeError: the result cannot be added up; says which entry, unless the data are under a policy.
         """
+        if not result.samples:
+            raise SharingError(
+                f"there is nothing to train on in data set {body.fit.dataset!r} (it is empty, or drop_last=True leaves "
+                "no batch): who adds nothing to a secure sum hides nobody in it, so leave this worker out, or write "
+                "min_workers= for rounds without it"
+            )
         names = [plan.state[index].name for index in result.changed]
         try:
             vector = encoding.encode(
                 [encoding.without(*pair) for pair in zip(names, result.state, constant, strict=True)],
                 names,
-                weight=min(1, result.samples) if not body.weighted else result.samples,
+                weight=result.samples if body.weighted else 1,
                 samples=result.samples,
                 loss=result.loss,
                 members=1 + len(body.sealed),
