@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
@@ -33,12 +34,25 @@ class Link(NamedTuple):
     hash: str
 
 
+def finite(value: Any) -> Any:
+    """Returns plain values with None in place of numbers that JSON has no word for: the loss of a run that diverged, or
+    of a worker whose loss nobody knows. Python alone would read what `json` writes of them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
 def sealed(values: Mapping[str, Any], previous: str) -> tuple[bytes, str]:
     """Returns the line that says `values` after one of the hash `previous`, with its newline; and its own hash.
 
     Names in it are others': what cannot be seen is written as JSON's escapes, as files are also looked at as they are.
+    Numbers that are not `finite` are null.
     """
-    text = json.dumps({**values, "previous": previous}, ensure_ascii=False)
+    text = json.dumps(finite({**values, "previous": previous}), ensure_ascii=False, allow_nan=False)
     if not (text.isascii() and text.isprintable()):
         text = "".join(json.dumps(char)[1:-1] if hidden(char) else char for char in text)
     line = text.encode()

@@ -330,10 +330,13 @@ async def _telling(scheduler: RoundScheduler, bar: Any) -> AsyncIterator[None]:
 
 def _round_in(line: Mapping[str, Any]) -> Round:
     """A round of the report, from a line of the journal."""
-    from planrt.fl.round_result import parts_in
+    from planrt.fl.round_result import known, parts_in
 
     parts, missing = parts_in(line)
-    evaluations = {name: Evaluation(**one) for name, one in line.get("evaluation", {}).items()}
+    evaluations = {
+        name: Evaluation(**{**one, "loss": known(one["loss"])})
+        for name, one in line.get("evaluation", {}).items()
+    }
     return Round(
         line["round"], line["seconds"], parts, line.get("evaluation_seconds", 0.0), evaluations, missing
     )

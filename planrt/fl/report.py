@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planrt.chained import finite
 from planrt.extras import needed
 
 if TYPE_CHECKING:  # it imports torch, which the commands do later
@@ -93,7 +93,7 @@ class Report:
         }
         if self.stopped:
             content["stopped"] = self.stopped
-        return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+        return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
 
 
 def plot(report: Report, path: Path) -> None:
@@ -139,13 +139,3 @@ def plot(report: Report, path: Path) -> None:
 def _leads(value: float) -> bool:
     """Whether the first digit of `value` is 2 or 5: what is labelled between powers of ten."""
     return f"{value:e}"[0] in "25"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

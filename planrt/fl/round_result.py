@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -85,6 +86,11 @@ class RoundResult:
         )
 
 
+def known(loss: float | None) -> float:
+    """Returns a loss of a journal's line: nan where it has null, since JSON has no word for what is not finite."""
+    return math.nan if loss is None else loss
+
+
 def _told(id: str, part: WorkerRound) -> str:
     return f"{id}: {part.loss:.4f}" if part.samples else id
 
@@ -92,6 +98,6 @@ def _told(id: str, part: WorkerRound) -> str:
 def parts_in(line: Mapping[str, Any]) -> tuple[dict[str, WorkerRound], dict[str, Missing]]:
     """Returns the parts of a round's workers, and who was missing, from what `as_line` returned."""
     return (
-        {id: WorkerRound(**part) for id, part in line["workers"].items()},
+        {id: WorkerRound(**{**part, "loss": known(part["loss"])}) for id, part in line["workers"].items()},
         {id: Missing(**why) for id, why in line["missing"].items()},
     )

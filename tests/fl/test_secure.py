@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from planrt.cli import main
 from planrt.errors import (
     AggregationError,
     OptionError,
@@ -24,6 +26,7 @@ from planrt.errors import (
 )
 from planrt.fl import RoundScheduler, SecureAggregation, TrainConfig
 from planrt.fl.exchange import PlainExchange
+from planrt.fl.round_result import parts_in
 from planrt.loop import run as run_on_loop
 from planrt.plans.policy.rules import Policy
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
@@ -284,6 +287,41 @@ def test_a_run_goes_on_where_it_was(workers, tmp_path):
     asyncio.run(other.close())
     again = RoundScheduler.resume(tmp_path / "part", workers, config(), secure_aggregation=True)
     assert same(asyncio.run(rounds(again, 3)), whole)
+
+
+def no_json(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+@pytest.mark.parametrize("how", ["secure", "nobody has data"])
+def test_what_is_written_of_losses_that_nobody_knows_is_json(make_worker, tmp_path, capsys, how):
+    """Parsers other than Python's read a journal too."""
+    secure = how == "secure"
+    workers = [make_worker(id, {"d": data_of(id) if secure else NOTHING}) for id in IDS]
+    scheduler = RoundScheduler(
+        workers, config(), dataset_key="d", seed=7, secure_aggregation=secure, run_dir=tmp_path / "run"
+    )
+
+    async def two_rounds():
+        await scheduler.prepare()
+        for number in (1, 2):
+            await scheduler.run_round(number, scheduler.state)
+        await scheduler.close()
+
+    asyncio.run(two_rounds())
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
+    rounds = [one for line in lines if (one := json.loads(line, parse_constant=no_json))["what"] == "round"]
+    assert [one["workers"]["bob"]["loss"] for one in rounds] == [None, None]
+    assert all((one["loss"] is not None) == secure for one in rounds)
+    json.loads((tmp_path / "run" / "now.json").read_text(), parse_constant=no_json)
+    assert main(["status", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert (", loss nan" in said) != secure
+    assert main(["status", "--json", str(tmp_path / "run")]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=no_json)
+    parts, missing = parts_in(rounds[0])
+    assert np.isnan(parts["bob"].loss)
+    assert missing == {}
 
 
 # --------------------------------------------------------------------------------------- what the server sees

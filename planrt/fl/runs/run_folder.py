@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from planrt.chained import FIRST, ChainError, links, sealed
+from planrt.chained import FIRST, ChainError, finite, links, sealed
 from planrt.errors import RunFolderError
 from planrt.serde.disk import Disk
 
@@ -178,7 +178,7 @@ class RunFolder:
 
     def show(self, now: Mapping[str, Any]) -> None:
         """Replaces what `planrt status` shows of this moment. A disk that has no room for it changes nothing."""
-        content = json.dumps({**now, "pid": os.getpid(), "host": socket.gethostname()}).encode()
+        content = json.dumps(finite({**now, "pid": os.getpid(), "host": socket.gethostname()})).encode()
         try:
             self.disk.write_whole(self.path / NOW, [content], durable=False)
         except OSError:

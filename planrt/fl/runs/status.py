@@ -184,6 +184,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     """Returns the status as lines to read."""
     of = f" of {found['of']}" if isinstance(found["of"], int) else ""
     loss = f", loss {found['loss']:.4f}" if isinstance(found["loss"], float) else ""
+    if found["round"] and found["loss"] is None:  # what JSON has no word for
+        loss = ", loss nan"
     lines = [f"{shown(found['run'])}: {found['state']}, {found['round']}{of} rounds done{loss}"]
     for id, why in found["missing"].items():
         lines.append(f"  without {shown(id)} ({shown(why, 300)})")
