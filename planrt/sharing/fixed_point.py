@@ -46,8 +46,9 @@ def encode(values: torch.Tensor, scale: int = DEFAULT_SCALE) -> torch.Tensor:
             "complex numbers have no fixed-point form: share real and imaginary parts apart"
         )
     if not values.is_floating_point():
-        whole = values.to(torch.int64)
-        _check(bool((whole > LIMIT // scale).any() or (whole < -(LIMIT // scale)).any()), values, scale)
+        whole, edge = values.to(torch.int64), LIMIT // scale
+        wraps = values.dtype == torch.uint64 and bool((whole < 0).any())  # from 2**63 on
+        _check(wraps or bool((whole > edge).any() or (whole < -edge).any()), values, scale)
         return whole * scale
     exact = values.detach().double() * scale
     _check(not bool((exact.abs() < LIMIT).all()), values, scale)
@@ -83,6 +84,8 @@ def _check(bad: bool, values: torch.Tensor, scale: int) -> None:
     if not bad:
         return
     edge = LIMIT / scale
+    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch has no least value of these
+        values = values.double()
     finite = values[values.isfinite()] if values.is_floating_point() else values
     seen = f"from {finite.min().item()} to {finite.max().item()}" if finite.numel() else "none that is finite"
     if finite.numel() < values.numel():

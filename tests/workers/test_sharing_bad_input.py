@@ -22,6 +22,7 @@ from planrt.errors import (
     ValueRangeError,
 )
 from planrt.sharing.programs import asking
+from planrt.sharing.tensors import refusals
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.wire import messages as m
 
@@ -206,6 +207,21 @@ LINES = {
         ValueRangeError,
         "worker 'bob'.*infinite or not numbers",
     ),
+    "a whole number of 64 bits without a sign": (
+        lambda w: torch.tensor([2**64 - 1, 1], dtype=torch.uint64).share(w.bob, w.alice),
+        ValueRangeError,
+        "values lie between",
+    ),
+    "such a number at a precision": (
+        lambda w: shared(w, torch.tensor([2**64 - 1], dtype=torch.uint64)),
+        ValueRangeError,
+        "values lie between",
+    ),
+    "whole numbers of 32 bits at the finest precision": (
+        lambda w: shared(w, torch.tensor([2**32 - 1], dtype=torch.uint32), base=2, precision_fractional=30),
+        ValueRangeError,
+        "values lie between",
+    ),
     "complex numbers": (lambda w: shared(w, torch.ones(2) * 1j), ValueRangeError, "real and imaginary parts"),
     "a precision too fine": (lambda w: shared(w, precision_fractional=12), OptionError, "too fine"),
     # tensors that have no parts
@@ -256,6 +272,45 @@ def test_a_provider_that_is_asked_for_too_much_says_the_limit(all_of, monkeypatc
         (x * x).relu().get()
     monkeypatch.undo()
     assert torch.equal((shared(all_of) * 2).get(), X * 2)
+
+
+@pytest.mark.parametrize("how", ["whole", "fractions", "a model", "there"])
+def test_what_is_too_large_for_shares_is_refused_before_anything_is_sent(all_of, monkeypatch, how):
+    x = shared(all_of)
+    monkeypatch.setattr(refusals, "MOST_ENTRIES", 100)
+    larger = torch.zeros(11, 10)
+    share = {
+        "whole": lambda: larger.long().share(all_of.bob, all_of.alice, crypto_provider=all_of.james),
+        "fractions": lambda: shared(all_of, larger),
+        "a model": lambda: shared(all_of, nn.Linear(10, 11)),
+        "there": lambda: shared(all_of, larger.send(all_of.bob)),
+    }[how]
+    with pytest.raises(
+        SharingError, match=r"110 entries, of shape \[11, 10\].*100 at most: share it in pieces"
+    ):
+        share()
+    assert torch.equal((x * 2).get(), X * 2)  # what was there before goes on
+
+
+@pytest.mark.parametrize("step", ["fix_precision", "share"])
+def test_a_model_whose_graph_is_alive_changes_in_no_parameter(all_of, step):
+    """The first parameter is in no graph, and could change."""
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.BatchNorm1d(3), nn.LSTM(3, 2)).eval()
+    want = model[:2](X).detach()
+    if step == "share":
+        model.fix_precision(precision_fractional=4)
+    kinds = [type(one) for one in model.state_dict().values()]
+    alive = model[2](X)
+    with pytest.raises(SharingError, match=r"results computed from it are there, .* torch.no_grad\(\)"):
+        shared(all_of, model) if step == "fix_precision" else model.share(
+            all_of.bob, all_of.alice, crypto_provider=all_of.james
+        )
+    assert [type(one) for one in model.state_dict().values()] == kinds
+    del alive
+    shared(all_of, model, precision_fractional=4)
+    first = model[1](model[0](shared(all_of, precision_fractional=4))).get()
+    assert (first - want).abs().max() < 0.01
+    assert not model[0].weight.requires_grad
 
 
 def test_a_private_tensor_of_another_user():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,6 +120,16 @@ def check_size(kernel: str, result: Any) -> None:
                 f"{kernel}: the result has {one.numel():,} entries, of shape {list(one.shape)}; in shares it has "
                 f"{MOST_ENTRIES:,} at most: compute with fewer at a time"
             )
+
+
+def check_shared_size(shape: Sequence[int]) -> None:
+    """Raises SharingError where a tensor of that shape has more entries than shares have: parties would say so later,
+    and the session be over."""
+    if (entries := math.prod(shape)) > MOST_ENTRIES:
+        raise SharingError(
+            f"the tensor has {entries:,} entries, of shape {list(shape)}; in shares it has {MOST_ENTRIES:,} at most: "
+            "share it in pieces"
+        )
 
 
 def check_whole(

@@ -24,6 +24,7 @@ from planrt.sharing.tensors.overloads import out_of_place, without_out
 from planrt.sharing.tensors.refusals import (
     NO_MEMORY,
     check_made,
+    check_shared_size,
     check_size,
     check_whole,
     explained,
@@ -43,7 +44,9 @@ def share(session: SharingSession, values: torch.Tensor) -> SharedTensor:
 
     Raises:
         ValueRangeError: a value is too large for the scale, infinite or not a number.
+        SharingError: more entries than shares have.
     """
+    check_shared_size(values.shape)
     fractions = values.is_floating_point()
     scale = session.scale if fractions else 1
     dtype = values.dtype if fractions else torch.int64

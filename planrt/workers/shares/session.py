@@ -38,6 +38,7 @@ from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.preflight import Preflight
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.tensors.batches import BatchedSession, Value
+from planrt.sharing.tensors.refusals import check_shared_size
 from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.sharing.tensors.shared import SharedTensor, home_of
 from planrt.types import Ref
@@ -208,13 +209,15 @@ class WorkersSession(BatchedSession):
 
         Raises:
             GetNotPermittedError: the tensor is private, and not this user's to read.
-            SharingError: a value does not fit the scale, or a party is not reached from there.
+            SharingError: a value does not fit the scale, there are more entries than shares have, or a party is not
+                reached from there.
         """
         refuse_to_block("a thread of its own: sharing what is on a worker blocks")
         handle = alive(pointer)
         id, token = new_id(), secrets.token_hex(16)
         parties = [_address(one) for one in self._workers]
         spec = pointer._spec
+        check_shared_size(spec.shape)
         fractions = spec.dtype.is_floating_point  # whole numbers are shared exactly
         scale, dtype = (self.scale, spec.dtype) if fractions else (1, torch.int64)
         body = m.ShareOut(handle.id, self.group, scale, parties, [id] * len(parties), token)

@@ -51,6 +51,15 @@ def _put(tensor: torch.Tensor, made: torch.Tensor, requires_grad: bool) -> None:
     become(tensor, made)
 
 
+def _check_can_change(tensor: torch.Tensor) -> None:
+    """Raises SharingError where a parameter could not change in place, before the first one of a module does."""
+    other: torch.Tensor = torch.empty(0)
+    if isinstance(tensor, nn.Parameter) or getattr(tensor, "_is_param", False):
+        other = nn.Parameter(other, requires_grad=False)
+    become(tensor, other)
+    become(tensor, other)  # and back
+
+
 def _put_all(
     module: nn.Module, tensors: Sequence[torch.Tensor], made: Sequence[Any], train: Sequence[bool]
 ) -> None:
@@ -68,6 +77,9 @@ def _put_all(
     for layer in recurrent:
         layer._flat_weight_refs = []
     try:
+        for tensor in tensors:
+            if not isinstance(tensor, PointerTensor):
+                _check_can_change(tensor)
         for tensor, one, requires_grad in zip(tensors, made, train, strict=True):
             if id(tensor) not in bound:
                 _put(tensor, one, requires_grad)

@@ -290,7 +290,8 @@ def become(tensor: torch.Tensor, made: Any) -> torch.Tensor:
             torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise SharingError(
-            f"the tensor cannot change in place while results computed from it are there: do it before ({error})"
+            "the tensor cannot change in place while results computed from it are there, with their graph: do it "
+            f"before, or compute these under torch.no_grad() ({error})"
         ) from None
     return tensor
 
