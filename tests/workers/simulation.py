@@ -75,6 +75,8 @@ class InlineCompute:
 class SimulatedPipe:
     """One end of a link. What is sent is copied, and arrives later, in order, unless the link is cut before."""
 
+    hands_over = False
+
     def __init__(self, network, address, channel):
         self.address = address
         self.traffic = Traffic()

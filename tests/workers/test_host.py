@@ -54,6 +54,8 @@ def test_a_worker_whose_compute_thread_is_gone_ends_quietly(ends, caplog):
 class Stalled:
     """A connection from which little comes."""
 
+    hands_over = False
+
     def __init__(self):
         self.channel, self.address, self.traffic, self.opened = Channel(), "client", Traffic(), False
 

@@ -36,7 +36,7 @@ from planrt.workers.client.unanswered import described, failed, keeper, late, lo
 from planrt.workers.client.unarrived import Sent, Unarrived
 from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES
+from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES, SMALL_ANSWER, TELL_SECONDS
 from planrt.workers.wire.posted import MAX_OP_BYTES, Line
 from planrt.workers.wire.proofs import TicketProof, Token
 from planrt.workers.wire.sendable import sendable
@@ -92,6 +92,8 @@ class Connection:
         self._reconnecting: asyncio.Task[None] | None = None
         self._tells = False  # whether the worker is to be told now what has been taken
         self._told = 0  # answers that it was told of
+        self._answer_bytes = 0  # of those that came since
+        self._tells_late = False  # whether it will be told of them, if nothing else is sent before
         self._unarrived = Unarrived(session)
         self._session_lost = False
         self.on_renewed: Callable[[Connection], None] | None = None
@@ -556,7 +558,7 @@ class Connection:
 
     def _encoded(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor] = ()) -> Frame:
         frame = encode(m.to_wire(envelope), tensors, max_header=self._header_limit)
-        self._tells, self._told = False, self.session.seen
+        self._tells, self._told, self._answer_bytes = False, self.session.seen, 0
         return frame
 
     async def _send_kept(
@@ -566,6 +568,8 @@ class Connection:
         if self._keeps:
             self._unarrived.add(Sent(frame, arrived, id))
         await pipe.send(frame)
+        if self._keeps and pipe.hands_over:  # it has all before it, too
+            self._unarrived.acknowledged(self.session.sent.sent)
 
     async def _send_one(self, pipe: Pipe, outgoing: QueuedMessage) -> None:
         if outgoing.given_up:
@@ -708,9 +712,7 @@ class Connection:
         answered = self.session.reply(received.message)
         if self._keeps:
             self._unarrived.acknowledged(received.message.seen)
-            if received.nbytes >= LARGE_ANSWER or self.session.seen - self._told >= MESSAGES:
-                self._tells = True
-                self._wake()
+            self._took(received.nbytes)
         if answered is None:
             return
         pending = self._pending.get(answered.id)
@@ -725,6 +727,27 @@ class Connection:
             pending.reply.set_exception(answered.result)
         else:
             pending.reply.set_result((answered.result, received.tensors))
+
+    def _took(self, nbytes: int) -> None:
+        """An answer of so many bytes has come: the worker keeps it until it is told, now, later, or with what is sent
+        next."""
+        if self._pipe.hands_over and nbytes >= SMALL_ANSWER:  # it knows
+            self._answer_bytes = 0
+            return
+        self._answer_bytes += nbytes
+        if self._answer_bytes >= LARGE_ANSWER or self.session.seen - self._told >= MESSAGES:
+            self._tells = True
+            self._wake()
+        elif self._answer_bytes >= SMALL_ANSWER and not self._tells_late:
+            self._tells_late = True
+            self.loop.call_later(TELL_SECONDS, self._tell_late)
+
+    def _tell_late(self) -> None:
+        """Nothing may have been sent since an answer came."""
+        self._tells_late = False
+        if self._answer_bytes >= SMALL_ANSWER and self._ended is None:
+            self._tells = True
+            self._wake()
 
     def keep(self, error: PlanrtError) -> None:
         """Has the next request raise `error`, which nobody has heard of. From any thread."""

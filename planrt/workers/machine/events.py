@@ -34,6 +34,15 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrived:
+    """The client of a connection has the answer to its request `id`, and all before: the connection says so itself
+    (`Pipe.hands_over`). May be left out: its next message says that it has them."""
+
+    connection: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnected:
     """A connection ended, for whatever reason."""
 
@@ -98,6 +107,7 @@ Event: TypeAlias = (
     TimePassed
     | Connected
     | Received
+    | Arrived
     | Disconnected
     | Cut
     | PeerAnswered

@@ -61,6 +61,7 @@ from planrt.workers.machine.counting.accounts import Accounts
 from planrt.workers.machine.devices import prepared
 from planrt.workers.machine.eager import EagerOps
 from planrt.workers.machine.events import (
+    Arrived,
     Close,
     Connected,
     Cut,
@@ -423,6 +424,11 @@ class WorkerState:
                 return self._requests.wake(key, event)
             case PeerFailed(key, reason):
                 return self._requests.wake(key, PeerError(reason, key))
+            case Arrived(connection, id):
+                session = self._parts.sessions.get(connection)
+                if session is not None and session.kept is not None:
+                    session.kept.arrived(id)
+                return []
             case Disconnected(connection):
                 return self._endings.disconnected(connection)
             case Cut(connection):

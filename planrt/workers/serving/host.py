@@ -14,6 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from planrt.workers.machine.devices import deterministic_kernels
 from planrt.workers.machine.events import (
     Again,
     Alarm,
+    Arrived,
     Close,
     Connected,
     Cut,
@@ -140,6 +142,8 @@ class WorkerHost:
         """What is sent to each of them."""
         self._closing: set[asyncio.Task[None]] = set()
         """What closes connections for which nobody waits."""
+        self._telling: set[asyncio.Task[None]] = set()
+        """What tells the state machine of answers that have arrived."""
         self._serving: set[asyncio.Task[Any]] = set()
         self._ended: dict[int, asyncio.Event] = {}
         """Connection -> set once its end has been handled."""
@@ -187,7 +191,7 @@ class WorkerHost:
             task.cancel()
         for task in self._alarms:
             task.cancel()
-        for task in self._closing:
+        for task in self._closing | self._telling:
             task.cancel()
         for timer in self._timers.values():
             timer.cancel()
@@ -407,8 +411,16 @@ class WorkerHost:
     def _out(self, connection: int) -> Outgoing:
         found = self._outgoing.get(connection)
         if found is None:
-            found = self._outgoing[connection] = Outgoing(self._pipes[connection], self._limits)
+            pipe = self._pipes[connection]
+            arrived = partial(self._arrived, connection)
+            found = self._outgoing[connection] = Outgoing(pipe, self._limits, arrived)
         return found
+
+    def _arrived(self, connection: int, id: int) -> None:
+        """A client has an answer: the state machine, which others may have at work, keeps it no longer."""
+        task = asyncio.create_task(self._handle(Arrived(connection, id)))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     async def _send(
         self, connection: int, envelope: m.Envelope, tensors: Sequence[torch.Tensor]
@@ -417,7 +429,8 @@ class WorkerHost:
         it to see."""
         if connection in self._pipes:
             try:
-                await self._out(connection).send(self._encode(connection, envelope, tensors))
+                frame = self._encode(connection, envelope, tensors)
+                await self._out(connection).send(frame, envelope.id)
             except ConnectionError as error:
                 return error
         return None
@@ -426,7 +439,9 @@ class WorkerHost:
         """Has an answer sent that comes of something else than a message of `connection`: nobody waits for its client,
         which is cut off where it leaves too many."""
         pipe = self._pipes.get(connection)
-        if pipe is None or self._out(connection).add(self._encode(connection, envelope, tensors)):
+        if pipe is None:
+            return
+        if self._out(connection).add(self._encode(connection, envelope, tensors), envelope.id):
             return
         log.warning("does_not_read", worker=self.state.id, client=pipe.address)
         self._drop(connection)

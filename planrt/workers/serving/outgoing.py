@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from planrt.serde.frames import Frame, Limits
 from planrt.workers.transport.pipes import Pipe
+from planrt.workers.wire.delivery import SMALL_ANSWER
 
 CLOSING_SECONDS: Final = 2.0
 """Seconds that a client has to take what was said before its connection is closed."""
@@ -23,43 +25,49 @@ CLOSING_SECONDS: Final = 2.0
 class Outgoing:
     """Keeps what waits to be sent through one pipe, in its order. Used on the loop.
 
-    So much may wait as a session may leave unacknowledged (`Limits.unread_answers`, `Limits.unread_memory`).
+    So much may wait as a session may leave unacknowledged (`Limits.unread_answers`, `Limits.unread_memory`). `arrived`
+    is told of each large answer that the other side has taken, by the number of its request, where the pipe knows that.
     """
 
-    def __init__(self, pipe: Pipe, limits: Limits) -> None:
-        self._pipe, self._limits = pipe, limits
-        self._waiting: deque[tuple[Frame, asyncio.Future[None] | None]] = deque()
+    def __init__(self, pipe: Pipe, limits: Limits, arrived: Callable[[int], None]) -> None:
+        self._pipe, self._limits, self._arrived = pipe, limits, arrived
+        self._waiting: deque[tuple[Frame, int, asyncio.Future[None] | None]] = deque()
         self._nbytes = 0
         self._sender: asyncio.Task[None] | None = None
 
-    async def send(self, frame: Frame) -> None:
-        """Sends a frame after those that wait; once this returns, the tensors in it may change.
+    async def send(self, frame: Frame, id: int) -> None:
+        """Sends the answer to request `id` after those that wait; once this returns, the tensors in it may change.
 
         Raises:
             ConnectionError: the connection has ended.
         """
         if self._sender is None:
-            await self._pipe.send(frame)
+            await self._send(frame, id)
             return
         left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._put(frame, left)
+        self._put(frame, id, left)
         await left
 
-    def add(self, frame: Frame) -> bool:
-        """Takes a frame, to be sent after those that wait, or at once; False, and nothing was taken, where too much
-        waits.
+    async def _send(self, frame: Frame, id: int) -> None:
+        await self._pipe.send(frame)
+        if self._pipe.hands_over and frame.nbytes >= SMALL_ANSWER:
+            self._arrived(id)
+
+    def add(self, frame: Frame, id: int) -> bool:
+        """Takes the answer to request `id`, to be sent after those that wait, or at once; False, and nothing was taken,
+        where too much waits.
         """
         if self._sender is None and self._pipe.send_now(frame):
             return True
         if len(self._waiting) >= self._limits.unread_answers or self._nbytes > self._limits.unread_memory:
             return False
-        self._put(frame, None)
+        self._put(frame, id, None)
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_all())
         return True
 
-    def _put(self, frame: Frame, left: asyncio.Future[None] | None) -> None:
-        self._waiting.append((frame, left))
+    def _put(self, frame: Frame, id: int, left: asyncio.Future[None] | None) -> None:
+        self._waiting.append((frame, id, left))
         self._nbytes += frame.nbytes
 
     async def empty(self) -> None:
@@ -71,8 +79,8 @@ class Outgoing:
         error: BaseException = ConnectionResetError("the connection is being closed")
         try:
             while self._waiting:
-                frame, left = self._waiting[0]
-                await self._pipe.send(frame)
+                frame, id, left = self._waiting[0]
+                await self._send(frame, id)
                 self._waiting.popleft()
                 self._nbytes -= frame.nbytes
                 if left is not None and not left.done():
@@ -82,7 +90,7 @@ class Outgoing:
             error = lost
         finally:
             self._sender = None
-            for _, left in self._waiting:
+            for *_, left in self._waiting:
                 if left is not None and not left.done():
                     left.set_exception(error)
             self._waiting.clear()

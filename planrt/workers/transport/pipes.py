@@ -65,6 +65,9 @@ class Pipe(Protocol):
     address: str
     traffic: Traffic
     channel: Channel
+    hands_over: bool
+    """Whether the other side has taken a frame once `send` has returned, so that nobody has to keep it for another
+    connection. Else it may be lost on its way still."""
 
     async def send(self, frame: Frame, *, message: bool = True) -> None:
         """Sends a frame; once this returns, the tensors in it may change. `message` is whether its `traffic` counts it
@@ -109,6 +112,8 @@ class MemoryPipe:
     A frame is handed over when the other end receives it, and copied once, then: nothing piles up between.
     """
 
+    hands_over = True
+
     def __init__(self, address: str, limits: Limits) -> None:
         self.address = address
         self.traffic = Traffic()
@@ -143,12 +148,14 @@ class MemoryPipe:
             for fragment in frame.fragments():
                 parts.feed(fragment)
             received = parts.finish()
-        except WireError:
-            await self.close()
-            raise
-        finally:
+        except BaseException as error:
             if not taken.done():
-                taken.set_result(None)
+                taken.set_exception(ConnectionResetError(f"{self.address} did not take it"))
+            if isinstance(error, WireError):
+                await self.close()
+            raise
+        if not taken.done():
+            taken.set_result(None)
         self.traffic.received(received)
         return received
 

@@ -93,6 +93,8 @@ class Streaming(Protocol):
 class WebsocketPipe:
     """One end of a websocket connection."""
 
+    hands_over = False
+
     def __init__(
         self,
         connection: Streaming,

@@ -6,12 +6,15 @@ were taken so far (`Envelope.seen`), or an `Ack` says it alone. When a session g
 their counts in the handshake, and each sends again what the other one has not taken (`Resumption` and `Kept` of
 `planrt.workers.wire.messages`). This is the acknowledgement of XEP-0198 (stream management), with the handshake's
 messages, `Ack` and `Bye` left out of the count.
+
+Where a connection loses not even its tail (`Pipe.hands_over`), who has sent a message knows that it was taken, and is
+not told.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Generic, TypeVar
 
 from planrt.errors import WireError
@@ -19,9 +22,13 @@ from planrt.errors import WireError
 T = TypeVar("T")
 
 LARGE: Final = 1 << 20
-"""Bytes of a client's message that is acknowledged at once: the client keeps that much memory until then."""
+"""Bytes of a client's messages that are acknowledged at once: the client keeps that much memory until then."""
 LARGE_ANSWER: Final = 8 << 20
-"""The same of a worker's answer: smaller ones are acknowledged with the client's next message."""
+"""The same of a worker's answers: fewer are acknowledged with the client's next message."""
+SMALL_ANSWER: Final = 64 << 10
+"""Bytes of answers that may be left unacknowledged by a client that has nothing to say. More are acknowledged within
+`TELL_SECONDS`: a worker has many clients, and a client many workers, that rest after a round."""
+TELL_SECONDS: Final = 0.5
 MESSAGES: Final = 32
 """Messages that are taken before they are acknowledged, where nothing that is sent says so anyway."""
 
@@ -56,3 +63,11 @@ class Unacknowledged(Generic[T]):
         if seen > self.sent:
             raise WireError(f"{seen:,} messages were acknowledged, and {self.sent:,} sent", address="")
         return [self._kept.popleft() for _ in range(len(self._kept) - (self.sent - seen))]
+
+    def until(self, found: Callable[[T], bool]) -> None:
+        """Forgets all messages up to the first that is `found`; none where there is no such."""
+        for number, message in enumerate(self._kept, 1):
+            if found(message):
+                for _ in range(number):
+                    self._kept.popleft()
+                return

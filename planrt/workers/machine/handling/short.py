@@ -7,7 +7,7 @@ taking long: what a client posts is looked at as far as it is a single program o
 
 from __future__ import annotations
 
-from planrt.workers.machine.events import Event, PeerAnswered, Received, TimePassed
+from planrt.workers.machine.events import Arrived, Event, PeerAnswered, Received, TimePassed
 from planrt.workers.machine.handling.parts import Parts
 from planrt.workers.machine.handling.requests import Requests
 from planrt.workers.wire import messages as m
@@ -23,7 +23,7 @@ def is_short(parts: Parts, requests: Requests, event: Event) -> bool:
             return parts.dealers.is_short_ahead(asked.group, event.key)
         return parts.dealers.is_short(asked.group, event.body)
     if not isinstance(event, Received):
-        return False
+        return isinstance(event, Arrived)
     match event.envelope.body:
         case m.Opening() | m.Corrections() as body:
             return parts.parties.is_short(body)

@@ -67,6 +67,7 @@ class Keeping:
         "name",
         "taken",
         "told",
+        "untold_bytes",
     )
 
     def __init__(self, client: str, limits: Limits) -> None:
@@ -77,6 +78,8 @@ class Keeping:
         """Messages of the client, each handled or under way."""
         self.told = 0
         """How many of these the client has been told of."""
+        self.untold_bytes = 0
+        """What those brought that it has not been told of, once it was to be (`due`)."""
         self.answers: Unacknowledged[Answer] = Unacknowledged()
         self.absence = 0
         """How often its connection has ended."""
@@ -126,7 +129,7 @@ class Keeping:
     ) -> m.Envelope:
         """Keeps an answer that is about to be sent; returns it as it is sent. It counts for `account` until it has
         arrived; where that has no room for it, the session ends with its connection."""
-        self.told = self.taken
+        self.told, self.untold_bytes = self.taken, 0
         envelope = m.Envelope(id, body, self.taken)
         if self.broken:
             return envelope
@@ -149,10 +152,16 @@ class Keeping:
         self.broken = True
         self.answers = Unacknowledged()
 
+    def arrived(self, id: int) -> None:
+        """Forgets the answer to request `id` and those before: the client has them, as the connection knows."""
+        self.answers.until(lambda answer: answer.envelope.id == id)
+
     def due(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Returns whether the client is to be told now that its messages were taken, the latest with `tensors`."""
         untold = self.taken - self.told  # an answer may just have said it
-        if untold == 0 or (untold < MESSAGES and payload_bytes(tensors) < LARGE):
+        if untold:
+            self.untold_bytes += payload_bytes(tensors)
+        if untold == 0 or (untold < MESSAGES and self.untold_bytes < LARGE):
             return False
-        self.told = self.taken
+        self.told, self.untold_bytes = self.taken, 0
         return True

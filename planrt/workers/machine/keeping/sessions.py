@@ -88,7 +88,7 @@ class KeptSessions:
         self._away.pop(kept.name, None)
         session.connection, kept.gives_way = connection, False
         kept.answers.acknowledge(wanted.seen)
-        kept.told = kept.taken
+        kept.told, kept.untold_bytes = kept.taken, 0
         return m.Kept(kept.name, self.seconds, self.epoch, resumed=True, seen=kept.taken)
 
     def left(self, session: Session) -> tuple[Keep | None, list[Session]]:
