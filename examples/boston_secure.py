@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch-size", type=count, default=8, help="items of a batch (%(default)s)")
     add("--lr", type=positive_number, default=0.002, help="learning rate at first (%(default)s)")
     add("--data", metavar="DIR", help=f"folder that holds {boston.FILE}")
-    add("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    add("--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)")
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

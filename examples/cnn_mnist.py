@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lr", type=positive_number, default=0.1, help="learning rate (%(default)s)")
     add("--train-items", type=count, help="train on the first so many images only")
     add("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    add("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    add("--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)")
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns its exit code."""
     parser = options_of("encrypted_toy", __doc__)
     parser.add_argument("--epochs", type=whole_number(at_least=1), default=20, help="steps (%(default)s)")
-    parser.add_argument("--seed", type=whole_number(at_least=0), default=2, help="%(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number(at_least=0), default=2, help="of models and data (%(default)s)"
+    )
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--test-items", type=count, default=640, help="test on the first so many images (%(default)s)")
     add("--precision", type=count, default=4, help="decimal places (%(default)s)")
     add("--data", metavar="DIR", help="folder that holds MNIST/raw")
-    add("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    add("--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)")
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

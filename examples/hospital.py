@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--epochs", type=whole_number(at_least=1), default=100, help="training steps (%(default)s)")
     add("--lr", type=positive_number, default=0.5, help="learning rate (%(default)s)")
-    add("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    add("--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)")
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

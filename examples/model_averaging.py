@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = whole_number(at_least=1)
     parser.add_argument("--rounds", "--epochs", type=count, default=10, help="averages made (%(default)s)")
     parser.add_argument("--steps", type=count, default=5, help="steps before each average (%(default)s)")
-    parser.add_argument("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)"
+    )
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options_of("plans", __doc__)
     count = whole_number(at_least=1)
     parser.add_argument("--epochs", type=count, default=10, help="steps of the training plan (%(default)s)")
-    parser.add_argument("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)"
+    )
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options_of("sandbox_search", __doc__)
     parser.add_argument("--epochs", type=whole_number(at_least=1), default=20, help="passes (%(default)s)")
     parser.add_argument("--data", metavar="DIR", help="folder that holds boston_housing.npz")
-    parser.add_argument("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)"
+    )
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns its exit code."""
     parser = options_of("toy_in_turn", __doc__)
     parser.add_argument("--epochs", type=whole_number(at_least=1), default=10, help="passes (%(default)s)")
-    parser.add_argument("--seed", type=whole_number(at_least=0), default=1, help="%(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number(at_least=0), default=1, help="of models and data (%(default)s)"
+    )
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(options), verbose=options.verbose)
 

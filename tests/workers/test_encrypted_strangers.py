@@ -1,5 +1,6 @@
 """Programs that people of the field bring, and clumsy ones, on shares beside plain PyTorch, on both transports."""
 
+import gc
 import math
 
 import pytest
@@ -222,6 +223,20 @@ def test_loops_of_python_over_shares_say_what_they_do(shared):
     ):  # fmt: skip
         with pytest.raises(SharingError, match=r"get\(\)"):
             pytest.fail(f"it gave {call()!r}")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(?s).*Dynamo does not know how to trace", "ignore:`torch.jit.script` is deprecated"
+)
+def test_what_torch_transforms_computes_on_shares(shared):
+    x = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    compiled = torch.compile(lambda x: x * 2, backend="eager")
+    assert torch.equal(compiled(shared(x)).get(), x * 2)
+    gc.collect()  # what the compiler made and dropped says nothing
+    assert torch.equal(torch.vmap(lambda v: (v * 2).sum())(shared(x)).get(), (x * 2).sum(1))
+    cubes = torch.autograd.functional.hessian(lambda v: (v * v * v).sum(), shared(x[0]))
+    assert (cubes.get() - torch.diag(6 * x[0])).abs().max() < 0.1
+    assert (torch.func.jacrev(lambda v: v * v)(shared(x[0])).get() - torch.diag(2 * x[0])).abs().max() < 0.1
 
 
 def test_what_is_opened_is_a_copy(shared):

@@ -75,8 +75,9 @@ class Value:
         raise SharingError("shares of all parties are not saved in one place: save what get() returns")
 
     def __del__(self) -> None:
-        if self.place is not None:
-            self.session._forget(self.place)
+        place = getattr(self, "place", None)  # torch.compile makes some without __init__
+        if place is not None:
+            self.session._forget(place)
 
 
 class BatchedSession(SharingSession):
