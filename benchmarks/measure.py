@@ -148,11 +148,13 @@ def _short(value: float) -> str:
 
 
 def in_turns(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2, lead: int = 0
 ) -> dict[str, Sample]:
     """Seconds of each candidate, called in turns `repeats` times, each time in another order.
 
-    `warmup` calls of each come first and do not count.
+    `warmup` calls of each come first and do not count. Neither do `lead` calls right before each one that does: then it
+    is as in a loop. After a pause of `PAUSE` seconds a processor takes two or three times as long for the first few
+    tenths of a millisecond of work, in each process.
     """
     names = list(candidates)
     for name in names:
@@ -163,6 +165,8 @@ def in_turns(
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             time.sleep(PAUSE)
+            for _ in range(lead):
+                candidates[name]()
             began = time.perf_counter()
             candidates[name]()
             seconds[name].append(time.perf_counter() - began)

@@ -1,4 +1,8 @@
-"""Shares between two worker processes and a dealer's: a training step, single operations, share and get."""
+"""Shares between two worker processes and a dealer's: a training step, single operations, share and get.
+
+The figures are those of a loop: each call comes right after another one, so that the dealer's work falls into the time
+that is measured, as in training, and no process has slept. What one call after a pause takes is told beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.measure import Goal, Row, in_turns
+from benchmarks.measure import PAUSE, Goal, Row, in_turns
 from benchmarks.rounds import websocket_workers
 from benchmarks.workloads import SEED, Size
 from planrt.fl.runs.children import ChildOptions
@@ -19,6 +23,7 @@ from planrt.sharing.tensors.shared import share, share_module
 from planrt.workers.shares.session import WorkersSession, sharing_session
 
 _RATE = 0.05
+_LEAD = 2
 LATENCIES = (1, 10, 50)
 """Milliseconds between parties that figures are told for."""
 
@@ -67,7 +72,7 @@ def _row(
 
     counted()
     start, first = session.traffic(), calls
-    times = in_turns({"ours": counted, "plain": plain}, repeats=3 * size.repeats)
+    times = in_turns({"ours": counted, "plain": plain}, repeats=3 * size.repeats, lead=_LEAD)
     end = session.traffic()
     last = session.parties[-1]
     rounds = (end[last].rounds - start[last].rounds) / (calls - first)
@@ -75,13 +80,14 @@ def _row(
     dealt = (end[last].dealt - start[last].dealt) / (calls - first)
     milliseconds = {key: sample.map(lambda seconds: 1000 * seconds) for key, sample in times.items()}
     median = milliseconds["ours"].median
+    rested = 1000 * in_turns({"ours": ours}, repeats=size.repeats)["ours"].median
     slower = ", ".join(f"{median + rounds * latency:.0f} at {latency} ms" for latency in LATENCIES)
     return Row(
         name, "ms", milliseconds["ours"], milliseconds["plain"], "plain PyTorch here",
         None if goal is None else Goal(at_most=goal, absolute=True),
         f"{rounds:.0f} rounds, {sent / 1e6:.2f} MB sent by each party, {dealt / 1e6:.2f} MB from the dealer to one "
-        f"party; with latency between parties {slower}",
-        {"rounds": rounds, "sent": sent, "dealt": dealt},
+        f"party; with latency between parties {slower}; {rested:.1f} ms after a pause of {1000 * PAUSE:.0f} ms",
+        {"rounds": rounds, "sent": sent, "dealt": dealt, "rested": rested},
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ Source: Catrina and Saxena, "Secure Computation with Fixed-Point Numbers" (FC 20
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from planrt.errors import OptionError, SharingError, ValueRangeError
@@ -15,6 +17,11 @@ LIMIT = 2**62
 """Integers in shares are kept below this in size: then quotients (`quotients`) and differences of two are right."""
 
 DEFAULT_SCALE = 2**16
+
+_BLOCK = 1 << 16
+"""Entries that are encoded, or decoded, at a time: what comes between stays in the cache. Of a million in one piece it
+takes eight times as long, most of it the system's, which makes and clears memory for each step.
+"""
 
 
 def scale_of(*, base: int = 2, precision_fractional: int = 16) -> int:
@@ -45,14 +52,21 @@ def encode(values: torch.Tensor, scale: int = DEFAULT_SCALE) -> torch.Tensor:
         raise ValueRangeError(
             "complex numbers have no fixed-point form: share real and imaginary parts apart"
         )
-    if not values.is_floating_point():
-        whole, edge = values.to(torch.int64), LIMIT // scale
-        wraps = values.dtype == torch.uint64 and bool((whole < 0).any())  # from 2**63 on
-        _check(wraps or bool((whole > edge).any() or (whole < -edge).any()), values, scale)
-        return whole * scale
-    exact = values.detach().double() * scale
-    _check(not bool((exact.abs() < LIMIT).all()), values, scale)
-    return exact.round_().to(torch.int64)
+    found = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+    for block, out in _blocks(values.detach(), found):
+        if values.is_floating_point():
+            exact = block.double() * scale
+            least, most = torch.aminmax(exact)
+            within = least.item() > -LIMIT and most.item() < LIMIT  # false of what is not a number
+            _check(not within, values, scale)
+            out.copy_(exact.round_())
+        else:
+            whole, edge = block.to(torch.int64), LIMIT // scale
+            least, most = torch.aminmax(whole)
+            wraps = values.dtype == torch.uint64 and least.item() < 0  # from 2**63 on
+            _check(wraps or most.item() > edge or least.item() < -edge, values, scale)
+            torch.mul(whole, scale, out=out)
+    return found
 
 
 def decode(
@@ -61,7 +75,17 @@ def decode(
     """Returns the inverse of `encode`, as `dtype`; whole numbers exactly, also beyond what float64 holds."""
     if scale == 1:
         return values.to(dtype)
-    return (values.double() / scale).to(dtype)
+    found = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for block, out in _blocks(values, found):
+        out.copy_(block.double().div_(scale))
+    return found
+
+
+def _blocks(values: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields both, which have one shape, block by block; nothing of empty ones. `out` is contiguous."""
+    flat, written = values.reshape(-1), out.view(-1)
+    for start in range(0, len(flat), _BLOCK):
+        yield flat[start : start + _BLOCK], written[start : start + _BLOCK]
 
 
 def _check_dense(values: torch.Tensor) -> None:

@@ -27,6 +27,8 @@ def new_seed() -> bytes:
 
 _BLOCK = 16
 """Bytes of a block of AES."""
+_TAKEN = 1 << 15
+"""Elements that are drawn and subtracted at a time."""
 
 
 class Streams:
@@ -84,6 +86,16 @@ class Stream:
         """Returns uniform elements of the ring of integers modulo 2**64, as int64 of `shape`."""
         words = self.octets(8 * math.prod(shape)).view(np.int64)
         return torch.from_numpy(words).reshape(tuple(shape))
+
+    def taken_from(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns `values`, int64 and contiguous, minus what `ring` draws in their shape: written where they are, block
+        by block, which stay in the cache.
+        """
+        flat = values.view(-1).numpy()
+        for start in range(0, len(flat), _TAKEN):
+            block = flat[start : start + _TAKEN]
+            np.subtract(block, self.octets(8 * len(block)).view(np.int64), out=block)
+        return values
 
     def short(self, shape: Sequence[int]) -> torch.Tensor:
         """Returns uniform integers modulo 2**16, as int16 of `shape`."""

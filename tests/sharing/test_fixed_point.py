@@ -37,6 +37,30 @@ def test_round_trip_within_half_a_unit(dtype):
     assert (back - values.double()).abs().max() <= 0.5 / 65536
 
 
+@pytest.mark.parametrize("shape", [(0,), (), (65_535,), (65_537,), (3, 50_000), (2, 65_536)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_many_values_as_few(shape, dtype):
+    """They are taken block by block; also those that lie apart in memory."""
+    values = (torch.randn(shape, dtype=torch.float64) * 100).to(dtype)
+    expected = (values.double() * 1000).round().long()
+    found = encode(values, 1000)
+    assert found.shape == shape
+    assert torch.equal(found, expected)
+    assert torch.equal(
+        encode(values.mT if len(shape) == 2 else values, 1000), expected.mT if len(shape) == 2 else expected
+    )
+    assert torch.equal(decode(expected, 1000, torch.float64), expected.double() / 1000)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("place", [0, 65_536, 149_999])
+def test_one_bad_value_among_many_is_found_wherever_it_is(bad, place):
+    values = torch.zeros(3, 50_000)
+    values.view(-1)[place] = bad
+    with pytest.raises(ValueRangeError, match="1 that are infinite" if abs(bad) != 1e30 else r"e\+30"):
+        encode(values)
+
+
 @pytest.mark.parametrize("scale", [1, 1000, 65536, 2**30])
 def test_edges(scale):
     edge = LIMIT / scale

@@ -299,6 +299,22 @@ def test_a_worker_that_is_gone(among):
         share(session, random(3)).get()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+def test_what_is_shared_stays_as_it_was_here(make_worker, dtype):
+    parties, dealer = [make_worker(name) for name in NAMES[:3]], make_worker("james")
+    session, holder = sharing_session(parties, dealer), make_worker("erin")
+    values = (random(300, 301) * 50).abs().mul(8).round().div(8).to(dtype)  # exact in fixed point
+    before = values.clone()
+    pointer = values.send(holder)
+    assert torch.equal(share(session, values).get(), before)
+    assert torch.equal(share(session, values.T).get(), before.T)
+    assert torch.equal(values, before)
+    fixed = pointer.fix_precision() if dtype.is_floating_point else pointer
+    there = fixed.share(*parties, crypto_provider=dealer).get()
+    assert torch.allclose(there.get().double(), before.double(), atol=1e-3)
+    assert torch.equal(pointer.get(), before)
+
+
 def test_large_tensors_and_public_ones(among):
     session = among(2)
     x, known = random(300, 400), random(400, 50, seed=1)

@@ -39,7 +39,7 @@ class SharingSession(ABC):
 
     @abstractmethod
     def share(self, values: torch.Tensor, scale: int) -> Handle:
-        """Returns `values` (int64, encoded at `scale`) in fresh shares."""
+        """Returns `values` (int64, encoded at `scale`) in fresh shares; it may write over them."""
 
     @abstractmethod
     def run(

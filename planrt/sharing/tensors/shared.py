@@ -50,7 +50,7 @@ def share(session: SharingSession, values: torch.Tensor) -> SharedTensor:
     fractions = values.is_floating_point()
     scale = session.scale if fractions else 1
     dtype = values.dtype if fractions else torch.int64
-    handle = session.share(encode(values, scale), scale)
+    handle = session.share(encode(values.detach().cpu(), scale), scale)
     return SharedTensor(session, handle, values.shape, dtype, requires_grad=values.requires_grad)
 
 

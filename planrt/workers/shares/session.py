@@ -195,9 +195,9 @@ class WorkersSession(BatchedSession):
         """Returns `values` in fresh shares, each of which goes to its party alone; see `SharingSession.share`."""
         id, shape = new_id(), list(values.shape)
         seeds = [new_seed() for _ in self._places[:-1]]
-        last = values
+        last = values.contiguous()
         for seed in seeds:
-            last = last - Stream(seed).ring(shape)
+            last = Stream(seed).taken_from(last)
         made = Value(self, place=id)  # goes, and its parts with it, where one party is gone
         self._post_to(-1, m.PutShare(id, self.group, scale, shape), [last])
         for number, seed in enumerate(seeds):

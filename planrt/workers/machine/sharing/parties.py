@@ -308,10 +308,9 @@ class PartyOps:
         self._store.spend(session.id, "sharing a tensor", len(body.parties) * DRAWN * value.numel())
         seeds = [new_seed() for _ in body.parties[:-1]]
         shape = list(value.shape)
-        drawn = [Stream(seed).ring(shape) for seed in seeds]
-        last = encode(value, body.scale)
-        for part in drawn:
-            last = last - part
+        last = encode(value.cpu(), body.scale)
+        for seed in seeds:
+            last = Stream(seed).taken_from(last)
         allowed = allowed_list(label)
         here = self._number_here(session, body)
         seconds = None if here is None else self._groups[body.group].about.timeout + last.nbytes / SLOWEST
