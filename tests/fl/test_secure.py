@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -412,6 +413,40 @@ def test_a_worker_whose_update_is_too_large_is_named(make_worker):
         run(fine, 1, job.state)
     coarse = scheduler_of(workers, job, secure=SecureAggregation(scale_bits=4))
     assert np.isfinite(run(coarse, 1, job.state).loss)
+
+
+class Masked(nn.Module):
+    """A model with a buffer of `values`, which training multiplies by nothing, or puts `instead` in place of."""
+
+    def __init__(self, values, instead):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.register_buffer("mask", torch.tensor(values))
+        self.instead = instead
+
+    def forward(self, x):
+        if self.instead is None:
+            self.mask.copy_(self.mask + 0)
+        else:
+            self.mask.copy_(torch.full_like(self.mask, self.instead))
+        return F.log_softmax(self.fc(x), 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [("-inf", torch.finfo(torch.float32).min), ("inf", 0.0), ("nan", 0.5), ("nan", 0.0), ("inf", -math.inf)],
+)
+def test_what_was_not_finite_stays_or_the_worker_is_named(workers, value, instead):
+    for given in (None, instead):
+        job = TrainConfig(Masked([float(value), 2.0], given), F.nll_loss, batch_size=8)
+        scheduler = scheduler_of(workers, job)
+        if given is None:
+            mask = run(scheduler, 1, job.state).state["mask"]
+            assert torch.equal(mask.isnan(), job.state["mask"].isnan())
+            assert torch.equal(mask.nan_to_num(), job.state["mask"].nan_to_num())
+        else:
+            with pytest.raises(RemoteError, match="worker '.*': mask had values that are not finite, and tr"):
+                run(scheduler, 1, job.state)
 
 
 def test_where_data_are_under_a_policy_the_entry_is_not_told():

@@ -91,9 +91,7 @@ def without(name: str, entry: torch.Tensor, constant: Constant | None) -> torch.
     if constant is None:
         return entry
     entry, places = entry.detach().cpu(), constant.places.cpu()
-    if not torch.equal(
-        torch.nan_to_num(entry[places], nan=0.5), torch.nan_to_num(constant.values.cpu(), nan=0.5)
-    ):
+    if not torch.allclose(entry[places], constant.values.cpu(), rtol=0, atol=0, equal_nan=True):
         raise ValueRangeError(f"{name} had values that are not finite, and training changed them")
     return entry.masked_fill(places, 0)
 
