@@ -19,6 +19,7 @@ from _workers import options_of, workers
 from torch import nn, optim
 
 from planrt.command_line import positive_number, run_command, whole_number
+from planrt.errors import OptionError
 from planrt.fl.data import boston
 
 
@@ -42,6 +43,11 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     houses = boston.load(options.data).standardized()
     x, y = houses.train_data[: options.train_items], houses.train_targets[: options.train_items]
+    if len(x) <= options.batch_size:
+        raise OptionError(
+            f"{len(x)} houses are one batch of {options.batch_size}, and each of the two workers needs one: write a "
+            "smaller --batch-size, or more --train-items"
+        )
     model = nn.Sequential(nn.Linear(13, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 1))
     with workers("bob", "alice", "james", websocket=options.websocket) as (bob, alice, james):
         places = (bob, alice)

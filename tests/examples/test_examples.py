@@ -153,6 +153,18 @@ def test_three_workers_learn_the_prices_and_nobody_sees_their_models(examples, b
         assert ended.number(r"Final test MSE ([\d.]+)") < 30
 
 
+@pytest.mark.parametrize("options", [("--train-items", "8"), ("--batch-size", "404")])
+def test_prices_that_one_worker_has_alone_are_not_averaged(examples, boston_folder, options):
+    """There would be no pair of batches: the example would train on nothing, and say nothing of it."""
+    (ended,) = examples.finish(
+        examples.start("encrypted_averaging", "--epochs", "1", *options, data=boston_folder)
+    )
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1), ended
+    assert (
+        "each of the two workers needs one: write a smaller --batch-size, or more --train-items" in ended.err
+    )
+
+
 def test_prices_without_the_file_are_one_line(examples):
     (ended,) = examples.finish(examples.start("boston_two_workers"))
     assert ended.code == 1
