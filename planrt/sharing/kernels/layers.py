@@ -449,7 +449,8 @@ def _embedding(
 ) -> Protocol[Share]:  # fmt: skip
     """Rows at public places; at secret ones by a product with one-hot rows."""
     if not isinstance(indices, Share):
-        return Share(weight.part[indices], weight.scale)
+        rows = weight.part.index_select(0, indices.reshape(-1))  # which does not count from the end
+        return Share(rows.reshape(*indices.shape, *rows.shape[1:]), weight.scale)
     hot = yield from _rows(context, indices, (weight.part if isinstance(weight, Share) else weight).shape[0])
     return (yield from matrix_product(context, hot, weight))
 
@@ -464,7 +465,7 @@ def _embedding_backward(
 ) -> Protocol[Share]:
     if by_frequency:
         raise SharingError("embedding of shares does not scale gradients by frequency: leave it out")
-    flat = Share(gradient.part.flatten(0, -2), gradient.scale)
+    flat = Share(torch.atleast_2d(gradient.part).flatten(0, -2), gradient.scale)
     if isinstance(indices, Share):
         rows = yield from _rows(context, indices, count)
         found = yield from matrix_product(context, Share(rows.part.reshape(-1, count).t(), 1), flat)

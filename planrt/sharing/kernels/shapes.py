@@ -249,7 +249,11 @@ def _index_fill(value: torch.Tensor, dim: int, index: torch.Tensor, source: torc
         return source.clone() if index.numel() else value.clone()
     size = list(value.shape)
     size[dim] = index.numel()
-    return value.index_copy(dim, index.reshape(-1), source.expand(size))
+    places = index.reshape(-1)
+    places = torch.where(
+        places < 0, places + value.shape[dim], places
+    )  # index_copy does not count from the end
+    return value.index_copy(dim, places, source.expand(size))
 
 
 def _slice_scatter(

@@ -18,6 +18,7 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing.kernels.table import VIEWS
 from planrt.sharing.programs.calls import Call, Program
+from planrt.sharing.tensors.places import AT_PLACES
 from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.types import Ref, leaves, map_leaves
 
@@ -120,7 +121,8 @@ class BatchedSession(SharingSession):
     ) -> Any:
         """Has a call wait; see `SharingSession.run`."""
         with self._lock:
-            given, options = map_leaves(args, self._named), map_leaves(kwargs, self._named)
+            named = self._named_at_places if name in AT_PLACES else self._named
+            given, options = map_leaves(args, named), map_leaves(kwargs, named)
             if name == "ones_like" and self._operand_numbers:
                 # Their values depend on no other call: gradients, which begin with these, do not wait for the loss.
                 first = next(iter(self._operand_numbers.values()))
@@ -163,6 +165,12 @@ class BatchedSession(SharingSession):
             self._operands.append(leaf.detach().clone())  # its owner may change it before the call runs
             return _Operand(len(self._operands) - 1)
         return leaf
+
+    def _named_at_places(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and not leaf.is_floating_point():
+            self._operands.append(leaf.detach().clone())
+            return _Operand(len(self._operands) - 1)
+        return self._named(leaf)
 
     def _made(self, shapes: Any) -> Any:
         if shapes is None:

@@ -21,6 +21,7 @@ from planrt.sharing.tensors.above import written
 from planrt.sharing.tensors.fixed import FixedPrecisionTensor
 from planrt.sharing.tensors.lists import of_each
 from planrt.sharing.tensors.overloads import out_of_place, without_out
+from planrt.sharing.tensors.places import check_places
 from planrt.sharing.tensors.refusals import (
     NO_MEMORY,
     check_made,
@@ -315,6 +316,7 @@ class SharedTensor(torch.Tensor):
             return first.clone() if first.flags else first != 0
         if kernel == "_to_copy" and first.flags and not kwargs.get("dtype", torch.int64).is_floating_point:
             kwargs = {**kwargs, "dtype": torch.int64}  # 0 and 1 are so in all
+        check_places(func, kernel, args, kwargs)
         if "index" in kernel:
             if kernel in _PUTS and (filled := _where_masked(args)) is not None:
                 return args[0].copy_(filled) if in_place else filled
@@ -517,7 +519,9 @@ def _at_places(args: Sequence[Any]) -> tuple[Any, ...]:
     """Public masks among indices as the places that they choose, so that what is left is known without values."""
 
     def places(one: Any) -> Any:
-        if not isinstance(one, torch.Tensor) or isinstance(one, SharedTensor) or one.dtype != torch.bool:
+        if not isinstance(one, torch.Tensor) or isinstance(one, SharedTensor):
+            return [one]
+        if one.dtype not in (torch.bool, torch.uint8):
             return [one]
         return list(one.nonzero(as_tuple=True))
 
