@@ -465,7 +465,8 @@ def _embedding_backward(
 ) -> Protocol[Share]:
     if by_frequency:
         raise SharingError("embedding of shares does not scale gradients by frequency: leave it out")
-    flat = Share(torch.atleast_2d(gradient.part).flatten(0, -2), gradient.scale)
+    part = gradient.part if gradient.part.dim() > 1 else gradient.part[None]  # of a single place
+    flat = Share(part.flatten(0, -2), gradient.scale)
     if isinstance(indices, Share):
         rows = yield from _rows(context, indices, count)
         found = yield from matrix_product(context, Share(rows.part.reshape(-1, count).t(), 1), flat)

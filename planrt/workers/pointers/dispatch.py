@@ -25,6 +25,7 @@ from planrt.plans.recording import foreach, torch_calls, torch_code
 from planrt.plans.running.inference import Spec
 from planrt.types import map_leaves
 from planrt.workers.pointers import autograd as remote_autograd
+from planrt.workers.pointers import packed_rows
 from planrt.workers.pointers.ops import apply
 from planrt.workers.pointers.tensor import PointerTensor, describe
 
@@ -116,7 +117,8 @@ def _value_read(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if torch_code.answer(name.rpartition(".")[2]) is False:
             return False  # torch's own code, which looks for a faster way
-        raise RemoteValueError(f"{name} reads the value of a tensor that is on a worker: write .get() first")
+        advice = packed_rows.advice() or "write .get() first"
+        raise RemoteValueError(f"{name} reads the value of a tensor that is on a worker: {advice}")
 
     return refuse
 

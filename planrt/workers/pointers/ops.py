@@ -28,6 +28,7 @@ from planrt.plans.running.inference import Inferred, Same, Spec, infer, rebuild
 from planrt.plans.running.modes import any_autocast, default_changed
 from planrt.serde.values import DEVICE
 from planrt.types import Ref, leaves, map_leaves
+from planrt.workers.pointers import packed_rows
 from planrt.workers.pointers.handle import Handle, alive
 from planrt.workers.pointers.histories import sources_of
 from planrt.workers.pointers.tensor import PointerTensor, make_pointer
@@ -67,6 +68,8 @@ def apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     if first is None:
         raise RemoteOpError(f"{name}: no pointer among the arguments")
     sources = sources_of(operands) if torch.is_grad_enabled() else None
+    if name in packed_rows.LAYERS and (advice := packed_rows.advice()):
+        raise RemoteOpError(f"{name} cannot run on packed rows that are on a worker: {advice}")
     seed = first.place.draw_seed() if name in ops.RANDOM else None
     line = calling_line()
     inferred = infer(name, ops.CHECKED.get(name, function), args, kwargs, PointerTensor)
@@ -187,7 +190,8 @@ def packed(op: PostedOp, at: Handle) -> bytes:
                     f"{at.worker.id!r}: write torch.from_numpy(array).send(worker)"
                 ) from None
         reason = str(error).replace("cannot stand in a plan", "cannot go to a worker with an op")
-        raise RemoteOpError(f"{op.name}: {reason}") from None
+        advice = packed_rows.advice()
+        raise RemoteOpError(f"{op.name}: {reason}{advice and '; '}{advice}") from None
 
 
 def _wire_results(results: Any, named: Callable[[Any], Any]) -> Any:
@@ -258,7 +262,7 @@ def refuse_mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         if type(leaf) is _Tensor and (leaf.is_sparse or leaf.is_quantized):
             raise UnsupportedTensorError(f"{name}: sparse and quantised tensors cannot go to a worker")
     where = " and ".join(places) if len(places) > 1 else " and ".join(places * 2)
-    advice = (
+    advice = packed_rows.advice() or (
         "write pointer.fix_precision().share(...).get() with the same workers, of a model "
         "model.fix_precision().share(...), or get() one of them"
         if "shares" in places
