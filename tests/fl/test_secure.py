@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -251,6 +252,36 @@ def test_a_worker_that_trains_on_nothing_is_no_member_of_a_sum(make_worker, why,
         RemoteError, match=f"worker '{without}': there is nothing to train on in data set 'd'"
     ):
         run(scheduler_of(workers, job, weighted=weighted), 1, job.state)
+
+
+def test_rounds_of_no_batches_have_no_sum(workers):
+    with pytest.raises(RemoteError, match="there is nothing to train on .* max_nr_batches is 0"):
+        run(scheduler_of(workers, job := config(max_nr_batches=0)), 1, job.state)
+
+
+def test_a_server_that_lets_the_others_train_on_nothing_gets_no_model(workers):
+    """It asks bob and charlie for batches that they have not, and is left with alice alone."""
+
+    def lies(worker, ask):
+        async def asked(kind, body, *args, **options):
+            if isinstance(body, m.FitMasked):
+                fit = msgspec.structs.replace(body.fit, batch_size=1000, drop_last=True)
+                body = msgspec.structs.replace(body, fit=fit)
+            return await ask(kind, body, *args, **options)
+
+        return asked
+
+    job = config()
+    scheduler = scheduler_of(workers, job, min_workers=2)
+    for worker in workers[1:]:
+        worker.ask = lies(worker, worker.ask)
+    try:
+        with listening(workers) as heard, pytest.raises(QuorumError, match="nothing to train on"):
+            run(scheduler, 1, job.state)
+    finally:
+        for worker in workers[1:]:
+            worker.__dict__.pop("ask", None)
+    assert not any(isinstance(body, m.Revealed) for answers in heard.values() for body, _ in answers)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

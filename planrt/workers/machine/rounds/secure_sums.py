@@ -113,9 +113,9 @@ class SecureSums:
         """
         if not result.samples:
             raise SharingError(
-                f"there is nothing to train on in data set {body.fit.dataset!r} (it is empty, or drop_last=True leaves "
-                "no batch): who adds nothing to a secure sum hides nobody in it, so leave this worker out, or write "
-                "min_workers= for rounds without it"
+                f"there is nothing to train on in data set {body.fit.dataset!r} (it is empty, drop_last=True leaves no "
+                "batch, or max_nr_batches is 0): who adds nothing to a secure sum hides nobody in it, so leave this "
+                "worker out, or write min_workers= for rounds without it"
             )
         names = [plan.state[index].name for index in result.changed]
         try:
