@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
@@ -211,17 +210,7 @@ def test_no_limit_is_none(clock):
     assert {counted.add("user ann", nobody=False) for _ in range(1_000)} == {0.0}
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "many", True, 2**63])
-def test_wrongly(value):
-    with pytest.raises(OptionError, match="max_daily_failures must be a whole number"):
-        Policy(max_daily_failures=value)
-
-
-def test_in_a_file():
-    assert Policy.from_values({"max_daily_failures": "none"}).max_daily_failures is None
-    assert Policy.from_values({}).max_daily_failures == 100
-    assert "failures on private data, a user and day: at most 100" in str(Policy())
+def test_a_policy_with_it_is_another_one():
     assert Policy(max_daily_failures=7).version != Policy().version
-    with contextlib.suppress(OptionError):
-        Policy.from_values({"max_daily_failure": 7})
-        raise AssertionError("an unknown key")
+    with pytest.raises(OptionError, match="max_daily_failure"):
+        Policy.from_values({"max_daily_failure": 7})  # an unknown key

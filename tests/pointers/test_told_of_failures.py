@@ -217,16 +217,22 @@ def test_a_released_plan_that_fails_counts_and_says_nothing(hospital, caplog):
     assert sum(one.getMessage() == "failed_on_private_data" for one in caplog.records) == 3
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
-def test_max_failures_wrongly(value):
-    with pytest.raises(OptionError, match="max_failures must be a whole number, at least 1"):
-        Policy(max_failures=value)
+LIMITS = {"max_failures": (20, "a session"), "max_daily_failures": (100, "a user and day")}
 
 
-def test_max_failures_in_a_file():
-    assert Policy.from_values({"max_failures": "none"}).max_failures is None
-    assert Policy.from_values({}).max_failures == 20
-    assert "failures on private data, a session: at most 20" in str(Policy())
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many", True, 2**63])
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_of_failures_that_is_none(name, value):
+    with pytest.raises(OptionError, match=f"{name} must be a whole number"):
+        Policy(**{name: value})
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_of_failures_in_a_file(name):
+    most, whose = LIMITS[name]
+    assert getattr(Policy.from_values({name: "none"}), name) is None
+    assert getattr(Policy.from_values({}), name) == most
+    assert f"failures on private data, {whose}: at most {most}" in str(Policy())
 
 
 @pytest.mark.parametrize(

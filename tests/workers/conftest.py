@@ -13,17 +13,23 @@ PRECISION = {"base": 2, "precision_fractional": 16}
 
 
 @pytest.fixture(scope="module", params=["memory", "websocket"])
-def parties(request):
-    """bob, alice, and james who deals: the workers of all programs here, on one transport."""
+def make_party(request):
+    """``make_party("bob")`` -> a worker that is there for all tests of a module, on one transport."""
     with contextlib.ExitStack() as stack:
 
-        def make(name):
+        def make(name, *, auto_add=False):
             if request.param == "memory":
-                return stack.enter_context(VirtualWorker(name))
-            server = WebsocketServerWorker(name, threads=1)
-            return stack.enter_context(WebsocketClientWorker(name, uri=stack.enter_context(server.running())))
+                return stack.enter_context(VirtualWorker(name, auto_add=auto_add))
+            uri = stack.enter_context(WebsocketServerWorker(name, threads=1).running())
+            return stack.enter_context(WebsocketClientWorker(name, uri=uri, auto_add=auto_add))
 
-        yield [make(name) for name in ("bob", "alice", "james")]
+        yield make
+
+
+@pytest.fixture(scope="module")
+def parties(make_party):
+    """bob, alice, and james who deals: the workers of all programs here."""
+    return [make_party(name, auto_add=True) for name in ("bob", "alice", "james")]
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 gradients beside plain PyTorch, of two, three and four parties in turn.
 """
 
-import contextlib
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +9,6 @@ from torch.nn import functional as F
 import planrt
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import leaves
-from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from tests.workers.conftest import PRECISION
 
 planrt.TorchHook(torch)
@@ -98,18 +95,10 @@ WITHOUT_GRADIENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["memory", "websocket"])
-def everybody(request):
-    """Four parties, and james who deals, on one transport."""
-    with contextlib.ExitStack() as stack:
-
-        def make(name):
-            if request.param == "memory":
-                return stack.enter_context(VirtualWorker(name, auto_add=False))
-            uri = stack.enter_context(WebsocketServerWorker(name, threads=1).running())
-            return stack.enter_context(WebsocketClientWorker(name, uri=uri, auto_add=False))
-
-        yield [make(name) for name in ("bob", "alice", "carol", "dan", "james")]
+@pytest.fixture(scope="module")
+def everybody(make_party):
+    """Four parties, and james who deals."""
+    return [make_party(name) for name in ("bob", "alice", "carol", "dan", "james")]
 
 
 def among(everybody, name):

@@ -1,7 +1,5 @@
 """`plan.check` says what is sent: rounds, bytes and correlated randomness of many programs, counted at the parties."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,6 @@ from torch.nn import functional as F
 import planrt as sy
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import leaves
-from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 
 sy.TorchHook(torch)
 PRECISION = {"base": 2, "precision_fractional": 16}
@@ -87,18 +84,10 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(scope="module", params=["memory", "websocket"])
-def everybody(request):
-    """bob, alice, carol, and james who deals, on one transport."""
-    with contextlib.ExitStack() as stack:
-
-        def make(name):
-            if request.param == "memory":
-                return stack.enter_context(VirtualWorker(name, auto_add=False))
-            uri = stack.enter_context(WebsocketServerWorker(name, threads=1).running())
-            return stack.enter_context(WebsocketClientWorker(name, uri=uri, auto_add=False))
-
-        yield [make(name) for name in ("bob", "alice", "carol", "james")]
+@pytest.fixture(scope="module")
+def everybody(make_party):
+    """bob, alice, carol, and james who deals."""
+    return [make_party(name) for name in ("bob", "alice", "carol", "james")]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
