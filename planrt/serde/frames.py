@@ -165,6 +165,23 @@ class Frame:
         if gathered:
             yield b"".join(gathered)
 
+    def split(self, size: int = FRAGMENT_BYTES) -> Iterator[list[bytes | memoryview]]:
+        """Yields the frame's bytes in order, as lists of pieces that have `size` bytes together; the last one has what
+        is left. For who copies them anyway: nothing is gathered or copied here.
+        """
+        found: list[bytes | memoryview] = []
+        room = size
+        for piece in self._pieces:
+            rest = memoryview(piece)
+            while len(rest) > room:
+                found.append(rest[:room])
+                yield found
+                rest, found, room = rest[room:], [], size
+            found.append(rest)
+            room -= len(rest)
+        if found:
+            yield found
+
 
 def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: int = HEADER_BYTES) -> Frame:
     """Encodes `message` (MessagePack-able builtins) and `tensors` into a `Frame` that shares their memory.

@@ -404,6 +404,9 @@ def raw(uri):
         yield connection
 
 
+PING = b"\x89\x00"
+
+
 def until_closed(connection: socket.socket) -> bytes:
     data = b""
     with contextlib.suppress(ConnectionError):
@@ -427,7 +430,7 @@ def test_malformed_frames_end_their_connection_and_nothing_else(server, data, sa
                 for piece in pieces:
                     with contextlib.suppress(ConnectionError):
                         connection.sendall(piece)
-                answer = until_closed(connection)
+                answer = until_closed(connection).removeprefix(PING)  # for whoever is slow
             assert answer[0] == 0x88  # a close frame and nothing before it
             assert struct.unpack_from("!H", answer, 2) == (1002,)  # protocol error
             assert says in answer[4:].decode()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from websockets.asyncio.connection import Connection
@@ -106,14 +107,25 @@ class FrameStream(asyncio.BufferedProtocol):
         """
         async with self._sending:
             sent = 0
-            scratch = memoryview(b"")
-            if self._masks:
-                scratch = np.empty(MAX_HEADER + min(frame.nbytes, FRAGMENT_BYTES), np.uint8).data
             try:
-                for fragment in frame.fragments():
-                    opcode = CONTINUATION if sent else BINARY
-                    sent += len(fragment)
-                    await self._write(opcode, fragment, final=sent == frame.nbytes, scratch=scratch)
+                if self._masks:
+                    scratch = np.empty(MAX_HEADER + min(frame.nbytes, FRAGMENT_BYTES), np.uint8).data
+                    for pieces in frame.split():
+                        begins, nbytes = not sent, sum(len(piece) for piece in pieces)
+                        sent += nbytes
+                        self._check_open()
+                        opcode = BINARY if begins else CONTINUATION
+                        self._transport.write(
+                            _masked(opcode, pieces, nbytes, final=sent == frame.nbytes, out=scratch)
+                        )
+                        await self._drain()
+                else:
+                    for fragment in frame.fragments():
+                        opcode = CONTINUATION if sent else BINARY
+                        sent += len(fragment)
+                        self._check_open()
+                        self._write(opcode, fragment, final=sent == frame.nbytes)
+                        await self._drain()
             except asyncio.CancelledError:
                 if sent:  # the rest of the message would have to follow, and its memory may be gone
                     self._transport.abort()
@@ -131,29 +143,9 @@ class FrameStream(asyncio.BufferedProtocol):
         if not self._masks:
             self._transport.write(b"".join([header_bytes(BINARY, frame.nbytes, final=True), *frame.pieces]))
             return True
-        key = os.urandom(4)
-        header = header_bytes(BINARY, frame.nbytes, final=True, key=key)
-        copy = np.empty(len(header) + frame.nbytes, np.uint8).data
-        copy[: len(header)] = header
-        start = position = len(header)
-        for piece in frame.pieces:
-            if len(piece) < _OWN_WRITE:
-                copy[position : position + len(piece)] = piece
-            else:
-                self._mask(copy, start, position, len(header), key)
-                start = position + len(piece)
-                mask(piece, key, copy[position:start], position=position - len(header))
-            position += len(piece)
-        self._mask(copy, start, position, len(header), key)
-        self._transport.write(copy)
+        copy = np.empty(MAX_HEADER + frame.nbytes, np.uint8).data
+        self._transport.write(_masked(BINARY, frame.pieces, frame.nbytes, final=True, out=copy))
         return True
-
-    @staticmethod
-    def _mask(copy: memoryview, start: int, end: int, payload: int, key: bytes) -> None:
-        """Masks what lies there, of a payload that begins at `payload`."""
-        if start < end:
-            part = copy[start:end]
-            mask(part, key, part, position=start - payload)
 
     async def receive(self, assembler: FrameAssembler[Envelope]) -> Received[Envelope] | None:
         """Waits for the next message, which `assembler` puts together; returns None when the other side has closed the
@@ -449,33 +441,26 @@ class FrameStream(asyncio.BufferedProtocol):
 
     # --------------------------------------------------------------------------------------- writing
 
-    async def _write(
-        self, opcode: int, payload: bytes | memoryview, *, final: bool, scratch: memoryview
-    ) -> None:
-        """Writes one frame, and returns when the system has all of it: `payload` and `scratch` are free then."""
-        self._check_open()
-        if self._masks:
-            key = os.urandom(4)
-            header = header_bytes(opcode, len(payload), final=final, key=key)
-            size = len(header) + len(payload)
-            scratch[: len(header)] = header
-            mask(payload, key, scratch[len(header) : size])
-            self._transport.write(scratch[:size])
-        else:
-            header = header_bytes(opcode, len(payload), final=final)
-            if len(payload) < _OWN_WRITE:
-                self._transport.write(header + payload)
-            else:  # not `writelines`: before Python 3.12.8 and 3.13.1 asyncio's never pauses the protocol
-                self._transport.write(header)
-                self._transport.write(payload)
-        if self._full:
-            self._drained = self._loop.create_future()
-            try:
-                await self._drained
-            finally:
-                self._drained = None
-            if self._lost:
-                self._check_open()
+    def _write(self, opcode: int, payload: bytes | memoryview, *, final: bool) -> None:
+        """Writes one frame that is not masked."""
+        header = header_bytes(opcode, len(payload), final=final)
+        if len(payload) < _OWN_WRITE:
+            self._transport.write(header + payload)
+        else:  # not `writelines`: before Python 3.12.8 and 3.13.1 asyncio's never pauses the protocol
+            self._transport.write(header)
+            self._transport.write(payload)
+
+    async def _drain(self) -> None:
+        """Returns when the system has all that was written: its memory is free then."""
+        if not self._full:
+            return
+        self._drained = self._loop.create_future()
+        try:
+            await self._drained
+        finally:
+            self._drained = None
+        if self._lost:
+            self._check_open()
 
     def _check_open(self) -> None:
         if self._lost or self._connection.state is not State.OPEN:
@@ -507,3 +492,29 @@ class FrameStream(asyncio.BufferedProtocol):
                 protocol.send_ping(b"")
             self._connection.send_data()
         self._timer = self._loop.call_later(self._interval, self._beat)
+
+
+def _masked(
+    opcode: int, pieces: Sequence[bytes | memoryview], nbytes: int, *, final: bool, out: memoryview
+) -> memoryview:
+    """Writes one frame with the `nbytes` of `pieces` as its payload to `out`, masked, and returns as much of that."""
+    key = os.urandom(4)
+    header = header_bytes(opcode, nbytes, final=final, key=key)
+    begin = start = position = len(header)
+    out[:begin] = header
+    for piece in pieces:
+        if len(piece) < _OWN_WRITE:  # small ones, and all between two large ones, are masked together
+            out[position : position + len(piece)] = piece
+        else:
+            _mask_there(out, start, position, begin, key)
+            start = position + len(piece)
+            mask(piece, key, out[position:start], position=position - begin)
+        position += len(piece)
+    _mask_there(out, start, position, begin, key)
+    return out[:position]
+
+
+def _mask_there(out: memoryview, start: int, end: int, begin: int, key: bytes) -> None:
+    """Masks what lies there, of a payload that begins at `begin`."""
+    if start < end:
+        mask(out[start:end], key, out[start:end], position=start - begin)
