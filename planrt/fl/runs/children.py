@@ -90,7 +90,7 @@ class WorkerProcesses:
         self._ready_timeout = ready_timeout
         self._tied = ["--parent", str(os.getpid())] if die_with_us else []
         self._processes: dict[str, subprocess.Popen[str]] = {}
-        self._status_lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._status_lines: queue.Queue[tuple[str, str]] = queue.Queue()
 
     def __enter__(self) -> WorkerProcesses:
         self.start()

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -63,8 +63,13 @@ class ComputeThread:
             threading.stack_size(before)
         self._threads = threads
         self._threads_elsewhere = torch.get_num_threads()
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: deque[_Job] = deque()
         self._lock = threading.Lock()
+        self._told = threading.Lock()
+        """Free where there may be jobs that the thread has not seen. (Not a `queue.SimpleQueue`, whose `get` with a
+        timeout can wait for ever, which kept Python from ending: it takes what is left of its time as a time to wait,
+        also where that is negative.)"""
+        self._told.acquire()
         self._awake = self._closed = False
         """Whether the thread looks for jobs, or will; whether it takes no more. Both change under the lock."""
         self._asked = 0
@@ -84,7 +89,8 @@ class ComputeThread:
         with self._lock:
             if self._closed:
                 raise asyncio.CancelledError
-            self._jobs.put(_Job(answer, loop, function, args))
+            self._jobs.append(_Job(answer, loop, function, args))
+            self._tell()
             wake = not self._awake
             self._awake = True
             self._asked += 1
@@ -124,16 +130,24 @@ class ComputeThread:
         except RuntimeError:  # Python closes every executor at its end, before it lets go of our loop
             self.close()
 
+    def _tell(self) -> None:
+        if self._told.locked():  # only this frees it, and only under the lock
+            self._told.release()
+
     def _work(self) -> None:
         end = time.monotonic() + _LIFE
         while time.monotonic() < end:
-            try:
-                self._do(self._jobs.get(timeout=_LINGER))
-            except Empty:
-                with self._lock:
-                    if self._jobs.empty():
-                        self._awake = False
-                        return
+            told = self._told.acquire(timeout=_LINGER)
+            with self._lock:
+                job = self._jobs.popleft() if self._jobs else None
+                if self._jobs:
+                    self._tell()
+                elif job is None and not told:
+                    self._awake = False
+                    return
+            if job is not None:
+                self._do(job)
+                del job
         self._wake()
 
     def _do(self, job: _Job) -> None:
@@ -176,9 +190,8 @@ class ComputeThread:
         """Lets the thread go once what runs is done; what waits is dropped."""
         with self._lock:
             self._closed = True
-            dropped = []
-            while not self._jobs.empty():
-                dropped.append(self._jobs.get())
+            dropped = list(self._jobs)
+            self._jobs.clear()
         for job in dropped:
             with contextlib.suppress(RuntimeError):  # its loop is gone
                 job.loop.call_soon_threadsafe(job.answer.cancel)
