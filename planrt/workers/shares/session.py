@@ -536,8 +536,8 @@ def sharing_session(
     scale: int = DEFAULT_SCALE,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> WorkersSession:
-    """Returns the session of these parties, in this order, with this dealer and scale: the one that there is, or a new
-    one. `timeout` is how many seconds a party waits for another one before it gives up.
+    """Returns the session of these parties with this dealer and scale: the one that there is, in whatever order it was
+    made, or a new one in this order. `timeout` is how many seconds a party waits for another one before it gives up.
 
     Raises:
         SharingError: fewer than two parties, one of them twice, or the dealer among them; or one cannot be reached by
@@ -561,7 +561,8 @@ def sharing_session(
         raise SharingError(
             f"worker {crypto_provider.id!r} is a party and the crypto provider: whoever is both could see the secret"
         )
-    key = (*[id(one.workplace) for one in everybody], scale, timeout)
+    places = [id(one.workplace) for one in workers]
+    key = (*sorted(places), id(crypto_provider.workplace), scale, timeout)
     with _making:
         mine = _locks.setdefault(key, _Lock())
     with mine.lock:  # threads that share at once share in one session: what they make may meet

@@ -6,9 +6,11 @@ the dealer makes; meanwhile the ops that its client posted after it wait too, an
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,6 +47,9 @@ from planrt.workers.wire.refusals import GetNotPermitted
 _FETCHED = 1 << 20
 """Bytes of a part that comes or is fetched in no time."""
 
+_SEEDS = 10_000
+"""Seeds that are told from new ones."""
+
 MAX_DRAWN = 1 << 27
 """Entries of a part that comes of a seed (8 bytes each): a few bytes of a client's must not become any memory."""
 
@@ -56,6 +61,8 @@ class PartyOps:
         self._objects = objects
         self._store = objects.store
         self._groups: dict[str, Group] = {}
+        self._seeds: OrderedDict[bytes, None] = OrderedDict()
+        """What tells the seeds apart that came lately; none of them can be computed from it."""
         self._programs = PostedPrograms(objects)
 
     @property
@@ -87,11 +94,25 @@ class PartyOps:
         return m.Done(), ()
 
     def take_seed(self, session: Session, body: m.GiveSeed) -> Steps:
-        """Takes the dealer's seed, and makes itself known to the other parties."""
+        """Takes the dealer's seed, and makes itself known to the other parties.
+
+        Raises:
+            SharingError: this party has had that seed before, as of a dealer whose machine was copied or set back: what
+                is opened under the same mask twice tells the difference of two secrets.
+        """
         group = self._proved(body.group, body.token)
         check_speaks(session, group.client, _named(group), group.about.dealer.worker)
         if len(body.seed) != SEED_BYTES:
             raise SharingError(f"a seed has {SEED_BYTES} bytes, not {len(body.seed)}")
+        seen = hashlib.blake2b(body.seed, digest_size=16).digest()
+        if seen in self._seeds:
+            raise SharingError(
+                f"the dealer, worker {group.about.dealer.worker!r}, gave a seed that it has given before, so its "
+                "randomness repeats: start it anew"
+            )
+        self._seeds[seen] = None
+        if len(self._seeds) > _SEEDS:
+            self._seeds.popitem(last=False)
         group.begin(body.seed)
         group.dealer = session.id
         for other in group.others:
