@@ -219,12 +219,18 @@ def test_wrong_parties(make_worker):
     assert bob.objects_count() == 0
 
 
-def test_mixed_sessions(among):
+def test_mixed_sessions(among, make_worker):
     session = among(2)
     bob, alice = session._workers
-    others = [sharing_session([bob, alice], session._dealer, scale=1000), InProcessSession(2)]
+    others = [
+        sharing_session([bob, alice], session._dealer, scale=1000),
+        InProcessSession(2),
+        sharing_session([alice, bob], make_worker("dan")),
+        sharing_session([alice, bob], session._dealer, timeout=7),
+    ]
     x = share(session, random(3))
-    for other, says in zip(others, ("different precisions", "different parties"), strict=True):
+    says_of = ("different precisions", "different parties", "providers james and dan", "same timeout=")
+    for other, says in zip(others, says_of, strict=True):
         with pytest.raises(SharingError, match=says):
             x + share(other, random(3))
     assert (share(others[0], random(3)).get() - random(3)).abs().max() < 1e-2

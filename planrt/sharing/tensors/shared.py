@@ -480,13 +480,15 @@ def brought(
 def _mixed(name: str, operands: Sequence[SharedTensor]) -> str:
     first, other = operands[0], next(one for one in operands if one.session is not operands[0].session)
     parties = [list(one.session.parties) for one in (first, other)]
-    if parties[0] != parties[1]:
+    if sorted(parties[0]) != sorted(parties[1]):
         return f"{name}: its operands are shared by different parties, {parties[0]} and {parties[1]}: get() one first"
     if first.session.scale != other.session.scale and first.session.provider == other.session.provider:
         return (
             f"{name}: its operands have different precisions, scales {first.session.scale} and {other.session.scale}: "
             "write fix_precision() of both alike"
         )
+    if first.session.provider == other.session.provider:
+        return f"{name}: its operands are shared in different sessions: share both with the same timeout= and workers"
     return (
         f"{name}: its operands are shared in different sessions, with the providers {first.session.provider} and "
         f"{other.session.provider}: share both with one"
