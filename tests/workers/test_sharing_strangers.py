@@ -26,7 +26,7 @@ DEVIATIONS = {
     "fewer": (lambda body, parts: [(body, parts[:-1])], "party 'alice' opened"),
     "out of order": (lambda body, parts: [(m.Opening(body.group, body.number + 1), parts)], "party 'alice' sent"),
     "twice": (lambda body, parts: [(body, parts)] * 2, "party 'alice' sent"),
-    "nothing": (lambda body, parts: [], "party 'alice' did not answer within 1 s"),
+    "nothing": (lambda body, parts: [], "party 'alice' did not answer within 3 s"),
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_a_party_that_does_not_keep_to_the_protocol_is_named_and_nothing_is_open
     kind, workers, monkeypatch
 ):
     change, says = DEVIATIONS[kind]
-    x = shared(workers, timeout=1.0)
+    x = shared(workers, timeout=3.0)
     with monkeypatch.context() as patch:
         deviate(patch, change)
         with pytest.raises(SharingError, match=says):
@@ -102,7 +102,7 @@ DEALT = {
 def test_a_dealer_that_does_not_keep_to_the_protocol_is_named_and_ends_that_group_alone(
     kind, workers, monkeypatch
 ):
-    x, other = shared(workers, timeout=1.0), shared(workers, timeout=30.0)
+    x, other = shared(workers, timeout=3.0), shared(workers, timeout=30.0)
     dealt = Group.dealt
 
     def instead(self, session, body, tensors):
@@ -131,7 +131,7 @@ def test_a_dealer_that_gives_no_seed_is_named(without, workers, monkeypatch):
         return m.Done(), ()
 
     monkeypatch.setattr(PartyOps, "take_seed", instead)
-    x = shared(workers, timeout=1.0)
+    x = shared(workers, timeout=3.0)
     with pytest.raises(SharingError, match="worker 'james', has given this party no seed"):
         (x * x).get()
 

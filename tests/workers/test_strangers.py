@@ -137,7 +137,7 @@ def test_a_recurrent_network_over_packed_sequences(server):
         there = run.send(ann)
         with pytest.raises(PolicyRefusedError, match="its size depends on values, so nobody can say"):
             there(x.send(ann)).get()
-        with pytest.raises(MixedLocationsError, match="send the local one"):
+        with pytest.raises(MixedLocationsError, match="record a plan of the whole"):
             pack_padded_sequence(x.send(ann), [7, 3, 5, 1], batch_first=True, enforce_sorted=False)
 
 
@@ -261,8 +261,8 @@ def test_a_handshake_that_was_overheard_opens_nothing(server):
             def __init__(self, data):
                 self.data, self.nbytes, self.pieces = data, len(data), [data]
 
-            def fragments(self, size=1 << 20):
-                yield self.data
+            def split(self, size=1 << 20):
+                yield [self.data]
 
         answers = []
         try:
