@@ -83,11 +83,6 @@ LINES = {
         SharingError,
         r"\['bob', 'alice'\] and .*'bill'",
     ),
-    "the order of parties": (
-        lambda w: shared(w) * shared(w, X, w.alice, w.bob),
-        SharingError,
-        "different parties",
-    ),
     "precisions": (
         lambda w: shared(w) + shared(w, precision_fractional=4),
         SharingError,

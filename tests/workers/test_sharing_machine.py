@@ -52,6 +52,9 @@ def test_bits_do_not_depend_on_the_order_in_which_messages_arrive(count, monkeyp
 
 def test_what_a_party_opens_leaves_before_it_computes_on(monkeypatch):
     """Where the other's part is there already, nothing makes it wait: it would compute to the next opening first."""
+    earlier = started("a", "b", "dealer")
+    earlier.post(PRODUCT, [1, 2], [3, 4])
+    earlier.run()  # from here on it is known what the program needs
     net = started("a", "b", "dealer")
     events = []
     net.changed = lambda sender, to, body, tensors: (

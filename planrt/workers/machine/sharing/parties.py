@@ -105,7 +105,7 @@ class PartyOps:
         if len(body.seed) != SEED_BYTES:
             raise SharingError(f"a seed has {SEED_BYTES} bytes, not {len(body.seed)}")
         seen = hashlib.blake2b(body.seed, digest_size=16).digest()
-        if seen in self._seeds:
+        if seen in self._seeds and group.context is None:
             raise SharingError(
                 f"the dealer, worker {group.about.dealer.worker!r}, gave a seed that it has given before, so its "
                 "randomness repeats: start it anew"
