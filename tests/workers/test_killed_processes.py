@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import random
 import signal
+import socket
 
 import pytest
 import torch
@@ -38,11 +40,20 @@ def double(x):
     return x * 2
 
 
+def lasting_port():
+    """A free port that no connection is given while nobody listens there: below those that the system chooses."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a hundred ports are taken")
+
+
 class Process:
     """Alice's process, which may be killed and started again on its port."""
 
     def __init__(self):
-        self.port = 0
+        self.port = lasting_port()
         self.start()
 
     def start(self):

@@ -99,7 +99,7 @@ async def dealt(client, dealer, groups):
     for name in groups:
         told = await client.asked(m.MakeGroup(name, "t" * 32, 1, ELSEWHERE[:2], ELSEWHERE[2], 1000, 60.0))
         assert isinstance(told, m.Done)
-        told = await dealer.asked(m.GiveSeed(name, "t" * 32, bytes(16)))
+        told = await dealer.asked(m.GiveSeed(name, "t" * 32, name.encode() * 16))
         assert isinstance(told, m.Failure)  # the other party is nowhere
         await dealer.ask(m.AskNeeds(name))
 
