@@ -24,6 +24,7 @@ from planrt.workers.shares.session import WorkersSession, sharing_session
 
 _RATE = 0.05
 _LEAD = 2
+"""Calls right before each one that is measured."""
 LATENCIES = (1, 10, 50)
 """Milliseconds between parties that figures are told for."""
 

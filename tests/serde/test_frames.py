@@ -102,6 +102,10 @@ def test_pieces_of_any_size_give_the_same_frame(step, sizes, fragment):
     data = b"".join(frame.fragments(fragment))
     assert all(len(piece) <= fragment for piece in frame.fragments(fragment))
     assert len(data) == frame.nbytes
+    parts = [b"".join(pieces) for pieces in frame.split(fragment)]
+    assert b"".join(parts) == data
+    assert all(len(part) == fragment for part in parts[:-1])
+    assert 0 < len(parts[-1]) <= fragment
     received = receive(data, step=step)
     assert received.message == ["message", 7]
     assert received.nbytes == len(data)

@@ -319,6 +319,31 @@ def test_over_tls(run, monkeypatch, tmp_path):
 # ------------------------------------------------------------------- others who speak websocket their way
 
 
+@pytest.mark.parametrize("missing", [-8, 0, 8, 1 << 19])
+def test_a_clients_tensors_share_frames_of_a_megabyte(run, missing):
+    """Many tensors, of two megabytes less what is `missing`: what arrives is as few frames as can be."""
+    sizes = [40_000, 3, 0, 30_000, 2_000, 1] * 2
+    tensors = [torch.arange(size) for size in sizes]
+    rest = (2 * FRAGMENT_BYTES - missing - put(7, *tensors, torch.arange(1)).nbytes) // 8
+    tensors.append(torch.arange(rest + 1))
+    frame = put(7, *tensors)
+    found = []
+
+    async def serve_one(connection):
+        found.extend([fragment async for fragment in connection.recv_streaming(decode=False)])
+
+    async def main():
+        async with serve(serve_one, "127.0.0.1", 0, max_size=None, compression=None) as server:
+            port = server.sockets[0].getsockname()[1]
+            pipe = await dial(f"ws://127.0.0.1:{port}", timeout=10, limits=Limits())
+            await pipe.send(frame)
+            await pipe.close()
+
+    run(main())
+    assert b"".join(found) == b"".join(frame.pieces)
+    assert len(found) == -(-frame.nbytes // FRAGMENT_BYTES)
+
+
 def test_fragments_cut_anywhere_with_pings_between_them(run):
     data = b"".join(put(5, torch.arange(40_000)).fragments())
     cuts = [0, 1, 2, 9, 30, 31, 31, 90, 16_474, 16_475, 200_000, 200_000, len(data), len(data)]

@@ -250,10 +250,8 @@ def _index_fill(value: torch.Tensor, dim: int, index: torch.Tensor, source: torc
     size = list(value.shape)
     size[dim] = index.numel()
     places = index.reshape(-1)
-    places = torch.where(
-        places < 0, places + value.shape[dim], places
-    )  # index_copy does not count from the end
-    return value.index_copy(dim, places, source.expand(size))
+    from_start = torch.where(places < 0, places + value.shape[dim], places)  # as index_copy counts
+    return value.index_copy(dim, from_start, source.expand(size))
 
 
 def _slice_scatter(
