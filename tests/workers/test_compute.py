@@ -38,7 +38,7 @@ def test_jobs_run_in_order_on_one_thread_wherever_it_waits(thread, monkeypatch, 
     seen = asyncio.run(asked(thread))
     assert [number for number, _ in seen] == list(range(300))
     assert len({ident for _, ident in seen}) == 1
-    assert thread.idle
+    assert not thread.asked
 
 
 async def asked(thread):

@@ -68,6 +68,10 @@ class Member:
             self.net.later(self.net.delay(), to, lambda: other.took(self.number))
             self.net.later(self.net.delay(), self.number, self.go_on)
             return
+        if self.came[whom] > 0:
+            self.came[whom] -= 1
+            self.net.later(self.net.delay(), self.number, self.go_on)
+            return
         self.awaited = whom
         self.waits = wait(
             self,

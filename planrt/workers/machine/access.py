@@ -103,7 +103,7 @@ class Access:
 
     def check_publish(self, user: str | None, body: m.Body) -> None:
         """Raises PolicyError if a message would publish something under a tag that is others'."""
-        for tag in _tags_of(body):
+        for tag in _tags_of(body) if self._tables else ():
             if tag in self._tables and not self._tables[tag].has("own", user):
                 raise PolicyError(f"{_shown(user)} may not publish under the tag {tag!r}", rule="access")
 

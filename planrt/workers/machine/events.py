@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
+from msgspec import Struct
 
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.channel import Channel, Shown
@@ -14,16 +15,14 @@ from planrt.workers.wire.channel import Channel, Shown
 # -------------------------------------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(Struct, frozen=True):
     """A connection was opened, with what is known of it. Left out for one of which nothing is."""
 
     connection: int
     channel: Channel
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(Struct, frozen=True):
     """A message arrived on a connection."""
 
     connection: int
@@ -33,8 +32,7 @@ class Received:
     """Whether it is the rest of one that was handed in before (`Again`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(Struct, frozen=True):
     """The client of a connection has the answer to its request `id`, and all before: the connection says so itself
     (`Pipe.hands_over`). May be left out: its next message says that it has them."""
 
@@ -42,22 +40,19 @@ class Arrived:
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(Struct, frozen=True):
     """A connection ended, for whatever reason."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """A connection has ended that is held (`Hold`): its `Disconnected` follows when it goes on."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class PeerAnswered:
+class PeerAnswered(Struct, frozen=True):
     """Another worker answered what was asked under `key`."""
 
     key: str
@@ -65,31 +60,27 @@ class PeerAnswered:
     tensors: list[torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class PeerFailed:
+class PeerFailed(Struct, frozen=True):
     """The exchange with another worker under `key` has failed."""
 
     key: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Struct, frozen=True):
     """The time of an `Alarm` under `key` is over."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Probed:
+class Probed(Struct, frozen=True):
     """A `Probe` was carried out: `held_by` gave a sign of life (`alive`), or its `Disconnected` was handed in."""
 
     connection: int
     alive: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Expired:
+class Expired(Struct, frozen=True):
     """The time of a `Keep` is over."""
 
     session: str
@@ -129,8 +120,7 @@ class PeerFor(m.PeerAddress, frozen=True, array_like=True):
     """The session of that client: another one that names the same ticket has to prove it, too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Struct, frozen=True):
     """Send `envelope` and `tensors` on `connection`."""
 
     connection: int
@@ -138,8 +128,7 @@ class Reply:
     tensors: Sequence[torch.Tensor] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ToPeer:
+class ToPeer(Struct, frozen=True):
     """Send `body` and `tensors` to another worker.
 
     With a `key` its answer is wanted, as a `PeerAnswered` under that key; with an empty one the message is posted.
@@ -151,30 +140,26 @@ class ToPeer:
     key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(Struct, frozen=True):
     """The request goes on when a peer has answered under `key`, or under one of `others`."""
 
     key: str
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(Struct, frozen=True):
     """Close `connection`."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class Distrust:
+class Distrust(Struct, frozen=True):
     """Let the next proof from where `connection` comes from wait: this one did not hold."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class Again:
+class Again(Struct, frozen=True):
     """The turn of this event is over, and this much of it is left: hand that in as an event of its own, after events
     of other connections that wait by now, and before others of its connection.
     """
@@ -182,16 +167,14 @@ class Again:
     event: Received
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
+class Alarm(Struct, frozen=True):
     """Hand in `TimePassed` with this key after so many seconds."""
 
     seconds: float
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(Struct, frozen=True):
     """Hand in nothing more of `connection` until there is a `Release` for it: what its client has posted last is under
     way. What is `left` of that comes then, first of all.
     """
@@ -200,15 +183,13 @@ class Hold:
     left: Received | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Struct, frozen=True):
     """Go on with `connection`, which was held; there is one for each `Hold`."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """`connection` shows the secret of the session that `held_by` has: if that one gives no sign of life, close it, and
     hand in what is left of it. Then hand in `Probed`, before anything else of `connection`."""
 
@@ -216,8 +197,7 @@ class Probe:
     held_by: int
 
 
-@dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(Struct, frozen=True):
     """Hand in `Expired` with these after so many `seconds`."""
 
     session: str
@@ -225,8 +205,7 @@ class Keep:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class HandOn:
+class HandOn(Struct, frozen=True):
     """Let the process for this user's sessions go on with the connection: its client has proved to be `user`, with the
     message `id`, and `hello` is what it wants. Nothing more of it is handed in here but `Disconnected`."""
 
@@ -251,8 +230,7 @@ class Introduce:
     secret: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """Nothing more is sent to these: end the sessions there, once what was sent before has left."""
 
     peers: Sequence[PeerFor]
@@ -276,8 +254,7 @@ Instruction: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(Struct, frozen=True):
     """Within the machine: what waits under `key` goes on now, if anything does."""
 
     key: str

@@ -42,6 +42,7 @@ its events: `handling.requests` (generators that wait and go on), `handling.answ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,6 +202,9 @@ class WorkerState:
             kept=kept,
             overview=self.overview,
         )
+        self.is_short: Callable[[Event], bool] = partial(is_short, self._parts, self._requests)
+        """Returns whether `handle` takes no more than some milliseconds for an event, as far as is known. To be asked
+        while no event is being handled."""
         self._posts = Posts(self._parts, self._requests)
         self._endings = Endings(self._parts, self._requests)
 
@@ -403,23 +407,30 @@ class WorkerState:
         * ``Probe``: hand in ``Probed`` once, before anything else of that connection.
         """
         self._requests.deliver = deliver
-        instructions = self._handle(event, over)
-        besides, self._besides = self._besides, []
-        return [*instructions, *besides]
+        instructions = self._received(event, over) if isinstance(event, Received) else self._happened(event)
+        if self._besides:
+            besides, self._besides = self._besides, []
+            return [*instructions, *besides]
+        return instructions
 
-    def is_short(self, event: Event) -> bool:
-        """Returns whether `handle` takes no more than some milliseconds for this event, as far as is known. To be asked
-        while no event is being handled.
-        """
-        return is_short(self._parts, self._requests, event)
-
-    def _handle(self, event: Event, over: Callable[[], bool]) -> list[Instruction]:
+    def _happened(
+        self,
+        event: TimePassed
+        | Connected
+        | Arrived
+        | Disconnected
+        | Cut
+        | PeerAnswered
+        | PeerFailed
+        | Probed
+        | Expired
+        | UsersChanged,
+    ) -> list[Instruction]:
+        """Takes an event that is no message."""
         match event:
             case Connected(connection, channel):
                 self._parts.openings.connected(connection, channel)
                 return []
-            case Received():
-                return self._received(event, over)
             case PeerAnswered(key) | TimePassed(key):
                 return self._requests.wake(key, event)
             case PeerFailed(key, reason):
@@ -444,8 +455,8 @@ class WorkerState:
 
     def _received(self, event: Received, over: Callable[[], bool]) -> list[Instruction]:
         connection, envelope, body = event.connection, event.envelope, event.envelope.body
-        session = self._parts.sessions.get(connection)
-        if isinstance(body, m.Hello | m.Prove):
+        session = self._parts.openings.sessions.get(connection)
+        if isinstance(body, (m.Hello, m.Prove)):
             return self._parts.openings.open(connection, envelope, body)
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
@@ -459,16 +470,23 @@ class WorkerState:
                 session.kept.give_up()
                 failure = m.Failure("WireError", str(error))
                 return [Reply(connection, m.Envelope(0, failure)), Close(connection)]
-        if isinstance(body, m.Ack | m.Bye):
-            return self._leaves(connection, session, body) if isinstance(body, m.Bye) else []
+        if isinstance(body, m.Bye):
+            return self._leaves(connection, session, body)
+        if isinstance(body, m.Ack):
+            return []
         if envelope.id == 0:
-            return [*self._posts.take(session, event, over), *self._acknowledges(session, event)]
-        request = Request(
-            connection, envelope.id, answer(self._parts, session, body, event.tensors), session, body
-        )
-        if isinstance(body, m.RunProtocol):
-            request.run = body.run
-        return [*self._requests.advance(request, None), *self._acknowledges(session, event)]
+            instructions = self._posts.take(session, event, over)
+        else:
+            steps = answer(self._parts, session, body, event.tensors)
+            request = Request(connection, envelope.id, steps, session, body)
+            if isinstance(body, m.RunProtocol):
+                request.run = body.run
+            instructions = self._requests.advance(request, None)
+        kept = session.kept
+        if kept is not None and session.connection is not None and kept.due(event.tensors):
+            # The client is told that its messages were taken, where no answer has said so for long.
+            instructions.append(Reply(session.connection, m.Envelope(0, m.Ack(), kept.taken)))
+        return instructions
 
     def _leaves(self, connection: int, session: Session, bye: m.Bye) -> list[Instruction]:
         """The client closes its session, for good or not."""
@@ -477,13 +495,6 @@ class WorkerState:
         elif session.kept is not None:
             session.kept.give_up()
         return [*self._endings.disconnected(connection), Close(connection)]
-
-    def _acknowledges(self, session: Session, event: Received) -> list[Instruction]:
-        """Tells the client that its messages were taken, where no answer has said so for long."""
-        kept = session.kept
-        if kept is None or session.connection is None or not kept.due(event.tensors):
-            return []
-        return [Reply(session.connection, m.Envelope(0, m.Ack(), kept.taken))]
 
     def _make_room(self, whose: str, account: Account) -> bool:
         """Lets a plan of a user's rounds go, which its client can send again, or ends a session that was closed, where

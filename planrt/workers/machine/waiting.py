@@ -68,7 +68,7 @@ def wait(
     is_over: Callable[[], bool],
     awaited: Callable[[], Sequence[int]],
 ) -> Exchange:
-    """Waits until `is_over`; returns None then, and who is `Late` where that takes too long.
+    """Waits until `is_over`, which it is not yet; returns None then, and who is `Late` where that takes too long.
 
     Args:
         number: that of the party itself. timeout: seconds.
@@ -76,13 +76,12 @@ def wait(
         is_over: raises whatever ends the computation. awaited: the parties that are waited for now; empty where it is
             none of them, but somebody who is not asked.
     """
-    begun = time.monotonic()
-    ends, asks = begun + timeout, math.inf if question is None else begun + timeout * ASKS_AFTER
+    now = time.monotonic()
+    ends, asks = now + timeout, math.inf if question is None else now + timeout * ASKS_AFTER
     asked: dict[str, int] = {}
     said: dict[int, list[int]] = {}
     again = False
-    while not is_over():
-        now = time.monotonic()
+    while True:
         if now >= asks and question is not None:
             asks, ends = math.inf, max(ends, now + timeout * (1 - ASKS_AFTER))  # it may itself be late
             for one in awaited():
@@ -106,10 +105,12 @@ def wait(
             answered = yield Wait(party.key, tuple(asked))
         except PeerError as error:  # it cannot be reached: what comes of that is told in another way
             asked.pop(error.key, None)
-            continue
-        if isinstance(answered, PeerAnswered):
-            one = asked.pop(answered.key)
-            if isinstance(answered.body, m.Waits):
-                known = range(len(party.parties) + 1)
-                said[one] = [other for other in dict.fromkeys(answered.body.whom) if other in known]
-    return None
+        else:
+            if isinstance(answered, PeerAnswered):
+                one = asked.pop(answered.key)
+                if isinstance(answered.body, m.Waits):
+                    known = range(len(party.parties) + 1)
+                    said[one] = [other for other in dict.fromkeys(answered.body.whom) if other in known]
+        if is_over():
+            return None
+        now = time.monotonic()

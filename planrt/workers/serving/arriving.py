@@ -8,6 +8,7 @@ bound without a quota, too, and one for all clients of the worker together, or m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from planrt.errors import MessageTooLargeError
@@ -32,33 +33,34 @@ class Arriving:
 
     def __init__(self, most: int, most_of_all: int) -> None:
         self._most, self._most_of_all = most, most_of_all
-        self._begun: dict[int, tuple[str, int]] = {}
+        self.begun: dict[int, tuple[str, int]] = {}
         """Connection -> its user, and the bytes of the message that it brings."""
 
-    def room(self, connection: int, whose: str, nbytes: int, *, address: str) -> Store:
-        """Returns memory for the message that `connection` brings now.
+    def room(self, connection: int, whose_is: Callable[[int], str], nbytes: int, *, address: str) -> Store:
+        """Returns memory for the message that `connection` brings now; `whose_is` returns the user of a connection.
 
         Raises:
             MessageTooLargeError: with what else arrives for that user it is too much.
         """
         if nbytes > _SMALL:
-            others = sum(size for user, size in self._begun.values() if user == whose)
+            whose = whose_is(connection)
+            others = sum(size for user, size in self.begun.values() if user == whose)
             if others + nbytes > self._most:
                 raise MessageTooLargeError(
                     f"a message of {nbytes:,} bytes is over the limit while {others:,} others arrive for the same "
                     f"user: {self._most:,} together",
                     address=address,
                 )
-            all = sum(size for _, size in self._begun.values())
+            all = sum(size for _, size in self.begun.values())
             if all + nbytes > self._most_of_all:
                 raise MessageTooLargeError(
                     f"a message of {nbytes:,} bytes is over the limit while {all:,} others arrive at this worker: "
                     f"{self._most_of_all:,} together; try again later",
                     address=address,
                 )
-            self._begun[connection] = whose, nbytes
+            self.begun[connection] = whose, nbytes
         return MemoryStore(nbytes)
 
     def over(self, connection: int) -> None:
         """Notes that the message of `connection` has been handled, or will never be whole."""
-        self._begun.pop(connection, None)
+        self.begun.pop(connection, None)

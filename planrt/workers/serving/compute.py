@@ -72,8 +72,8 @@ class ComputeThread:
         self._told.acquire()
         self._awake = self._closed = False
         """Whether the thread looks for jobs, or will; whether it takes no more. Both change under the lock."""
-        self._asked = 0
-        """What was asked for and is not over, for whoever asked, as well."""
+        self.asked = 0
+        """How much was asked of `run` and is not over, for whoever asked, as well."""
         self.busy = False
         """Whether something is computed."""
 
@@ -93,36 +93,27 @@ class ComputeThread:
             self._tell()
             wake = not self._awake
             self._awake = True
-            self._asked += 1
+            self.asked += 1
         try:
             if wake:
                 self._wake()
             return await answer
         finally:
             with self._lock:
-                self._asked -= 1
+                self.asked -= 1
             del answer, args  # or an error's traceback would show the error, and all of it stay
-
-    @property
-    def idle(self) -> bool:
-        """Returns whether nothing runs or waits to, and whoever asked for something has heard of it."""
-        return not self._asked
 
     def run_here(self, function: Callable[..., T], *args: object) -> T | None:
         """Runs ``function(*args)`` on the thread that calls this, at once; returns None where that cannot be, since
         something else runs or waits to, or has not been heard of by who asked for it. To hand over to the thread and
         back takes as long as a short function does, and whoever calls this waits for it: it must be short.
         """
-        with self._lock:
-            if self._closed or self._asked or not _computing.acquire(blocking=False):
-                return None
-            self._asked += 1
+        if self._closed or self.asked or not _computing.acquire(blocking=False):
+            return None
         try:
             return self._compute_alone(function, *args)
         finally:
             _computing.release()
-            with self._lock:
-                self._asked -= 1
 
     def _wake(self) -> None:
         try:

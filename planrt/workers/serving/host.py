@@ -274,12 +274,15 @@ class WorkerHost:
         opening = bool(pipe.channel.host)  # within a process nobody has to be held off
 
         def room(message: object, nbytes: int) -> frames.Store:
-            return self._arriving.room(number, self.state.whose(number), nbytes, address=pipe.address)
+            return self._arriving.room(number, self.state.whose, nbytes, address=pipe.address)
 
         while True:
-            self._arriving.over(number)
-            if number in self._outgoing:  # who does not take its answers is given no more of them
-                await self._outgoing[number].empty()
+            if number in self._arriving.begun:
+                self._arriving.over(number)
+            outgoing = self._outgoing.get(number)
+            # Who does not take its answers is given no more of them.
+            if outgoing is not None and outgoing.waits:
+                await outgoing.empty()
             opening = opening and not self.state.is_open(number)
             received = await (self._opening_message(pipe) if opening else pipe.receive(room))
             if received is None:
@@ -307,20 +310,14 @@ class WorkerHost:
             reason = f"no handshake in {OPENING_SECONDS:g} s"
             raise HandshakeError(reason, address=pipe.address) from None
 
-    def _done_here(self, event: Event) -> list[Instruction] | None:
-        """Handles an event that takes no time, on the loop; returns None where it has not."""
-        if self._audit is not None and (self._audit.waiting or self._writing.locked()):
-            return None  # what came before it has yet to leave
-        if not self._compute.idle or not self.state.is_short(event):
-            return None
-        return self._compute.run_here(self._work, event, self._deliver_now)
-
     def _work(self, event: Event, deliver: Callable[[ToPeer | Reply], None]) -> list[Instruction]:
         """Handles an event, on the compute thread as a rule. What is for others is given to `deliver`, and leaves
         meanwhile, unless the owner's log is to be written before."""
         end = time.monotonic() + TURN
         at_once = None if self._audit is not None else deliver
-        with deterministic_kernels(self.state.deterministic):
+        if not self.state.deterministic:
+            return self.state.handle(event, lambda: time.monotonic() >= end, at_once)
+        with deterministic_kernels(True):
             return self.state.handle(event, lambda: time.monotonic() >= end, at_once)
 
     def _deliver(self, message: ToPeer | Reply) -> None:
@@ -338,16 +335,22 @@ class WorkerHost:
         left = [event]
         own = event.connection if isinstance(event, Received) else None
         lost: ConnectionError | None = None
-        self._loop = asyncio.get_running_loop()
         while left:  # to the end, though nobody may hear of it: a message is done whole
             event = left.pop()
-            instructions = self._done_here(event)
+            instructions = None
+            written = self._audit is None or not (self._audit.waiting or self._writing.locked())
+            # What came before it has left, and it takes no time: it is done on the loop.
+            if written and not self._compute.asked and self.state.is_short(event):
+                instructions = self._compute.run_here(self._work, event, self._deliver_now)
             if instructions is None:
+                self._loop = asyncio.get_running_loop()
                 instructions = await self._compute.run(self._work, event, self._deliver)
             if self._audit is not None and (self._audit.waiting or self._writing.locked()):
                 instructions = await self._written(self._audit, event, instructions)
             for instruction in instructions:
                 match instruction:
+                    case Wait():
+                        pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
                     case Reply(connection, envelope, tensors) if connection == own:
                         lost = await self._send(connection, envelope, tensors) or lost
                     case Reply(connection, envelope, tensors):
@@ -359,8 +362,6 @@ class WorkerHost:
                         self._close_soon(connection)
                     case Distrust(connection):
                         self._distrust(connection)
-                    case Wait():
-                        pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
                     case ToPeer():
                         self._links.send(instruction)
                     case Introduce(peer, secret):

@@ -70,6 +70,11 @@ class Outgoing:
         self._waiting.append((frame, id, left))
         self._nbytes += frame.nbytes
 
+    @property
+    def waits(self) -> bool:
+        """True where something waits."""
+        return self._sender is not None
+
     async def empty(self) -> None:
         """Returns once nothing waits, or the connection has ended."""
         while self._sender is not None:

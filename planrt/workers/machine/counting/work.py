@@ -73,6 +73,9 @@ def key_pair(key_bits: int) -> float:
 
 # -------------------------------------------------------------------------------- messages
 
+_PAID_ELSEWHERE: Final = frozenset({m.Opening, m.Corrections, m.Parcel, m.PutShare})
+"""Messages that are paid for by whose computation it is, where they are taken."""
+
 
 def pay_for_message(
     store: ObjectStore, session: Session, body: m.Body, tensors: Sequence[torch.Tensor]
@@ -87,8 +90,8 @@ def pay_for_message(
 
 
 def _of_message(store: ObjectStore, session: Session, body: m.Body, tensors: Sequence[torch.Tensor]) -> float:
-    if isinstance(body, m.Opening | m.Corrections | m.Parcel | m.PutShare):
-        return 0.0  # paid for by whose computation it is, where it is taken
+    if type(body) in _PAID_ELSEWHERE:
+        return 0.0
     flops = float(entries(tensors))
     match body:
         case m.PutPlan() | m.StorePlan() | m.StoreProtocol():

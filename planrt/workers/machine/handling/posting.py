@@ -28,14 +28,15 @@ class Posts:
 
     def take(self, session: Session, event: Received, over: Callable[[], bool]) -> list[Instruction]:
         """Does what a message asks for that is not answered, until its turn is `over`; returns what is to be done."""
-        body = event.envelope.body
-        if isinstance(body, m.ActFor):
-            return self._acts_for(session, body)
-        if isinstance(body, m.CancelRun):
-            return self._requests.cancel(session, body.run)
-        if isinstance(body, m.Post):
-            return self._post(event.connection, session, body, over)
-        return self._posted(event.connection, session, body, event.tensors)
+        match event.envelope.body:
+            case m.Post() as body:
+                return self._post(event.connection, session, body, over)
+            case m.ActFor() as body:
+                return self._acts_for(session, body)
+            case m.CancelRun(run):
+                return self._requests.cancel(session, run)
+            case body:
+                return self._posted(event.connection, session, body, event.tensors)
 
     def _acts_for(self, session: Session, body: m.ActFor) -> list[Instruction]:
         """Takes the ticket for acting in the name of a session's client at another worker."""

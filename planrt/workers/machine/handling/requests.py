@@ -101,8 +101,9 @@ class Requests:
 
     def _go_on(self, request: Request, sent: PeerAnswered | TimePassed | Exception) -> list[Instruction]:
         self._forget_keys(request)
-        if request.session.kept is not None:
-            request.session.kept.before_writing()
+        kept = request.session.kept
+        if kept is not None and kept.answers:
+            kept.before_writing()
         return self.advance(request, sent)
 
     def _forget_keys(self, request: Request) -> None:
@@ -122,27 +123,30 @@ class Requests:
     ) -> list[Instruction]:
         """Runs a request until it waits for a peer or is answered; `sent` is what it waited for."""
         instructions: list[Instruction] = []
+        steps, deliver = request.steps, self.deliver
         self.at_work.append(request.session)
         try:
+            step = steps.throw(sent) if isinstance(sent, Exception) else steps.send(sent)
             while True:
-                step = request.steps.throw(sent) if isinstance(sent, Exception) else request.steps.send(sent)
-                sent = None
-                if isinstance(step, Wake):
-                    for one in self.wake(step.key, TimePassed(step.key)):
-                        if self.deliver is not None and isinstance(one, Reply) and not instructions:
-                            self.deliver(one)
-                        else:
-                            instructions.append(one)
-                    continue
-                if self.deliver is not None and isinstance(step, ToPeer) and not step.key:
-                    self.deliver(step)
-                    continue
-                instructions.append(step)
-                if isinstance(step, Wait):
-                    request.keys = (step.key, *step.others)
-                    request.session.waiting += 1
-                    self._waiting.update(dict.fromkeys(request.keys, request))
-                    return instructions
+                match step:
+                    case ToPeer(key="") if deliver is not None:
+                        deliver(step)
+                    case Wait(key, others):
+                        request.keys = (key, *others)
+                        request.session.waiting += 1
+                        for key in request.keys:
+                            self._waiting[key] = request
+                        instructions.append(step)
+                        return instructions
+                    case Wake(key):
+                        for one in self.wake(key, TimePassed(key)):
+                            if deliver is not None and isinstance(one, Reply) and not instructions:
+                                deliver(one)
+                            else:
+                                instructions.append(one)
+                    case _:
+                        instructions.append(step)
+                step = steps.send(None)
         except StopIteration as stop:
             body, tensors = stop.value or (m.Done(), ())
         except Exception as error:  # whatever a request raises is its client's answer, never the worker's end

@@ -15,6 +15,20 @@ from planrt.workers.wire import messages as m
 
 def is_short(parts: Parts, requests: Requests, event: Event) -> bool:
     """Returns whether what comes of an event takes no more than `pace.SHORT` seconds of a processor's time."""
+    if isinstance(event, Received):
+        match event.envelope.body:
+            case m.Opening() | m.Corrections() as body:
+                return parts.parties.is_short(body)
+            case m.AskNeeds() | m.ReadTraffic():
+                return True
+            case m.Post() as body:
+                session = parts.sessions.get(event.connection)
+                return session is not None and parts.eager.is_short(session, body)
+            case m.PutShare() as body:
+                return parts.parties.is_short_put(body)
+            case m.Fetch(id):
+                return parts.parties.is_short_fetch(id)
+        return False
     if isinstance(event, PeerAnswered | TimePassed):
         asked = requests.waiting_for(event.key)
         if not isinstance(asked, m.Deal):
@@ -22,18 +36,4 @@ def is_short(parts: Parts, requests: Requests, event: Event) -> bool:
         if isinstance(event, TimePassed):
             return parts.dealers.is_short_ahead(asked.group, event.key)
         return parts.dealers.is_short(asked.group, event.body)
-    if not isinstance(event, Received):
-        return isinstance(event, Arrived)
-    match event.envelope.body:
-        case m.Opening() | m.Corrections() as body:
-            return parts.parties.is_short(body)
-        case m.AskNeeds() | m.ReadTraffic():
-            return True
-        case m.Post() as body:
-            session = parts.sessions.get(event.connection)
-            return session is not None and parts.eager.is_short(session, body)
-        case m.PutShare() as body:
-            return parts.parties.is_short_put(body)
-        case m.Fetch(id):
-            return parts.parties.is_short_fetch(id)
-    return False
+    return isinstance(event, Arrived)

@@ -18,13 +18,12 @@ import torch
 from planrt.errors import PolicyError
 from planrt.plans.policy.quotas import Account
 from planrt.serde.frames import Limits
-from planrt.serde.tensors import payload_bytes
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.delivery import LARGE, MESSAGES, Unacknowledged
 
-READS: Final = (
+READS: Final = frozenset({
     m.Fetch, m.ReadPlan, m.ReadRun, m.ListObjects, m.CountObjects, m.AskApproval, m.Ack, m.Bye,
-)  # fmt: skip
+})  # fmt: skip
 """Messages that write to no object."""
 
 
@@ -104,11 +103,13 @@ class Keeping:
         Raises:
             WireError: it acknowledges what was never sent.
         """
-        if not self.broken:
-            self.answers.acknowledge(envelope.seen)
-        if not isinstance(envelope.body, m.Ack | m.Bye):
+        answers, kind = self.answers, type(envelope.body)
+        left = len(answers)
+        if not self.broken and (left or envelope.seen > answers.sent):
+            left -= len(answers.acknowledge(envelope.seen))
+        if kind is not m.Ack and kind is not m.Bye:
             self.taken += 1
-        if self.answers and not isinstance(envelope.body, READS):
+        if left and kind not in READS:
             self.before_writing()
 
     def before_writing(self) -> None:
@@ -160,7 +161,7 @@ class Keeping:
         """Returns whether the client is to be told now that its messages were taken, the latest with `tensors`."""
         untold = self.taken - self.told  # an answer may just have said it
         if untold:
-            self.untold_bytes += payload_bytes(tensors)
+            self.untold_bytes += sum([one.nbytes for one in tensors])
         if untold == 0 or (untold < MESSAGES and self.untold_bytes < LARGE):
             return False
         self.told, self.untold_bytes = self.taken, 0

@@ -7,15 +7,12 @@ arrives is no part of the protocol, and ends the group.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from msgspec.structs import replace
 
 from planrt.errors import RandomnessError, SharingError
 from planrt.plans.policy.quotas import PLAN_BYTES
@@ -29,7 +26,7 @@ from planrt.sharing.rounds import Party, combined
 from planrt.workers.machine.events import Alarm, Wait
 from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing.pace import Pace
-from planrt.workers.machine.waiting import Exchange
+from planrt.workers.machine.waiting import Exchange, Late, wait
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.shared_programs import KeptPrograms
 
@@ -74,21 +71,42 @@ class Group:
     """The dealer's session here."""
     failure: str = ""
     """Why it has ended; nothing is opened afterwards."""
+    owner: str = field(init=False)
+    """The name of the client's session here."""
+    key: str = field(init=False)
+    """The key that its runs wait under."""
+    dealing_key: str = field(init=False)
+    """The key that the dealer's question waits under, while there is nothing to be answered."""
+    others: list[m.PeerAddress] = field(init=False)
+    """The other parties, in their order."""
+    is_last: bool = field(init=False)
+    """True for the one party that the dealer sends corrections."""
     opened: int = 0
     """How many openings are over, or under way: the number of the next one."""
+    needed: int = 0
+    """Its program goes on only when all corrections below this number are here."""
     alarm: float = 0.0
     """When somebody will look whether it has waited too long, on `time.monotonic`'s clock."""
     waits: bool = False
-    """Whether one of its programs waits now, for those that are `missing` or the dealer."""
+    """Whether one of its programs waits now (`wait`), for those that are `missing` or the dealer."""
     pace: Pace = field(default_factory=Pace)
     """How long its programs compute at a time."""
-    traffic: m.GroupTraffic = field(default_factory=m.GroupTraffic)
     programs: KeptPrograms = field(default_factory=KeptPrograms)
     """Programs that its client has sent."""
     _came: dict[int, int] = field(default_factory=dict)
     """Party -> how many of its openings have arrived."""
-    _parts: dict[int, deque[list[torch.Tensor]]] = field(default_factory=dict)
-    """Party -> what it has opened that this one has not taken yet, oldest first."""
+    _here: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Party -> its parts of the opening under way."""
+    _ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Party -> its parts of the next one, of those that are ahead."""
+    _to_come: int = 0
+    """How many parties are `missing`."""
+    _nbytes: int = 0
+    """The bytes of this party's parts of the opening under way, and so of each other's."""
+    _sent: int = 0
+    _received: int = 0
+    _dealt: int = 0
+    """Bytes: see `traffic`."""
     _stock: Stock | None = None
     _telling: Telling = field(default_factory=Telling)
     _asked: deque[Asked] = field(default_factory=deque)
@@ -96,25 +114,12 @@ class Group:
     _outstanding: deque[tuple[int, Request, Base]] = field(default_factory=deque)
     """Requests that it was told of, and has not answered, with their numbers."""
 
-    @property
-    def owner(self) -> str:
-        """The name of the client's session here."""
-        return self.client.id
-
-    @property
-    def key(self) -> str:
-        """The key that its runs wait under."""
-        return f"sharing:{self.about.group}"
-
-    @property
-    def dealing_key(self) -> str:
-        """The key that the dealer's question waits under, while there is nothing to be answered."""
-        return f"dealing:{self.about.group}"
-
-    @property
-    def others(self) -> list[m.PeerAddress]:
-        """The other parties, in their order."""
-        return [one for number, one in enumerate(self.parties) if number != self.about.number]
+    def __post_init__(self) -> None:
+        me = self.about.number
+        self.owner = self.client.id
+        self.key, self.dealing_key = f"sharing:{self.about.group}", f"dealing:{self.about.group}"
+        self.others = [one for number, one in enumerate(self.parties) if number != me]
+        self.is_last = me == len(self.parties) - 1
 
     @property
     def me(self) -> m.PeerAddress:
@@ -122,9 +127,9 @@ class Group:
         return self.about.parties[self.about.number]
 
     @property
-    def is_last(self) -> bool:
-        """True for the one party that the dealer sends corrections."""
-        return self.about.number == len(self.about.parties) - 1
+    def traffic(self) -> m.GroupTraffic:
+        """How often it has opened something, and the bytes of that and of corrections."""
+        return m.GroupTraffic(self.opened, self._sent, self._received, self._dealt)
 
     def name_of(self, number: int) -> str:
         """Returns a party, or the dealer, as messages call it."""
@@ -161,7 +166,9 @@ class Group:
     def fail(self, reason: str) -> None:
         """Ends the group: what waits is told, nothing is opened any more. The first reason stays."""
         self.failure = self.failure or reason
-        self._parts.clear()
+        self.waits = False
+        self._here.clear()
+        self._ahead.clear()
         self._asked.clear()
         self._outstanding.clear()
 
@@ -170,8 +177,10 @@ class Group:
     def sending(self, parts: Sequence[torch.Tensor]) -> m.Opening:
         """Begins an opening, of which this party's parts go to all others; returns what goes with them."""
         number, self.opened = self.opened, self.opened + 1
-        nbytes = sum(part.nbytes for part in parts) * (len(self.about.parties) - 1)
-        self.traffic = replace(self.traffic, rounds=self.traffic.rounds + 1, sent=self.traffic.sent + nbytes)
+        self._nbytes = sum([part.nbytes for part in parts])
+        self._sent += self._nbytes * len(self.others)
+        self._here, self._ahead = self._ahead, {}
+        self._to_come = len(self.others) - len(self._here)
         return m.Opening(self.about.group, number)
 
     def arrived(self, session: str, body: m.Opening, parts: list[torch.Tensor]) -> None:
@@ -190,19 +199,20 @@ class Group:
                 "openings come in order"
             )
         self._came[number] = expected + 1
-        self._parts.setdefault(number, deque()).append(parts)
-        received = self.traffic.received + sum(part.nbytes for part in parts)
-        self.traffic = replace(self.traffic, received=received)
+        if expected < self.opened:
+            self._here[number] = parts
+            self._to_come -= 1
+        else:
+            self._ahead[number] = parts
 
     @property
     def held_bytes(self) -> int:
         """The bytes of what others have opened and this party has not taken yet, and of its client's programs."""
-        parts = sum(one.nbytes for came in self._parts.values() for parts in came for one in parts)
-        return parts + self.programs.size * PLAN_BYTES
+        held = [*self._here.values(), *self._ahead.values()]
+        return sum(one.nbytes for parts in held for one in parts) + self.programs.size * PLAN_BYTES
 
-    @property
     def missing(self) -> list[int]:
-        """The parties whose parts of the opening under way have not arrived."""
+        """Returns the parties whose parts of the opening under way have not arrived."""
         opened, came = self.opened, self._came
         me = self.about.number
         return [
@@ -212,7 +222,42 @@ class Group:
     @property
     def awaited(self) -> list[int]:
         """Whom its program waits for now; the dealer has the number after those of the parties."""
-        return (self.missing or [len(self.about.parties)]) if self.waits else []
+        return (self.missing() or [len(self.about.parties)]) if self.waits else []
+
+    def is_over(self) -> bool:
+        """Returns whether the opening under way is over, and all corrections that are `needed` are here.
+
+        Raises:
+            GroupFailedError: the group has failed.
+        """
+        if self.failure:
+            raise GroupFailedError(self.failure)
+        if self._to_come:
+            return False
+        if self._outstanding:
+            return self._outstanding[0][0] >= self.needed
+        if self._asked:
+            piece, base = self._asked[0]
+            return base.number(piece.requests[0][0]) >= self.needed
+        return True
+
+    def wait(self) -> Exchange:
+        """Begins to wait, where it is not over, until it is; returns what ends in who is `Late`, for `went_on`."""
+        self.waits = True
+        question = m.AskGroup(self.about.group) if self.about.tells_waits else None
+        me, seconds = self.about.number, self.about.timeout
+        return wait(self, me, seconds, question, is_over=self.is_over, awaited=self.missing)
+
+    def went_on(self, late: Late | None) -> None:
+        """Takes note that nobody waits any more.
+
+        Raises:
+            SharingError: somebody took too long.
+        """
+        self.waits = False
+        if late is not None:
+            dealer = {len(self.about.parties): list[int]()}
+            raise SharingError(Late(late.seconds, late.parties or dealer).told(self.name_of))
 
     def combined(self, mine: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Returns what the parts of all parties add up to; `mine` are this party's.
@@ -222,14 +267,15 @@ class Group:
         """
         everybody = [list(mine)]
         looks = [(part.shape, part.dtype) for part in mine]
-        for number in sorted(self._parts):
-            parts = self._parts[number].popleft()
+        for number, parts in sorted(self._here.items()):
             if [(part.shape, part.dtype) for part in parts] != looks:
                 raise SharingError(
                     f"{self.name_of(number)} opened {shown_parts(parts)} where this one opens {shown_parts(mine)}: "
                     "parties run the same protocol"
                 )
             everybody.append(parts)
+        self._received += self._nbytes * len(self._here)
+        self._here.clear()
         return [combined(parts) for parts in zip(*everybody, strict=True)]
 
     # What the dealer makes, of whom the last party asks it
@@ -261,31 +307,19 @@ class Group:
             raise SharingError(
                 f"corrections for group {body.group!r} came from somebody who is not its dealer"
             )
-        whose = self.name_of(len(self.about.parties))
-        rest = iter(tensors)
-        for number in body.numbers:
-            wanted, request, base = self._outstanding.popleft() if self._outstanding else (-1, None, ALL)
-            if number != wanted or request is None:
-                raise RandomnessError(f"{whose} sent correlated randomness {number}, which was not asked for")
-            try:
-                self._stock.put(number, request, list(islice(rest, len(request.fixed))), base)
-            except RandomnessError as error:
-                raise RandomnessError(f"{whose} sent what does not fit: {error}") from error
-        if next(rest, None) is not None:
-            raise RandomnessError(f"{whose} sent more than was asked for")
-        dealt = self.traffic.dealt + sum(one.nbytes for one in tensors)
-        self.traffic = replace(self.traffic, dealt=dealt)
-
-    def is_over(self, dealt: int) -> bool:
-        """Returns whether the opening under way is over, and all corrections below the number `dealt` are here."""
-        return not self.missing and not (dealt and self._first_to_come < dealt)
-
-    @property
-    def _first_to_come(self) -> float:
-        """The number of the first correction that is not here."""
-        if self._outstanding:
-            return self._outstanding[0][0]
-        if self._asked:
-            piece, base = self._asked[0]
-            return base.number(piece.requests[0][0])
-        return math.inf
+        taken = 0
+        try:
+            for number in body.numbers:
+                wanted, request, base = self._outstanding.popleft() if self._outstanding else (-1, None, ALL)
+                if number != wanted or request is None:
+                    raise RandomnessError(f"correlated randomness {number}, which was not asked for")
+                begin, taken = taken, taken + len(request.fixed)
+                try:
+                    self._stock.put(number, request, tensors[begin:taken], base)
+                except RandomnessError as error:
+                    raise RandomnessError(f"what does not fit: {error}") from error
+            if taken < len(tensors):
+                raise RandomnessError("more than was asked for")
+        except RandomnessError as error:
+            raise RandomnessError(f"{self.name_of(len(self.about.parties))} sent {error}") from error
+        self._dealt += sum([one.nbytes for one in tensors])

@@ -31,6 +31,8 @@ class Pace:
         self._steps: list[float] = []
         self._step = 0
         self._took = self._clock = 0.0
+        self.next = math.inf
+        """Seconds of a processor's time that the next step took when the computation ran last; infinite if none did."""
 
     def begin(self, what: Hashable) -> None:
         """Begins the first step of a computation; `what` is None of one that is not known again."""
@@ -39,7 +41,7 @@ class Pace:
             self._seen.move_to_end(what)
         if len(self._seen) > _MOST:
             self._seen.popitem(last=False)
-        self._step, self._took = 0, 0.0
+        self._come_to(0)
         self.go_on()
 
     def rest(self) -> None:
@@ -57,12 +59,11 @@ class Pace:
             self._steps[self._step] = self._took
         else:
             self._steps.append(self._took)
-        self._step, self._took = self._step + 1, 0.0
+        self._come_to(self._step + 1)
 
-    @property
-    def next(self) -> float:
-        """Seconds of a processor's time that the next step took when the computation ran last; infinite if none did."""
-        return self._steps[self._step] if self._step < len(self._steps) else math.inf
+    def _come_to(self, step: int) -> None:
+        self._step, self._took = step, 0.0
+        self.next = self._steps[step] if step < len(self._steps) else math.inf
 
     def first(self, what: Hashable) -> float:
         """Returns how long the first step of a computation took then."""
@@ -85,7 +86,7 @@ def known_again(op: PostedOp, shape_of: Callable[[int], Any]) -> Hashable:
         what = (plan, training, identity, looks, op.grad)
     else:
         return None
-    if not isinstance(refs, tuple) or not all(type(one) is Ref for one in refs):
+    if not isinstance(refs, tuple) or not {Ref}.issuperset(map(type, refs)):
         return None
     found = op.name, what, tuple([shape_of(one.index) for one in refs])
     try:

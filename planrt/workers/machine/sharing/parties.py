@@ -11,8 +11,7 @@ import hmac
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from planrt.workers.machine.sessions import Session, allowed_list, ask, users_of
 from planrt.workers.machine.sharing.groups import Group, check_number
 from planrt.workers.machine.sharing.pace import SHORT, known_again
 from planrt.workers.machine.sharing.posted import PostedProgram, PostedPrograms
-from planrt.workers.machine.waiting import Exchange, Late, wait
+from planrt.workers.machine.waiting import Exchange
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.posted import PostedOp
 from planrt.workers.wire.refusals import GetNotPermitted
@@ -64,6 +63,8 @@ class PartyOps:
         self._seeds: OrderedDict[bytes, None] = OrderedDict()
         """What tells the seeds apart that came lately; none of them can be computed from it."""
         self._programs = PostedPrograms(objects)
+        self._looked_at: tuple[PostedOp, Hashable] | None = None
+        """What `is_short_run` has found of an op, for `run`."""
 
     @property
     def names(self) -> list[str]:
@@ -188,22 +189,23 @@ class PartyOps:
         group = self._groups.get(body.group)
         if group is None or group.failure:
             return [], []
-        known = session.id in group.members or session.id == group.dealer
         try:
-            if isinstance(body, m.FailGroup):
-                if known or session.id == group.owner:
-                    return self.fail(group, body.reason, tell=session.id == group.owner)
-                return [], []  # a party that failed before it could join tells all; a stranger ends nothing
             if isinstance(body, m.Opening):
                 group.arrived(session.id, body, tensors)
-                self._check_held(group)
-            else:
+                if self._store.limits(group.owner):
+                    self._check_held(group)
+            elif isinstance(body, m.Corrections):
                 group.dealt(session.id, body, tensors)
+            elif _is_known(group, session) or session.id == group.owner:
+                return self.fail(group, body.reason, tell=session.id == group.owner)
+            else:
+                return [], []  # a party that failed before it could join tells all; a stranger ends nothing
+            goes_on = group.waits and group.is_over()
         except PlanrtError as error:
-            if not known:
+            if not _is_known(group, session):
                 raise
             return self.fail(group, str(error))
-        return [], [group.key]
+        return [], [group.key] if goes_on else []
 
     def is_short(self, body: m.Opening | m.Corrections) -> bool:
         """Returns whether what comes of a message takes no more than `SHORT` seconds, as far as is known."""
@@ -218,7 +220,15 @@ class PartyOps:
         group = self._groups.get(op.args[0]) if op.args and isinstance(op.args[0], str) else None
         if group is None or group.owner != session.id:
             return False
-        return self.are_parts(dropped) and group.pace.first(known_again(op, self._shape_of)) <= SHORT
+        known = known_again(op, self._shape_of)
+        self._looked_at = op, known
+        return self.are_parts(dropped) and group.pace.first(known) <= SHORT
+
+    def _known(self, op: PostedOp) -> Hashable:
+        looked_at, self._looked_at = self._looked_at, None
+        if looked_at is not None and looked_at[0] is op:
+            return looked_at[1]
+        return known_again(op, self._shape_of)
 
     def are_parts(self, ids: Sequence[int]) -> bool:
         """Returns whether objects are parts, or not there."""
@@ -375,9 +385,10 @@ class PartyOps:
         group: Group | None = None
         try:
             group = self._group_of(session, op)
-            group.pace.begin(known_again(op, self._shape_of))
+            group.pace.begin(self._known(op))
             given = yield from self._programs.find(session, group, op, operands)
-            self._check_held(group)
+            if self._store.limits(group.owner):
+                self._check_held(group)
             if len(_ids(op)) != given.program.values - given.program.operands:
                 raise SharingError(f"the program has {given.program.values - given.program.operands} results")
             values = yield from self._run(group, given)
@@ -393,9 +404,8 @@ class PartyOps:
 
     def _check_held(self, group: Group) -> None:
         """Raises PolicyError if the groups of a session hold more than its user may keep."""
-        if self._store.limits(group.owner):
-            held = sum(one.held_bytes for one in self._groups.values() if one.owner == group.owner)
-            self._store.check_bytes(group.owner, held)
+        held = sum(one.held_bytes for one in self._groups.values() if one.owner == group.owner)
+        self._store.check_bytes(group.owner, held)
 
     def _group_of(self, session: Session, op: PostedOp) -> Group:
         group = self._own(session, op.args[0] if op.args and isinstance(op.args[0], str) else "")
@@ -425,9 +435,10 @@ class PartyOps:
         protocol = run_program(context, program, given)
         answer: list[torch.Tensor] | None = None
         for step in itertools.count():
-            if taken and not group.is_over(start + taken[step]):
+            group.needed = start + taken[step] if taken else 0
+            if not group.is_over():
                 group.pace.rest()
-                yield from self._wait(group, start + taken[step])
+                group.went_on((yield from group.wait()))
                 group.pace.go_on()
             try:
                 parts = next(protocol) if answer is None else protocol.send(answer)
@@ -438,7 +449,8 @@ class PartyOps:
             for other in group.others:
                 yield ToPeer(other, opening, parts)
             group.pace.end_step()
-            yield from self._wait(group, 0)
+            if not group.is_over():
+                group.went_on((yield from group.wait()))
             group.pace.go_on()
             answer = group.combined(parts)
 
@@ -451,36 +463,6 @@ class PartyOps:
             needs = needs_of(posted.program, posted.values, party=me, count=count, scale=scale)
             group.pace.go_on()
         return needs
-
-    def _wait(self, group: Group, dealt: int) -> Exchange:
-        """Waits until the opening under way is over, and until all corrections below the number `dealt` are here.
-
-        Raises:
-            SharingError: the group has failed, or somebody takes too long.
-        """
-        if group.is_over(dealt):
-            return
-        question = m.AskGroup(group.about.group) if group.about.tells_waits else None
-
-        def is_over() -> bool:
-            group.check()
-            return group.is_over(dealt)
-
-        group.waits = True
-        try:
-            late: Late | None = yield from wait(
-                group,
-                group.about.number,
-                group.about.timeout,
-                question,
-                is_over=is_over,
-                awaited=lambda: group.missing,
-            )
-        finally:
-            group.waits = False
-        if late is not None:
-            dealer = {len(group.about.parties): list[int]()}
-            raise SharingError(replace(late, parties=late.parties or dealer).told(group.name_of))
 
     # -------------------------------------------------------------------------------- what is kept
 
@@ -534,6 +516,11 @@ class PartyOps:
             self._store.add(id, kept)
         except LocalError as error:  # the id is in use, or the worker is full
             session.failure = session.failure or failure_of(error)
+
+
+def _is_known(group: Group, session: Session) -> bool:
+    """Whether it is a party of the group or its dealer that speaks from a session."""
+    return session.id in group.members or session.id == group.dealer
 
 
 def _named(group: Group) -> str:

@@ -145,7 +145,7 @@ class PostedPrograms:
 
 
 def _are_refs(refs: Any) -> bool:
-    return isinstance(refs, tuple | list) and all(type(one) is Ref for one in refs)
+    return isinstance(refs, tuple | list) and {Ref}.issuperset(map(type, refs))
 
 
 def _looks(data: Any) -> Looks | None:
