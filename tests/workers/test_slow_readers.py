@@ -243,13 +243,13 @@ def test_what_arrives_is_bounded_without_a_quota_and_for_all_together():
     room = arriving.Arriving(10 << 20, 25 << 20)
     at = "nobody at 10.0.0"
     users = {1: f"{at}.1", 2: f"{at}.1", 3: f"{at}.2", 4: "user ann", 5: "user ben"}.__getitem__
-    room.room(1, users, 8 << 20, address="")
+    room.room(1, users, "", None, 8 << 20)
     with pytest.raises(MessageTooLargeError, match="others arrive for the same user"):
-        room.room(2, users, 8 << 20, address="")
-    room.room(3, users, 8 << 20, address="")
-    room.room(4, users, 8 << 20, address="")
+        room.room(2, users, "", None, 8 << 20)
+    room.room(3, users, "", None, 8 << 20)
+    room.room(4, users, "", None, 8 << 20)
     with pytest.raises(MessageTooLargeError, match="others arrive at this worker"):
-        room.room(5, users, 8 << 20, address="")
+        room.room(5, users, "", None, 8 << 20)
     room.over(1)
-    assert len(room.room(5, users, 8 << 20, address="").room()) > 0
+    assert len(room.room(5, users, "", None, 8 << 20).room()) > 0
     assert arriving.MOST == 16 << 30

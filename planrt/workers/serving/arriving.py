@@ -36,8 +36,11 @@ class Arriving:
         self.begun: dict[int, tuple[str, int]] = {}
         """Connection -> its user, and the bytes of the message that it brings."""
 
-    def room(self, connection: int, whose_is: Callable[[int], str], nbytes: int, *, address: str) -> Store:
-        """Returns memory for the message that `connection` brings now; `whose_is` returns the user of a connection.
+    def room(
+        self, connection: int, whose_is: Callable[[int], str], address: str, message: object, nbytes: int
+    ) -> Store:
+        """Returns memory for the `message` that `connection` brings now, of whose tensors there are `nbytes`;
+        `whose_is` returns the user of a connection.
 
         Raises:
             MessageTooLargeError: with what else arrives for that user it is too much.

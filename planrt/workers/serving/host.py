@@ -272,16 +272,13 @@ class WorkerHost:
     async def _take_messages(self, number: int, pipe: Pipe) -> None:
         """Handles what arrives, one message after the other, until the pipe ends."""
         opening = bool(pipe.channel.host)  # within a process nobody has to be held off
-
-        def room(message: object, nbytes: int) -> frames.Store:
-            return self._arriving.room(number, self.state.whose, nbytes, address=pipe.address)
-
+        room = partial(self._arriving.room, number, self.state.whose, pipe.address)
         while True:
             if number in self._arriving.begun:
                 self._arriving.over(number)
             outgoing = self._outgoing.get(number)
             # Who does not take its answers is given no more of them.
-            if outgoing is not None and outgoing.waits:
+            if outgoing is not None and outgoing.sender is not None:
                 await outgoing.empty()
             opening = opening and not self.state.is_open(number)
             received = await (self._opening_message(pipe) if opening else pipe.receive(room))

@@ -33,7 +33,8 @@ class Outgoing:
         self._pipe, self._limits, self._arrived = pipe, limits, arrived
         self._waiting: deque[tuple[Frame, int, asyncio.Future[None] | None]] = deque()
         self._nbytes = 0
-        self._sender: asyncio.Task[None] | None = None
+        self.sender: asyncio.Task[None] | None = None
+        """What sends that, while something waits."""
 
     async def send(self, frame: Frame, id: int) -> None:
         """Sends the answer to request `id` after those that wait; once this returns, the tensors in it may change.
@@ -41,7 +42,7 @@ class Outgoing:
         Raises:
             ConnectionError: the connection has ended.
         """
-        if self._sender is None:
+        if self.sender is None:
             await self._send(frame, id)
             return
         left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -57,28 +58,23 @@ class Outgoing:
         """Takes the answer to request `id`, to be sent after those that wait, or at once; False, and nothing was taken,
         where too much waits.
         """
-        if self._sender is None and self._pipe.send_now(frame):
+        if self.sender is None and self._pipe.send_now(frame):
             return True
         if len(self._waiting) >= self._limits.unread_answers or self._nbytes > self._limits.unread_memory:
             return False
         self._put(frame, id, None)
-        if self._sender is None:
-            self._sender = asyncio.create_task(self._send_all())
+        if self.sender is None:
+            self.sender = asyncio.create_task(self._send_all())
         return True
 
     def _put(self, frame: Frame, id: int, left: asyncio.Future[None] | None) -> None:
         self._waiting.append((frame, id, left))
         self._nbytes += frame.nbytes
 
-    @property
-    def waits(self) -> bool:
-        """True where something waits."""
-        return self._sender is not None
-
     async def empty(self) -> None:
         """Returns once nothing waits, or the connection has ended."""
-        while self._sender is not None:
-            await asyncio.wait([self._sender])
+        while self.sender is not None:
+            await asyncio.wait([self.sender])
 
     async def _send_all(self) -> None:
         error: BaseException = ConnectionResetError("the connection is being closed")
@@ -94,7 +90,7 @@ class Outgoing:
         except ConnectionError as lost:
             error = lost
         finally:
-            self._sender = None
+            self.sender = None
             for *_, left in self._waiting:
                 if left is not None and not left.done():
                     left.set_exception(error)
@@ -110,5 +106,5 @@ class Outgoing:
 
     def drop(self) -> None:
         """Sends nothing more of what waits."""
-        if self._sender is not None:
-            self._sender.cancel()
+        if self.sender is not None:
+            self.sender.cancel()

@@ -85,13 +85,13 @@ def pay_for_message(
     Raises:
         PolicyError: its user has not so much left.
     """
-    if store.limits(session.id) and (flops := _of_message(store, session, body, tensors)):
+    if type(body) in _PAID_ELSEWHERE or not store.limits(session.id):
+        return
+    if flops := _of_message(store, session, body, tensors):
         store.spend(session.id, _WORDS.get(type(body), "a message"), flops)
 
 
 def _of_message(store: ObjectStore, session: Session, body: m.Body, tensors: Sequence[torch.Tensor]) -> float:
-    if type(body) in _PAID_ELSEWHERE:
-        return 0.0
     flops = float(entries(tensors))
     match body:
         case m.PutPlan() | m.StorePlan() | m.StoreProtocol():

@@ -88,7 +88,8 @@ class Posts:
             self._parts.access.check_publish(session.user, body)
             match body:
                 case m.Opening() | m.Corrections() | m.FailGroup():
-                    return self._requests.heard(*self._parts.parties.heard(session, body, tensors))
+                    sends, keys = self._parts.parties.heard(session, body, tensors)
+                    return self._requests.heard(sends, keys) if sends or keys else []
                 case m.Parcel() | m.FailJoint():
                     return self._requests.heard(*self._parts.joint.heard(session, body, tensors))
                 case m.EndJoint():

@@ -74,7 +74,8 @@ class Requests:
         """Returns what goes to other workers, and what comes of it that requests under these keys go on."""
         instructions: list[Instruction] = [*sends]
         for key in keys:
-            instructions += self.wake(key, TimePassed(key))
+            if (request := self._waiting.get(key)) is not None:
+                instructions += self._go_on(request, TimePassed(key))
         return instructions
 
     def wake(self, key: str, sent: PeerAnswered | TimePassed | Exception) -> list[Instruction]:

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Final
 
 import torch
@@ -25,6 +26,8 @@ READS: Final = frozenset({
     m.Fetch, m.ReadPlan, m.ReadRun, m.ListObjects, m.CountObjects, m.AskApproval, m.Ack, m.Bye,
 })  # fmt: skip
 """Messages that write to no object."""
+
+_NBYTES: Final = attrgetter("nbytes")
 
 
 def _has_room(account: Account, tensors: Sequence[torch.Tensor] = (), *, beside: int = 0) -> bool:
@@ -161,7 +164,7 @@ class Keeping:
         """Returns whether the client is to be told now that its messages were taken, the latest with `tensors`."""
         untold = self.taken - self.told  # an answer may just have said it
         if untold:
-            self.untold_bytes += sum([one.nbytes for one in tensors])
+            self.untold_bytes += sum(map(_NBYTES, tensors))
         if untold == 0 or (untold < MESSAGES and self.untold_bytes < LARGE):
             return False
         self.told, self.untold_bytes = self.taken, 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,9 @@ MAX_GROUPS = 1_000
 """Groups that a worker is a party of, and as many that it deals for."""
 MAX_OF_SESSION = 100
 """Of these, groups of one client's session."""
+
+_NBYTES = attrgetter("nbytes")
+_LOOK = attrgetter("shape", "dtype")
 
 
 class _Owned(Protocol):
@@ -128,7 +132,7 @@ class Group:
 
     @property
     def traffic(self) -> m.GroupTraffic:
-        """How often it has opened something, and the bytes of that and of corrections."""
+        """The openings that it took part in, and the bytes of these and of corrections."""
         return m.GroupTraffic(self.opened, self._sent, self._received, self._dealt)
 
     def name_of(self, number: int) -> str:
@@ -177,7 +181,7 @@ class Group:
     def sending(self, parts: Sequence[torch.Tensor]) -> m.Opening:
         """Begins an opening, of which this party's parts go to all others; returns what goes with them."""
         number, self.opened = self.opened, self.opened + 1
-        self._nbytes = sum([part.nbytes for part in parts])
+        self._nbytes = sum(map(_NBYTES, parts))
         self._sent += self._nbytes * len(self.others)
         self._here, self._ahead = self._ahead, {}
         self._to_come = len(self.others) - len(self._here)
@@ -266,9 +270,9 @@ class Group:
             SharingError: somebody's have other shapes or dtypes.
         """
         everybody = [list(mine)]
-        looks = [(part.shape, part.dtype) for part in mine]
+        looks = [*map(_LOOK, mine)]
         for number, parts in sorted(self._here.items()):
-            if [(part.shape, part.dtype) for part in parts] != looks:
+            if [*map(_LOOK, parts)] != looks:
                 raise SharingError(
                     f"{self.name_of(number)} opened {shown_parts(parts)} where this one opens {shown_parts(mine)}: "
                     "parties run the same protocol"
@@ -294,7 +298,7 @@ class Group:
             if told and (count > MOST_REQUESTS or size > MOST_BYTES):
                 break
             told.append(self._asked.popleft())
-            self._outstanding.extend((base.number(number), one, base) for number, one in piece.requests)
+            self._outstanding.extend([(base.number(number), one, base) for number, one in piece.requests])
         return self._telling.data(told)
 
     def dealt(self, session: str, body: m.Corrections, tensors: Sequence[torch.Tensor]) -> None:
@@ -322,4 +326,4 @@ class Group:
                 raise RandomnessError("more than was asked for")
         except RandomnessError as error:
             raise RandomnessError(f"{self.name_of(len(self.about.parties))} sent {error}") from error
-        self._dealt += sum([one.nbytes for one in tensors])
+        self._dealt += sum(map(_NBYTES, tensors))

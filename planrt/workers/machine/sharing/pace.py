@@ -41,7 +41,8 @@ class Pace:
             self._seen.move_to_end(what)
         if len(self._seen) > _MOST:
             self._seen.popitem(last=False)
-        self._come_to(0)
+        self._step, self._took = 0, 0.0
+        self.next = self._steps[0] if self._steps else math.inf
         self.go_on()
 
     def rest(self) -> None:
@@ -54,16 +55,10 @@ class Pace:
 
     def end_step(self) -> None:
         """Ends a step, and stops the clock."""
-        self.rest()
-        if self._step < len(self._steps):
-            self._steps[self._step] = self._took
-        else:
-            self._steps.append(self._took)
-        self._come_to(self._step + 1)
-
-    def _come_to(self, step: int) -> None:
-        self._step, self._took = step, 0.0
-        self.next = self._steps[step] if step < len(self._steps) else math.inf
+        steps, ended = self._steps, self._step
+        steps[ended : ended + 1] = [self._took + time.thread_time() - self._clock]
+        self._step, self._took = ended + 1, 0.0
+        self.next = steps[ended + 1] if ended + 1 < len(steps) else math.inf
 
     def first(self, what: Hashable) -> float:
         """Returns how long the first step of a computation took then."""
