@@ -126,9 +126,13 @@ def _other(number: int, made_for: Request, request: Request) -> RandomnessError:
 
 def check_correction(number: int, request: Request, tensors: Sequence[torch.Tensor]) -> None:
     """Raise RandomnessError unless `tensors` can be the correction of `request`."""
-    want = [(_DTYPES[spec.kind], spec.shape) for spec in request.fixed]
-    have = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
-    if want != have:
+    specs = request.fixed
+    fits = len(specs) == len(tensors)
+    for spec, tensor in zip(specs, tensors, strict=False):
+        fits = fits and tensor.dtype == _DTYPES[spec.kind] and tensor.shape == spec.shape
+    if not fits:
+        want = [(_DTYPES[spec.kind], spec.shape) for spec in specs]
+        have = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
         raise RandomnessError(
             f"correlated randomness number {number} ({type(request).__name__}) has the wrong shape: "
             f"wanted {_shown(want)}, got {_shown(have)}"

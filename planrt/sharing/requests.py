@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ Part: TypeAlias = Any
 """A torch.Tensor of int64 (ring) or int16 (short), or a numpy array of uint8 (packed bits) or uint16 (tables)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """Kind and shape of one part: ring elements add up modulo 2**64, short ones modulo 2**16; bits and 16-bit words
     combine by XOR.
     """
@@ -293,13 +292,16 @@ class Base:
         """Returns whether `request(told)` is equal to `request`; faster."""
         if type(told) is not type(request):
             return False
+        start, masks = self.start, self.masks
         for name, is_known in fields_of(type(told)):
             one, other = getattr(told, name), getattr(request, name)
             if not is_known:
                 if one != other:
                     return False
-            elif (
-                self.number(one.number) != other.number
+                continue
+            number = one.number
+            if (
+                (start + number if number >= 0 else masks[-1 - number]) != other.number
                 or one.shape != other.shape
                 or one.changes != other.changes
                 or one.source != other.source

@@ -83,7 +83,7 @@ def test_the_page():
 
 
 def test_lowering_is_a_pure_function_of_what_it_is_given():
-    texts = {lower(step, shared(InProcessSession(2)), scale=2**16).program.to_text() for _ in range(2)}
+    texts = {lower(step, shared(InProcessSession(2)), scale=2**16).program.text for _ in range(2)}
     assert len(texts) == 1
 
 

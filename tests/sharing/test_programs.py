@@ -10,7 +10,7 @@ from planrt.errors import PlanFormatError, RandomnessError, SharingError
 from planrt.serde.values import pack, unpack
 from planrt.sharing.correlated import Dealer, Stock, Supply
 from planrt.sharing.kernels.arithmetic import Share
-from planrt.sharing.programs import asking, calls, needs
+from planrt.sharing.programs import asking, calls, needs, running
 from planrt.sharing.programs.calls import Call, Program, program_of
 from planrt.sharing.programs.running import Failed, run_program
 from planrt.sharing.randomness import new_seed
@@ -110,16 +110,67 @@ def test_a_call_that_fails_fails_what_depends_on_it_and_nothing_else():
             one.get()
 
 
+def programs(session):
+    """Steps of loops whose programs have views, changes in place, values opened before, and calls that fail."""
+    found = train(session, steps=3)
+    table, x = share(session, random(6, 4, seed=5)), share(session, random(4, 6, seed=6))
+    for _ in range(3):
+        table[1:3] += x.t()[:2]
+        first, y = table.t(), x @ table
+        table.mul_(0.5).relu_()
+        good, bad = y.relu() @ first + first, (y**1.3 @ first) * 2
+        with pytest.raises(SharingError, match="powers of"):
+            bad.get()  # with which all that waits runs
+        found.append(good.get())
+        del good, bad, y, first
+    return [*found, table.get()]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_runs_that_are_alike_begin_their_calls_as_the_first_one_did(count, monkeypatch):
+    """Bit for bit, round for round, what they do when each finds that out by itself."""
+    seeds = [bytes([number]) * 16 for number in range(count)]
+    seen = []
+    for known in (False, True):
+        running._ORDERS.clear()
+        monkeypatch.setattr(running, "_MOST", 256 if known else 0)
+        monkeypatch.setattr(running, "MANY", 0)
+        monkeypatch.setattr(in_process, "MANY", 0)
+        session = InProcessSession(count, at_once=10_000, seeds=seeds, own_seed=bytes(16))
+        session.transcript.keep_views = True
+        seen.append((programs(session), session.transcript))
+        assert bool(running._ORDERS) == known
+    (one, its), (other, theirs) = seen
+    assert its.rounds == theirs.rounds
+    assert its.sent == theirs.sent
+    for mine, yours in zip(its.views, theirs.views, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_steps_of_a_loop_are_one_program_and_other_arguments_another():
+    kept = []
+    session = InProcessSession(2, at_once=10_000)
+    run = session._run_program
+    session._run_program = lambda program, *rest: (kept.append(program), run(program, *rest))
+    x = share(session, random(3))
+    for factor in (2, 2, 2.0, 0.0, -0.0, True, 3):
+        y = x * factor + [1, 2][0]
+        assert (y.get() - (random(3) * factor + 1)).abs().max() < 1e-3
+    assert kept[0] is kept[1]
+    assert len({id(one) for one in kept}) == 6
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_what_a_run_takes_is_what_was_foreseen(count, monkeypatch):
     """Step by step and number by number, for the last party of every program of a training loop."""
     programs = []
     make = in_process.run_program
 
-    def watched(context, program, operands):
+    def watched(context, program, operands, key):
         if context.party.number == count - 1:
             start = context.party.supply._next
-            program = program_of(program.to_text())
+            program = program_of(program.text)
             foreseen = needs.needs_of(program, operands, party=count - 1, count=count, scale=context.scale)
             wanted = foreseen.numbered(start, needs.masks_of(operands))
             record = context.party.supply.record = []
@@ -136,7 +187,7 @@ def test_what_a_run_takes_is_what_was_foreseen(count, monkeypatch):
                 (b.number(n), b.request(one)) for piece, b in heard for n, one in piece.requests
             ] == wanted
             assert all(b.means(one, b.request(one)) for piece, b in heard for _, one in piece.requests)
-        return (yield from make(context, program, operands))
+        return (yield from make(context, program, operands, key))
 
     monkeypatch.setattr(in_process, "run_program", watched)
     needs._KEPT.clear()
@@ -217,9 +268,9 @@ def test_programs_as_text():
             Call("add", (Ref(3), Ref(0)), {}, None, True),
         ],
     )
-    again = program_of(program.to_text())
+    again = program_of(program.text)
     assert (again.operands, again.calls, again.values) == (2, program.calls, 4)
-    assert program_of(program.to_text()) is again
+    assert program_of(program.text) is again
 
 
 @pytest.mark.parametrize(
@@ -237,7 +288,7 @@ def test_programs_that_are_none_are_refused(call):
         Program.of(1, [call])
 
 
-@pytest.mark.parametrize("text", ["", "é", "zz", "VPjK", Program.of(0, []).to_text()[:-1]])
+@pytest.mark.parametrize("text", ["", "é", "zz", "VPjK", Program.of(0, []).text[:-1]])
 def test_text_that_is_no_program_is_refused(text):
     with pytest.raises((PlanFormatError, SharingError)):
         program_of(text)

@@ -176,7 +176,7 @@ class Net:
     def post(self, calls, operands, results, names=None):
         program = Program.of(len(operands), calls)
         refs, made = tuple(Ref(one) for one in operands), tuple(one and Ref(one) for one in results)
-        op = PostedOp(PROGRAM, ("g", program.to_text(), refs), {}, made, False)
+        op = PostedOp(PROGRAM, ("g", program.text, refs), {}, made, False)
         for name in names or self.names:
             self.tell(name, m.Post([op.pack()]))
 

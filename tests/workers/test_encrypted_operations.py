@@ -36,6 +36,7 @@ OPERATIONS = {
     "add": (lambda x, y: x + y + 1, X, Y),
     "sub and neg": (lambda x, y: 2 - (-x) - y, X, Y),
     "mul": (lambda x, y: x * y * 1.5, X, Y),
+    "mul by flags": (lambda x: (x * True, x * (X > 0), (X > 0) * x + False), X),
     "mm": (lambda x, w: x.mm(w), X, W),
     "matmul": (lambda x, w: x @ w[:, 0], X, W),
     "bmm": (lambda x, y: x.bmm(y), random(2, 3, 4), random(2, 4, 2, seed=5)),

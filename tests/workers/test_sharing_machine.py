@@ -64,9 +64,7 @@ def test_what_a_party_opens_leaves_before_it_computes_on(monkeypatch):
     net.run()  # it has opened the first and waits
     combined = Group.combined
     monkeypatch.setattr(Group, "combined", lambda *args: (events.append("on"), combined(*args))[1])
-    op = PostedOp(
-        PROGRAM, ("g", Program.of(2, PRODUCT).to_text(), (Ref(1), Ref(2))), {}, (Ref(3), Ref(4)), False
-    )
+    op = PostedOp(PROGRAM, ("g", Program.of(2, PRODUCT).text, (Ref(1), Ref(2))), {}, (Ref(3), Ref(4)), False)
     waiting, queue = [Received(net.connections[CLIENT, "b"], m.Envelope(0, m.Post([op.pack()])), [])], []
 
     def deliver(one):

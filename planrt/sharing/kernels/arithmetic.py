@@ -157,15 +157,18 @@ def any_product(
     its own.
     """
     if isinstance(left, Share) and isinstance(right, Share):
+        if left.known is None and right.known is None:
+            finer: tuple[Share, int] | None = None
+            if beside is not None:
+                scale = min(left.scale, context.scale) * min(right.scale, context.scale)
+                if beside.scale > scale and beside.scale % scale == 0:
+                    finer = beside, scale
+            x, y = yield from masked(context, left, right, beside=finer)
+            return Share(product(context.party, function, x, y, **options), left.scale * right.scale)
         if right.known is not None:
             right = right.known
-        elif left.known is not None:
+        else:
             left = left.known
-    if isinstance(left, Share) and isinstance(right, Share):
-        scale = min(left.scale, context.scale) * min(right.scale, context.scale)
-        finer = beside is not None and beside.scale > scale and beside.scale % scale == 0
-        x, y = yield from masked(context, left, right, beside=(beside, scale) if beside and finer else None)
-        return Share(product(context.party, function, x, y, **options), left.scale * right.scale)
     if not isinstance(left, Share) and not isinstance(right, Share):
         left, right = torch.as_tensor(left), torch.as_tensor(right)
         return context.share_of(plain_value(function, left, right, **options))
@@ -198,6 +201,8 @@ class _Size(NamedTuple):
 
 def _size_of(known: Any) -> _Size:
     values = torch.as_tensor(known)
+    if values.dtype == torch.bool:
+        values = values.long()
     if not needs_fractions(values):
         return _Size(None, values.abs().max().item() if values.numel() else 0)
     values = values.double()

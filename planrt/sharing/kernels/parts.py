@@ -8,7 +8,7 @@ opened again in the backward pass. A view reads from what it is a view of, and w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -61,10 +61,7 @@ _STEPS: dict[str, Callable[..., Any]] = {
 class Share:
     """One party's part of a secret that stands for integers divided by `scale`; the scale of whole numbers is 1."""
 
-    __slots__ = (
-        "_apart", "_base", "_masked", "_part", "_scale", "_seen", "_stamp", "_step", "along", "bit", "fine", "known",
-        "positive", "winners",
-    )  # fmt: skip
+    __slots__ = ("along", "bit", "fine", "known", "masked", "part", "positive", "scale", "stamp", "winners")
 
     def __init__(
         self,
@@ -77,7 +74,12 @@ class Share:
         known: torch.Tensor | None = None,
         winners: Bit | None = None,
     ) -> None:
-        self._part, self._scale, self._masked = part, scale, masked
+        self.part = part
+        """This party's part, int64."""
+        self.scale = scale
+        """The public scale."""
+        self.masked = masked
+        """The same value as it was opened under a mask, if it was."""
         self.positive = positive
         """The result of relu keeps where it is positive."""
         self.bit = bit
@@ -90,76 +92,24 @@ class Share:
         """Indices of entries in order keep along which dimension they are all different."""
         self.fine = False
         """Set where the value is kept finer than the session's scale on purpose: means of squares."""
-        self._base: Share | None = None
-        self._step = Step("same")
-        self._seen = self._stamp = 0
-        self._apart = False
-        """Set on a view that was brought to another scale alone."""
+        self.stamp = 0
+        """How often the value was changed."""
 
-    @classmethod
-    def view(cls, base: Share, name: str, *args: Any) -> Share:
-        """Returns a view of `base` by a `Step`: what changes there changes here, and the other way."""
-        step = Step(name, tuple(tuple(one) if isinstance(one, list) else one for one in args))
-        made = cls(step.of(base.part), base.scale)
-        made._base, made._step, made._seen = base, step, base.stamp
-        made._masked = made._masked_of_base()
-        if base.known is not None:
-            made.known = step.of(base.known)
-        if base.bit is not None and step.of_masked:
-            made.bit = step.of(base.bit)
-        return made
+    def view(self, name: str, *args: Any) -> View:
+        """Returns a view by a `Step`: what changes here changes there, and the other way."""
+        return View(self, Step(name, tuple(tuple(one) if isinstance(one, list) else one for one in args)))
 
     @property
     def origin(self) -> Share:
         """Returns what it is a view of, in the end; itself if it is none."""
-        return self if self._base is None else self._base.origin
-
-    @property
-    def stamp(self) -> int:
-        """Returns how often the value was changed."""
-        return self._stamp if self._base is None else self._base.stamp
-
-    @property
-    def part(self) -> torch.Tensor:
-        """This party's part, int64."""
-        if self._base is not None:
-            self._refresh()
-        return self._part
-
-    @property
-    def scale(self) -> int:
-        """The public scale."""
-        if self._base is not None:
-            self._refresh()
-        return self._scale
-
-    @property
-    def masked(self) -> Masked | None:
-        """The same value as it was opened under a mask, if it was."""
-        if self._base is not None:
-            self._refresh()
-            if self._masked is None and self._shows:
-                self._masked = self._masked_of_base()
-        return self._masked
-
-    @masked.setter
-    def masked(self, opened: Masked) -> None:
-        self._refresh()
-        self._masked = opened
+        return self
 
     @property
     def whole(self) -> Share:
-        """Returns what is opened in place of this value: what it is a view of, where it has all of it. Other views
-        of that, such as a weight's in the backward pass or in the next step, are masked then, too.
+        """Returns what is opened in place of this value: what it is a view of, where it has all of it. Other views of
+        that, such as a weight's in the backward pass or in the next step, are masked then, too.
         """
-        self._refresh()
-        return self._base.whole if self._base is not None and self._shows else self
-
-    @property
-    def _shows(self) -> bool:
-        """Whether what is opened of its base can be shown as this view is."""
-        base = self._base
-        return base is not None and self._step.of_masked and not self._apart and self._scale == base.scale
+        return self
 
     @property
     def shape(self) -> torch.Size:
@@ -168,40 +118,19 @@ class Share:
 
     def rescaled(self, part: torch.Tensor, scale: int) -> None:
         """Holds the same value at another scale."""
-        self._refresh()
-        self._part, self._scale, self._masked, self.fine = part, scale, None, False
-        self._apart = self._base is not None
+        self.part, self.scale, self.masked, self.fine = part, scale, None, False
 
     def become(self, other: Share) -> None:
         """Takes the value of `other`, at a scale that divides or is divided by this one's: an operation in place."""
-        if self._base is None:
-            self._part, self._scale, self._masked = other.part, other.scale, other.masked
-            self.positive, self.bit, self.known, self.fine = None, other.bit, other.known, other.fine
-            self._stamp += 1
-            return
-        base = self._base
-        scale = max(base.scale, other.scale)
-        whole = (base.part * (scale // base.scale)).contiguous()
-        self._step.of(whole).copy_(other.part * (scale // other.scale))
-        base.become(Share(whole, scale))
-        self.positive = self.bit = self.known = None
+        self.part, self.scale, self.masked = other.part, other.scale, other.masked
+        self.positive, self.bit, self.known, self.fine = None, other.bit, other.known, other.fine
+        self.stamp += 1
 
     def copied(self) -> Share:
         """Returns the same value, which changes alone."""
         made = Share(self.part.clone(), self.scale, self.masked, bit=self.bit, known=self.known)
         made.fine = self.fine
         return made
-
-    def _refresh(self) -> None:
-        if self._base is not None and self._seen != self._base.stamp:
-            self._part, self._scale = self._step.of(self._base.part), self._base.scale
-            self._masked, self._seen, self._apart = self._masked_of_base(), self._base.stamp, False
-            self.positive = self.bit = self.known = None
-
-    def _masked_of_base(self) -> Masked | None:
-        assert self._base is not None  # noqa: S101 - of views alone
-        opened = self._base.masked
-        return None if opened is None or not self._step.of_masked else self._step.of(opened)
 
     def randomness(self) -> Iterator[Known]:
         """Yields the masks and coins that are kept with it and with what it is a view of."""
@@ -210,42 +139,159 @@ class Share:
         for bit in (self.positive, self.bit, self.winners):
             if bit is not None:
                 yield bit.coin
-        if self._base is not None:
-            yield from self._base.randomness()
 
-    def looks(self, named: Callable[[Known], Known]) -> Any:
+    def looks(self, named: Callable[[Known], Known]) -> tuple[Any, ...]:
         """Returns all that protocols depend on, secrets apart, with masks and coins as `named` names them."""
+        masked, positive, bit, winners = self.masked, self.positive, self.bit, self.winners
         return (
             self.part.shape,
             self.scale,
             self.fine,
             self.along,
-            self._apart,
-            None if self.masked is None else named(self.masked.mask),
-            *(None if bit is None else named(bit.coin) for bit in (self.positive, self.bit, self.winners)),
+            None if masked is None else named(masked.mask),
+            None if positive is None else named(positive.coin),
+            None if bit is None else named(bit.coin),
+            None if winners is None else named(winners.coin),
             None if self.known is None else digest(self.known),
-            self._step,
-            None if self._base is None else self._base.looks(named),
         )
 
     def twin(self, named: Callable[[Known], Known], made: dict[int, Share]) -> Share:
         """Returns a share of zeros with the same looks; views of one thing among `made` are views of one twin."""
         found = made.get(id(self))
-        if found is not None:
-            return found
-        found = made[id(self)] = Share(_zeros(self.part), self.scale, known=self.known)
-        found.fine, found.along = self.fine, self.along
-        if self.masked is not None:
-            zeros = _zeros(self.masked.opened)
-            found._masked = Masked(zeros, zeros, named(self.masked.mask))
-        for name in ("positive", "bit", "winners"):
-            bit = getattr(self, name)
-            if bit is not None:
-                setattr(found, name, Bit(_zeros(bit.opened), _zeros(bit.part), named(bit.coin)))
-        if self._base is not None:
-            found._base, found._step = self._base.twin(named, made), self._step
-            found._seen, found._apart = found._base.stamp, self._apart
+        if found is None:
+            found = made[id(self)] = self._twin(named, made)
+            found.fine, found.along, found.known = self.fine, self.along, self.known
+            if self.masked is not None:
+                zeros = _zeros(self.masked.opened)
+                found.masked = Masked(zeros, zeros, named(self.masked.mask))
+            for name in ("positive", "bit", "winners"):
+                bit = getattr(self, name)
+                if bit is not None:
+                    setattr(found, name, Bit(_zeros(bit.opened), _zeros(bit.part), named(bit.coin)))
         return found
+
+    def _twin(self, named: Callable[[Known], Known], made: dict[int, Share]) -> Share:
+        return Share(_zeros(self.part), self.scale)
+
+
+class View(Share):
+    """A share that shows another one by a `Step`: it reads from there what has changed, and writes there."""
+
+    __slots__ = ("_apart", "_base", "_masked", "_part", "_scale", "_seen", "_step")
+
+    def __init__(self, base: Share, step: Step) -> None:
+        self._base, self._step = base, step
+        self._seen = base.stamp
+        self._apart = False
+        """Set where it was brought to another scale alone."""
+        super().__init__(step.of(base.part), base.scale)
+        self._masked = self._masked_of_base()
+        if base.known is not None:
+            self.known = step.of(base.known)
+        if base.bit is not None and step.of_masked:
+            self.bit = step.of(base.bit)
+
+    @property
+    def origin(self) -> Share:
+        """Returns what the base is a view of, or the base."""
+        return self._base.origin
+
+    @property
+    def stamp(self) -> int:
+        """Returns how often the base was changed."""
+        return self._base.stamp
+
+    @stamp.setter
+    def stamp(self, stamp: int) -> None:
+        """Nothing: it changes with what it is a view of."""
+
+    @property
+    def part(self) -> torch.Tensor:
+        """This party's part, int64."""
+        if self._seen != self._base.stamp:
+            self._refresh()
+        return self._part
+
+    @part.setter
+    def part(self, part: torch.Tensor) -> None:
+        self._part = part
+
+    @property
+    def scale(self) -> int:
+        """The public scale."""
+        if self._seen != self._base.stamp:
+            self._refresh()
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: int) -> None:
+        self._scale = scale
+
+    @property
+    def masked(self) -> Masked | None:
+        """The same value as it was opened under a mask, if it was, or the base was."""
+        if self._seen != self._base.stamp:
+            self._refresh()
+        if self._masked is None and self._shows:
+            self._masked = self._masked_of_base()
+        return self._masked
+
+    @masked.setter
+    def masked(self, opened: Masked | None) -> None:
+        self._refresh()
+        self._masked = opened
+
+    @property
+    def whole(self) -> Share:
+        """The base, where it shows all of that as it is there."""
+        if self._seen != self._base.stamp:
+            self._refresh()
+        return self._base.whole if self._shows else self
+
+    @property
+    def _shows(self) -> bool:
+        """Whether what is opened of its base can be shown as this view is."""
+        return self._step.of_masked and not self._apart and self._scale == self._base.scale
+
+    def rescaled(self, part: torch.Tensor, scale: int) -> None:
+        """Holds the same value at another scale, which the base does not."""
+        self._refresh()
+        super().rescaled(part, scale)
+        self._apart = True
+
+    def become(self, other: Share) -> None:
+        """Takes the value of `other`, in the base."""
+        base = self._base
+        scale = max(base.scale, other.scale)
+        whole = (base.part * (scale // base.scale)).contiguous()
+        self._step.of(whole).copy_(other.part * (scale // other.scale))
+        base.become(Share(whole, scale))
+        self.positive = self.bit = self.known = None
+
+    def randomness(self) -> Iterator[Known]:
+        """Yields the masks and coins that are kept with it, and the base's."""
+        yield from super().randomness()
+        yield from self._base.randomness()
+
+    def looks(self, named: Callable[[Known], Known]) -> tuple[Any, ...]:
+        """Returns what those of a share have, and what it is a view of."""
+        return (*super().looks(named), self._apart, self._step, self._base.looks(named))
+
+    def _twin(self, named: Callable[[Known], Known], made: dict[int, Share]) -> Share:
+        found = View(self._base.twin(named, made), self._step)
+        found._part, found._scale, found._apart = _zeros(self.part), self.scale, self._apart
+        found._masked = found.known = found.bit = None
+        return found
+
+    def _refresh(self) -> None:
+        if self._seen != self._base.stamp:
+            self._part, self._scale = self._step.of(self._base.part), self._base.scale
+            self._masked, self._seen, self._apart = self._masked_of_base(), self._base.stamp, False
+            self.positive = self.bit = self.known = None
+
+    def _masked_of_base(self) -> Masked | None:
+        opened = self._base.masked
+        return None if opened is None or not self._step.of_masked else self._step.of(opened)
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:
@@ -293,14 +339,14 @@ class Context:
         return Share(self.party.public(self.public(values, scale)), scale, known=exact)
 
 
-def each_once(shares: Iterable[Share]) -> list[Share]:
+def each_once(shares: list[Share]) -> list[Share]:
     """Both factors of a square are one share."""
-    return list({id(share): share for share in shares}.values())
+    return list({id(share): share for share in shares}.values()) if len(shares) > 1 else shares
 
 
 def reduced(context: Context, *shares: Share) -> Protocol[None]:
     """Brings shares that are finer than the session's scale back to it, all in one round; none if none is."""
-    wide = each_once(share for share in shares if share.scale > context.scale)
+    wide = each_once([share for share in shares if share.scale > context.scale])
     if wide:
         yield from _brought(context, [(share, context.scale) for share in wide])
 
@@ -339,11 +385,11 @@ def masked(
     two. `beside` is brought to the coarser scale that is said in the first of these rounds, if there is one.
     """
     others = [] if beside is None else [beside]
-    wide = each_once(share for share in shares if share.scale > context.scale)
+    wide = each_once([share for share in shares if share.scale > context.scale])
     if wide:
         yield from _brought(context, [*[(share, context.scale) for share in wide], *others])
         others = []
-    fresh = each_once(share.whole for share in shares if share.masked is None)
+    fresh = each_once([share.whole for share in shares if share.masked is None])
     if fresh:
         yield from _brought(context, others, *fresh)
     return [share.masked for share in shares if share.masked is not None]
@@ -351,13 +397,16 @@ def masked(
 
 def aligned(context: Context, *shares: Share) -> Protocol[int]:
     """Makes sure that shares have scales of which the largest is a multiple of all, and returns it."""
-    most = max(share.scale for share in shares)
-    least = min(share.scale for share in shares)
-    if any(most % share.scale for share in shares) or most // least > max(context.scale, 1) ** 2:
+    scales = [share.scale for share in shares]
+    most, least = max(scales), min(scales)
+    if most == least:
+        return most
+    if any(most % scale for scale in scales) or most // least > max(context.scale, 1) ** 2:
         yield from reduced(context, *shares)
-    return max(share.scale for share in shares)
+    return max([share.scale for share in shares])
 
 
 def at(share: Share, scale: int) -> torch.Tensor:
     """Returns the part at a multiple of its scale."""
-    return share.part if share.scale == scale else share.part * (scale // share.scale)
+    have = share.scale
+    return share.part if have == scale else share.part * (scale // have)

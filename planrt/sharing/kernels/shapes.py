@@ -23,7 +23,7 @@ def view(name: str) -> One:
 
     def kernel(context: Context, value: Share, *arguments: Public, **_: Public) -> Protocol[Share]:
         yield from ()
-        return Share.view(value, name, *arguments)
+        return value.view(name, *arguments)
 
     return kernel
 
@@ -37,7 +37,7 @@ def _sliced(
     step: int = 1,
 ) -> Protocol[Share]:
     yield from ()
-    return Share.view(value, "slice", dim, start, end, step)
+    return value.view("slice", dim, start, end, step)
 
 
 def _split(context: Context, value: Share, size: int, dim: int = 0) -> Protocol[tuple[Share, ...]]:
@@ -51,24 +51,22 @@ def _split_with_sizes(
 ) -> Protocol[tuple[Share, ...]]:
     yield from ()
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return tuple(
-        Share.view(value, "narrow", dim, start, size) for start, size in zip(starts, sizes, strict=True)
-    )
+    return tuple(value.view("narrow", dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
 
 def _unbind(context: Context, value: Share, dim: int = 0) -> Protocol[tuple[Share, ...]]:
     yield from ()
-    return tuple(Share.view(value, "select", dim, index) for index in range(value.shape[dim]))
+    return tuple(value.view("select", dim, index) for index in range(value.shape[dim]))
 
 
 def _t(context: Context, value: Share) -> Protocol[Share]:
     yield from ()
-    return Share.view(value, "transpose", 0, 1) if value.part.dim() == 2 else Share.view(value, "same")
+    return value.view("transpose", 0, 1) if value.part.dim() == 2 else value.view("same")
 
 
 def _reshaped(context: Context, value: Share, size: Sequence[int], stride: Sequence[int]) -> Protocol[Share]:
     yield from ()
-    return Share.view(value, "reshape", tuple(size))
+    return value.view("reshape", tuple(size))
 
 
 def _strided(
@@ -76,7 +74,7 @@ def _strided(
 ) -> Protocol[Share]:
     """What autograd takes back to the gradient of a tensor that was assigned to: of contiguous tensors."""
     yield from ()
-    return Share.view(value, "strided", tuple(size), tuple(stride), offset or 0)
+    return value.view("strided", tuple(size), tuple(stride), offset or 0)
 
 
 def _joined(

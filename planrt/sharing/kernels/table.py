@@ -154,7 +154,7 @@ def call_kernel(
 
 def _is_fine(given: Any) -> bool:
     """Whether an argument is, or has in it, a share that is kept fine."""
-    if type(given) is Share:
+    if isinstance(given, Share):
         return given.fine
     return isinstance(given, _NESTED) and any(isinstance(one, Share) and one.fine for one in leaves(given))
 
@@ -180,4 +180,7 @@ def _apart(made: Any, args: Sequence[Any]) -> Any:
     """A share that a kernel gives as it took it, as one of its own."""
     if isinstance(made, tuple):
         return tuple(_apart(one, args) for one in made)
-    return made.copied() if any(made is one for one in args) and isinstance(made, Share) else made
+    for one in args:
+        if made is one and isinstance(made, Share):
+            return made.copied()
+    return made

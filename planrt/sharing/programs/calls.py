@@ -11,7 +11,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from planrt.errors import PlanFormatError, SharingError
@@ -24,7 +24,7 @@ MAX_CALLS = 10_000
 _CACHED_LENGTH = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One kernel call: `results` are `Ref`s of its results, nested as these are; None where there is none."""
 
@@ -35,19 +35,30 @@ class Call:
     in_place: bool = False
     """Whether the first argument takes the result as its value; then `results` is None."""
 
-    @property
+    @cached_property
     def reads(self) -> tuple[int, ...]:
         """The numbers of the values among its arguments, each once, in their order."""
         found = dict.fromkeys(one.index for one in leaves((self.args, self.kwargs)) if type(one) is Ref)
         return tuple(found)
 
-    @property
+    @cached_property
     def makes(self) -> tuple[int, ...]:
         """The numbers of its results."""
         return tuple(one.index for one in leaves(self.results) if type(one) is Ref)
 
+    @cached_property
+    def direct(self) -> tuple[tuple[int, int], ...]:
+        """The places of arguments that are values by themselves, and the numbers of these."""
+        return tuple((place, one.index) for place, one in enumerate(self.args) if type(one) is Ref)
 
-@dataclass(frozen=True, slots=True, eq=False)
+    @cached_property
+    def nested(self) -> bool:
+        """Returns whether there are values among its arguments otherwise, as in lists."""
+        others = [one for one in self.args if type(one) is not Ref]
+        return any(type(one) is Ref for one in leaves((others, self.kwargs)))
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """Kernel calls, in an order in which they could run one by one."""
 
@@ -84,8 +95,9 @@ class Program:
             there += len(made)
         return cls(operands, tuple(calls), there, reads, makes)
 
-    def to_text(self) -> str:
-        """Returns the program as text: the same for equal programs.
+    @cached_property
+    def text(self) -> str:
+        """The program as text: the same for equal programs.
 
         Raises:
             PlanFormatError: an argument that does not travel.
@@ -98,7 +110,7 @@ class Program:
 
 
 def program_of(text: str) -> Program:
-    """Returns the program that `Program.to_text` was called on. Every part is checked.
+    """Returns the program of which `text` is `Program.text`. Every part is checked.
 
     Raises:
         PlanFormatError, SharingError: anything else.

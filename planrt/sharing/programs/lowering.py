@@ -76,7 +76,7 @@ class Lowered:
     @cached_property
     def identity(self) -> str:
         """SHA-256 of what runs: of the program, and of the tensors that all know. 64 hex digits."""
-        known = hashlib.sha256(self.program.to_text().encode())
+        known = hashlib.sha256(self.program.text.encode())
         for one in self.operands:
             if isinstance(one, torch.Tensor):
                 known.update(f"{one.dtype} {tuple(one.shape)}".encode() + digest(one))

@@ -98,14 +98,26 @@ _KEPT: OrderedDict[Any, Needs] = OrderedDict()
 _MOST = 256
 
 
+def alike(program: Program, operands: Sequence[Any], *, party: int, count: int, scale: int) -> Hashable:
+    """Returns what a run of `program` depends on, the secrets in `operands` apart: equal for runs that open the same,
+    need the same, and begin their calls in the same order. `party` is which one of `count` it is.
+    """
+    places = _places(operands)
+    origins = {id(one.origin): None for one in operands if isinstance(one, Share)}
+    order = {origin: place for place, origin in enumerate(origins)}
+    looks = tuple([_looks(operand, places, order) for operand in operands])
+    return program, party, count, scale, looks
+
+
 def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: int, scale: int) -> Needs:
     """Returns what party `party` of `count` needs to run `program` on such operands: on values of these shapes, scales
     and masks. Nothing is computed with the operands themselves, public tensors excepted.
     """
-    key, places = _key_of(program, operands, party, count, scale)
-    kept = _kept(key)
+    key = alike(program, operands, party=party, count=count, scale=scale)
+    kept = kept_needs(key)
     if kept is not None:
         return kept
+    places = _places(operands)
     twins: dict[int, Share] = {}
     kept, _ = dry_run(
         program,
@@ -120,31 +132,16 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
     return kept
 
 
-def kept_needs(
-    program: Program, operands: Sequence[Any], *, party: int, count: int, scale: int
-) -> Needs | None:
-    """Returns what `needs_of` does where that is known, since the program has run on such operands; else None: to find
-    out takes about as long as to run it.
+def kept_needs(key: Hashable) -> Needs | None:
+    """Returns what `needs_of` does for a run of which `alike` is `key`, where that is known since one has run; else
+    None: to find out takes about as long as to run it.
     """
-    return _kept(_key_of(program, operands, party, count, scale)[0])
+    return _KEPT.get(key)
 
 
-def _key_of(
-    program: Program, operands: Sequence[Any], party: int, count: int, scale: int
-) -> tuple[Hashable, dict[int, int]]:
-    """Returns what the needs of a run depend on, and the numbers that stand for masks from before."""
-    places = {number: -1 - place for place, number in enumerate(masks_of(operands))}
-    origins = {id(one.origin): None for one in operands if isinstance(one, Share)}
-    order = {origin: place for place, origin in enumerate(origins)}
-    looks = tuple(_looks(operand, places, order) for operand in operands)
-    return (program, party, count, scale, looks), places
-
-
-def _kept(key: Hashable) -> Needs | None:
-    kept = _KEPT.get(key)
-    if kept is not None:
-        _KEPT.move_to_end(key)
-    return kept
+def _places(operands: Sequence[Any]) -> dict[int, int]:
+    """Returns the numbers that stand for those of masks from before."""
+    return {number: -1 - place for place, number in enumerate(masks_of(operands))}
 
 
 def dry_run(

@@ -7,9 +7,10 @@ and from what its operands are like; never from time. So all parties open the sa
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -19,7 +20,7 @@ from planrt.sharing.kernels.table import VIEWS, call_kernel
 from planrt.sharing.programs.ahead import factors, only_copies
 from planrt.sharing.programs.calls import Call, Program
 from planrt.sharing.rounds import Opening, Protocol
-from planrt.types import SINGLE, Ref, map_leaves
+from planrt.types import Ref, map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,14 @@ class Failed:
     error: Exception
 
 
-def run_program(context: Context, program: Program, operands: Sequence[Any]) -> Protocol[list[Any]]:
+def run_program(
+    context: Context, program: Program, operands: Sequence[Any], alike: Hashable = None
+) -> Protocol[list[Any]]:
     """Runs `program` on this party's parts; returns the values of the program by their numbers.
 
     Operands are `Share`s, public torch.Tensors, or `Failed`. What a call changes in place is changed in the `Share`
-    that was given; where such a call fails, its operand's place in the values has a `Failed`.
+    that was given; where such a call fails, its operand's place in the values has a `Failed`. Runs for which
+    `alike`, of `needs.alike`, is the same begin calls in the same order: only the first one finds it out.
 
     1. Begin every call whose operands are there, in the order of the program.
     2. Open what these yield at once; give each its own; go on until all have returned.
@@ -42,32 +46,60 @@ def run_program(context: Context, program: Program, operands: Sequence[Any]) -> 
     calls with a common operand run one after the other, unless both has been done before. For factors of products that
     are there at the beginning it is done then (`ahead`).
     """
-    return (yield from _Run(context, program, operands).steps())
+    values: list[Any] = [*operands, *[None] * (program.values - program.operands)]
+    known = _ORDERS.get(alike)
+    if known is not None:
+        yield from _Run(context, program, values, known.first).steps(known.rounds)
+        return values
+    finding = _Finding(context, program, values)
+    found = yield from _Run(context, program, values, finding.first, finding).steps()
+    if alike is not None:
+        _ORDERS[alike] = _Order(finding.first, found)
+        if len(_ORDERS) > _MOST:
+            _ORDERS.popitem(last=False)
+    return values
 
 
-class _Run:
-    def __init__(self, context: Context, program: Program, operands: Sequence[Any]) -> None:
-        self._context = context
-        self._values: list[Any] = [*operands, *[None] * (program.values - program.operands)]
-        self._users: list[list[int]] = [[] for _ in range(program.values)]
-        """Value -> calls that use it and have not ended, in order; who makes it comes first."""
-        writes = _written(program, operands)
+_Rounds: TypeAlias = Sequence[Sequence[int]]
+"""The calls that begin before the first opening, after that, after the next one, ..."""
+
+
+class _Order(NamedTuple):
+    first: Sequence[int]
+    """The operands that are opened before a call needs that. To open one is a call, too: they come before the others.
+    """
+    rounds: _Rounds
+
+
+MANY = 6
+"""Calls of a program from which on it takes less to tell that it is known than to find out what begins when."""
+
+_ORDERS: OrderedDict[Hashable, _Order] = OrderedDict()
+_MOST = 256
+
+
+class _Finding:
+    """Finds out which calls can begin, of one run. `values` are those of the run, as they are at the time."""
+
+    def __init__(self, context: Context, program: Program, values: list[Any]) -> None:
+        self._context, self._values = context, values
+        writes = _written(program, values[: program.operands])
         reads = [
             tuple(dict.fromkeys((*reads, *written))) if written else reads
             for reads, written in zip(program.reads, writes, strict=True)
         ]
-        first = self._opened_first(program, writes)
-        self._calls: list[Call | None] = [*[None] * len(first), *program.calls]
-        """None stands for the opening of an operand that a call will need."""
-        self._reads = [*[(operand,) for operand in first], *reads]
-        self._writes = [*[()] * len(first), *writes]
-        self._makes = [*[()] * len(first), *program.makes]
-        for number in range(len(self._calls)):
+        self.first = self._opened_first(program, writes)
+        calls = len(self.first) + len(program.calls)
+        self._calls: list[Call | None] = [*[None] * len(self.first), *program.calls]
+        self._reads = [*[(operand,) for operand in self.first], *reads]
+        self._writes = [*[()] * len(self.first), *writes]
+        self._makes = [*[()] * len(self.first), *program.makes]
+        self._users: list[list[int]] = [[] for _ in range(program.values)]
+        """Value -> calls that use it and have not ended, in order; who makes it comes first."""
+        for number in range(calls):
             for value in (*self._makes[number], *self._reads[number]):
                 self._users[value].append(number)
-        self._running: dict[int, Protocol[Any]] = {}
-        self._waiting: dict[int, Opening] = {}
-        self._begun = [False] * len(self._calls)
+        self._begun = [False] * calls
 
     def _opened_first(self, program: Program, writes: list[tuple[int, ...]]) -> list[int]:
         """The operands that are opened under masks at once, as a product will need them as they are now, while those
@@ -86,30 +118,28 @@ class _Run:
                 found.setdefault(id(self._values[operand].origin), operand)
         return list(found.values()) if opens else []
 
-    def steps(self) -> Protocol[list[Any]]:
-        self._begin(list(range(len(self._calls))))
-        while self._waiting:
-            asked = sorted(self._waiting.items())
-            self._waiting = {}
-            opened = yield [part for _, parts in asked for part in parts]
-            start = 0
-            for number, parts in asked:
-                self._advance(number, opened[start : start + len(parts)])
-                start += len(parts)
-            touched = {user for number, _ in asked for user in self._next_users(number)}
-            self._begin(sorted(touched))
-        return self._values
+    def all(self) -> Iterator[int]:
+        """Yields the calls that can begin at first, each to be begun before the next one is asked for."""
+        return self._can_begin(list(range(len(self._begun))))
 
-    def _begin(self, candidates: list[int]) -> None:
-        """Begins those of `candidates` (a heap) that can, and what can begin once they have ended."""
+    def after(self, advanced: Iterable[int]) -> Iterator[int]:
+        """Yields the calls that can begin now that others have `advanced`, and what can once these have ended."""
+        return self._can_begin(sorted({user for number in advanced for user in self._next_users(number)}))
+
+    def end(self, number: int) -> None:
+        """Takes note that a call has ended."""
+        for value in (*self._makes[number], *self._reads[number]):
+            self._users[value].remove(number)
+
+    def _can_begin(self, candidates: list[int]) -> Iterator[int]:
         known = set(candidates)
-        while candidates:
+        while candidates:  # a heap
             number = heapq.heappop(candidates)
             known.discard(number)
             if self._begun[number] or not self._may_begin(number):
                 continue
             self._begun[number] = True
-            self._start(number)
+            yield number
             for user in self._next_users(number):
                 if user not in known:
                     known.add(user)
@@ -150,28 +180,64 @@ class _Run:
         call = self._calls[number]
         return self._values[value] is not None and call is not None and only_copies(call)
 
+
+class _Run:
+    def __init__(
+        self,
+        context: Context,
+        program: Program,
+        values: list[Any],
+        first: Sequence[int],
+        finding: _Finding | None = None,
+    ) -> None:
+        self._context, self._program, self._values, self._first = context, program, values, first
+        self._finding = finding
+        self._running: dict[int, Protocol[Any]] = {}
+        self._waiting: dict[int, Opening] = {}
+
+    def steps(self, rounds: _Rounds = ()) -> Protocol[_Rounds]:
+        """Runs it, as in `rounds` where it is not to be found out; returns those that it was."""
+        finding = self._finding
+        found: list[Sequence[int]] = []
+        begin: Iterable[int] = rounds[0] if finding is None else finding.all()
+        while True:
+            begun = []
+            for number in begin:
+                begun.append(number)
+                self._start(number)
+            found.append(begun)
+            if not self._waiting:
+                return found
+            asked = sorted(self._waiting.items())
+            self._waiting = {}
+            opened = yield [part for _, parts in asked for part in parts]
+            start = 0
+            for number, parts in asked:
+                self._advance(number, opened[start : start + len(parts)])
+                start += len(parts)
+            begin = rounds[len(found)] if finding is None else finding.after([number for number, _ in asked])
+
     def _start(self, number: int) -> None:
-        call = self._calls[number]
-        if call is None:
-            (operand,) = self._reads[number]
-            self._running[number] = masked(self._context, self._values[operand])
+        if number < len(self._first):
+            self._running[number] = masked(self._context, self._values[self._first[number]])
             self._advance(number, None)
             return
-        failed: list[Failed] = []
-
-        def value_of(leaf: Any) -> Any:
-            if type(leaf) is not Ref:
-                return leaf
-            value = self._values[leaf.index]
-            if isinstance(value, Failed):
-                failed.append(value)
-            return value
-
-        args = [value_of(one) if type(one) in SINGLE else map_leaves(one, value_of) for one in call.args]
-        kwargs = map_leaves(call.kwargs, value_of) if call.kwargs else {}
+        call = self._program.calls[number - len(self._first)]
+        values = self._values
+        failed = [values[one] for one in call.reads if type(values[one]) is Failed]
         if failed:
             self._fail(number, failed[0].error)
             return
+        args: list[Any] = [*call.args]
+        for place, one in call.direct:
+            args[place] = values[one]
+        kwargs = call.kwargs
+        if call.nested:
+
+            def value_of(leaf: Any) -> Any:
+                return values[leaf.index] if type(leaf) is Ref else leaf
+
+            args, kwargs = map_leaves(args, value_of), map_leaves(kwargs, value_of)
         self._running[number] = call_kernel(self._context, call.name, args, kwargs, in_place=call.in_place)
         self._advance(number, None)
 
@@ -186,8 +252,13 @@ class _Run:
         except Exception as error:
             self._fail(number, error)
 
+    def _call(self, number: int) -> Call | None:
+        """None where an operand is opened that calls will need."""
+        place = number - len(self._first)
+        return self._program.calls[place] if place >= 0 else None
+
     def _finish(self, number: int, made: Any) -> None:
-        call = self._calls[number]
+        call = self._call(number)
         try:
             if call is not None and not call.in_place:
                 self._keep(call, call.results, made)
@@ -208,10 +279,10 @@ class _Run:
                 self._keep(call, part, one)
 
     def _fail(self, number: int, error: Exception) -> None:
-        call = self._calls[number]
+        call = self._call(number)
         if call is not None and not isinstance(error, PlanrtError):  # torch's, of the arguments
             error = _told(call.name, error)
-        for value in self._makes[number]:
+        for value in call.makes if call is not None else ():
             self._values[value] = Failed(error)
         if call is not None and call.in_place:
             self._values[call.args[0].index] = Failed(error)
@@ -219,8 +290,8 @@ class _Run:
 
     def _end(self, number: int) -> None:
         self._running.pop(number, None)
-        for value in (*self._makes[number], *self._reads[number]):
-            self._users[value].remove(number)
+        if self._finding is not None:
+            self._finding.end(number)
 
 
 def _told(name: str, error: Exception) -> SharingError:

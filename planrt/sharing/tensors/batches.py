@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -142,7 +143,8 @@ class BatchedSession(SharingSession):
             waiting, operands = self._waiting, self._operands
             alive = [one() for one in self._results]
             self._begin()
-            program, used, made = _program(waiting, {n for n, one in enumerate(alive) if one is not None})
+            wanted = tuple([number for number, one in enumerate(alive) if one is not None])
+            program, used, made = _program(waiting, wanted)
             results = [alive[number] for number in made]
             for value in results:
                 if value is not None:
@@ -192,10 +194,58 @@ def _origins(waiting: Sequence[_Waiting]) -> dict[_Operand | _Result, _Operand |
     return found
 
 
-def _program(waiting: Sequence[_Waiting], wanted: set[int]) -> tuple[Program, list[int], list[int]]:
-    """The program of those calls that the results `wanted` depend on, or that change an operand; and the numbers of its
-    operands and of its results among those that waited.
+class _Found(NamedTuple):
+    program: Program
+    used: list[int]
+    """The numbers of its operands among those that waited."""
+    made: list[int]
+    """The numbers of its results among these."""
+
+
+_KEPT: OrderedDict[Any, _Found] = OrderedDict()
+"""Calls that waited -> their program: steps of a loop have the same."""
+_MOST_KEPT = 64
+_LONGEST_KEPT = 512
+"""Calls."""
+
+
+def _program(waiting: Sequence[_Waiting], wanted: tuple[int, ...]) -> _Found:
+    """The program of those calls that the results `wanted` depend on, or that change an operand; for the same calls the
+    same one.
     """
+    if len(waiting) > _LONGEST_KEPT:
+        return _new_program(waiting, wanted)
+    try:
+        key = wanted, *[_look((one.name, one.args, one.kwargs, one.results, one.in_place)) for one in waiting]
+        found = _KEPT.get(key)
+    except TypeError:  # an argument that has no hash
+        return _new_program(waiting, wanted)
+    if found is None:
+        found = _KEPT[key] = _new_program(waiting, wanted)
+        if len(_KEPT) > _MOST_KEPT:
+            _KEPT.popitem(last=False)
+    return found
+
+
+def _look(value: Any) -> Any:
+    """What is equal for equal arguments only: 1, 1.0 and True are not, 0.0 and -0.0 neither."""
+    kind = type(value)
+    if kind is str:
+        return value
+    if kind is float:
+        return kind, value.hex()
+    if kind is _Operand or kind is _Result:
+        return kind, value.number
+    if isinstance(value, tuple | list):
+        return kind, *[_look(one) for one in value]
+    if kind is dict:
+        return kind, *[(name, _look(one)) for name, one in value.items()]
+    if kind is slice:
+        return kind, _look(value.start), _look(value.stop), _look(value.step)
+    return kind, value
+
+
+def _new_program(waiting: Sequence[_Waiting], wanted: Sequence[int]) -> _Found:
     needed = {_Result(number) for number in wanted}
     origins = _origins(waiting)
     kept: list[_Waiting] = []
@@ -221,4 +271,4 @@ def _program(waiting: Sequence[_Waiting], wanted: set[int]) -> tuple[Program, li
         Call(one.name, numbered(one.args), numbered(one.kwargs), numbered(one.results), one.in_place)
         for one in kept
     ]
-    return Program.of(len(used), calls), used, made
+    return _Found(Program.of(len(used), calls), used, made)

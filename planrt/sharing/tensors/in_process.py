@@ -11,9 +11,10 @@ from planrt.sharing.additive import reconstruct, share
 from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.kernels.parts import Context, Share
 from planrt.sharing.programs.calls import Program
-from planrt.sharing.programs.running import Failed, run_program
+from planrt.sharing.programs.needs import alike
+from planrt.sharing.programs.running import MANY, Failed, run_program
 from planrt.sharing.randomness import Stream, new_seed
-from planrt.sharing.rounds import Transcript, new_parties, run_together
+from planrt.sharing.rounds import Protocol, Transcript, new_parties, run_together
 from planrt.sharing.tensors.batches import BatchedSession, Value
 
 
@@ -70,12 +71,15 @@ class InProcessSession(BatchedSession):
                 return operand.place if isinstance(operand, Value) else operand
             return operand.place[number]
 
+        def run(number: int, context: Context) -> Protocol[list[Any]]:
+            given = [at(number, one) for one in operands]
+            count = context.party.count
+            many = len(program.calls) >= MANY
+            key = alike(program, given, party=number, count=count, scale=context.scale) if many else None
+            return run_program(context, program, given, key)
+
         everywhere = run_together(
-            [
-                run_program(context, program, [at(number, one) for one in operands])
-                for number, context in enumerate(self.contexts)
-            ],
-            self.transcript,
+            [run(number, context) for number, context in enumerate(self.contexts)], self.transcript
         )
         failed: Exception | None = None
         for number, value in enumerate([*operands, *results]):

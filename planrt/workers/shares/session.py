@@ -314,7 +314,7 @@ class WorkersSession(BatchedSession):
                 value.place = new_id()
             made.append(None if value is None else Ref(value.place))
         with _posting:
-            text = program.to_text()
+            text = program.text
             known = self._programs.known(text)
             args = (self.group, "", tuple(refs), known) if known else (self.group, text, tuple(refs))
             op = PostedOp(PROGRAM, args, {}, tuple(made), False)

@@ -32,6 +32,8 @@ from planrt.workers.wire import messages as m
 
 _WAITED_FOR = 1 << 15
 """Bytes of corrections that leave once they are complete as the last party needs them: it may wait for them already."""
+_THERE = 1 << 19
+"""The same, of what was made ahead: it is all there, and each message takes both sides something."""
 _AT_ONCE = 1_000_000
 """Bytes that leave in one message at most, unless one correction has more: so much fits into one frame."""
 _ALONE = 1 << 19
@@ -191,6 +193,7 @@ class DealerOps:
         requests = [(number, request, base) for piece, base in asked for number, request in piece.requests]
         group.pace.begin(_kind(asked, ahead=group.ahead.fits(asked)))
         ahead = group.ahead.take(asked)
+        waited_for = _THERE if ahead else _WAITED_FOR
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
         size = in_turn = 0
@@ -198,7 +201,7 @@ class DealerOps:
         for place, (told, request, base) in enumerate(requests, 1):
             number = base.number(told)
             # A number that is left out is a mask's, and what its party opens next needs all that was asked for before.
-            complete = size >= _WAITED_FOR and number != numbers[-1] + 1
+            complete = size >= waited_for and number != numbers[-1] + 1
             if numbers and (complete or size + size_of(request.fixed) > _AT_ONCE):
                 yield ToPeer(last, m.Corrections(group.about.group, numbers), tensors)
                 numbers, tensors, size = [], [], 0

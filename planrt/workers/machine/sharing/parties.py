@@ -20,8 +20,8 @@ from planrt.deadlines import SLOWEST
 from planrt.errors import LocalError, PlanrtError, SharingError
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels import Context, Share
-from planrt.sharing.programs.needs import Needs, kept_needs, masks_of, needs_of
-from planrt.sharing.programs.running import Failed, run_program
+from planrt.sharing.programs.needs import Needs, alike, kept_needs, masks_of, needs_of
+from planrt.sharing.programs.running import MANY, Failed, run_program
 from planrt.sharing.randomness import SEED_BYTES, Stream, new_seed
 from planrt.sharing.requests import Base
 from planrt.types import Ref
@@ -423,8 +423,12 @@ class PartyOps:
         if counts:  # to look at it takes something, too: at least that is paid for before
             size = sum(entries([one.part]) for one in given if isinstance(one, Share))
             self._store.spend(group.owner, posted.what, size + READ * len(program.calls))
+        key: Hashable = None
+        if group.is_last or counts or len(program.calls) >= MANY:
+            me = group.about.number
+            key = alike(program, given, party=me, count=context.party.count, scale=context.scale)
         if group.is_last or counts:
-            needs: Needs = yield from self._needs(group, context, posted)
+            needs: Needs = yield from self._needs(group, context, posted, key)
         if counts:
             flops = of_program(needs, context.party.count)
             self._store.spend(group.owner, posted.what, flops, seen=True)
@@ -432,7 +436,7 @@ class PartyOps:
             taken = needs.taken
             group.want(needs, Base(start, masks_of(given)))
             yield Wake(group.dealing_key)
-        protocol = run_program(context, program, given)
+        protocol = run_program(context, program, given, key)
         answer: list[torch.Tensor] | None = None
         for step in itertools.count():
             group.needed = start + taken[step] if taken else 0
@@ -454,12 +458,12 @@ class PartyOps:
             group.pace.go_on()
             answer = group.combined(parts)
 
-    def _needs(self, group: Group, context: Context, posted: PostedProgram) -> Exchange:
+    def _needs(self, group: Group, context: Context, posted: PostedProgram, key: Hashable) -> Exchange:
         """Returns the needs of a run; to find them out is a turn of its own."""
-        me, count, scale = group.about.number, context.party.count, context.scale
-        needs = kept_needs(posted.program, posted.values, party=me, count=count, scale=scale)
+        needs = kept_needs(key)
         if needs is None:
             yield from group.turn()
+            me, count, scale = group.about.number, context.party.count, context.scale
             needs = needs_of(posted.program, posted.values, party=me, count=count, scale=scale)
             group.pace.go_on()
         return needs
