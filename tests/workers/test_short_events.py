@@ -150,8 +150,9 @@ def test_plans_on_shares_are_known_again(session, done):
 
 class Clock:
     def __init__(self, monkeypatch):
-        self.now = 0.0
+        self.now = self.others = 0.0
         monkeypatch.setattr(paces.time, "thread_time", lambda: self.now)
+        monkeypatch.setattr(paces.time, "perf_counter", lambda: self.now + self.others)
 
 
 def test_a_pace_counts_what_is_computed_and_no_waiting(monkeypatch):
@@ -174,6 +175,24 @@ def test_a_pace_counts_what_is_computed_and_no_waiting(monkeypatch):
     pace.end_step()
     assert pace.next == 4
     assert pace.first("another one") == float("inf")
+
+
+def test_what_was_short_stays_so_when_others_had_the_processor_meanwhile(monkeypatch):
+    clock, pace = Clock(monkeypatch), Pace()
+
+    def took(seconds, others=0.0):
+        pace.begin("a program")
+        clock.now, clock.others = clock.now + seconds, clock.others + others
+        pace.end_step()
+        return pace.first("a program")
+
+    assert took(1 / 256, others=50.0) == 1 / 256
+    assert took(1 / 128) == 1 / 128  # on the wall's clock from now on
+    assert took(1 / 512, others=50.0) == paces.SHORT  # who knows: it is looked at once more
+    assert took(1 / 512, others=50.0) == 1 / 512
+    assert took(2.0) == paces.SHORT
+    assert took(2.0) == 2
+    assert took(1 / 512, others=50.0) == 1 / 512
 
 
 def test_a_pace_remembers_so_many_programs_and_none_that_is_not_known_again():

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -110,6 +110,9 @@ from planrt.workers.wire.messages import own_versions
 from planrt.workers.wire.proofs import Verifier
 
 log = get_logger("planrt.worker")
+
+_OF_SESSIONS: Final = frozenset({m.Hello, m.Prove, m.Ack, m.Bye})
+"""Messages that are about the session itself."""
 
 
 class WorkerState:
@@ -456,7 +459,8 @@ class WorkerState:
     def _received(self, event: Received, over: Callable[[], bool]) -> list[Instruction]:
         connection, envelope, body = event.connection, event.envelope, event.envelope.body
         session = self._parts.openings.sessions.get(connection)
-        if isinstance(body, (m.Hello, m.Prove)):
+        of_session = type(body) in _OF_SESSIONS
+        if of_session and isinstance(body, m.Hello | m.Prove):
             return self._parts.openings.open(connection, envelope, body)
         if session is None:
             failure = m.Failure("HandshakeError", "the first message of a connection must be Hello")
@@ -470,10 +474,8 @@ class WorkerState:
                 session.kept.give_up()
                 failure = m.Failure("WireError", str(error))
                 return [Reply(connection, m.Envelope(0, failure)), Close(connection)]
-        if isinstance(body, m.Bye):
-            return self._leaves(connection, session, body)
-        if isinstance(body, m.Ack):
-            return []
+        if of_session:
+            return self._leaves(connection, session, body) if isinstance(body, m.Bye) else []
         if envelope.id == 0:
             instructions = self._posts.take(session, event, over)
         else:

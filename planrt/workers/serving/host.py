@@ -287,15 +287,14 @@ class WorkerHost:
             event = Received(number, received.message, received.tensors)
             # Neither request nor reply may outlive its turn: they can be as large as a model.
             del received
-            if isinstance(event.envelope.body, m.Prove) and pipe.channel.host:
+            if type(event.envelope.body) is m.Prove and pipe.channel.host:
                 async with self._guesses.turn(pipe.channel.host):
                     await self._handle(event)
             else:
                 await self._handle(event)
             del event
-            asked = self._handed_on.pop(number, None)
-            if asked is not None and self._isolation is not None:
-                await self._isolation.hand_on(pipe, asked)
+            if number in self._handed_on and self._isolation is not None:
+                await self._isolation.hand_on(pipe, self._handed_on.pop(number))
                 return
 
     async def _opening_message(self, pipe: Pipe) -> frames.Received[m.Envelope] | None:

@@ -56,10 +56,9 @@ class _Link:
     @property
     def open(self) -> Connection | None:
         """The connection, where a message may be handed over to it at once."""
-        ready = self.connection is not None and not self.before and not self.order.locked()
-        return (
-            self.connection if ready and self.connection is not None and not self.connection.closed else None
-        )
+        if self.connection is None or self.before or self.order.locked() or self.connection.closed:
+            return None
+        return self.connection
 
     def is_full(self, limits: Limits) -> bool:
         """Whether so much waits that nothing more may."""

@@ -24,15 +24,20 @@ _MOST: Final = 256
 
 
 class Pace:
-    """Of one group at one worker: what is computed in several steps, one after the other."""
+    """Of one group at one worker: what is computed in several steps, one after the other.
+
+    What was short is timed on the wall's clock: that is read in a twentieth of the time, and never shows less than the
+    processor's. Where it shows more than `SHORT`, the processor's is looked at when the computation runs next.
+    """
 
     def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, list[float]] = OrderedDict()
         self._steps: list[float] = []
         self._step = 0
-        self._took = self._clock = 0.0
+        self._took = self._begun = 0.0
+        self._clock = time.thread_time
         self.next = math.inf
-        """Seconds of a processor's time that the next step took when the computation ran last; infinite if none did."""
+        """Seconds that the next step took when the computation ran last; infinite if none did."""
 
     def begin(self, what: Hashable) -> None:
         """Begins the first step of a computation; `what` is None of one that is not known again."""
@@ -41,24 +46,29 @@ class Pace:
             self._seen.move_to_end(what)
         if len(self._seen) > _MOST:
             self._seen.popitem(last=False)
-        self._step, self._took = 0, 0.0
-        self.next = self._steps[0] if self._steps else math.inf
+        self._come_to(0)
         self.go_on()
+
+    def _come_to(self, step: int) -> None:
+        self._step, self._took = step, 0.0
+        self.next = self._steps[step] if step < len(self._steps) else math.inf
+        self._clock = time.perf_counter if self.next < SHORT else time.thread_time
 
     def rest(self) -> None:
         """Stops the clock: what follows is no part of it, and may be done by another thread."""
-        self._took += time.thread_time() - self._clock
+        self._took += self._clock() - self._begun
 
     def go_on(self) -> None:
         """Starts the clock again."""
-        self._clock = time.thread_time()
+        self._begun = self._clock()
 
     def end_step(self) -> None:
         """Ends a step, and stops the clock."""
-        steps, ended = self._steps, self._step
-        steps[ended : ended + 1] = [self._took + time.thread_time() - self._clock]
-        self._step, self._took = ended + 1, 0.0
-        self.next = steps[ended + 1] if ended + 1 < len(steps) else math.inf
+        took = self._took + self._clock() - self._begun
+        if self.next < SHORT < took:
+            took = SHORT
+        self._steps[self._step : self._step + 1] = [took]
+        self._come_to(self._step + 1)
 
     def first(self, what: Hashable) -> float:
         """Returns how long the first step of a computation took then."""
