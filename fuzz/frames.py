@@ -122,7 +122,7 @@ def _binary(rng: random.Random, data: bytes) -> bytes:
 def _masked(rng: random.Random, opcode: int, data: bytes, *, final: bool) -> bytes:
     key = rng.choice((bytes(4), rng.randbytes(4)))
     payload = bytearray(data)
-    mask(data, key, memoryview(payload))
+    mask(memoryview(payload), key)
     return header_bytes(opcode, len(data), final=final, key=key) + payload
 
 

@@ -24,14 +24,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Final, Generic, Protocol, TypeVar, cast
+from typing import IO, Any, Final, Generic, NoReturn, Protocol, TypeVar
 
 import msgpack
 import numpy as np
 import torch
 
 from planrt.errors import LocalError, MessageTooLargeError, OptionError, WireError
-from planrt.serde.tensors import Layout, aligned, header_entries, parse_layouts, raw_bytes, tensors_in
+from planrt.serde.tensors import ALIGNMENT, Layout, header_entries, parse_layouts, raw_bytes, tensors_in
 
 MAGIC = b"PRT1"
 _PRELUDE = struct.Struct("<4sI")
@@ -133,16 +133,12 @@ _WHOLE: Final = (
 class Frame:
     """An encoded message: a header and views of the tensors' memory, which must stay unchanged until sent."""
 
-    __slots__ = ("_pieces", "nbytes")
+    __slots__ = ("nbytes", "pieces")
 
-    def __init__(self, pieces: list[bytes | memoryview]) -> None:
-        self._pieces = pieces
-        self.nbytes = sum(len(piece) for piece in pieces)
-
-    @property
-    def pieces(self) -> Sequence[bytes | memoryview]:
+    def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
+        self.pieces = pieces
         """The frame's bytes in order, as they lie in memory."""
-        return self._pieces
+        self.nbytes = sum(map(len, pieces))
 
     def fragments(self, size: int = FRAGMENT_BYTES) -> Iterator[bytes | memoryview]:
         """Yields the frame's bytes in order, in fragments of at most `size` bytes.
@@ -151,7 +147,7 @@ class Frame:
         """
         gathered: list[bytes | memoryview] = []
         room = size
-        for piece in self._pieces:
+        for piece in self.pieces:
             large = len(piece) >= _OWN_FRAGMENT
             if gathered and (large or len(piece) > room):
                 yield b"".join(gathered)
@@ -171,7 +167,7 @@ class Frame:
         """
         found: list[bytes | memoryview] = []
         room = size
-        for piece in self._pieces:
+        for piece in self.pieces:
             rest = memoryview(piece)
             while len(rest) > room:
                 found.append(rest[:room])
@@ -203,10 +199,10 @@ def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: in
     pieces: list[bytes | memoryview] = [_PRELUDE.pack(MAGIC, len(header)) + header]
     position = 0
     for view in views:
-        if padding := aligned(position) - position:
+        if padding := -position % ALIGNMENT:
             pieces.append(_PADDING[:padding])
         pieces.append(view)
-        position = aligned(position) + len(view)
+        position += padding + len(view)
     return Frame(pieces)
 
 
@@ -340,7 +336,7 @@ def in_memory(message: object, nbytes: int) -> Store:
     return MemoryStore(nbytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received(Generic[M]):
     """A decoded message, its tensors and the frame's size in bytes."""
 
@@ -371,9 +367,10 @@ class FrameAssembler(Generic[M]):
         self._allocate = allocate
         self._limits = limits or Limits()
         self._address = address
-        self._head = bytearray()
-        self._head_size = _PRELUDE.size  # then with the header, once its size is known
-        self._message: M | None = None
+        self._head = bytearray()  # the prelude, and then the header, as far as they have come
+        self._head_size = _PRELUDE.size
+        self._sized = False  # whether that is the header's, which the prelude says
+        self._message: M
         self._layouts: list[Layout] = []
         self._store: Store | None = None
         self._missing = 0
@@ -389,21 +386,29 @@ class FrameAssembler(Generic[M]):
         self._nbytes += len(data)
         data = memoryview(data)
         while self._store is None:
-            if not data:
-                return
             wanted = self._head_size - len(self._head)
             self._head += data[:wanted]
+            if len(self._head) < self._head_size:
+                return
             data = data[wanted:]
-            if len(self._head) == self._head_size:
-                self._read_head()
-        if len(data) > self._missing:
-            raise WireError("the frame is longer than its header announced", address=self._address)
+            if self._sized:
+                self._read_header()
+                break
+            magic, self._head_size = _PRELUDE.unpack(self._head)
+            if magic != MAGIC or not 0 < self._head_size <= self._limits.header:
+                self._refuse(magic)
+            self._sized = True
+            self._head = bytearray()
         self._missing -= len(data)
+        if self._missing < 0:
+            raise WireError("the frame is longer than its header announced", address=self._address)
         while data:
+            assert self._store is not None, "its header has come"  # noqa: S101 - for the type checker
             room = self._store.room()[: len(data)]
-            room[:] = data[: len(room)]
-            self._store.filled(len(room))
-            data = data[len(room) :]
+            size = len(room)
+            room[:] = data[:size]
+            self._store.filled(size)
+            data = data[size:]
 
     def room(self) -> memoryview | None:
         """Returns the memory into which the next bytes of the payload belong; None while the header is
@@ -425,41 +430,34 @@ class FrameAssembler(Generic[M]):
         """
         if self._store is None or self._missing:
             raise WireError("the frame ended early", address=self._address)
-        tensors = (
-            tensors_in(self._store.payload(), self._layouts, address=self._address) if self._layouts else []
-        )
-        return Received(cast(M, self._message), tensors, self._nbytes)
+        layouts = self._layouts
+        tensors = tensors_in(self._store.payload(), layouts, address=self._address) if layouts else []
+        return Received(self._message, tensors, self._nbytes)
 
-    def _read_head(self) -> None:
-        """Takes the prelude, or prelude and header, that have just become complete."""
-        if len(self._head) > _PRELUDE.size:
-            header = self._head[_PRELUDE.size :]
-            self._message, self._layouts, self._missing = self._parse(header)
-            self._store = self._allocate(self._message, self._missing) if self._layouts else _NOTHING
-            return
-        magic, header_size = _PRELUDE.unpack(self._head)
+    def _refuse(self, magic: bytes) -> NoReturn:
         if magic != MAGIC:
             raise WireError("not a planrt frame: wrong first bytes", address=self._address)
-        if header_size > self._limits.header:
-            raise MessageTooLargeError(
-                f"a header of {header_size:,} bytes is over the limit of {self._limits.header:,}",
-                address=self._address,
-            )
-        if header_size == 0:
+        if self._head_size == 0:
             raise WireError("malformed header: empty", address=self._address)
-        self._head_size += header_size
+        raise MessageTooLargeError(
+            f"a header of {self._head_size:,} bytes is over the limit of {self._limits.header:,}",
+            address=self._address,
+        )
 
-    def _parse(self, header: bytearray) -> tuple[M, list[Layout], int]:
+    def _read_header(self) -> None:
+        """Takes the header, which has just become complete."""
         try:
-            unpacked = msgpack.unpackb(header)
+            unpacked = msgpack.unpackb(self._head)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise WireError(f"malformed header: {error}", address=self._address) from error
-        if not isinstance(unpacked, list) or len(unpacked) != 2:
+        if type(unpacked) is not list or len(unpacked) != 2:
             raise WireError("malformed header: not a message and its tensors", address=self._address)
-        layouts, payload = parse_layouts(unpacked[1], address=self._address)
+        message, described = unpacked
+        self._layouts, payload = parse_layouts(described, address=self._address)
         if payload > self._limits.message:
             raise MessageTooLargeError(
                 f"a message of {payload:,} bytes is over the limit of {self._limits.message:,}",
                 address=self._address,
             )
-        return self._decode(unpacked[0]), layouts, payload
+        self._message, self._missing = self._decode(message), payload
+        self._store = self._allocate(self._message, payload) if self._layouts else _NOTHING

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from planrt.errors import LocalError, WireError
@@ -31,11 +30,11 @@ MAX_ELEMENTS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The place of one tensor in a payload: dtype, shape (elements), offset and size (bytes)."""
+    """How one tensor lies in a payload: dtype, shape and strides (elements), size (bytes)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    strides: tuple[int, ...]
     nbytes: int
 
 
@@ -52,9 +51,9 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     Raises:
         LocalError: a sparse, quantised or otherwise layout-less tensor, or a dtype that does not travel.
     """
-    check_dense(tensor)
     if _is_plain(tensor):  # as most are of what parties open to each other
-        return memoryview(tensor.numpy().reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+    check_dense(tensor)
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if plain._is_zerotensor():  # autograd's zeros have no memory before somebody copies them
         plain = plain.clone()
@@ -66,8 +65,10 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the memory of a tensor is its values, one after the other; False for many of which it is."""
-    whole = type(tensor) is torch.Tensor and tensor.dtype in _WHOLE and tensor.is_cpu and tensor.numel() > 0
-    return whole and tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
+    if type(tensor) is not torch.Tensor or tensor.dtype not in _WHOLE or tensor.layout is not torch.strided:
+        return False
+    whole = tensor.is_cpu and tensor.nbytes > 0 and tensor.is_contiguous()
+    return whole and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def check_dense(tensor: torch.Tensor) -> None:
@@ -89,8 +90,9 @@ def payload_bytes(tensors: Sequence[torch.Tensor]) -> int:
     """
     position = 0
     for tensor in tensors:
-        check_dense(tensor)
-        position = aligned(position) + tensor.numel() * tensor.dtype.itemsize
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
+            check_dense(tensor)  # says why
+        position += -position % ALIGNMENT + tensor.nbytes
     return position
 
 
@@ -110,21 +112,42 @@ def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int
     layouts: list[Layout] = []
     position = 0
     for entry in described:
-        fits = type(entry) is list and len(entry) == 2 and type(entry[0]) is str and type(entry[1]) is list
-        if not fits or entry[0] not in DTYPES or len(entry[1]) > MAX_DIMS:
+        if type(entry) is not list or len(entry) != 2 or type(entry[1]) is not list:
             raise WireError(f"malformed header: bad tensor entry {entry!r:.80}", address=address)
-        dtype, sizes = DTYPES[entry[0]], entry[1]
-        for size in sizes:
-            if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
-                raise WireError(f"malformed header: bad tensor shape {sizes!r:.80}", address=address)
-        elements = math.prod(sizes)
-        if elements > MAX_ELEMENTS:
-            raise WireError(f"malformed header: tensor of {elements:.3g} elements", address=address)
-        nbytes = elements * dtype.itemsize
-        position = aligned(position)
-        layouts.append(Layout(dtype, tuple(sizes), position, nbytes))
-        position += nbytes
+        try:
+            layout = _layout(entry[0], *entry[1])
+        except (TypeError, ValueError) as error:  # a TypeError: a name or a size that is a list or a dict
+            why = error if isinstance(error, ValueError) else f"bad tensor entry {entry!r:.80}"
+            raise WireError(f"malformed header: {why}", address=address) from None
+        layouts.append(layout)
+        position += -position % ALIGNMENT + layout.nbytes
     return layouts, position
+
+
+@lru_cache(maxsize=1024, typed=True)  # typed: True and 1.0 are equal to 1, and are no sizes
+def _layout(name: object, *sizes: object) -> Layout:
+    """Returns the layout that a header's entry describes.
+
+    Raises:
+        ValueError: it describes none. TypeError: it holds something that is no name or size at all.
+    """
+    if type(name) is not str or name not in DTYPES or len(sizes) > MAX_DIMS:
+        raise ValueError(f"bad tensor entry {[name, list(sizes)]!r:.80}")
+    dtype = DTYPES[name]
+    shape: list[int] = []
+    strides: list[int] = []
+    for size in sizes:
+        if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
+            raise ValueError(f"bad tensor shape {list(sizes)!r:.80}")
+        shape.append(size)
+    elements = math.prod(shape)
+    if elements > MAX_ELEMENTS:
+        raise ValueError(f"tensor of {elements:.3g} elements")
+    step = 1
+    for size in reversed(shape):  # in row-major order, as torch counts them
+        strides.append(step)
+        step *= max(size, 1)
+    return Layout(dtype, tuple(shape), tuple(reversed(strides)), elements * dtype.itemsize)
 
 
 def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str) -> list[torch.Tensor]:
@@ -138,28 +161,18 @@ def tensors_in(payload: torch.Tensor, layouts: Sequence[Layout], *, address: str
     """
     storage = payload.untyped_storage()
     tensors = []
+    end = 0
     for layout in layouts:
-        tensor = torch.empty(0, dtype=layout.dtype)
-        if layout.nbytes == 0:
+        start = end + -end % ALIGNMENT
+        end = start + layout.nbytes
+        dtype = layout.dtype
+        tensor = torch.empty(0, dtype=dtype)
+        if not layout.nbytes:
             tensors.append(tensor.view(layout.shape))
             continue
-        if layout.dtype == torch.bool:
-            raw = payload[layout.offset : layout.offset + layout.nbytes]
-            if bool((raw > 1).any()):
-                raise WireError(
-                    "malformed payload: a bool tensor holds bytes other than 0 and 1", address=address
-                )
-        offset = layout.offset // layout.dtype.itemsize
-        tensors.append(tensor.set_(storage, offset, layout.shape, _contiguous(layout.shape)))
+        if dtype is torch.bool and bool((payload[start:end] > 1).any()):
+            raise WireError(
+                "malformed payload: a bool tensor holds bytes other than 0 and 1", address=address
+            )
+        tensors.append(tensor.set_(storage, start // dtype.itemsize, layout.shape, layout.strides))
     return tensors
-
-
-@lru_cache(maxsize=4096)
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor in row-major order, as torch counts them."""
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))

@@ -172,6 +172,20 @@ def test_malformed_frames_are_wire_errors(data, says):
         receive(data)
 
 
+@pytest.mark.parametrize("sizes", [[1.0], [True], [1, 1.0], [[1]], [{}], ["1"], [None]])
+def test_what_equals_a_known_size_or_is_none_at_all_is_refused(sizes):
+    receive(header([1, [["float32", [1]]]]) + bytes(4))
+    receive(header([1, [["float32", [1, 1]]]]) + bytes(4))
+    with pytest.raises(WireError, match="bad tensor"):
+        receive(header([1, [["float32", sizes]]]) + bytes(4))
+
+
+@pytest.mark.parametrize("name", [[], {}, None, 1, "int65"])
+def test_names_of_no_dtype_are_refused(name):
+    with pytest.raises(WireError, match="bad tensor entry"):
+        receive(header([1, [[name, [1]]]]) + bytes(8))
+
+
 def test_announcements_over_the_limits_are_refused_before_they_arrive():
     limits = Limits(message=1000, header=100)
     with pytest.raises(MessageTooLargeError, match="1,004"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from planrt.errors import WireError
@@ -101,9 +102,8 @@ class Pipe(Protocol):
 
 def assembler(allocate: Allocate[Envelope], limits: Limits, address: str) -> FrameAssembler[Envelope]:
     """Returns the assembler to which a pipe feeds the pieces of one incoming frame."""
-    return FrameAssembler(
-        lambda header: from_wire(header, address=address), allocate=allocate, limits=limits, address=address
-    )
+    decode = partial(from_wire, address=address)
+    return FrameAssembler(decode, allocate=allocate, limits=limits, address=address)
 
 
 class MemoryPipe:

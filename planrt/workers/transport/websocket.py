@@ -11,7 +11,7 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -121,12 +121,12 @@ class WebsocketPipe:
             self.traffic.sent(frame, message=True)
         return sent
 
-    async def receive(self, allocate: Allocate[Envelope] = in_memory) -> Received[Envelope] | None:
+    def receive(
+        self, allocate: Allocate[Envelope] = in_memory
+    ) -> Coroutine[Any, Any, Received[Envelope] | None]:
         """See `Pipe.receive`."""
-        received = await self._connection.stream.receive(assembler(allocate, self._limits, self.address))
-        if received is not None:
-            self.traffic.received(received)
-        return received
+        arriving = assembler(allocate, self._limits, self.address)
+        return self._connection.stream.receive(arriving, self.traffic)
 
     async def answers(self, seconds: float) -> bool:
         """See `Pipe.answers`. While data waits to be read, what comes behind it is not seen."""

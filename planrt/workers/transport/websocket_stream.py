@@ -14,24 +14,24 @@ for `keepalive` + `patience` seconds, and gets rid of nothing, takes the connect
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Sequence
 
-import numpy as np
 from websockets.asyncio.connection import Connection
 from websockets.frames import CloseCode
+from websockets.frames import apply_mask as unmasked  # type: ignore[attr-defined]  # in C, where that was built
 from websockets.protocol import Side, State
 
 from planrt.errors import MessageTooLargeError, WireError
 from planrt.serde.frames import FRAGMENT_BYTES, Frame, FrameAssembler, Limits, Received
+from planrt.workers.transport.pipes import Traffic
 from planrt.workers.transport.websocket_frames import (
     BINARY,
     CONTINUATION,
-    MAX_HEADER,
     FrameHeader,
     header_bytes,
     mask,
+    masked_frame,
     read_header,
+    turned,
 )
 from planrt.workers.wire.messages import Envelope
 
@@ -58,6 +58,7 @@ class FrameStream(asyncio.BufferedProtocol):
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
         self._address = ""
         self._connection = connection
+        self._protocol = connection.protocol
         self._transport = transport
         self._loop = connection.loop
         self._masks = connection.protocol.side is Side.CLIENT  # section 5.1: clients do, servers do not
@@ -69,10 +70,12 @@ class FrameStream(asyncio.BufferedProtocol):
         self._eof = False  # whether websockets knows that nothing more arrives
         # reading: buffer[start:end] has arrived and belongs to no payload yet
         self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._direct: memoryview | None = None
         self._frame: FrameHeader | None = None  # whose payload is arriving
-        self._position = 0  # in that payload
+        self._left = 0  # bytes of that payload that are still to come
+        self._key = b""  # what they are masked with, or nothing
         self._in_message = False
         self._assembler: FrameAssembler[Envelope] | None = None
         self._discards = False  # data that arrives
@@ -109,14 +112,13 @@ class FrameStream(asyncio.BufferedProtocol):
             sent = 0
             try:
                 if self._masks:
-                    scratch = np.empty(MAX_HEADER + min(frame.nbytes, FRAGMENT_BYTES), np.uint8).data
                     for pieces in frame.split():
-                        begins, nbytes = not sent, sum(len(piece) for piece in pieces)
+                        opcode = CONTINUATION if sent else BINARY
+                        nbytes = sum(map(len, pieces))
                         sent += nbytes
                         self._check_open()
-                        opcode = BINARY if begins else CONTINUATION
                         self._transport.write(
-                            _masked(opcode, pieces, nbytes, final=sent == frame.nbytes, out=scratch)
+                            masked_frame(opcode, pieces, nbytes, final=sent == frame.nbytes)
                         )
                         await self._drain()
                 else:
@@ -135,31 +137,35 @@ class FrameStream(asyncio.BufferedProtocol):
         """Hands a message over to the system at once, in one frame and in a copy; returns False, and has sent nothing,
         where other messages wait, or those before it have not left, or a copy takes longer than it is worth.
         """
-        is_open = not self._lost and self._connection.state is State.OPEN
-        ready = is_open and not self._full and not self._sending.locked()
-        most = FRAGMENT_BYTES if self._masks else _OWN_WRITE  # masking copies it anyway
-        if not ready or frame.nbytes > most:
+        is_open = not self._lost and self._protocol.state is State.OPEN
+        if not is_open or self._full or self._sending.locked():
             return False
-        if not self._masks:
-            self._transport.write(b"".join([header_bytes(BINARY, frame.nbytes, final=True), *frame.pieces]))
-            return True
-        copy = np.empty(MAX_HEADER + frame.nbytes, np.uint8).data
-        self._transport.write(_masked(BINARY, frame.pieces, frame.nbytes, final=True, out=copy))
+        nbytes = frame.nbytes
+        if nbytes > (FRAGMENT_BYTES if self._masks else _OWN_WRITE):  # masking copies it anyway
+            return False
+        if self._masks:
+            self._transport.write(masked_frame(BINARY, frame.pieces, nbytes, final=True))
+        else:
+            self._transport.write(b"".join([header_bytes(BINARY, nbytes, final=True), *frame.pieces]))
         return True
 
-    async def receive(self, assembler: FrameAssembler[Envelope]) -> Received[Envelope] | None:
-        """Waits for the next message, which `assembler` puts together; returns None when the other side has closed the
-        connection.
+    async def receive(
+        self, assembler: FrameAssembler[Envelope], traffic: Traffic
+    ) -> Received[Envelope] | None:
+        """Waits for the next message, which `assembler` puts together and `traffic` counts; returns None when the other
+        side has closed the connection.
 
         Raises:
             TransportError: what arrived is no message. ConnectionError: no sign of life from the other side.
         """
         if self._result is None and not self._discards:
             self._assembler = assembler
-            self._parse()
+            if self._start < self._end:
+                self._parse()
         try:
             if self._result is None and not self._lost:
-                self._resume()
+                if self._paused:
+                    self._resume()
                 self._receiver = self._loop.create_future()
                 await self._receiver
         except asyncio.CancelledError:
@@ -169,23 +175,26 @@ class FrameStream(asyncio.BufferedProtocol):
         finally:
             self._assembler = self._receiver = None
         result, self._result = self._result, None
+        if result is None:
+            if self._gave_up:
+                raise ConnectionResetError(str(self._lost))
+            return None
         if isinstance(result, Exception):
             try:
                 raise result
             finally:
                 del result  # or the error's traceback would show the error, and both stay
-        if result is None and self._gave_up:
-            raise ConnectionResetError(str(self._lost))
+        traffic.received(result)
         return result
 
     async def answers(self, seconds: float) -> bool:
         """Asks for a sign of life, and returns whether anything at all arrived within `seconds`."""
-        if self._lost or self._connection.state is not State.OPEN:
+        if self._lost or self._protocol.state is not State.OPEN:
             return False
         if self._heard is None or self._heard.is_set():  # several may ask at once
             self._heard = asyncio.Event()
         heard = self._heard
-        self._connection.protocol.send_ping(b"")
+        self._protocol.send_ping(b"")
         self._connection.send_data()
         try:
             await asyncio.wait_for(heard.wait(), seconds)
@@ -209,8 +218,12 @@ class FrameStream(asyncio.BufferedProtocol):
         """Lets go of the buffer where nothing arrives any more and nobody reads: what is left of a connection that
         failed refers to itself, and stays until Python looks for such garbage."""
         if self._lost and self._discards:
-            self._buffer = bytearray()
-            self._start = self._end = 0
+            self._holds(bytearray(), 0)
+
+    def _holds(self, buffer: bytearray, nbytes: int) -> None:
+        """Goes on with another buffer, the first `nbytes` of which have arrived."""
+        self._buffer, self._view = buffer, memoryview(buffer)
+        self._start, self._end = 0, nbytes
 
     def start(self, address: str, limits: Limits) -> None:
         """Starts to ask for signs of life, and to give them, once the opening handshake is over. `address` is for
@@ -235,36 +248,35 @@ class FrameStream(asyncio.BufferedProtocol):
         """Goes on with a connection that was opened elsewhere, beginning with what was `read` there."""
         self._open = True
         if read:
-            self._buffer = bytearray(read) + bytes(_BUFFER)
-            self._end = len(read)
+            self._holds(bytearray(read) + bytes(_BUFFER), len(read))
 
     # ---------------------------------------------------------------------------- asyncio's callbacks
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See `asyncio.BufferedProtocol`."""
-        frame = self._frame
-        if frame is not None and self._assembler is not None and self._start == self._end:
-            room = self._assembler.room()
-            if room is not None:
-                room = room[: frame.nbytes - self._position]
-                if len(room) >= _DIRECT:
-                    self._direct = room
-                    return room
         if self._start == self._end:
+            if self._frame is not None and self._assembler is not None:
+                room = self._assembler.room()
+                if room is not None:
+                    room = room[: self._left]
+                    if len(room) >= _DIRECT:
+                        self._direct = room
+                        return room
             self._start = self._end = 0
-        elif self._end == len(self._buffer):
+            return self._view
+        if self._end == len(self._buffer):
             rest = self._buffer[self._start : self._end]
-            self._buffer = rest + bytes(_BUFFER)  # a new one: an error's traceback may still show the old one
-            self._start, self._end = 0, len(rest)
-        return memoryview(self._buffer)[self._end :]
+            # a new one: an error's traceback may still show the old one
+            self._holds(rest + bytes(_BUFFER), len(rest))
+        return self._view[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """See `asyncio.BufferedProtocol`."""
         self._silence = 0.0
         if self._heard is not None:
             self._heard.set()
-        direct, self._direct = self._direct, None
-        if direct is not None:
+        if self._direct is not None:
+            direct, self._direct = self._direct, None
             self._take(direct[:nbytes], arrived=True)
             return
         self._end += nbytes
@@ -313,7 +325,7 @@ class FrameStream(asyncio.BufferedProtocol):
         or we for its first frame.
         """
         while not self._open and self._start < self._end:
-            self._open = self._connection.state is State.OPEN
+            self._open = self._protocol.state is State.OPEN
             if not self._open:
                 head = self._buffer.find(_HEAD_ENDS, self._start, self._end)
                 start, self._start = self._start, self._end if head < 0 else head + len(_HEAD_ENDS)
@@ -324,50 +336,48 @@ class FrameStream(asyncio.BufferedProtocol):
         """Takes what has arrived, as far as somebody waits for it."""
         if self._deaf:
             self._start = self._end
-        view = memoryview(self._buffer)
         while self._start < self._end:
-            frame = self._frame or self._begin_frame(view[self._start : self._end])
-            if frame is None:
+            if self._frame is None and not self._begin_frame():
                 return
-            size = min(self._end - self._start, frame.nbytes - self._position)  # may be 0: an empty fragment
-            start, self._start = self._start, self._start + size
-            self._take(view[start : start + size])
+            start, end = self._start, self._start + self._left  # the same in an empty fragment
+            self._start = end if end < self._end else self._end
+            self._take(self._view[start : self._start])
 
-    def _begin_frame(self, data: memoryview) -> FrameHeader | None:
+    def _begin_frame(self) -> bool:
         """Reads the header of the next data frame; control frames before it go to websockets.
 
-        None if it has not arrived, or if nobody waits for it yet.
+        False if it has not arrived, or if nobody waits for it yet.
         """
-        while data:
+        while self._start < self._end:
             try:
-                header = read_header(data, address=self._address)
-                if header is None or not header.control:
-                    return self._begin_data(header) if header else None
+                header = read_header(self._view[self._start : self._end], address=self._address)
+                if header is None:
+                    return False
+                if not header.control:
+                    return self._begin_data(header)
             except WireError as error:
                 self._fail(error, CloseCode.PROTOCOL_ERROR)
-                return None
-            size = header.size + header.nbytes
-            if len(data) < size:
-                return None
-            self._start += size
+                return False
+            start, end = self._start, self._start + header.size + header.nbytes
+            if end > self._end:
+                return False
+            self._start = end
             if not self._eof:  # what was read late is behind the end, for websockets
-                self._connection.data_received(bytes(data[:size]))
+                self._connection.data_received(bytes(self._view[start:end]))
             if self._transport.get_write_buffer_size() > _UNSENT:
                 self._give_up(ConnectionResetError("it asks for signs of life and does not read them"))
-                return None
-            data = data[size:]
-        return None
+        return False
 
-    def _begin_data(self, header: FrameHeader) -> FrameHeader | None:
+    def _begin_data(self, header: FrameHeader) -> bool:
         if self._assembler is None and not self._discards:
             self._pause()
-            return None
+            return False
         if bool(header.key) == self._masks:
             raise WireError("malformed websocket frame: clients mask, servers do not", address=self._address)
         if (header.opcode == CONTINUATION) != self._in_message and not self._discards:
             raise WireError("malformed websocket message: fragments out of order", address=self._address)
         self._start += header.size
-        self._frame, self._position = header, 0
+        self._frame, self._left, self._key = header, header.nbytes, header.key
         self._in_message = True
         if header.nbytes > FRAGMENT_BYTES:
             self._fail(
@@ -377,16 +387,15 @@ class FrameStream(asyncio.BufferedProtocol):
                     address=self._address,
                 )
             )
-        return header
+        return True
 
     def _take(self, data: memoryview, *, arrived: bool = False) -> None:
         """Bytes of the frame's payload; `arrived` where they belong, or still in the buffer."""
-        frame, assembler = self._frame, self._assembler
+        frame, assembler, key = self._frame, self._assembler, self._key
         assert frame is not None, "a payload follows its header"  # noqa: S101 - for the type checker
-        if frame.key and assembler is not None:
-            mask(data, frame.key, data, position=self._position)
-        self._position += len(data)
-        ended = self._position == frame.nbytes
+        nbytes = len(data)
+        self._left -= nbytes
+        ended = not self._left
         if ended:
             self._frame = None
             self._in_message = not frame.final
@@ -394,10 +403,14 @@ class FrameStream(asyncio.BufferedProtocol):
             return
         try:
             if arrived:
-                assembler.filled(len(data))
+                if key:
+                    mask(data, key)
+                assembler.filled(nbytes)
             else:
-                assembler.feed(data)
-            if ended and frame.final:
+                assembler.feed(unmasked(data, key) if key else data)
+            if not ended:
+                self._key = turned(key, nbytes)
+            elif frame.final:
                 self._settle(assembler.finish())
         except Exception as error:  # whatever it is: it belongs to who receives, not to the event loop
             self._fail(error)
@@ -417,8 +430,8 @@ class FrameStream(asyncio.BufferedProtocol):
         if code is not None:
             self._deaf = True
             self._start = self._end
-            if self._connection.state is State.OPEN:
-                self._connection.protocol.fail(code, str(error))
+            if self._protocol.state is State.OPEN:
+                self._protocol.fail(code, str(error))
                 self._connection.send_data()
 
     def _give_up(self, why: OSError) -> None:
@@ -463,7 +476,7 @@ class FrameStream(asyncio.BufferedProtocol):
             self._check_open()
 
     def _check_open(self) -> None:
-        if self._lost or self._connection.state is not State.OPEN:
+        if self._lost or self._protocol.state is not State.OPEN:
             why = str(self._lost) if self._lost else "the connection is being closed"
             raise ConnectionResetError(why)
 
@@ -480,8 +493,8 @@ class FrameStream(asyncio.BufferedProtocol):
         silence = self._silence = 0.0 if progress else self._silence + self._interval
         if silence < keepalive:
             self._asked = 0.0
-        if self._connection.state is State.OPEN:
-            protocol = self._connection.protocol
+        if self._protocol.state is State.OPEN:
+            protocol = self._protocol
             if self._paused:
                 if not self._full:  # else the other side has bytes to read anyway
                     protocol.send_pong(b"")
@@ -492,29 +505,3 @@ class FrameStream(asyncio.BufferedProtocol):
                 protocol.send_ping(b"")
             self._connection.send_data()
         self._timer = self._loop.call_later(self._interval, self._beat)
-
-
-def _masked(
-    opcode: int, pieces: Sequence[bytes | memoryview], nbytes: int, *, final: bool, out: memoryview
-) -> memoryview:
-    """Writes one frame with the `nbytes` of `pieces` as its payload to `out`, masked, and returns as much of that."""
-    key = os.urandom(4)
-    header = header_bytes(opcode, nbytes, final=final, key=key)
-    begin = start = position = len(header)
-    out[:begin] = header
-    for piece in pieces:
-        if len(piece) < _OWN_WRITE:  # small ones, and all between two large ones, are masked together
-            out[position : position + len(piece)] = piece
-        else:
-            _mask_there(out, start, position, begin, key)
-            start = position + len(piece)
-            mask(piece, key, out[position:start], position=position - begin)
-        position += len(piece)
-    _mask_there(out, start, position, begin, key)
-    return out[:position]
-
-
-def _mask_there(out: memoryview, start: int, end: int, begin: int, key: bytes) -> None:
-    """Masks what lies there, of a payload that begins at `begin`."""
-    if start < end:
-        mask(out[start:end], key, out[start:end], position=start - begin)
