@@ -186,23 +186,24 @@ def encode(message: Any, tensors: Sequence[torch.Tensor] = (), *, max_header: in
         LocalError: a tensor that does not travel, a message that has no byte form, or a header of more than
             `max_header` bytes.
     """
-    views = [raw_bytes(tensor) for tensor in tensors]
+    views = list(map(raw_bytes, tensors))
     try:
         header = msgpack.packb([message, header_entries(tensors)])
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise LocalError(f"the message has no byte form: {error}") from error
-    if len(header) > max_header:
+    size = len(header)
+    if size > max_header:
         raise LocalError(
-            f"the message's header takes {len(header):,} bytes, over the limit of {max_header:,}: "
+            f"the message's header takes {size:,} bytes, over the limit of {max_header:,}: "
             "send fewer tensors or options in one message"
         )
-    pieces: list[bytes | memoryview] = [_PRELUDE.pack(MAGIC, len(header)) + header]
+    pieces: list[bytes | memoryview] = [_PRELUDE.pack(MAGIC, size) + header]
     position = 0
     for view in views:
         if padding := -position % ALIGNMENT:
             pieces.append(_PADDING[:padding])
         pieces.append(view)
-        position += padding + len(view)
+        position += padding + view.nbytes
     return Frame(pieces)
 
 
@@ -358,8 +359,8 @@ class FrameAssembler(Generic[M]):
     def __init__(
         self,
         decode: Callable[[object], M],
-        *,
         allocate: Allocate[M] = in_memory,
+        *,
         limits: Limits | None = None,
         address: str = "",
     ) -> None:
@@ -368,8 +369,8 @@ class FrameAssembler(Generic[M]):
         self._limits = limits or Limits()
         self._address = address
         self._head = bytearray()  # the prelude, and then the header, as far as they have come
-        self._head_size = _PRELUDE.size
-        self._sized = False  # whether that is the header's, which the prelude says
+        self._head_missing = _PRELUDE.size
+        self._sized = False  # whether that is the header's, whose size the prelude says
         self._message: M
         self._layouts: list[Layout] = []
         self._store: Store | None = None
@@ -383,32 +384,35 @@ class FrameAssembler(Generic[M]):
             WireError: not a planrt frame, a malformed header, or more bytes than announced.
             MessageTooLargeError: the header announces more than the limits allow.
         """
-        self._nbytes += len(data)
+        size = len(data)
+        self._nbytes += size
         data = memoryview(data)
         while self._store is None:
-            wanted = self._head_size - len(self._head)
+            wanted = self._head_missing
             self._head += data[:wanted]
-            if len(self._head) < self._head_size:
+            if size < wanted:
+                self._head_missing -= size
                 return
             data = data[wanted:]
+            size -= wanted
             if self._sized:
-                self._read_header()
+                self._store = self._read_header()
                 break
-            magic, self._head_size = _PRELUDE.unpack(self._head)
-            if magic != MAGIC or not 0 < self._head_size <= self._limits.header:
-                self._refuse(magic)
-            self._sized = True
-            self._head = bytearray()
-        self._missing -= len(data)
+            magic, wanted = _PRELUDE.unpack(self._head)
+            if magic != MAGIC or not 0 < wanted <= self._limits.header:
+                self._refuse(magic, wanted)
+            self._head, self._head_missing, self._sized = bytearray(), wanted, True
+        store = self._store
+        self._missing -= size
         if self._missing < 0:
             raise WireError("the frame is longer than its header announced", address=self._address)
-        while data:
-            assert self._store is not None, "its header has come"  # noqa: S101 - for the type checker
-            room = self._store.room()[: len(data)]
-            size = len(room)
-            room[:] = data[:size]
-            self._store.filled(size)
-            data = data[size:]
+        while size:
+            room = store.room()[:size]
+            taken = len(room)
+            room[:] = data[:taken]
+            store.filled(taken)
+            data = data[taken:]
+            size -= taken
 
     def room(self) -> memoryview | None:
         """Returns the memory into which the next bytes of the payload belong; None while the header is
@@ -434,18 +438,18 @@ class FrameAssembler(Generic[M]):
         tensors = tensors_in(self._store.payload(), layouts, address=self._address) if layouts else []
         return Received(self._message, tensors, self._nbytes)
 
-    def _refuse(self, magic: bytes) -> NoReturn:
+    def _refuse(self, magic: bytes, header_size: int) -> NoReturn:
         if magic != MAGIC:
             raise WireError("not a planrt frame: wrong first bytes", address=self._address)
-        if self._head_size == 0:
+        if header_size == 0:
             raise WireError("malformed header: empty", address=self._address)
         raise MessageTooLargeError(
-            f"a header of {self._head_size:,} bytes is over the limit of {self._limits.header:,}",
+            f"a header of {header_size:,} bytes is over the limit of {self._limits.header:,}",
             address=self._address,
         )
 
-    def _read_header(self) -> None:
-        """Takes the header, which has just become complete."""
+    def _read_header(self) -> Store:
+        """Takes the header, which has just become complete; returns where the payload goes."""
         try:
             unpacked = msgpack.unpackb(self._head)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
@@ -460,4 +464,4 @@ class FrameAssembler(Generic[M]):
                 address=self._address,
             )
         self._message, self._missing = self._decode(message), payload
-        self._store = self._allocate(self._message, payload) if self._layouts else _NOTHING
+        return self._allocate(self._message, payload) if self._layouts else _NOTHING

@@ -51,7 +51,16 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     Raises:
         LocalError: a sparse, quantised or otherwise layout-less tensor, or a dtype that does not travel.
     """
-    if _is_plain(tensor):  # as most are of what parties open to each other
+    if (
+        type(tensor) is torch.Tensor
+        and tensor.dtype in _WHOLE
+        and tensor.layout is torch.strided
+        and tensor.is_cpu
+        and tensor.nbytes
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    ):  # its memory is its values, one after the other: so is most of what parties open to each other
         return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
     check_dense(tensor)
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -61,14 +70,6 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     flat = plain.as_strided((plain.numel(),), (1,))  # the stride of a dimension of size 1 can be anything
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the memory of a tensor is its values, one after the other; False for many of which it is."""
-    if type(tensor) is not torch.Tensor or tensor.dtype not in _WHOLE or tensor.layout is not torch.strided:
-        return False
-    whole = tensor.is_cpu and tensor.nbytes > 0 and tensor.is_contiguous()
-    return whole and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def check_dense(tensor: torch.Tensor) -> None:
@@ -98,7 +99,10 @@ def payload_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 def header_entries(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
     """Returns the header entries ``[dtype name, [sizes]]`` of `tensors`."""
-    return [[DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for tensor in tensors]
+    entries: list[list[Any]] = []
+    for tensor in tensors:
+        entries.append([DTYPE_NAMES[tensor.dtype], [*tensor.shape]])
+    return entries
 
 
 def parse_layouts(described: object, *, address: str) -> tuple[list[Layout], int]:

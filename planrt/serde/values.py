@@ -120,7 +120,7 @@ def decode(value: Any) -> Any:
     """
     if type(value) is list and len(value) == 1 and value[0] == "d":
         return {}  # the keyword arguments of most ops
-    return _Decoder().decode(value, 0)
+    return _Decoder().items([value], 0)[0]
 
 
 class _Decoder:
@@ -131,33 +131,41 @@ class _Decoder:
     def __init__(self) -> None:
         self._left = MAX_ITEMS
 
-    def decode(self, value: Any, depth: int) -> Any:
-        if depth > MAX_DEPTH:
+    def items(self, values: list[Any], depth: int) -> list[Any]:
+        """Decodes values that lie `depth` levels deep."""
+        if values and depth > MAX_DEPTH:
             raise PlanFormatError(f"value nested more than {MAX_DEPTH} levels deep")
-        self._left -= 1
+        self._left -= len(values)
         if self._left < 0:
             raise PlanFormatError(f"a value with more than {MAX_ITEMS} items")
-        kind = type(value)  # msgpack makes no subclasses
-        if kind is not list:
+        items = []
+        for value in values:
+            kind = type(value)  # msgpack makes no subclasses
+            if kind is list:
+                items.append(self._tagged(value, depth))
+                continue
             if kind is int:
                 if not _INT_MIN <= value <= _INT_MAX:
                     raise PlanFormatError("integer outside the 64-bit range")
             elif value is not None and kind is not bool and kind is not float and kind is not str:
                 raise PlanFormatError(f"malformed value: expected a tagged array, got {kind.__name__}")
-            return value
+            items.append(value)
+        return items
+
+    def _tagged(self, value: list[Any], depth: int) -> Any:
         if not value or type(value[0]) is not str:
             raise PlanFormatError("malformed value: expected a tagged array, got list")
         tag, parts = value[0], value[1:]
         if tag == "r":
             return _ref(parts)
         if tag == "t":
-            return tuple([self.decode(part, depth + 1) for part in parts])
+            return tuple(self.items(parts, depth + 1))
         if tag == "l":
-            return [self.decode(part, depth + 1) for part in parts]
+            return self.items(parts, depth + 1)
         if tag == "d":
             return self._dict(parts, depth)
         if tag == "s":
-            return slice(*[self.decode(part, depth + 1) for part in _exactly(parts, 3, "slice")])
+            return slice(*self.items(_exactly(parts, 3, "slice"), depth + 1))
         simple = _SIMPLE.get(tag)
         if simple is None:
             raise PlanFormatError(f"malformed value: unknown tag {tag[:20]!r}")
@@ -167,7 +175,7 @@ class _Decoder:
         keys = parts[::2]
         if len(parts) % 2 or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
             raise PlanFormatError("malformed dict: keys must be different strings, each with a value")
-        return {key: self.decode(item, depth + 1) for key, item in zip(keys, parts[1::2], strict=True)}
+        return dict(zip(keys, self.items(parts[1::2], depth + 1), strict=True))
 
 
 def _exactly(parts: list[Any], count: int, what: str) -> list[Any]:
@@ -184,7 +192,9 @@ def _named(parts: list[Any], table: dict[str, Any], what: str) -> Any:
 
 
 def _ref(parts: list[Any]) -> Ref:
-    (index,) = _exactly(parts, 1, "reference")
+    if len(parts) != 1:
+        _exactly(parts, 1, "reference")  # says so
+    index = parts[0]
     if type(index) is not int or not 0 <= index <= _INT_MAX:
         raise PlanFormatError("malformed reference: its number is not a 63-bit integer")
     return Ref(index)

@@ -19,7 +19,7 @@ from planrt.workers.client.connection import Connection
 from planrt.workers.client.redialling import Redialling
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.host import WorkerHost
-from planrt.workers.transport.pipes import Traffic, assembler
+from planrt.workers.transport.pipes import Traffic, assembling
 from planrt.workers.wire.channel import Channel
 
 
@@ -115,7 +115,7 @@ class SimulatedPipe:
             if self._network.draw.random() < 0.5:
                 raise ConnectionResetError("the link was cut")
             return None
-        parts = assembler(allocate, Limits(), self.address)
+        parts = assembling(Limits(), self.address)(allocate)
         for start in range(0, len(data), 100):
             parts.feed(data[start : start + 100])
         self.traffic.messages_received += 1

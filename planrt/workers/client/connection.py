@@ -247,8 +247,9 @@ class Connection:
         Raises:
             WorkerLostError: the connection has ended. LocalError: it is over a limit of the worker's.
         """
-        idle = self._sender is None and not self._woken and not self._waits() and not self.latency
-        if not idle or self._away is not None or self._ended is not None or self._unarrived.full:
+        # What waits has woken who sends it, or will be sent over the next connection: else there is nothing.
+        idle = self._sender is None and not self._woken and self._away is None and self._ended is None
+        if not idle or self.latency or self._unarrived.full:
             self.post(body, tensors)
             return
         frame = self._encoded(self.session.posted(body), tensors)
@@ -257,7 +258,7 @@ class Connection:
             return
         if self.history is not None:
             self.history.append(body)
-        if self._keeps:
+        if self.session.kept is not None:
             self._unarrived.add(Sent(frame))
 
     def _checked(self, body: B, tensors: Sequence[torch.Tensor]) -> B:

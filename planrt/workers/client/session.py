@@ -217,21 +217,18 @@ class ClientSession(Generic[T]):
         pairs = [(name, getattr(mine, name), getattr(self.versions, name)) for name in fields]
         return [(name, here, there) for name, here, there in pairs if here != there]
 
-    # Once it is open: request for what is sent, reply for what arrives.
+    # Once it is open: request for what is sent, reply for what arrives. With each message goes how many answers have
+    # been taken.
 
     def request(self, body: m.Body) -> m.Envelope:
         """Returns `body` under the next request number, to be sent; its answer goes to `reply`."""
         self._last += 1
         self._pending.add(self._last)
-        return m.Envelope(self._last, body, self._told())
+        return m.Envelope(self._last, body, self.seen if self.kept is not None else 0)
 
     def posted(self, body: m.Body) -> m.Envelope:
         """Returns `body` as a message that is not answered."""
-        return m.Envelope(0, body, self._told())
-
-    def _told(self) -> int:
-        """What goes along with each message: how many answers have been taken."""
-        return self.seen if self.kept is not None else 0
+        return m.Envelope(0, body, self.seen if self.kept is not None else 0)
 
     def forget(self, id: int) -> None:
         """Notes that nobody waits for that request any more; `reply` drops a late answer to it."""

@@ -9,6 +9,7 @@ as a socket does, so whatever runs over it has been through the wire format. The
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -100,10 +101,10 @@ class Pipe(Protocol):
         """Closes this end; the other end's `receive` then returns None. Closing twice is fine."""
 
 
-def assembler(allocate: Allocate[Envelope], limits: Limits, address: str) -> FrameAssembler[Envelope]:
-    """Returns the assembler to which a pipe feeds the pieces of one incoming frame."""
+def assembling(limits: Limits, address: str) -> Callable[[Allocate[Envelope]], FrameAssembler[Envelope]]:
+    """Returns what makes the assembler to which a pipe feeds the pieces of one incoming frame."""
     decode = partial(from_wire, address=address)
-    return FrameAssembler(decode, allocate=allocate, limits=limits, address=address)
+    return partial(FrameAssembler, decode, limits=limits, address=address)
 
 
 class MemoryPipe:
@@ -118,7 +119,7 @@ class MemoryPipe:
         self.address = address
         self.traffic = Traffic()
         self.channel = Channel()
-        self._limits = limits
+        self._assembler = assembling(limits, address)
         self._incoming: asyncio.Queue[tuple[Frame, asyncio.Future[None]] | None] = asyncio.Queue()
         self._other: MemoryPipe | None = None
         self._gone = asyncio.Event()
@@ -144,7 +145,7 @@ class MemoryPipe:
             return None
         frame, taken = item
         try:
-            parts = assembler(allocate, self._limits, self.address)
+            parts = self._assembler(allocate)
             for fragment in frame.fragments():
                 parts.feed(fragment)
             received = parts.finish()

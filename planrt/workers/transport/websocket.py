@@ -29,7 +29,7 @@ from planrt.serde.frames import Allocate, Frame, Limits, Received, in_memory
 from planrt.workers.transport.addresses import DialOptions, ListenOptions, ServePipe, register, scheme_of
 from planrt.workers.transport.callers import Callers
 from planrt.workers.transport.passing import Passed, let_go
-from planrt.workers.transport.pipes import Traffic, assembler
+from planrt.workers.transport.pipes import Traffic, assembling
 from planrt.workers.transport.places import Handshakes, Places, most_of_all, placed
 from planrt.workers.transport.tls import ServerTls, client_tls, fingerprint, user_of, why_not
 from planrt.workers.transport.websocket_stream import FrameStream
@@ -106,7 +106,7 @@ class WebsocketPipe:
         self.traffic = Traffic()
         self.channel = channel
         self._connection = connection
-        self._limits = limits
+        self._assembler = assembling(limits, address)
         connection.stream.start(address, limits)
 
     async def send(self, frame: Frame, *, message: bool = True) -> None:
@@ -125,8 +125,7 @@ class WebsocketPipe:
         self, allocate: Allocate[Envelope] = in_memory
     ) -> Coroutine[Any, Any, Received[Envelope] | None]:
         """See `Pipe.receive`."""
-        arriving = assembler(allocate, self._limits, self.address)
-        return self._connection.stream.receive(arriving, self.traffic)
+        return self._connection.stream.receive(self._assembler(allocate), self.traffic)
 
     async def answers(self, seconds: float) -> bool:
         """See `Pipe.answers`. While data waits to be read, what comes behind it is not seen."""

@@ -37,7 +37,8 @@ def read_header(data: memoryview, *, address: str = "") -> FrameHeader | None:
     Raises:
         WireError: reserved bits, an unknown opcode, or a control frame that is long or in pieces.
     """
-    if len(data) < 2:
+    arrived = len(data)
+    if arrived < 2:
         return None
     first, second = data[0], data[1]
     opcode, nbytes = first & 0x0F, second & 0x7F
@@ -53,7 +54,7 @@ def read_header(data: memoryview, *, address: str = "") -> FrameHeader | None:
     lengths = 0 if nbytes < 126 else 2 if nbytes == 126 else 8
     keys = 4 if second & 0x80 else 0
     size = 2 + lengths + keys
-    if len(data) < size:
+    if arrived < size:
         return None
     if lengths:
         nbytes = int.from_bytes(data[2 : 2 + lengths], "big")
@@ -89,11 +90,12 @@ def masked_frame(
 def mask(data: memoryview, key: bytes) -> None:
     """Masks `data`, or unmasks it, where it is. `key` is the one for its first bytes: see `turned`."""
     array = np.frombuffer(data, np.uint8)
-    start = min(-array.__array_interface__["data"][0] % 4, len(array))
-    end = len(array) - (len(array) - start) % 4
+    nbytes = array.size
+    start = min(-array.__array_interface__["data"][0] % 4, nbytes)
+    end = nbytes - (nbytes - start) % 4
     words = array[start:end].view(np.uint32)  # where they are aligned, they take a quarter of the time
     np.bitwise_xor(words, np.frombuffer(turned(key, start), np.uint32), out=words)
-    for place in (*range(start), *range(end, len(array))):
+    for place in (*range(start), *range(end, nbytes)):
         data[place] ^= key[place % 4]
 
 

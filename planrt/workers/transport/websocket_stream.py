@@ -353,40 +353,48 @@ class FrameStream(asyncio.BufferedProtocol):
                 header = read_header(self._view[self._start : self._end], address=self._address)
                 if header is None:
                     return False
-                if not header.control:
-                    return self._begin_data(header)
+                if header.control:
+                    if not self._pass_on(header):
+                        return False
+                    continue
+                if self._assembler is None and not self._discards:
+                    self._pause()
+                    return False
+                if bool(header.key) == self._masks:
+                    raise WireError(
+                        "malformed websocket frame: clients mask, servers do not", address=self._address
+                    )
+                if (header.opcode == CONTINUATION) != self._in_message and not self._discards:
+                    raise WireError(
+                        "malformed websocket message: fragments out of order", address=self._address
+                    )
             except WireError as error:
                 self._fail(error, CloseCode.PROTOCOL_ERROR)
                 return False
-            start, end = self._start, self._start + header.size + header.nbytes
-            if end > self._end:
-                return False
-            self._start = end
-            if not self._eof:  # what was read late is behind the end, for websockets
-                self._connection.data_received(bytes(self._view[start:end]))
-            if self._transport.get_write_buffer_size() > _UNSENT:
-                self._give_up(ConnectionResetError("it asks for signs of life and does not read them"))
+            self._start += header.size
+            self._frame, self._left, self._key = header, header.nbytes, header.key
+            self._in_message = True
+            if header.nbytes > FRAGMENT_BYTES:
+                self._fail(
+                    MessageTooLargeError(
+                        f"a websocket frame of {header.nbytes:,} bytes is over the limit of {FRAGMENT_BYTES:,}: "
+                        "send longer messages in fragments",
+                        address=self._address,
+                    )
+                )
+            return True
         return False
 
-    def _begin_data(self, header: FrameHeader) -> bool:
-        if self._assembler is None and not self._discards:
-            self._pause()
+    def _pass_on(self, header: FrameHeader) -> bool:
+        """Hands the control frame that comes next to websockets. False if it has not arrived."""
+        start, end = self._start, self._start + header.size + header.nbytes
+        if end > self._end:
             return False
-        if bool(header.key) == self._masks:
-            raise WireError("malformed websocket frame: clients mask, servers do not", address=self._address)
-        if (header.opcode == CONTINUATION) != self._in_message and not self._discards:
-            raise WireError("malformed websocket message: fragments out of order", address=self._address)
-        self._start += header.size
-        self._frame, self._left, self._key = header, header.nbytes, header.key
-        self._in_message = True
-        if header.nbytes > FRAGMENT_BYTES:
-            self._fail(
-                MessageTooLargeError(
-                    f"a websocket frame of {header.nbytes:,} bytes is over the limit of {FRAGMENT_BYTES:,}: "
-                    "send longer messages in fragments",
-                    address=self._address,
-                )
-            )
+        self._start = end
+        if not self._eof:  # what was read late is behind the end, for websockets
+            self._connection.data_received(bytes(self._view[start:end]))
+        if self._transport.get_write_buffer_size() > _UNSENT:
+            self._give_up(ConnectionResetError("it asks for signs of life and does not read them"))
         return True
 
     def _take(self, data: memoryview, *, arrived: bool = False) -> None:
@@ -408,10 +416,11 @@ class FrameStream(asyncio.BufferedProtocol):
                 assembler.filled(nbytes)
             else:
                 assembler.feed(unmasked(data, key) if key else data)
-            if not ended:
+            if ended:
+                if frame.final:
+                    self._settle(assembler.finish())
+            elif nbytes % 4:
                 self._key = turned(key, nbytes)
-            elif frame.final:
-                self._settle(assembler.finish())
         except Exception as error:  # whatever it is: it belongs to who receives, not to the event loop
             self._fail(error)
 

@@ -14,8 +14,8 @@ not told.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from planrt.errors import WireError
 
@@ -33,25 +33,19 @@ MESSAGES: Final = 32
 """Messages that are taken before they are acknowledged, where nothing that is sent says so anyway."""
 
 
-class Unacknowledged(Generic[T]):
+class Unacknowledged(deque[T]):
     """The messages that one side has sent and the other one has not said that it took, oldest first."""
 
-    __slots__ = ("_kept", "sent")
+    __slots__ = ("sent",)
 
     def __init__(self) -> None:
-        self._kept: deque[T] = deque()
+        super().__init__()
         self.sent = 0
         """Messages sent so far."""
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._kept)
-
     def add(self, message: T) -> None:
         """Takes note of a message that is about to be sent."""
-        self._kept.append(message)
+        self.append(message)
         self.sent += 1
 
     def acknowledge(self, seen: int) -> list[T]:
@@ -62,12 +56,13 @@ class Unacknowledged(Generic[T]):
         """
         if seen > self.sent:
             raise WireError(f"{seen:,} messages were acknowledged, and {self.sent:,} sent", address="")
-        return [self._kept.popleft() for _ in range(len(self._kept) - (self.sent - seen))]
+        taken = len(self) - (self.sent - seen)
+        return [self.popleft() for _ in range(taken)] if taken > 0 else []
 
     def until(self, found: Callable[[T], bool]) -> None:
         """Forgets all messages up to the first that is `found`; none where there is no such."""
-        for number, message in enumerate(self._kept, 1):
+        for number, message in enumerate(self, 1):
             if found(message):
                 for _ in range(number):
-                    self._kept.popleft()
+                    self.popleft()
                 return
