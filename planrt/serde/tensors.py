@@ -30,7 +30,7 @@ MAX_ELEMENTS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one tensor lies in a payload: dtype, shape and strides (elements), size (bytes)."""
+    """The way one tensor lies in a payload: dtype, shape and strides (elements), size (bytes)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
