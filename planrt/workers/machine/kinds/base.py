@@ -207,7 +207,7 @@ class ObjectKinds:
         Raises:
             LocalError: no worker keeps such values.
         """
-        kind = self.find(value)
+        kind = self._by_type.get(type(value)) or self.find(value)
         if kind is None:
             raise LocalError(f"a worker keeps no objects of type {type(value).__name__}")
         return kind

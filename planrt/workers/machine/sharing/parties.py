@@ -232,8 +232,11 @@ class PartyOps:
 
     def are_parts(self, ids: Sequence[int]) -> bool:
         """Returns whether objects are parts, or not there."""
-        found = [self._store.objects.get(id) for id in ids]
-        return all(one is None or isinstance(one.value, SharedPart) for one in found)
+        for id in ids:
+            found = self._store.objects.get(id)
+            if found is not None and not isinstance(found.value, SharedPart):
+                return False
+        return True
 
     @staticmethod
     def is_short_put(body: m.PutShare) -> bool:
@@ -439,11 +442,12 @@ class PartyOps:
         protocol = run_program(context, program, given, key)
         answer: list[torch.Tensor] | None = None
         for step in itertools.count():
-            group.needed = start + taken[step] if taken else 0
-            if not group.is_over():
-                group.pace.rest()
-                group.went_on((yield from group.wait()))
-                group.pace.go_on()
+            if taken:
+                group.needed = start + taken[step]
+                if not group.is_over():
+                    group.pace.rest()
+                    group.went_on((yield from group.wait()))
+                    group.pace.go_on()
             try:
                 parts = next(protocol) if answer is None else protocol.send(answer)
             except StopIteration as done:

@@ -153,7 +153,8 @@ def _looks(data: Any) -> Looks | None:
         return None
     if isinstance(data, tuple) and len(data) == 3:
         shape, dtype, requires_grad = data
-        sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        whole = isinstance(shape, tuple) and {int}.issuperset(map(type, shape))
+        sizes = whole and min(shape, default=0) >= 0
         if sizes and isinstance(dtype, torch.dtype) and type(requires_grad) is bool:
             return Looks(shape, dtype, requires_grad)
     raise SharingError("an operand in shares has a shape and a dtype")
