@@ -358,7 +358,9 @@ class FrameStream(asyncio.BufferedProtocol):
                         return False
                     continue
                 if self._assembler is None and not self._discards:
-                    self._pause()
+                    # who has just been given a message may come back at once for the one behind it
+                    if self._receiver is None or self._end == len(self._buffer):
+                        self._pause()
                     return False
                 if bool(header.key) == self._masks:
                     raise WireError(
