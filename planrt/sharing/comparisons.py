@@ -5,7 +5,9 @@ The sign of x is the top bit of c - r, where c = x + r was opened: it is the top
 4.4 for the rest, in four rounds; the last party alone receives 53 bytes from the dealer (tables 32, gates 13, the daBit
 8), all others a seed.
 
-A relu takes 61 bytes from the dealer. What else was measured or estimated for relu, two parties, per element and party:
+A relu takes 61 bytes from the dealer. One that is scaled down besides, as after a layer, takes 73, or 62 at scales from
+2**16 on, as the low 15 bits say nothing there that is left. What else was measured or estimated for relu, two parties,
+per element and party:
 
     | protocol                                            | rounds | online | offline | computing, 100,000 elements |
     |-----------------------------------------------------|--------|--------|---------|-----------------------------|
@@ -46,27 +48,31 @@ def negative(party: Party, value: Masked) -> Protocol[Bit]:
     return bit.reshape(value.shape)
 
 
-def below(party: Party, value: Masked, thresholds: Sequence[int]) -> Protocol[Bit]:
+def below(party: Party, value: Masked, thresholds: Sequence[int], *, coarse: int = 0) -> Protocol[Bit]:
     """Returns [x < t] for each of several public t: bits of shape (thresholds, *shape), in three rounds.
 
-    Exact where x - t does not leave -2**63 .. 2**63 - 1. One table serves all: c - t is public as c is.
+    Exact where x - t does not leave -2**63 .. 2**63 - 1. One table serves all: c - t is public as c is. With `coarse`
+    so many low bits are not looked at, and for t - 2**coarse <= x < t either answer may come: the difference of c - t
+    and r, both divided by 2**coarse and rounded down, is x - t so divided, or one more.
     """
     count, rows = value.opened.numel(), len(thresholds)
     moved = torch.tensor(list(thresholds), dtype=torch.int64)
     opened = value.opened.reshape(1, count) - moved[:, None]
     mask = value.mask.changed("reshape", (1, count), shape=(1, count))
-    found = yield from signs(party, opened, mask)
+    if coarse:
+        opened, mask = opened >> coarse, mask.changed("divide", 1 << coarse)
+    found = yield from signs(party, opened, mask, 63 - coarse)
     return (yield from to_bit(party, found, (rows, *value.shape)))
 
 
-def signs(party: Party, opened: torch.Tensor, mask: Known) -> Protocol[Bits]:
+def signs(party: Party, opened: torch.Tensor, mask: Known, bits: int = 63) -> Protocol[Bits]:
     """Returns this party's XOR part of [x < 0] in packed rows, for x = opened - mask of shape (rows, n), in two rounds.
-    The mask may be one row for all.
+    The mask may be one row for all. All bits of the two above the low `bits` are as their top bits are.
 
-    1. Find the borrow [c < r] on the low 63 bits.
+    1. Find the borrow [c < r] on the low `bits` bits.
     2. Combine it with the top bits of c and r.
     """
-    tables = Tables(mask, 63, len(opened))
+    tables = Tables(mask, bits, len(opened))
     material = party.supply.take(tables)
     borrowed = yield from compared(party, material, opened, tables)
     found: Bits = borrowed ^ material.fixed[1]

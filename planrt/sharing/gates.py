@@ -44,15 +44,16 @@ class Tables:
 
     @property
     def chunks(self) -> int:
-        """4 or 16: so many chunks as one or two levels of gates take."""
-        return 4 if self.bits <= 16 else 16
+        """4, 12 or 16: so many chunks as one level of gates takes, or two."""
+        return 4 if self.bits <= 16 else 12 if self.bits <= 48 else 16
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...]:
         """Per level of gates: how many masks each has, and how many gates stand side by side."""
-        if self.equality:
-            return ((_EQUAL, 4), (_EQUAL, 1))[-1 if self.chunks == 4 else 0 :]
-        return ((_LESS, 1),) if self.chunks == 4 else ((_BOTH, 4), (_LESS, 1))
+        last = (_EQUAL if self.equality else _LESS, 1)
+        if self.chunks == 4:
+            return (last,)
+        return (_EQUAL if self.equality else _BOTH, self.chunks // 4), last
 
     @property
     def planes(self) -> tuple[int, int]:
@@ -132,6 +133,11 @@ def compared(party: Party, material: Material, opened: torch.Tensor, tables: Tab
     equal: Bits | None
     less, equal = looked_up(party, material.fixed[0], at, tables.equality)
     for masks, products in zip(material.free, material.fixed[2:], strict=True):
+        if (
+            equal is not None and len(equal) == 3
+        ):  # the lowest chunk of all is one that is equal, and not less
+            equal = np.concatenate([equal, np.full_like(equal[:1], 255 if party.first else 0)])
+            less = None if less is None else np.concatenate([less, np.zeros_like(less[:1])])
         less, equal = yield from _gates(party, less, equal, masks, products)
     last = equal if less is None else less
     assert last is not None  # noqa: S101 - the last gate gives what was asked for

@@ -31,16 +31,18 @@ GROUP = 16
 
 
 def rectified(
-    party: Party, value: Masked, divisor: int = 1, least: int = 0
+    party: Party, value: Masked, divisor: int = 1, least: int = 0, *, coarse: int = 0
 ) -> Protocol[tuple[torch.Tensor, Bit]]:
     """Returns max(x, 0) / divisor, and the bit [x >= least], which is the derivative; three rounds after the masking.
 
-    `least` is 0 or 1, as the derivative at 0 is to be 1 or 0; with 1, -2**63 counts as positive.
+    `least` is 0 or 1, as the derivative at 0 is to be 1 or 0; with 1, -2**63 counts as positive. With `coarse`, which
+    looks at fewer bits, what is below 2**coarse + `least` may count as 0 as well.
 
     1. Find the sign b.
     2. Multiply 1 - b by x, or by the quotient (`bit_times_quotient`).
     """
-    bits = yield from below(party, value, (least,))
+    least += (1 << coarse) if coarse else 0
+    bits = yield from below(party, value, (least,), coarse=coarse)
     positive = bits.reshape(value.shape).negated()
     if divisor == 1:
         return bit_times(party, positive, value), positive

@@ -6,7 +6,7 @@ import torch
 
 from planrt.errors import SharingError, ValueRangeError
 from planrt.sharing import ring, selection
-from planrt.sharing.comparisons import below, borrow, equal, less_than, less_than_zero
+from planrt.sharing.comparisons import below, borrow, equal, equal_to, less_than, less_than_zero
 from planrt.sharing.masked import mask
 from planrt.sharing.rounds import Transcript, new_parties
 
@@ -59,7 +59,7 @@ def test_thresholds_share_an_opening(run, anything, parties):
     assert transcript.rounds == 4
 
 
-@pytest.mark.parametrize("bits", [1, 5, 16, 17, 64])
+@pytest.mark.parametrize("bits", [1, 5, 16, 17, 33, 47, 48, 49, 64])
 def test_borrows(run, anything, bits):
     x = near_and_far(anything)
 
@@ -97,6 +97,37 @@ def test_relu_with_a_quotient(run, anything, divisor, parties):
     assert ((found * divisor - x.relu()).abs() < divisor).all()
     assert (found[x < 0] == 0).all()
     assert transcript.rounds == 4
+
+
+def test_relu_that_looks_at_fewer_bits(run, anything, parties):
+    """What is not positive never counts as positive, what is above half a unit always does; the rest is off by less."""
+    near = torch.arange(-(2**16), 2**17, 77)
+    edges = torch.tensor([0, 1, -1, 2**15, 2**15 + 1, 2**16, 2**62 - 1, -(2**62) + 2**17])
+    x = torch.cat([anything(500) >> 2, near, edges])
+
+    def protocol(party, part):
+        (masked,) = yield from mask(party, part)
+        result, positive = yield from selection.rectified(party, masked, 2**16, 1, coarse=15)
+        return torch.stack([result, positive.share(party)])
+
+    found, positive = run(protocol, x)
+    certain = (x <= 0) | (x > 2**15)
+    assert torch.equal(positive[certain], (x > 0).long()[certain])
+    assert 0 < positive[~certain].float().mean() < 1
+    assert (found[x <= 0] == 0).all()
+    assert ((found - x.clamp(min=0) // 2**16).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("bits", [17, 40, 48])
+def test_low_bits_that_are_equal(run, bits):
+    x = torch.tensor([0, 1, 5, 2**17 - 1, 2**40, 2**48 - 1, 5 + 2**bits, -1, -(2**50)])
+
+    def protocol(party, part):
+        (masked,) = yield from mask(party, part)
+        return (yield from equal_to(party, masked, (0, 5, -1), bits)).share(party)
+
+    expected = torch.stack([(x - one) % 2**bits == 0 for one in (0, 5, -1)]).long()
+    assert torch.equal(run(protocol, x), expected)
 
 
 def test_absolute_and_sign(run, anything):

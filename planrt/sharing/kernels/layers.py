@@ -30,15 +30,22 @@ from planrt.sharing.products import bit_times
 from planrt.sharing.rounds import Protocol
 from planrt.sharing.selection import bit_times_quotient, rectified
 
+_COARSE = 15
+"""Bits that the sign of a product does not depend on, where it is scaled down by more: half a unit of what it becomes.
+Of the other 48 the tables take three quarters.
+"""
+
 
 def _relu(context: Context, value: Share) -> Protocol[Share]:
-    """A product that comes here is scaled down in the same opening."""
+    """A product that comes here is scaled down in the same opening. What is below half a unit may become 0."""
     if value.scale <= context.scale:
         (opened,) = yield from masked(context, value)
     else:
         (opened,) = yield from mask(context.party, value.part)
     scale = min(value.scale, context.scale)
-    part, positive = yield from rectified(context.party, opened, value.scale // scale, least=1)
+    divisor = value.scale // scale
+    coarse = _COARSE if divisor > 1 << _COARSE else 0
+    part, positive = yield from rectified(context.party, opened, divisor, least=1, coarse=coarse)
     return Share(part, scale, positive=positive)
 
 
