@@ -10,6 +10,7 @@ import torch
 from planrt.sharing.programs.calls import Call, Program
 from planrt.types import Ref
 from planrt.workers.machine.events import PeerAnswered, Received, Reply, ToPeer
+from planrt.workers.machine.sessions import Session
 from planrt.workers.machine.sharing import dealers
 from planrt.workers.machine.sharing.groups import Group
 from planrt.workers.wire import messages as m
@@ -369,3 +370,27 @@ def test_what_is_shared_halfway_leaves_nothing_behind():
     net.tell("a", m.Claim([8], "token"))  # nobody gets what was to be one of its parts
     net.run()
     assert net.keep("a") == before[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_opening_is_over_with_the_last_part_that_is_missing_in_whatever_order_they_come(seed):
+    """Four parties, of which others may be ahead by one: what a group counts is what it would see by looking."""
+    draws = Random(seed)
+    addresses = [m.PeerAddress(name, f"memory://{name}") for name in ("bob", "alice", "carol", "dan")]
+    about = m.MakeGroup("g", "secret", 1, addresses, m.PeerAddress("james", "memory://james"), 2**16, 5.0)
+    group = Group(about, Session("client"), addresses)
+    group.members = {"of bob": 0, "of carol": 2, "of dan": 3}
+    sent = dict.fromkeys(group.members, 0)
+    for number in range(20):
+        mine = [torch.tensor([number])]
+        assert group.sending(mine).number == number
+        while group.missing():
+            assert not group.is_over()
+            who = draws.choice([one for one, count in sent.items() if count <= number + 1])
+            group.arrived(who, m.Opening("g", sent[who]), [torch.tensor([100 * sent[who]])])
+            sent[who] += 1
+        assert group.is_over()
+        assert group.combined(mine)[0].item() == number + 300 * number
+        ahead = sum(count > number + 1 for count in sent.values())
+        assert group.held_bytes == 8 * ahead
+        assert group.traffic == m.GroupTraffic(number + 1, 24 * (number + 1), 24 * (number + 1))
