@@ -63,8 +63,8 @@ class InlineCompute:
         self.busy = False
 
     @property
-    def idle(self):
-        return not self._turn.locked()
+    def asked(self):
+        return int(self._turn.locked())
 
     async def run(self, function, *args):
         async with self._turn:
