@@ -133,9 +133,8 @@ def compared(party: Party, material: Material, opened: torch.Tensor, tables: Tab
     equal: Bits | None
     less, equal = looked_up(party, material.fixed[0], at, tables.equality)
     for masks, products in zip(material.free, material.fixed[2:], strict=True):
-        if (
-            equal is not None and len(equal) == 3
-        ):  # the lowest chunk of all is one that is equal, and not less
+        if equal is not None and len(equal) == 3:
+            # A gate takes four: the lowest chunk of all is one that is equal, and not less.
             equal = np.concatenate([equal, np.full_like(equal[:1], 255 if party.first else 0)])
             less = None if less is None else np.concatenate([less, np.zeros_like(less[:1])])
         less, equal = yield from _gates(party, less, equal, masks, products)

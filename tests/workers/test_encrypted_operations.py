@@ -147,3 +147,25 @@ def test_exact_answers(name, everybody):
     found, expected = WITHOUT_GRADIENTS[name](share(x), share(y)), WITHOUT_GRADIENTS[name](x, y)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.get(), other.long())
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_relu_of_a_product_around_zero(count, everybody):
+    """In quarters of a unit: nothing, and no gradient, where the product is not above 0; one where it is above half
+    a unit, and off by less than a unit everywhere.
+    """
+    *parties, james = everybody
+    quarters = torch.arange(-9.0, 10)
+    x, weight = quarters[:, None] * 2**-16, torch.full((1, 3), 0.25)
+    there = x.fix_precision(**PRECISION).share(*parties[:count], crypto_provider=james, requires_grad=True)
+    factor = weight.fix_precision(**PRECISION).share(*parties[:count], crypto_provider=james)
+    for _ in range(6):  # the first runs find out what the others know
+        there.grad = None
+        found = (there @ factor).relu()
+        (found * 2**16).sum().backward()
+        units = found.get() * 2**16
+        slope = there.grad.get()[:, 0] / (0.75 * 2**16)
+        assert ((units - (x @ weight).relu() * 2**16).abs() < 1).all()
+        assert (units[quarters <= 0] == 0).all()
+        assert (slope[quarters <= 0] == 0).all()
+        assert ((slope[quarters > 2] - 1).abs() < 1e-3).all()

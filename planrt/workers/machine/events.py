@@ -94,10 +94,9 @@ class UsersChanged:
     users: Mapping[str, str] = field(repr=False)
 
 
-Event: TypeAlias = (
+Happening: TypeAlias = (
     TimePassed
     | Connected
-    | Received
     | Arrived
     | Disconnected
     | Cut
@@ -107,6 +106,9 @@ Event: TypeAlias = (
     | Expired
     | UsersChanged
 )
+"""What is no message."""
+
+Event: TypeAlias = Received | Happening
 
 # -------------------------------------------------------------------------------------- instructions
 

@@ -69,6 +69,7 @@ from planrt.workers.machine.events import (
     Disconnected,
     Event,
     Expired,
+    Happening,
     Instruction,
     PeerAnswered,
     PeerFailed,
@@ -416,19 +417,7 @@ class WorkerState:
             return [*instructions, *besides]
         return instructions
 
-    def _happened(
-        self,
-        event: TimePassed
-        | Connected
-        | Arrived
-        | Disconnected
-        | Cut
-        | PeerAnswered
-        | PeerFailed
-        | Probed
-        | Expired
-        | UsersChanged,
-    ) -> list[Instruction]:
+    def _happened(self, event: Happening) -> list[Instruction]:
         """Takes an event that is no message."""
         match event:
             case Connected(connection, channel):

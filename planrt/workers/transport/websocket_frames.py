@@ -77,9 +77,7 @@ def masked_frame(
     """Returns a data frame with the `nbytes` of `pieces` as its payload, in a copy, masked with a key of its own."""
     key = os.urandom(4)
     header = header_bytes(opcode, nbytes, final=final, key=key)
-    start = (
-        -len(header) % 4
-    )  # the payload begins at a multiple of four, and is masked so many bytes at a time
+    start = -len(header) % 4  # so that the payload begins at a multiple of four: it is masked word by word
     begin = start + len(header)
     frame = bytearray().join([bytes(start), header, *pieces, bytes(-nbytes % 4)])
     payload = np.frombuffer(frame, np.uint32, offset=begin)
