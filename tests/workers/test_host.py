@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import random
 import threading
+import time
 import weakref
 
 import msgpack
@@ -181,6 +183,63 @@ def test_an_answer_to_who_is_gone_costs_nobody_else_theirs(caplog):
         assert (await reading).message.id == 5
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_events_send_leaves_in_their_order_while_the_owners_log_is_written(seed):
+    """Of some there is a line to write, some are answered to a client that reads slowly, and some are neither."""
+    draw = random.Random(seed)
+
+    class Slow:
+        channel, address, traffic, hands_over = Channel(), "client", Traffic(), False
+
+        async def send(self, frame, *, message=True):
+            await asyncio.sleep(0.001)
+
+        def send_now(self, frame):
+            return False
+
+    class Audit:
+        def __init__(self):
+            self.lines = 0
+
+        @property
+        def waiting(self):
+            return self.lines > 0
+
+        def write(self):
+            lines = self.lines
+            time.sleep(draw.choice((0, 0.0002, 0.001)))
+            self.lines -= lines
+
+    class State(WorkerState):
+        handled = 0
+
+        def handle(self, event, over=lambda: False, deliver=None):
+            number, self.handled = self.handled, self.handled + 1
+            audit.lines += draw.random() < 0.5
+            answers = [Reply(1, m.Envelope(1 + number, m.Done()))] if isinstance(event, Received) else []
+            return [*answers, ToPeer(m.PeerAddress("alice", "memory://alice"), m.FailGroup("g", str(number)))]
+
+    async def go():
+        host = WorkerHost(State("bob"), ComputeThread("test"), audit=audit)
+        host._pipes = {1: Slow()}
+        host._links.send = lambda message: sent.append(int(message.body.reason))
+
+        async def client():
+            for _ in range(40):
+                await host._handle(Received(1, m.Envelope(5, m.CountObjects()), []))
+
+        async def peer():
+            for _ in range(80):
+                await host._handle(PeerFailed("key", "it is gone"))
+                await asyncio.sleep(draw.choice((0, 0, 0.0003)))
+
+        await asyncio.gather(client(), *(peer() for _ in range(4)))
+
+    sent, audit = [], Audit()
+    asyncio.run(go())
+    assert sent == list(range(360))
 
 
 def test_a_worker_that_has_stopped_dials_nobody():

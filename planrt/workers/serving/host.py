@@ -134,6 +134,9 @@ class WorkerHost:
         self._audit = audit
         self._writing = asyncio.Lock()
         """Held while that is written: what comes of events leaves in their order."""
+        self._unwritten = 0
+        """Events of which nothing leaves before that is written: what comes of later ones leaves after them. (The lock
+        does not tell: it is free for a moment when it goes from one to the next.)"""
         self._compute = compute
         self._limits = limits or Limits()
         self._numbers = itertools.count(1)
@@ -334,17 +337,26 @@ class WorkerHost:
         while left:  # to the end, though nobody may hear of it: a message is done whole
             event = left.pop()
             instructions = None
-            written = self._audit is None or not (self._audit.waiting or self._writing.locked())
             # What came before it has left, and it takes no time: it is done on the loop.
-            if written and not self._compute.asked and self.state.is_short(event):
+            if not (self._writes or self._compute.asked) and self.state.is_short(event):
                 instructions = self._compute.run_here(self._work, event, self._deliver_now)
             if instructions is None:
                 self._loop = asyncio.get_running_loop()
                 instructions = await self._compute.run(self._work, event, self._deliver)
-            if self._audit is not None and (self._audit.waiting or self._writing.locked()):
-                instructions = await self._written(self._audit, event, instructions)
+            if self._writes:
+                instructions = await self._written(event, instructions)
+            for instruction in instructions:  # before anything that may wait: another event's would be sent before
+                match instruction:
+                    case ToPeer():
+                        self._links.send(instruction)
+                    case Introduce(peer, secret):
+                        self._links.introduce(peer, secret)
+                    case Part(peers):
+                        self._links.part(peers)
             for instruction in instructions:
                 match instruction:
+                    case ToPeer() | Introduce() | Part():
+                        pass  # these have left
                     case Wait():
                         pass  # the state machine remembers the request; PeerAnswered or PeerFailed wakes it
                     case Reply(connection, envelope, tensors) if connection == own:
@@ -358,12 +370,6 @@ class WorkerHost:
                         self._close_soon(connection)
                     case Distrust(connection):
                         self._distrust(connection)
-                    case ToPeer():
-                        self._links.send(instruction)
-                    case Introduce(peer, secret):
-                        self._links.introduce(peer, secret)
-                    case Part(peers):
-                        self._links.part(peers)
                     case Again(rest):  # the compute thread first takes what has waited meanwhile
                         left.append(rest)
                     case Alarm(seconds, key):
@@ -479,15 +485,20 @@ class WorkerHost:
             before.cancel()
         self._timers[keep.session] = asyncio.get_running_loop().call_later(keep.seconds, expire)
 
-    async def _written(
-        self, audit: AuditLog, event: Event, instructions: list[Instruction]
-    ) -> list[Instruction]:
+    @property
+    def _writes(self) -> bool:
+        """Whether the owner's log is to be written before anything else leaves."""
+        return self._audit is not None and (self._unwritten > 0 or self._audit.waiting)
+
+    async def _written(self, event: Event, instructions: list[Instruction]) -> list[Instruction]:
         """`instructions`, once the owner's log has what they come of. Where that cannot be written nobody is sent
         anything, and who asked loses the connection: an owner who keeps a log wants nothing to leave beside it.
         """
+        assert self._audit is not None  # noqa: S101 - there is something to write
+        self._unwritten += 1
         try:
             async with self._writing:
-                await asyncio.to_thread(audit.write)
+                await asyncio.to_thread(self._audit.write)
         except RuntimeError:  # this process ends: as in ComputeThread.run
             raise asyncio.CancelledError from None
         except AuditError as error:
@@ -507,6 +518,8 @@ class WorkerHost:
             if isinstance(event, Received) and not any(isinstance(one, Close) for one in refused):
                 refused.append(Close(event.connection))
             return refused
+        finally:
+            self._unwritten -= 1
         return instructions
 
     def _distrust(self, connection: int) -> None:

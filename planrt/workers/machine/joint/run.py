@@ -158,8 +158,12 @@ class Run:
         number = self.members.get(session)
         if number is None:
             raise JointError(f"a parcel of joint run {body.joint!r} came from none of its parties")
-        if body.number != self.came.get(number, 0):
-            raise JointError(f"{self.name_of(number)} sent its parcels out of order")
+        due = self.came.get(number, 0)
+        if body.number != due:
+            raise JointError(
+                f"parcel {body.number} of {self.name_of(number)} came where {due} is due: parties send each parcel once "
+                "and in order, so what came before was lost on the way"
+            )
         self.waiting_bytes += payload_bytes(tensors)
         if self.waiting_bytes > MOST_WAITING:
             raise JointError(
