@@ -1,6 +1,8 @@
 """Secure rounds in which workers sign: what a server that swaps keys, or tells two lists, gets to hear."""
 
+import asyncio
 import contextlib
+from functools import partial
 
 import pytest
 import torch.nn.functional as F
@@ -270,7 +272,7 @@ LISTS = {
 def test_shares_are_revealed_for_the_list_that_enough_have_signed(owners, how):
     workers, job = owners(), job_of()
     kind, says = LISTS[how]
-    heard = []
+    heard, told = [], asyncio.Event()
     ask = workers[0].ask
 
     async def asked(expected, body, *args, **options):
@@ -289,9 +291,17 @@ def test_shares_are_revealed_for_the_list_that_enough_have_signed(owners, how):
             return await ask(expected, body, *args, **options)
         except RemoteError as error:
             heard.append(error)
+            told.set()
             raise
 
+    async def after(ask, expected, body, *args, **options):
+        if isinstance(body, m.RevealShares):  # or the round may be done before alice has said anything
+            await told.wait()
+        return await ask(expected, body, *args, **options)
+
     workers[0].ask = asked
+    for other in workers[1:]:
+        other.ask = partial(after, other.ask)
     scheduler = scheduler_of(
         workers, job, secure=SecureAggregation(threshold=2 if how == "another list" else 3)
     )
@@ -300,7 +310,8 @@ def test_shares_are_revealed_for_the_list_that_enough_have_signed(owners, how):
     else:
         with pytest.raises(QuorumError):
             run(scheduler, 1, job.state)
-    del workers[0].ask
+    for worker in workers:
+        del worker.ask
     assert len(heard) == 1
     with pytest.raises(kind, match=says):
         raise heard[0]

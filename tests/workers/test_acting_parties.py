@@ -1,7 +1,10 @@
 """Workers that compute together act for the client that they act for: protocols, shares and joint runs."""
 
+import asyncio
 import contextlib
 import json
+import socket
+import threading
 import time
 
 import pytest
@@ -20,12 +23,14 @@ from planrt.errors import (
 from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.plans.policy.rules import Policy
 from planrt.protocols.acting import ActingPlaces
+from planrt.serde.frames import Limits
 from planrt.sharing.tensors.shared import share
 from planrt.vertical import Party, intersection_size, linear_regression
 from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.client.tickets import among, let_all
+from planrt.workers.machine.events import PeerFor, ToPeer
 from planrt.workers.machine.keeping import tickets
-from planrt.workers.serving import users_file
+from planrt.workers.serving import links, users_file
 from planrt.workers.shares.session import sharing_session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
@@ -594,6 +599,103 @@ def test_tickets_without_end_open_one_connection_each_at_the_most(several):
     with pytest.raises(RemoteError, match="64 other workers at the most"):
         ben[0].objects_count()
     assert ann[0].objects_count() >= 0
+
+
+def test_tickets_without_end_knock_at_few_doors_at_a_time(several):
+    """A worker that does not answer is dialled a few times at once, however many tickets for it there are, and those
+    that are over before their turn are for nothing. Others' tickets have their turn meanwhile."""
+    ann, ben = several("ann"), several("ben")
+    with silent_listener() as (address, knocks):
+        for number in range(300):
+            peer = m.PeerAddress(f"eve{number % 60}", address)
+            ben[0].workplace.post(m.ActFor(peer, "put", f"{number:032x}", "0" * 64))
+        eventually(lambda: len(knocks) >= links.AT_ONCE)
+        assert size(ann[0], ann[1]) == 40
+        assert torch.ones(2).send(ann[0]).move(ann[1]).get().tolist() == [1, 1]
+        assert len(knocks) == links.AT_ONCE
+    assert ben[0].objects_count() >= 0  # its own program goes on as well
+
+
+@contextlib.contextmanager
+def silent_listener():
+    """Yields the address of what takes connections and says nothing, and these, which it closes in the end."""
+    knocks, over = [], threading.Event()
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        listening.settimeout(0.05)
+
+        def take():
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    knocks.append(listening.accept()[0])
+
+        taking = threading.Thread(target=take)
+        taking.start()
+        try:
+            yield f"ws://127.0.0.1:{listening.getsockname()[1]}", knocks
+        finally:
+            over.set()
+            taking.join()
+            for one in knocks:
+                one.close()
+
+
+def test_one_users_tickets_leave_room_for_others_connections(monkeypatch):
+    """So many in one user's name, of which fewer to one worker; the next one is told, and another user's opens."""
+    monkeypatch.setattr(links, "MAX_OF_USER", 5)
+    monkeypatch.setattr(links, "MAX_OF_USER_THERE", 3)
+    opened, told = [], []
+
+    class Opened:
+        closed, waiting, on_renewed = False, (0, 0), None
+
+        def post_own(self, body, tensors):
+            pass
+
+        async def close(self, *, forget):
+            opened.remove(self)
+
+    class Dialling:
+        async def connect(self, worker_id, peer, limits, ticket):
+            await asyncio.sleep(0)
+            opened.append(made := Opened())
+            return made
+
+    async def handle(event):
+        told.append(event.reason)
+
+    async def go():
+        acting = links.Links("alice", handle, Limits(), Dialling())
+
+        def ticket(whose, worker, number):
+            peer = PeerFor(worker, f"ws://{worker}", f"{whose}{number}", "1:x", f"user {whose}")
+            acting.introduce(peer, "0" * 64)
+            return peer
+
+        bobs = [ticket("ben", "bob", number) for number in range(4)]
+        await asyncio.sleep(0.01)
+        assert len(opened) == 3
+        acting.send(ToPeer(bobs[3], m.CountObjects(), [], "key"))
+        await asyncio.sleep(0.01)
+        assert told == [
+            "worker 'alice' has 3 connections in that user's name to worker 'bob', its limit: close some of the "
+            "sessions that they are for"
+        ]
+        carls = [ticket("ben", "carl", number) for number in range(3)]
+        ticket("ann", "bob", 0)
+        await asyncio.sleep(0.01)
+        assert len(opened) == 6
+        acting.send(ToPeer(carls[2], m.CountObjects(), [], "key"))
+        await asyncio.sleep(0.01)
+        assert "has 5 connections in that user's name, its limit" in told[1]
+        acting.part(bobs)
+        await asyncio.sleep(0.01)
+        assert len(opened) == 3
+        ticket("ben", "bob", 9)
+        await asyncio.sleep(0.01)
+        assert len(opened) == 4
+        acting.close()
+
+    asyncio.run(go())
 
 
 # ------------------------------------------------------------------------------------- processes of their own

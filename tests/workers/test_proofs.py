@@ -1,14 +1,19 @@
 """Tokens are proved and never travel: SCRAM-SHA-256 by its RFCs' own example, and by those who try to get around it."""
 
 import asyncio
+import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import planrt
 from planrt.errors import HandshakeError, OptionError
+from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.machine.events import Close, Connected, Disconnected, Distrust, Received
 from planrt.workers.machine.state import WorkerState
 from planrt.workers.serving.guesses import FREE, LONGEST_WAIT, MOST_WAITING, Guesses
@@ -21,6 +26,11 @@ from tests.proving import open_session
 
 TOKEN = "correct horse battery staple"
 VERIFIER = Verifier.of(TOKEN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hook():
+    planrt.TorchHook(torch)
 
 
 def find(id):
@@ -396,7 +406,8 @@ def test_others_do_not_wait_and_what_is_long_ago_is_forgotten():
     assert not clock.slept
 
 
-def test_proofs_from_one_address_take_turns_and_only_some_wait():
+@pytest.mark.parametrize("wrong", [0, FREE, FREE + 1])
+def test_proofs_from_one_address_take_turns_and_only_some_wait_after_wrong_ones(wrong):
     guesses = Guesses(sleep=lambda seconds: asyncio.sleep(0))
     inside = []
 
@@ -408,13 +419,32 @@ def test_proofs_from_one_address_take_turns_and_only_some_wait():
             inside.pop()
 
     async def main():
+        for _ in range(wrong):
+            guesses.wrong("10.0.0.1")
         return await asyncio.gather(*[one() for _ in range(MOST_WAITING + 3)], return_exceptions=True)
 
     outcomes = asyncio.run(main())
     refused = [one for one in outcomes if one is not None]
-    assert len(refused) == 3
+    assert len(refused) == (3 if wrong > FREE else 0)
     assert all(isinstance(one, HandshakeError) for one in refused)
-    assert not guesses._addresses  # nobody was wrong: nothing is kept
+    assert bool(guesses._addresses) == bool(wrong)  # of those that were never wrong nothing is kept
+
+
+def test_clients_that_start_together_are_let_in_while_the_worker_computes():
+    """Their proofs wait for the compute thread, more of them than may wait from where wrong ones came."""
+    names = [f"user {number}" for number in range(2 * MOST_WAITING)]
+    server = WebsocketServerWorker("bob", threads=1, users={name: f"the token of {name}" for name in names})
+    with server.running() as uri, contextlib.ExitStack() as stack, ThreadPoolExecutor(len(names)) as threads:
+
+        def connect(name):
+            return WebsocketClientWorker("bob", uri=uri, token=f"the token of {name}", auto_add=False)
+
+        first = stack.enter_context(connect(names[0]))
+        x = torch.eye(1500).send(first)
+        for _ in range(8):
+            x = x @ x
+        clients = [stack.enter_context(one) for one in threads.map(connect, names)]
+        assert [(torch.ones(1).send(one) + 1).get().item() for one in clients] == [2] * len(names)
 
 
 def test_the_id_of_a_token_is_not_the_token():

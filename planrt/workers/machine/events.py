@@ -120,6 +120,8 @@ class PeerFor(m.PeerAddress, frozen=True, array_like=True):
     ticket: str
     session: str
     """The session of that client: another one that names the same ticket has to prove it, too."""
+    whose: str = ""
+    """For whom that session counts."""
 
 
 class Reply(Struct, frozen=True):

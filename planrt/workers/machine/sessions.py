@@ -167,7 +167,8 @@ class Session:
         peers = {peer for peer, _ in self.links}
         if body.peer not in peers and len(peers) >= MOST_LINKS:
             raise LocalError(f"a session acts at {MOST_LINKS} other workers at the most")
-        peer = self.links[key] = PeerFor(body.peer.worker, body.peer.address, body.ticket, self.id)
+        peer = PeerFor(body.peer.worker, body.peer.address, body.ticket, self.id, self.counts_for)
+        self.links[key] = peer
         self.acts.pop(peer, None)
         self.acts[peer] = key
         parted = [one for one, of in self.acts.items() if of == key][:-MOST_SESSIONS]

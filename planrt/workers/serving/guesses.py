@@ -20,7 +20,8 @@ LONGEST_WAIT: Final = 5.0
 FORGOTTEN_AFTER: Final = 600.0
 """Seconds without a wrong proof after which an address is like any other."""
 MOST_WAITING: Final = 8
-"""Proofs from one address that may wait for their turn."""
+"""Proofs that may wait for their turn from an address that gave wrong ones. Of others all may: clients that start
+together wait for nothing but what the worker computes."""
 _MOST_ADDRESSES: Final = 10_000
 
 
@@ -31,6 +32,10 @@ class _Address:
     wrong: int = 0
     next: float = 0.0
     """When the next proof from there may be looked at."""
+
+    def waits(self, now: float) -> bool:
+        """Returns whether proofs from there wait, or did lately, since some were wrong."""
+        return self.wrong > FREE and now <= self.next + FORGOTTEN_AFTER
 
 
 class Guesses:
@@ -51,11 +56,11 @@ class Guesses:
         """Waits until a proof from `host` may be looked at, and lets no other from there be meanwhile.
 
         Raises:
-            HandshakeError: too many wait already.
+            HandshakeError: some from there were wrong, and too many wait already.
         """
         name = caller(host)
         address = self._addresses.setdefault(name, _Address())
-        if address.waiting >= MOST_WAITING:
+        if address.waiting >= MOST_WAITING and address.waits(self._now()):
             raise HandshakeError(
                 "too many proofs from your address wait to be looked at, after wrong ones: try again later",
                 address=host,

@@ -345,7 +345,9 @@ class WorkerHost:
                 instructions = await self._compute.run(self._work, event, self._deliver)
             if self._writes:
                 instructions = await self._written(event, instructions)
-            for instruction in instructions:  # before anything that may wait: another event's would be sent before
+            for (
+                instruction
+            ) in instructions:  # before anything that may wait: another event's would be sent before
                 match instruction:
                     case ToPeer():
                         self._links.send(instruction)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from planrt.errors import ConnectError, PlanrtError, RemoteError
 from planrt.logs import get_logger
@@ -30,6 +31,12 @@ MAX_LINKS = 64
 """Other workers that one worker is connected to at a time, in nobody's name."""
 MAX_TICKETS = 1024
 """Connections that it has in its clients' names."""
+MAX_OF_USER = 256
+"""Those of them in one user's name."""
+MAX_OF_USER_THERE = 64
+"""And those of these to one worker, which takes so many of an address only: they are all this worker's there."""
+AT_ONCE = 16
+"""Connections that are being opened in one user's name; others wait for their turn."""
 
 
 class Reaching(Protocol):
@@ -52,6 +59,8 @@ class _Link:
         self.before = 0
         """Messages that have not been handed over to the connection: others come after them."""
         self.bytes_before = 0
+        self.dialling = False
+        """Whether the connection is being opened."""
 
     @property
     def open(self) -> Connection | None:
@@ -92,6 +101,8 @@ class Links:
         """What proves the tickets that it was given."""
         self._begun: dict[PeerFor, asyncio.Task[None]] = {}
         """What opens the sessions of tickets that came just now."""
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """For whom connections are being opened, or wait to be."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -152,7 +163,10 @@ class Links:
     def part(self, peers: Sequence[PeerFor]) -> None:
         """Ends the sessions that these tickets opened, after what was sent there before."""
         for peer in peers:
-            if peer in self._begun:  # so that whoever gives ticket after ticket has one connection under way
+            # Whoever gives ticket after ticket has few connections opened. One that is under way is let be: given up
+            # here, it would still take a place there until that worker has noticed.
+            link = self._links.get(peer)
+            if link is not None and peer in self._begun and not link.dialling:
                 self._begun[peer].cancel()
             self._soon(self._part(peer))
 
@@ -244,21 +258,51 @@ class Links:
 
     async def _connect(self, link: _Link, peer: m.PeerAddress) -> None:
         self._make_room()
-        ticket = None
         if isinstance(peer, PeerFor):
-            if peer not in self._secrets:
-                raise TicketRefusedError(
-                    f"worker {self._worker_id!r} acts at worker {peer.worker!r} for that client no longer",
-                    address=peer.address,
-                )
-            if sum(isinstance(one, PeerFor) for one in self._links) > MAX_TICKETS:
-                raise ConnectError(
-                    f"worker {self._worker_id!r} has {MAX_TICKETS} connections in its clients' names, its limit",
-                    address=peer.address,
-                )
-            ticket = TicketProof(peer.ticket, self._secrets[peer])
-        link.connection = await self._dialling.connect(self._worker_id, peer, self._limits, ticket)
+            turns = self._turns.setdefault(peer.whose, asyncio.Semaphore(AT_ONCE))
+            async with turns:
+                await self._dial(link, peer, self._ticket(peer))
+        else:
+            await self._dial(link, peer)
+
+    async def _dial(self, link: _Link, peer: m.PeerAddress, ticket: TicketProof | None = None) -> None:
+        link.dialling = True
+        try:
+            link.connection = await self._dialling.connect(self._worker_id, peer, self._limits, ticket)
+        finally:
+            link.dialling = False
         link.connection.on_renewed = link.renewed
+
+    def _ticket(self, peer: PeerFor) -> TicketProof:
+        """Returns what opens a session in a client's name.
+
+        Raises:
+            TicketRefusedError: there is nothing that does, any more. ConnectError: there are as many as may be.
+        """
+        if peer not in self._secrets:
+            raise TicketRefusedError(
+                f"worker {self._worker_id!r} acts at worker {peer.worker!r} for that client no longer",
+                address=peer.address,
+            )
+        taken = [
+            one
+            for one, link in self._links.items()
+            if isinstance(one, PeerFor) and (link.connection is not None or link.dialling)
+        ]
+        of_user = [one for one in taken if one.whose == peer.whose]
+        there = [one for one in of_user if one.address == peer.address]
+        for whose, have, most in (
+            ("its clients' names", taken, MAX_TICKETS),
+            ("that user's name", of_user, MAX_OF_USER),
+            (f"that user's name to worker {peer.worker!r}", there, MAX_OF_USER_THERE),
+        ):
+            if len(have) >= most:
+                raise ConnectError(
+                    f"worker {self._worker_id!r} has {most:,} connections in {whose}, its limit: close some of the "
+                    "sessions that they are for",
+                    address=peer.address,
+                )
+        return TicketProof(peer.ticket, self._secrets[peer])
 
     def _make_room(self) -> None:
         """Closes the oldest links in nobody's name when there are too many; what they made elsewhere is freed there.

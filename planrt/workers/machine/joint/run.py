@@ -161,8 +161,8 @@ class Run:
         due = self.came.get(number, 0)
         if body.number != due:
             raise JointError(
-                f"parcel {body.number} of {self.name_of(number)} came where {due} is due: parties send each parcel once "
-                "and in order, so what came before was lost on the way"
+                f"parcel {body.number} of {self.name_of(number)} came where {due} is due: parties send each parcel "
+                "once and in order, so what came before was lost on the way"
             )
         self.waiting_bytes += payload_bytes(tensors)
         if self.waiting_bytes > MOST_WAITING:
