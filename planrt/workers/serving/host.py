@@ -345,16 +345,9 @@ class WorkerHost:
                 instructions = await self._compute.run(self._work, event, self._deliver)
             if self._writes:
                 instructions = await self._written(event, instructions)
-            for (
-                instruction
-            ) in instructions:  # before anything that may wait: another event's would be sent before
-                match instruction:
-                    case ToPeer():
-                        self._links.send(instruction)
-                    case Introduce(peer, secret):
-                        self._links.introduce(peer, secret)
-                    case Part(peers):
-                        self._links.part(peers)
+            self._send_to_others(
+                instructions
+            )  # before anything that waits, or what comes of others overtakes it
             for instruction in instructions:
                 match instruction:
                     case ToPeer() | Introduce() | Part():
@@ -397,6 +390,16 @@ class WorkerHost:
                 await self._try_device()
         if lost is not None:
             raise lost
+
+    def _send_to_others(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case ToPeer():
+                    self._links.send(instruction)
+                case Introduce(peer, secret):
+                    self._links.introduce(peer, secret)
+                case Part(peers):
+                    self._links.part(peers)
 
     async def _try_device(self) -> None:
         """Looks whether what failed has brought down the device: a text that says so could be a client's."""
