@@ -17,6 +17,7 @@ from planrt.errors import GonePointerError, OptionError, PlanrtError, RemoteErro
 from planrt.plans import func2plan
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from tests.processes import eventually
 
 
 @pytest.fixture
@@ -140,14 +141,6 @@ def held(worker):
     """How many objects a worker holds, whoever's they are, without asking it anything."""
     host = getattr(worker, "_host", None)
     return len(host.state.store.objects) if host is not None else None
-
-
-def eventually(condition):
-    for _ in range(100):
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_dropped_pointer_frees_its_object_by_itself(hook):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import socket
 import threading
-import time
 
 import pytest
 import torch
@@ -207,15 +206,32 @@ def test_where_there_are_no_users_there_are_no_tickets(place):  # noqa: F811
 
 def test_a_ticket_is_good_however_long_after_it_is_needed(several, monkeypatch):
     """What it opens, it opens at once: the last step of a protocol may come much later than its ticket."""
-    monkeypatch.setattr(tickets, "SECONDS", 0.5)
+    now, given, used = [0.0], [], []
+    note, use = tickets.Tickets.note, tickets.Tickets.use
+
+    def noted(self, id, *about, **more):
+        given.append(id)
+        note(self, id, *about, **more)
+
+    def opens(self, id, *bearer, **more):
+        opened = use(self, id, *bearer, **more)
+        used.append(id)
+        return opened
+
+    monkeypatch.setattr(tickets.Tickets.__init__, "__defaults__", (lambda: now[0],))
+    monkeypatch.setattr(tickets.Tickets, "note", noted)
+    monkeypatch.setattr(tickets.Tickets, "use", opens)
     alice, bob, carl = several("ann")
     protocol = Protocol(steps()).deploy(alice, bob)
     there = protocol.send(carl)
     on_loop(ActingPlaces(protocol._description.chain, {"alice": alice, "bob": bob}, carl).let())
     on_loop(let_all(among([one.workplace for one in (alice, bob, carl)]), "joint"))
-    time.sleep(1)
+    assert eventually(lambda: sorted(used) == sorted(given))
+    assert len(given) >= 4
+    now[0] += 10 * tickets.SECONDS
     assert there.run(torch.ones(2)).get().get().tolist() == [4, 4]
     assert size(alice, bob) == 40
+    assert sorted(used) == sorted(given)  # those were it, and no others were asked for
 
 
 # ------------------------------------------------------------------------------- no more than the client may
@@ -663,6 +679,10 @@ def test_one_users_tickets_leave_room_for_others_connections(monkeypatch):
     async def handle(event):
         told.append(event.reason)
 
+    async def settled():
+        for _ in range(100):
+            await asyncio.sleep(0)
+
     async def go():
         acting = links.Links("alice", handle, Limits(), Dialling())
 
@@ -672,26 +692,26 @@ def test_one_users_tickets_leave_room_for_others_connections(monkeypatch):
             return peer
 
         bobs = [ticket("ben", "bob", number) for number in range(4)]
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(opened) == 3
         acting.send(ToPeer(bobs[3], m.CountObjects(), [], "key"))
-        await asyncio.sleep(0.01)
+        await settled()
         assert told == [
             "worker 'alice' has 3 connections in that user's name to worker 'bob', its limit: close some of the "
             "sessions that they are for"
         ]
         carls = [ticket("ben", "carl", number) for number in range(3)]
         ticket("ann", "bob", 0)
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(opened) == 6
         acting.send(ToPeer(carls[2], m.CountObjects(), [], "key"))
-        await asyncio.sleep(0.01)
+        await settled()
         assert "has 5 connections in that user's name, its limit" in told[1]
         acting.part(bobs)
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(opened) == 3
         ticket("ben", "bob", 9)
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(opened) == 4
         acting.close()
 

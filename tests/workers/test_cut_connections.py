@@ -206,6 +206,7 @@ def test_a_session_that_was_not_kept_names_what_is_gone(through):
     proxy.cut()
     with pytest.raises(WorkerTimeoutError, match=r"no answer to Fetch of object \d+ within"), waiting(0.5):
         x.copy().get()
+    assert eventually(lambda: not bob.server._state._parts.sessions)  # it has not been kept
     proxy.refuses = False
     with pytest.raises((SessionLostError, GonePointerError)) as caught:
         x.get()

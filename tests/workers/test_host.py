@@ -53,6 +53,12 @@ def test_a_worker_whose_compute_thread_is_gone_ends_quietly(ends, caplog):
     assert (unhandled, caplog.records) == ([], [])
 
 
+async def settled():
+    """What is ready to run has run, and what that has begun."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 class Stalled:
     """A connection from which little comes."""
 
@@ -255,11 +261,11 @@ def test_a_worker_that_has_stopped_dials_nobody():
         host = WorkerHost(WorkerState("bob"), ComputeThread("test"), dialling=Dialling())
         message = ToPeer(m.PeerAddress("alice", "memory://alice"), m.FailGroup("g", "it is over"))
         host._links.send(message)
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(dialled) == 1
         host.stop()
         host._links.send(message)
-        await asyncio.sleep(0.01)
+        await settled()
         assert len(dialled) == 1
 
     asyncio.run(go())
@@ -305,18 +311,28 @@ def test_what_arrives_for_one_user_is_bounded_over_all_connections():
             async def send(self, frame, *, message=True):
                 told.append(b"".join(frame.fragments()))
 
+        def refused():
+            return [text for text in told if b"arrive for the same user" in text]
+
+        async def until(condition):
+            for _ in range(6000):
+                if condition():
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("nothing happened")
+
         pipes = [Slow(size) for size in (3 * mebibyte, mebibyte, 2 * mebibyte, 2 * mebibyte + 1)]
         serving = []
         for pipe in pipes:
             serving.append(asyncio.create_task(host.serve(pipe)))
-            await asyncio.sleep(0.05)
+            await until(lambda: len(arriving) + len(refused()) == len(serving))
         assert arriving == [3 * mebibyte, mebibyte, 2 * mebibyte]  # small ones do not count
-        assert sum(b"arrive for the same user" in text for text in told) == 1
+        assert len(refused()) == 1
         pipes[0].over.set()
         await asyncio.wait([serving[0]], timeout=5)
         pipes.append(Slow(3 * mebibyte))
         serving.append(asyncio.create_task(host.serve(pipes[-1])))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(arriving) + len(refused()) == len(serving))
         assert arriving[3:] == [3 * mebibyte]
         for pipe in pipes:
             pipe.over.set()

@@ -183,16 +183,14 @@ def test_a_result_that_does_not_fit_a_message_is_an_error_of_that_request():
 # ------------------------------------------------------------------------------------ connecting wrongly
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_nobody_listening():
-    port = free_port()
-    with pytest.raises(ConnectError, match=rf"nobody answers at ws://127\.0\.0\.1:{port}.*started") as caught:
-        WebsocketClientWorker("bob", "127.0.0.1", port)
+    with socket.socket() as kept:  # so that nobody else is given the port meanwhile
+        kept.bind(("127.0.0.1", 0))
+        port = kept.getsockname()[1]
+        with pytest.raises(
+            ConnectError, match=rf"nobody answers at ws://127\.0\.0\.1:{port}.*started"
+        ) as caught:
+            WebsocketClientWorker("bob", "127.0.0.1", port)
     assert caught.value.address == f"ws://127.0.0.1:{port}"
 
 

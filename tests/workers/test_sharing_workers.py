@@ -388,13 +388,13 @@ def test_the_local_worker_deals_for_workers_elsewhere(processes):
 def test_a_process_that_stands_still_is_named_after_the_time_out():
     """The last party alone waits for the dealer; the others wait for that one, and do not name it."""
     with planrt.local_workers("bob", "alice", "carol", "james", threads=1) as (bob, alice, carol, james):
-        session = sharing_session([bob, alice, carol], james, timeout=1)
+        session = sharing_session([bob, alice, carol], james, timeout=4)  # which the others do not need
         x = share(session, random(20))
         x.get()
         (pid,) = _pids(james)
         os.kill(pid, signal.SIGSTOP)
         try:
-            with pytest.raises(SharingError, match="dealer, worker 'james', did not answer within 1 s"):
+            with pytest.raises(SharingError, match="dealer, worker 'james', did not answer within 4 s"):
                 (x * x).get()
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -410,8 +410,8 @@ def test_a_process_that_stands_still_before_anything_is_shared_is_named_too():
             (pid,) = _pids(one)
             os.kill(pid, signal.SIGSTOP)
             try:
-                with pytest.raises(SharingError, match=f"'{one.id}',? did not answer within 1 s"):
-                    sharing_session(parties, james, timeout=1)
+                with pytest.raises(SharingError, match=f"'{one.id}',? did not answer within 3 s"):
+                    sharing_session(parties, james, timeout=3)
             finally:
                 os.kill(pid, signal.SIGCONT)
             x = share(sharing_session(parties, james, timeout=30), random(20))
@@ -431,9 +431,9 @@ def test_a_dealer_that_never_answers_is_waited_for_no_longer_than_the_time_out(m
 
     with monkeypatch.context() as patch:
         patch.setattr(PartyOps, "take_seed", never)
-        with pytest.raises(SharingError, match="'james' did not answer within 0.5 s"):
-            sharing_session([bob, alice], james, timeout=0.5)
-    x = share(sharing_session([bob, alice], james, timeout=0.5), random(20))
+        with pytest.raises(SharingError, match="'james' did not answer within 3 s"):
+            sharing_session([bob, alice], james, timeout=3)
+    x = share(sharing_session([bob, alice], james, timeout=3), random(20))
     assert ((x * x).get() - random(20) ** 2).abs().max() < 1e-3
 
 

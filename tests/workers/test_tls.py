@@ -388,6 +388,16 @@ def place(uri):
     return parts.hostname, parts.port
 
 
+def gets_in(opened):
+    """Whether the worker answers the first bytes of a handshake."""
+    opened.settimeout(60)
+    try:
+        opened.sendall(client_hello())
+        return opened.recv(1) != b""
+    except ConnectionError:
+        return False
+
+
 def was_cut(opened, seconds):
     opened.settimeout(seconds)
     try:
@@ -400,11 +410,14 @@ def was_cut(opened, seconds):
 
 @pytest.mark.parametrize("said", ["nothing", "half a hello", "no hello"])
 def test_who_does_not_finish_the_handshake_is_cut_off(serve, files, monkeypatch, said):
-    monkeypatch.setattr(websocket, "_TLS_SECONDS", 0.5)
+    made, of_websocket = [], websocket.Handshakes
+    monkeypatch.setattr(websocket, "Handshakes", lambda *about: made.append(of_websocket(*about)) or made[-1])
     uri = serve()
     hello = client_hello()
     first = {"nothing": b"", "half a hello": hello[: len(hello) // 2], "no hello": b"GET / HTTP/1.1\r\n\r\n"}
-    with client(uri, ca=files.ca) as honest, socket.create_connection(place(uri)) as opened:
+    with client(uri, ca=files.ca) as honest, contextlib.ExitStack() as stack:
+        made[0]._seconds = 0.5  # from now on: who is honest may be slow
+        opened = stack.enter_context(socket.create_connection(place(uri)))
         opened.sendall(first[said])
         if said == "no hello":  # who speaks no TLS is told so by an alert
             opened.settimeout(30)
@@ -429,18 +442,13 @@ def test_handshakes_have_the_places_of_their_address(serve, files, monkeypatch):
         silent = [reach("127.0.0.2") for _ in range(66)]
         for one in silent[::2]:
             one.sendall(half)
-        assert was_cut(reach("127.0.0.2"), 5)
+        assert was_cut(reach("127.0.0.2"), 60)
         assert not any(was_cut(one, 0) for one in silent)
         with client(uri, ca=files.ca) as honest:  # from 127.0.0.1
             assert works(honest)
         for one in silent[:10]:
             one.close()
-        again = []
-        for _ in range(200):
-            again = [reach("127.0.0.2")]
-            if not was_cut(again[0], 0.05):
-                break
-        assert not was_cut(again[0], 0)  # they have given their places back
+        assert any(gets_in(reach("127.0.0.2")) for _ in range(200))  # they have given their places back
 
 
 def test_places_are_given_back_however_a_handshake_ends(serve, files):
@@ -459,4 +467,4 @@ def test_a_server_that_stops_waits_for_no_handshake(server_pair):
     with contextlib.ExitStack() as stack:
         with WebsocketServerWorker("bob", cert_path=cert, key_path=key, threads=1).running() as uri:
             silent = stack.enter_context(socket.create_connection(place(uri), timeout=5))
-        assert was_cut(silent, 5)
+        assert was_cut(silent, 60)

@@ -1,8 +1,8 @@
 """The file of a worker's users is read while the worker runs: who is taken out loses the sessions that are open."""
 
 import logging
-import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,24 +105,21 @@ def test_who_has_another_token_has_to_show_it(connect, users):
     until(lambda: gets_in(connect, "ann", other))
 
 
-def test_a_file_that_is_emptied_before_it_is_written_ends_nobody(users):
+def test_a_file_that_is_emptied_before_it_is_written_ends_nobody(users, monkeypatch):
     """As many editors do it. A look that falls between the two sees a file without anybody."""
     watched, whole = users_file.WatchedUsers(users), users.read_text()
-    emptied = threading.Event()
+    slept = []
 
-    def edit():
-        users.write_text("")
-        emptied.set()
-        time.sleep(0.02)
-        users.write_text(whole + "# a word of the owner\n")
+    def write(seconds):
+        """The editor goes on while the worker waits for the file to stay as it is."""
+        slept.append(seconds)
+        if len(slept) == 1:
+            users.write_text(whole + "# a word of the owner\n")
 
-    editor = threading.Thread(target=edit)
-    editor.start()
-    assert emptied.wait(10)
-    found = [watched.changed()]
-    editor.join()
-    found += [watched.changed(), watched.changed()]
-    assert found == [None, None, None]
+    monkeypatch.setattr(users_file, "time", SimpleNamespace(sleep=write))
+    users.write_text("")
+    assert [watched.changed() for _ in range(3)] == [None, None, None]
+    assert slept == [0.1, 0.1]  # it was seen empty, and seen whole
     assert sorted(watched.users) == ["ann", "ben"]
     users.write_text("")  # for good
     assert watched.changed() == {}

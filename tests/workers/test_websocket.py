@@ -455,7 +455,9 @@ def test_malformed_frames_end_their_connection_and_nothing_else(server, data, sa
                 for piece in pieces:
                     with contextlib.suppress(ConnectionError):
                         connection.sendall(piece)
-                answer = until_closed(connection).removeprefix(PING)  # for whoever is slow
+                answer = until_closed(connection)
+            while answer.startswith(PING):  # for whoever is slow
+                answer = answer.removeprefix(PING)
             assert answer[0] == 0x88  # a close frame and nothing before it
             assert struct.unpack_from("!H", answer, 2) == (1002,)  # protocol error
             assert says in answer[4:].decode()
