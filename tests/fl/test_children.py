@@ -29,6 +29,15 @@ def bob(source: DataSource, port: int = 0) -> ChildOptions:
     return ChildOptions("bob", port, ("--dataset", "mnist", "--data", str(source.folder), "--threads", "1"))
 
 
+@pytest.fixture
+def never(tmp_path, monkeypatch) -> ChildOptions:
+    """A worker that waits in its data for as long as the test takes, and never serves."""
+    os.mkfifo(tmp_path / "go-on")
+    (tmp_path / "waiting.py").write_text(f"def data():\n    open({str(tmp_path / 'go-on')!r}).read()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return ChildOptions("bob", 0, ("--dataset", "waiting:data", "--key", "d", "--threads", "1"))
+
+
 def test_children_serve_say_what_and_end_with_the_block(source):
     with WorkerProcesses([bob(source)]) as workers:
         ready = workers.wait_ready()["bob"]
@@ -57,15 +66,29 @@ def test_a_taken_port_is_named(source):
             second.wait_ready()
 
 
-def test_a_child_killed_before_it_serves_is_named(source):
-    with WorkerProcesses([bob(source)]) as workers:
+def test_a_child_killed_before_it_serves_is_named(never):
+    with WorkerProcesses([never]) as workers:
         os.kill(workers.pids["bob"], signal.SIGKILL)
         with pytest.raises(ConnectError, match="worker 'bob' ended with exit code -9 before it served"):
             workers.wait_ready()
 
 
-def test_waiting_for_readiness_is_bounded(source):
-    workers = WorkerProcesses([bob(source)], ready_timeout=0.0)
+def test_a_child_that_takes_long_to_end_before_it_serves_is_named(tmp_path, monkeypatch):
+    """Its output ends first; the process may be there for seconds yet where the machine is busy."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexec >&-\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(children.sys, "executable", str(program))
+    monkeypatch.setattr(children, "STOP_GRACE", 0.0)
+    with WorkerProcesses([ChildOptions("bob")]) as workers:
+        with pytest.raises(ConnectError, match="worker 'bob' ended its output before it served"):
+            workers.wait_ready()
+        pid = workers.pids["bob"]
+    assert not alive(pid)
+
+
+def test_waiting_for_readiness_is_bounded(never):
+    workers = WorkerProcesses([never], ready_timeout=0.0)
     with pytest.raises(ConnectError, match="not ready after 0 s: bob"), workers:
         workers.wait_ready()
     assert not alive(workers.pids["bob"])

@@ -160,10 +160,12 @@ class WorkerProcesses:
 
     def _parse(self, worker_id: str, line: str) -> ReadyWorker:
         if not line:
-            code = self._processes[worker_id].wait(STOP_GRACE)
-            raise ConnectError(
-                f"worker {worker_id!r} ended with exit code {code} before it served", address=self._host
-            )
+            try:
+                code = self._processes[worker_id].wait(STOP_GRACE)
+                how = f"ended with exit code {code}"
+            except subprocess.TimeoutExpired:  # what is left of its end takes long on a busy machine
+                how = "ended its output"
+            raise ConnectError(f"worker {worker_id!r} {how} before it served", address=self._host)
         status: dict[str, Any] = json.loads(line)
         if "error" in status:
             raise ConnectError(f"worker {worker_id!r}: {status['error']}", address=self._host)
