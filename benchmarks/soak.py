@@ -202,8 +202,10 @@ def _workers() -> Iterator[dict[str, Worker]]:
 class Soak:
     """One run: four threads that end when its time is over."""
 
-    def __init__(self, workers: dict[str, Worker], seconds: float, seed: int) -> None:
+    def __init__(self, workers: dict[str, Worker], seconds: float, seed: int, faults: int = 0) -> None:
         self._workers, self._seconds, self._seed = workers, seconds, seed
+        self._least, self._made = faults, 0
+        """How many faults are made, whatever time that takes, and how many were."""
         self._began = time.monotonic()
         self._over = threading.Event()
         self._connected = threading.Barrier(3)
@@ -223,6 +225,8 @@ class Soak:
             for thread in threads:
                 thread.start()
             self._over.wait(self._seconds)
+            while self._made < self._least and not self._over.wait(0.1):
+                pass
             self._over.set()
             for thread in threads:
                 thread.join(120)
@@ -310,9 +314,12 @@ class Soak:
                         self.found.wrong.append(f"objects were lost with no restart: {error}")
                     self.found.lost_sessions += 1
                     tensor = None
-                    self._over.wait(0.2)
-                    with contextlib.suppress(PlanrtError):
-                        client.connect()
+                    while not self._over.wait(
+                        0.2
+                    ):  # what is cut before it has connected is an error by right
+                        with contextlib.suppress(PlanrtError):
+                            client.connect()
+                            break
 
     # ----------------------------------------------------------------------------------------------- failures
 
@@ -335,6 +342,7 @@ class Soak:
                 worker.slow(chance.uniform(20_000, 500_000), chance.uniform(0.5, 3))
             else:
                 worker.garbage(chance.randbytes(chance.randint(1, 5_000)))
+            self._made += 1
 
     # ------------------------------------------------------------------------------------------------ figures
 
@@ -392,6 +400,7 @@ def parser() -> argparse.ArgumentParser:
         prog="benchmarks.soak", description="Rounds and pointers while workers and links fail."
     )
     made.add_argument("--minutes", type=float, default=2.0, help="how long faults are made (2)")
+    made.add_argument("--faults", type=int, default=0, help="go on until so many were made (0)")
     made.add_argument("--seed", type=int, default=1, help="what the faults are drawn from (1)")
     made.add_argument("--json", type=Path, help="write all figures there")
     return made
@@ -404,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().error("--minutes must be above 0, and a day at most")
     logging.getLogger("planrt").setLevel(logging.ERROR)  # that workers are lost is what this is about
     with _workers() as workers:
-        found = Soak(workers, options.minutes * 60, options.seed).run()
+        found = Soak(workers, options.minutes * 60, options.seed, options.faults).run()
     print(report(found))
     if options.json:
         told = {**found.__dict__, "flat": found.flat()}

@@ -58,9 +58,9 @@ def marked(token: str) -> list[int]:
     return found
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether `condition` becomes true before the test's patience ends."""
-    deadline = time.monotonic() + PATIENCE
+def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    """Whether `condition` becomes true before the test's patience (seconds) ends."""
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if condition():
             return True

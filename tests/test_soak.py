@@ -8,7 +8,8 @@ from benchmarks import soak
 
 
 def test_nothing_is_lost_or_doubled_while_everything_fails(capsys, tmp_path):
-    assert soak.main(["--minutes", "0.5", "--seed", "454", "--json", str(tmp_path / "figures.json")]) == 0
+    options = ["--minutes", "0.5", "--faults", "9", "--seed", "454", "--json", str(tmp_path / "figures.json")]
+    assert soak.main(options) == 0
     said = capsys.readouterr().out
     assert "wrong:     0" in said
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,7 +93,11 @@ def test_cancelled_while_it_starts_it_leaves_no_process():
     assert not any(map(alive, asyncio.run(program()).values()))
 
 
-def test_too_slow_workers_are_an_error_and_end():
+def test_too_slow_workers_are_an_error_and_end(tmp_path, monkeypatch):
+    program = tmp_path / "program"  # one that never serves
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
     starting = sy.local_workers("erin", timeout=0.01)
     with pytest.raises(ConnectError, match="not ready after 0.01 s: erin"), starting:
         pass

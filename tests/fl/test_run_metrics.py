@@ -14,6 +14,7 @@ from planrt.fl import RoundScheduler, TrainConfig
 from planrt.fl.attendance import Kind
 from planrt.fl.runs.run_metrics import REASONS, RunMetrics, WatchedJob
 from planrt.workers import BaseDataset
+from tests.fl.clocks import standing_clock
 from tests.processes import eventually
 from tests.watching import health, samples
 
@@ -97,7 +98,7 @@ def test_who_is_waited_for_and_who_is_missing(make_worker):
     )
     asyncio.run(scheduler.prepare())
     slow.hangs = True
-    with planrt.MetricsServer(scheduler.watched) as server:
+    with planrt.MetricsServer(scheduler.watched) as server, standing_clock() as clock:
 
         def one_round():
             with contextlib.suppress(
@@ -110,6 +111,7 @@ def test_who_is_waited_for_and_who_is_missing(make_worker):
         try:
             assert eventually(lambda: "bob" in health(server.address)[1]["waiting"])
             assert samples(server.address).of("planrt_waiting_seconds", worker="bob") > 0
+            clock.passes(3.0)
             running.join()
         finally:
             slow.go_on.set()

@@ -35,6 +35,7 @@ from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, We
 from planrt.workers.machine.rounds.secure_sums import MOST_SUMS
 from planrt.workers.wire import messages as m
 from tests import warm
+from tests.fl.clocks import late_once_answered
 from tests.fl.models import MODELS, make
 from tests.fl.served import IDS, worker_processes
 from tests.models import classification_data, seeded_classifier
@@ -581,7 +582,8 @@ def test_a_stopped_worker_costs_its_part_of_the_time_out(processes):
     warm.send_signal(running.pids["charlie"], signal.SIGSTOP)
     try:
         scheduler.round_timeout = 12.0
-        result = run(scheduler, 1, job.state)
+        with late_once_answered(workers[:2], m.JoinSum, 3.0):
+            result = run(scheduler, 1, job.state)
         assert result.missing["charlie"].kind == "late"
         assert "no answer within 3 s" in result.missing["charlie"].why
         assert_is_average(result.state, exact_average(plain, ["alice", "bob"]))
@@ -602,7 +604,8 @@ def test_processes_that_hang_or_are_killed_while_they_train(processes):
     hang.touch()
     scheduler.round_timeout = 4.0
     try:
-        result = run(scheduler, 1, job.state)
+        with late_once_answered(workers[1:], m.FitMasked, 4.0):
+            result = run(scheduler, 1, job.state)
     finally:
         hang.unlink()
     scheduler.round_timeout = 300.0
@@ -615,7 +618,7 @@ def test_processes_that_hang_or_are_killed_while_they_train(processes):
     result = run(scheduler, 1, job.state)
     assert result.missing["bob"].kind == "lost"
     assert_is_average(result.state, exact_average(plain, ["alice", "charlie"]))
-    os.kill(running.pids["alice"], signal.SIGKILL)
+    warm.send_signal(running.pids["alice"], signal.SIGKILL)
     with pytest.raises(QuorumError, match="needs 2 workers, and 1 counts"):
         run(scheduler, 2, job.state)
 

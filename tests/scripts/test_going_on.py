@@ -52,16 +52,20 @@ def status(folder, capsys, *more):
 
 
 def test_killed_then_interrupted_then_finished_has_the_bits_of_an_unbroken_run(commands, processes, capsys):
-    _, workers = processes
+    running, workers = processes
     whole = commands.run([*TRAIN, *named(workers), *ROUNDS, "--run-dir", "whole"])
     assert (whole.code, whole.err) == (0, "")
 
     folder = commands.folder / "run"
     process = commands.start([*TRAIN, *named(workers), *ROUNDS, "--run-dir", "run"])
     lines_until(process, "Training round 3/60")
-    assert json.loads(status(folder, capsys, "--json"))["state"] == "running"
-    process.kill()
-    assert commands.finish(process).code == -signal.SIGKILL
+    warm.send_signal(running.pids["charlie"], signal.SIGSTOP)  # or the run may be over before it is looked at
+    try:
+        assert json.loads(status(folder, capsys, "--json"))["state"] == "running"
+        process.kill()
+        assert commands.finish(process).code == -signal.SIGKILL
+    finally:
+        warm.send_signal(running.pids["charlie"], signal.SIGCONT)
     told = status(folder, capsys)
     assert f"{folder}: stopped, " in told
     assert f"planrt run --resume {folder}" in told

@@ -35,11 +35,17 @@ LIMIT = 30.0
 
 
 def gone(commands: Commands, process: subprocess.Popen[str], *signals: int) -> tuple[int, str, str]:
-    """Sends the signals, 0.1 s apart, and returns the exit code and what was printed, once all processes are gone."""
+    """Sends the signals, 0.1 s apart, and returns the exit code and what was printed, once all processes are gone.
+
+    Those after the first one are sent until the process ends: two that come before it can look at them are one.
+    """
     started = time.monotonic()
-    for number in signals:
-        process.send_signal(number)
-        time.sleep(0.1)
+    first, *more = signals
+    process.send_signal(first)
+    for number in more:
+        while process.poll() is None and time.monotonic() - started < LIMIT:
+            time.sleep(0.1)
+            process.send_signal(number)
     out, err = process.communicate(timeout=LIMIT)
     while marked(commands.token):
         assert time.monotonic() - started < LIMIT, "processes left behind"
@@ -54,13 +60,13 @@ def hanging(commands: Commands, module: str, code: str) -> tuple[str, Path]:
     so."""
     folder, began = commands.folder / "modules", commands.folder / "began"
     folder.mkdir()
-    begins = f"import time\nopen({str(began)!r}, 'w').close()\n"
-    (folder / f"{module}.py").write_text(begins + code)
+    code = code.replace("BEGINS", f"open({str(began)!r}, 'w').close()")
+    (folder / f"{module}.py").write_text(f"import time\n{code}")
     root = str(Path(__file__).parents[2])
     return os.pathsep.join([str(folder), root]), began
 
 
-SWALLOWS = "while True:\n    try:\n        time.sleep(600)\n    except BaseException:\n        pass\n"
+SWALLOWS = "while True:\n    try:\n        BEGINS\n        time.sleep(600)\n    except BaseException:\n        pass\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

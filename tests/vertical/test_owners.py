@@ -241,7 +241,7 @@ def test_a_party_that_says_nothing_is_not_awaited_for_ever(make_worker):
     from planrt.vertical.opening import Plan
     from planrt.vertical.runs import JointRun
 
-    plan = Plan([alice, bob], size_only=True, timeout=0.2)
+    plan = Plan([alice, bob], size_only=True, timeout=2.0)
     joint = JointRun(plan.workers(), plan.opens(None))
 
     async def one_alone():
@@ -249,5 +249,5 @@ def test_a_party_that_says_nothing_is_not_awaited_for_ever(make_worker):
         await joint._step("join")
         await joint._workers[0].ask(m.JointDone, m.WorkJoint(joint.id, "align"))
 
-    with pytest.raises(RemoteError, match="party 'bob' did not answer within 0.2 s"):
+    with pytest.raises(RemoteError, match="party 'bob' did not answer within 2 s"):
         wait(one_alone(), instead="-")
