@@ -105,7 +105,7 @@ def state(process):
     return "Z"
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it does not come"
