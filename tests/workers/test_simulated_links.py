@@ -14,7 +14,7 @@ import torch
 from planrt.errors import PlanrtError, SessionLostError, WorkerLostError, WorkerTimeoutError
 from planrt.types import Ref
 from planrt.workers.client import connection as connections
-from planrt.workers.client import outbox, unarrived
+from planrt.workers.client import outbox, telling, unarrived
 from planrt.workers.machine.keeping import answers as keeping
 from planrt.workers.wire import delivery
 from planrt.workers.wire import messages as m
@@ -27,8 +27,8 @@ def _small_bounds(monkeypatch):
     """So that small programs get to where large messages and many of them do."""
     assert connections.COPIED_TO_SEND > delivery.LARGE  # what is waited for is acknowledged at once
     monkeypatch.setattr(connections, "COPIED_TO_SEND", 300)
-    monkeypatch.setattr(connections, "LARGE_ANSWER", 200)
-    monkeypatch.setattr(connections, "MESSAGES", 3)
+    monkeypatch.setattr(telling, "LARGE_ANSWER", 200)
+    monkeypatch.setattr(telling, "MESSAGES", 3)
     monkeypatch.setattr(unarrived, "_MOST_MESSAGES", 8)
     monkeypatch.setattr(outbox, "_OPS_PER_MESSAGE", 5)
     monkeypatch.setattr(keeping, "LARGE", 200)

@@ -32,11 +32,11 @@ from planrt.workers.client.handshaking import no_answer, shake_hands
 from planrt.workers.client.outbox import DROPS_WAITING, MAX_WAITING, Outbox, QueuedMessage, Response
 from planrt.workers.client.redialling import Redialling, try_again
 from planrt.workers.client.session import ByeError, ClientSession, EndedError
+from planrt.workers.client.telling import Telling
 from planrt.workers.client.unanswered import described, failed, keeper, late, lost
 from planrt.workers.client.unarrived import Sent, Unarrived
 from planrt.workers.transport.pipes import Pipe, Traffic
 from planrt.workers.wire import messages as m
-from planrt.workers.wire.delivery import LARGE_ANSWER, MESSAGES, SMALL_ANSWER, TELL_SECONDS
 from planrt.workers.wire.posted import MAX_OP_BYTES, Line
 from planrt.workers.wire.proofs import TicketProof, Token
 from planrt.workers.wire.sendable import sendable
@@ -90,10 +90,7 @@ class Connection:
         self._away: PlanrtError | None = None
         """Why there is no connection now, while another one is tried."""
         self._reconnecting: asyncio.Task[None] | None = None
-        self._tells = False  # whether the worker is to be told now what has been taken
-        self._told = 0  # answers that it was told of
-        self._answer_bytes = 0  # of those that came since
-        self._tells_late = False  # whether it will be told of them, if nothing else is sent before
+        self._telling = Telling(session, self.loop, self._wake)
         self._unarrived = Unarrived(session)
         self._session_lost = False
         self.on_renewed: Callable[[Connection], None] | None = None
@@ -532,7 +529,7 @@ class Connection:
                 outgoing = self._outbox.next_message()
                 if outgoing is not None:
                     await self._send_one(pipe, outgoing)
-                elif self._outbox or not self._tells:
+                elif self._outbox or not self._telling.due:
                     self._flush = False
                     await self._send_kept(pipe, self._encoded(self.session.posted(self._outbox.gathered())))
                 else:
@@ -555,11 +552,13 @@ class Connection:
     def _waits(self) -> bool:
         """Whether there is anything to send."""
         drops = self._outbox.drops
-        return len(self._outbox) > 0 or drops > DROPS_WAITING or (self._flush and drops > 0) or self._tells
+        return (
+            len(self._outbox) > 0 or drops > DROPS_WAITING or (self._flush and drops > 0) or self._telling.due
+        )
 
     def _encoded(self, envelope: m.Envelope, tensors: Sequence[torch.Tensor] = ()) -> Frame:
         frame = encode(m.to_wire(envelope), tensors, max_header=self._header_limit)
-        self._tells, self._told, self._answer_bytes = False, self.session.seen, 0
+        self._telling.told()
         return frame
 
     async def _send_kept(
@@ -713,7 +712,7 @@ class Connection:
         answered = self.session.reply(received.message)
         if self._keeps:
             self._unarrived.acknowledged(received.message.seen)
-            self._took(received.nbytes)
+            self._telling.came(received.nbytes, knows=self._pipe.hands_over)
         if answered is None:
             return
         pending = self._pending.get(answered.id)
@@ -728,27 +727,6 @@ class Connection:
             pending.reply.set_exception(answered.result)
         else:
             pending.reply.set_result((answered.result, received.tensors))
-
-    def _took(self, nbytes: int) -> None:
-        """An answer of so many bytes has come: the worker keeps it until it is told, now, later, or with what is sent
-        next."""
-        if self._pipe.hands_over and nbytes >= SMALL_ANSWER:  # it knows
-            self._answer_bytes = 0
-            return
-        self._answer_bytes += nbytes
-        if self._answer_bytes >= LARGE_ANSWER or self.session.seen - self._told >= MESSAGES:
-            self._tells = True
-            self._wake()
-        elif self._answer_bytes >= SMALL_ANSWER and not self._tells_late:
-            self._tells_late = True
-            self.loop.call_later(TELL_SECONDS, self._tell_late)
-
-    def _tell_late(self) -> None:
-        """Nothing may have been sent since an answer came."""
-        self._tells_late = False
-        if self._answer_bytes >= SMALL_ANSWER and self._ended is None:
-            self._tells = True
-            self._wake()
 
     def keep(self, error: PlanrtError) -> None:
         """Has the next request raise `error`, which nobody has heard of. From any thread."""
