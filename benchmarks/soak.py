@@ -314,9 +314,8 @@ class Soak:
                         self.found.wrong.append(f"objects were lost with no restart: {error}")
                     self.found.lost_sessions += 1
                     tensor = None
-                    while not self._over.wait(
-                        0.2
-                    ):  # what is cut before it has connected is an error by right
+                    # What is cut before it has connected is an error by right.
+                    while not self._over.wait(0.2):
                         with contextlib.suppress(PlanrtError):
                             client.connect()
                             break

@@ -140,9 +140,8 @@ def test_the_federation_of_the_compose_file_trains_two_rounds_and_is_well(federa
     for name in workers:
         federation.start(name)
     for name in workers:
-        well = eventually(
-            lambda name=name: federation.healthy(name), 4 * PATIENCE
-        )  # they start by themselves
+        # They start by themselves, all at once.
+        well = eventually(lambda name=name: federation.healthy(name), 4 * PATIENCE)
         assert well, federation.log(name)
     assert federation.check("alice") == 0
     federation.start("coordinator")

@@ -29,7 +29,7 @@ from planrt.workers import WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.client.tickets import among, let_all
 from planrt.workers.machine.events import PeerFor, ToPeer
 from planrt.workers.machine.keeping import tickets
-from planrt.workers.serving import links, users_file
+from planrt.workers.serving import dialling, links, users_file
 from planrt.workers.shares.session import sharing_session
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
@@ -617,9 +617,12 @@ def test_tickets_without_end_open_one_connection_each_at_the_most(several):
     assert ann[0].objects_count() >= 0
 
 
-def test_tickets_without_end_knock_at_few_doors_at_a_time(several):
+def test_tickets_without_end_knock_at_few_doors_at_a_time(several, monkeypatch):
     """A worker that does not answer is dialled a few times at once, however many tickets for it there are, and those
     that are over before their turn are for nothing. Others' tickets have their turn meanwhile."""
+    monkeypatch.setattr(
+        dialling, "LINK_TIMEOUT", 600.0
+    )  # those who knock go on knocking, also where the rest is slow
     ann, ben = several("ann"), several("ben")
     with silent_listener() as (address, knocks):
         for number in range(300):
