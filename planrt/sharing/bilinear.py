@@ -27,6 +27,8 @@ _SMALL = 1 << 16
 
 def _conv_input(gradient: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
     size = options.pop("size")
+    if not gradient.numel():  # a transposed convolution takes no channels for an error
+        return gradient.new_zeros(size)
     if gradient.dtype == torch.int64:
         return _int_conv_input(gradient, weight, size[2:], **options)
     chosen: Any = grad.conv1d_input if weight.dim() == 3 else grad.conv2d_input
@@ -36,6 +38,8 @@ def _conv_input(gradient: torch.Tensor, weight: torch.Tensor, **options: Any) ->
 
 def _conv_weight(value: torch.Tensor, gradient: torch.Tensor, **options: Any) -> torch.Tensor:
     size = options.pop("size")
+    if not value.numel() or not gradient.numel():
+        return value.new_zeros(size)
     if value.dtype == torch.int64:
         return _int_conv_weight(value, gradient, size[2:], **options)
     chosen: Any = grad.conv1d_weight if value.dim() == 3 else grad.conv2d_weight

@@ -224,6 +224,10 @@ CONVOLUTIONS = {
     "2d, all options": (
         (2, 6, 9, 12), (3, 2, 2, 3), {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1), "groups": 3}
     ),
+    "1d of no rows": ((0, 2, 11), (6, 2, 3), {}),
+    "2d of no rows": ((0, 3, 9, 8), (5, 3, 3, 2), {"stride": 2}),
+    "1d of no channels": ((3, 0, 11), (6, 0, 3), {}),
+    "2d of no channels": ((2, 0, 4, 4), (2, 0, 2, 2), {}),
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from planrt.errors import SharingError
+from planrt.sharing.kernels.parts import Share
+from planrt.sharing.kernels.table import KERNELS
 from planrt.sharing.tensors.in_process import InProcessSession
 from planrt.sharing.tensors.shared import SharedTensor, share, share_module
 from tests.sharing.test_kernels import UNIT
@@ -270,10 +272,25 @@ def test_a_batch_of_nothing_gives_nothing(name, parties):
     compared(parties, POOLS[name], torch.zeros(0, 3, 6, 6), 1)
 
 
-def test_what_torch_says_in_a_kernel_is_told_with_the_operation_that_it_is_of():
-    x = share(InProcessSession(2), torch.zeros(2, 0, 4, 4)).requires_grad_()
-    with pytest.raises(SharingError, match="convolution_backward.*channels"):
-        F.conv2d(x, torch.ones(2, 0, 2, 2)).sum().backward()
+def test_no_channels_and_their_gradients():
+    plain, weight = torch.zeros(2, 0, 4, 4, requires_grad=True), torch.ones(2, 0, 2, 2, requires_grad=True)
+    session = InProcessSession(2)
+    shared = [share(session, one.detach()).requires_grad_() for one in (plain, weight)]
+    expected, found = F.conv2d(plain, weight), F.conv2d(*shared)
+    assert torch.equal(found.get(), expected)
+    expected.sum().backward()
+    found.sum().backward()
+    assert [one.grad.shape for one in shared] == [one.grad.shape for one in (plain, weight)]
+
+
+def test_what_torch_says_in_a_kernel_is_told_with_the_operation_that_it_is_of(monkeypatch):
+    def refuses(context, value: Share):
+        yield from ()
+        return value.part.view(3)
+
+    monkeypatch.setitem(KERNELS, "relu", refuses)
+    with pytest.raises(SharingError, match=r"relu: .*shape '\[3\]' is invalid"):
+        share(InProcessSession(2), torch.zeros(2)).relu().get()
 
 
 @pytest.mark.parametrize("form", ["function", "in a module"])
