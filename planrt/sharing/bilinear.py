@@ -27,7 +27,7 @@ _SMALL = 1 << 16
 
 def _conv_input(gradient: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
     size = options.pop("size")
-    if not gradient.numel():  # a transposed convolution takes no channels for an error
+    if not gradient.numel():  # torch's transposed convolution refuses what has no channels
         return gradient.new_zeros(size)
     if gradient.dtype == torch.int64:
         return _int_conv_input(gradient, weight, size[2:], **options)

@@ -338,16 +338,15 @@ class WorkerHost:
             event = left.pop()
             instructions = None
             # What came before it has left, and it takes no time: it is done on the loop.
-            writes = self._audit is not None and self._writes
-            if not (writes or self._compute.asked) and self.state.is_short(event):
+            if not (self._writes or self._compute.asked) and self.state.is_short(event):
                 instructions = self._compute.run_here(self._work, event, self._deliver_now)
             if instructions is None:
                 self._loop = asyncio.get_running_loop()
                 instructions = await self._compute.run(self._work, event, self._deliver)
-            if self._audit is not None and self._writes:
+            if self._writes:
                 instructions = await self._written(event, instructions)
-            if instructions:  # before anything that waits, or what comes of other events overtakes it
-                self._send_to_others(instructions)
+            # Before anything that waits, or what comes of other events overtakes it.
+            self._send_to_others(instructions)
             for instruction in instructions:
                 match instruction:
                     case ToPeer() | Introduce() | Part():
@@ -492,9 +491,8 @@ class WorkerHost:
 
     @property
     def _writes(self) -> bool:
-        """Whether the owner's log, which there is, is to be written before anything else leaves."""
-        assert self._audit is not None  # noqa: S101 - who has none does not ask, as that is once a message
-        return self._unwritten > 0 or self._audit.waiting
+        """Whether the owner's log is to be written before anything else leaves."""
+        return self._audit is not None and (self._unwritten > 0 or self._audit.waiting)
 
     async def _written(self, event: Event, instructions: list[Instruction]) -> list[Instruction]:
         """`instructions`, once the owner's log has what they come of. Where that cannot be written nobody is sent
