@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import stat
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -490,11 +493,36 @@ def test_the_command_takes_the_flag(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------ many of a kind
 
 
+class Timers:
+    """In place of `threading.Timer`: what was to be called, and after how many seconds, until the test calls it."""
+
+    def __init__(self):
+        self.started = []
+
+    def __call__(self, seconds, function):
+        return Timer(self.started, seconds, function)
+
+
+@dataclass
+class Timer:
+    started: list
+    seconds: float
+    function: Callable
+    daemon: bool = False
+
+    def start(self):
+        self.started.append(self)
+
+    def cancel(self):
+        self.started.remove(self)
+
+
 def test_many_refusals_of_a_user_are_summed_up_and_others_have_their_lines(
     hospital, path, monkeypatch, capsys
 ):
     monkeypatch.setattr(summing, "MOST_A_MINUTE", 5)
-    monkeypatch.setattr(audit_file, "MINUTE", 0.5)
+    monkeypatch.setattr(summing, "MINUTE", math.inf)  # of the events; what writes the sums is its own timer
+    monkeypatch.setattr(audit_file, "Timer", timers := Timers())
     connect = hospital()
     owner, alice = connect(OWNER), connect(ALICE)
     torch.tensor([SECRET]).tag("#secret").send(owner, allowed_users=["owner"])
@@ -502,10 +530,16 @@ def test_many_refusals_of_a_user_are_summed_up_and_others_have_their_lines(
     for _ in range(40):
         with pytest.raises(GetNotPermittedError):
             found.get()
-    (line,) = came(path, "summed", 1)
+    assert (len(told(path, "refused")), told(path, "summed")) == (5, [])
+    (timer,) = timers.started
+    assert (timer.seconds, timer.daemon) == (60.0, True)
+    timer.function()
+    (line,) = told(path, "summed")
     assert (line["of"], line["user"], line["outcome"]) == ("refused", "alice", "refused")
-    assert line["kinds"] == {"GetNotPermittedError": line["lines"]}
-    assert len(told(path, "refused")) + sum(one["lines"] for one in told(path, "summed")) == 40
+    assert (line["lines"], line["kinds"]) == (35, {"GetNotPermittedError": 35})
+    with pytest.raises(GetNotPermittedError):
+        found.get()
+    assert len(timers.started) == 1, "what comes after it has a timer of its own"
     (mine,) = owner.search("#secret")
     mine.get()
     assert [one["user"] for one in told(path, "fetch")] == ["owner"]

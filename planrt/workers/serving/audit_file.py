@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock, Timer
 from typing import Any, Final
 
 from planrt.chained import FIRST, ChainError, links, sealed, write_whole
@@ -57,9 +57,9 @@ class AuditFile:
         self._worker = worker
         self._events: list[dict[str, Any]] = []
         self._dropped = 0
-        self._events_lock, self._writing = threading.Lock(), threading.Lock()
+        self._events_lock, self._writing = Lock(), Lock()
         self._summing = Summing()
-        self._timer: threading.Timer | None = None
+        self._timer: Timer | None = None
         self._refusing = False
         self._size, self._head, self._lines = 0, FIRST, 0
         try:
@@ -97,7 +97,7 @@ class AuditFile:
             for one in self._summing.take(event, time.monotonic(), _now()):
                 self._add(one)
             if self._summing.waits and self._timer is None:
-                self._timer = threading.Timer(MINUTE, self._minute_over)
+                self._timer = Timer(MINUTE, self._minute_over)
                 self._timer.daemon = True
                 self._timer.start()
 
