@@ -42,6 +42,7 @@ def measure(size: Size) -> list[Row]:
             few = 100 if size.quick else 1
             return [
                 *_training(size, session),
+                _changing(size, session),
                 _forward(size, session),
                 _single(size, session, "relu", torch.relu, 25.0, torch.randn(100_000 // few)),
                 _single(
@@ -125,6 +126,41 @@ def _training(size: Size, session: WorkersSession) -> list[Row]:
         _row(size, session, name, as_a_plan, plain, 40.0),
         _row(size, session, "the same, line by line", lambda: line_by_line().get(), plain, None),  # type: ignore[attr-defined]
     ]
+
+
+def _changing(size: Size, session: WorkersSession) -> Row:
+    """Steps with other labels that all know, and another rate, beside steps of the same model with the same ones."""
+
+    def steps(*, change: bool) -> Callable[[], None]:
+        model = share_module(session, nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 2)))
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=0.01
+        )  # whose corrections are others in each step, too
+        rows, done = share(session, torch.randn(64, 30)), 0
+
+        def once() -> None:
+            nonlocal done
+            labels = (torch.arange(64) * (1 + done % 7)) // 3 % 2 if change else torch.arange(64) % 2
+            optimizer.param_groups[0]["lr"] = 0.01 * 0.999**done if change else 0.01
+            done += 1
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(rows), labels)
+            loss.backward()
+            optimizer.step()
+            loss.get()
+
+        return once
+
+    ours, same = steps(change=True), steps(change=False)
+    for _ in range(12):
+        ours()
+        same()
+    times = in_turns({"ours": ours, "same": same}, repeats=2 * size.repeats, lead=_LEAD)
+    milliseconds = {key: sample.map(lambda seconds: 1000 * seconds) for key, sample in times.items()}
+    return Row(
+        "Adam, other labels and rates in each step", "ms", milliseconds["ours"], milliseconds["same"],
+        "the same labels and rate", Goal(at_most=1.15), "what is known of one step serves the next one",
+    )  # fmt: skip
 
 
 def _training_step() -> Plan:

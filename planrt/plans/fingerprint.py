@@ -28,6 +28,7 @@ import torch
 
 from planrt.plans.forms import torchscript
 from planrt.plans.recording.python_state import is_library
+from planrt.serde.tensors import raw_bytes
 
 Fingerprint = Hashable
 """Two models are equal here where recording makes equal plans of them."""
@@ -278,8 +279,7 @@ class _Walk:
 
 def _digest(tensor: torch.Tensor) -> str:
     """What stands for the values of `tensor`."""
-    plain = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().data).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,11 +7,9 @@ of 2**24 relative to their size, so that 1e-6 keeps seven digits; whole numbers 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,7 +17,6 @@ from planrt.errors import SharingError
 from planrt.sharing import curves, roots
 from planrt.sharing.additive import add_public
 from planrt.sharing.bilinear import bilinear_value, plain_value
-from planrt.sharing.fixed_point import encode
 from planrt.sharing.kernels.parts import (
     Context,
     Public,
@@ -31,19 +28,23 @@ from planrt.sharing.kernels.parts import (
     masked,
     reduced,
 )
+from planrt.sharing.kernels.sizes import (
+    COARSEST,
+    FINER,
+    Varying,
+    needs_fractions,
+    number_at,
+    power_for,
+    size_of,
+    size_of_number,
+)
 from planrt.sharing.masked import mask
 from planrt.sharing.products import bit_times, product
 from planrt.sharing.quotients import divide
 from planrt.sharing.rounds import Protocol
 
-FINER = 24
-"""Public fractions keep so many bits."""
-
-COARSEST = 40
-"""Public fractions have at most this scale, as a power of two: 1e-12 is nothing."""
-
 _WHOLE = 2**8
-"""Whole numbers above this multiply what is at the session's scale only, to leave room."""
+"""Whole numbers from this on multiply what is at the session's scale only, to leave room."""
 
 Kernel: TypeAlias = Callable[..., Protocol[Any]]
 One: TypeAlias = Callable[..., Protocol[Share]]
@@ -68,12 +69,6 @@ def linear(function: Callable[..., torch.Tensor]) -> One:
         return Share(function(value.part, *args, **kwargs), value.scale)
 
     return kernel
-
-
-def needs_fractions(value: Value) -> bool:
-    """True for numbers and tensors that all know and that have fractions."""
-    values = torch.as_tensor(value)
-    return values.is_floating_point() and bool((values != values.round()).any())
 
 
 def add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Protocol[Share]:
@@ -139,12 +134,14 @@ def _known_product(context: Context, left: Value, right: Value) -> Share | None:
         left, right = right, left
     if not isinstance(left, Share) or left.known is None or context.scale == 1 or isinstance(right, Share):
         return None
+    if isinstance(right, Varying):
+        return None  # its scale would depend on the number itself
     values = left.known * torch.as_tensor(right).double()
     if not bool((values.abs() < 2**31).all()):
         return None
     scale = left.scale
     if needs_fractions(values * scale):
-        scale = context.scale << max(0, _power_for(values) + 1 - context.scale.bit_length())
+        scale = context.scale << max(0, power_for(values) + 1 - context.scale.bit_length())
     return Share(context.party.public(context.public(values, scale)), scale, known=values)
 
 
@@ -174,58 +171,21 @@ def any_product(
         return context.share_of(plain_value(function, left, right, **options))
     share, known = (left, right) if isinstance(left, Share) else (right, left)
     number = type(known) in (int, float)
-    size = (_size_of_number if number else _size_of)(known)
+    size = (size_of_number if number else size_of)(known)
     if size.power is not None:
         scale = 2**size.power
         wide = share.scale > context.scale > 1 and not share.fine
         room = (context.scale << FINER) // share.scale if wide else 0
-        if max(scale, size.largest * scale) > room:  # a product with 1 / 64 needs none
+        if max(scale, size.bound * scale) > room:  # a product with 1 / 64 needs none
             (share,) = yield from fractional(context, share)
     else:
         scale = 1
-        if size.largest > _WHOLE:
+        if size.bound > _WHOLE:
             yield from reduced(context, share)
-    factor = _number_at(known, scale) if number and context.scale > 1 else context.public(known, scale)
+    factor = number_at(known, scale) if number and context.scale > 1 else context.public(known, scale)
     pair = (share.part, factor) if isinstance(left, Share) else (factor, share.part)
     chosen = tuple(sorted(options.items()))
     return Share(bilinear_value(function, pair[0], pair[1], chosen), share.scale * scale)
-
-
-class _Size(NamedTuple):
-    """What is to be known of a public factor before it is encoded."""
-
-    power: int | None
-    """The scale that it needs, as a power of two; None of whole numbers."""
-    largest: float
-
-
-def _size_of(known: Any) -> _Size:
-    values = torch.as_tensor(known)
-    if values.dtype == torch.bool:
-        values = values.long()
-    if not needs_fractions(values):
-        return _Size(None, values.abs().max().item() if values.numel() else 0)
-    values = values.double()
-    return _Size(_power_for(values), float(values.abs().max()))
-
-
-_size_of_number = lru_cache(maxsize=1024)(_size_of)
-"""Of one number: a learning rate is asked about in each step, for each weight."""
-
-
-@lru_cache(maxsize=1024)
-def _number_at(number: float, scale: int) -> torch.Tensor:
-    return encode(torch.tensor(number), scale)
-
-
-def _power_for(values: torch.Tensor) -> int:
-    """The scale, as a power of two, at which the largest of public fractions has 24 bits; less if one needs less."""
-    least, largest = (float(one) for one in values.abs().aminmax())
-    if not math.isfinite(largest):
-        return 1  # encoding says what is wrong
-    if least == largest and (exact := largest.as_integer_ratio()[1]) <= 2**12:
-        return exact.bit_length() - 1
-    return max(12, min(COARSEST, FINER - math.frexp(largest)[1]))
 
 
 def divided(
@@ -238,6 +198,8 @@ def divided(
         values = torch.as_tensor(right.known if isinstance(right, Share) else right).double()
         if bool((values == 0).any()):
             raise SharingError("shares know no infinity: the divisor has a zero")
+        if isinstance(right, Varying):
+            return (yield from multiply(context, left, Varying(1 / right)))
         if values.dim() == 0 and isinstance(left, Share) and left.fine:
             return (yield from multiply(context, left, 1 / float(values)))
         return (yield from multiply(context, left, 1 / values))
@@ -376,6 +338,8 @@ def _finely_multiplied(context: Context, value: Share, factor: float, scale: int
     The number is a fraction of small integers, so that little room is needed: 0.001 is 1 / 1000, others are off by 2e-5
     of their size at most. What is next to 1, as 0.999, takes its difference to 1 away.
     """
+    if isinstance(factor, Varying):
+        return (yield from _by_a_varying_one(context, value, factor, scale))
     if 0.5 < factor < 1 and scale == value.scale:
         less = yield from _finely_multiplied(context, value, 1 - factor, scale)
         return _fine(value.part - less.part, scale)
@@ -389,6 +353,28 @@ def _finely_multiplied(context: Context, value: Share, factor: float, scale: int
         return _fine(part, scale)
     (opened,) = yield from mask(context.party, part)
     return _fine(divide(context.party, opened, whole.denominator), scale)
+
+
+_VARYING = 20
+"""Bits that such a number has."""
+
+
+def _by_a_varying_one(context: Context, value: Share, factor: Varying, scale: int) -> Protocol[Share]:
+    """The same by a number that other runs have another one for: what is divided by must not depend on it, so it is a
+    power of two. That takes more room, which squares do not have: they are brought to the scale of means for it.
+    """
+    part, means = value.part, _scale_of_means(context)
+    wide = value.scale // means if scale == value.scale and value.scale % means == 0 else 1
+    if wide > 1:
+        (opened,) = yield from mask(context.party, part)
+        part = divide(context.party, opened, wide)
+    bits = min(COARSEST, _VARYING - factor.exponent)
+    down = Fraction(2) ** bits * value.scale / scale
+    part = part * (round(factor * 2.0**bits) * down.denominator)
+    if down.numerator > 1:
+        (opened,) = yield from mask(context.party, part)
+        part = divide(context.party, opened, down.numerator)
+    return _fine(part * wide, scale)
 
 
 def _sqrt(context: Context, value: Share) -> Protocol[Share]:

@@ -79,7 +79,7 @@ def _tanh_backward(context: Context, gradient: Share, result: Share) -> Protocol
 
 def _softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
     if not value.part.dim():
-        return context.share_of(torch.ones(()))
+        return Share(context.party.public(context.public(1.0, context.scale)), context.scale)
     (value,) = yield from fractional(context, value)
     return Share((yield from networks.softmax(context.party, value.part, dim, context.scale)), context.scale)
 
@@ -101,7 +101,7 @@ def _softmax_backward(
 
 def _log_softmax(context: Context, value: Share, dim: int, half: bool) -> Protocol[Share]:
     if not value.part.dim():
-        return context.share_of(torch.zeros(()))
+        return Share(torch.zeros((), dtype=torch.int64), context.scale)
     (value,) = yield from fractional(context, value)
     found = yield from networks.log_softmax(context.party, value.part, dim, context.scale)
     return Share(found, context.scale)

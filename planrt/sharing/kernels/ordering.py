@@ -22,7 +22,6 @@ from planrt.sharing.kernels.arithmetic import (
     add,
     as_fine_as,
     multiply,
-    needs_fractions,
     subtract,
     subtract_from,
     total,
@@ -30,6 +29,7 @@ from planrt.sharing.kernels.arithmetic import (
 from planrt.sharing.kernels.orders import top
 from planrt.sharing.kernels.parts import Context, Share, Value, aligned, at, fractional, masked
 from planrt.sharing.kernels.shapes import scatter_add_public, scatter_public
+from planrt.sharing.kernels.sizes import needs_fractions
 from planrt.sharing.masked import Bit, mask
 from planrt.sharing.products import bit_times, bit_times_bit
 from planrt.sharing.rounds import Protocol

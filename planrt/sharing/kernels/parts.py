@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from planrt.errors import SharingError
+from planrt.serde.tensors import raw_bytes
 from planrt.sharing.fixed_point import encode
 from planrt.sharing.masked import Bit, Masked, mask
 from planrt.sharing.quotients import divide
@@ -300,8 +301,7 @@ def _zeros(like: torch.Tensor) -> torch.Tensor:
 
 def digest(values: torch.Tensor) -> bytes:
     """Returns what tells tensors of one dtype and shape apart that all know."""
-    data = values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(raw_bytes(values), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)

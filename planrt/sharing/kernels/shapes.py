@@ -12,8 +12,9 @@ import torch
 
 from planrt.errors import SharingError
 from planrt.sharing.additive import refresh
-from planrt.sharing.kernels.arithmetic import Kernel, One, linear, needs_fractions
+from planrt.sharing.kernels.arithmetic import Kernel, One, linear
 from planrt.sharing.kernels.parts import Context, Public, Share, Value, aligned, at, at_slice, fractional
+from planrt.sharing.kernels.sizes import Drawn, needs_fractions
 from planrt.sharing.randomness import Stream
 from planrt.sharing.rounds import Protocol
 
@@ -159,11 +160,27 @@ def _converted(
     )
 
 
+def flags_of(seed: int, shape: Sequence[int], p: float) -> torch.Tensor:
+    """Returns truth values of `shape`, each true with probability `p`, which follow from the seed (0 .. 2**128 - 1)."""
+    bits = Stream(seed.to_bytes(16, "little")).ring(tuple(shape))
+    return (bits >> 1 & 0x7FFFFFFFFFFFFFFF) < int(p * 2**63)
+
+
+def are_mixed(flags: torch.Tensor) -> bool:
+    """Returns whether some are true, and some are not."""
+    return 0 < int(flags.sum()) < flags.numel()
+
+
 def _bernoulli(context: Context, like: Share, p: float = 0.5, *, seed: int, **_: Any) -> Protocol[Share]:
     """Draws what dropout keeps: all know it, and it follows from the seed that came with the call."""
     yield from ()
-    bits = Stream(seed.to_bytes(16, "little")).ring(tuple(like.shape))
-    keep = (bits >> 1 & 0x7FFFFFFFFFFFFFFF) < int(p * 2**63)
+    keep = flags_of(seed, like.shape, p)
+    if isinstance(seed, Drawn) and not are_mixed(
+        keep
+    ):  # the sizes of what is computed with them depend on that
+        raise SharingError(
+            "a seed of flags that are all the same is no operand of a program: write it in the call"
+        )
     return context.share_of(keep.long())
 
 

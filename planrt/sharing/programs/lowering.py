@@ -17,7 +17,7 @@ import torch
 from planrt.errors import SharingError
 from planrt.sharing.kernels.parts import digest
 from planrt.sharing.programs.calls import Program
-from planrt.sharing.tensors.batches import BatchedSession, Value
+from planrt.sharing.tensors.batches import BatchedSession, Operand, Value
 from planrt.sharing.tensors.shared import SharedTensor
 from planrt.types import leaves, map_leaves
 
@@ -86,10 +86,12 @@ class Lowered:
 class _Lowering(BatchedSession):
     """A session that keeps its program, and has no parties."""
 
+    numbers_vary = False  # whoever lowers the same function is to find the same program, whatever came before
+
     def __init__(self, scale: int) -> None:
         super().__init__(at_once=2**31)
         self.scale = scale
-        self.kept: tuple[Program, list[Value | torch.Tensor], list[Value | None]] | None = None
+        self.kept: tuple[Program, list[Operand], list[Value | None]] | None = None
 
     @property
     def parties(self) -> Sequence[str]:
@@ -114,7 +116,7 @@ class _Lowering(BatchedSession):
         )
 
     def _run_program(
-        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+        self, program: Program, operands: Sequence[Operand], results: Sequence[Value | None]
     ) -> None:
         self.kept = program, list(operands), list(results)
 
@@ -147,7 +149,7 @@ def lower(function: Callable[..., Any], args: Sequence[Any], *, scale: int) -> L
     program, operands, results = session.kept or (Program.of(0, []), [], [])
     if not (shared or program.calls) or any(one.session is not session for one in shared):
         raise SharingError("a function on shares returns tensors in shares, of its own arguments")
-    taken = tuple([one.place - 1 if isinstance(one, Value) else one for one in operands])
+    taken = tuple([one.place - 1 if isinstance(one, Value) else torch.as_tensor(one) for one in operands])
     numbers = {id(one): number for number, one in enumerate(results, len(operands)) if one is not None}
 
     def result(leaf: Any) -> Any:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from planrt.sharing.correlated import Material
-from planrt.sharing.kernels.parts import Context, Share, digest
+from planrt.sharing.kernels.parts import Context, Share
 from planrt.sharing.kernels.table import call_kernel
 from planrt.sharing.programs.calls import Program
-from planrt.sharing.programs.running import Failed, run_program
+from planrt.sharing.programs.looks import public_looks
+from planrt.sharing.programs.running import run_program
 from planrt.sharing.requests import Base, Known, Part, Request, Spec, size_of
 from planrt.sharing.rounds import Opening, Party, Protocol
 from planrt.types import Ref, map_leaves
@@ -95,6 +96,8 @@ def masks_of(operands: Sequence[Any]) -> list[int]:
 
 
 _KEPT: OrderedDict[Any, Needs] = OrderedDict()
+_SAME: OrderedDict[Any, Needs] = OrderedDict()
+"""What runs need -> that, once: the dealer is told of it, and makes it ahead, by what it is."""
 _MOST = 256
 
 
@@ -105,8 +108,10 @@ def alike(program: Program, operands: Sequence[Any], *, party: int, count: int, 
     places = _places(operands)
     origins = {id(one.origin): None for one in operands if isinstance(one, Share)}
     order = {origin: place for place, origin in enumerate(origins)}
-    looks = tuple([_looks(operand, places, order) for operand in operands])
-    return program, party, count, scale, looks
+    shared = tuple(
+        [(order[id(one.origin)], one.looks(_named(places))) for one in operands if isinstance(one, Share)]
+    )
+    return program, party, count, scale, shared, tuple(public_looks(program, operands, scale=scale))
 
 
 def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: int, scale: int) -> Needs:
@@ -126,9 +131,11 @@ def needs_of(program: Program, operands: Sequence[Any], *, party: int, count: in
         count=count,
         scale=scale,
     )
+    kept = _SAME.setdefault((kept.requests, kept.taken, kept.sent), kept)
+    for one in (_SAME, _KEPT):
+        if len(one) > _MOST:
+            one.popitem(last=False)
     _KEPT[key] = kept
-    if len(_KEPT) > _MOST:
-        _KEPT.popitem(last=False)
     return kept
 
 
@@ -242,15 +249,6 @@ def _zeros(spec: Spec) -> Part:
 
 def _named(places: dict[int, int]) -> Callable[[Known], Known]:
     return lambda known: replace(known, number=places[known.number])
-
-
-def _looks(operand: Any, places: dict[int, int], order: dict[int, int]) -> Any:
-    """All that a run depends on, of an operand."""
-    if isinstance(operand, Share):
-        return order[id(operand.origin)], operand.looks(_named(places))
-    if isinstance(operand, torch.Tensor):
-        return operand.dtype, operand.shape, digest(operand)
-    return type(operand), str(operand.error) if isinstance(operand, Failed) else repr(operand)
 
 
 def _twin(operand: Any, places: dict[int, int], made: dict[int, Share]) -> Any:

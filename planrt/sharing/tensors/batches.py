@@ -6,19 +6,23 @@ stand together is decided here, once for all parties: each is given the same pro
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from planrt.errors import SharingError
+from planrt.sharing.kernels.shapes import are_mixed, flags_of
+from planrt.sharing.kernels.sizes import Drawn
 from planrt.sharing.kernels.table import VIEWS
 from planrt.sharing.programs.calls import Call, Program
+from planrt.sharing.programs.looks import NUMBERS, may_vary, varies
 from planrt.sharing.tensors.places import AT_PLACES
 from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.types import Ref, leaves, map_leaves
@@ -82,19 +86,32 @@ class Value:
             self.session._forget(place)
 
 
+Number: TypeAlias = float | int
+"""A float, or a seed."""
+Operand: TypeAlias = Value | torch.Tensor | Number
+"""Of a program: a secret, a tensor that all know, or a number that varies."""
+
+
 class BatchedSession(SharingSession):
     """A session in which calls wait until there are `at_once` of them, or somebody wants to see a result. Those that
     wait make one program; what nobody has any more by then is not computed.
+
+    Numbers in it that were others the last time, such as a learning rate that decays or the seed of a dropout, are
+    operands of the program: it is the same in every step then, and what the parties know of it serves again.
     """
+
+    numbers_vary = True
+    """Whether they are, of a session with more than one call at once."""
 
     def __init__(self, *, at_once: int) -> None:
         self._at_once = at_once
         self._lock = threading.RLock()
+        self._templates: OrderedDict[Any, _Template] = OrderedDict()
         self._begin()
 
     def _begin(self) -> None:
         self._waiting: list[_Waiting] = []
-        self._operands: list[Value | torch.Tensor] = []
+        self._operands: list[Operand] = []
         self._operand_numbers: dict[int, int] = {}
         """id of a handle -> its number among the operands, which keep it."""
         self._results: list[weakref.ref[Value]] = []
@@ -109,7 +126,7 @@ class BatchedSession(SharingSession):
 
     @abstractmethod
     def _run_program(
-        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+        self, program: Program, operands: Sequence[Operand], results: Sequence[Value | None]
     ) -> None:
         """Has a program run, and sets the `place` of its results; None is for those that nobody has."""
 
@@ -128,6 +145,8 @@ class BatchedSession(SharingSession):
                 # Their values depend on no other call: gradients, which begin with these, do not wait for the loss.
                 first = next(iter(self._operand_numbers.values()))
                 name, given, options = "new_ones", (_Operand(first), list(shapes)), {}
+            if name == "bernoulli":
+                options = {**options, "seed": _drawn(options["seed"], shapes, *given[1:])}
             made = None if in_place else self._made(shapes)
             results = map_leaves(made, lambda one: None if one is None else _Result(one.number))
             self._waiting.append(_Waiting(name, given, options, results, in_place))
@@ -144,12 +163,54 @@ class BatchedSession(SharingSession):
             alive = [one() for one in self._results]
             self._begin()
             wanted = tuple([number for number, one in enumerate(alive) if one is not None])
-            program, used, made = _program(waiting, wanted)
+            program, used, made, numbers = self._program(waiting, wanted, operands)
             results = [alive[number] for number in made]
             for value in results:
                 if value is not None:
                     value.number = None
-            self._run_program(program, [operands[number] for number in used], results)
+            given = [*operands, *numbers]
+            self._run_program(program, [given[number] for number in used], results)
+
+    def _program(
+        self, waiting: Sequence[_Waiting], wanted: tuple[int, ...], operands: Sequence[Operand]
+    ) -> _Found:
+        """The program of the calls that wait. Its numbers come after the `operands`."""
+
+        def is_share(one: Any) -> bool:
+            return type(one) is _Result or (type(one) is _Operand and isinstance(operands[one.number], Value))
+
+        def plain() -> list[_Waiting]:
+            return [_with_numbers(one, is_share, _itself) for one in waiting]
+
+        if not self.numbers_vary or self._at_once < 2 or len(waiting) > _LONGEST_KEPT:
+            return _program(plain(), wanted)
+        numbers: list[Number] = []
+
+        def away(number: Number) -> Any:
+            numbers.append(number)
+            return _NUMBER
+
+        try:
+            key = wanted, *[_look_of(_with_numbers(one, is_share, away)) for one in waiting]
+            template = self._templates.get(key)
+        except TypeError:  # an argument that has no hash
+            return _new_program(plain(), wanted)
+        if template is None:
+            template = self._templates[key] = _Template(numbers, [], _new_program(plain(), wanted))
+            if len(self._templates) > _MOST_KEPT:
+                self._templates.popitem(last=False)
+            return template.found
+        others = [place for place, one in enumerate(numbers) if one != template.numbers[place]]
+        if not set(others).issubset(template.varying):
+            template.varying = sorted({*template.varying, *others})
+            names = {place: _Operand(number) for number, place in enumerate(template.varying, len(operands))}
+            places = itertools.count()
+
+            def named(number: Number) -> Any:
+                return names.get(next(places), number)
+
+            template.found = _new_program([_with_numbers(one, is_share, named) for one in waiting], wanted)
+        return template.found._replace(numbers=[numbers[place] for place in template.varying])
 
     def _named(self, leaf: Any) -> Any:
         if isinstance(leaf, Secret):
@@ -200,6 +261,48 @@ class _Found(NamedTuple):
     """The numbers of its operands among those that waited."""
     made: list[int]
     """The numbers of its results among these."""
+    numbers: Sequence[Number] = ()
+    """Operands that are numbers, which come after those that waited."""
+
+
+@dataclass(slots=True)
+class _Template:
+    """Calls that waited, but for the numbers in them that may vary."""
+
+    numbers: list[Number]
+    """Those of the first time."""
+    varying: list[int]
+    """Which of them have been others since: those are operands."""
+    found: _Found
+
+
+_NUMBER = object()
+
+
+def _itself(number: Number) -> Number:
+    return int(number) if type(number) is Drawn else number
+
+
+def _drawn(seed: int, shape: Any, p: Any = 0.5) -> int:
+    """The seed of flags, as one that may be an operand where it can be."""
+    if not isinstance(shape, torch.Size) or not isinstance(p, float):
+        return seed
+    return Drawn(seed) if are_mixed(flags_of(seed, shape, p)) else seed
+
+
+def _with_numbers(
+    call: _Waiting, is_share: Callable[[Any], bool], other: Callable[[Number], Any]
+) -> _Waiting:
+    """A call with something else for each of its numbers that may vary."""
+    if call.name not in NUMBERS:
+        return call
+
+    def at(place: int | str, value: Any) -> Any:
+        fits = varies(value) and may_vary(call.name, place, call.args, is_share)
+        return other(value) if fits else value
+
+    args = tuple([at(place, one) for place, one in enumerate(call.args)])
+    return replace(call, args=args, kwargs={name: at(name, one) for name, one in call.kwargs.items()})
 
 
 _KEPT: OrderedDict[Any, _Found] = OrderedDict()
@@ -216,7 +319,7 @@ def _program(waiting: Sequence[_Waiting], wanted: tuple[int, ...]) -> _Found:
     if len(waiting) > _LONGEST_KEPT:
         return _new_program(waiting, wanted)
     try:
-        key = wanted, *[_look((one.name, one.args, one.kwargs, one.results, one.in_place)) for one in waiting]
+        key = wanted, *[_look_of(one) for one in waiting]
         found = _KEPT.get(key)
     except TypeError:  # an argument that has no hash
         return _new_program(waiting, wanted)
@@ -225,6 +328,10 @@ def _program(waiting: Sequence[_Waiting], wanted: tuple[int, ...]) -> _Found:
         if len(_KEPT) > _MOST_KEPT:
             _KEPT.popitem(last=False)
     return found
+
+
+def _look_of(call: _Waiting) -> Any:
+    return _look((call.name, call.args, call.kwargs, call.results, call.in_place))
 
 
 def _look(value: Any) -> Any:

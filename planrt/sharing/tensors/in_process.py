@@ -10,12 +10,13 @@ import torch
 from planrt.sharing.additive import reconstruct, share
 from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.kernels.parts import Context, Share
+from planrt.sharing.kernels.sizes import Drawn, Varying
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.needs import alike
 from planrt.sharing.programs.running import MANY, Failed, run_program
 from planrt.sharing.randomness import Stream, new_seed
 from planrt.sharing.rounds import Protocol, Transcript, new_parties, run_together
-from planrt.sharing.tensors.batches import BatchedSession, Value
+from planrt.sharing.tensors.batches import BatchedSession, Operand, Value
 
 
 class InProcessSession(BatchedSession):
@@ -64,12 +65,14 @@ class InProcessSession(BatchedSession):
         return reconstruct([one.part for one in place]), place[0].scale
 
     def _run_program(
-        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+        self, program: Program, operands: Sequence[Operand], results: Sequence[Value | None]
     ) -> None:
-        def at(number: int, operand: Value | torch.Tensor) -> Any:
-            if isinstance(operand, torch.Tensor) or isinstance(operand.place, Failed):
-                return operand.place if isinstance(operand, Value) else operand
-            return operand.place[number]
+        def at(number: int, operand: Operand) -> Any:
+            if isinstance(operand, Value):
+                return operand.place if isinstance(operand.place, Failed) else operand.place[number]
+            if isinstance(operand, torch.Tensor):
+                return operand
+            return Drawn(operand) if isinstance(operand, int) else Varying(operand)
 
         def run(number: int, context: Context) -> Protocol[list[Any]]:
             given = [at(number, one) for one in operands]

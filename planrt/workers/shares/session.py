@@ -37,7 +37,7 @@ from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.preflight import Preflight
 from planrt.sharing.randomness import Stream, new_seed
-from planrt.sharing.tensors.batches import BatchedSession, Value
+from planrt.sharing.tensors.batches import BatchedSession, Number, Operand, Value
 from planrt.sharing.tensors.refusals import check_shared_size
 from planrt.sharing.tensors.sessions import Secret, SharingSession
 from planrt.sharing.tensors.shared import SharedTensor, home_of
@@ -152,7 +152,9 @@ class WorkersSession(BatchedSession):
     async def _make_group(self) -> None:
         token = secrets.token_hex(16)
         parties, dealer = [_address(one) for one in self._workers], _address(self._dealer)
-        tells_waits = all(one.connection.session.versions.tells_waits for one in self._places)
+        versions = [one.connection.session.versions for one in self._places]
+        tells_waits = all(one.tells_waits for one in versions)
+        self.numbers_vary = all(one.takes_numbers for one in versions)
         try:
             await self._of_all(
                 m.Done,
@@ -297,17 +299,17 @@ class WorkersSession(BatchedSession):
     # ----------------------------------------------------------------------------------------- programs
 
     def _run_program(
-        self, program: Program, operands: Sequence[Value | torch.Tensor], results: Sequence[Value | None]
+        self, program: Program, operands: Sequence[Operand], results: Sequence[Value | None]
     ) -> None:
         """Posts the program: the same bytes to every party."""
-        refs: list[Ref] = []
+        refs: list[Ref | Number] = []
         public: list[tuple[int, torch.Tensor]] = []
         for operand in operands:
             if isinstance(operand, torch.Tensor):
                 public.append((new_id(), operand))
                 refs.append(Ref(public[-1][0]))
             else:
-                refs.append(Ref(operand.place))
+                refs.append(Ref(operand.place) if isinstance(operand, Value) else operand)
         made: list[Ref | None] = []
         for value in results:
             if value is not None:

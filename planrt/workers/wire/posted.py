@@ -21,7 +21,8 @@ Line = tuple[CodeType, int] | tuple[CodeType, int, weakref.ref[Graph]]
 """Where in the user's code an op was made, and the plan that it calls."""
 
 PROGRAM = "sharing.program"
-"""The name of the op that runs a program on shares, of args (group, program as text, references to its operands)."""
+"""The name of the op that runs a program on shares, of args (group, program as text, its operands): these are
+references to objects, or numbers."""
 
 MAX_OP_BYTES = 1 << 19
 """Longest packed op: several fit into a message's header."""

@@ -91,9 +91,9 @@ def known_again(op: PostedOp, shape_of: Callable[[int], Any]) -> Hashable:
         what = (plan, training, identity, looks, op.grad)
     else:
         return None
-    if not isinstance(refs, tuple) or not {Ref}.issuperset(map(type, refs)):
+    if not isinstance(refs, tuple) or not {Ref, float, int}.issuperset(map(type, refs)):
         return None
-    found = op.name, what, tuple([shape_of(one.index) for one in refs])
+    found = op.name, what, tuple([shape_of(one.index) if type(one) is Ref else None for one in refs])
     try:
         hash(found)
     except TypeError:  # no client of ours sends that

@@ -11,7 +11,9 @@ import torch
 from planrt.errors import SharingError
 from planrt.plans.ir.graph import Graph
 from planrt.sharing.kernels import Share
+from planrt.sharing.kernels.sizes import Drawn, Varying
 from planrt.sharing.programs.calls import Program
+from planrt.sharing.programs.looks import check_numbers
 from planrt.sharing.programs.lowering import Looks
 from planrt.sharing.programs.running import Failed
 from planrt.types import Ref, TensorSpec
@@ -36,9 +38,9 @@ class PostedProgram:
 
     program: Program
     values: list[Any]
-    """In the order of the program: `Share`s, tensors that all know, or `Failed`."""
+    """In the order of the program: `Share`s, tensors and `Varying` numbers that all know, or `Failed`."""
     stored: list[StoredObject | None]
-    """The objects that these are; None of what was computed from others."""
+    """The objects that these are; None of numbers, and of what was computed from others."""
     what: str
     """What it is, as messages call it."""
 
@@ -65,7 +67,8 @@ class PostedPrograms:
     ) -> PostedProgram:
         args: tuple[Any, ...] = op.args if len(op.args) in (3, 4) else ("", None, None)
         text, refs, told = args[1], args[2], args[3] if len(args) == 4 else ""
-        if not _are_refs(refs) or not isinstance(text, str) or not isinstance(told, str):
+        refs_fit = isinstance(refs, tuple) and {Ref, float, int}.issuperset(map(type, refs))
+        if not refs_fit or not isinstance(text, str) or not isinstance(told, str):
             raise SharingError("a program on shares is posted with its group, its text and its operands")
         program = group.programs.read(text, told)
         if program.operands != len(refs):
@@ -73,11 +76,16 @@ class PostedPrograms:
         if self._objects.gate is not None:
             for name in dict.fromkeys(call.name for call in program.calls):
                 self._objects.gate.admit_kernel(name)
-        operands += [self._store.find(session.id, one.index) for one in refs]
+        stored = [self._store.find(session.id, one.index) if type(one) is Ref else None for one in refs]
+        operands += [one for one in stored if one is not None]
         copies = all(call.name == "clone" for call in program.calls)
-        values = [self._operand(session, group, one, copies=copies) for one in operands]
+        values = [
+            _number(ref) if one is None else self._operand(session, group, one, copies=copies)
+            for ref, one in zip(refs, stored, strict=True)
+        ]
+        check_numbers(program, values)
         named = ", ".join(dict.fromkeys(call.name for call in program.calls))
-        return PostedProgram(program, values, list(operands), f"{named[:100] or 'nothing'} on shares")
+        return PostedProgram(program, values, stored, f"{named[:100] or 'nothing'} on shares")
 
     def _operand(self, session: Session, group: Group, stored: StoredObject, *, copies: bool = False) -> Any:
         try:
@@ -142,6 +150,10 @@ class PostedPrograms:
         if len(refs) != len(graph.inputs) + len(graph.state):
             raise SharingError(f"plan {graph.name!r} takes {len(graph.inputs)} inputs and its state")
         return graph, identity, [_looks(one) for one in looks], refs
+
+
+def _number(one: float) -> Varying | Drawn:
+    return Drawn(one) if type(one) is int else Varying(one)
 
 
 def _are_refs(refs: Any) -> bool:

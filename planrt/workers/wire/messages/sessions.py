@@ -50,6 +50,8 @@ class Versions(msgspec.Struct, frozen=True):
     """Of a worker: whether it gives this session tickets (`Delegate`), so that another worker can act in its name."""
     tells_waits: bool = False
     """Of a worker: whether it answers `AskJoint` and `AskGroup`."""
+    takes_numbers: bool = False
+    """Of a worker: whether numbers are operands of programs on shares."""
     dials: Dials | None = None
     """Of a worker: what it shows to others that it dials; None where it takes no tickets (`ActFor`)."""
 
@@ -208,5 +210,6 @@ def own_versions(
         resumes=resumes,
         tells_status=True,
         tells_waits=True,
+        takes_numbers=True,
         dials=dials,
     )
