@@ -324,7 +324,7 @@ def test_one_number_that_changes_leaves_the_others_in_the_program():
     )  # 1 / 2 and 2 are taken exactly
 
 
-@pytest.mark.parametrize("number", [float("inf"), float("nan"), 1e300, -1e300])
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 1e300, -1.7e308])
 def test_numbers_beyond_the_range_fail_as_they_did_whatever_came_before(number):
     session = InProcessSession(2, at_once=10_000)
     x = share(session, random(3))
@@ -417,6 +417,8 @@ def test_a_size_is_a_power_of_two_above_all_values():
     assert size_of(torch.tensor([3.0, -200.0])) == size_of(torch.tensor([1.0, 255.0])) == (None, 256.0)
     assert size_of(256) == (None, 512.0)
     assert size_of(Varying(0.3)).bound == 0.5
+    assert size_of(1.7e308).bound == size_of(Varying(-1.7e308)).bound == float("inf")
+    assert size_of(torch.tensor(float("inf"))).bound == float("inf")
 
 
 @pytest.mark.parametrize(

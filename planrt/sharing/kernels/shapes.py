@@ -175,9 +175,7 @@ def _bernoulli(context: Context, like: Share, p: float = 0.5, *, seed: int, **_:
     """Draws what dropout keeps: all know it, and it follows from the seed that came with the call."""
     yield from ()
     keep = flags_of(seed, like.shape, p)
-    if isinstance(seed, Drawn) and not are_mixed(
-        keep
-    ):  # the sizes of what is computed with them depend on that
+    if isinstance(seed, Drawn) and not are_mixed(keep):  # on which the size of their products depends
         raise SharingError(
             "a seed of flags that are all the same is no operand of a program: write it in the call"
         )

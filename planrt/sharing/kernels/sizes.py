@@ -52,7 +52,7 @@ class Size(NamedTuple):
     power: int | None
     """The scale that it needs, as a power of two; None of whole numbers."""
     bound: float
-    """The least power of two that is more than all its values are in size."""
+    """The least power of two that is more than all its values are in size; infinite where there is none."""
 
 
 def needs_fractions(value: Any) -> bool:
@@ -66,14 +66,18 @@ def needs_fractions(value: Any) -> bool:
 def size_of(known: Any) -> Size:
     """Returns the size of a number, or of a tensor of any shape."""
     if isinstance(known, Varying):
-        return Size(_power(known.exponent), math.ldexp(1.0, known.exponent))
+        return Size(_power(known.exponent), _bound(known))
     values = torch.as_tensor(known)
     if values.dtype == torch.bool:
         values = values.long()
     fractions = needs_fractions(values)
     largest = float(values.abs().max()) if values.numel() else 0.0
-    bound = math.ldexp(1.0, math.frexp(largest)[1]) if math.isfinite(largest) else largest
-    return Size(power_for(values.double()) if fractions else None, bound)
+    return Size(power_for(values.double()) if fractions else None, _bound(largest))
+
+
+def _bound(largest: float) -> float:
+    exponent = math.frexp(largest)[1]
+    return math.ldexp(1.0, exponent) if math.isfinite(largest) and exponent < 1024 else math.inf
 
 
 size_of_number = lru_cache(maxsize=1024)(size_of)

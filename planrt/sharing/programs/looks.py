@@ -120,11 +120,9 @@ def secret_values(program: Program, public: frozenset[int]) -> frozenset[int]:
     """
     found = {number for number in range(program.operands) if number not in public}
     for call, reads, makes in zip(program.calls, program.reads, program.makes, strict=True):
-        of = (
-            reads
-            if call.name != "convolution_backward"
-            else [one.index for one in call.args[:1] if type(one) is Ref]
-        )
+        of: Sequence[int] = reads
+        if call.name == "convolution_backward":
+            of = [one for place, one in call.direct if place == 0]
         if call.name in _HIDES and not found.isdisjoint(of):
             found.update(makes)
         elif call.in_place:  # what it changed may be known from here on, by whatever name

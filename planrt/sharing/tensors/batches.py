@@ -12,7 +12,7 @@ import weakref
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -191,7 +191,7 @@ class BatchedSession(SharingSession):
             return _NUMBER
 
         try:
-            key = wanted, *[_look_of(_with_numbers(one, is_share, away)) for one in waiting]
+            key = wanted, len(operands), *[_look_of(_with_numbers(one, is_share, away)) for one in waiting]
             template = self._templates.get(key)
         except TypeError:  # an argument that has no hash
             return _new_program(plain(), wanted)
@@ -294,15 +294,16 @@ def _with_numbers(
     call: _Waiting, is_share: Callable[[Any], bool], other: Callable[[Number], Any]
 ) -> _Waiting:
     """A call with something else for each of its numbers that may vary."""
-    if call.name not in NUMBERS:
+    places = NUMBERS.get(call.name)
+    if places is None:
         return call
 
-    def at(place: int | str, value: Any) -> Any:
-        fits = varies(value) and may_vary(call.name, place, call.args, is_share)
-        return other(value) if fits else value
+    def fits(place: int | str, value: Any) -> bool:
+        return place in places and varies(value) and may_vary(call.name, place, call.args, is_share)
 
-    args = tuple([at(place, one) for place, one in enumerate(call.args)])
-    return replace(call, args=args, kwargs={name: at(name, one) for name, one in call.kwargs.items()})
+    args = [other(one) if fits(place, one) else one for place, one in enumerate(call.args)]
+    kwargs = {name: other(one) if fits(name, one) else one for name, one in call.kwargs.items()}
+    return _Waiting(call.name, tuple(args), kwargs, call.results, call.in_place)
 
 
 _KEPT: OrderedDict[Any, _Found] = OrderedDict()
