@@ -333,7 +333,7 @@ def test_groups_that_are_none(change, says):
     [
         ((), "no sharing group"), (("h", "", ()), "no sharing group"), (("g", "zz", (Ref(1),)), "two fields"),
         (("g", "", (Ref(1),), "0" * 64), "no program on shares has the hash '00"),
-        (("g", 7, ()), "posted with its group"), (("g", "zz", (1,)), "posted with its group"),
+        (("g", 7, ()), "posted with its group"), (("g", "zz", ("1",)), "posted with its group"),
     ],
 )  # fmt: skip
 def test_programs_that_are_none_end_the_group_where_there_is_one(args, says):
