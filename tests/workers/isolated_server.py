@@ -59,6 +59,13 @@ def _crash():
     ctypes.string_at(0)
 
 
+def _never_end():
+    ctypes.CDLL(None).prctl(
+        15, b"endless"
+    )  # the thread's name from now on, PR_SET_NAME: whoever waits for it sees that
+    time.sleep(3600)
+
+
 def _debug_the_parent():
     if ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "ptrace")
@@ -172,7 +179,7 @@ def actions(folder):
         "place": _said(lambda: opened.place()),
         "write_to_what_is_open": _said(lambda: opened.write()),
         "crash": _crash,
-        "endless": lambda: time.sleep(3600),
+        "endless": _never_end,
         "read": _said(lambda: Path(folder, "secret").read_text()),
         "granted": _said(lambda: Path(folder, "granted", "file").read_text()),
         "write": _said(lambda: Path(folder, "new").write_text("x")),

@@ -12,8 +12,14 @@ from planrt.plans import func2plan
 from planrt.workers import WebsocketClientWorker
 
 SERVE = (
+    "import threading\n"
     "from planrt.workers import WebsocketServerWorker\n"
-    "WebsocketServerWorker('bob', threads=1).start(ready=lambda port: print(port, flush=True))\n"
+    "def ready(port):\n"
+    "    for one in threading.enumerate():\n"
+    "        if one.name.endswith('warm-up'):\n"
+    "            one.join()\n"  # what it imports takes pages, too
+    "    print(port, flush=True)\n"
+    "WebsocketServerWorker('bob', threads=1).start(ready=ready)\n"
 )
 ASK = "from planrt.allocator import keep_freed_memory\nprint(keep_freed_memory())\n"
 

@@ -93,7 +93,7 @@ def told(path, *events):
 
 def came(path, event, number):
     """Returns the lines of an event once there are so many: a worker sees a socket's end when it sees it."""
-    for _ in range(1000):
+    for _ in range(6000):
         if len(lines := told(path, event)) >= number:
             return lines
         time.sleep(0.01)

@@ -58,7 +58,7 @@ async def asked(thread):
 def test_what_waits_is_dropped_when_it_is_closed_and_what_runs_ends(thread):
     asyncio.run(closed_at_work(thread))
     (of_executor,) = thread._executor._threads
-    of_executor.join(10)
+    of_executor.join(60)
     assert not of_executor.is_alive()
 
 
@@ -67,7 +67,7 @@ async def closed_at_work(thread):
 
     def wait():
         begun.set()
-        return go_on.wait(10)
+        return go_on.wait(60)
 
     running = asyncio.create_task(thread.run(wait))
     waiting = [asyncio.create_task(thread.run(int)) for _ in range(5)]

@@ -38,13 +38,13 @@ def test_a_worker_whose_compute_thread_is_gone_ends_quietly(ends, caplog):
         host = WorkerHost(WorkerState("bob"), compute)
         near, far = memory_pipes("memory://bob", Limits())
         serving = asyncio.create_task(host.serve(far))
-        connection = await Connection.open(near, "bob", timeout=5, limits=Limits())
+        connection = await Connection.open(near, "bob", timeout=60, limits=Limits())
         compute.close()
         if ends == "client":
             await connection.close()
         else:
             host.stop()
-        await asyncio.wait([serving], timeout=5)
+        await asyncio.wait([serving], timeout=60)
         ended = serving.done() and (serving.cancelled() or serving.exception() is None)
         await connection.close()
         return ended
@@ -95,7 +95,7 @@ def test_what_waits_for_the_compute_thread_is_dropped_when_nobody_wants_it():
 
     def first():
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return "first"
 
     async def go():
@@ -118,7 +118,7 @@ def test_what_waits_for_the_compute_thread_is_dropped_when_nobody_wants_it():
         compute.close()
         go_on.set()
         assert await answer == "first"  # what runs is done
-        await asyncio.wait([dropped], timeout=5)
+        await asyncio.wait([dropped], timeout=60)
         assert dropped.cancelled()
         with pytest.raises(asyncio.CancelledError):
             await compute.run(ran.append, "too late")
@@ -329,14 +329,14 @@ def test_what_arrives_for_one_user_is_bounded_over_all_connections():
         assert arriving == [3 * mebibyte, mebibyte, 2 * mebibyte]  # small ones do not count
         assert len(refused()) == 1
         pipes[0].over.set()
-        await asyncio.wait([serving[0]], timeout=5)
+        await asyncio.wait([serving[0]], timeout=60)
         pipes.append(Slow(3 * mebibyte))
         serving.append(asyncio.create_task(host.serve(pipes[-1])))
         await until(lambda: len(arriving) + len(refused()) == len(serving))
         assert arriving[3:] == [3 * mebibyte]
         for pipe in pipes:
             pipe.over.set()
-        await asyncio.wait(serving, timeout=5)
+        await asyncio.wait(serving, timeout=60)
         host.stop()
 
     asyncio.run(go())

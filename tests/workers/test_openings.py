@@ -173,7 +173,8 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch):
         with connect(uri) as silent:
             assert b"no handshake in 0.5 s" in said_until_closed(silent)
         with connect(uri) as slow:
-            slow.send([b"half of a message"])  # and nothing more
+            with contextlib.suppress(ConnectionClosed):  # where it took half a second to come here
+                slow.send([b"half of a message"])  # and nothing more
             assert said_until_closed(slow) is not None
         assert honest.objects_count() == 0
 

@@ -28,6 +28,7 @@ from planrt.fl import TrainConfig
 from planrt.plans import func2plan
 from planrt.serde.frames import FrameAssembler, Limits, encode
 from planrt.workers import BaseDataset, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.serving import host
 from planrt.workers.wire import messages as m
 from planrt.workers.wire.messages import own_versions
 from tests.models import classification_data
@@ -132,16 +133,17 @@ def test_many_clients_each_get_their_own_answers(server):
     assert results == [[2.0 * (100 * number + i) for i in range(5)] for number in range(12)]
 
 
-def test_pings_are_answered_while_torch_computes(server):
+def test_pings_are_answered_while_torch_computes(server, monkeypatch):
     """A loop that waited for the computation could answer one ping at its end, but not several on the way."""
-    limits = Limits(keepalive=0.1, patience=20.0)
+    monkeypatch.setattr(host, "OPENING_SECONDS", 600.0)  # the one that pings has no session
+    limits = Limits(keepalive=0.1, patience=60.0)
 
     async def main(uri):
         async with connect(uri) as other:
             work = asyncio.ensure_future(worker.async_run(long_work, torch.full((700, 700), 1e-3)))
             answered = 0
             while not work.done():
-                await asyncio.wait_for(await other.ping(), 20.0)
+                await asyncio.wait_for(await other.ping(), 60.0)
                 answered += 1
                 await asyncio.sleep(0.02)
             await work

@@ -27,7 +27,7 @@ def servers():
 
 def shared(workers, values):
     bob, alice, james = workers
-    return values.fix_precision(**PRECISION).share(bob, alice, crypto_provider=james, timeout=5)
+    return values.fix_precision(**PRECISION).share(bob, alice, crypto_provider=james, timeout=20)
 
 
 def computed(workers):

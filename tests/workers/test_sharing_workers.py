@@ -388,13 +388,15 @@ def test_the_local_worker_deals_for_workers_elsewhere(processes):
 def test_a_process_that_stands_still_is_named_after_the_time_out():
     """The last party alone waits for the dealer; the others wait for that one, and do not name it."""
     with planrt.local_workers("bob", "alice", "carol", "james", threads=1) as (bob, alice, carol, james):
-        session = sharing_session([bob, alice, carol], james, timeout=4)  # which the others do not need
+        with planrt.waiting(60):  # they know each other, and have dialled
+            share(sharing_session([bob, alice, carol], james), random(3)).get()
+        session = sharing_session([bob, alice, carol], james, timeout=10)
         x = share(session, random(20))
         x.get()
         (pid,) = _pids(james)
         os.kill(pid, signal.SIGSTOP)
         try:
-            with pytest.raises(SharingError, match="dealer, worker 'james', did not answer within 4 s"):
+            with pytest.raises(SharingError, match="dealer, worker 'james', did not answer within 10 s"):
                 (x * x).get()
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -404,7 +406,7 @@ def test_a_process_that_stands_still_before_anything_is_shared_is_named_too():
     """Whoever it is: its client waits for a party directly, and for others that wait for it."""
     with planrt.local_workers("bob", "alice", "carol", "james", threads=1) as workers:
         *parties, james = workers
-        with planrt.waiting(30):  # they know each other, and have dialled
+        with planrt.waiting(60):  # they know each other, and have dialled
             share(sharing_session(parties, james), random(3)).get()
         for one in workers:
             (pid,) = _pids(one)
@@ -414,7 +416,7 @@ def test_a_process_that_stands_still_before_anything_is_shared_is_named_too():
                     sharing_session(parties, james, timeout=3)
             finally:
                 os.kill(pid, signal.SIGCONT)
-            x = share(sharing_session(parties, james, timeout=30), random(20))
+            x = share(sharing_session(parties, james, timeout=60), random(20))
             assert ((x * x).get() - random(20) ** 2).abs().max() < 1e-3
 
 
@@ -433,7 +435,7 @@ def test_a_dealer_that_never_answers_is_waited_for_no_longer_than_the_time_out(m
         patch.setattr(PartyOps, "take_seed", never)
         with pytest.raises(SharingError, match="'james' did not answer within 3 s"):
             sharing_session([bob, alice], james, timeout=3)
-    x = share(sharing_session([bob, alice], james, timeout=3), random(20))
+    x = share(sharing_session([bob, alice], james, timeout=60), random(20))
     assert ((x * x).get() - random(20) ** 2).abs().max() < 1e-3
 
 

@@ -178,7 +178,7 @@ def test_calls_end_in_time_and_cost_nothing(world):
     world.between.cut()
     for name, call in CALLS.items():
         with pytest.raises((WorkerTimeoutError, WorkerLostError, RemoteError)) as caught:
-            call(world, timeout=5 if name in WITH_ALICE else 0.1)
+            call(world, timeout=20 if name in WITH_ALICE else 0.1)
         assert "bob" in str(caught.value) or world.bob.address in str(caught.value), name
     world.between.refuses = False
     assert world.bob.objects_count(timeout=60) >= 0  # it is there again, and did what was asked before

@@ -432,6 +432,7 @@ def test_who_does_not_finish_the_handshake_is_cut_off(serve, files, monkeypatch,
 def test_handshakes_have_the_places_of_their_address(serve, files, monkeypatch):
     """From the first moment on: each takes a file of the process. Others get in meanwhile."""
     monkeypatch.setattr(places, "caller", str)  # else all addresses of this machine are one
+    monkeypatch.setattr(websocket, "_TLS_SECONDS", 600.0)
     uri = serve(limits=Limits(connections=2))
     there, half = place(uri), client_hello()[:20]
     with contextlib.ExitStack() as stack:

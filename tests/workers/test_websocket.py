@@ -448,7 +448,9 @@ def server():
 
 
 @pytest.mark.parametrize(("data", "says"), MALFORMED.values(), ids=MALFORMED)
-def test_malformed_frames_end_their_connection_and_nothing_else(server, data, says):
+def test_malformed_frames_end_their_connection_and_nothing_else(data, says):
+    server = WebsocketServerWorker("bob", threads=1, limits=Limits(keepalive=0.1, patience=60.0))
+    server.add_dataset(classification_data(0), "flowers")
     with server.running() as uri, WebsocketClientWorker("bob", uri=uri) as good:
         for pieces in ([data], [data[i : i + 1] for i in range(len(data))]):
             with raw(uri) as connection:
@@ -685,7 +687,9 @@ def test_a_worker_that_stands_still_is_taken_for_lost():
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline())
-            with WebsocketClientWorker("bob", "127.0.0.1", port, limits=FAST) as worker:
+            with WebsocketClientWorker(
+                "bob", "127.0.0.1", port, limits=Limits(keepalive=0.1, patience=15.0)
+            ) as worker:
                 assert worker.objects_count() == 0
                 os.kill(process.pid, signal.SIGSTOP)
                 with pytest.raises(WorkerLostError, match="'bob'.*no sign of life"):
