@@ -34,7 +34,7 @@ SEED = 11
 def test_it_would_find_what_it_looks_for():
     """Each of the ops that no table has, one call of it."""
     made = {Draw(f"{SEED}/{number} op").random.choice(PROBES): number for number in range(40, 0, -1)}
-    pair, kinds = Pair(SEED, pattern="fuzz.", plain=True, seconds=0.25), {}
+    pair, kinds = Pair(SEED, pattern="fuzz.", plain=True, seconds=1.0), {}
     try:
         for probe, number in made.items():
             (finding,) = pair.run(range(number, number + 1)).findings
@@ -216,7 +216,8 @@ def test_what_a_worker_answers_is_looked_at(answer, found):
             one = next(
                 one for one in (Conversations(SEED).one(number, port) for number in range(99)) if one.in_step
             )
-            return await _converse(replace(one, parts=one.parts[:1]), port, 1.0, FramesSummary())
+            seconds = 1.0 if answer is None else 60.0
+            return await _converse(replace(one, parts=one.parts[:1]), port, seconds, FramesSummary())
 
     assert found in asyncio.run(main())
     assert bool(found) == bool(asyncio.run(main()))
@@ -238,7 +239,7 @@ def test_frames_options(arguments, capsys):
 
 def test_readers_that_end_hang_fill_memory_or_raise_would_be_found():
     said = []
-    summary = run("fuzz.reading", SEED, range(24), seconds=0.3, memory=1 << 28, tell=said.append)
+    summary = run("fuzz.reading", SEED, range(24), seconds=1.0, memory=1 << 28, tell=said.append)
     assert summary.tries == 24
     assert 0 < summary.read < 24
     assert said == summary.findings
@@ -247,7 +248,7 @@ def test_readers_that_end_hang_fill_memory_or_raise_would_be_found():
         "an error that no terminal can show: ValueError",
     ):  # fmt: skip
         assert any(what in finding for finding in said), what
-    again = run("fuzz.reading", SEED, range(3, 9), seconds=0.3, memory=1 << 28)
+    again = run("fuzz.reading", SEED, range(3, 9), seconds=1.0, memory=1 << 28)
     assert set(again.findings) < set(said)
 
 

@@ -184,11 +184,13 @@ class Copies:
 
 def become(asked: dict[str, Any], launcher: str) -> None:
     """Runs what a launcher was given, as Python would: in the module ``__main__``."""
+    import planrt.fl.runs.discovery
     import planrt.stopping
 
     words: list[str] = asked["words"]
     planrt.stopping.die_with = lambda parent: None  # the launcher does so, and takes the copy along
     planrt.stopping.GRACE = 60.0  # a busy machine must not end at once what a test wants to see end in order
+    planrt.fl.runs.discovery.HANDSHAKE_SECONDS = 60.0  # nor take a worker that is there for none
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])

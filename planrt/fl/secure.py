@@ -286,7 +286,7 @@ class SecureExchange:
                 done, _ = await asyncio.wait(
                     waiting.values(), timeout=limit.left(), return_when=asyncio.FIRST_COMPLETED
                 )
-                if not done:
+                if not done and limit.left() == 0:
                     break
                 for id in [id for id, task in waiting.items() if task in done]:
                     took(id, waiting.pop(id))

@@ -28,7 +28,7 @@ from tests.watching import health, samples
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-PLANRT = [sys.executable, "-m", "planrt"]
+PLANRT = [sys.executable, str(ROOT / "tests" / "patient.py"), "-m", "planrt"]
 
 
 def free_ports(count: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from planrt.errors import OptionError, PlanrtError, QuorumError, RemoteError, WorkerLostError
-from planrt.fl import RoundScheduler, TrainConfig, federated_avg
+from planrt.fl import RoundScheduler, TrainConfig, attendance, federated_avg
 from planrt.fl.runs.children import WorkerProcesses
 from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.wire import messages as m
@@ -24,7 +24,7 @@ from tests.processes import eventually
 from tests.proxy import CuttingProxy
 from tests.warm import send_signal
 
-pytestmark = pytest.mark.usefixtures("warm_workers")
+pytestmark = pytest.mark.usefixtures("warm_workers", "patient")
 
 
 SHORT = 4.0
@@ -32,6 +32,12 @@ SHORT = 4.0
 
 LONG = 300.0
 """Seconds: what must not be waited for. A test that does so runs into the suite's own time limit."""
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Who is reached again is waited for, however long that takes; who is not refuses at once."""
+    monkeypatch.setattr(attendance, "RECONNECTING", LONG)
 
 
 def config(**options):

@@ -164,7 +164,7 @@ def test_killed_again_and_again(workers, tmp_path, monkeypatch):
 
 
 PROGRAM = """
-    import asyncio, os, sys
+    import asyncio, os, sys, time
     import torch
     from planrt.fl import RoundScheduler
     from planrt.workers import VirtualWorker
@@ -173,7 +173,7 @@ PROGRAM = """
     from planrt.fl.runs.run_folder import Journal
     from pathlib import Path
 
-    folder, until = Path(sys.argv[1]), int(sys.argv[2])
+    folder, until, stays = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     workers = [VirtualWorker(id, datasets={"d": classification_data(n)}) for n, id in enumerate(IDS)]
 
     async def main():
@@ -184,6 +184,8 @@ PROGRAM = """
         for number in range(made.next_round, until + 1):
             state = (await made.run_round(number, state)).state
             print(number, flush=True)
+            if number == stays:
+                time.sleep(600)
         await made.close()
         torch.save(dict(state), folder / "end.pt")
 
@@ -199,15 +201,18 @@ def test_processes_that_are_really_killed_go_on_to_the_same_bits(workers, tmp_pa
     folder = tmp_path / "run"
     command = [sys.executable, str(program), str(folder), str(until)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    for after in (3, 17):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    for after in (3, 17):  # it stays a few rounds later: whoever reads this may be slow
+        stays = str(after + 3)
+        with subprocess.Popen(
+            [*command, stays], stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
             for line in process.stdout:
                 if int(line) >= after:
                     process.send_signal(signal.SIGKILL)
                     break
         assert process.returncode == -signal.SIGKILL
         assert not is_held(folder)
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run([*command, "0"], check=True, env=environment, stdout=subprocess.DEVNULL, timeout=120)
     assert same(torch.load(folder / "end.pt"), dict(whole))
     assert [line["round"] for line in Journal(folder).until(until)] == list(range(1, until + 1))
 

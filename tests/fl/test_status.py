@@ -218,7 +218,7 @@ def test_one_that_computes_does_not_answer_and_that_is_said(capsys):
         def __getitem__(self, place):
             if self.slow:
                 began.set()
-                go_on.wait(60)
+                go_on.wait(300)
             return torch.ones(2), torch.tensor(1)
 
     dataset = Slow()
@@ -234,8 +234,8 @@ def test_one_that_computes_does_not_answer_and_that_is_said(capsys):
         fitting.start()
         try:
             assert began.wait(60)
-            assert main(["status", f"bob={uri}", "--timeout", "0.5"]) in (1, 2)
-            assert "gave no answer within 0.5 s: it computes, or is frozen" in capsys.readouterr().err
+            assert main(["status", f"bob={uri}", "--timeout", "10"]) in (1, 2)
+            assert "gave no answer within 10 s: it computes, or is frozen" in capsys.readouterr().err
         finally:
             go_on.set()
             fitting.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import termios
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +33,8 @@ ROOT = Path(__file__).parents[2]
 SERVE = ["-m", "planrt.fl.serve"]
 START = [str(ROOT / "scripts" / "start_websocket_servers.py")]
 TRAIN = ["-m", "planrt.fl.mnist_async"]
-BACKGROUND = [
-    "-c",
-    "import os, signal, sys\n"
-    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as shells do for what a script starts with `&`
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-]
+PATIENT = [str(ROOT / "tests" / "patient.py")]
+BACKGROUND = [*PATIENT, "--background"]
 NOBODY = ["--worker", "a=ws://127.0.0.1:1", "--worker", "testing=ws://127.0.0.1:1"]
 """Workers that are not there: who tries to connect to them says so."""
 QUICK = ["--batch-size", "4", "--federate-after-n-batches", "1"]
@@ -536,7 +534,7 @@ def test_without_mnist_the_digits_are_trained_on_with_a_notice(commands):
 @pytest.mark.usefixtures("usual_ports_are_free")
 def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands, mnist_folder):
     commands.python = warm.REAL  # as users start them
-    servers = commands.start(START, PLANRT_DATA=str(mnist_folder))
+    servers = commands.start([*PATIENT, *START], PLANRT_DATA=str(mnist_folder))
     text = "\n".join(lines_until(servers, "Ctrl-C"))
     for worker_id, items in (
         ("alice", "24,754"),
@@ -549,7 +547,7 @@ def test_the_script_starts_four_workers_that_a_run_finds_on_real_mnist(commands,
     assert "0:  5,923 images" in text
 
     trainer = Commands(commands.folder, commands.python)
-    ended = trainer.run([*TRAIN, "--rounds", "3", "--run-dir", "run"])
+    ended = trainer.run([*PATIENT, *TRAIN, "--rounds", "3", "--run-dir", "run"])
     assert (ended.code, ended.err) == (0, "")
     assert "starting" not in ended.out  # it used the four
     assert "/10000 (" in ended.out
@@ -608,12 +606,30 @@ def test_the_script_ends_when_a_worker_dies(commands, small):
     assert "ended with exit code -9" in ended.err
 
 
+@contextlib.contextmanager
+def hanging_up(listening: socket.socket) -> Iterator[None]:
+    """Takes connections, and ends each at once."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                listening.accept()[0].close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 @pytest.mark.usefixtures("usual_ports_are_free")
 def test_a_run_says_which_workers_are_missing_when_only_some_run(commands, small):
     process = commands.start([*SERVE, "--id", "bob", "--port", "8778", "--data", small])
     lines_until(process, "Ctrl-C")
     # A program that is no worker counts as missing too.
-    with socket.create_server(("127.0.0.1", 8779)):
+    with socket.create_server(("127.0.0.1", 8779)) as other, hanging_up(other):
         ended = Commands(commands.folder, commands.python).run([*TRAIN, *QUICK])
     assert is_one_line_error(ended, 1), ended
     for missing in ("alice at ws://127.0.0.1:8777", "charlie at ws://127.0.0.1:8779", "testing at"):

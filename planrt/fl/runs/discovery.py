@@ -24,6 +24,10 @@ USUAL_ADDRESSES = {
 """Where `scripts/start_websocket_servers.py` puts the workers."""
 
 
+HANDSHAKE_SECONDS: Final = 3.0
+"""How long a worker that is there may take for a handshake."""
+
+
 def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Returns the addresses by worker id.
 
@@ -90,7 +94,7 @@ def _shakes_hands(worker_id: str, uri: str, identity: Identity) -> bool:
     from planrt.workers import WebsocketClientWorker
 
     try:
-        with WebsocketClientWorker(worker_id, uri=uri, timeout=3, **identity.shown()):
+        with WebsocketClientWorker(worker_id, uri=uri, timeout=HANDSHAKE_SECONDS, **identity.shown()):
             pass
     except HandshakeError:
         if identity != NOBODY:  # which it did not take: that is no reason to start others
