@@ -42,7 +42,6 @@ def measure(size: Size) -> list[Row]:
             few = 100 if size.quick else 1
             return [
                 *_training(size, session),
-                _changing(size, session),
                 _forward(size, session),
                 _single(size, session, "relu", torch.relu, 25.0, torch.randn(100_000 // few)),
                 _single(
@@ -52,6 +51,7 @@ def measure(size: Size) -> list[Row]:
                 _single(size, session, "mm 256", torch.mm, 15.0, torch.randn(256, 256), torch.randn(256, 256)),
                 _single(size, session, "max of (64, 10)", lambda x: x.amax(1), 10.0, torch.randn(64, 10)),
                 _share_and_get(size, session, 1_000_000 // few),
+                _changing(size, session),
             ]  # fmt: skip
     finally:
         torch.set_num_threads(before)

@@ -81,12 +81,14 @@ def test_shares_are_measured_with_their_rounds_and_bytes(tmp_path, capsys):
     results = tmp_path / "results.json"
     assert main(["--quick", "--only", "sharing", "--json", str(results)]) == 0
     rows = json.loads(results.read_text())["groups"]["sharing"]
-    assert len(rows) == 8
-    for row in rows[:-1]:
+    assert len(rows) == 9
+    for row in rows[:-2]:
         assert row["details"]["rounds"] == int(row["details"]["rounds"]) > 0
         assert row["details"]["sent"] > 0
     assert [rows[3]["details"]["rounds"], rows[4]["details"]["rounds"]] == [4, 1]
     assert rows[3]["details"]["sent"] <= 15 * 1000  # of 1,000 elements
+    assert rows[-1]["floor_name"] == "the same labels and rate"
+    assert rows[-1]["goal"] == "<= 1.15 x"
     assert "at 50 ms" in capsys.readouterr().out
 
 
