@@ -1,7 +1,6 @@
 """Bad input to models of several owners, on both transports: typed errors that name the party and the column."""
 
 import json
-import threading
 
 import msgspec
 import numpy as np
@@ -24,6 +23,7 @@ from planrt.vertical.linear import Regression
 from planrt.vertical.runs import begun
 from planrt.workers.machine.joint.run import Run
 from tests.vertical.tables import SHORT, halves, joined, parties, trained, whole, with_changed
+from tests.vertical.training import once_it_trains
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 ABOUT = {"normalise": "casefold", "epochs": 3, "batch_size": 20}
@@ -345,18 +345,15 @@ def test_a_party_that_goes_mid_epoch_is_named(make_owned, kind, gone):
     made["carol"] = make_owned("carol")
     one = Party(made["alice"][0], "t", "id", ["a", "b"])
     two = Party(made["bob"][0], "t", "who", ["c", "d", "e"], label="y")
-    about = {"normalise": "casefold", "epochs": 100_000, "batch_size": 2, "timeout": 20}
+    about = {"normalise": "casefold", "epochs": 100_000, "batch_size": 2, "timeout": 120}
     if kind == "network":
         run = network(one, two, **about)
     else:
         run = logistic_regression(
             one, two, key_holder=made["carol"][0], allow_small_batches=True, lr=1e-3, **about, **SHORT
         )
-    timer = threading.Timer(0.3, made[gone][1])
-    timer.start()
-    with pytest.raises(JointError, match=f"'{gone}'|closed"):
+    with once_it_trains(run, made[gone][1]), pytest.raises(JointError, match=f"'{gone}'|closed"):
         run.fit()
-    timer.join()
     assert not run.is_open
 
 

@@ -5,18 +5,26 @@ import contextlib
 import os
 import random
 import signal
-import threading
 
 import pytest
 from torch import nn
 
 from planrt.errors import JointError, NotApprovedError
-from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.plans.policy.approvals import Approvals
 from planrt.plans.policy.rules import Policy
-from planrt.vertical import Party, linear_regression, logistic_regression, split_network, table_columns
-from planrt.workers import WebsocketClientWorker
+from planrt.vertical import (
+    Party,
+    async_logistic_regression,
+    async_split_network,
+    async_table_columns,
+    linear_regression,
+    logistic_regression,
+    split_network,
+)
+from tests.vertical.served import worker_processes
 from tests.vertical.tables import SHORT, halves, parties, whole
+from tests.vertical.training import once_it_trains, under_way
+from tests.warm import send_signal
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 LONG = {"normalise": "casefold", "epochs": 100_000, "lr": 1e-3, "batch_size": 2}
@@ -34,13 +42,10 @@ def test_ctrl_c_in_an_epoch_ends_the_run_and_another_one_begins(make_worker, met
     carol = make_worker("carol")
     run = long_run(alice, bob, carol, method)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with once_it_trains(run, os.kill, os.getpid(), signal.SIGINT), pytest.raises(KeyboardInterrupt):
             run.fit()
     finally:
-        timer.join()
         signal.signal(signal.SIGINT, before)
     with pytest.raises(JointError, match="has ended: it was interrupted in a step; begin a new one"):
         run.fit(1)
@@ -61,7 +66,7 @@ def test_a_task_that_is_cancelled_ends_the_run_and_another_one_begins(make_worke
 
     async def cancelled(run):
         task = asyncio.create_task(run.async_fit())
-        await asyncio.sleep(0.3)
+        await under_way(run)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -96,129 +101,94 @@ def test_an_owner_who_denies_in_the_middle_is_heeded_from_the_next_step_on(make_
         linear_regression(one, two, **about)
 
 
-def test_processes_that_hang_or_die_are_named_and_others_go_on(tmp_path):
-    left, right = halves(whole())
-    for name, table in (("left", left), ("right", right)):
-        columns = {**table.ids, **{key: values.tolist() for key, values in table.columns.items()}}
-        lines = [",".join(columns), *[",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]]
-        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    children = [
-        ChildOptions("alice", 0, ("--dataset", str(tmp_path / "left.csv"), "--id-column", "id", "--threads", "1")),
-        ChildOptions("bob", 0, ("--dataset", str(tmp_path / "right.csv"), "--id-column", "who", "--threads", "1")),
-        ChildOptions("carol", 0, ("--empty", "--threads", "1")),
-    ]  # fmt: skip
-    with WorkerProcesses(children) as processes:
-        ready = processes.wait_ready()
-        workers = {id: WebsocketClientWorker(id, uri=ready[id].uri, auto_add=False) for id in ready}
-        alice = Party(workers["alice"], "left", "id", ["a", "b"])
-        bob = Party(workers["bob"], "right", "who", ["c", "d", "e"], label="y")
-
-        def opened(network):
-            if network:
-                return split_network(
-                    alice, bob, bottoms=[nn.Linear(2, 2), nn.Linear(3, 2)], top=nn.Linear(4, 1),
-                    loss_fn=nn.MSELoss(), normalise="casefold", epochs=100_000, batch_size=1, timeout=2,
-                )  # fmt: skip
-            return logistic_regression(
-                alice,
-                bob,
-                key_holder=workers["carol"],
-                allow_small_batches=True,
-                timeout=2,
-                **LONG,
-                **SHORT,
-            )
-
-        def struck(who, how, match, network=False):
-            run = opened(network)
-            run.fit(1)
-            timer = threading.Timer(0.3, os.kill, (processes.pids[who], how))
-            timer.start()
-            with pytest.raises(JointError, match=match):
-                run.fit()
-            timer.join()
-            assert not run.is_open
-            if how == signal.SIGSTOP:
-                os.kill(processes.pids[who], signal.SIGCONT)
-
-        # Whoever waits for a party that waits for the silent one does not name that.
-        for who, network in (("bob", True), ("carol", False)):
-            struck(who, signal.SIGSTOP, f"party '{who}' did not answer within 2 s", network)
-        for who in ("alice", "bob", "carol"):  # before it is opened: told, and a run can be opened later
-            os.kill(processes.pids[who], signal.SIGSTOP)
-            try:
-                for network in (False, True) if who != "carol" else (False,):
-                    with pytest.raises(JointError, match=f"'{who}' did not answer within 2 s"):
-                        opened(network)
-            finally:
-                os.kill(processes.pids[who], signal.SIGCONT)
-            opened(False).close()
-        struck("carol", signal.SIGKILL, "'carol' is gone")
-        struck("bob", signal.SIGKILL, "'bob' is gone", network=True)
-        assert table_columns(workers["alice"], "left").rows == 50
-        for one in workers.values():
-            one.close()
-
-
-def written(folder, name, columns):
-    lines = [",".join(columns), *[",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]]
-    path = folder / f"{name}.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return ("--dataset", str(path), "--id-column", "id", "--threads", "1")
+async def opened(parties, kind, timeout=120):
+    """A run that trains for as long as anybody waits. Of three parties two have columns, and the last one the key of an
+    encrypted run; of four each has a column."""
+    columns = [["a", "b"], ["c", "d", "e"]] if len(parties) == 3 else [[name] for name in "abcd"]
+    owners = [
+        Party(worker, "t", "id", names, label="y" if names is columns[-1] else None)
+        for worker, names in zip(parties, columns, strict=False)
+    ]
+    if kind == "network":
+        return await async_split_network(
+            *owners, bottoms=[nn.Linear(len(names), 2) for names in columns], top=nn.Linear(2 * len(owners), 1),
+            loss_fn=nn.MSELoss(), epochs=100_000, batch_size=1, timeout=timeout,
+        )  # fmt: skip
+    return await async_logistic_regression(
+        *owners, key_holder=parties[2], allow_small_batches=True, timeout=timeout, **LONG, **SHORT
+    )
 
 
 @contextlib.contextmanager
-def stopped_after(pid, seconds):
-    timer = threading.Timer(seconds, os.kill, (pid, signal.SIGSTOP))
-    timer.start()
+def stopped(pid):
+    send_signal(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        timer.join()
-        os.kill(pid, signal.SIGCONT)
+        send_signal(pid, signal.SIGCONT)
 
 
+async def hangs_and_dies(parties, place, pid):
+    """What all others are told when the one at that place hangs in training, or before a run is opened, or dies; and
+    that they go on."""
+    who = parties[place].id
+    kinds = ["paillier"] if place == 2 else ["paillier", "network"]
+    runs = [await opened(parties, kind) for kind in kinds]
+    fits = [asyncio.create_task(run.async_fit()) for run in runs]
+    await under_way(*runs)
+    with stopped(pid):
+        openings = [opened(parties, kind, timeout=10) for kind in kinds]
+        errors = await asyncio.gather(*fits, *openings, return_exceptions=True)
+    for error in errors:
+        with pytest.raises(JointError, match=f"'{who}' did not answer within (10|20) s"):
+            raise error
+    assert not any(run.is_open for run in runs)
+    run = await opened(parties, kinds[-1])
+    fit = asyncio.create_task(run.async_fit())
+    await under_way(run)
+    send_signal(pid, signal.SIGKILL)
+    with pytest.raises(JointError, match=f"'{who}' is gone"):
+        await fit
+    assert not run.is_open
+    assert (await async_table_columns(parties[place - 1], "t")).rows == 60
+
+
+@pytest.mark.usefixtures("warm_workers")
+def test_processes_that_hang_or_die_are_named_and_others_go_on():
+    """Another one in each of three threesomes, all at the same time: that takes as long as one. Whoever waits for a
+    party that waits for the silent one does not name that."""
+    threes = [[f"{name}{number}" for name in ("alice", "bob", "carol")] for number in range(3)]
+
+    async def all_at_once():
+        parties = [[workers[id] for id in ids] for ids in threes]
+        await asyncio.gather(
+            *(hangs_and_dies(three, place, pids[three[place].id]) for place, three in enumerate(parties))
+        )
+
+    with worker_processes([id for ids in threes for id in ids]) as (workers, pids):
+        asyncio.run(all_at_once())
+
+
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("count", [3, 4])
-def test_whoever_is_stopped_at_any_time_of_training_is_the_one_that_is_named(tmp_path, count):
-    """Of three parties one holds the key; of four each has a table. Who waits for whom when it stops is anybody's."""
-    table = whole()
-    owners = ["alice", "bob", "carol", "dave"][: 2 if count == 3 else 4]
-    columns = dict(zip(owners, ("a", "b", "c", "d"), strict=False))
-    options = {
-        name: written(tmp_path, name, {key: list(map(str, table[key])) for key in ("id", columns[name], "y")})
-        for name in owners
-    }
-    if count == 3:
-        options["holder"] = ("--empty", "--threads", "1")
+def test_whoever_is_stopped_at_any_time_of_training_is_the_one_that_is_named(count):
+    """Of three parties one holds the key; of four each has a table. Who waits for whom when it stops is anybody's, and
+    another one's in each of the runs that they train together."""
+    ids = ["alice", "bob", "carol", "dave"][:count]
     draw = random.Random(count)
-    with WorkerProcesses([ChildOptions(name, 0, given) for name, given in options.items()]) as processes:
-        ready = processes.wait_ready()
-        workers = {id: WebsocketClientWorker(id, uri=ready[id].uri, auto_add=False) for id in ready}
-        parties = [
-            Party(workers[name], name, "id", [columns[name]], label="y" if name == owners[-1] else None)
-            for name in owners
-        ]
-        for _ in range(4):
-            if count == 3:
-                run = logistic_regression(
-                    *parties,
-                    key_holder=workers["holder"],
-                    allow_small_batches=True,
-                    timeout=2,
-                    **LONG,
-                    **SHORT,
-                )
-            else:
-                run = split_network(
-                    *parties, bottoms=[nn.Linear(1, 2) for _ in parties], top=nn.Linear(8, 1),
-                    loss_fn=nn.MSELoss(), epochs=100_000, batch_size=1, timeout=2,
-                )  # fmt: skip
-            who = draw.choice(list(options))
-            with (
-                stopped_after(processes.pids[who], draw.uniform(0.0, 1.0)),
-                pytest.raises(JointError, match=f"party '{who}' did not answer within [24] s"),
-            ):
-                run.fit()
+
+    async def named(who, parties, pid):
+        runs = [await opened(parties, "paillier" if count == 3 else "network") for _ in range(2)]
+        fits = [asyncio.create_task(run.async_fit()) for run in runs]
+        await under_way(*runs)
+        await asyncio.sleep(draw.uniform(0.0, 1.0))
+        with stopped(pid):
+            errors = await asyncio.gather(*fits, return_exceptions=True)
+        for run, error in zip(runs, errors, strict=True):
+            with pytest.raises(JointError, match=f"party '{who}' did not answer within (10|20) s"):
+                raise error
             assert not run.is_open
-        for one in workers.values():
-            one.close()
+
+    with worker_processes(ids) as (workers, pids):
+        for who in draw.sample(ids, 2):
+            asyncio.run(named(who, list(workers.values()), pids[who]))

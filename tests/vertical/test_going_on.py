@@ -316,7 +316,7 @@ def test_a_folder_that_is_full_ends_the_run_and_keeps_what_was_there(site, monke
 
 
 CLIENT = """
-    import sys, warnings
+    import sys, time, warnings
     warnings.simplefilter("ignore")
     from planrt.vertical import Party, logistic_regression
     from planrt.workers import WebsocketClientWorker
@@ -326,10 +326,12 @@ CLIENT = """
         key_holder=carol, normalise="casefold", epochs=10, batch_size=20, seed=5, keep="credit", key_bits=1024,
         allow_short_key=True,
     )
-    while True:
+    for _ in range(5):
         run.fit(1)
         print("epoch", flush=True)
+    time.sleep(600)
 """
+"""It trains on while it is killed, unless that takes long; the other epochs are for who goes on."""
 
 
 def test_a_run_goes_on_after_its_client_and_a_party_were_killed(tmp_path):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -14,15 +13,18 @@ from planrt.fl.runs.children import ChildOptions, WorkerProcesses
 from planrt.plans.policy.rules import Policy, ReleaseRule
 from planrt.vertical import Party, intersection_size, linear_regression, logistic_regression, table_columns
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
+from planrt.workers.machine.joint import runs
 from planrt.workers.wire import messages as m
+from tests.vertical.served import waiting_less
 from tests.vertical.tables import SHORT, halves, parties, whole
+from tests.vertical.training import once_it_trains
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 
 
 def planrt(*command):
     done = subprocess.run(
-        [sys.executable, "-m", "planrt", *command], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "planrt", *command], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -95,11 +97,11 @@ def test_an_owner_is_asked_sees_the_run_and_a_party_that_dies_ends_it(served, tm
     joint = logistic_regression(alice, bob, **run)
     assert joint.size == 40
     assert joint.fit(1)[0] == pytest.approx(0.6931, abs=1e-3)
-    timer = threading.Timer(0.5, os.kill, (processes.pids["alice"], signal.SIGKILL))
-    timer.start()
-    with pytest.raises(JointError, match="'alice' is gone"):
+    with (
+        once_it_trains(joint, os.kill, processes.pids["alice"], signal.SIGKILL),
+        pytest.raises(JointError, match="'alice' is gone"),
+    ):
         joint.fit()
-    timer.join()
     assert not joint.is_open
     assert table_columns(bob.worker, "clients").rows == 50  # the others are there as before
 
@@ -235,13 +237,15 @@ def test_a_worker_looks_at_what_it_is_told(make_worker, change):
     wait(alice.worker.ask(m.Done, opened), instead="-")
 
 
-def test_a_party_that_says_nothing_is_not_awaited_for_ever(make_worker):
+def test_a_party_that_says_nothing_is_not_awaited_for_ever(make_worker, monkeypatch):
+    """Both have time to join the run; for what bob never sends alice waits 2 s."""
+    monkeypatch.setattr(runs, "role_of", waiting_less(2.0, "align"))
     alice, bob = parties(make_worker, whole())
     from planrt.loop import run as wait
     from planrt.vertical.opening import Plan
     from planrt.vertical.runs import JointRun
 
-    plan = Plan([alice, bob], size_only=True, timeout=2.0)
+    plan = Plan([alice, bob], size_only=True)
     joint = JointRun(plan.workers(), plan.opens(None))
 
     async def one_alone():

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import threading
 from dataclasses import replace
 
 import msgspec
@@ -38,6 +37,7 @@ from tests.vertical.tables import (
     whole,
     with_changed,
 )
+from tests.vertical.training import once_it_trains
 
 PRECISION = 2e-6
 """Of weights after a few epochs, with 17 fractional bits; of the exact logistic loss 5e-6."""
@@ -508,14 +508,11 @@ def test_a_party_or_a_provider_that_goes_mid_epoch_ends_the_run(make_owned, gone
     run = logistic_regression(
         Party(alice, "t", "id", ["a", "b"]),
         Party(bob, "t", "who", ["c", "d", "e"], label="y"),
-        method="shares", crypto_provider=james, normalise="casefold", epochs=100_000, batch_size=2, timeout=20,
+        method="shares", crypto_provider=james, normalise="casefold", epochs=100_000, batch_size=2, timeout=120,
     )  # fmt: skip
-    run.fit(1)
-    timer = threading.Timer(0.3, end_bob if gone == "bob" else end_james)
-    timer.start()
-    with pytest.raises((JointError, RemoteError), match=f"{gone}|closed"):
+    end = end_bob if gone == "bob" else end_james
+    with once_it_trains(run, end), pytest.raises((JointError, RemoteError), match=f"{gone}|closed"):
         run.fit()
-    timer.join()
     assert not run.is_open
     with pytest.raises(JointError, match="has ended"):
         run.predict(["person 20"])

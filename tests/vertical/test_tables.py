@@ -114,7 +114,7 @@ def test_the_command_tells_what_is_wrong_with_a_table(tmp_path, options, said):
     (tmp_path / "t.csv").write_text("id,x\n1,2\n")
     done = subprocess.run(
         [sys.executable, "-m", "planrt.fl.serve", "--id", "alice", "--port", "0", *options],
-        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        capture_output=True, text=True, timeout=240, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode != 0
     assert said in done.stderr
