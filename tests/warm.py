@@ -71,13 +71,19 @@ os._exit(os.waitstatus_to_exitcode(status))
 def send_signal(process: int, number: int) -> None:
     """Sends a signal that no launcher can pass on, one that stops or kills, to a process of any Python.
 
-    To a launcher of ``sys.executable`` and its copy, that is.
+    To a launcher of ``sys.executable`` and its copy, that is, whose end is waited for where it kills.
     """
     os.kill(process, number)
     with contextlib.suppress(FileNotFoundError):
         copy = int(Path(sys.executable).with_name(f"warm.{process}").read_text())
         with contextlib.suppress(ProcessLookupError):
-            os.kill(copy, number)
+            end = os.pidfd_open(copy)
+            try:
+                os.kill(copy, number)
+                if number == signal.SIGKILL:  # its port is free then, for one that is started in its place
+                    select.select([end], [], [], 60)
+            finally:
+                os.close(end)
 
 
 @contextlib.contextmanager
