@@ -133,9 +133,7 @@ def _changing(size: Size, session: WorkersSession) -> Row:
 
     def steps(*, change: bool) -> Callable[[], None]:
         model = share_module(session, nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 2)))
-        optimizer = torch.optim.Adam(
-            model.parameters(), lr=0.01
-        )  # whose corrections are others in each step, too
+        optimizer = torch.optim.Adam(model.parameters())  # whose corrections are others in each step, too
         rows, done = share(session, torch.randn(64, 30)), 0
 
         def once() -> None:

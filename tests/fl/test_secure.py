@@ -35,7 +35,7 @@ from planrt.workers import BaseDataset, VirtualWorker, WebsocketClientWorker, We
 from planrt.workers.machine.rounds.secure_sums import MOST_SUMS
 from planrt.workers.wire import messages as m
 from tests import warm
-from tests.fl.clocks import late_once_answered
+from tests.fl.clocks import late_once_answered, standing_clock
 from tests.fl.models import MODELS, make
 from tests.fl.served import IDS, worker_processes
 from tests.models import classification_data, seeded_classifier
@@ -565,6 +565,18 @@ def test_where_all_are_needed_the_loss_of_one_is_raised(workers, step):
     scheduler = scheduler_of(workers)
     with lost(workers[1], ASKED[step], before=True), pytest.raises(WorkerLostError, match="bob"):
         run(scheduler, 1, scheduler.config.state)
+
+
+def test_nobody_is_late_before_the_time_out_has_passed(workers):
+    """By its own clock, which stands: a machine that stops for a moment makes nobody late."""
+    job = config()
+    plain = run(scheduler_of(workers, job, secure=False), 1, job.state, keep_worker_states=True)
+    scheduler = scheduler_of(workers, job, min_workers=2)
+    scheduler.round_timeout = 0.004
+    with standing_clock():
+        result = run(scheduler, 1, job.state)
+    assert not result.missing
+    assert_is_average(result.state, exact_average(plain, [worker.id for worker in workers]))
 
 
 @pytest.fixture(scope="module")

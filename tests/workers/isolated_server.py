@@ -22,6 +22,7 @@ from planrt.plans.policy.rules import Policy
 from planrt.plans.running import progress
 from planrt.serde.frames import Limits
 from planrt.workers import BaseDataset, WebsocketServerWorker
+from planrt.workers.serving.isolation import child, supervisor
 from planrt.workers.serving.isolation.watching import SLOTS, Slot
 from tests.vertical.tables import halves, whole
 
@@ -204,6 +205,7 @@ def actions(folder):
 
 
 def main(arguments):
+    supervisor.STOP_SECONDS, child.STOP_SECONDS = 60.0, 50.0  # clients are told on a busy machine, too
     options = json.loads(arguments)
     folder, side, reads = (options.pop(name, None) for name in ("folder", "table", "reads"))
     if "policy" in options:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import planrt as sy
-from planrt.errors import SharingError
+from planrt.errors import PlanWarning, SharingError
 from planrt.sharing.kernels.shapes import are_mixed, flags_of
 from planrt.sharing.programs import needs
 from planrt.sharing.programs.calls import Call, Program
@@ -131,6 +131,70 @@ def test_evaluation_of_other_batches(alike, monkeypatch):
 
     alike(program)
     assert len(found) <= 2
+
+
+def test_dropout_in_each_step(parties, monkeypatch):
+    """What stays is drawn anew, and the gradient is that of what stayed."""
+    bob, alice, james = parties
+    found, seen = looked_at(monkeypatch), []
+
+    def steps():
+        torch.manual_seed(3)
+        for _ in range(5):
+            x = (
+                torch.ones(64)
+                .fix_precision(**PRECISION)
+                .share(bob, alice, crypto_provider=james, requires_grad=True)
+            )
+            y = F.dropout(x * 3, 0.25)
+            y.sum().backward()
+            yield y.get().float_precision().detach(), x.grad.get().float_precision(), len(found)
+
+    first, again = list(steps()), list(steps())
+    for out, grad, _ in first:
+        kept = (out > 1).float()
+        assert 24 < kept.sum() < 64
+        assert torch.allclose(out, kept * 4, atol=1e-3)
+        assert torch.allclose(grad, kept * 4, atol=1e-3)
+        seen.append(tuple(kept.tolist()))
+    assert len(set(seen)) == 5
+    assert all(torch.allclose(one[0], other[0], atol=1e-3) for one, other in zip(first, again, strict=True))
+    assert again[-1][2] == first[1][2], "all steps from the second one on were alike"
+
+
+def test_a_plan_with_one_entry_out_of_a_longer_tensor(parties):
+    """Its stride is not 1, though it is the only one."""
+    bob, alice, james = parties
+    one = torch.arange(8.0)[3::8]
+    with pytest.warns(PlanWarning, match="captured"):
+        plan = sy.func2plan(args_shape=[(1,)])(lambda x: x * one + one)
+    x = torch.tensor([2.0]).fix_precision().share(bob, alice, crypto_provider=james)
+    assert plan(x).get().float_precision().item() == pytest.approx(9.0, abs=0.01)
+
+
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32]
+WITH_WHOLE_NUMBERS = {
+    "x - u": lambda x, u: x - u,
+    "u - x": lambda x, u: u - x,
+    "x - 2 u": lambda x, u: torch.sub(x, u, alpha=2),
+    "x + 3 u": lambda x, u: torch.add(x, u, alpha=3),
+    "in place": lambda x, u: x.clone().sub_(u),
+    "x u": lambda x, u: x * u,
+    "u <= x": lambda x, u: (u <= x).long(),
+    "where": lambda x, u: torch.where(x > 3, x, u),
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_whole_numbers_that_all_know_do_not_wrap(dtype, alike):
+    """Bytes of an image, as they are read: what is subtracted of them in shares was 256 too much."""
+    u = torch.tensor([120, 3, 0]).to(dtype)
+
+    def program(x, _):
+        shared = [x(torch.tensor([5.0, 6.0, 2.0])), x(torch.tensor([5, 6, 2]))]
+        return [function(one, u) for function in WITH_WHOLE_NUMBERS.values() for one in shared]
+
+    alike(program)
 
 
 def test_thousandths(parties):

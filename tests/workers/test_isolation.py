@@ -680,7 +680,7 @@ def test_ctrl_c_leaves_no_process(server):
         assert server.process.wait(120) == 0
         assert len(family) >= 2
         until(lambda: gone(family))
-        with pytest.raises(WorkerLostError):
+        with pytest.raises(WorkerLostError, match="has stopped"):
             works(worker)
 
 

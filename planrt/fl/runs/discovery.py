@@ -25,7 +25,7 @@ USUAL_ADDRESSES = {
 
 
 HANDSHAKE_SECONDS: Final = 3.0
-"""How long a worker that is there may take for a handshake."""
+"""Seconds that a worker that is there may take for a handshake."""
 
 
 def given_addresses(named: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -46,6 +46,11 @@ class Drawn(int):
     """A seed that other runs of the same program have another one for: of flags that are not all the same."""
 
 
+def as_operand(number: float) -> Varying | Drawn:
+    """Returns a number, or a seed where it is an int, as a kernel is given it of an operand."""
+    return Drawn(number) if isinstance(number, int) else Varying(number)
+
+
 class Size(NamedTuple):
     """Of a public number or tensor."""
 

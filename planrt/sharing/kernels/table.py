@@ -131,6 +131,8 @@ def call_kernel(
     Raises:
         SharingError: no such kernel, other arguments, or a result of another shape than what it is to replace.
     """
+    if any(type(one) is torch.Tensor for one in (*args, *kwargs.values())):
+        args, kwargs = [_wide(one) for one in args], {key: _wide(one) for key, one in kwargs.items()}
     for place in check_arguments(name, args, kwargs):
         given = args[place] if isinstance(place, int) else kwargs[place]
         if not isinstance(given, torch.Tensor | int | float):
@@ -150,6 +152,16 @@ def call_kernel(
     yield from aligned(context, changed, made)
     changed.become(made)
     return changed
+
+
+_NARROW = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32})
+
+
+def _wide(given: Any) -> Any:
+    """Whole numbers that all know as int64, as those in shares are: a kernel's product or difference of narrower ones
+    would wrap. Places in a list stay as they are: of uint8 they are a mask.
+    """
+    return given.long() if type(given) is torch.Tensor and given.dtype in _NARROW else given
 
 
 def _is_fine(given: Any) -> bool:

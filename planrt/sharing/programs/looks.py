@@ -130,11 +130,15 @@ def secret_values(program: Program, public: frozenset[int]) -> frozenset[int]:
     return frozenset(found)
 
 
+def _is_power_of_two(scale: int) -> bool:
+    return not scale & (scale - 1)
+
+
 def _range(largest: float, scale: int) -> tuple[int, ...]:
     """Tells whether a value is in the range of shares, at every scale that comes up: powers of `scale`, times those of
     two. Of a power of two the exponent of the value itself does.
     """
-    if not scale & (scale - 1):
+    if _is_power_of_two(scale):
         return ()
     return tuple(math.frexp(largest * scale**power)[1] for power in (1, 2, 3))
 
@@ -151,8 +155,9 @@ class _Given(NamedTuple):
     def size(self, value: torch.Tensor | None = None) -> Hashable:
         """What a product with it, or a sum, depends on; of another `value` that is computed from it."""
         one = self.value if value is None else value
-        found = size_of(one)
-        return (found, *_range(float(one.double().abs().max()), self.scale))
+        if _is_power_of_two(self.scale):
+            return size_of(one)
+        return (size_of(one), *_range(float(one.double().abs().max()), self.scale))
 
     def other_is_secret(self, place: int) -> bool:
         one = self.call.args[place] if place < len(self.call.args) else None

@@ -10,7 +10,7 @@ import torch
 from planrt.sharing.additive import reconstruct, share
 from planrt.sharing.fixed_point import DEFAULT_SCALE
 from planrt.sharing.kernels.parts import Context, Share
-from planrt.sharing.kernels.sizes import Drawn, Varying
+from planrt.sharing.kernels.sizes import as_operand
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.needs import alike
 from planrt.sharing.programs.running import MANY, Failed, run_program
@@ -70,9 +70,7 @@ class InProcessSession(BatchedSession):
         def at(number: int, operand: Operand) -> Any:
             if isinstance(operand, Value):
                 return operand.place if isinstance(operand.place, Failed) else operand.place[number]
-            if isinstance(operand, torch.Tensor):
-                return operand
-            return Drawn(operand) if isinstance(operand, int) else Varying(operand)
+            return operand if isinstance(operand, torch.Tensor) else as_operand(operand)
 
         def run(number: int, context: Context) -> Protocol[list[Any]]:
             given = [at(number, one) for one in operands]

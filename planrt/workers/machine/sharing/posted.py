@@ -11,7 +11,7 @@ import torch
 from planrt.errors import SharingError
 from planrt.plans.ir.graph import Graph
 from planrt.sharing.kernels import Share
-from planrt.sharing.kernels.sizes import Drawn, Varying
+from planrt.sharing.kernels.sizes import as_operand
 from planrt.sharing.programs.calls import Program
 from planrt.sharing.programs.looks import check_numbers
 from planrt.sharing.programs.lowering import Looks
@@ -38,7 +38,7 @@ class PostedProgram:
 
     program: Program
     values: list[Any]
-    """In the order of the program: `Share`s, tensors and `Varying` numbers that all know, or `Failed`."""
+    """In the order of the program: `Share`s, tensors and numbers that all know, or `Failed`."""
     stored: list[StoredObject | None]
     """The objects that these are; None of numbers, and of what was computed from others."""
     what: str
@@ -80,7 +80,7 @@ class PostedPrograms:
         operands += [one for one in stored if one is not None]
         copies = all(call.name == "clone" for call in program.calls)
         values = [
-            _number(ref) if one is None else self._operand(session, group, one, copies=copies)
+            as_operand(ref) if one is None else self._operand(session, group, one, copies=copies)
             for ref, one in zip(refs, stored, strict=True)
         ]
         check_numbers(program, values)
@@ -150,10 +150,6 @@ class PostedPrograms:
         if len(refs) != len(graph.inputs) + len(graph.state):
             raise SharingError(f"plan {graph.name!r} takes {len(graph.inputs)} inputs and its state")
         return graph, identity, [_looks(one) for one in looks], refs
-
-
-def _number(one: float) -> Varying | Drawn:
-    return Drawn(one) if type(one) is int else Varying(one)
 
 
 def _are_refs(refs: Any) -> bool:
