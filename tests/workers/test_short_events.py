@@ -227,11 +227,16 @@ def test_what_tells_that_a_program_is_known_again():
     assert told == known_again(op(PROGRAM, "g", "", (Ref(2),), "hash"), shapes.get)
     assert told != known_again(op(PROGRAM, "g", "", (Ref(3),), "hash"), shapes.get)
     assert told != known_again(op(PROGRAM, "g", "", refs, "other"), shapes.get)
+    numbers = known_again(op(PROGRAM, "g", "", (Ref(1), 0.1, 2), "hash"), shapes.get)
+    assert numbers not in (None, told)
+    assert numbers == known_again(op(PROGRAM, "g", "", (Ref(2), 0.05, 7), "hash"), shapes.get)
     for strange in (
         op(PROGRAM, "g", "text", refs),
         op(PROGRAM, "g", "text", refs, "hash"),
         op(PROGRAM, "g", "", [1], "hash"),
-        op(PROGRAM, "g", "", (1,), "hash"),
+        op(PROGRAM, "g", "", ("1",), "hash"),
+        op(PROGRAM, "g", "", (None,), "hash"),
+        op(PROGRAM, "g", "", (True,), "hash"),
         op(PROGRAM, "g", "", refs, ["hash"]),
         op(CALL, "g", Ref(9), True, "id", [None], refs),
         op("torch.add", Ref(1), Ref(1)),
