@@ -46,7 +46,9 @@ DRAWS = {
     "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", "native_dropout", "rrelu",
     "multi_head_attention_forward", "scaled_dot_product_attention",
 }  # fmt: skip
-"""Random: the parties draw by another generator, so shapes and dtypes alone are compared."""
+"""Random: the parties draw by another generator, so shapes and dtypes alone are compared here; what is drawn, in
+`tests.workers.test_encrypted_draws`.
+"""
 
 OF_EQUALS = {"topk", "kthvalue", "median", "nanmedian"}
 """Which of equal entries they tell the place of is not promised: values alone are compared."""
@@ -177,7 +179,7 @@ def test_functions_with_samples(dtype, count):
                 for which in ("first", "all") if form == "function" and several else ("all",):
                     walk.compare(op.name, f"{form}, {which}", function, arguments, expected, sharing(which))
     assert not walk.wrong, "\n".join(walk.wrong)
-    assert min(walk.done["same"], walk.done["refused"]) > 400, walk.done
+    assert min(walk.done["same"], walk.done["refused"]) > 300, walk.done
 
 
 def test_gradients_of_functions_with_samples():
@@ -300,7 +302,7 @@ def test_functions_without_samples():
                 walk.compare(name, "called", function, (arguments, {}), expected, sharing("all"))
     assert tried > 200
     assert not walk.wrong, "\n".join(walk.wrong)
-    assert min(walk.done.values()) > 100, walk.done
+    assert min(walk.done.values()) > 80, walk.done
 
 
 # ---------------------------------------------------------------------------------------------------------- modules

@@ -163,6 +163,8 @@ def _converted(
 def flags_of(seed: int, shape: Sequence[int], p: float) -> torch.Tensor:
     """Returns truth values of `shape`, each true with probability `p`, which follow from the seed (0 .. 2**128 - 1)."""
     bits = Stream(seed.to_bytes(16, "little")).ring(tuple(shape))
+    if p >= 1:  # 2**63 is no int64
+        return torch.ones(bits.shape, dtype=torch.bool)
     return (bits >> 1 & 0x7FFFFFFFFFFFFFFF) < int(p * 2**63)
 
 

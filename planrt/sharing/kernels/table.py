@@ -45,17 +45,33 @@ _ROUNDED = "nothing is rounded to whole numbers there: get() the tensor first"
 _BITS = (
     "of bits a and b write a * b, a + b - a * b and 1 - a, or torch.logical_and, logical_or and logical_not"
 )
+_DRAWN = (
+    "numbers that nobody knows are not drawn there: write torch.rand(x.shape), or another public tensor, and add or "
+    "multiply it"
+)
 _INSTEAD: dict[str, tuple[str, str]] = {
     "_local_scalar_dense": ("reading a value (item, float, if, a place in public tensors)", _VALUES),
     "_unique2": ("unique", _VALUES),
-    **{name: (name, _VALUES) for name in ("nonzero", "equal", "allclose", "is_nonzero", "masked_select", "bincount")},
+    **{name: (name, _VALUES) for name in ("nonzero", "equal", "allclose", "is_nonzero")},
+    "bincount": ("bincount", "its length would show values: write torch.nn.functional.one_hot(x, classes).sum(0)"),
     **{name: (name, _ORDER) for name in ("mode", "cummax", "cummin")},
     **{name: (name, _ROUNDED) for name in ("round", "floor", "ceil", "trunc", "frac", "remainder", "fmod")},
     "floor_divide": ("//", _ROUNDED),
     **{f"bitwise_{name}": (sign, _BITS) for name, sign in (("and", "&"), ("or", "|"), ("xor", "^"), ("not", "~"))},
+    **{
+        name: (name, _DRAWN)
+        for name in ("rand_like", "randn_like", "randint_like", "uniform", "normal", "random", "exponential", "cauchy",
+                     "log_normal", "geometric", "poisson", "binomial", "multinomial", "rrelu_with_noise")
+    },
     **{name: (name, _CURVES) for name in ("sin", "cos", "tan", "atan", "erfinv", "lgamma")},
 }  # fmt: skip
 """ATen name of what is often asked for and not there -> what people call it, and what to write instead."""
+
+
+def no_protocol(name: str, called: str = "") -> SharingError:
+    """Returns the error for an operation of ATen that has no kernel; `called` is what to call it, if not as usual."""
+    public, instead = _INSTEAD.get(name, (name, "open the operands with get(), or write it without"))
+    return SharingError(f"{called or public} has no protocol on shares: {instead}")
 
 
 _NESTED = (tuple, list, dict, slice)
@@ -77,8 +93,7 @@ def check_arguments(
             that all parties are to know.
     """
     if name not in KERNELS:
-        public, instead = _INSTEAD.get(name, (name, "open the operands with get(), or write it without"))
-        raise SharingError(f"{public} has no protocol on shares: {instead}")
+        raise no_protocol(name)
     misfit, known, secret = _form(name, len(args), tuple(kwargs))
     if misfit:
         raise SharingError(f"{name} has no protocol on shares with these arguments: {misfit}")

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
+from planrt.sharing.tensors.bins import quantile
 from planrt.sharing.tensors.distances import OfOrder
 
 
@@ -82,8 +83,65 @@ def _distance(input: Any, other: Any, p: float = 2) -> Any:
     return _norm(input - other, p, None, False) if _other(p) else NotImplemented
 
 
+def _log_add_exp(input: Any, other: Any, *, out: Any = None) -> Any:
+    """The larger one, and log(1 + e**-d) of how far they are apart: torch's own gradient takes e**d."""
+    if out is not None or not all(one.is_floating_point() for one in (input, other)):
+        return NotImplemented
+    return torch.maximum(input, other) + F.softplus(-(input - other).abs())
+
+
+def _embedding_bag(
+    input: Any,
+    weight: Any,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """The rows at public places, and a public matrix, (bags, places), that adds those of each bag up."""
+    secret = getattr(input, "in_shares", False) or getattr(offsets, "in_shares", False)
+    if secret or max_norm is not None or scale_grad_by_freq or sparse or mode == "max":
+        return NotImplemented
+    rows, weights = torch.zeros(len(weight), 1), None
+    if per_sample_weights is not None:
+        weights = torch.ones(per_sample_weights.shape)
+    bags = len(
+        F.embedding_bag(  # torch checks the arguments
+            input, rows, offsets, mode=mode, per_sample_weights=weights, include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+    )  # fmt: skip
+    places = input.reshape(-1)
+    if offsets is None:
+        bag = torch.arange(bags).repeat_interleave(len(places) // max(bags, 1))
+    else:
+        bag = torch.searchsorted(offsets[:bags].contiguous(), torch.arange(len(places)), right=True) - 1
+    kept = torch.arange(len(places))
+    if padding_idx is not None:
+        kept = kept[places != padding_idx % len(weight)]
+    adds = torch.zeros(bags, len(places), dtype=weight.dtype)
+    adds[bag[kept], kept] = 1.0
+    if mode == "mean":
+        adds /= adds.sum(1, keepdim=True).clamp(min=1)
+    found = F.embedding(places, weight)
+    if per_sample_weights is not None:
+        found = found * per_sample_weights.reshape(-1, 1)
+    return adds @ found
+
+
 _ABOVE: Final[Mapping[Any, Any]] = {
     F.cross_entropy: _cross_entropy,
+    F.embedding_bag: _embedding_bag,
+    torch.logaddexp: _log_add_exp,
+    torch.Tensor.logaddexp: _log_add_exp,
+    **dict.fromkeys(
+        (torch.quantile, torch.Tensor.quantile, torch.nanquantile, torch.Tensor.nanquantile), quantile
+    ),
     torch.linalg.vector_norm: _vector_norm,
     torch.norm: _any_norm,
     torch.functional.norm: _any_norm,

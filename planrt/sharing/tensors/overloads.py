@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from planrt.errors import SharingError
+from planrt.sharing.kernels.table import no_protocol
 
 
 def out_of_place(func: Any, kernel: str) -> Any:
@@ -20,9 +20,7 @@ def out_of_place(func: Any, kernel: str) -> Any:
     for name in (func._overloadname, "Tensor", "int"):
         if name in names:
             return getattr(packet, name)
-    raise SharingError(
-        f"{kernel}_ has no protocol on shares: open the operands with get(), or write it without"
-    )
+    raise no_protocol(kernel, f"{kernel}_")
 
 
 def without_out(func: Any) -> Any:

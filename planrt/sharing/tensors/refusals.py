@@ -76,6 +76,21 @@ _OF_AUTOGRAD = (
 """What it says of what was done to tensors before the call, which the call's arguments do not show."""
 
 
+def check_drawn(func: Any) -> None:
+    """Checks that `func`, an overload of ``bernoulli``, draws with one probability, which all know.
+
+    Raises:
+        SharingError: with those of a tensor. What is drawn with a secret one comes of numbers that all parties know,
+            and opened with them it tells more of the probability than a draw does.
+    """
+    if func._overloadname not in ("p", "float"):
+        raise SharingError(
+            "bernoulli has no protocol on shares with the probabilities of a tensor: draw with those that all know by "
+            "torch.bernoulli(p) on a plain tensor; with secret ones write (x > torch.rand(x.shape)), whose numbers all "
+            "parties know"
+        )
+
+
 def _fails_too(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Returns whether `func` fails on plain tensors like these, or they are too large to try."""
     tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from planrt.errors import SharingError
-from planrt.sharing.tensors import distances
+from planrt.sharing.kernels.table import VIEWS
+from planrt.sharing.tensors import bins, distances, placed
+from planrt.types import map_leaves
 
 Rewriting = Callable[..., Any]
 
@@ -236,6 +238,26 @@ def _trilinear(
     return found.sum(list(sumdim)) if sumdim else found
 
 
+def _addr(x: Any, column: Any, row: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return _plus(x, beta, column.unsqueeze(1) * row, alpha)
+
+
+def _addbmm(x: Any, one: Any, other: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return _plus(x, beta, (one @ other).sum(0), alpha)
+
+
+def _plus(x: Any, beta: float, product: Any, alpha: float) -> Any:
+    product = product if alpha == 1 else product * alpha
+    return product + (x if beta == 1 else x * beta)
+
+
+def _nansum(
+    x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """Shares know no NaN."""
+    return x.sum(list(range(x.dim())) if dim is None else list(dim), keepdim, dtype=dtype)
+
+
 def _logit(x: Any, eps: float | None = None) -> Any:
     x = x if eps is None else x.clamp(eps, 1 - eps)
     return x.log() - (1 - x).log()
@@ -435,6 +457,23 @@ _OWN: dict[str, Rewriting] = {
     **{f"{name}{suffix}": _resized(name, bool(suffix)) for name in _SCALED for suffix in ("", "_backward")},
     **{f"{name}{suffix}": _padded(name, bool(suffix)) for name in _PADDED for suffix in ("", "_backward")},
     "xlogy": lambda x, y: x * y.log(),
+    "addr": _addr,
+    "addbmm": _addbmm,
+    "heaviside": lambda x, values: torch.where(x == 0, values, (x > 0).to(x.dtype)),
+    "nansum": _nansum,
+    "nan_to_num": lambda x, *_, **__: x.clone(),
+    "isposinf": lambda x: x != x,
+    "isneginf": lambda x: x != x,
+    "bucketize": bins.bucketize,
+    "searchsorted": bins.searchsorted,
+    "histc": bins.histc,
+    "take": placed.take,
+    "put": placed.put,
+    "masked_select": placed.masked_select,
+    "masked_scatter": placed.masked_scatter,
+    "masked_scatter_backward": placed.masked_scatter_backward,
+    "diagonal_scatter": placed.diagonal_scatter,
+    "block_diag": placed.block_diag,
     "linalg_vector_norm": distances.vector_norm,
     "_cdist_forward": distances.distances,
     "_cdist_backward": distances.distances_backward,
@@ -462,12 +501,22 @@ _TORCHS = (
 """Of PyTorch's own."""
 
 
+_SHOWN = VIEWS | {"alias", "detach"}
+
+
+def _copied(view: Any) -> Rewriting:
+    """The operation that has the same results as a view, in memory of their own."""
+    return lambda *args, **kwargs: map_leaves(view(*args, **kwargs), torch.clone)
+
+
 @cache
 def rewriting(func: Any) -> Rewriting | None:
     """Returns `func`, an ATen operation, as a function that calls operations which have protocols; None for others."""
     name = func._schema.name.removeprefix("aten::")
     if name in _OWN:
         return _OWN[name]
+    if name.endswith("_copy") and name.removesuffix("_copy") in _SHOWN:
+        return _copied(getattr(getattr(torch.ops.aten, name.removesuffix("_copy")), func._overloadname))
     if (
         func._can_decompose()
     ):  # calls others by itself: what rewritings call has not met autograd, which would see to it

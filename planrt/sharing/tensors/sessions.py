@@ -84,9 +84,9 @@ class SharingSession(ABC):
         """Returns a `Preflight` of a plan on arguments some of which are shared in this session."""
         raise SharingError("plans are checked on shares between workers")
 
-    def draw_seed(self) -> int:
-        """Returns a seed of 63 bits for what all parties draw alike, from torch's own generator."""
-        return int(torch.randint(2**63 - 1, ()))
+    def draw_seed(self, generator: torch.Generator | None = None) -> int:
+        """Returns a seed of 63 bits for what all parties draw alike, from `generator`, or torch's own."""
+        return int(torch.randint(2**63 - 1, (), generator=generator))
 
     def names_of(self, handle: Handle) -> Sequence[tuple[int, str, int]]:
         """Returns what tensors print of a secret: for each party an id here, its name, and the id of its part."""

@@ -24,6 +24,7 @@ from planrt.sharing.tensors.overloads import out_of_place, without_out
 from planrt.sharing.tensors.places import check_places
 from planrt.sharing.tensors.refusals import (
     NO_MEMORY,
+    check_drawn,
     check_made,
     check_shared_size,
     check_size,
@@ -310,8 +311,9 @@ class SharedTensor(torch.Tensor):
         if kernel == "native_batch_norm" and args[5] and args[3] is not None and args[4] is not None:
             return batch_norm(first.session.scale, *args)
         if kernel == "bernoulli":  # all parties draw the same, after torch.manual_seed the same again
-            kwargs = {**kwargs, "seed": first.session.draw_seed()}
-            kwargs.pop("generator", None)
+            check_drawn(func)
+            seed = first.session.draw_seed(kwargs.pop("generator", None))
+            kwargs = {**kwargs, "seed": seed}
         if kernel == "_to_copy" and kwargs.get("dtype") == torch.bool:
             return first.clone() if first.flags else first != 0
         if kernel == "_to_copy" and first.flags and not kwargs.get("dtype", torch.int64).is_floating_point:
