@@ -27,6 +27,7 @@ from planrt.sharing.kernels.parts import (
     fractional,
     masked,
     reduced,
+    scale_of_squares,
 )
 from planrt.sharing.kernels.sizes import (
     COARSEST,
@@ -39,7 +40,7 @@ from planrt.sharing.kernels.sizes import (
     size_of_number,
 )
 from planrt.sharing.masked import mask
-from planrt.sharing.products import bit_times, product
+from planrt.sharing.products import bit_times, product, square
 from planrt.sharing.quotients import divide
 from planrt.sharing.rounds import Protocol
 
@@ -84,6 +85,8 @@ def add(context: Context, left: Value, right: Value, *, alpha: float = 1) -> Pro
         yield from reduced(context, left)
     scale = max(left.scale, context.scale) if needs_fractions(right) else left.scale
     found = Share(add_public(context.party, at(left, scale), context.public(right, scale)), scale)
+    if left.known is not None and isinstance(right, float):
+        found.precise = left.known + float(right)
     return as_fine_as(found, left)
 
 
@@ -299,28 +302,37 @@ def root_kernel(function: Callable[..., Protocol[torch.Tensor]]) -> One:
 def _addcmul(
     context: Context, base: Share, first: Value, second: Value, *, value: float = 1
 ) -> Protocol[Share]:
-    product = yield from multiply(context, first, second)
+    if (
+        first is second
+        and isinstance(first, Share)
+        and first.fine
+        and first.scale == _scale_of_means(context)
+    ):
+        product = yield from _square_of_means(context, first)
+    else:
+        product = yield from multiply(context, first, second)
     if first is not second or not isinstance(value, int | float) or context.scale == 1:
         return (yield from add(context, base, product, alpha=value))
     if isinstance(base, Share) and not base.fine:
         (base,) = yield from fractional(context, base)
-    scale = _scale_of_squares(context)
+    scale = scale_of_squares(context)
     return _fine(
         at(base, scale) + (yield from _finely_multiplied(context, product, value, scale)).part, scale
     )
 
 
-def _scale_of_squares(context: Context) -> int:
-    """What means of squares are kept at, for the optimizers that take their roots: gradients are small, their squares
-    smaller, and the first one counts for a thousandth of that. At a scale of 2**16 that is 2**42; it holds means up
-    to 2**14, of gradients up to 128.
-    """
-    return context.scale**2 << max(0, 43 - (context.scale**2).bit_length())
-
-
 def _scale_of_means(context: Context) -> int:
     """What means of gradients, and the roots that they are divided by, are kept at: 2**26 at a scale of 2**16."""
     return context.scale << max(0, 27 - context.scale.bit_length())
+
+
+def _square_of_means(context: Context, value: Share) -> Protocol[Share]:
+    """The square of a mean of gradients, which centred RMSprop takes away from the mean of squares: at the session's
+    scale it would be more than that, where gradients are small. It holds means up to 128 at a scale of 2**16.
+    """
+    (opened,) = yield from mask(context.party, value.part)
+    root = divide(context.party, opened, 8)
+    return Share((yield from square(context.party, root)), (value.scale // 8) ** 2)
 
 
 def _fine(part: torch.Tensor, scale: int) -> Share:
@@ -378,7 +390,12 @@ def _by_a_varying_one(context: Context, value: Share, factor: Varying, scale: in
 
 
 def _sqrt(context: Context, value: Share) -> Protocol[Share]:
-    if not value.fine or value.scale != _scale_of_squares(context):
+    if (
+        value.precise is not None and context.scale > 1
+    ):  # an `eps` beside nothing, as in Adadelta's first step
+        means = _scale_of_means(context)
+        return _fine(context.party.public(context.public(value.precise.clamp(min=0).sqrt(), means)), means)
+    if not value.fine or value.scale != scale_of_squares(context):
         return (yield from root_kernel(roots.sqrt)(context, value))
     roots.check_scale(context.scale)
     scale = _scale_of_means(context)

@@ -62,7 +62,8 @@ _STEPS: dict[str, Callable[..., Any]] = {
 class Share:
     """One party's part of a secret that stands for integers divided by `scale`; the scale of whole numbers is 1."""
 
-    __slots__ = ("along", "bit", "fine", "known", "masked", "part", "positive", "scale", "stamp", "winners")
+    __slots__ = ("along", "bit", "fine", "known", "masked", "part", "positive", "precise", "scale", "stamp",
+                 "winners")  # fmt: skip
 
     def __init__(
         self,
@@ -87,6 +88,10 @@ class Share:
         """Set where the value is a secret bit, 0 or 1 at the scale 1: a product with it opens less."""
         self.known = known
         """Set where all parties know the value, as float64: a product with it opens nothing."""
+        self.precise: torch.Tensor | None = None
+        """Set where all parties know the value more exactly than its parts have it, as float64: a number that was added
+        to what all know. What rounds there are may depend on whether it is set, and not on what it is.
+        """
         self.winners = winners
         """Indices of the largest of windows keep which it was: bits of shape (places, windows)."""
         self.along: int | None = None
@@ -125,12 +130,13 @@ class Share:
         """Takes the value of `other`, at a scale that divides or is divided by this one's: an operation in place."""
         self.part, self.scale, self.masked = other.part, other.scale, other.masked
         self.positive, self.bit, self.known, self.fine = None, other.bit, other.known, other.fine
+        self.precise = other.precise
         self.stamp += 1
 
     def copied(self) -> Share:
         """Returns the same value, which changes alone."""
         made = Share(self.part.clone(), self.scale, self.masked, bit=self.bit, known=self.known)
-        made.fine = self.fine
+        made.fine, made.precise = self.fine, self.precise
         return made
 
     def randomness(self) -> Iterator[Known]:
@@ -154,6 +160,7 @@ class Share:
             None if bit is None else named(bit.coin),
             None if winners is None else named(winners.coin),
             None if self.known is None else digest(self.known),
+            self.precise is not None,
         )
 
     def twin(self, named: Callable[[Known], Known], made: dict[int, Share]) -> Share:
@@ -161,7 +168,12 @@ class Share:
         found = made.get(id(self))
         if found is None:
             found = made[id(self)] = self._twin(named, made)
-            found.fine, found.along, found.known = self.fine, self.along, self.known
+            found.fine, found.along, found.known, found.precise = (
+                self.fine,
+                self.along,
+                self.known,
+                self.precise,
+            )
             if self.masked is not None:
                 zeros = _zeros(self.masked.opened)
                 found.masked = Masked(zeros, zeros, named(self.masked.mask))
@@ -395,13 +407,24 @@ def masked(
     return [share.masked for share in shares if share.masked is not None]
 
 
+def scale_of_squares(context: Context) -> int:
+    """What means of squares are kept at, for the optimizers that take their roots: gradients are small, their squares
+    smaller, and the first one counts for a thousandth of that. At a scale of 2**16 that is 2**42; it holds means up
+    to 2**14, of gradients up to 128.
+    """
+    return context.scale**2 << max(0, 43 - (context.scale**2).bit_length())
+
+
 def aligned(context: Context, *shares: Share) -> Protocol[int]:
-    """Makes sure that shares have scales of which the largest is a multiple of all, and returns it."""
+    """Makes sure that shares have scales of which the largest is a multiple of all, and returns it. What is kept fine
+    stays so: an optimizer's means begin as zeros at the session's scale.
+    """
     scales = [share.scale for share in shares]
     most, least = max(scales), min(scales)
     if most == least:
         return most
-    if any(most % scale for scale in scales) or most // least > max(context.scale, 1) ** 2:
+    kept = any(share.fine for share in shares) and most <= scale_of_squares(context)
+    if any(most % scale for scale in scales) or (not kept and most // least > max(context.scale, 1) ** 2):
         yield from reduced(context, *shares)
     return max([share.scale for share in shares])
 
