@@ -1,9 +1,10 @@
-"""Reading what a worker or a run tells of itself over HTTP."""
+"""Reading what a worker or a run tells of itself, over HTTP and in logs."""
 
 from __future__ import annotations
 
 import http.client
 import json
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -49,3 +50,8 @@ def samples(address: str) -> Samples:
         for sample in family.samples:
             found[sample.name, frozenset(sample.labels.items())] = sample.value
     return found
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log that somebody may be writing: without the last one, as long as it has no end."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

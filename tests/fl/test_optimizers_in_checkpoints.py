@@ -18,6 +18,7 @@ from planrt.serde.disk import Disk
 from planrt.workers import VirtualWorker, WebsocketClientWorker, WebsocketServerWorker
 from planrt.workers.wire import messages as m
 from tests.models import classification_data, seeded_classifier
+from tests.watching import whole_lines
 
 IDS = ["alice", "bob"]
 ROUNDS = 4
@@ -321,7 +322,7 @@ def test_under_a_policy_they_leave_where_updates_do_and_the_owner_is_told(tmp_pa
         VirtualWorker("alice", datasets={"d": DATA[0]}, auto_add=False, policy=policy, audit=log) as alice,
     ):
         asyncio.run(go(fresh([alice, bob], tmp_path / "run"), 2))
-    told = [json.loads(line) for line in log.read_text().splitlines()]
+    told = [json.loads(line) for line in whole_lines(log)]
     assert [one["event"] for one in told if one["event"] in ("fit", "read_optimizer")] == [
         "fit", "read_optimizer", "fit", "read_optimizer",
     ]  # fmt: skip

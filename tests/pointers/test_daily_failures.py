@@ -20,6 +20,7 @@ from planrt.plans.policy.rules import Policy, ReleaseRule
 from planrt.workers import BaseDataset, VirtualWorker
 from tests.pointers.conftest import OWNER
 from tests.pointers.test_budgets import Clock
+from tests.watching import whole_lines
 
 ROWS = 64
 RULE = (ReleaseRule("#patients", min_rows=20),)
@@ -165,7 +166,7 @@ def test_the_owner_has_it_in_the_log(tmp_path, clock):
             failing(ann)
             with no_more():
                 fit(ann, 0)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in whole_lines(path)]
     (used,) = [line for line in lines if line["event"] == "no_more_failures"]
     assert (used["user"], used["outcome"], used["rule"]) == ("ann", "refused", "max_daily_failures")
     refused = [line for line in lines if line["event"] == "fit" and line["outcome"] == "refused"]

@@ -24,6 +24,7 @@ from planrt.vertical.runs import begun
 from planrt.workers.machine.joint.run import Run
 from tests.vertical.tables import SHORT, halves, joined, parties, trained, whole, with_changed
 from tests.vertical.training import once_it_trains
+from tests.watching import whole_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 ABOUT = {"normalise": "casefold", "epochs": 3, "batch_size": 20}
@@ -301,7 +302,7 @@ def test_what_is_not_decrypted_is_in_the_key_holders_log(make_owned, cheat, tmp_
     one, two = Party(alice, "t", "id", ["a", "b"]), Party(bob, "t", "who", ["c"], label="y")
     with pytest.raises(CiphertextError, match="no mask"):
         logistic_regression(one, two, key_holder=carol, **ABOUT, **SHORT).fit()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in whole_lines(log)]
     asked = [(one["to"], one["rows"], one["outcome"]) for one in lines if one.get("request") == "decrypt"]
     assert asked == [("alice", 1, "refused")]
 

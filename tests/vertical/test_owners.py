@@ -18,6 +18,7 @@ from planrt.workers.wire import messages as m
 from tests.vertical.served import waiting_less
 from tests.vertical.tables import SHORT, halves, parties, whole
 from tests.vertical.training import once_it_trains
+from tests.watching import whole_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:a key of 1024 bits")
 
@@ -163,7 +164,7 @@ def test_the_owners_log_tells_each_step(tmp_path):
                 run.fit()
             for each in (al, bo, ca):
                 each.close()
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = [json.loads(line) for line in whole_lines(log)]
     joint = [one for one in events if one["event"] == "joint"]
     assert [one["request"] for one in joint if one["request"] != "decrypt"] == ["open", "align", "epoch"]
     decrypted = [(one["to"], one["rows"]) for one in joint if one["request"] == "decrypt"]

@@ -35,6 +35,7 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.objects import new_id
 from tests.processes import eventually
 from tests.vertical.tables import halves, whole
+from tests.watching import whole_lines
 from tests.workers.test_delegation import USERS, ask, hook, on_loop, place, use  # noqa: F401
 
 X, Y = torch.tensor([[1.5, -2.0], [0.25, 3.0]]), torch.tensor([[-1.0, 0.5], [2.0, -4.0]])
@@ -344,7 +345,7 @@ def test_a_stranger_uses_no_worker_through_another_one(proves, tmp_path):
             with pytest.raises(RemoteError, match="this worker takes users only"):
                 ask(alice, m.Message, body)
         assert x.get().tolist() == [1, 1]
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    events = [json.loads(line) for line in whole_lines(log)]
     assert {one["event"] for one in events} == {"started", "refused"}
 
 
@@ -503,7 +504,7 @@ def test_the_log_names_the_user_of_what_was_refused(as_user, bob_at, tmp_path):
     permits, join, _, _ = of_shares(as_user("ann"))
     with pytest.raises(PolicyRefusedError):
         says(bob_at, ticket(as_user("ben"), permits), join)
-    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    log = [json.loads(line) for line in whole_lines(tmp_path / "log")]
     (refused,) = [one for one in log if one["event"] == "refused"]
     found = {key: refused[key] for key in ("user", "by", "proved", "request", "rule")}
     assert found == {
@@ -749,7 +750,7 @@ def served(request, tmp_path_factory):
             ]
 
         def log(name):
-            return [json.loads(line) for line in (folder / f"{name}.log").read_text().splitlines()]
+            return [json.loads(line) for line in whole_lines(folder / f"{name}.log")]
 
         yield connect, log
 

@@ -34,6 +34,7 @@ from planrt.workers.wire import messages as m
 from planrt.workers.wire.proofs import TicketProof
 from tests.processes import eventually
 from tests.proxy import CuttingProxy
+from tests.watching import whole_lines
 
 pytestmark = pytest.mark.usefixtures("warm_workers")
 
@@ -75,7 +76,7 @@ def place(transport, tmp_path):
                         WebsocketClientWorker(id, uri=uri, token=USERS.get(user, ""), auto_add=False)
                     )
 
-            connect.log = lambda: [json.loads(line) for line in path.read_text().splitlines()]
+            connect.log = lambda: [json.loads(line) for line in whole_lines(path)]
             made[id] = connect
             return connect
 
@@ -547,7 +548,7 @@ def test_workers_of_processes_act_for_their_clients(processes):
             assert not any(one.secret in seen for one in given)
         with pytest.raises(HandshakeError, match="was used"):  # what alice proved is of no use to others
             use(uris["bob"], given[0], token=USERS["mallory"])
-    log = [json.loads(line) for line in (folder / "bob.log").read_text().splitlines()]
+    log = [json.loads(line) for line in whole_lines(folder / "bob.log")]
     assert {(one["user"], one["proved"]) for one in acting(log)} == {("ann", "alice")}
     assert not any(one.secret in (folder / "bob.log").read_text() for one in given)
 

@@ -20,6 +20,7 @@ from planrt.fl import RoundScheduler, TrainConfig
 from planrt.plans.policy.quotas import Account, Quota
 from planrt.plans.policy.room import Room
 from planrt.workers.serving.isolation.grants import Grants
+from tests.watching import whole_lines
 from tests.workers.test_isolation import Server, fit, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
@@ -225,7 +226,7 @@ def test_neither_sessions_nor_processes_bring_more_failures_a_day(serve, tmp_pat
             assert torch.ones(3).send(worker).sum().get().item() == 3.0
     with server.connect("ben") as ben:
         assert fit(ben, "rows").samples == 4
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in whole_lines(path)]
     assert [line["user"] for line in lines if line["event"] == "no_more_failures"] == ["ann", ""]
     assert main(["audit", str(path), "--check"]) == 0
 

@@ -43,6 +43,7 @@ from planrt.workers.serving.isolation.answering import Answers
 from planrt.workers.serving.isolation.trial import try_out
 from planrt.workers.serving.joint_folder import JointFolder
 from planrt.workers.wire.proofs import Verifier
+from tests.watching import whole_lines
 from tests.workers.isolated_server import Reading
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is for Linux")
@@ -465,7 +466,7 @@ def test_a_failure_on_data_is_in_the_owners_log_before_its_client_hears_of_it(fo
                 fit(ann, "read")
             for process in server.processes():  # at once
                 os.kill(process, signal.SIGKILL)
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in whole_lines(path)]
         assert any(line.get("outcome") == "failed" or line["event"] == "failed" for line in lines), lines
         assert main(["audit", str(path), "--check"]) == 0
     finally:
@@ -508,7 +509,7 @@ def test_plans_are_put_before_the_owner_and_run_once_approved(hospital):
         assert worker.approval(doubled).status == "pending"
         assert main(["approve", doubled.hash, "--folder", folder, "--by", "the owner"]) == 0
         assert torch.equal(there(x.send(worker)).get(), x * 2)
-    lines = [json.loads(line) for line in (hospital.folder / "audit.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in whole_lines(hospital.folder / "audit.jsonl")]
     told = [(one["event"], one.get("outcome")) for one in lines]
     assert ("asked", None) in told
     assert ("call", "done") in told
@@ -576,7 +577,7 @@ def test_a_worker_acts_in_the_name_of_its_client_in_that_ones_process(server):
 
 def acted_for(server):
     path = Path(server.options["audit"])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in whole_lines(path)]
     return {(one["user"], one["by"]) for one in lines if "by" in one}
 
 

@@ -408,9 +408,9 @@ def masked(
 
 
 def scale_of_squares(context: Context) -> int:
-    """What means of squares are kept at, for the optimizers that take their roots: gradients are small, their squares
-    smaller, and the first one counts for a thousandth of that. At a scale of 2**16 that is 2**42; it holds means up
-    to 2**14, of gradients up to 128.
+    """Returns what means of squares are kept at, for the optimizers that take their roots: gradients are small, their
+    squares smaller, and the first one counts for a thousandth of that. At a scale of 2**16 that is 2**42; it holds
+    means up to 2**14, of gradients up to 128.
     """
     return context.scale**2 << max(0, 43 - (context.scale**2).bit_length())
 
