@@ -45,6 +45,24 @@ def trained(model, optimizer, x, y, steps=2, between=lambda: None, after=lambda:
     return [one for one in found if one is not None], [one.detach() for one in model.parameters()]
 
 
+TRAINING = {
+    **{name: {} for name in ("RAdam", "Adadelta", "ASGD", "Rprop")},
+    **{f"{name}, foreach": {"foreach": True} for name in ("Adamax", "NAdam", "RMSprop")},
+    "SGD, nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Adam, amsgrad": {"amsgrad": True, "maximize": True},
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_optimizers(name, alike):
+    def program(x, module):
+        model = network(module)
+        kind = getattr(optim, name.partition(",")[0])
+        return trained(model, kind(model.parameters(), lr=0.01, **TRAINING[name]), x(X), x(Y))
+
+    alike(program, within=2e-3)
+
+
 OPTIMIZERS = {
     **{
         name: {"lr": 0.1}

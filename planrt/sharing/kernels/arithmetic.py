@@ -390,9 +390,8 @@ def _by_a_varying_one(context: Context, value: Share, factor: Varying, scale: in
 
 
 def _sqrt(context: Context, value: Share) -> Protocol[Share]:
-    if (
-        value.precise is not None and context.scale > 1
-    ):  # an `eps` beside nothing, as in Adadelta's first step
+    if value.precise is not None and context.scale > 1:
+        # An `eps` beside nothing, as in Adadelta's first step.
         means = _scale_of_means(context)
         return _fine(context.party.public(context.public(value.precise.clamp(min=0).sqrt(), means)), means)
     if not value.fine or value.scale != scale_of_squares(context):

@@ -168,12 +168,8 @@ class Share:
         found = made.get(id(self))
         if found is None:
             found = made[id(self)] = self._twin(named, made)
-            found.fine, found.along, found.known, found.precise = (
-                self.fine,
-                self.along,
-                self.known,
-                self.precise,
-            )
+            found.fine, found.along = self.fine, self.along
+            found.known, found.precise = self.known, self.precise
             if self.masked is not None:
                 zeros = _zeros(self.masked.opened)
                 found.masked = Masked(zeros, zeros, named(self.masked.mask))

@@ -60,9 +60,8 @@ def quantile(
     """Returns the quantiles at `q`, a number or (Q,), which all know, of up to 256 values along `dim`: (Q, ...)."""
     if not getattr(input, "in_shares", False) or getattr(q, "in_shares", False) or out is not None:
         return NotImplemented
-    like = torch.zeros(
-        input.shape, dtype=input.dtype
-    )  # torch checks the arguments, and says what shape the result has
+    # torch checks the arguments, and says what shape the result has.
+    like = torch.zeros(input.shape, dtype=input.dtype)
     shape = torch.quantile(like, q, dim, keepdim, interpolation=interpolation).shape
     rows = input.reshape(-1) if dim is None else input.movedim(dim, 0)
     at = torch.as_tensor(q, dtype=torch.float64).reshape(-1) * (len(rows) - 1)
